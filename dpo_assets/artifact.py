@@ -1,0 +1,204 @@
+"""Immutable artefact directories.
+
+An artefact is written beside its final name, sealed with a manifest (written last) and renamed. Whoever reads one
+verifies it first, so a half-written directory is never mistaken for a result. Its digest is the digest of its content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dpo_assets.errors import CorruptArtifact
+from dpo_assets.version import __version__
+
+MANIFEST = "manifest.json"
+# Timings differ between runs of equal inputs, so they stay outside the digest; their bytes are still in the manifest.
+VOLATILE = "timings.json"
+
+
+class FileEntry(BaseModel):
+    """One file of an artefact."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    sha256: str
+    size: int
+
+
+class Manifest(BaseModel):
+    """What an artefact is, made from what, by which versions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: str
+    fingerprint: str
+    inputs: dict[str, str]
+    versions: dict[str, str]
+    files: dict[str, FileEntry]
+
+    @property
+    def digest(self) -> str:
+        """sha256 over (path, sha256, size) of every non-volatile file, in path order."""
+        rows = [[p, e.sha256, e.size] for p, e in sorted(self.files.items()) if p != VOLATILE]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A verified artefact directory."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def digest(self) -> str:
+        return self.manifest.digest
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest.fingerprint
+
+    @property
+    def size(self) -> int:
+        return sum(entry.size for entry in self.manifest.files.values())
+
+    def json(self, name: str) -> Any:
+        """The parsed content of a JSON file of the artefact."""
+        return json.loads((self.path / name).read_text(encoding="utf-8"))
+
+
+def fingerprint(kind: str, config: Any, inputs: Mapping[str, str]) -> str:
+    """Identity of a computation before it is done: kind, package version, relevant config, input digests (32 hex)."""
+    payload = {"kind": kind, "package": __version__, "config": config, "inputs": dict(inputs)}
+    return hashlib.sha256(json.dumps(payload, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """UTF-8 JSON with sorted keys: equal values give equal bytes."""
+    path.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def seal(directory: Path, *, kind: str, fingerprint: str, inputs: Mapping[str, str], versions: Mapping[str, str] = {}) -> Artifact:  # fmt: skip
+    """Hashes every file, flushes it to disk and writes the manifest last."""
+    files = {}
+    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+        with path.open("rb") as handle:
+            os.fsync(handle.fileno())
+        files[path.relative_to(directory).as_posix()] = FileEntry(sha256=file_sha256(path), size=path.stat().st_size)
+    manifest = Manifest(
+        kind=kind,
+        fingerprint=fingerprint,
+        inputs=dict(inputs),
+        versions={"dpo_assets": __version__, **versions},
+        files=files,
+    )
+    partial = directory / (MANIFEST + ".tmp")
+    with partial.open("w", encoding="utf-8") as handle:
+        handle.write(manifest.model_dump_json(indent=1))
+        handle.flush()
+        os.fsync(handle.fileno())
+    partial.replace(directory / MANIFEST)
+    return Artifact(directory, manifest)
+
+
+def open_artifact(directory: Path) -> Artifact:
+    """The artefact in `directory`, with every file checked against the manifest.
+
+    Raises:
+        CorruptArtifact: no manifest, an unreadable one, or a file that is missing, extra or different.
+    """
+    path = directory / MANIFEST
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise CorruptArtifact(f"{directory}: no {MANIFEST}; the writer did not finish") from None
+    except ValidationError as error:
+        raise CorruptArtifact(f"{path}: unreadable manifest ({error.error_count()} faults)") from None
+    for name, entry in manifest.files.items():
+        file = directory / name
+        if not file.is_file():
+            raise CorruptArtifact(f"{file}: listed in the manifest, but missing")
+        if file.stat().st_size != entry.size or file_sha256(file) != entry.sha256:
+            raise CorruptArtifact(f"{file}: differs from the manifest (size or sha256)")
+    present = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()} - {MANIFEST}
+    if extra := present - set(manifest.files):
+        raise CorruptArtifact(f"{directory}: files that the manifest does not list: {', '.join(sorted(extra))}")
+    return Artifact(directory, manifest)
+
+
+@dataclass(frozen=True)
+class ArtifactTree:
+    """The artefacts of one pipeline: `root/<kind>/<fingerprint>`.
+
+    `_rejected/` keeps what failed verification, for a person to look at; nothing is deleted but the scratch
+    directories of writers that died.
+    """
+
+    root: Path
+
+    def directory(self, kind: str, fingerprint: str) -> Path:
+        return self.root / kind / fingerprint
+
+    def find(self, kind: str, fingerprint: str) -> Artifact | None:
+        """The verified artefact, or None. One that fails verification is moved to `_rejected/` first."""
+        directory = self.directory(kind, fingerprint)
+        if not directory.is_dir():
+            return None
+        try:
+            return open_artifact(directory)
+        except CorruptArtifact:
+            self._set_aside(directory)
+            return None
+
+    def find_or_build(self, kind: str, fingerprint: str, build: Callable[[Path], None], inputs: Mapping[str, str]) -> tuple[Artifact, bool]:  # fmt: skip
+        """The artefact, and whether it was reused. `build` fills an empty directory; it may seal it itself.
+
+        Writers of the same artefact wait for each other. The lock is the operating system's, so it goes with the
+        process that held it; a scratch directory found while holding it belongs to a dead writer and is removed.
+        """
+        final = self.directory(kind, fingerprint)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(final) + ".lock"):
+            if found := self.find(kind, fingerprint):
+                return found, True
+            for leftover in final.parent.glob(f"{fingerprint}.tmp-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            scratch = final.parent / f"{fingerprint}.tmp-{os.getpid()}"
+            scratch.mkdir()
+            try:
+                build(scratch)
+                if not (scratch / MANIFEST).exists():
+                    seal(scratch, kind=kind, fingerprint=fingerprint, inputs=inputs)
+                open_artifact(scratch)
+                scratch.rename(final)
+            except BaseException:
+                shutil.rmtree(scratch, ignore_errors=True)
+                raise
+            _sync_directory(final.parent)
+            return open_artifact(final), False
+
+    def _set_aside(self, directory: Path) -> None:
+        target = self.root / "_rejected" / f"{directory.parent.name}-{directory.name}-{os.urandom(4).hex()}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        directory.rename(target)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

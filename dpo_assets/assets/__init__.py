@@ -1,0 +1,1 @@
+"""The nodes of the graph, one module each, in the words of the design."""

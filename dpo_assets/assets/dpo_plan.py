@@ -1,0 +1,99 @@
+"""`dpo_plan`: the resolved recipe of a run, and the gates that need no training to be closed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+from pydantic import Field, create_model
+
+from dpo_assets.artifact import Artifact, write_json
+from dpo_assets.assets.base_model import FACTS
+from dpo_assets.assets.dpo_dataset import dataset_stats
+from dpo_assets.assets.node import Node
+from dpo_assets.assets.step import Events, Step
+from dpo_assets.checks.config import plan_verdicts
+from dpo_assets.planning.plan import ModelShape, TrainingPlan, make_plan
+from dpo_assets.recipe import OVERRIDABLE, Recipe, Section, apply_overrides
+from dpo_assets.report.tables import table
+
+PLAN = "plan.json"
+
+
+def materialise(step: Step) -> Events:
+    """Lays the launchpad's overrides over the recipe and resolves it for model, data and device."""
+    dataset, base = step.upstream("dpo_dataset"), step.upstream("base_model")
+    recipe = apply_overrides(step.recipe, {name: step.config.get(name, {}) for name in OVERRIDABLE})
+    shape = ModelShape.model_validate(base.json(FACTS))
+    plan = make_plan(recipe, shape, dataset_stats(dataset), step.gpu.detect())
+
+    def make(folder: Path, _: str) -> None:
+        write_json(folder / PLAN, plan.model_dump(mode="json"))
+
+    inputs = {"dpo_dataset": dataset, "base_model": base}
+    artifact, reused = step.build("dpo_plan", plan.model_dump(mode="json"), inputs, make)
+    step.context.log.info(f"precision: {plan.precision_reason}")
+    yield step.result(
+        "dpo_plan",
+        artifact,
+        reused,
+        plan_verdicts(plan),
+        {
+            "precision": plan.precision,
+            "precision_reason": plan.precision_reason,
+            "device": plan.device_name,
+            "kernels": plan.kernels,
+            "token_budget": plan.token_budget,
+            "memory_gib": round(plan.memory_gib, 2),
+            "sft_steps": plan.sft_steps,
+            "dpo_steps": plan.dpo_steps,
+            "learning_rate": plan.dpo.learning_rate,
+            "beta": plan.dpo.beta,
+            "loss": plan.dpo.loss,
+            "reference": plan.dpo.reference,
+            "hyperparameters": dg.MetadataValue.md(_hyperparameters(plan)),
+        },
+    )
+
+
+def read_plan(artifact: Artifact) -> TrainingPlan:
+    """The plan that a training stage follows."""
+    return TrainingPlan.model_validate(artifact.json(PLAN))
+
+
+def _hyperparameters(plan: TrainingPlan) -> str:
+    sections = {"lora": plan.lora, "sft": plan.sft, "dpo": plan.dpo}
+    rows = [[name, field, value] for name, section in sections.items() for field, value in section.model_dump().items()]
+    return table(["section", "field", "value"], rows)
+
+
+def override_config(recipe: Recipe) -> type[dg.Config]:
+    """The launchpad form: every field of the overridable sections, filled with what the recipe declares."""
+    sections = {name: _form(name, getattr(recipe, name)) for name in OVERRIDABLE}
+    fields: dict[str, Any] = {
+        name: (form, Field(default=form(), description=f"`{name}` of the recipe, for this run."))
+        for name, form in sections.items()
+    }
+    return create_model("PlanOverrides", __base__=dg.Config, **fields)
+
+
+def _form(name: str, section: Section) -> type[dg.Config]:
+    """A section as launchpad fields. Literals become text there; the recipe's own validation decides what passes."""
+    fields: dict[str, Any] = {}
+    for field, info in type(section).model_fields.items():
+        value = getattr(section, field)
+        kind = list[str] if isinstance(value, list) else type(value)
+        fields[field] = (kind, Field(default=value, description=info.description))
+    return create_model(f"{name.capitalize()}Overrides", __base__=dg.Config, **fields)
+
+
+NODE = Node(
+    name="dpo_plan",
+    description="Device, precision and why, token budget, memory, steps, learning rate, beta, loss; gated before training.",
+    phase="training",
+    kinds=frozenset({"json"}),
+    body=materialise,
+    deps=("dpo_dataset", "base_model"),
+    config=override_config,
+)

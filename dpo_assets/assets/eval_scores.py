@@ -1,0 +1,80 @@
+"""`eval_scores`: held-out scores of SFT and policy with intervals, answers side by side, and the promotion verdict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import dagster as dg
+
+from dpo_assets.assets.dpo_plan import read_plan
+from dpo_assets.assets.node import Node
+from dpo_assets.assets.sft_checkpoint import start_adapter
+from dpo_assets.assets.step import Events, Step
+from dpo_assets.checks.promotion import decide, evaluation_verdicts
+from dpo_assets.contract import EvaluateSpec
+from dpo_assets.report.tables import table
+
+UPSTREAM = ("merged_model", "sft_checkpoint", "dpo_dataset", "base_model")
+SHOWN = {
+    "implicit_reward_accuracy": "policy, implicit reward",
+    "logp_accuracy_policy": "policy, log-probability per token",
+    "logp_accuracy_sft": "SFT, log-probability per token",
+    "pick_the_longer": "baseline: pick the longer answer",
+}
+
+
+def materialise(step: Step) -> Events:
+    """Scores the held-out split; the verdict is part of what is written down."""
+    plan, evaluation = read_plan(step.upstream("dpo_plan")), step.recipe.evaluation
+    inputs = {name: step.upstream(name) for name in UPSTREAM}
+
+    def make(folder: Path, print_: str) -> None:
+        step.launch(
+            "evaluate",
+            EvaluateSpec(
+                output_dir=folder,
+                fingerprint=print_,
+                inputs={name: artifact.digest for name, artifact in inputs.items()},
+                base_model=inputs["base_model"].path / "model",
+                threads=step.recipe.hardware.threads,
+                dataset=inputs["dpo_dataset"].path,
+                plan=plan,
+                sft_adapter=start_adapter(inputs["sft_checkpoint"]),
+                policy=inputs["merged_model"].path / "model",
+                **evaluation.model_dump(include={"confidence", "generations", "max_new_tokens", "min_pairs"}),
+            ),
+        )
+
+    config = {"evaluation": evaluation.model_dump(exclude={"min_pairs"}), "device": plan.device, "precision": plan.precision}
+    artifact, reused = step.build("eval_scores", config, inputs, make)
+    report = artifact.json("report.json")
+    decision, reason = decide(report, evaluation.min_pairs)
+    rows = [[label, f"{report[k]['value']:.3f}", f"[{report[k]['low']:.3f}, {report[k]['high']:.3f}]"] for k, label in SHOWN.items()]
+    answers = [[a["prompt"][-1]["content"], a["sft"], a["policy"]] for a in artifact.json("generations.json")]
+    yield step.result(
+        "eval_scores",
+        artifact,
+        reused,
+        evaluation_verdicts(report, step.recipe),
+        {
+            "verdict": decision,
+            "verdict_reason": reason,
+            "held_out_pairs": report["pairs"],
+            "accuracy": report["implicit_reward_accuracy"]["value"],
+            "chosen_shift_nats_per_token": report["chosen_shift_nats_per_token"],
+            "rejected_shift_nats_per_token": report["rejected_shift_nats_per_token"],
+            "scores": dg.MetadataValue.md(table(["held-out accuracy", "value", f"{evaluation.confidence:.0%} interval"], rows)),
+            "answers": dg.MetadataValue.md(table(["prompt (last message)", "SFT", "policy"], answers)),
+        },
+    )
+
+
+NODE = Node(
+    name="eval_scores",
+    description="Held-out accuracy of SFT and policy with intervals and a length baseline, answers, promotion verdict.",
+    phase="release",
+    kinds=frozenset({"pytorch"}),
+    body=materialise,
+    deps=("merged_model", "sft_checkpoint", "dpo_plan", "dpo_dataset", "base_model"),
+    trains=True,
+)

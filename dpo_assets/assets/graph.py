@@ -1,0 +1,37 @@
+"""The graph: every node once, in the order a reader meets it."""
+
+from __future__ import annotations
+
+from dpo_assets.assets import (
+    base_model,
+    dpo_adapter,
+    dpo_dataset,
+    dpo_plan,
+    eval_scores,
+    merged_model,
+    published_model,
+    raw_preferences,
+    sft_checkpoint,
+)
+from dpo_assets.assets.node import Node
+
+NODES: tuple[Node, ...] = (
+    base_model.NODE,
+    raw_preferences.NODE,
+    dpo_dataset.QUARANTINE_NODE,
+    dpo_dataset.NODE,
+    dpo_plan.NODE,
+    sft_checkpoint.NODE,
+    dpo_adapter.NODE,
+    merged_model.NODE,
+    eval_scores.NODE,
+    published_model.NODE,
+)
+
+
+def steps() -> list[tuple[Node, ...]]:
+    """Nodes that one op makes together: those with the same body."""
+    together: dict[int, list[Node]] = {}
+    for node in NODES:
+        together.setdefault(id(node.body), []).append(node)
+    return [tuple(nodes) for nodes in together.values()]

@@ -1,0 +1,146 @@
+"""`published_model`: a release on the Hub, or the same folder and operation list as a dry run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from dpo_assets.artifact import Artifact, file_sha256, write_json
+from dpo_assets.assets.base_model import FACTS
+from dpo_assets.assets.dpo_plan import read_plan
+from dpo_assets.assets.node import Node
+from dpo_assets.assets.step import Events, Step
+from dpo_assets.checks.promotion import decide
+from dpo_assets.checks.verdict import Verdict
+from dpo_assets.errors import ConfigError
+from dpo_assets.publishing.card import CardFacts, render_card
+from dpo_assets.publishing.commit import Operation, PublishError, Release, publish, stage
+from dpo_assets.report.tables import table
+
+UPSTREAM = ("eval_scores", "merged_model", "dpo_adapter", "dpo_dataset", "base_model")
+RELEASE, OPERATIONS = "release", "operations.json"
+
+
+def materialise(step: Step) -> Events:
+    """Stages the release; sends it when the recipe says so and the environment holds a token."""
+    publishing = step.recipe.publishing
+    inputs = {name: step.upstream(name) for name in UPSTREAM}
+    plan = step.upstream("dpo_plan")
+
+    def make(folder: Path, _: str) -> None:
+        target = folder / RELEASE
+        target.mkdir()
+        facts = _facts(step, inputs, plan)
+        source = inputs["merged_model"].path / "model" if publishing.artifact == "merged" else _adapter(inputs, folder)
+        provenance = {name: artifact.digest for name, artifact in inputs.items()}
+        operations = stage(source, target, render_card(facts), {"inputs": provenance, "versions": facts.versions})
+        write_json(folder / OPERATIONS, [asdict(o) for o in operations])
+
+    config = {"artifact": publishing.artifact, "title": _title(step), "min_pairs": step.recipe.evaluation.min_pairs}
+    artifact, reused = step.build("published_model", config, inputs | {"dpo_plan": plan}, make)
+    operations = [Operation(**o) for o in artifact.json(OPERATIONS)]
+    release = None if publishing.dry_run else _send(step, artifact, operations)
+    yield step.result(
+        "published_model",
+        artifact,
+        reused,
+        [verify(artifact, operations, release)],
+        {
+            "release": dg.MetadataValue.path(str(artifact.path / RELEASE)),
+            "dry_run": publishing.dry_run,
+            "repository": publishing.repo_id or "none set",
+            **({"url": dg.MetadataValue.url(release.url), "commit": release.commit, "tag": release.tag} if release else {}),
+            "operations": dg.MetadataValue.md(
+                table(["action", "file", "bytes", "sha256"], [[o.action, o.path, o.size, o.sha256[:12]] for o in operations])
+            ),
+            "card": dg.MetadataValue.md((artifact.path / RELEASE / "README.md").read_text(encoding="utf-8").split("---", 2)[2]),
+        },
+    )
+
+
+def verify(artifact: Artifact, operations: list[Operation], release: Release | None) -> Verdict:
+    """The staged folder holds what the operations say; a sent release was compared by `publish` already."""
+    folder = artifact.path / RELEASE
+    wrong = [o.path for o in operations if not (folder / o.path).is_file() or file_sha256(folder / o.path) != o.sha256]
+    extra = {p.name for p in folder.iterdir()} - {o.path for o in operations}
+    bad = [*wrong, *sorted(extra)]
+    where = f"commit {release.commit[:12]}, re-downloaded and equal" if release else "dry run, nothing sent"
+    return Verdict(
+        "release_verified",
+        "error" if bad else "pass",
+        f"{len(operations)} files, {where}",
+        "every file as listed, no secret in any text",
+        "docs/design.md, publishing",
+        f"these files differ: {', '.join(bad)}" if bad else "",
+    )
+
+
+def _send(step: Step, artifact: Artifact, operations: list[Operation]) -> Release:
+    publishing = step.recipe.publishing
+    if step.hub.token() is None:
+        raise ConfigError(
+            f"publishing.dry_run is false, but {step.hub.token_variable} is not set in the environment; set it, or "
+            "set dry_run: true."
+        )
+    assert publishing.repo_id is not None, "the recipe requires repo_id when dry_run is false"
+    try:
+        return publish(step.hub.api(), publishing.repo_id, artifact.path / RELEASE, operations, private=publishing.private)
+    except PublishError as error:
+        raise dg.Failure(description=str(error), allow_retries=True) from None
+
+
+def _title(step: Step) -> str:
+    return (step.recipe.publishing.repo_id or step.pipeline.name).split("/")[-1]
+
+
+def _facts(step: Step, inputs: dict[str, Artifact], plan: Artifact) -> CardFacts:
+    base, scores = inputs["base_model"].json(FACTS), inputs["eval_scores"].json("report.json")
+    decision, reason = decide(scores, step.recipe.evaluation.min_pairs)
+    return CardFacts(
+        title=_title(step),
+        # A local folder's path says nothing to a reader of the card, and would publish the author's file system.
+        base_source=base["source"] if base["revision"] or base["source"].startswith("builtin:") else Path(base["source"]).name,
+        base_revision=base["revision"],
+        licence=base["licence"],
+        artifact=step.recipe.publishing.artifact,
+        plan=read_plan(plan),
+        dataset=inputs["dpo_dataset"].json("report.json"),
+        dataset_digest=inputs["dpo_dataset"].digest,
+        scores=scores,
+        decision=decision,
+        reason=reason,
+        versions=inputs["dpo_adapter"].manifest.versions,
+    )
+
+
+def _adapter(inputs: dict[str, Artifact], folder: Path) -> Path:
+    """The adapter with the Hub id of its base in place of a local path."""
+    base = inputs["base_model"].json(FACTS)
+    if not base["revision"]:
+        raise ConfigError(
+            "publishing.artifact `adapter` needs a base from the Hub: an adapter is of no use without one that others "
+            "can fetch. Release `merged` instead."
+        )
+    source = inputs["dpo_adapter"].path / "adapter"
+    patched = folder / "adapter"
+    patched.mkdir()
+    for path in source.iterdir():
+        (patched / path.name).write_bytes(path.read_bytes())
+    config: dict[str, Any] = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
+    config["base_model_name_or_path"], config["revision"] = base["source"], base["revision"]
+    write_json(patched / "adapter_config.json", config)
+    return patched
+
+
+NODE = Node(
+    name="published_model",
+    description="The release: folder, card and operations as a dry run, or one verified commit and tag on the Hub.",
+    phase="release",
+    kinds=frozenset({"huggingface"}),
+    body=materialise,
+    deps=("eval_scores", "merged_model", "dpo_adapter", "dpo_plan", "dpo_dataset", "base_model"),
+)

@@ -1,0 +1,191 @@
+"""One execution of one asset: its upstream artefacts, build-or-reuse, and how results reach the UI."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from dpo_assets.artifact import Artifact, ArtifactTree, fingerprint, write_json
+from dpo_assets.checks.verdict import Verdict
+from dpo_assets.contract import Spec, Stage
+from dpo_assets.errors import ConfigError, GateError
+from dpo_assets.recipe import Recipe
+from dpo_assets.resources.artifacts import ArtifactStore
+from dpo_assets.resources.gpu import GpuResource
+from dpo_assets.resources.hub import HubResource
+from dpo_assets.resources.launcher import TrainingLauncher, WorkerDied
+
+Events = Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]
+FINGERPRINT, PATH, DIGEST, REUSED = "dpo_assets/fingerprint", "path", "digest", "reused"
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What all assets of an instance share. Every name derives from `name`, so instances never collide."""
+
+    name: str
+    recipe: Recipe
+
+    def key(self, node: str) -> dg.AssetKey:
+        return dg.AssetKey([self.name, node])
+
+    def resource_key(self, resource: str) -> str:
+        return f"{self.name}_{resource}"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an asset's body works with."""
+
+    context: dg.AssetExecutionContext
+    pipeline: Pipeline
+    config: Mapping[str, Any] = field(default_factory=dict)  # What the launchpad said for this run.
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.pipeline.recipe
+
+    @property
+    def tree(self) -> ArtifactTree:
+        store = self._resource("artifacts")
+        assert isinstance(store, ArtifactStore)
+        return store.tree(self.context.instance, self.pipeline.name)
+
+    @property
+    def gpu(self) -> GpuResource:
+        gpu = self._resource("gpu")
+        assert isinstance(gpu, GpuResource)
+        return gpu
+
+    @property
+    def hub(self) -> HubResource:
+        hub = self._resource("hub")
+        assert isinstance(hub, HubResource)
+        return hub
+
+    def _resource(self, name: str) -> Any:
+        return getattr(self.context.resources, self.pipeline.resource_key(name))
+
+    def upstream(self, node: str) -> Artifact:
+        """The verified artefact of an upstream asset: this run's, or else the latest.
+
+        A red artefact is refused also outside the run that failed: a gate holds until its check passes.
+
+        Raises:
+            ConfigError: when it was never made, is gone or damaged, or failed a blocking check.
+        """
+        key = self.pipeline.key(node)
+        records = self.context.instance.fetch_materializations(key, limit=20).records
+        mine = [r for r in records if r.run_id == self.context.run_id]
+        record = next(iter(mine or records), None)
+        where = key.to_user_string()
+        if record is None or record.asset_materialization is None:
+            raise ConfigError(f"`{where}` has not been materialised yet; materialise it first.")
+        entry = record.asset_materialization.metadata.get(FINGERPRINT)
+        found = self.tree.find(node, str(entry.value)) if entry is not None else None
+        if found is None:
+            raise ConfigError(f"the artefact of `{where}` is missing or was damaged; materialise it again.")
+        if failed := self._failed_gates(found):
+            raise ConfigError(f"`{where}` did not pass {', '.join(failed)}; mend it before going on from it.")
+        return found
+
+    def build(
+        self, node: str, config: Any, inputs: Mapping[str, Artifact], make: Callable[[Path, str], None]
+    ) -> tuple[Artifact, bool]:
+        """The artefact for `config` and `inputs`, and whether an equal one was there already.
+
+        `make` gets an empty folder and the fingerprint.
+        """
+        digests = {name: artifact.digest for name, artifact in inputs.items()}
+        print_ = fingerprint(node, config, digests)
+        return self.tree.find_or_build(node, print_, lambda folder: make(folder, print_), digests)
+
+    def launch(self, stage: Stage, spec: Spec) -> None:
+        """Runs a worker stage to its end."""
+        launcher = self._resource("launcher")
+        assert isinstance(launcher, TrainingLauncher)
+        launcher.run(self.context, stage, spec, self.recipe.hardware.timeout_minutes * 60)
+
+    def result(
+        self,
+        node: str,
+        artifact: Artifact,
+        reused: bool,
+        verdicts: Iterable[Verdict] = (),
+        metadata: Mapping[str, Any] | None = None,
+    ) -> dg.MaterializeResult[Any]:
+        """The materialisation, with its checks. The verdicts are kept beside the artefact for `upstream`."""
+        verdicts = list(verdicts)
+        write_json(self._gates_file(artifact), {v.check: v.level for v in verdicts})
+        for verdict in verdicts:
+            if not verdict.passed:
+                self.context.log.warning(f"{verdict.headline} {verdict.fix}".strip())
+        said = f"yes: inputs unchanged, {artifact.fingerprint[:12]} was there; nothing was computed again"
+        if reused:
+            self.context.log.info(f"{node}: reused, inputs are unchanged")
+        return dg.MaterializeResult(
+            asset_key=self.pipeline.key(node),
+            data_version=dg.DataVersion(artifact.digest),
+            metadata={
+                **(metadata or {}),
+                REUSED: said if reused else "no",
+                PATH: dg.MetadataValue.path(str(artifact.path)),
+                DIGEST: artifact.digest,
+                "size_mib": round(artifact.size / 2**20, 3),
+                FINGERPRINT: artifact.fingerprint,
+            },
+            check_results=[self.check_result(node, v) for v in verdicts],
+        )
+
+    def check_result(self, node: str, verdict: Verdict) -> dg.AssetCheckResult:
+        """A verdict as Dagster shows it."""
+        parts = {
+            "value": verdict.value,
+            "band": verdict.band,
+            "source": verdict.source,
+            "what to change": verdict.fix,
+            "note": verdict.note,
+        }
+        return dg.AssetCheckResult(
+            asset_key=self.pipeline.key(node),
+            check_name=verdict.check,
+            passed=verdict.passed,
+            severity=dg.AssetCheckSeverity.ERROR if verdict.level == "error" else dg.AssetCheckSeverity.WARN,
+            description=verdict.headline if verdict.passed else f"{verdict.headline}. {verdict.fix}".strip(),
+            metadata={name: value for name, value in parts.items() if value != ""},
+        )
+
+    def _gates_file(self, artifact: Artifact) -> Path:
+        return artifact.path.parent / f"{artifact.path.name}.gates.json"
+
+    def _failed_gates(self, artifact: Artifact) -> list[str]:
+        path = self._gates_file(artifact)
+        if not path.is_file():
+            return []
+        levels: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+        return sorted(name for name, level in levels.items() if level == "error")
+
+
+def guarded(step: Step, node: str, events: Events) -> Events:
+    """Runs an asset's body and turns its errors into what Dagster should do about them.
+
+    A failed gate shows as that check's failure; faults of configuration are not tried again; faults of infrastructure
+    are, by the asset's retry policy.
+    """
+    try:
+        yield from events
+    except GateError as error:
+        yield step.check_result(
+            node,
+            Verdict(error.check, "error", error.value, error.band, error.source, error.fix, note=str(error)),
+        )
+        raise dg.Failure(description=f"{error} {error.fix}", allow_retries=False) from None
+    except ConfigError as error:
+        raise dg.Failure(description=str(error), allow_retries=False) from None
+    except WorkerDied as error:
+        raise dg.Failure(description=str(error), allow_retries=True) from None

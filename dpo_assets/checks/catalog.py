@@ -1,0 +1,49 @@
+"""Every check by name: which asset it stands on, what it sees, whether it blocks. One row each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CheckInfo:
+    """A check as the UI lists it before anything ran."""
+
+    name: str
+    asset: str
+    description: str
+    blocking: bool = True
+
+
+CHECKS: tuple[CheckInfo, ...] = (
+    CheckInfo("revision_pinned", "base_model", "A Hub model is named by a commit sha, so that it cannot change."),
+    CheckInfo("safetensors_only", "base_model", "Weights are safetensors; pickled weights can run code when loaded."),
+    CheckInfo("licence_known", "base_model", "The base model states a licence that a release can carry on."),
+    CheckInfo("every_row_accounted_for", "raw_preferences", "Rows in = pairs + rejected rows, file by file."),
+    CheckInfo("schema", "dpo_dataset", "Every accepted pair satisfies the pandera schema."),
+    CheckInfo("split_leak", "dpo_dataset", "No prompt stands in both train and eval."),
+    CheckInfo("distinct_after_truncation", "dpo_dataset", "No accepted pair is equal once cut to max_length."),
+    CheckInfo("quarantine_rate", "dpo_dataset", "The share of damaged rows stays below the recipe's limit."),
+    CheckInfo("enough_pairs", "dpo_dataset", "There are enough training pairs, and held-out pairs to judge by."),
+    CheckInfo("learning_rate_band", "dpo_plan", "The DPO learning rate lies where published runs survived."),
+    CheckInfo("beta_for_loss", "dpo_plan", "Beta suits the loss: its unit differs from loss to loss."),
+    CheckInfo("loss_supported", "dpo_plan", "The loss exists here, and uses the label smoothing it is given."),
+    CheckInfo("budget", "dpo_plan", "Effective batch, epochs and steps."),
+    CheckInfo("memory_fits", "dpo_plan", "The estimated peak fits the device."),
+    CheckInfo("sft_finite", "sft_checkpoint", "Every logged value of the SFT run is finite."),
+    CheckInfo("sft_learned", "sft_checkpoint", "The loss on held-out chosen answers fell.", blocking=False),
+    CheckInfo("eos_kept", "sft_checkpoint", "Training answers end with the end-of-turn token, so the model can stop."),
+    CheckInfo("reference_is_start", "dpo_adapter", "The first loss is the loss at zero margin: the reference is the start."),
+    CheckInfo("finite", "dpo_adapter", "Every logged value of the DPO run is finite."),
+    CheckInfo("displacement", "dpo_adapter", "Chosen answers did not lose their likelihood.", blocking=False),
+    CheckInfo("fidelity", "merged_model", "The merged model scores pairs as base + adapter did."),
+    CheckInfo("all_finite", "merged_model", "Every merged weight is finite."),
+    CheckInfo("promotion_verdict", "eval_scores", "The policy beats its start on held-out pairs, beyond chance."),
+    CheckInfo("generation_health", "eval_scores", "Answers still end, and do not repeat themselves.", blocking=False),
+    CheckInfo("release_verified", "published_model", "The release is complete, free of secrets, and reads back equal."),
+)
+
+
+def checks_of(asset: str) -> tuple[CheckInfo, ...]:
+    """The checks that stand on an asset, in order."""
+    return tuple(check for check in CHECKS if check.asset == asset)

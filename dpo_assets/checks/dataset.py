@@ -1,0 +1,94 @@
+"""Verdicts on a prepared dataset, from its report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dpo_assets.checks.verdict import Verdict
+from dpo_assets.recipe import FeedbackSection
+
+MIN_EVAL_PAIRS = 1
+
+
+def dataset_verdicts(report: Mapping[str, Any], feedback: FeedbackSection) -> list[Verdict]:
+    """All checks of `dpo_dataset`."""
+    return [
+        schema(report),
+        split_leak(report),
+        distinct_after_truncation(report),
+        quarantine_rate(report, feedback),
+        enough_pairs(report, feedback),
+    ]
+
+
+def schema(report: Mapping[str, Any]) -> Verdict:
+    """Rows that the pandera schema refused. They are in quarantine; any of them means that a reader lets them through."""
+    count = report["reasons"].get("schema", 0)
+    return Verdict(
+        "schema",
+        "error" if count else "pass",
+        count,
+        "0 rows",
+        "the pandera schema of dpo_assets.feedback.pair",
+        "see quarantined_preferences, reason `schema`" if count else "",
+        f"{report['accepted']} pairs satisfy it",
+    )
+
+
+def split_leak(report: Mapping[str, Any]) -> Verdict:
+    """Prompts in both splits: a leaked prompt makes every held-out score meaningless."""
+    count = report["leaked_prompts"]
+    return Verdict(
+        "split_leak",
+        "error" if count else "pass",
+        count,
+        "0 prompts in both splits",
+        "held-out scores on seen prompts measure memory",
+        "report a bug: the split keeps groups together by construction" if count else "",
+    )
+
+
+def distinct_after_truncation(report: Mapping[str, Any]) -> Verdict:
+    """Accepted pairs that truncation makes equal: no preference is left in them."""
+    count = report["identical_after_truncation"]
+    return Verdict(
+        "distinct_after_truncation",
+        "error" if count else "pass",
+        count,
+        "0 pairs",
+        "7 % of a default UltraFeedback slice (rlhf-book 504); OpenRLHF 1311",
+        "raise feedback.max_length" if count else "",
+        f"{report['reasons'].get('identical_after_truncation', 0)} such pairs are in quarantine",
+    )
+
+
+def quarantine_rate(report: Mapping[str, Any], feedback: FeedbackSection) -> Verdict:
+    """Share of damaged rows. Rows left out by choice, or too long for the model, do not count."""
+    rate = report["damaged"] / max(1, report["rows_in"])
+    bad = rate > feedback.max_quarantine_rate
+    reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(report["reasons"].items())) or "none"
+    return Verdict(
+        "quarantine_rate",
+        "error" if bad else "pass",
+        round(rate, 4),
+        f"at most {feedback.max_quarantine_rate:g} of {report['rows_in']} rows",
+        "feedback.max_quarantine_rate of the recipe",
+        f"mend the export: quarantined_preferences holds each row and its reason ({reasons})" if bad else "",
+        reasons,
+    )
+
+
+def enough_pairs(report: Mapping[str, Any], feedback: FeedbackSection) -> Verdict:
+    """Enough to train on, and something to judge by."""
+    train, held_out = report["train_pairs"], report["eval_pairs"]
+    enough = train >= feedback.min_pairs and held_out >= MIN_EVAL_PAIRS
+    reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(report["reasons"].items())) or "none"
+    return Verdict(
+        "enough_pairs",
+        "pass" if enough else "error",
+        f"{train} train, {held_out} eval",
+        f"at least {feedback.min_pairs} train, {MIN_EVAL_PAIRS} eval",
+        "feedback.min_pairs of the recipe",
+        "" if enough else f"collect more feedback, or lower feedback.min_pairs; rows left out: {reasons}",
+    )

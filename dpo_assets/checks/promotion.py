@@ -1,0 +1,85 @@
+"""Whether a policy should be released: held-out evidence against its own start.
+
+A policy that only looks better by chance is held. With no champion published yet, the bar is the SFT policy: the lower
+end of the implicit-reward accuracy's interval must lie above one half, and the policy must not rank pairs worse than
+SFT did by plain log-probability.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from dpo_assets.checks import bands
+from dpo_assets.checks.verdict import Level, Verdict, upper_limit
+from dpo_assets.recipe import Recipe
+
+Decision = Literal["first_publication", "hold", "reject", "insufficient_evidence"]
+CHANCE, TOLERANCE = 0.5, 0.05
+SOURCE = "Wilson interval on held-out pairs; power: 400 pairs show 10 points, 1,000 show 3 (arXiv 2411.00640)"
+
+
+def decide(report: Mapping[str, Any], min_prompts: int) -> tuple[Decision, str]:
+    """The decision and its reason."""
+    accuracy, prompts = report["implicit_reward_accuracy"], report["prompts"]
+    drop = report["logp_accuracy_sft"]["value"] - report["logp_accuracy_policy"]["value"]
+    if not math.isfinite(accuracy["value"]) or not math.isfinite(report["nll_ratio_chosen"]):
+        return "reject", "a score is not finite"
+    if accuracy["high"] < CHANCE:
+        return "reject", f"held-out accuracy lies below one half ({accuracy['value']:.3f}): chosen and rejected look swapped"
+    if prompts < min_prompts:
+        return "insufficient_evidence", f"{prompts} held-out prompts, evaluation.min_pairs asks for {min_prompts}"
+    if accuracy["low"] <= CHANCE:
+        return "hold", f"the interval [{accuracy['low']:.3f}, {accuracy['high']:.3f}] holds one half: this may be chance"
+    if drop > TOLERANCE:
+        return "hold", f"plain log-probability ranks pairs worse than SFT by {drop:.3f}"
+    return "first_publication", f"better than its start on {accuracy['value']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}]"
+
+
+def evaluation_verdicts(report: Mapping[str, Any], recipe: Recipe) -> list[Verdict]:
+    """All checks of `eval_scores`."""
+    return [promotion_verdict(report, recipe), generation_health(report)]
+
+
+def promotion_verdict(report: Mapping[str, Any], recipe: Recipe) -> Verdict:
+    """Blocks a release that evidence does not carry. A dry run sends nothing, so there a hold only warns."""
+    decision, reason = decide(report, recipe.evaluation.min_pairs)
+    level: Level = "pass"
+    if decision == "reject":
+        level = "error"
+    elif decision != "first_publication":
+        level = "warn" if recipe.publishing.dry_run else "error"
+    fixes = {
+        "hold": "collect more pairs, or train longer inside the learning-rate band",
+        "insufficient_evidence": "collect more feedback or raise feedback.eval_fraction",
+        "reject": "look at the pairs: labels may be inverted",
+    }
+    return Verdict(
+        "promotion_verdict",
+        level,
+        decision,
+        f"lower end of the held-out accuracy's interval above {CHANCE}",
+        SOURCE,
+        fixes.get(decision, ""),
+        reason,
+    )
+
+
+def generation_health(report: Mapping[str, Any]) -> Verdict:
+    """Rise over SFT in the shares of answers that repeat themselves, and that never end."""
+    sft, policy = report["generation"]["sft"], report["generation"]["policy"]
+    if not policy["answers"]:
+        return Verdict("generation_health", "pass", "no answers sampled", "-", bands.GENERATION_SOURCE)
+    rises = {name: policy[name] - sft[name] for name in ("repetition", "no_eos", "empty")}
+    worst = max(rises, key=lambda name: rises[name])
+    level = upper_limit(rises[worst], bands.REPETITION_WARN, math.inf)
+    return Verdict(
+        "generation_health",
+        level,
+        f"{worst} {rises[worst]:+.3f}",
+        f"at most +{bands.REPETITION_WARN} over SFT",
+        bands.GENERATION_SOURCE,
+        "" if level == "pass" else "lower dpo.learning_rate, and read the answers beside this check",
+        f"{policy['answers']} greedy answers each",
+    )

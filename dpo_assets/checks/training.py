@@ -1,0 +1,105 @@
+"""Verdicts on what training produced, from the reports of its stages. None of them needs a GPU to be asked again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dpo_assets.checks import bands
+from dpo_assets.checks.verdict import Verdict, upper_limit
+
+EOS_SHARE = 0.99
+
+
+def sft_verdicts(report: Mapping[str, Any]) -> list[Verdict]:
+    """All checks of `sft_checkpoint`. An adopted base passes: nothing was trained."""
+    if report.get("adopted"):
+        note = "the base was adopted as it is"
+        return [Verdict(name, "pass", "not trained", "-", note=note) for name in ("sft_finite", "sft_learned", "eos_kept")]
+    before, after = report["held_out_nll_before"], report["held_out_nll_after"]
+    learned = after < before
+    eos = report["ends_with_eos"]
+    return [
+        _finite("sft_finite", report),
+        Verdict(
+            "sft_learned",
+            "pass" if learned else "warn",
+            round(after, 4),
+            f"below {before:.4f}, the held-out loss before",
+            "negative log-likelihood per token of held-out chosen answers",
+            "" if learned else "lower sft.learning_rate, or start from a model nearer to the data with strategy: adopt",
+        ),
+        Verdict(
+            "eos_kept",
+            "pass" if eos >= EOS_SHARE else "error",
+            round(eos, 4),
+            f"at least {EOS_SHARE} of the answers end with EOS",
+            "LLaMA-Factory 2984, MedicalGPT 157: answers without EOS teach a model never to stop",
+            "" if eos >= EOS_SHARE else "the chat template must end every assistant turn with the tokenizer's EOS",
+        ),
+    ]
+
+
+def dpo_verdicts(report: Mapping[str, Any]) -> list[Verdict]:
+    """All checks of `dpo_adapter`."""
+    off = abs(report["first_loss"] - report["expected_first_loss"])
+    ratio = report["nll_ratio"]
+    level = upper_limit(ratio, bands.NLL_RATIO_WARN, bands.NLL_RATIO_ERROR)
+    return [
+        Verdict(
+            "reference_is_start",
+            upper_limit(off, bands.FIRST_LOSS_TOLERANCE, bands.FIRST_LOSS_TOLERANCE),
+            report["first_loss"],
+            f"{report['expected_first_loss']:.6f} +- {bands.FIRST_LOSS_TOLERANCE:g}",
+            bands.FIRST_LOSS_SOURCE,
+        ),
+        _finite("finite", report),
+        Verdict(
+            "displacement",
+            # Not calibrated on models of every size yet, so it warns and does not block.
+            "warn" if level != "pass" else "pass",
+            round(ratio, 4),
+            f"NLL of chosen answers, policy over reference, at most {bands.NLL_RATIO_WARN}",
+            bands.NLL_RATIO_SOURCE,
+            "" if level == "pass" else "lower dpo.learning_rate 5 to 10 times, or raise dpo.beta",
+        ),
+    ]
+
+
+def merge_verdicts(report: Mapping[str, Any]) -> list[Verdict]:
+    """All checks of `merged_model`."""
+    difference = report["mean_difference_per_token"]
+    level = upper_limit(difference, bands.FIDELITY_WARN, bands.FIDELITY_ERROR)
+    finite = report["finite"]
+    return [
+        Verdict(
+            "fidelity",
+            level,
+            float(difference),
+            f"at most {bands.FIDELITY_WARN} nats per token, blocked above {bands.FIDELITY_ERROR}",
+            bands.FIDELITY_SOURCE,
+            "" if level == "pass" else "merge in fp32: set hardware.precision to bf16 or fp32 and train again",
+            f"{report['probe_pairs']} held-out pairs",
+        ),
+        Verdict(
+            "all_finite",
+            "pass" if finite else "error",
+            "all finite" if finite else "NaN or infinity in the weights",
+            "every weight finite",
+            "a NaN weight answers nothing but NaN",
+            "" if finite else "lower the learning rate and train again",
+        ),
+    ]
+
+
+def _finite(check: str, report: Mapping[str, Any]) -> Verdict:
+    finite = report["finite"]
+    return Verdict(
+        check,
+        "pass" if finite else "error",
+        "all finite" if finite else "NaN or infinity",
+        "every logged value finite",
+        "TRL 1473, 2435, 2553",
+        "" if finite else "lower the learning rate 5 to 10 times",
+        f"{report['steps']} steps",
+    )

@@ -1,0 +1,199 @@
+"""`DpoPipeline`: one YAML block to the assets, checks, job, schedule and sensor of a pipeline."""
+# No `from __future__ import annotations` here: Dagster reads the annotation of an op's `context` as a class.
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import dagster as dg
+from pydantic import BaseModel, Field
+
+from dpo_assets.assets.graph import NODES, steps
+from dpo_assets.assets.node import Node, column_schema
+from dpo_assets.assets.step import Events, Pipeline, Step, guarded
+from dpo_assets.automation import new_feedback_sensor, refresh_job, refresh_schedule
+from dpo_assets.checks.catalog import checks_of
+from dpo_assets.errors import ConfigError
+from dpo_assets.recipe import Recipe, parse_recipe, resolve_paths
+from dpo_assets.resources.artifacts import ArtifactStore
+from dpo_assets.resources.gpu import GpuResource
+from dpo_assets.resources.hub import HubResource
+from dpo_assets.resources.launcher import LocalLauncher
+from dpo_assets.scaffolder import DpoPipelineScaffolder
+from dpo_assets.version import __version__
+
+NAME_PATTERN = r"^[a-z][a-z0-9_]{0,50}$"
+RESOURCES = ("artifacts", "gpu", "hub", "launcher")
+# What a node's code version covers of the recipe; results of later nodes follow through data versions.
+RELEVANT: dict[str, tuple[str, ...]] = {
+    "base_model": ("base_model",),
+    "raw_preferences": ("feedback",),
+    "quarantined_preferences": ("feedback",),
+    "dpo_dataset": ("feedback",),
+    "dpo_plan": ("lora", "sft", "dpo", "hardware"),
+    "sft_checkpoint": ("lora", "sft"),
+    "dpo_adapter": ("lora", "dpo"),
+    "merged_model": (),
+    "eval_scores": ("evaluation",),
+    "published_model": ("publishing",),
+}
+
+
+class DpoPipelineAttributes(Recipe):
+    """A recipe and the name of the instance: what `defs.yaml` holds under `attributes`."""
+
+    name: str = Field(
+        pattern=NAME_PATTERN, description="Prefix of every asset, job, schedule and sensor: lower case, digits, `_`."
+    )
+
+
+@dg.scaffold_with(DpoPipelineScaffolder)
+class DpoPipeline(dg.Component):
+    """Preference feedback to an aligned, evaluated and published language model, by SFT and DPO.
+
+    Subclass it to change how an asset looks or runs:
+
+    .. code-block:: python
+
+        class OwnedPipeline(DpoPipeline):
+            def get_asset_spec(self, node: Node) -> dg.AssetSpec:
+                return super().get_asset_spec(node).replace_attributes(owners=["team:alignment"])
+
+            def execute(self, step: Step, nodes: tuple[Node, ...]) -> Events:
+                step.context.log.info("starting")
+                yield from super().execute(step, nodes)
+    """
+
+    def __init__(self, name: str, recipe: Recipe, resources: Mapping[str, dg.ConfigurableResource[Any]] | None = None) -> None:
+        unknown = set(resources or {}) - set(RESOURCES)
+        if unknown:
+            raise ConfigError(f"no resource is called {', '.join(sorted(unknown))}; these can be given: {', '.join(RESOURCES)}")
+        self.pipeline = Pipeline(name, recipe)
+        self.resources = {**self._default_resources(), **(resources or {})}
+
+    @classmethod
+    def get_model_cls(cls) -> type[BaseModel]:
+        return DpoPipelineAttributes
+
+    @classmethod
+    def get_spec(cls) -> dg.ComponentTypeSpec:
+        return dg.ComponentTypeSpec(
+            description="Preference feedback to an aligned, evaluated and published language model, by SFT and DPO.",
+            tags=["dpo", "fine-tuning", "llm"],
+        )
+
+    @classmethod
+    def load(cls, attributes: BaseModel | None, context: dg.ComponentLoadContext) -> Self:
+        """From validated YAML; `{{ ... }}` templates in text are resolved here."""
+        assert isinstance(attributes, DpoPipelineAttributes)
+        values = context.resolution_context.resolve_value(attributes.model_dump())
+        name = values.pop("name")
+        return cls(name, resolve_paths(parse_recipe(values), _folder(context)))
+
+    def build_defs(self, context: dg.ComponentLoadContext | None = None) -> dg.Definitions:
+        """All definitions of the instance. Every name in them starts with the instance's name."""
+        job = refresh_job(self.pipeline)
+        return dg.Definitions(
+            assets=[self._assets(nodes) for nodes in steps()],
+            jobs=[job],
+            schedules=[refresh_schedule(self.pipeline, job)],
+            sensors=[new_feedback_sensor(self.pipeline, job)],
+            resources={self.pipeline.resource_key(name): resource for name, resource in self.resources.items()},
+        )
+
+    def get_asset_spec(self, node: Node) -> dg.AssetSpec:
+        """How one asset looks. Override it to add owners, tags or another group."""
+        metadata: dict[str, Any] = dict(node.metadata)
+        if node.columns:
+            metadata["dagster/column_schema"] = column_schema(node.columns)
+        return dg.AssetSpec(
+            key=self.pipeline.key(node.name),
+            deps=[self.pipeline.key(dep) for dep in node.deps],
+            description=node.description,
+            group_name=f"{self.pipeline.name}_{node.phase}",
+            kinds=set(node.kinds),
+            metadata=metadata,
+            code_version=self._code_version(node),
+        )
+
+    def execute(self, step: Step, nodes: tuple[Node, ...]) -> Events:
+        """Runs one op, which makes `nodes`. Override it to wrap what happens; it must yield what it gets."""
+        yield from guarded(step, nodes[-1].name, nodes[-1].body(step))
+
+    def _assets(self, nodes: tuple[Node, ...]) -> dg.AssetsDefinition:
+        recipe, main = self.pipeline.recipe, nodes[-1]
+        declare = dg.multi_asset(
+            name=f"{self.pipeline.name}__{main.name}",
+            specs=[self.get_asset_spec(node) for node in nodes],
+            check_specs=[
+                dg.AssetCheckSpec(
+                    check.name, asset=self.pipeline.key(node.name), description=check.description, blocking=check.blocking
+                )
+                for node in nodes
+                for check in checks_of(node.name)
+            ],
+            required_resource_keys={self.pipeline.resource_key(name) for name in RESOURCES},
+            pool=recipe.hardware.pool if main.trains else None,
+            # Only faults of infrastructure reach it: `guarded` marks the others as not worth another try.
+            retry_policy=dg.RetryPolicy(max_retries=2, delay=5, backoff=dg.Backoff.EXPONENTIAL),
+        )
+        if main.config is None:
+
+            def plain(context: dg.AssetExecutionContext) -> Any:
+                yield from self.execute(Step(context, self.pipeline), nodes)
+
+            return declare(plain)
+        form: Any = main.config(recipe)
+
+        def configured(context: dg.AssetExecutionContext, config: form) -> Any:  # type: ignore[valid-type]
+            yield from self.execute(Step(context, self.pipeline, config.model_dump()), nodes)
+
+        return declare(configured)
+
+    def _code_version(self, node: Node) -> str:
+        config = self.pipeline.recipe.model_dump(mode="json", include=set(RELEVANT[node.name]))
+        return f"{__version__}+{hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]}"
+
+    def _default_resources(self) -> dict[str, dg.ConfigurableResource[Any]]:
+        recipe = self.pipeline.recipe
+        return {
+            "artifacts": ArtifactStore(),
+            "gpu": GpuResource(device=recipe.hardware.device),
+            "hub": HubResource(endpoint=recipe.publishing.endpoint),
+            "launcher": LocalLauncher(),
+        }
+
+
+def build_dpo_defs(
+    name: str,
+    recipe: Recipe | Mapping[str, Any],
+    *,
+    base_dir: Path | str | None = None,
+    resources: Mapping[str, dg.ConfigurableResource[Any]] | None = None,
+) -> dg.Definitions:
+    """The definitions of one pipeline from Python: what a `defs.yaml` gives, without YAML.
+
+    Args:
+        name: prefix of every asset, job, schedule and sensor.
+        recipe: a Recipe, or its fields as plain values.
+        base_dir: folder that relative paths start from; default: the working directory.
+        resources: replacements for `artifacts`, `gpu`, `hub` or `launcher`.
+
+    Raises:
+        ConfigError: one line per fault of the recipe.
+    """
+    checked = recipe if isinstance(recipe, Recipe) else parse_recipe(recipe)
+    return DpoPipeline(name, resolve_paths(checked, Path(base_dir or Path.cwd())), resources).build_defs()
+
+
+def asset_names() -> Sequence[str]:
+    """The nodes of the graph, in order."""
+    return [node.name for node in NODES]
+
+
+def _folder(context: dg.ComponentLoadContext) -> Path:
+    """The folder of the YAML file."""
+    path = Path(context.path)
+    return path if path.is_dir() else path.parent

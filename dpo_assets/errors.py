@@ -1,0 +1,30 @@
+"""Errors that a user can act on. Each says what is wrong, where, and the way out."""
+
+from __future__ import annotations
+
+
+class DpoAssetsError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(DpoAssetsError):
+    """The recipe, or what it points at, cannot work. Trying again changes nothing, so it is not retried."""
+
+
+class FeedbackError(ConfigError):
+    """No usable feedback could be read."""
+
+
+class CorruptArtifact(DpoAssetsError):
+    """A directory whose manifest is missing or does not match its files."""
+
+
+class GateError(DpoAssetsError):
+    """A check stopped a running stage. `check` names it; `value`, `band` and `fix` go to the check's page.
+
+    Raised by the worker, carried over the process boundary as JSON, shown by the asset as a failed check.
+    """
+
+    def __init__(self, check: str, message: str, *, value: float | str, band: str, source: str, fix: str) -> None:
+        super().__init__(message)
+        self.check, self.value, self.band, self.source, self.fix = check, value, band, source, fix

@@ -1,0 +1,78 @@
+"""Strict JSONL: bytes, then one line at a time, then JSON. A damaged line costs that line and nothing else.
+
+No pandas: it turns the answer "5" into a number and "NA" into nothing. No `splitlines`: it cuts inside answers that
+hold U+2028.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dpo_assets.feedback.readers import RowFault
+
+MAX_LINE_BYTES = 4 * 1024 * 1024
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, bytes without the line end) of every non-blank line, in bounded memory.
+
+    A line over MAX_LINE_BYTES comes out cut to one byte more than the limit; `parse_line` refuses it.
+    """
+    with path.open("rb") as handle:
+        number = 0
+        while line := handle.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if len(line) > MAX_LINE_BYTES:
+                cut = line
+                while line and not line.endswith(b"\n"):
+                    line = handle.readline(MAX_LINE_BYTES)
+                yield number, cut
+            elif line.strip():
+                yield number, line.rstrip(b"\r\n")
+
+
+def parse_line(line: bytes) -> Mapping[str, Any]:
+    """The JSON object on a line.
+
+    Raises:
+        RowFault: `row_too_large`, `invalid_utf8`, `invalid_json`, `duplicate_key`, `too_deep` or `not_an_object`.
+    """
+    if len(line) > MAX_LINE_BYTES:
+        raise RowFault("row_too_large", f"longer than {MAX_LINE_BYTES // 2**20} MiB")
+    try:
+        text = line.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
+        # A lone surrogate passes json and would break Parquet later.
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RowFault("invalid_utf8", f"byte {error.start} is not UTF-8") from None
+    except UnicodeEncodeError:
+        raise RowFault("invalid_utf8", "a lone surrogate escape (\\ud800-\\udfff) is not text") from None
+    except json.JSONDecodeError as error:
+        cut = error.pos >= len(text.rstrip())
+        hint = "; the line ends early, as if the file had been cut" if cut else ""
+        raise RowFault("invalid_json", f"column {error.colno}: {error.msg}{hint}") from None
+    except RecursionError:
+        raise RowFault("too_deep", "nested too deeply") from None
+    if not isinstance(value, dict):
+        raise RowFault("not_an_object", f"the line is a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def _no_duplicates(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(items)
+    if len(result) != len(items):
+        names = [name for name, _ in items]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise RowFault("duplicate_key", f"key given twice: {', '.join(twice)}")
+    return result
+
+
+def _no_constants(name: str) -> NoReturn:
+    raise RowFault("invalid_json", f"{name} is not JSON")

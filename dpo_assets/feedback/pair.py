@@ -1,0 +1,201 @@
+"""The canonical preference pair, and the one table that describes its columns.
+
+A pair is a conversation: `prompt`, `chosen` and `rejected` are lists of messages with explicit roles, never rendered
+text (a rendered prompt gets its BOS twice). The same table feeds the Parquet schema, the pandera schema and the
+Columns tab, so that what the UI promises before the first run is what is checked in every run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import unicodedata
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+if TYPE_CHECKING:
+    import pandera.polars as pa
+    import polars as pl
+
+
+class Message(TypedDict):
+    """One turn. `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+LabelKind = Literal["human_pair", "human_ranking"]
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One preference: after `prompt`, `chosen` was preferred to `rejected`."""
+
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+    source: str
+    row: str
+    line: int
+    label_kind: LabelKind = "human_pair"
+    margin: float | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def pair_id(self) -> str:
+        """sha256 of the three conversations, 32 hex digits: equal content, equal id, wherever it came from."""
+        return _digest([self.prompt, self.chosen, self.rejected])
+
+    @property
+    def prompt_id(self) -> str:
+        """Digest of the prompt after NFC and white-space folding; what a split leak is looked for with."""
+        return _digest([[m["role"], fold(m["content"])] for m in self.prompt])
+
+    @property
+    def group_id(self) -> str:
+        """What a split keeps together: everything that opens with the same user message.
+
+        One OpenAssistant tree is one group, and no prompt can land in both splits, whatever file it came from.
+        """
+        opening = next((m["content"] for m in self.prompt if m["role"] == "user"), "")
+        return _digest([fold(opening)])
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A row that is not a pair, with all that is needed to mend it at its source."""
+
+    reason: str
+    message: str
+    source: str
+    row: str
+    line: int
+    raw: bytes
+
+
+def fold(text: str) -> str:
+    """NFC, white space folded to single spaces, ends stripped. Never NFKC: that changes code and mathematics."""
+    return re.sub(r"\s+", " ", unicodedata.normalize("NFC", text)).strip()
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the dataset, as people see it and as it is checked."""
+
+    name: str
+    kind: Literal["string", "messages", "number", "integer", "tokens"]
+    description: str
+    nullable: bool = False
+    unique: bool = False
+    rules: tuple[str, ...] = ()
+
+
+PAIR_COLUMNS: tuple[Column, ...] = (
+    Column("pair_id", "string", "Digest of prompt, chosen and rejected.", unique=True, rules=("32 hex digits",)),
+    Column("prompt", "messages", "Conversation before the answers.", rules=("ends with a user message",)),
+    Column("chosen", "messages", "The preferred answer.", rules=("ends with an assistant message",)),
+    Column("rejected", "messages", "The other answer.", rules=("ends with an assistant message",)),
+    Column("prompt_id", "string", "Digest of the prompt after NFC and white-space folding.", rules=("32 hex digits",)),
+    Column("group_id", "string", "What the split keeps together: same opening message.", rules=("32 hex digits",)),
+    Column("source", "string", "File the pair came from."),
+    Column("row", "string", "Id of the row in that file."),
+    Column("line", "integer", "Line in that file, from 1.", rules=("at least 1",)),
+    Column("label_kind", "string", "How the preference was given.", rules=("human_pair or human_ranking",)),
+    Column("margin", "number", "Strength of the preference, where the source has one.", nullable=True),
+    Column("meta", "string", "What else the source said, as JSON."),
+)
+
+TOKEN_COLUMNS: tuple[Column, ...] = (
+    Column("prompt_ids", "tokens", "Prompt rendered by the chat template, as token ids."),
+    Column("chosen_ids", "tokens", "Chosen answer as token ids, not truncated."),
+    Column("rejected_ids", "tokens", "Rejected answer as token ids, not truncated."),
+)
+
+QUARANTINE_COLUMNS: tuple[Column, ...] = (
+    Column("reason", "string", "Machine-readable reason code."),
+    Column("message", "string", "What is wrong with this row."),
+    Column("source", "string", "File the row came from."),
+    Column("row", "string", "Id of the row in that file."),
+    Column("line", "integer", "Line in that file, from 1; 0 for a whole file."),
+    Column("raw", "string", "The row's bytes as read, base64."),
+)
+
+
+@cache
+def polars_schema(columns: tuple[Column, ...]) -> pl.Schema:
+    """The Parquet types of `columns`."""
+    import polars as pl
+
+    message = pl.Struct({"role": pl.String, "content": pl.String})
+    types: dict[str, pl.DataType] = {
+        "string": pl.String(),
+        "messages": pl.List(message),
+        "number": pl.Float64(),
+        "integer": pl.Int64(),
+        "tokens": pl.List(pl.Int32()),
+    }
+    return pl.Schema({c.name: types[c.kind] for c in columns})
+
+
+@cache
+def pandera_schema() -> pa.DataFrameSchema:
+    """The contract of accepted pairs. Built on first use: importing pandera costs more than a code location may."""
+    import pandera.polars as pa
+    import polars as pl
+
+    def last_role(role: str) -> pa.Check:
+        return pa.Check(
+            lambda data: data.lazyframe.select(pl.col(data.key).list.last().struct.field("role").eq(role)),
+            name=f"ends with {'a user' if role == 'user' else 'an assistant'} message",
+        )
+
+    def no_blank_content() -> pa.Check:
+        content = pl.element().struct.field("content").str.strip_chars().str.len_chars() > 0
+        return pa.Check(
+            lambda data: data.lazyframe.select(pl.col(data.key).list.eval(content).list.all()),
+            name="no blank message",
+        )
+
+    checks: dict[str, list[pa.Check]] = {
+        "prompt": [last_role("user"), no_blank_content()],
+        "chosen": [last_role("assistant"), no_blank_content()],
+        "rejected": [last_role("assistant"), no_blank_content()],
+        "line": [pa.Check.ge(1, name="at least 1")],
+        "label_kind": [pa.Check.isin(["human_pair", "human_ranking"], name="human_pair or human_ranking")],
+    }
+    for name in ("pair_id", "prompt_id", "group_id"):
+        checks[name] = [pa.Check.str_matches(r"^[0-9a-f]{32}$", name="32 hex digits")]
+    types = polars_schema(PAIR_COLUMNS)
+    return pa.DataFrameSchema(
+        {
+            c.name: pa.Column(types[c.name], checks.get(c.name, []), nullable=c.nullable, unique=c.unique)
+            for c in PAIR_COLUMNS
+        },
+        strict=True,
+    )
+
+
+def pair_record(pair: Pair) -> dict[str, Any]:
+    """A row of the pair table."""
+    return {
+        "pair_id": pair.pair_id,
+        "prompt": pair.prompt,
+        "chosen": pair.chosen,
+        "rejected": pair.rejected,
+        "prompt_id": pair.prompt_id,
+        "group_id": pair.group_id,
+        "source": pair.source,
+        "row": pair.row,
+        "line": pair.line,
+        "label_kind": pair.label_kind,
+        "margin": pair.margin,
+        "meta": json.dumps(pair.meta, sort_keys=True, ensure_ascii=False),
+    }

@@ -1,0 +1,38 @@
+"""Anthropic hh-rlhf: two transcripts of Human and Assistant turns that share everything but the last answer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dpo_assets.feedback.pair import Message, Pair
+from dpo_assets.feedback.readers import Place, ReadOptions, RowFault
+from dpo_assets.feedback.readers.trl import shared_prefix
+
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+def read(row: Mapping[str, Any], place: Place, options: ReadOptions) -> Iterator[Pair | RowFault]:
+    """`{chosen, rejected}`, each a transcript; the longest common run of turns is the prompt."""
+    row_id = place.row_id(row.get("id"))
+    try:
+        if "transcript" in row:
+            raise RowFault("wrong_shape", "this is a red-team transcript of hh-rlhf, which holds no pair of answers")
+        prompt, chosen, rejected = shared_prefix(_turns(row, "chosen"), _turns(row, "rejected"))
+        yield Pair(prompt, chosen, rejected, source=place.source, row=row_id, line=place.line)
+    except RowFault as fault:
+        yield RowFault(fault.reason, fault.message, row_id)
+
+
+def _turns(row: Mapping[str, Any], name: str) -> list[Message]:
+    text = row.get(name)
+    if text is None:
+        raise RowFault("missing_field", f"no `{name}`; the row has: {', '.join(sorted(row)) or 'no keys'}")
+    if not isinstance(text, str):
+        raise RowFault("wrong_type", f"`{name}` is {type(text).__name__}; expected a transcript")
+    before, *rest = _TURN.split(text)
+    if not rest or before.strip():
+        raise RowFault("wrong_shape", f"`{name}` does not open with a Human: or Assistant: turn")
+    return [{"role": _ROLES[who], "content": said.strip()} for who, said in zip(rest[::2], rest[1::2], strict=True)]

@@ -1,0 +1,81 @@
+"""OpenAssistant message trees: ranked replies to one message become pairs (rank 0 is best)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from typing import Any
+
+from dpo_assets.feedback.pair import Message, Pair
+from dpo_assets.feedback.readers import Place, ReadOptions, RowFault
+
+_ROLES = {"prompter": "user", "assistant": "assistant"}
+
+
+def read(row: Mapping[str, Any], place: Place, options: ReadOptions) -> Iterator[Pair | RowFault]:
+    """Every prompter message of the tree with two or more ranked replies; at least one item per tree."""
+    root = row.get("prompt")
+    tree = place.row_id(row.get("message_tree_id"))
+    if not isinstance(root, Mapping):
+        yield RowFault("wrong_shape", f"no message tree in `prompt`; the row has: {', '.join(sorted(row))}", tree)
+        return
+    found = False
+    try:
+        for item in _comparisons(root, [], tree, place, options):
+            found = True
+            yield item
+    except RowFault as fault:
+        yield RowFault(fault.reason, fault.message, tree)
+        return
+    if not found:
+        yield RowFault("no_comparison", "no message of this tree has two ranked replies", tree)
+
+
+def _comparisons(
+    node: Mapping[str, Any], path: list[Message], tree: str, place: Place, options: ReadOptions
+) -> Iterator[Pair | RowFault]:
+    path = [*path, _message(node)]
+    replies = node.get("replies") or []
+    if not isinstance(replies, list) or not all(isinstance(r, Mapping) for r in replies):
+        raise RowFault("wrong_type", "`replies` is not a list of messages")
+    if node.get("role") == "prompter":
+        # A reply without a rank was not compared with its siblings, so it belongs to no pair.
+        ranked = sorted((r for r in replies if isinstance(r.get("rank"), int)), key=lambda r: r["rank"])
+        for best, worst in _pairs(ranked, options.pairing):
+            yield _pair(path, best, worst, tree, place, options)
+    for reply in replies:
+        yield from _comparisons(reply, path, tree, place, options)
+
+
+def _pairs(ranked: list[Mapping[str, Any]], pairing: str) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    if len(ranked) < 2:
+        return []
+    return [(ranked[0], ranked[-1])] if pairing == "best_worst" else list(pairwise(ranked))
+
+
+def _pair(
+    path: list[Message], best: Mapping[str, Any], worst: Mapping[str, Any], tree: str, place: Place, options: ReadOptions
+) -> Pair | RowFault:  # fmt: skip
+    row = f"{best.get('message_id')}>{worst.get('message_id')}"
+    if best["rank"] == worst["rank"]:
+        return RowFault("tie", f"both replies have rank {best['rank']}", row)
+    if not options.include_synthetic and (best.get("synthetic") or worst.get("synthetic")):
+        return RowFault("synthetic", "one side was written by a machine; keep such pairs with include_synthetic", row)
+    return Pair(
+        prompt=path,
+        chosen=[_message(best)],
+        rejected=[_message(worst)],
+        source=place.source,
+        row=row,
+        line=place.line,
+        label_kind="human_ranking",
+        margin=float(worst["rank"] - best["rank"]),
+        meta={"tree": tree},
+    )
+
+
+def _message(node: Mapping[str, Any]) -> Message:
+    role, text = node.get("role"), node.get("text")
+    if role not in _ROLES or not isinstance(text, str):
+        raise RowFault("wrong_type", f"message {node.get('message_id')!r} lacks a known role or text")
+    return {"role": _ROLES[role], "content": text}

@@ -1,0 +1,1 @@
+"""Releases: the folder, the card, the operations, and the search for secrets in them."""

@@ -1,0 +1,86 @@
+"""The model card, written whole: library-made cards claim licences and base models that are not so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from dpo_assets.planning.plan import TrainingPlan
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """Everything a card says. All of it comes from artefacts, none from templates."""
+
+    title: str
+    base_source: str
+    base_revision: str | None
+    licence: str
+    artifact: str
+    plan: TrainingPlan
+    dataset: dict[str, Any]
+    dataset_digest: str
+    scores: dict[str, Any]
+    decision: str
+    reason: str
+    versions: dict[str, str]
+
+
+def render_card(facts: CardFacts) -> str:
+    """README.md of a release: front matter that the Hub reads, and a body for people."""
+    plan, data, scores = facts.plan, facts.dataset, facts.scores
+    front: dict[str, Any] = {
+        "license": facts.licence,
+        "library_name": "transformers" if facts.artifact == "merged" else "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["dpo", "trl", "dagster", "preference-optimization"],
+    }
+    if "/" in facts.base_source and not facts.base_source.startswith((".", "/")):
+        front["base_model"] = facts.base_source
+        front["base_model_relation"] = "finetune" if facts.artifact == "merged" else "adapter"
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in data["reasons"].items()) or "none"
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(facts.versions.items()))
+    return f"""---
+{yaml.safe_dump(front, sort_keys=True, allow_unicode=True).strip()}
+---
+
+# {facts.title}
+
+A language model aligned to human preferences by direct preference optimisation (DPO, arXiv 2305.18290), released as
+{"one merged model" if facts.artifact == "merged" else "a LoRA adapter"}. Base: {_base(facts)}.
+
+## Training data
+{data["rows_in"]} feedback rows: {data["accepted"]} accepted ({data["train_pairs"]} train, {data["eval_pairs"]} held out),
+{data["quarantined"]} quarantined ({reasons}), {data["duplicates"]} duplicates. Dataset digest `{facts.dataset_digest}`.
+
+## Procedure
+SFT: {plan.sft.strategy}. DPO: loss {plan.dpo.loss}, beta {plan.dpo.beta:g}, learning rate {plan.dpo.learning_rate:g}
+({plan.dpo.schedule}, warm-up {plan.dpo.warmup_ratio:g}), {plan.dpo_steps} steps of {plan.dpo.batch_size} pairs,
+{plan.dpo.epochs:g} epochs, LoRA rank {plan.lora.rank} alpha {plan.lora.alpha}, max length {plan.max_length} tokens,
+seed {plan.dpo.seed}. Precision: {plan.precision_reason}. Versions: {versions}.
+
+## Evaluation on held-out pairs
+| score | value | {scores["confidence"]:.0%} interval | pairs |
+|---|---|---|---|
+{_score("policy, implicit reward against SFT", scores["implicit_reward_accuracy"])}
+{_score("policy, log-probability per token", scores["logp_accuracy_policy"])}
+{_score("SFT, log-probability per token", scores["logp_accuracy_sft"])}
+{_score("baseline: pick the longer answer", scores["pick_the_longer"])}
+
+Verdict: **{facts.decision}** ({facts.reason}).
+
+## Limitations
+Held-out accuracy says how the policy ranks pairs of this feedback, not how safe or true its answers are. Compare it
+with the length baseline: a policy can score well by liking long answers. Licence of the base: {facts.licence}.
+"""
+
+
+def _base(facts: CardFacts) -> str:
+    revision = f" at revision `{facts.base_revision}`" if facts.base_revision else ""
+    return f"`{facts.base_source}`{revision} ({facts.licence})"
+
+
+def _score(label: str, score: dict[str, Any]) -> str:
+    return f"| {label} | {score['value']:.3f} | [{score['low']:.3f}, {score['high']:.3f}] | {score['n']} |"

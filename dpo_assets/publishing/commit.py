@@ -1,0 +1,134 @@
+"""One release as one atomic commit: stage a folder by allow-list, plan the operations, send them, read them back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpo_assets.artifact import file_sha256
+from dpo_assets.errors import ConfigError, DpoAssetsError
+from dpo_assets.publishing.secrets import find_secrets, scrub
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+# A release holds these and nothing else. Pickles, optimizer states and training_args.bin (which holds the token in
+# clear text) can never be among them.
+ALLOWED = (
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "README.md",
+    "provenance.json",
+)
+HUB_OWNED = frozenset({".gitattributes"})
+
+
+class PublishError(DpoAssetsError):
+    """The Hub did not take, or did not give back, what was sent. Worth another try."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One line of a commit."""
+
+    action: str
+    path: str
+    size: int = 0
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Release:
+    """Where a release ended up."""
+
+    url: str
+    commit: str
+    tag: str
+    sent: bool
+
+
+def stage(source: Path, target: Path, card: str, provenance: Mapping[str, Any]) -> list[Operation]:
+    """Copies what a release may hold, adds card and provenance, and returns the operations that would send it.
+
+    Raises:
+        ConfigError: when a text file of the release holds something shaped like a credential.
+    """
+    for path in sorted({p for pattern in ALLOWED for p in source.glob(pattern) if p.is_file()}):
+        shutil.copyfile(path, target / path.name)
+    (target / "README.md").write_text(card, encoding="utf-8")
+    text = json.dumps(provenance, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    (target / "provenance.json").write_text(text, encoding="utf-8")
+    for path in sorted(target.iterdir()):
+        if path.suffix != ".safetensors" and (kinds := find_secrets(path.read_text(encoding="utf-8", errors="replace"))):
+            raise ConfigError(f"{path.name} of the release seems to hold a {', a '.join(kinds)}; nothing was sent.")
+    return [Operation("add", p.name, p.stat().st_size, file_sha256(p)) for p in sorted(target.iterdir())]
+
+
+def content_tag(operations: list[Operation]) -> str:
+    """A tag that names the content: equal releases get equal tags."""
+    rows = [[o.path, o.sha256] for o in operations]
+    return "content-" + hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]
+
+
+def publish(api: HfApi, repo_id: str, folder: Path, operations: list[Operation], *, private: bool) -> Release:
+    """Sends a staged release as one commit on the head that was read, tags it, and compares it byte for byte.
+
+    Raises:
+        PublishError: on any refusal of the Hub, with secrets masked.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return _publish(api, repo_id, folder, operations, private)
+    except (HfHubHTTPError, OSError) as error:
+        raise PublishError(f"publishing {repo_id} failed: {scrub(str(error))}") from None
+
+
+def _publish(api: HfApi, repo_id: str, folder: Path, operations: list[Operation], private: bool) -> Release:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    tag = content_tag(operations)
+    url = str(api.create_repo(repo_id, private=private, exist_ok=True))
+    tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
+    head = str(api.model_info(repo_id).sha)
+    if tags.get(tag) == head:
+        return Release(url, head, tag, sent=False)
+    keep = {o.path for o in operations} | HUB_OWNED
+    stale = [name for name in api.list_repo_files(repo_id, revision=head) if name not in keep]
+    commit = api.create_commit(
+        repo_id,
+        operations=[
+            *(CommitOperationAdd(o.path, folder / o.path) for o in operations),
+            *(CommitOperationDelete(name) for name in stale),
+        ],
+        commit_message=f"Release {tag}",
+        parent_commit=head,
+    )
+    if tag in tags and tags[tag] != commit.oid:
+        raise PublishError(f"tag {tag} of {repo_id} points at {tags[tag]}, not at the new commit {commit.oid}")
+    api.create_tag(repo_id, tag=tag, revision=commit.oid, exist_ok=True)
+    _verify(api, repo_id, commit.oid, operations)
+    return Release(url, commit.oid, tag, sent=True)
+
+
+def _verify(api: HfApi, repo_id: str, commit: str, operations: list[Operation]) -> None:
+    """Downloads the commit into a fresh folder and compares every file."""
+    with tempfile.TemporaryDirectory(prefix="dpo-assets-verify-") as fresh:
+        api.snapshot_download(repo_id, revision=commit, local_dir=fresh)
+        for operation in operations:
+            path = Path(fresh) / operation.path
+            if not path.is_file() or file_sha256(path) != operation.sha256:
+                raise PublishError(f"{operation.path} at {repo_id}@{commit} is not what was sent")

@@ -1,0 +1,33 @@
+"""Keeps credentials out of logs, cards and releases."""
+
+from __future__ import annotations
+
+import os
+import re
+
+SECRET_VARIABLES = frozenset({"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN", "WANDB_API_KEY"})
+# Shapes of keys that people paste into feedback and configs. Each is specific enough not to hit ordinary words.
+PATTERNS: dict[str, re.Pattern[str]] = {
+    "Hugging Face token": re.compile(r"\bhf_[A-Za-z0-9]{20,}\b"),
+    "OpenAI key": re.compile(r"\bsk-(?:proj-)?[A-Za-z0-9_-]{20,}\b"),
+    "AWS access key": re.compile(r"\bAKIA[0-9A-Z]{16}\b"),
+    "GitHub token": re.compile(r"\bgh[pousr]_[A-Za-z0-9]{36,}\b"),
+    "private key": re.compile(r"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----"),
+}
+MASK = "[secret]"
+
+
+def scrub(text: str) -> str:
+    """The text with every known secret and everything shaped like one masked."""
+    for name in SECRET_VARIABLES:
+        value = os.environ.get(name)
+        if value and len(value) >= 8:
+            text = text.replace(value, MASK)
+    for pattern in PATTERNS.values():
+        text = pattern.sub(MASK, text)
+    return text
+
+
+def find_secrets(text: str) -> list[str]:
+    """Kinds of secrets that a text seems to hold."""
+    return [kind for kind, pattern in PATTERNS.items() if pattern.search(text)]

@@ -1,0 +1,334 @@
+"""The recipe: one typed description of a pipeline, shared by YAML, launchpad, command line and worker.
+
+Nothing here knows Dagster or torch. A key that does not exist is refused with the nearest one that does, and every
+cross-field rule says what is wrong and what would pass.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dpo_assets.errors import ConfigError
+
+BUILTIN = "builtin:"
+LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ALL_LINEAR: tuple[LoraTarget, ...] = (
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+)  # fmt: skip
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown keys are errors that name the nearest known key."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        known = list(cls.model_fields)
+        unknown = [key for key in data if key not in known]
+        if unknown:
+            # pydantic merges the line errors of a ValidationError raised here, so each keeps its own place in the file.
+            raise ValidationError.from_exception_data(
+                cls.__name__,
+                [
+                    {
+                        "type": "value_error",
+                        "loc": (str(key),),
+                        "input": data[key],
+                        "ctx": {"error": ValueError(_unknown_key_message(str(key), known))},
+                    }
+                    for key in unknown
+                ],
+            )
+        return data
+
+
+def _unknown_key_message(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(f'`{k}`' for k in known)}."
+    return f"there is no key `{key}` here; {hint}"
+
+
+class BaseModelSection(Section):
+    """The starting model."""
+
+    source: str = Field(
+        description="A Hub id (`org/name`), a local folder, or `builtin:stories260k` (a real 260k-parameter model).",
+        examples=["HuggingFaceTB/SmolLM2-135M-Instruct", "./models/my-base", "builtin:stories260k"],
+    )
+    revision: str | None = Field(
+        default=None,
+        description="Commit sha (40 hex digits) of a Hub model. Required for a Hub id: a branch name can move.",
+    )
+    chat_template: str | None = Field(
+        default=None,
+        description="Path of a Jinja chat template for a base that has none; it must end each assistant turn with EOS.",
+    )
+    licence: str | None = Field(
+        default=None,
+        description="SPDX id of the model's licence, where its model card does not state one.",
+    )
+
+    @property
+    def is_builtin(self) -> bool:
+        return self.source.startswith(BUILTIN)
+
+
+class FeedbackSource(Section):
+    """One set of feedback files of one format."""
+
+    path: str = Field(
+        description="File or glob (JSONL), relative to the folder of the YAML file; `builtin:oasst` is a real sample.",
+        examples=["feedback/*.jsonl", "builtin:oasst"],
+    )
+    format: Literal["trl", "oasst_tree", "hh_rlhf"] = Field(
+        default="trl",
+        description=(
+            "`trl`: prompt/chosen/rejected as text or messages; `oasst_tree`: OpenAssistant message trees; "
+            "`hh_rlhf`: Human/Assistant transcripts."
+        ),
+    )
+
+
+class FeedbackSection(Section):
+    """Where preferences come from, and what a pair must satisfy."""
+
+    sources: list[FeedbackSource] = Field(min_length=1, description="Feedback files, read in this order.")
+    pairing: Literal["best_worst", "adjacent"] = Field(
+        default="best_worst",
+        description="How ranked replies become pairs: best against worst, or each against the next in rank.",
+    )
+    include_synthetic: bool = Field(
+        default=False, description="Keep OpenAssistant pairs with a machine-written side."
+    )
+    max_length: int = Field(
+        default=1024, ge=16, description="Tokens of prompt + answer; longer answers lose their end (TRL keep_start)."
+    )
+    eval_fraction: float = Field(
+        default=0.1, gt=0.0, lt=0.9, description="Share of prompt groups held out for evaluation, never trained on."
+    )
+    min_pairs: int = Field(default=50, ge=1, description="Fewer training pairs than this block the run.")
+    max_quarantine_rate: float = Field(
+        default=0.2, ge=0.0, le=1.0, description="A larger share of rejected rows blocks the run; single rows never do."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the train/eval split.")
+
+
+class LoraSection(Section):
+    """The adapter that SFT and DPO train."""
+
+    rank: int = Field(default=16, ge=1, le=1024, description="Rank r of the LoRA matrices.")
+    alpha: int = Field(default=16, ge=1, description="LoRA alpha; the update is scaled by alpha / rank.")
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="LoRA dropout, SFT only: DPO trains without.")
+    target_modules: list[LoraTarget] = Field(
+        default=list(ALL_LINEAR), min_length=1, description="Linear layers that get an adapter."
+    )
+
+
+class OptimSection(Section):
+    """What SFT and DPO have in common. Every value is explicit: no library default is relied on."""
+
+    learning_rate: float = Field(gt=0.0, description="Peak learning rate of AdamW.")
+    epochs: float = Field(default=1.0, gt=0.0, description="Passes over the training pairs.")
+    batch_size: int = Field(default=16, ge=1, description="Pairs per optimizer step (the effective batch).")
+    warmup_ratio: float = Field(default=0.1, ge=0.0, lt=1.0, description="Share of the steps spent warming up.")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        default="linear", description="Learning-rate schedule after the warm-up."
+    )
+    weight_decay: float = Field(default=0.0, ge=0.0, description="AdamW weight decay.")
+    max_grad_norm: float = Field(default=1.0, gt=0.0, description="Gradient clipping threshold.")
+    seed: int = Field(default=42, ge=0, description="Seed of adapter initialisation and data order.")
+
+
+class SftSection(OptimSection):
+    """Supervised fine-tuning on the chosen answers: the policy DPO starts from, and its reference."""
+
+    strategy: Literal["train", "adopt"] = Field(
+        default="train", description="`train` on chosen answers, or `adopt` a base that is already an instruct model."
+    )
+    learning_rate: float = Field(default=2e-4, gt=0.0, description="Peak learning rate of the SFT adapter.")
+
+
+class DpoSection(OptimSection):
+    """Direct preference optimisation (Rafailov et al., arXiv 2305.18290)."""
+
+    learning_rate: float = Field(
+        default=5e-6, gt=0.0, description="Peak learning rate; 5e-6 is TRL's and Unsloth's value for LoRA."
+    )
+    beta: float = Field(default=0.1, ge=0.0, description="Strength of the pull towards the reference.")
+    # A plain string: the launchpad and the `loss_supported` check decide, so that a wrong name ends in a check that
+    # says what to use instead, not in a failed form.
+    loss: str = Field(default="sigmoid", description="DPO loss; `sigmoid` is the paper's.")
+    label_smoothing: float = Field(
+        default=0.0, ge=0.0, lt=0.5, description="Label noise; the sigmoid loss of TRL 1.15 ignores it."
+    )
+    reference: Literal["sft", "base"] = Field(
+        default="sft",
+        description=(
+            "What log-ratios are measured against. `base` differs from the start of training when SFT was trained, "
+            "and the first-loss check then stops the run."
+        ),
+    )
+    trainer: Literal["packed", "trl"] = Field(
+        default="packed", description="`packed`: shared prompts, no padding; `trl`: TRL's own DPOTrainer (needs a GPU)."
+    )
+
+
+class EvaluationSection(Section):
+    """How the policy is judged on held-out pairs."""
+
+    confidence: float = Field(default=0.95, gt=0.5, lt=1.0, description="Level of every interval.")
+    min_pairs: int = Field(
+        default=50, ge=1, description="Fewer held-out prompt groups than this: `insufficient_evidence`, no release."
+    )
+    generations: int = Field(default=16, ge=0, description="Held-out prompts that SFT and policy answer.")
+    max_new_tokens: int = Field(default=64, ge=1, description="Length limit of those answers.")
+
+
+class PublishingSection(Section):
+    """What a release is, and where it goes. The token comes from the environment (`HF_TOKEN`), never from here."""
+
+    repo_id: str | None = Field(default=None, description="Hub repository (`org/name`) of the release.")
+    dry_run: bool = Field(
+        default=True, description="Write the exact folder, card and operation list, and send nothing."
+    )
+    artifact: Literal["merged", "adapter"] = Field(default="merged", description="What is released.")
+    private: bool = Field(default=True, description="Create the repository as private.")
+    endpoint: str | None = Field(default=None, description="Hub address; default: huggingface_hub's own.")
+
+    @model_validator(mode="after")
+    def _a_release_needs_a_repository(self) -> PublishingSection:
+        if not self.dry_run and not self.repo_id:
+            raise ValueError("`dry_run: false` needs `repo_id` (for example `my-org/my-bot-dpo`).")
+        return self
+
+
+class RefreshSection(Section):
+    """When the pipeline runs by itself. Schedule and sensor exist, and are stopped until someone starts them."""
+
+    schedule: str = Field(default="0 3 * * *", description="Cron expression of the refresh job.")
+    sensor_interval_seconds: int = Field(default=60, ge=30, description="How often new feedback is looked for.")
+
+
+class HardwareSection(Section):
+    """What the training runs on."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where the worker trains.")
+    precision: Literal["auto", "4bit", "8bit", "fp8", "bf16", "fp16", "fp32"] = Field(
+        default="auto", description="`auto`: the GPU resource chooses and says why. A choice wins or fails early."
+    )
+    memory_gib: float | None = Field(default=None, gt=0.0, description="Memory the worker may plan with.")
+    threads: int = Field(default=1, ge=1, description="CPU threads of the worker.")
+    pool: str = Field(default="gpu", description="Dagster pool that the training assets share.")
+    timeout_minutes: float = Field(default=24 * 60.0, gt=0.0, description="A worker stage that takes longer is ended.")
+
+
+class Recipe(Section):
+    """Everything that decides what a pipeline produces."""
+
+    base_model: BaseModelSection
+    feedback: FeedbackSection
+    lora: LoraSection = LoraSection()
+    sft: SftSection = SftSection()
+    dpo: DpoSection = DpoSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    publishing: PublishingSection = PublishingSection()
+    refresh: RefreshSection = RefreshSection()
+    hardware: HardwareSection = HardwareSection()
+
+    @model_validator(mode="after")
+    def _rules_between_sections(self) -> Recipe:
+        source, revision = self.base_model.source, self.base_model.revision
+        if looks_like_hub_id(source) and not _is_commit(revision):
+            raise ValueError(
+                f"base_model.source `{source}` is a Hub id and needs `revision`: the 40-digit commit sha from the "
+                "model page (a branch such as `main` can change under you). For a local folder write `./` in front."
+            )
+        if self.hardware.device == "cpu" and self.hardware.precision not in ("auto", "fp32"):
+            raise ValueError(
+                f"hardware.precision `{self.hardware.precision}` needs a GPU; with `device: cpu` use `fp32` or `auto`."
+            )
+        return self
+
+
+def looks_like_hub_id(source: str) -> bool:
+    """`org/name` without a path prefix. A folder is told apart by `./`, `../`, `/`, `~` or a drive letter."""
+    if source.startswith((BUILTIN, ".", "/", "~")) or ":" in source or "\\" in source:
+        return False
+    return source.count("/") == 1
+
+
+def _is_commit(revision: str | None) -> bool:
+    return revision is not None and len(revision) == 40 and all(c in "0123456789abcdef" for c in revision.lower())
+
+
+# The sections that the launchpad may override for one run, in the order a reader meets them.
+OVERRIDABLE: tuple[str, ...] = ("lora", "sft", "dpo")
+
+Overrides = Annotated[Mapping[str, Mapping[str, Any]], "section -> field -> value"]
+
+
+def apply_overrides(recipe: Recipe, overrides: Overrides) -> Recipe:
+    """The recipe of one run: the declared one with `overrides` laid over it, validated as a whole.
+
+    Raises:
+        ConfigError: when a section may not be overridden, or a value is out of its domain.
+    """
+    values = recipe.model_dump()
+    for section, fields in overrides.items():
+        if section not in OVERRIDABLE:
+            raise ConfigError(f"section `{section}` cannot be overridden per run; these can: {', '.join(OVERRIDABLE)}")
+        values[section] |= fields
+    return parse_recipe(values)
+
+
+def parse_recipe(values: Mapping[str, Any]) -> Recipe:
+    """A recipe from plain values.
+
+    Raises:
+        ConfigError: with one line per fault: where, what is wrong, and a suggestion.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(describe_validation_error(error)) from None
+
+
+def describe_validation_error(error: ValidationError) -> str:
+    """One line per fault, `section.field: message (got value)`."""
+    lines = []
+    for fault in error.errors():
+        where = ".".join(str(part) for part in fault["loc"]) or "recipe"
+        message = fault["msg"].removeprefix("Value error, ")
+        got = "" if isinstance(fault["input"], Mapping) else f" (got {fault['input']!r})"
+        lines.append(f"{where}: {message}{got}")
+    return "\n".join(lines)
+
+
+def resolve_paths(recipe: Recipe, base_dir: Path) -> Recipe:
+    """The same recipe with relative folders and files made absolute, against the folder of the YAML file."""
+
+    def absolute(path: str) -> str:
+        return path if path.startswith(BUILTIN) else str((base_dir / Path(path).expanduser()).absolute())
+
+    model = recipe.base_model
+    changes: dict[str, Any] = {}
+    if not looks_like_hub_id(model.source):
+        changes["source"] = absolute(model.source)
+    if model.chat_template is not None:
+        changes["chat_template"] = absolute(model.chat_template)
+    sources = [s.model_copy(update={"path": absolute(s.path)}) for s in recipe.feedback.sources]
+    return recipe.model_copy(
+        update={
+            "base_model": model.model_copy(update=changes),
+            "feedback": recipe.feedback.model_copy(update={"sources": sources}),
+        }
+    )

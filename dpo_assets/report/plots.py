@@ -1,0 +1,33 @@
+"""Curves as small PNG images inside Markdown. They stay in the event log for ever, so their size is bounded."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+POINTS = 400
+
+
+def line_plot(metrics: Path, series: Mapping[str, str], title: str, level: float | None = None) -> str:
+    """One curve per key of `series` over the steps of a metrics.jsonl; `level` is drawn as a dashed line."""
+    from matplotlib.figure import Figure
+
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    rows = rows[:: max(1, len(rows) // POINTS)]
+    figure = Figure(figsize=(6, 3), dpi=80, layout="constrained")
+    axes = figure.subplots()
+    for key, label in series.items():
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        axes.plot([x for x, _ in points], [y for _, y in points], label=label, linewidth=1.2)
+    if level is not None:
+        axes.axhline(level, linestyle="--", linewidth=0.8, color="grey")
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("step", fontsize=9)
+    if len(series) > 1:
+        axes.legend(fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return f"![{title}](data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')})"

@@ -1,0 +1,45 @@
+"""Markdown tables of bounded size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROWS, CELL = 5, 160
+
+
+def cell(value: Any) -> str:
+    """A value as one short table cell."""
+    text = str(value).replace("|", "\\|").replace("\n", " ").replace("\r", " ")
+    return text if len(text) <= CELL else text[: CELL - 1] + "…"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(cell(v) for v in row) + " |" for row in rows])
+
+
+def counts_table(name: str, counts: Mapping[str, int]) -> str:
+    """Counts, largest first."""
+    rows = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return table([name, "rows"], rows) if rows else "none"
+
+
+def sample_table(path: Path) -> str:
+    """The first pairs of a table: last user message and both answers."""
+    import polars as pl
+
+    pairs = pl.read_parquet(path, columns=["prompt", "chosen", "rejected"], n_rows=ROWS)
+    rows = [[row[name][-1]["content"] for name in ("prompt", "chosen", "rejected")] for row in pairs.iter_rows(named=True)]
+    return table(["prompt (last message)", "chosen", "rejected"], rows)
+
+
+def quarantine_table(path: Path) -> str:
+    """A few rejected rows of every reason."""
+    import polars as pl
+
+    columns = ["reason", "message", "source", "line"]
+    rows = pl.read_parquet(path, columns=columns).group_by("reason", maintain_order=True).head(2)
+    return table(columns, rows.select(columns).rows()[: 4 * ROWS]) if rows.height else "none"

@@ -1,0 +1,29 @@
+"""The Hugging Face Hub, by its own client. The token stays in the environment."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import dagster as dg
+from pydantic import Field
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+
+class HubResource(dg.ConfigurableResource):  # type: ignore[type-arg]
+    """A client made on use, so that no token is ever part of run config or definitions."""
+
+    endpoint: str | None = Field(default=None, description="Hub address; default: huggingface_hub's own.")
+    token_variable: str = Field(default="HF_TOKEN", description="Environment variable that holds the token.")
+
+    def token(self) -> str | None:
+        """The token, or None."""
+        return os.environ.get(self.token_variable) or None
+
+    def api(self) -> HfApi:
+        """The real client."""
+        from huggingface_hub import HfApi
+
+        return HfApi(endpoint=self.endpoint, token=self.token() or False)

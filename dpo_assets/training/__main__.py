@@ -1,0 +1,132 @@
+"""Runs one stage: `python -m dpo_assets.training <stage> --spec spec.json`.
+
+The only place where the worker meets Dagster, through dagster_pipes, and only when a Dagster run started it.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Before anything that reads them: no network once the base model is local, no telemetry, no fork warnings.
+for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
+    os.environ.setdefault(_name, "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import argparse
+import importlib
+import importlib.metadata
+import shutil
+import signal
+import sys
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, get_args
+
+from dpo_assets.artifact import seal
+from dpo_assets.contract import (
+    EXPLAINED_EXIT,
+    FAILURE_FILE,
+    EvaluateSpec,
+    Failure,
+    MergeSpec,
+    Spec,
+    Stage,
+    TokenizeSpec,
+    TrainSpec,
+)
+from dpo_assets.errors import ConfigError, GateError
+
+SPECS: dict[Stage, type[Spec]] = {
+    "tokenize": TokenizeSpec,
+    "sft": TrainSpec,
+    "dpo": TrainSpec,
+    "merge": MergeSpec,
+    "evaluate": EvaluateSpec,
+}
+RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "tokenizers", "accelerate")
+
+
+class Terminal:
+    """Messages to standard output, for a stage run by hand."""
+
+    def log(self, message: str) -> None:
+        print(message, flush=True)
+
+
+class DagsterRun:
+    """Messages to the log of the Dagster run that started this worker."""
+
+    def __init__(self, pipes: Any) -> None:
+        self._pipes = pipes
+
+    def log(self, message: str) -> None:
+        self._pipes.log.info(message)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 0, EXPLAINED_EXIT with a failure file beside the output, or whatever killed the process."""
+    parser = argparse.ArgumentParser(prog="python -m dpo_assets.training", description=__doc__)
+    parser.add_argument("stage", choices=get_args(Stage))
+    parser.add_argument("--spec", type=Path, required=True, help="JSON file with the stage's spec")
+    parser.add_argument("--follow-parent", action="store_true", help="end when standard input closes")
+    args = parser.parse_args(argv)
+    if args.follow_parent:
+        _end_with_parent()
+    spec = SPECS[args.stage].model_validate_json(args.spec.read_bytes())
+    with ExitStack() as stack:
+        if "DAGSTER_PIPES_CONTEXT" in os.environ:
+            from dagster_pipes import open_dagster_pipes
+
+            reporter: Any = DagsterRun(stack.enter_context(open_dagster_pipes()))
+        else:
+            reporter = Terminal()
+        try:
+            _run(args.stage, spec, reporter)
+        except GateError as error:
+            failure = Failure(
+                kind="gate",
+                message=str(error),
+                check=error.check,
+                value=error.value,
+                band=error.band,
+                source=error.source,
+                fix=error.fix,
+            )
+        except ConfigError as error:
+            failure = Failure(kind="config", message=str(error))
+        else:
+            return 0
+    (args.spec.parent / FAILURE_FILE).write_text(failure.model_dump_json(), encoding="utf-8")
+    print(failure.message, file=sys.stderr)
+    return EXPLAINED_EXIT
+
+
+def _run(stage: Stage, spec: Spec, reporter: Any) -> None:
+    if stage != "tokenize":
+        import torch
+        import transformers
+
+        torch.set_num_threads(spec.threads)
+        transformers.logging.set_verbosity_error()
+    stage_module = importlib.import_module(f"dpo_assets.training.{stage}")
+    stage_module.run(spec, reporter)
+    shutil.rmtree(spec.output_dir / "trainer", ignore_errors=True)
+    versions = {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES}
+    seal(spec.output_dir, kind=stage, fingerprint=spec.fingerprint, inputs=spec.inputs, versions=versions)
+
+
+def _end_with_parent() -> None:
+    """Ends this process group when standard input closes, which happens however the parent dies, SIGKILL included."""
+
+    def wait() -> None:
+        while os.read(0, 4096):
+            pass
+        os.killpg(os.getpgid(0), signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True, name="follow-parent").start()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""Attention over a packed stream: gather causal rows, attend, return to the stream.
+
+Registered with Transformers as `packed_rows`. Without a packed batch in the call (generation, the unpacked scorer) it
+is Transformers' own SDPA attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from dpo_assets.training.packing import PackedBatch
+
+NAME = "packed_rows"
+
+
+class _Unshare(torch.autograd.Function):
+    """Stream [T, ...] to rows [R, W, ...].
+
+    The backward adds up the slots of each stream token with gathers only: every slot list holds a stream token at most
+    once, so it needs no atomics and is deterministic. Filler slots get no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, stream: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        ctx.batch = batch
+        return stream.index_select(0, batch["row_src"]).view(*batch["shape"], *stream.shape[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        rows = grads[0].flatten(0, 1)
+        out = rows.index_select(0, ctx.batch["home"])
+        for stream, slot in ctx.batch["shared"]:
+            out[stream] += rows.index_select(0, slot)
+        return out, None
+
+
+def packed_rows(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    packed: PackedBatch | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Transformers attention interface: query [1, heads, T, dim] over the stream; returns [1, T, heads, dim]."""
+    if packed is None:
+        plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)  # type: ignore[no-any-return]
+    q, k, v = (_Unshare.apply(x[0].transpose(0, 1), packed).transpose(1, 2) for x in (query, key, value))
+    out = F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, packed["home"])[None], None
+
+
+def register() -> None:
+    """Makes `attn_implementation="packed_rows"` known to Transformers."""
+    ALL_ATTENTION_FUNCTIONS.register(NAME, packed_rows)

@@ -1,0 +1,30 @@
+"""Prepared datasets in the worker: Parquet through `datasets`, and pairs as groups."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+from datasets import Dataset
+
+from dpo_assets.training.packing import Group
+
+TOKEN_COLUMNS = ["pair_id", "prompt_ids", "chosen_ids", "rejected_ids"]
+
+
+def load_split(folder: Path, split: Literal["train", "eval"], columns: list[str] | None = None) -> Dataset:
+    """One split of a dpo_dataset artefact. The cache of `datasets` is private to this process."""
+    cache = tempfile.mkdtemp(prefix="dpo-assets-datasets-")
+    columns = columns or TOKEN_COLUMNS
+    return Dataset.from_parquet(str(folder / f"{split}.parquet"), columns=columns, cache_dir=cache)
+
+
+def dpo_group(row: dict[str, Any], max_length: int) -> Group:
+    """Prompt with chosen and rejected, each cut to `max_length`."""
+    return Group(row["prompt_ids"], (row["chosen_ids"], row["rejected_ids"])).truncated(max_length)
+
+
+def sft_group(row: dict[str, Any], max_length: int) -> Group:
+    """Prompt with the chosen answer."""
+    return Group(row["prompt_ids"], (row["chosen_ids"],)).truncated(max_length)

@@ -1,0 +1,189 @@
+"""Stage `evaluate`: held-out pairs and greedy answers, for the SFT policy and for the merged policy.
+
+Implicit reward (Rafailov et al., arXiv 2305.18290, section 4): log pi(y|x) - log pi_ref(y|x), summed over the answer
+with its EOS. RewardBench's DPO mode uses the same masks and sums.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Sequence
+from functools import partial
+from statistics import fmean, median
+from typing import Any
+
+import polars as pl
+import torch
+
+from dpo_assets.artifact import VOLATILE, write_json
+from dpo_assets.checks.statistics import pick_the_longer, tie_aware_accuracy
+from dpo_assets.contract import EvaluateSpec, Progress
+from dpo_assets.training.data import TOKEN_COLUMNS, dpo_group, load_split
+from dpo_assets.training.dpo import autocast_of
+from dpo_assets.training.loading import attach_adapter, load_base, load_tokenizer, plain_attention
+from dpo_assets.training.logprobs import score_groups
+from dpo_assets.training.packing import Group
+from dpo_assets.training.reporting import Reporter
+
+GENERATION_BATCH = 8
+REPEATED_NGRAM, REPEATS = 4, 3  # An answer that says one 4-gram of tokens three times or more repeats itself.
+
+
+def run(spec: EvaluateSpec, reporter: Reporter) -> None:
+    """Writes `scores.parquet` (a row a pair), `generations.json` and `report.json`."""
+    plan = spec.plan
+    started = time.perf_counter()
+    tokenizer = load_tokenizer(spec.base_model)
+    held_out = load_split(spec.dataset, "eval", [*TOKEN_COLUMNS, "prompt", "prompt_id"])
+    to_group = partial(dpo_group, max_length=plan.max_length)
+    groups = [to_group(row) for row in held_out]
+    prompts = _first_of_each(held_out, spec.generations, plan.max_length - spec.max_new_tokens)
+
+    sft = load_base(spec.base_model, plan)
+    if spec.sft_adapter is not None:
+        sft = attach_adapter(sft, plan, spec.sft_adapter, seed=0, dropout=0.0)  # type: ignore[assignment]
+    reference, answers = _score_and_answer(sft, "SFT", groups, prompts, tokenizer, spec, reporter)
+    del sft
+    gc.collect()
+    policy_model = load_base(spec.policy, plan)
+    policy, policy_answers = _score_and_answer(policy_model, "policy", groups, prompts, tokenizer, spec, reporter)
+
+    table = _score_table(held_out["pair_id"], held_out["prompt_id"], groups, reference, policy)
+    table.write_parquet(spec.output_dir / "scores.parquet")
+    write_json(
+        spec.output_dir / "generations.json",
+        [
+            {"prompt": row["prompt"], "sft": before["text"], "policy": after["text"]}
+            for row, before, after in zip(prompts, answers, policy_answers, strict=True)
+        ],
+    )
+    report = summarise(table, spec.confidence)
+    report["generation"] = {"sft": generation_health(answers), "policy": generation_health(policy_answers)}
+    write_json(spec.output_dir / "report.json", report)
+    write_json(spec.output_dir / VOLATILE, {"seconds": time.perf_counter() - started})
+
+
+def summarise(table: pl.DataFrame, confidence: float) -> dict[str, Any]:
+    """Scores with intervals, from the per-pair table."""
+    chosen_ratio = (table["policy_chosen"] - table["sft_chosen"]) / table["chosen_tokens"]
+    rejected_ratio = (table["policy_rejected"] - table["sft_rejected"]) / table["rejected_tokens"]
+    margin = (table["policy_chosen"] - table["sft_chosen"]) - (table["policy_rejected"] - table["sft_rejected"])
+
+    def logp_accuracy(who: str) -> dict[str, float]:
+        gap = table[f"{who}_chosen"] / table["chosen_tokens"] - table[f"{who}_rejected"] / table["rejected_tokens"]
+        return tie_aware_accuracy(gap.to_list(), confidence).as_dict()
+
+    return {
+        "pairs": table.height,
+        "prompts": table["prompt_id"].n_unique(),
+        "implicit_reward_accuracy": tie_aware_accuracy(margin.to_list(), confidence).as_dict(),
+        "logp_accuracy_sft": logp_accuracy("sft"),
+        "logp_accuracy_policy": logp_accuracy("policy"),
+        "pick_the_longer": pick_the_longer(
+            table["chosen_tokens"].to_list(), table["rejected_tokens"].to_list(), confidence
+        ).as_dict(),
+        "margin_mean_nats": fmean(margin),
+        "margin_median_nats": median(margin),
+        "chosen_shift_nats_per_token": fmean(chosen_ratio),
+        "rejected_shift_nats_per_token": fmean(rejected_ratio),
+        "nll_ratio_chosen": float(table["policy_chosen"].sum() / table["sft_chosen"].sum()),
+        "confidence": confidence,
+    }
+
+
+def _score_table(
+    pair_ids: Sequence[str], prompt_ids: Sequence[str], groups: list[Group], reference: list[float], policy: list[float]
+) -> pl.DataFrame:  # fmt: skip
+    return pl.DataFrame(
+        {
+            "pair_id": list(pair_ids),
+            "prompt_id": list(prompt_ids),
+            "sft_chosen": reference[::2],
+            "sft_rejected": reference[1::2],
+            "policy_chosen": policy[::2],
+            "policy_rejected": policy[1::2],
+            "chosen_tokens": [len(g.completions[0]) for g in groups],
+            "rejected_tokens": [len(g.completions[1]) for g in groups],
+        }
+    )
+
+
+def _score_and_answer(
+    model: Any,
+    who: str,
+    groups: list[Group],
+    prompts: list[dict[str, Any]],
+    tokenizer: Any,
+    spec: EvaluateSpec,
+    reporter: Reporter,
+) -> tuple[list[float], list[dict[str, Any]]]:
+    model.eval()
+    with autocast_of(spec.plan):
+        logps, _ = score_groups(model, groups, spec.plan.token_budget)
+        reporter.log(f"evaluate: {len(groups)} held-out pairs scored by the {who}")
+        answers = generate(model, [row["prompt_ids"] for row in prompts], tokenizer, spec.max_new_tokens)
+    reporter.log(Progress(stage="evaluate", done=1 if who == "SFT" else 2, total=2, note=f"{who} done").line())
+    return logps, answers
+
+
+def _first_of_each(held_out: Any, count: int, longest: int) -> list[dict[str, Any]]:
+    """The first row of up to `count` different prompts that leave room for an answer."""
+    seen: dict[str, dict[str, Any]] = {}
+    for row in held_out:
+        if len(seen) == count:
+            break
+        if len(row["prompt_ids"]) <= longest:
+            seen.setdefault(row["prompt_id"], row)
+    return list(seen.values())
+
+
+@torch.no_grad()
+def generate(model: Any, prompts: list[list[int]], tokenizer: Any, max_new_tokens: int) -> list[dict[str, Any]]:
+    """Greedy answers: `ids` without EOS, `text`, and whether the answer ended by itself."""
+    answers = []
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    with plain_attention(model):
+        for start in range(0, len(prompts), GENERATION_BATCH):
+            batch = prompts[start : start + GENERATION_BATCH]
+            width = max(len(ids) for ids in batch)
+            ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in batch], device=model.device)
+            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=model.device)
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                repetition_penalty=1.0,
+                eos_token_id=eos,
+                pad_token_id=pad,
+            )
+            for row in out[:, width:].tolist():
+                ended = eos in row
+                kept = row[: row.index(eos)] if ended else row
+                text = tokenizer.decode(kept, skip_special_tokens=True)
+                answers.append({"ids": kept, "text": text, "ended": ended})
+    return answers
+
+
+def generation_health(answers: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Shares of answers that repeat themselves, never end or are empty; distinct bigrams; mean length in tokens."""
+    if not answers:
+        return {"answers": 0}
+    bigrams = [tuple(pair) for a in answers for pair in zip(a["ids"], a["ids"][1:], strict=False)]
+    return {
+        "answers": len(answers),
+        "repetition": fmean(repeats_itself(a["ids"]) for a in answers),
+        "no_eos": fmean(not a["ended"] for a in answers),
+        "empty": fmean(not a["ids"] for a in answers),
+        "distinct_2": len(set(bigrams)) / max(1, len(bigrams)),
+        "mean_tokens": fmean(len(a["ids"]) for a in answers),
+    }
+
+
+def repeats_itself(ids: Sequence[int]) -> bool:
+    """Whether any 4-gram of tokens stands three times or more."""
+    grams = [tuple(ids[n : n + REPEATED_NGRAM]) for n in range(len(ids) - REPEATED_NGRAM + 1)]
+    return any(grams.count(gram) >= REPEATS for gram in set(grams))
+

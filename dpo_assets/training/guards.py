@@ -1,0 +1,75 @@
+"""What stops a running stage. Each guard raises a GateError that carries value, band, source and the way out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from dpo_assets.checks import bands
+from dpo_assets.errors import GateError
+
+
+def check_first_loss(loss: float, loss_name: str, reference: str) -> None:
+    """The first loss, before any update, must be the loss at zero margin.
+
+    Raises:
+        GateError: when it is not: the reference is not the policy that training starts from.
+    """
+    expected = bands.FIRST_LOSS[loss_name]
+    if abs(loss - expected) <= bands.FIRST_LOSS_TOLERANCE:
+        return
+    fix = (
+        "set dpo.reference to `sft`: the policy starts from the SFT checkpoint, so its log-ratios must be measured "
+        "against that"
+        if reference == "base"
+        else "the reference and the policy were scored by different weights or kernels; delete the reference cache"
+    )
+    raise GateError(
+        "reference_is_start",
+        f"the first loss is {loss:.6f}, not {expected:.6f}: the reference is not the start of training",
+        value=loss,
+        band=f"{expected:.6f} +- {bands.FIRST_LOSS_TOLERANCE:g}",
+        source=bands.FIRST_LOSS_SOURCE,
+        fix=fix,
+    )
+
+
+def first_non_finite(values: Mapping[str, Any]) -> tuple[str, float] | None:
+    """Name and value of the first number that is NaN or infinite."""
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            return name, value
+    return None
+
+
+class StopOnNonFinite(TrainerCallback):
+    """Ends a run at the first logged value that is not finite.
+
+    Transformers hides a NaN loss by default (`logging_nan_inf_filter`), so training arguments switch that off.
+    """
+
+    def __init__(self, check: str) -> None:
+        self.check = check
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        found = first_non_finite(logs or {})
+        if found is not None:
+            name, value = found
+            raise GateError(
+                self.check,
+                f"`{name}` is {value} at step {state.global_step}: the run diverged",
+                value=str(value),
+                band="every logged value finite",
+                source="TRL 1473, 2435, 2553: training goes on through NaN and reports success",
+                fix="lower the learning rate 5 to 10 times; on a GPU prefer bf16 to fp16",
+            )

@@ -1,0 +1,132 @@
+"""Base model, tokenizer and adapter from local folders: safetensors only, no remote code, no network."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from dpo_assets.errors import ConfigError
+from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.training import attention
+
+# The adapter must carry PEFT's default name: TRL reads `peft_config["default"]` unguarded.
+ADAPTER_NAME = "default"
+# A LoRA that trains a larger share than this is not a LoRA: a dropped `peft_config` once meant full fine-tuning.
+LARGEST_TRAINABLE_SHARE = 0.6
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base model; it must have a chat template and an end-of-turn token."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"{folder}: the tokenizer has no EOS token, so a model could never end its answer")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(folder: Path, plan: TrainingPlan, *, packed: bool = True) -> PreTrainedModel:
+    """The base model in the plan's precision on the plan's device.
+
+    Args:
+        packed: attach the packed attention; False keeps Transformers' SDPA.
+    """
+    dtype, extra = _weights(plan)
+    attention.register()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        attn_implementation=attention.NAME if packed else "sdpa",
+        **extra,
+    )
+    if plan.device == "cuda" and "device_map" not in extra:
+        model.to("cuda")
+    return model
+
+
+def _weights(plan: TrainingPlan) -> tuple[torch.dtype, Mapping[str, Any]]:
+    half = torch.bfloat16
+    if plan.device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        half = torch.float16
+    match plan.precision:
+        case "fp32":
+            return torch.float32, {}
+        case "bf16":
+            return torch.bfloat16, {}
+        case "fp16":
+            return torch.float16, {}
+        case "4bit":
+            quantisation = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=half,
+            )
+        case "8bit":
+            quantisation = BitsAndBytesConfig(load_in_8bit=True)
+        case _:
+            raise ConfigError(f"precision `{plan.precision}` has no loader in this version; use bf16 or 4bit")
+    return half, {"quantization_config": quantisation, "device_map": {"": 0}}
+
+
+def attach_adapter(base: PreTrainedModel, plan: TrainingPlan, start: Path | None, *, seed: int, dropout: float) -> PeftModel:  # fmt: skip
+    """The policy: a trained adapter to go on with, or a new one whose B is zero (so that it starts as the base).
+
+    Raises:
+        ConfigError: when no adapter, or far too much, would be trained.
+    """
+    set_seed(seed)
+    if start is not None:
+        model = PeftModel.from_pretrained(base, start, adapter_name=ADAPTER_NAME, is_trainable=True)
+    else:
+        config = LoraConfig(
+            r=plan.lora.rank,
+            lora_alpha=plan.lora.alpha,
+            lora_dropout=dropout,
+            target_modules=list(plan.lora.target_modules),
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
+        wrapped = get_peft_model(base, config, adapter_name=ADAPTER_NAME)
+        assert isinstance(wrapped, PeftModel)
+        model = wrapped
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    if not 0 < trainable <= LARGEST_TRAINABLE_SHARE * total:
+        raise ConfigError(f"{trainable} of {total} parameters would be trained: the adapter was not attached as one")
+    return model
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Only the trained adapter: TRL keeps its reference as a second one, which must not be published."""
+    model.save_pretrained(str(folder), selected_adapters=[ADAPTER_NAME], safe_serialization=True)
+    # PEFT writes a card that names the local folder of the base; the release gets a card of its own.
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def plain_attention(model: Any) -> Iterator[None]:
+    """Transformers' own SDPA attention for a while: batched generation needs its padding masks."""
+    lm = model.get_base_model() if isinstance(model, PeftModel) else model
+    before = lm.config._attn_implementation
+    lm.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        lm.set_attn_implementation(before)

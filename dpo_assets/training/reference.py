@@ -1,0 +1,69 @@
+"""Reference log-probabilities, scored once per pair and kept.
+
+The key of a pair is what its reference score depends on and nothing else, so the cache survives a change of learning
+rate, beta, epochs or output folder, and a refresh scores only new pairs. No weight is hashed: the digests of the base
+and of the start adapter are known from their manifests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+
+from dpo_assets.training.packing import Group
+
+Scores = list[tuple[float, float]]
+
+
+def reference_key(**facts: str | int | float | bool | None) -> str:
+    """Digest of everything but the pair that a reference score depends on."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def pair_key(group: Group) -> str:
+    """Digest of the (truncated) token ids of a pair."""
+    ids = [list(group.prompt), *[list(c) for c in group.completions]]
+    return hashlib.sha256(json.dumps(ids, separators=(",", ":")).encode()).hexdigest()[:32]
+
+
+class ReferenceCache:
+    """(reference key, pair key) -> (chosen, rejected) log-probabilities, in SQLite: safe for several writers."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path, self.key = path, key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(path, timeout=60)) as db, db:
+            db.execute(
+                "create table if not exists reference (key text, pair text, chosen real, rejected real, "
+                "primary key (key, pair)) without rowid"
+            )
+
+    def get(self, pairs: Sequence[str]) -> dict[str, tuple[float, float]]:
+        """The scores that are known."""
+        with closing(sqlite3.connect(self.path, timeout=60)) as db:
+            rows = db.execute("select pair, chosen, rejected from reference where key = ?", (self.key,)).fetchall()
+        known = {pair: (chosen, rejected) for pair, chosen, rejected in rows}
+        return {pair: known[pair] for pair in pairs if pair in known}
+
+    def put(self, scores: dict[str, tuple[float, float]]) -> None:
+        with closing(sqlite3.connect(self.path, timeout=60)) as db, db:
+            rows = [(self.key, pair, chosen, rejected) for pair, (chosen, rejected) in scores.items()]
+            db.executemany("insert or replace into reference values (?, ?, ?, ?)", rows)
+
+
+def reference_scores(
+    groups: Sequence[Group], cache: ReferenceCache | None, score: Callable[[Sequence[Group]], Scores]
+) -> tuple[Scores, int]:
+    """(chosen, rejected) reference log-probabilities of every pair, and how many came from the cache."""
+    keys = [pair_key(group) for group in groups]
+    known = cache.get(keys) if cache else {}
+    missing = [n for n, key in enumerate(keys) if key not in known]
+    fresh = {keys[n]: s for n, s in zip(missing, score([groups[n] for n in missing]), strict=True)} if missing else {}
+    if cache and fresh:
+        cache.put(fresh)
+    scores = known | fresh
+    return [scores[key] for key in keys], len(groups) - len(missing)

@@ -1,0 +1,101 @@
+"""Stage `sft`: LoRA supervised fine-tuning on the chosen answers. Its adapter is where DPO starts, and its reference."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+
+from dpo_assets.artifact import VOLATILE, write_json
+from dpo_assets.contract import TrainSpec
+from dpo_assets.training.data import load_split, sft_group
+from dpo_assets.training.guards import StopOnNonFinite
+from dpo_assets.training.loading import attach_adapter, load_base, load_tokenizer, save_adapter
+from dpo_assets.training.logprobs import assert_packing_is_exact, score_groups, score_tokens
+from dpo_assets.training.packed import PackedCollator, PackedSteps, RunningMeans, end_quietly, trainer_arguments
+from dpo_assets.training.packing import Group, PackedBatch
+from dpo_assets.training.reporting import ProgressLines, Reporter, all_finite, write_metrics
+
+PROBE_PAIRS = 64  # Held-out answers whose loss is measured before and after.
+
+
+class PackedSFTTrainer(PackedSteps, Trainer):
+    """transformers.Trainer with the mean negative log-likelihood per completion token of the step."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._means = RunningMeans()
+
+    def forward_loss(self, model: Any, batch: PackedBatch, step: dict[str, Any]) -> Tensor:
+        scores = score_tokens(self.accelerator.unwrap_model(model), batch, self.accelerator.autocast())
+        count = len(scores.logps)
+        self._means.add("mean_token_accuracy", scores.top1.sum(), count)
+        self._means.add("entropy", scores.entropy.sum(), count)
+        return -scores.logps.sum() / step["targets"]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs | self._means.take(), start_time)
+
+
+def run(spec: TrainSpec, reporter: Reporter) -> None:
+    """Writes `adapter/`, `metrics.jsonl` and `report.json`."""
+    plan, out = spec.plan, spec.output_dir
+    started = time.perf_counter()
+    tokenizer = load_tokenizer(spec.base_model)
+    train, held_out = load_split(spec.dataset, "train"), load_split(spec.dataset, "eval")
+    to_group = partial(sft_group, max_length=plan.max_length)
+    model = attach_adapter(
+        load_base(spec.base_model, plan), plan, spec.start_adapter, seed=plan.sft.seed, dropout=plan.lora.dropout
+    )
+    if plan.gradient_checkpointing:
+        model.enable_input_require_grads()
+    assert_packing_is_exact(model, to_group(train[0]), _autocast(plan.precision))
+    probe = [to_group(row) for row in held_out.select(range(min(PROBE_PAIRS, len(held_out))))]
+    before = held_out_nll(model, probe, plan.token_budget)
+    reporter.log(f"sft: {len(train)} chosen answers, {plan.sft_steps} steps; held-out loss before: {before:.4f}")
+
+    trainer = PackedSFTTrainer(
+        model=model,
+        args=TrainingArguments(**trainer_arguments(plan, plan.sft, out / "trainer", plan.sft_steps)),
+        train_dataset=train,
+        data_collator=PackedCollator(to_group, plan.token_budget),
+    )
+    keys = {"loss": "loss", "mean_token_accuracy": "token accuracy"}
+    end_quietly(trainer, [StopOnNonFinite("sft_finite"), ProgressLines(reporter, "sft", keys)])
+    trainer.train()
+
+    model.eval()
+    after = held_out_nll(model, probe, plan.token_budget)
+    reporter.log(f"sft: held-out loss after: {after:.4f}")
+    save_adapter(model, out / "adapter")
+    rows = write_metrics(trainer.state.log_history, out / "metrics.jsonl")
+    report = {
+        "steps": trainer.state.global_step,
+        "held_out_nll_before": before,
+        "held_out_nll_after": after,
+        "finite": all_finite(rows) and math.isfinite(after),
+        "ends_with_eos": share_ending_with(train["chosen_ids"], tokenizer.eos_token_id),
+    }
+    write_json(out / "report.json", report)
+    write_json(out / VOLATILE, {"seconds": time.perf_counter() - started})
+
+
+def held_out_nll(model: Any, groups: Sequence[Group], budget: int) -> float:
+    """Mean negative log-likelihood per completion token, in nats."""
+    logps, lengths = score_groups(model, groups, budget)
+    return -sum(logps) / max(1, sum(lengths))
+
+
+def share_ending_with(completions: Sequence[Sequence[int]], eos: int) -> float:
+    """Share of untruncated answers that hold EOS in their last two tokens (templates may add a line end after it)."""
+    return sum(eos in list(ids)[-2:] for ids in completions) / max(1, len(completions))
+
+
+def _autocast(precision: str) -> Any:
+    return torch.autocast("cuda", dtype=torch.bfloat16) if precision in ("bf16", "4bit", "8bit") else None

@@ -1,0 +1,1 @@
+"""The parts of the in-test Hugging Face Hub: what it stores and the routes it serves."""
