@@ -91,7 +91,9 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def seal(directory: Path, *, kind: str, fingerprint: str, inputs: Mapping[str, str], versions: Mapping[str, str] = {}) -> Artifact:  # fmt: skip
+def seal(
+    directory: Path, *, kind: str, fingerprint: str, inputs: Mapping[str, str], versions: Mapping[str, str] = {}
+) -> Artifact:
     """Hashes every file, flushes it to disk and writes the manifest last."""
     files = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
@@ -163,7 +165,9 @@ class ArtifactTree:
             self._set_aside(directory)
             return None
 
-    def find_or_build(self, kind: str, fingerprint: str, build: Callable[[Path], None], inputs: Mapping[str, str]) -> tuple[Artifact, bool]:  # fmt: skip
+    def find_or_build(
+        self, kind: str, fingerprint: str, build: Callable[[Path], None], inputs: Mapping[str, str]
+    ) -> tuple[Artifact, bool]:
         """The artefact, and whether it was reused. `build` fills an empty directory; it may seal it itself.
 
         Writers of the same artefact wait for each other. The lock is the operating system's, so it goes with the

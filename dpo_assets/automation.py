@@ -6,7 +6,6 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import dagster as dg
 
@@ -58,7 +57,7 @@ def new_feedback_sensor(pipeline: Pipeline, job: dg.UnresolvedAssetJobDefinition
         seen = json.loads(context.cursor) if context.cursor else {}
         if seen.get("listing") == listing:
             return dg.SkipReason(f"nothing new in {len(files)} files")
-        if any(time.time() - Path(path).stat().st_mtime < SETTLE_SECONDS for path, _, _ in listing):
+        if any(time.time() - file.path.stat().st_mtime < SETTLE_SECONDS for file in files):
             return dg.SkipReason("a feedback file is still being written")
         digest = _content_digest(files)
         cursor = json.dumps({"listing": listing, "digest": digest})

@@ -66,10 +66,14 @@ class DpoPipeline(dg.Component):
                 yield from super().execute(step, nodes)
     """
 
-    def __init__(self, name: str, recipe: Recipe, resources: Mapping[str, dg.ConfigurableResource[Any]] | None = None) -> None:
+    def __init__(
+        self, name: str, recipe: Recipe, resources: Mapping[str, dg.ConfigurableResource[Any]] | None = None
+    ) -> None:
         unknown = set(resources or {}) - set(RESOURCES)
         if unknown:
-            raise ConfigError(f"no resource is called {', '.join(sorted(unknown))}; these can be given: {', '.join(RESOURCES)}")
+            raise ConfigError(
+                f"no resource is called {', '.join(sorted(unknown))}; these can be given: {', '.join(RESOURCES)}"
+            )
         self.pipeline = Pipeline(name, recipe)
         self.resources = {**self._default_resources(), **(resources or {})}
 
@@ -88,7 +92,7 @@ class DpoPipeline(dg.Component):
     def load(cls, attributes: BaseModel | None, context: dg.ComponentLoadContext) -> Self:
         """From validated YAML; `{{ ... }}` templates in text are resolved here."""
         assert isinstance(attributes, DpoPipelineAttributes)
-        values = context.resolution_context.resolve_value(attributes.model_dump())
+        values = dict(context.resolution_context.resolve_value(attributes.model_dump()))
         name = values.pop("name")
         return cls(name, resolve_paths(parse_recipe(values), _folder(context)))
 
@@ -129,7 +133,10 @@ class DpoPipeline(dg.Component):
             specs=[self.get_asset_spec(node) for node in nodes],
             check_specs=[
                 dg.AssetCheckSpec(
-                    check.name, asset=self.pipeline.key(node.name), description=check.description, blocking=check.blocking
+                    check.name,
+                    asset=self.pipeline.key(node.name),
+                    description=check.description,
+                    blocking=check.blocking,
                 )
                 for node in nodes
                 for check in checks_of(node.name)

@@ -102,6 +102,4 @@ def parse_progress(line: str) -> Progress | None:
     found = _PROGRESS.search(line)
     if found is None:
         return None
-    return Progress(
-        stage=found["stage"], done=int(found["done"]), total=int(found["total"]), note=found["note"] or ""
-    )
+    return Progress(stage=found["stage"], done=int(found["done"]), total=int(found["total"]), note=found["note"] or "")

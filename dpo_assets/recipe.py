@@ -106,9 +106,7 @@ class FeedbackSection(Section):
         default="best_worst",
         description="How ranked replies become pairs: best against worst, or each against the next in rank.",
     )
-    include_synthetic: bool = Field(
-        default=False, description="Keep OpenAssistant pairs with a machine-written side."
-    )
+    include_synthetic: bool = Field(default=False, description="Keep OpenAssistant pairs with a machine-written side.")
     max_length: int = Field(
         default=1024, ge=16, description="Tokens of prompt + answer; longer answers lose their end (TRL keep_start)."
     )

@@ -133,7 +133,7 @@ def builtin_licence(section: BaseModelSection) -> str | None:
 
 
 def _identity(section: BaseModelSection) -> dict[str, object]:
-    """What decides the artefact: for a folder also its files' sizes and times, so that an edited folder is read again."""
+    """What decides the artefact: for a folder also its files' sizes and times, so that edits are seen."""
     identity: dict[str, object] = section.model_dump()
     if section.chat_template is not None:
         template = Path(section.chat_template)
@@ -169,9 +169,7 @@ def _download(api: HfApi, section: BaseModelSection, target: Path) -> None:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        api.snapshot_download(
-            section.source, revision=section.revision, local_dir=target, allow_patterns=list(KEPT)
-        )
+        api.snapshot_download(section.source, revision=section.revision, local_dir=target, allow_patterns=list(KEPT))
     except RevisionNotFoundError:
         raise ConfigError(f"{section.source} has no revision {section.revision}; copy the sha from its page") from None
     except GatedRepoError:

@@ -55,8 +55,12 @@ def materialise(step: Step) -> Events:
         {
             **report,
             "reference_pairs_from_cache": artifact.json(VOLATILE)["reference_pairs_from_cache"],
-            "loss": dg.MetadataValue.md(line_plot(metrics, {"loss": "loss"}, "DPO loss", level=report["expected_first_loss"])),
-            "margins": dg.MetadataValue.md(line_plot(metrics, margins, "implicit rewards (beta x log-ratio)", level=0.0)),
+            "loss": dg.MetadataValue.md(
+                line_plot(metrics, {"loss": "loss"}, "DPO loss", level=report["expected_first_loss"])
+            ),
+            "margins": dg.MetadataValue.md(
+                line_plot(metrics, margins, "implicit rewards (beta x log-ratio)", level=0.0)
+            ),
         },
     )
 

@@ -46,7 +46,9 @@ def materialise(step: Step) -> Events:
         screened = screen(pairs, quarantine)
         tokens = _tokenize(step, base, screened.pairs)
         accepted, faults = fit_to_model(screened.pairs, tokens, feedback.max_length)
-        _write(folder, feedback.model_dump(), accepted, _with(screened.quarantine, faults), screened.duplicates, rows_in)
+        _write(
+            folder, feedback.model_dump(), accepted, _with(screened.quarantine, faults), screened.duplicates, rows_in
+        )
 
     artifact, reused = step.build("dpo_dataset", config, {"raw_preferences": raw, "base_model": base}, make)
     report = artifact.json("report.json")
@@ -134,8 +136,13 @@ def _with(quarantine: pl.DataFrame, faults: list[dict[str, Any]]) -> pl.DataFram
 
 
 def _write(
-    folder: Path, feedback: Mapping[str, Any], accepted: pl.DataFrame, quarantine: pl.DataFrame, duplicates: int, rows_in: int
-) -> None:  # fmt: skip
+    folder: Path,
+    feedback: Mapping[str, Any],
+    accepted: pl.DataFrame,
+    quarantine: pl.DataFrame,
+    duplicates: int,
+    rows_in: int,
+) -> None:
     train, held_out = split(accepted, feedback["eval_fraction"], feedback["seed"])
     train.write_parquet(folder / "train.parquet")
     held_out.write_parquet(folder / "eval.parquet")
@@ -187,7 +194,7 @@ QUARANTINE_NODE = Node(
 )
 NODE = Node(
     name="dpo_dataset",
-    description="Validated, de-duplicated pairs in `train` and `eval` splits, no prompt in both, tokenized for the base.",
+    description="Validated, de-duplicated pairs in `train` and `eval` splits; no prompt in both; tokenized.",
     phase="data",
     kinds=frozenset({"parquet", "pandera"}),
     body=materialise,

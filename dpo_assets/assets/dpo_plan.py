@@ -90,7 +90,7 @@ def _form(name: str, section: Section) -> type[dg.Config]:
 
 NODE = Node(
     name="dpo_plan",
-    description="Device, precision and why, token budget, memory, steps, learning rate, beta, loss; gated before training.",
+    description="Device, precision and why, token budget, steps, learning rate, beta, loss; gated before training.",
     phase="training",
     kinds=frozenset({"json"}),
     body=materialise,

@@ -45,11 +45,18 @@ def materialise(step: Step) -> Events:
             ),
         )
 
-    config = {"evaluation": evaluation.model_dump(exclude={"min_pairs"}), "device": plan.device, "precision": plan.precision}
+    config = {
+        "evaluation": evaluation.model_dump(exclude={"min_pairs"}),
+        "device": plan.device,
+        "precision": plan.precision,
+    }
     artifact, reused = step.build("eval_scores", config, inputs, make)
     report = artifact.json("report.json")
     decision, reason = decide(report, evaluation.min_pairs)
-    rows = [[label, f"{report[k]['value']:.3f}", f"[{report[k]['low']:.3f}, {report[k]['high']:.3f}]"] for k, label in SHOWN.items()]
+    rows = [
+        [label, f"{report[k]['value']:.3f}", f"[{report[k]['low']:.3f}, {report[k]['high']:.3f}]"]
+        for k, label in SHOWN.items()
+    ]
     answers = [[a["prompt"][-1]["content"], a["sft"], a["policy"]] for a in artifact.json("generations.json")]
     yield step.result(
         "eval_scores",
@@ -63,7 +70,9 @@ def materialise(step: Step) -> Events:
             "accuracy": report["implicit_reward_accuracy"]["value"],
             "chosen_shift_nats_per_token": report["chosen_shift_nats_per_token"],
             "rejected_shift_nats_per_token": report["rejected_shift_nats_per_token"],
-            "scores": dg.MetadataValue.md(table(["held-out accuracy", "value", f"{evaluation.confidence:.0%} interval"], rows)),
+            "scores": dg.MetadataValue.md(
+                table(["held-out accuracy", "value", f"{evaluation.confidence:.0%} interval"], rows)
+            ),
             "answers": dg.MetadataValue.md(table(["prompt (last message)", "SFT", "policy"], answers)),
         },
     )

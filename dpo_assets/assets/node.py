@@ -33,7 +33,12 @@ class Node:
 
 def column_schema(columns: Sequence[Column]) -> dg.TableSchema:
     """The Columns tab, filled before any run, from the table that also makes the pandera schema."""
-    kinds = {"messages": "list<struct<role, content>>", "number": "float64", "integer": "int64", "tokens": "list<int32>"}
+    kinds = {
+        "messages": "list<struct<role, content>>",
+        "number": "float64",
+        "integer": "int64",
+        "tokens": "list<int32>",
+    }
     return dg.TableSchema(
         columns=[
             dg.TableColumn(

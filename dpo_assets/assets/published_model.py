@@ -53,11 +53,20 @@ def materialise(step: Step) -> Events:
             "release": dg.MetadataValue.path(str(artifact.path / RELEASE)),
             "dry_run": publishing.dry_run,
             "repository": publishing.repo_id or "none set",
-            **({"url": dg.MetadataValue.url(release.url), "commit": release.commit, "tag": release.tag} if release else {}),
-            "operations": dg.MetadataValue.md(
-                table(["action", "file", "bytes", "sha256"], [[o.action, o.path, o.size, o.sha256[:12]] for o in operations])
+            **(
+                {"url": dg.MetadataValue.url(release.url), "commit": release.commit, "tag": release.tag}
+                if release
+                else {}
             ),
-            "card": dg.MetadataValue.md((artifact.path / RELEASE / "README.md").read_text(encoding="utf-8").split("---", 2)[2]),
+            "operations": dg.MetadataValue.md(
+                table(
+                    ["action", "file", "bytes", "sha256"],
+                    [[o.action, o.path, o.size, o.sha256[:12]] for o in operations],
+                )
+            ),
+            "card": dg.MetadataValue.md(
+                (artifact.path / RELEASE / "README.md").read_text(encoding="utf-8").split("---", 2)[2]
+            ),
         },
     )
 
@@ -88,7 +97,9 @@ def _send(step: Step, artifact: Artifact, operations: list[Operation]) -> Releas
         )
     assert publishing.repo_id is not None, "the recipe requires repo_id when dry_run is false"
     try:
-        return publish(step.hub.api(), publishing.repo_id, artifact.path / RELEASE, operations, private=publishing.private)
+        return publish(
+            step.hub.api(), publishing.repo_id, artifact.path / RELEASE, operations, private=publishing.private
+        )
     except PublishError as error:
         raise dg.Failure(description=str(error), allow_retries=True) from None
 
@@ -103,7 +114,9 @@ def _facts(step: Step, inputs: dict[str, Artifact], plan: Artifact) -> CardFacts
     return CardFacts(
         title=_title(step),
         # A local folder's path says nothing to a reader of the card, and would publish the author's file system.
-        base_source=base["source"] if base["revision"] or base["source"].startswith("builtin:") else Path(base["source"]).name,
+        base_source=base["source"]
+        if base["revision"] or base["source"].startswith("builtin:")
+        else Path(base["source"]).name,
         base_revision=base["revision"],
         licence=base["licence"],
         artifact=step.recipe.publishing.artifact,

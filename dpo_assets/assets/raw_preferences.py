@@ -33,7 +33,8 @@ class ReadConfig(dg.Config):
     """What the launchpad may change for one run."""
 
     paths: list[str] = Field(
-        default=[], description="Read these files in this run instead of the recipe's sources, in the first one's format."
+        default=[],
+        description="Read these files in this run instead of the recipe's sources, in the first one's format.",
     )
 
 
@@ -125,7 +126,9 @@ def _reasons(batches: Sequence[Artifact]) -> dict[str, int]:
 
 def _files_table(rows: Sequence[dict[str, str | int]]) -> str:
     lines = ["| file | rows | pairs | rejected | batch |", "|---|---|---|---|---|"]
-    lines += [f"| {r['file']} | {r['rows_in']} | {r['pairs']} | {r['rejected']} | `{str(r['batch'])[:12]}` |" for r in rows]
+    lines += [
+        f"| {r['file']} | {r['rows_in']} | {r['pairs']} | {r['rejected']} | `{str(r['batch'])[:12]}` |" for r in rows
+    ]
     return "\n".join(lines)
 
 

@@ -155,7 +155,7 @@ class Step:
             asset_key=self.pipeline.key(node),
             check_name=verdict.check,
             passed=verdict.passed,
-            severity=dg.AssetCheckSeverity.ERROR if verdict.level == "error" else dg.AssetCheckSeverity.WARN,
+            severity=dg.AssetCheckSeverity.WARN if verdict.level == "warn" else dg.AssetCheckSeverity.ERROR,
             description=verdict.headline if verdict.passed else f"{verdict.headline}. {verdict.fix}".strip(),
             metadata={name: value for name, value in parts.items() if value != ""},
         )

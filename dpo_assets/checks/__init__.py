@@ -1,1 +1,1 @@
-"""What a pipeline is judged by: pure functions from measured values to verdicts. Dagster shows them; nothing here does."""
+"""What a pipeline is judged by: pure functions from measured values to verdicts. Dagster only shows them."""

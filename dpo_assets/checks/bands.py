@@ -45,7 +45,7 @@ LOW_BETA_CEILING: dict[Method, float] = {"lora": 6e-6, "full": 7e-7}
 
 @dataclass(frozen=True)
 class BetaBand:
-    """Betas of one loss: outside [error_below, error_above] a run is blocked, outside [ok_low, ok_high] it is warned."""
+    """Betas of one loss: outside [error_below, error_above] a run is blocked, outside [ok_low, ok_high] warned."""
 
     error_below: float
     ok_low: float
@@ -68,8 +68,8 @@ BETA: dict[str, BetaBand] = {
 
 SUPPORTED_LOSSES: tuple[str, ...] = ("sigmoid",)
 LOSS_ADVICE: dict[str, str] = {
-    "kto_pair": "TRL removed kto_pair (its author: 'simplified, does not work as well', TRL 1387); use sigmoid here, or "
-    "TRL's KTOTrainer on unpaired labels.",
+    "kto_pair": "TRL removed kto_pair (its author: 'simplified, does not work as well', TRL 1387); use sigmoid "
+    "here, or TRL's KTOTrainer on unpaired labels.",
     "cdpo": "TRL 1.15 has no cdpo, and its sigmoid ignores label_smoothing; use sigmoid.",
 }
 SMOOTHING_SOURCE = "TRL 1.15 source: label_smoothing is used by robust, exo_pair and aot only"
@@ -77,7 +77,9 @@ SMOOTHING_SOURCE = "TRL 1.15 source: label_smoothing is used by robust, exo_pair
 EPOCHS_OK, EPOCHS_ERROR = 3.0, 5.0
 BATCH_OK, BATCH_ERROR = 8, 4
 STEPS_TO_JUDGE = 30
-BUDGET_SOURCE = "published recipes use 1 to 3 epochs at a batch of 16 or more; TRL 1236 and LLaMA-Factory 5325 failed at 1"
+BUDGET_SOURCE = (
+    "published recipes use 1 to 3 epochs at a batch of 16 or more; TRL 1236 and LLaMA-Factory 5325 failed at 1"
+)
 
 # Zero margin on both sides: what the first loss must be before any update (Rafailov et al., arXiv 2305.18290, eq. 7).
 FIRST_LOSS: dict[str, float] = {"sigmoid": math.log(2)}

@@ -33,7 +33,9 @@ CHECKS: tuple[CheckInfo, ...] = (
     CheckInfo("sft_finite", "sft_checkpoint", "Every logged value of the SFT run is finite."),
     CheckInfo("sft_learned", "sft_checkpoint", "The loss on held-out chosen answers fell.", blocking=False),
     CheckInfo("eos_kept", "sft_checkpoint", "Training answers end with the end-of-turn token, so the model can stop."),
-    CheckInfo("reference_is_start", "dpo_adapter", "The first loss is the loss at zero margin: the reference is the start."),
+    CheckInfo(
+        "reference_is_start", "dpo_adapter", "The first loss is the loss at zero margin: the reference is the start."
+    ),
     CheckInfo("finite", "dpo_adapter", "Every logged value of the DPO run is finite."),
     CheckInfo("displacement", "dpo_adapter", "Chosen answers did not lose their likelihood.", blocking=False),
     CheckInfo("fidelity", "merged_model", "The merged model scores pairs as base + adapter did."),

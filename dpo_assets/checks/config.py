@@ -62,7 +62,9 @@ def beta_for_loss(plan: TrainingPlan) -> Verdict:
         f"{band.ok_low:g} to {band.ok_high:g}, blocked outside {band.error_below:g} to {band.error_above:g} "
         f"(loss {dpo.loss})",
         band.source,
-        f"set dpo.beta between {band.ok_low:g} and {band.ok_high:g} (0.1 is the usual start)" if level != "pass" else "",
+        f"set dpo.beta between {band.ok_low:g} and {band.ok_high:g} (0.1 is the usual start)"
+        if level != "pass"
+        else "",
     )
 
 
@@ -88,7 +90,9 @@ def loss_supported(plan: TrainingPlan) -> Verdict:
 def budget(plan: TrainingPlan) -> Verdict:
     """Effective batch, epochs and number of steps."""
     dpo = plan.dpo
-    batch: Level = "error" if dpo.batch_size < bands.BATCH_ERROR else "warn" if dpo.batch_size < bands.BATCH_OK else "pass"
+    batch: Level = (
+        "error" if dpo.batch_size < bands.BATCH_ERROR else "warn" if dpo.batch_size < bands.BATCH_OK else "pass"
+    )
     epochs = upper_limit(dpo.epochs, bands.EPOCHS_OK, bands.EPOCHS_ERROR)
     steps: Level = "warn" if plan.dpo_steps < bands.STEPS_TO_JUDGE else "pass"
     fixes = [

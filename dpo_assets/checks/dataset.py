@@ -23,7 +23,7 @@ def dataset_verdicts(report: Mapping[str, Any], feedback: FeedbackSection) -> li
 
 
 def schema(report: Mapping[str, Any]) -> Verdict:
-    """Rows that the pandera schema refused. They are in quarantine; any of them means that a reader lets them through."""
+    """Rows that the pandera schema refused. They are in quarantine; any of them is a fault of a reader."""
     count = report["reasons"].get("schema", 0)
     return Verdict(
         "schema",

@@ -27,14 +27,23 @@ def decide(report: Mapping[str, Any], min_prompts: int) -> tuple[Decision, str]:
     if not math.isfinite(accuracy["value"]) or not math.isfinite(report["nll_ratio_chosen"]):
         return "reject", "a score is not finite"
     if accuracy["high"] < CHANCE:
-        return "reject", f"held-out accuracy lies below one half ({accuracy['value']:.3f}): chosen and rejected look swapped"
+        return (
+            "reject",
+            f"held-out accuracy lies below one half ({accuracy['value']:.3f}): chosen and rejected look swapped",
+        )
     if prompts < min_prompts:
         return "insufficient_evidence", f"{prompts} held-out prompts, evaluation.min_pairs asks for {min_prompts}"
     if accuracy["low"] <= CHANCE:
-        return "hold", f"the interval [{accuracy['low']:.3f}, {accuracy['high']:.3f}] holds one half: this may be chance"
+        return (
+            "hold",
+            f"the interval [{accuracy['low']:.3f}, {accuracy['high']:.3f}] holds one half: this may be chance",
+        )
     if drop > TOLERANCE:
         return "hold", f"plain log-probability ranks pairs worse than SFT by {drop:.3f}"
-    return "first_publication", f"better than its start on {accuracy['value']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}]"
+    return (
+        "first_publication",
+        f"better than its start on {accuracy['value']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}]",
+    )
 
 
 def evaluation_verdicts(report: Mapping[str, Any], recipe: Recipe) -> list[Verdict]:

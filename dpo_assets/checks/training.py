@@ -15,7 +15,9 @@ def sft_verdicts(report: Mapping[str, Any]) -> list[Verdict]:
     """All checks of `sft_checkpoint`. An adopted base passes: nothing was trained."""
     if report.get("adopted"):
         note = "the base was adopted as it is"
-        return [Verdict(name, "pass", "not trained", "-", note=note) for name in ("sft_finite", "sft_learned", "eos_kept")]
+        return [
+            Verdict(name, "pass", "not trained", "-", note=note) for name in ("sft_finite", "sft_learned", "eos_kept")
+        ]
     before, after = report["held_out_nll_before"], report["held_out_nll_after"]
     learned = after < before
     eos = report["ends_with_eos"]

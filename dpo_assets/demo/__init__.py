@@ -1,0 +1,1 @@
+"""The demo: the pipelines of `defs/`, run and watched from a terminal."""

@@ -132,7 +132,9 @@ def _apply_schema(table: pl.DataFrame) -> tuple[pl.DataFrame, list[dict[str, Any
     return table[keep], faults
 
 
-def fit_to_model(pairs: pl.DataFrame, tokens: pl.DataFrame, max_length: int) -> tuple[pl.DataFrame, list[dict[str, Any]]]:  # fmt: skip
+def fit_to_model(
+    pairs: pl.DataFrame, tokens: pl.DataFrame, max_length: int
+) -> tuple[pl.DataFrame, list[dict[str, Any]]]:
     """Joins token ids to pairs and sets aside what the model could not learn from.
 
     TRL drops a prompt that fills `max_length` silently and trains on pairs that truncation made equal; here both go to

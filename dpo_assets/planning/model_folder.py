@@ -55,7 +55,9 @@ def inspect_model(folder: Path) -> ModelFolder:
             context=text.get("max_position_embeddings") or 2**20,
         )
     except KeyError as error:
-        raise ConfigError(f"{folder / 'config.json'} has no {error}: only decoder language models are supported") from None
+        raise ConfigError(
+            f"{folder / 'config.json'} has no {error}: only decoder language models are supported"
+        ) from None
     eos = tokenizer.get("eos_token")
     return ModelFolder(
         shape=shape,

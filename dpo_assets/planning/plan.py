@@ -105,7 +105,9 @@ def make_plan(recipe: Recipe, shape: ModelShape, data: DatasetStats, device: Dev
     """
     choice = choose_precision(device, shape.parameters, recipe.hardware.precision)
     available = min(device.memory_gib, recipe.hardware.memory_gib or device.memory_gib)
-    fixed = weights_gib(shape.parameters, choice.precision) + adapter_gib(shape, recipe.lora) + FRAMEWORK_GIB[device.kind]
+    fixed = (
+        weights_gib(shape.parameters, choice.precision) + adapter_gib(shape, recipe.lora) + FRAMEWORK_GIB[device.kind]
+    )
     room = max(0.9 * available - fixed, 0.0)
     wanted = max(data.longest_pair, 2_048)
     checkpointing = activation_gib_per_token(shape, choice.precision, False) * wanted > room
@@ -126,7 +128,9 @@ def make_plan(recipe: Recipe, shape: ModelShape, data: DatasetStats, device: Dev
         max_length=data.max_length,
         train_pairs=data.train_pairs,
         eval_pairs=data.eval_pairs,
-        sft_steps=0 if recipe.sft.strategy == "adopt" else steps_of(data.train_pairs, recipe.sft.batch_size, recipe.sft.epochs),
+        sft_steps=0
+        if recipe.sft.strategy == "adopt"
+        else steps_of(data.train_pairs, recipe.sft.batch_size, recipe.sft.epochs),
         dpo_steps=steps_of(data.train_pairs, recipe.dpo.batch_size, recipe.dpo.epochs),
         lora=recipe.lora,
         sft=recipe.sft,

@@ -66,7 +66,9 @@ def _refuse_impossible(device: Device, requested: Precision) -> None:
         raise ConfigError(f"hardware.precision `{requested}` needs a GPU; on this CPU use `fp32` or `auto`.")
     capability = device.capability or (0, 0)
     if requested == "bf16" and device.kind == "cuda" and capability < AMPERE:
-        raise ConfigError(f"{device.name} (capability {capability[0]}.{capability[1]}) has no bf16; use `fp16` or `auto`.")
+        raise ConfigError(
+            f"{device.name} (capability {capability[0]}.{capability[1]}) has no bf16; use `fp16` or `auto`."
+        )
     if requested == "fp8" and capability < HOPPER:
         raise ConfigError(
             f"fp8 needs capability 9.0 (Unsloth 2026.10.9); {device.name} has {capability[0]}.{capability[1]}. "

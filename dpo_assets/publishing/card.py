@@ -52,8 +52,8 @@ A language model aligned to human preferences by direct preference optimisation 
 {"one merged model" if facts.artifact == "merged" else "a LoRA adapter"}. Base: {_base(facts)}.
 
 ## Training data
-{data["rows_in"]} feedback rows: {data["accepted"]} accepted ({data["train_pairs"]} train, {data["eval_pairs"]} held out),
-{data["quarantined"]} quarantined ({reasons}), {data["duplicates"]} duplicates. Dataset digest `{facts.dataset_digest}`.
+{data["rows_in"]} feedback rows: {data["accepted"]} accepted ({data["train_pairs"]} train,
+{data["eval_pairs"]} held out), {data["quarantined"]} quarantined ({reasons}), {data["duplicates"]} duplicates. Dataset digest `{facts.dataset_digest}`.
 
 ## Procedure
 SFT: {plan.sft.strategy}. DPO: loss {plan.dpo.loss}, beta {plan.dpo.beta:g}, learning rate {plan.dpo.learning_rate:g}

@@ -72,7 +72,9 @@ def stage(source: Path, target: Path, card: str, provenance: Mapping[str, Any]) 
     text = json.dumps(provenance, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     (target / "provenance.json").write_text(text, encoding="utf-8")
     for path in sorted(target.iterdir()):
-        if path.suffix != ".safetensors" and (kinds := find_secrets(path.read_text(encoding="utf-8", errors="replace"))):
+        if path.suffix != ".safetensors" and (
+            kinds := find_secrets(path.read_text(encoding="utf-8", errors="replace"))
+        ):
             raise ConfigError(f"{path.name} of the release seems to hold a {', a '.join(kinds)}; nothing was sent.")
     return [Operation("add", p.name, p.stat().st_size, file_sha256(p)) for p in sorted(target.iterdir())]
 

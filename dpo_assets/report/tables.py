@@ -32,7 +32,9 @@ def sample_table(path: Path) -> str:
     import polars as pl
 
     pairs = pl.read_parquet(path, columns=["prompt", "chosen", "rejected"], n_rows=ROWS)
-    rows = [[row[name][-1]["content"] for name in ("prompt", "chosen", "rejected")] for row in pairs.iter_rows(named=True)]
+    rows = [
+        [row[name][-1]["content"] for name in ("prompt", "chosen", "rejected")] for row in pairs.iter_rows(named=True)
+    ]
     return table(["prompt (last message)", "chosen", "rejected"], rows)
 
 

@@ -61,8 +61,16 @@ class LocalLauncher(TrainingLauncher):
 
     def _run_to_end(
         self, context: dg.AssetExecutionContext, stage: Stage, spec: Spec, work: Path, log: Path, timeout_seconds: float
-    ) -> int:  # fmt: skip
-        command = [self.python, "-m", "dpo_assets.training", stage, "--spec", str(work / "spec.json"), "--follow-parent"]
+    ) -> int:
+        command = [
+            self.python,
+            "-m",
+            "dpo_assets.training",
+            stage,
+            "--spec",
+            str(work / "spec.json"),
+            "--follow-parent",
+        ]
         with (
             dg.open_pipes_session(
                 context=context,
@@ -73,7 +81,7 @@ class LocalLauncher(TrainingLauncher):
         ):
             process = subprocess.Popen(
                 command,
-                env=_worker_environment(spec.threads) | session.get_bootstrap_env_vars(),
+                env={**_worker_environment(spec.threads), **session.get_bootstrap_env_vars()},
                 # Held open as long as this process lives: its end tells the worker that the run is gone.
                 stdin=subprocess.PIPE,
                 stdout=output,
@@ -88,7 +96,10 @@ class LocalLauncher(TrainingLauncher):
 
     def _end_group(self, process: subprocess.Popen[bytes]) -> None:
         """Ends whatever is left of the worker's process group, its children included."""
-        for sign, patience in ((signal.SIGTERM, self.grace_seconds if process.poll() is None else 0), (signal.SIGKILL, 5.0)):
+        for sign, patience in (
+            (signal.SIGTERM, self.grace_seconds if process.poll() is None else 0),
+            (signal.SIGKILL, 5.0),
+        ):
             try:
                 os.killpg(process.pid, sign)
             except ProcessLookupError:
@@ -106,7 +117,9 @@ def _wait(process: subprocess.Popen[bytes], stage: str, timeout_seconds: float) 
     deadline = time.monotonic() + timeout_seconds
     while (status := process.poll()) is None:
         if time.monotonic() > deadline:
-            raise WorkerDied(f"stage `{stage}` ran longer than {timeout_seconds / 60:.1f} minutes (hardware.timeout_minutes)")
+            raise WorkerDied(
+                f"stage `{stage}` ran longer than {timeout_seconds / 60:.1f} minutes (hardware.timeout_minutes)"
+            )
         time.sleep(0.1)
     return status
 

@@ -141,7 +141,9 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
         trainer = trl.DPOTrainer(
             model=model, args=dpo_arguments(plan, out / "trainer"), train_dataset=rows, processing_class=tokenizer
         )
-    reporter.log(f"dpo: {len(train)} pairs, {plan.dpo_steps} steps, lr {plan.dpo.learning_rate:g}, beta {plan.dpo.beta:g}")
+    reporter.log(
+        f"dpo: {len(train)} pairs, {plan.dpo_steps} steps, lr {plan.dpo.learning_rate:g}, beta {plan.dpo.beta:g}"
+    )
     keys = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
     end_quietly(trainer, [StopOnNonFinite("finite"), ProgressLines(reporter, "dpo", keys)])
     trainer.train()
@@ -172,7 +174,7 @@ def autocast_of(plan: TrainingPlan) -> torch.autocast:
 
 
 def score_reference(model: PeftModel, groups: list[Group], spec: TrainSpec, reporter: Reporter) -> tuple[Scores, int]:
-    """Reference scores of all pairs by the same kernels, dtype and packing as the policy, from the cache where known."""
+    """Reference scores by the same kernels, dtype and packing as the policy, from the cache where known."""
     plan = spec.plan
     key = reference_key(
         base=spec.base_digest,

@@ -94,7 +94,7 @@ def summarise(table: pl.DataFrame, confidence: float) -> dict[str, Any]:
 
 def _score_table(
     pair_ids: Sequence[str], prompt_ids: Sequence[str], groups: list[Group], reference: list[float], policy: list[float]
-) -> pl.DataFrame:  # fmt: skip
+) -> pl.DataFrame:
     return pl.DataFrame(
         {
             "pair_id": list(pair_ids),
@@ -186,4 +186,3 @@ def repeats_itself(ids: Sequence[int]) -> bool:
     """Whether any 4-gram of tokens stands three times or more."""
     grams = [tuple(ids[n : n + REPEATED_NGRAM]) for n in range(len(ids) - REPEATED_NGRAM + 1)]
     return any(grams.count(gram) >= REPEATS for gram in set(grams))
-

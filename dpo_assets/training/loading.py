@@ -85,7 +85,9 @@ def _weights(plan: TrainingPlan) -> tuple[torch.dtype, Mapping[str, Any]]:
     return half, {"quantization_config": quantisation, "device_map": {"": 0}}
 
 
-def attach_adapter(base: PreTrainedModel, plan: TrainingPlan, start: Path | None, *, seed: int, dropout: float) -> PeftModel:  # fmt: skip
+def attach_adapter(
+    base: PreTrainedModel, plan: TrainingPlan, start: Path | None, *, seed: int, dropout: float
+) -> PeftModel:
     """The policy: a trained adapter to go on with, or a new one whose B is zero (so that it starts as the base).
 
     Raises:

@@ -76,7 +76,9 @@ class _ChunkedHead(torch.autograd.Function):
         return out, None, None, None, None, None
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float
+) -> tuple[Tensor, Tensor | None]:
     """Logits in fp32, and their slope with respect to the uncapped ones where a soft cap bends them."""
     logits = F.linear(hidden.to(weight.dtype), weight, bias).float() * scale
     if not softcap:
@@ -103,7 +105,9 @@ def score_tokens(model: Any, batch: PackedBatch, autocast: AbstractContextManage
         picked = hidden.index_select(0, batch["predict"])
     head = lm.get_output_embeddings()
     scale, softcap = _head_scale(lm.config)
-    return TokenScores(*_ChunkedHead.apply(picked, head.weight, getattr(head, "bias", None), batch["target"], scale, softcap))
+    return TokenScores(
+        *_ChunkedHead.apply(picked, head.weight, getattr(head, "bias", None), batch["target"], scale, softcap)
+    )
 
 
 def _head_scale(config: Any) -> tuple[float, float]:

@@ -37,10 +37,11 @@ class ProgressLines(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         now = time.monotonic()
-        if "loss" not in (logs or {}) or (now - self._last < PROGRESS_EVERY_SECONDS and state.global_step < state.max_steps):
+        too_soon = now - self._last < PROGRESS_EVERY_SECONDS and state.global_step < state.max_steps
+        if logs is None or "loss" not in logs or too_soon:
             return
         self._last = now
-        note = " ".join(f"{short} {logs[key]:.4g}" for key, short in self.keys.items() if key in logs)  # type: ignore[index]
+        note = " ".join(f"{short} {logs[key]:.4g}" for key, short in self.keys.items() if key in logs)
         self.reporter.log(Progress(stage=self.stage, done=state.global_step, total=state.max_steps, note=note).line())
 
 

@@ -1,4 +1,4 @@
-"""Stage `sft`: LoRA supervised fine-tuning on the chosen answers. Its adapter is where DPO starts, and its reference."""
+"""Stage `sft`: LoRA supervised fine-tuning on the chosen answers: where DPO starts, and its reference."""
 
 from __future__ import annotations
 
@@ -89,7 +89,8 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
 def held_out_nll(model: Any, groups: Sequence[Group], budget: int) -> float:
     """Mean negative log-likelihood per completion token, in nats."""
     logps, lengths = score_groups(model, groups, budget)
-    return -sum(logps) / max(1, sum(lengths))
+    total: float = sum(logps)
+    return -total / max(1, sum(lengths))
 
 
 def share_ending_with(completions: Sequence[Sequence[int]], eos: int) -> float:

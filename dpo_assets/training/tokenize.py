@@ -28,7 +28,13 @@ def run(spec: TokenizeSpec, reporter: Reporter) -> None:
         if n % PROGRESS_EVERY == 0 or n == pairs.height:
             reporter.log(Progress(stage="tokenize", done=n, total=pairs.height).line())
     ids = pl.List(pl.Int32)
-    schema = {"pair_id": pl.String, "prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids, "boundary_fault": pl.Boolean}
+    schema = {
+        "pair_id": pl.String,
+        "prompt_ids": ids,
+        "chosen_ids": ids,
+        "rejected_ids": ids,
+        "boundary_fault": pl.Boolean,
+    }
     pl.DataFrame(rows, schema=schema).write_parquet(spec.output_dir / "tokens.parquet")
     write_json(spec.output_dir / VOLATILE, {"seconds": time.perf_counter() - started})
 
@@ -61,4 +67,3 @@ def _common_prefix(a: list[int], b: list[int]) -> int:
             break
         length += 1
     return length
-

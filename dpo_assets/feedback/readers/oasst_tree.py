@@ -54,8 +54,13 @@ def _pairs(ranked: list[Mapping[str, Any]], pairing: str) -> list[tuple[Mapping[
 
 
 def _pair(
-    path: list[Message], best: Mapping[str, Any], worst: Mapping[str, Any], tree: str, place: Place, options: ReadOptions
-) -> Pair | RowFault:  # fmt: skip
+    path: list[Message],
+    best: Mapping[str, Any],
+    worst: Mapping[str, Any],
+    tree: str,
+    place: Place,
+    options: ReadOptions,
+) -> Pair | RowFault:
     row = f"{best.get('message_id')}>{worst.get('message_id')}"
     if best["rank"] == worst["rank"]:
         return RowFault("tie", f"both replies have rank {best['rank']}", row)
