@@ -143,8 +143,6 @@ class DpoPipeline(dg.Component):
             ],
             required_resource_keys={self.pipeline.resource_key(name) for name in RESOURCES},
             pool=recipe.hardware.pool if main.trains else None,
-            # Only faults of infrastructure reach it: `guarded` marks the others as not worth another try.
-            retry_policy=dg.RetryPolicy(max_retries=2, delay=5, backoff=dg.Backoff.EXPONENTIAL),
         )
         if main.config is None:
 

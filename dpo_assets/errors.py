@@ -15,6 +15,10 @@ class FeedbackError(ConfigError):
     """No usable feedback could be read."""
 
 
+class InfrastructureError(DpoAssetsError):
+    """Something outside the recipe failed: a worker was killed, the Hub did not answer. Worth another try."""
+
+
 class CorruptArtifact(DpoAssetsError):
     """A directory whose manifest is missing or does not match its files."""
 

@@ -25,7 +25,11 @@ ALL_LINEAR: tuple[LoraTarget, ...] = (
 class Section(BaseModel):
     """A part of the recipe: unknown keys are errors that name the nearest known key."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # The JSON schema, which `dg check` applies before anything else, leaves unknown keys to the validator below: jsonschema
+    # would end the check with "additional properties are not allowed", before the suggestion could be made.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, json_schema_extra=lambda schema: schema.pop("additionalProperties", None) and None
+    )
 
     @model_validator(mode="before")
     @classmethod

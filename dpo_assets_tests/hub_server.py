@@ -170,9 +170,7 @@ class _Connection(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         url = urlsplit(self.path)
         token = self.headers.get("Authorization", "").removeprefix("Bearer ").strip()
-        request = Request(
-            self.command, url.path, url.query, self._body(), token != "", token == self.hub.token
-        )
+        request = Request(self.command, url.path, url.query, self._body(), token != "", token == self.hub.token)
         reply = self.hub.answer(request)
         if reply is None:
             self.close_connection = True

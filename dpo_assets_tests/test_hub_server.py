@@ -189,9 +189,7 @@ def test_snapshot_download_is_byte_equal(hub: HubServer, api: HfApi, tmp_path: P
     publish(api, {"later.json": b"{}"})
     folder = Path(api.snapshot_download(REPO, revision=commit.oid, cache_dir=tmp_path))
 
-    found = {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
-    }
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert found == hub.repo(REPO).files(commit.oid)
     assert found.items() >= files.items()
 
@@ -204,9 +202,7 @@ def test_the_token_is_not_sent_to_the_storage_host(hub: HubServer, api: HfApi, t
     assert not any(request.token_sent for request in stored)
 
 
-def test_a_flipped_byte_in_the_store_shows_as_another_sha256(
-    hub: HubServer, api: HfApi, tmp_path: Path
-) -> None:
+def test_a_flipped_byte_in_the_store_shows_as_another_sha256(hub: HubServer, api: HfApi, tmp_path: Path) -> None:
     publish(api, {"model.safetensors": WEIGHTS})
     hub.repo(REPO).flip_byte("model.safetensors", offset=100)
 
@@ -309,9 +305,7 @@ def test_creating_a_repository_again_needs_exist_ok(hub: HubServer, api: HfApi) 
     assert api.whoami()["name"] == hub.user
 
 
-def test_a_dataset_and_a_model_of_one_name_are_two_repositories(
-    hub: HubServer, api: HfApi, tmp_path: Path
-) -> None:
+def test_a_dataset_and_a_model_of_one_name_are_two_repositories(hub: HubServer, api: HfApi, tmp_path: Path) -> None:
     api.create_repo(REPO, repo_type="dataset")
     content = {"train.parquet": b"rows", "README.md": b"# data\n"}
     operations = [CommitOperationAdd(path, data) for path, data in content.items()]

@@ -14,8 +14,9 @@ from dpo_assets.artifact import write_json
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.verdict import Verdict
-from dpo_assets.errors import ConfigError
+from dpo_assets.errors import ConfigError, InfrastructureError
 from dpo_assets.planning.model_folder import KEPT, ModelFolder, inspect_model
+from dpo_assets.publishing.secrets import scrub
 from dpo_assets.recipe import BUILTIN, BaseModelSection, looks_like_hub_id
 
 if TYPE_CHECKING:
@@ -30,20 +31,23 @@ def materialise(step: Step) -> Events:
     section = step.recipe.base_model
     refused: list[Verdict] = []
 
+    def refuse(facts: ModelFolder) -> None:
+        refused.extend(v for v in verdicts(section, facts) if v.level == "error")
+        if refused:
+            raise _Refused
+
     def make(folder: Path, _: str) -> None:
         model = folder / "model"
         if looks_like_hub_id(section.source):
             _download(step.hub.api(), section, model)
         else:
             source, _licence = local_source(section)
-            inspect_model(source)
+            refuse(inspect_model(source))
             _copy(source, model)
         if section.chat_template is not None:
             _add_template(Path(section.chat_template), model)
         facts = inspect_model(model)
-        refused.extend(v for v in verdicts(section, facts) if v.level == "error")
-        if refused:
-            raise _Refused
+        refuse(facts)
         if not facts.has_chat_template:
             raise ConfigError(
                 f"{section.source} has no chat template; set `base_model.chat_template` to a Jinja file, or start from "
@@ -59,7 +63,7 @@ def materialise(step: Step) -> Events:
         for verdict in refused:
             yield step.check_result("base_model", verdict)
         message = "; ".join(f"{v.headline}. {v.fix}" for v in refused)
-        raise dg.Failure(description=message, allow_retries=False) from None
+        raise dg.Failure(description=message) from None
     described = artifact.json(FACTS)
     yield step.result(
         "base_model",
@@ -166,7 +170,13 @@ def _add_template(template: Path, model: Path) -> None:
 
 def _download(api: HfApi, section: BaseModelSection, target: Path) -> None:
     """One pinned revision, without pickled weights."""
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from httpx import HTTPError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
         api.snapshot_download(section.source, revision=section.revision, local_dir=target, allow_patterns=list(KEPT))
@@ -176,6 +186,8 @@ def _download(api: HfApi, section: BaseModelSection, target: Path) -> None:
         raise ConfigError(f"{section.source} is gated: accept its terms on the Hub and set HF_TOKEN") from None
     except RepositoryNotFoundError:
         raise ConfigError(f"the Hub has no model {section.source}, or the token in HF_TOKEN may not see it") from None
+    except (HfHubHTTPError, HTTPError) as error:
+        raise InfrastructureError(f"{section.source} could not be downloaded: {scrub(str(error))}") from None
     shutil.rmtree(target / ".cache", ignore_errors=True)
 
 

@@ -18,7 +18,7 @@ from dpo_assets.checks.promotion import decide
 from dpo_assets.checks.verdict import Verdict
 from dpo_assets.errors import ConfigError
 from dpo_assets.publishing.card import CardFacts, render_card
-from dpo_assets.publishing.commit import Operation, PublishError, Release, publish, stage
+from dpo_assets.publishing.commit import Operation, Release, publish, stage
 from dpo_assets.report.tables import table
 
 UPSTREAM = ("eval_scores", "merged_model", "dpo_adapter", "dpo_dataset", "base_model")
@@ -96,12 +96,8 @@ def _send(step: Step, artifact: Artifact, operations: list[Operation]) -> Releas
             "set dry_run: true."
         )
     assert publishing.repo_id is not None, "the recipe requires repo_id when dry_run is false"
-    try:
-        return publish(
-            step.hub.api(), publishing.repo_id, artifact.path / RELEASE, operations, private=publishing.private
-        )
-    except PublishError as error:
-        raise dg.Failure(description=str(error), allow_retries=True) from None
+    folder = artifact.path / RELEASE
+    return publish(step.hub.api(), publishing.repo_id, folder, operations, private=publishing.private)
 
 
 def _title(step: Step) -> str:

@@ -13,14 +13,15 @@ import dagster as dg
 from dpo_assets.artifact import Artifact, ArtifactTree, fingerprint, write_json
 from dpo_assets.checks.verdict import Verdict
 from dpo_assets.contract import Spec, Stage
-from dpo_assets.errors import ConfigError, GateError
+from dpo_assets.errors import ConfigError, GateError, InfrastructureError
 from dpo_assets.recipe import Recipe
 from dpo_assets.resources.artifacts import ArtifactStore
 from dpo_assets.resources.gpu import GpuResource
 from dpo_assets.resources.hub import HubResource
-from dpo_assets.resources.launcher import TrainingLauncher, WorkerDied
+from dpo_assets.resources.launcher import TrainingLauncher
 
 Events = Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]
+MAX_RETRIES, RETRY_SECONDS = 2, 5.0  # Of faults of infrastructure; the wait doubles.
 FINGERPRINT, PATH, DIGEST, REUSED = "dpo_assets/fingerprint", "path", "digest", "reused"
 
 
@@ -175,17 +176,20 @@ def guarded(step: Step, node: str, events: Events) -> Events:
     """Runs an asset's body and turns its errors into what Dagster should do about them.
 
     A failed gate shows as that check's failure; faults of configuration are not tried again; faults of infrastructure
-    are, by the asset's retry policy.
+    are. Retries are asked for here and not by a RetryPolicy, because Dagster follows a policy also when a run is
+    terminated, and would start the training again that someone just stopped.
     """
     try:
         yield from events
     except GateError as error:
-        yield step.check_result(
-            node,
-            Verdict(error.check, "error", error.value, error.band, error.source, error.fix, note=str(error)),
-        )
-        raise dg.Failure(description=f"{error} {error.fix}", allow_retries=False) from None
+        fault = Verdict(error.check, "error", error.value, error.band, error.source, error.fix, note=str(error))
+        yield step.check_result(node, fault)
+        raise dg.Failure(description=f"{error} {error.fix}") from None
     except ConfigError as error:
-        raise dg.Failure(description=str(error), allow_retries=False) from None
-    except WorkerDied as error:
-        raise dg.Failure(description=str(error), allow_retries=True) from None
+        raise dg.Failure(description=str(error)) from None
+    except InfrastructureError as error:
+        attempt = step.context.op_execution_context.retry_number
+        if attempt >= MAX_RETRIES:
+            raise dg.Failure(description=f"{error}\nGiven up after {attempt + 1} attempts.") from None
+        step.context.log.warning(f"attempt {attempt + 1} failed, another follows: {error}")
+        raise dg.RetryRequested(max_retries=MAX_RETRIES, seconds_to_wait=RETRY_SECONDS * 2**attempt) from error

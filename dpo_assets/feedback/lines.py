@@ -55,7 +55,7 @@ def parse_line(line: bytes) -> Mapping[str, Any]:
     except UnicodeEncodeError:
         raise RowFault("invalid_utf8", "a lone surrogate escape (\\ud800-\\udfff) is not text") from None
     except json.JSONDecodeError as error:
-        cut = error.pos >= len(text.rstrip())
+        cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
         hint = "; the line ends early, as if the file had been cut" if cut else ""
         raise RowFault("invalid_json", f"column {error.colno}: {error.msg}{hint}") from None
     except RecursionError:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_assets.artifact import file_sha256
-from dpo_assets.errors import ConfigError, DpoAssetsError
+from dpo_assets.errors import ConfigError, InfrastructureError
 from dpo_assets.publishing.secrets import find_secrets, scrub
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ ALLOWED = (
 HUB_OWNED = frozenset({".gitattributes"})
 
 
-class PublishError(DpoAssetsError):
-    """The Hub did not take, or did not give back, what was sent. Worth another try."""
+class PublishError(InfrastructureError):
+    """The Hub did not take, or did not give back, what was sent."""
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,14 @@ import dagster as dg
 from pydantic import Field
 
 from dpo_assets.contract import EXPLAINED_EXIT, FAILURE_FILE, Failure, Spec, Stage
-from dpo_assets.errors import ConfigError, DpoAssetsError, GateError
+from dpo_assets.errors import ConfigError, DpoAssetsError, GateError, InfrastructureError
 from dpo_assets.publishing.secrets import SECRET_VARIABLES, scrub
 
 TAIL_LINES = 30
 
 
-class WorkerDied(DpoAssetsError):
-    """The worker ended without explaining itself: killed, out of memory, or a crash. Worth another try."""
+class WorkerDied(InfrastructureError):
+    """The worker ended without explaining itself: killed, out of memory, or a crash."""
 
 
 class TrainingLauncher(dg.ConfigurableResource, ABC):  # type: ignore[type-arg]

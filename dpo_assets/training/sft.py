@@ -90,7 +90,8 @@ def held_out_nll(model: Any, groups: Sequence[Group], budget: int) -> float:
     """Mean negative log-likelihood per completion token, in nats."""
     logps, lengths = score_groups(model, groups, budget)
     total: float = sum(logps)
-    return -total / max(1, sum(lengths))
+    tokens: int = sum(lengths)
+    return -total / max(1, tokens)
 
 
 def share_ending_with(completions: Sequence[Sequence[int]], eos: int) -> float:

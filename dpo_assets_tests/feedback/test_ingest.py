@@ -1,0 +1,335 @@
+"""Files to batches: every row of every file ends as a pair or as a rejected row with its bytes, whatever is in it."""
+
+from __future__ import annotations
+
+import base64
+import codecs
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from importlib.resources import files
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from dpo_assets.errors import FeedbackError
+from dpo_assets.feedback.cleaning import screen
+from dpo_assets.feedback.ingest import (
+    EMPTY_FILE,
+    Batch,
+    FeedbackFile,
+    find_files,
+    pairs_frame,
+    quarantine_frame,
+    read_file,
+)
+from dpo_assets.feedback.pair import PAIR_COLUMNS, QUARANTINE_COLUMNS, Rejected
+from dpo_assets.feedback.readers import ReadOptions
+from dpo_assets.recipe import FeedbackSource
+from dpo_assets_tests.samples import assistant, pair, user
+
+FORMATS = ["trl", "oasst_tree", "hh_rlhf"]
+OPTIONS = ReadOptions("best_worst", include_synthetic=False)
+
+
+def read(content: bytes, format: str = "trl", options: ReadOptions = OPTIONS) -> Batch:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "export.jsonl"
+        path.write_bytes(content)
+        return read_file(FeedbackFile(path, path.name, format), options)
+
+
+def rows_of(content: bytes) -> list[bytes]:
+    """The rows of a file, counted without the package: what stands between line feeds and is not blank."""
+    return [line.rstrip(b"\r") for line in content.removeprefix(codecs.BOM_UTF8).split(b"\n") if line.strip()]
+
+
+def row(number: int = 0, **changes: Any) -> bytes:
+    return json.dumps(
+        {"prompt": f"q{number}", "chosen": "yes", "rejected": "no"} | changes, ensure_ascii=False
+    ).encode()
+
+
+# Arbitrary files
+
+_ROWS = [
+    row(),
+    b'{"chosen": "\\n\\nHuman: a\\n\\nAssistant: b", "rejected": "\\n\\nHuman: a\\n\\nAssistant: c"}',
+    b'{"prompt": {"role": "prompter", "text": "q", "replies": ['
+    b'{"role": "assistant", "text": "a", "rank": 0}, {"role": "assistant", "text": "b", "rank": 1}]}}',
+]
+
+
+@st.composite
+def damaged_files(draw: st.DrawFn) -> bytes:
+    """Good rows of all formats, with a few bytes of the file replaced, removed or put in."""
+    content = bytearray(b"\n".join(draw(st.lists(st.sampled_from(_ROWS), min_size=1, max_size=4))))
+    for _ in range(draw(st.integers(0, 4))):
+        place = draw(st.integers(0, len(content)))
+        content[place : place + draw(st.integers(0, 3))] = draw(
+            st.one_of(
+                st.binary(max_size=3), st.sampled_from([b"\n", b'"', b"{", b"}", b"[", b"]", b"\\", b"\xff", b"\0"])
+            )
+        )
+    return bytes(content)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@settings(max_examples=60, deadline=None)
+@given(content=st.one_of(st.binary(max_size=200), damaged_files()))
+@example(content=b"")
+@example(content=codecs.BOM_UTF8)
+@example(content=b"\n \r\n\t\n")
+@example(content=b"\0" * 50)
+@example(content=b"[" * 5000)
+def test_any_bytes_are_read_without_raising_and_every_row_is_accounted_for(format: str, content: bytes) -> None:
+    batch = read(content, format)
+    expected = rows_of(content)
+    assert batch.rows_in == len(batch.pairs) + len(batch.rejected)
+    if not expected:
+        assert [(r.reason, r.line, r.raw) for r in batch.rejected] == [(EMPTY_FILE, 0, b"")]
+        return
+    lines = [pair.line for pair in batch.pairs] + [rejected.line for rejected in batch.rejected]
+    # A tree may hold several comparisons; a row of the other formats is one pair or one rejected row.
+    assert len(set(lines)) == len(expected)
+    assert len(lines) == len(expected) or format == "oasst_tree"
+    assert all(rejected.reason and rejected.raw in expected for rejected in batch.rejected)
+    assert pairs_frame(batch.pairs).height == len(batch.pairs)
+    raw = quarantine_frame(batch.rejected)["raw"].to_list()
+    assert [base64.b64decode(text) for text in raw] == [rejected.raw for rejected in batch.rejected]
+
+
+@settings(max_examples=40, deadline=None)
+@given(contents=st.lists(damaged_files(), min_size=1, max_size=3))
+def test_what_is_read_from_a_file_does_not_depend_on_what_was_read_before(contents: list[bytes]) -> None:
+    assert [read(content) for content in contents] == [read(content) for content in reversed(contents)][::-1]
+
+
+# Damaged rows among good ones
+
+DAMAGED: list[tuple[str, bytes]] = [
+    ("invalid_json", b'{"prompt": "q", "chosen": "ye'),
+    ("duplicate_key", b'{"prompt": "q", "chosen": "a", "chosen": "b", "rejected": "c"}'),
+    ("invalid_json", b'{"prompt": "q", "chosen": "a", "rejected": "b", "margin": NaN}'),
+    ("invalid_utf8", b'{"prompt": "q", "chosen": "\\ud83d", "rejected": "b"}'),
+    ("invalid_utf8", b'{"prompt": "q", "chosen": "caf\xe9", "rejected": "b"}'),
+    ("not_an_object", b"42"),
+    ("not_an_object", b'["q", "a", "b"]'),
+    ("too_deep", b"[" * 5000),
+    ("missing_field", b'{"prompt": "q", "chosen": null, "rejected": "b"}'),
+    ("missing_field", b'{"prompt": "q", "chosen": "a"}'),
+    ("wrong_type", b'{"prompt": 5, "chosen": "a", "rejected": "b"}'),
+    ("no_shared_prompt", b'{"chosen": "a", "rejected": "b"}'),
+]
+
+
+@pytest.mark.parametrize(("reason", "damaged"), DAMAGED, ids=[f"{n}-{r}" for n, (r, _) in enumerate(DAMAGED)])
+def test_a_damaged_row_costs_that_row_and_nothing_else(reason: str, damaged: bytes) -> None:
+    batch = read(b"\n".join([row(1), damaged, row(2)]) + b"\n")
+    assert [pair.prompt[0]["content"] for pair in batch.pairs] == ["q1", "q2"]
+    assert [pair.line for pair in batch.pairs] == [1, 3]
+    [rejected] = batch.rejected
+    assert (rejected.reason, rejected.line, rejected.row, rejected.raw) == (reason, 2, "line-2", damaged)
+    assert rejected.source == "export.jsonl"
+    assert rejected.message
+
+
+def test_a_truncated_last_line_is_quarantined_and_the_rest_goes_on() -> None:
+    whole = b"\n".join(row(n) for n in range(5))
+    batch = read(whole[:-7])
+    assert len(batch.pairs) == 4
+    [rejected] = batch.rejected
+    assert (rejected.reason, rejected.line, rejected.raw) == ("invalid_json", 5, row(4)[:-7])
+
+
+def test_a_row_too_large_is_quarantined_with_its_beginning_and_the_rest_goes_on() -> None:
+    large = row(1, chosen="x" * (5 * 2**20))
+    batch = read(b"\n".join([row(0), large, row(2)]))
+    assert [pair.line for pair in batch.pairs] == [1, 3]
+    [rejected] = batch.rejected
+    assert (rejected.reason, rejected.line) == ("row_too_large", 2)
+    assert len(rejected.raw) < len(large)
+    assert large.startswith(rejected.raw)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b" \t\r\n", codecs.BOM_UTF8], ids=repr)
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_file_without_a_row_is_one_rejected_file(content: bytes, format: str) -> None:
+    batch = read(content, format)
+    assert batch.pairs == []
+    assert batch.rejected == [Rejected(EMPTY_FILE, "the file holds no row", "export.jsonl", "", 0, b"")]
+
+
+def test_byte_order_mark_windows_line_ends_and_odd_separators_change_no_text() -> None:
+    text = "one\u2028two\u2029three\u0085four"
+    plain = read(b"\n".join([row(1, chosen=text), row(2)]))
+    windows = read(codecs.BOM_UTF8 + b"\r\n".join([row(1, chosen=text), row(2), b""]))
+    assert plain.rejected == windows.rejected == []
+    assert plain.pairs == windows.pairs
+    assert plain.pairs[0].chosen == [assistant(text)]
+
+
+def test_texts_that_look_like_numbers_dates_or_nothing_stay_texts() -> None:
+    answers = ["5", "NA", "007", "TRUE", "=1+1", "2024-01-01", "null"]
+    batch = read(b"\n".join(row(n, chosen=answer) for n, answer in enumerate(answers)))
+    table = pairs_frame(batch.pairs)
+    assert [messages[0]["content"] for messages in table["chosen"].to_list()] == answers
+
+
+@pytest.mark.xfail(strict=True, raises=ValueError, reason="an integer of over 4300 digits stops the whole file")
+def test_a_huge_integer_costs_its_row_and_nothing_else() -> None:
+    batch = read(b"\n".join([row(1), b'{"id": ' + b"1" * 5_000 + b"}", row(2)]))
+    assert (len(batch.pairs), len(batch.rejected)) == (2, 1)
+
+
+@pytest.mark.xfail(
+    strict=True, raises=(TypeError, OverflowError), reason="what a reader stumbles over stops the whole file"
+)
+@pytest.mark.parametrize(
+    ("format", "damaged"),
+    [
+        ("trl", b'{"prompt": "q", "chosen": "a", "rejected": "b", "margin": 1' + b"0" * 400 + b"}"),
+        ("oasst_tree", b'{"prompt": {"role": ["prompter"], "text": "q"}}'),
+        ("oasst_tree", _ROWS[2].replace(b'"rank": 1', b'"rank": 1' + b"0" * 400)),
+    ],
+    ids=["huge margin", "role in a list", "huge rank"],
+)
+def test_a_value_that_a_reader_stumbles_over_costs_its_row_and_nothing_else(format: str, damaged: bytes) -> None:
+    good = _ROWS[0] if format == "trl" else _ROWS[2]
+    batch = read(b"\n".join([good, damaged, good]), format)
+    assert {pair.line for pair in batch.pairs} >= {1, 3}
+
+
+# Tables
+
+
+def test_the_tables_have_the_declared_columns_even_when_they_are_empty() -> None:
+    assert pairs_frame([]).columns == pairs_frame([pair()]).columns == [column.name for column in PAIR_COLUMNS]
+    assert pairs_frame([]).schema == pairs_frame([pair()]).schema
+    assert quarantine_frame([]).columns == [column.name for column in QUARANTINE_COLUMNS]
+
+
+def test_other_columns_of_a_row_are_kept_as_json() -> None:
+    batch = read(row(1, lang="de", scores=[1, 2.5], who={"ä": None}))
+    [meta] = pairs_frame(batch.pairs)["meta"].to_list()
+    assert json.loads(meta) == {"lang": "de", "scores": [1, 2.5], "who": {"ä": None}}
+
+
+# The embedded real feedback
+
+
+def _messages(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield node
+    for answer in node["replies"]:
+        yield from _messages(answer)
+
+
+def counted_by_hand(pairing: str) -> tuple[int, int]:
+    """(pairs of human answers, pairs with a machine-written side) of the embedded trees, by another reader."""
+    human = synthetic = 0
+    text = (files("dpo_assets") / "data/oasst/oasst_en_100_tree.jsonl").read_text(encoding="utf-8")
+    messages = [message for line in text.split("\n") if line for message in _messages(json.loads(line)["prompt"])]
+    for message in messages:
+        if message["role"] != "prompter":
+            continue
+        ranked = {answer["rank"]: answer for answer in message["replies"] if answer.get("rank") is not None}
+        order = [ranked[rank] for rank in sorted(ranked)]
+        pairs = list(pairwise(order)) if pairing == "adjacent" else list(zip(order[:1], order[1:][-1:], strict=False))
+        machine = sum(bool(one.get("synthetic") or other.get("synthetic")) for one, other in pairs)
+        human, synthetic = human + len(pairs) - machine, synthetic + machine
+    return human, synthetic
+
+
+@pytest.mark.parametrize(("pairing", "expected"), [("best_worst", (207, 5)), ("adjacent", (417, 12))])
+def test_the_embedded_oasst_sample_gives_the_pairs_that_a_count_by_hand_gives(
+    pairing: str, expected: tuple[int, int]
+) -> None:
+    [file] = find_files([FeedbackSource(path="builtin:oasst", format="oasst_tree")])
+    assert counted_by_hand(pairing) == expected
+    human, synthetic = expected
+    without = read_file(file, ReadOptions(pairing, include_synthetic=False))
+    assert len(without.pairs) == human
+    assert Counter(rejected.reason for rejected in without.rejected) == {"synthetic": synthetic}
+    everything = read_file(file, ReadOptions(pairing, include_synthetic=True))
+    assert (len(everything.pairs), everything.rejected) == (human + synthetic, [])
+
+
+def test_every_pair_of_the_embedded_sample_passes_every_rule() -> None:
+    [file] = find_files([FeedbackSource(path="builtin:oasst", format="oasst_tree")])
+    batch = read_file(file, OPTIONS)
+    screened = screen(pairs_frame(batch.pairs), quarantine_frame(batch.rejected))
+    assert screened.pairs.height + screened.duplicates == 207
+    assert set(screened.quarantine["reason"]) == {"synthetic"}
+    assert all(margin > 0 for margin in screened.pairs["margin"])
+
+
+# Finding files
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("b.jsonl", "a.jsonl", "deep/er/c.jsonl", "notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(row())
+    (tmp_path / "d.jsonl").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def names(*patterns: str) -> list[str]:
+    return [file.name for file in find_files([FeedbackSource(path=pattern) for pattern in patterns])]
+
+
+def test_a_glob_finds_files_in_order_of_their_names_and_no_folders(folder: Path) -> None:
+    assert names("*.jsonl") == ["a.jsonl", "b.jsonl"]
+    assert names("**/*.jsonl") == ["a.jsonl", "b.jsonl", "c.jsonl"]
+
+
+def test_files_come_in_the_order_of_the_sources_each_once(folder: Path) -> None:
+    assert names("b.jsonl", "*.jsonl", "./a.jsonl") == ["b.jsonl", "a.jsonl"]
+    two = [FeedbackSource(path="a.jsonl", format="hh_rlhf"), FeedbackSource(path="*.jsonl")]
+    assert [file.format for file in find_files(two)] == ["hh_rlhf", "trl"]
+
+
+@pytest.mark.parametrize("pattern", ["missing.jsonl", "*.csv", "d.jsonl", "deep"])
+def test_a_source_that_matches_no_file_is_named(folder: Path, pattern: str) -> None:
+    with pytest.raises(FeedbackError, match="matches no file") as refused:
+        names("a.jsonl", pattern)
+    assert f"`{pattern}`" in str(refused.value)
+
+
+def test_an_unknown_builtin_is_told_those_that_exist() -> None:
+    with pytest.raises(FeedbackError, match="there is no `builtin:oast`; built in are: oasst"):
+        names("builtin:oast")
+
+
+@pytest.mark.xfail(strict=True, raises=FeedbackError, reason="a path that exists is read as a pattern all the same")
+@pytest.mark.parametrize("name", ["run[1]/a.jsonl", "feedback [final].jsonl"])
+def test_a_file_whose_path_holds_brackets_is_found(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(row())
+    assert [file.path for file in find_files([FeedbackSource(path=str(path))])] == [path]
+
+
+@pytest.mark.xfail(strict=True, reason="files of one name in two folders cannot be told apart in quarantine")
+def test_two_files_of_one_name_are_named_apart(tmp_path: Path) -> None:
+    for part in ("monday", "tuesday"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "export.jsonl").write_bytes(b"broken")
+    found = find_files([FeedbackSource(path=str(tmp_path / "*" / "export.jsonl"))])
+    assert len({read_file(file, OPTIONS).rejected[0].source for file in found}) == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="symbolic links need rights on Windows")
+def test_a_link_to_a_file_is_read_like_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(row())
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "a.jsonl")
+    found = find_files([FeedbackSource(path=str(tmp_path / "link.jsonl"))])
+    assert read_file(found[0], OPTIONS).pairs[0].prompt == [user("q0")]

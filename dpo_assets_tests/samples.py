@@ -1,0 +1,110 @@
+"""Small valid values that tests start from; each takes its changes by keyword."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dpo_assets.feedback.pair import Message, Pair
+from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.recipe import Recipe, parse_recipe
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+RECIPE: dict[str, Any] = {
+    "base_model": {"source": "builtin:stories260k"},
+    "feedback": {"sources": [{"path": "builtin:oasst", "format": "oasst_tree"}]},
+}
+
+
+def recipe(**sections: Any) -> Recipe:
+    """A valid recipe with whole sections replaced."""
+    return parse_recipe(RECIPE | sections)
+
+
+def system(text: str) -> Message:
+    return {"role": "system", "content": text}
+
+
+def user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+def pair(number: int = 0, **changes: Any) -> Pair:
+    """The pair on line `number + 1`: another number is another question."""
+    values: dict[str, Any] = {
+        "prompt": [user(f"question {number}")],
+        "chosen": [assistant("a good answer")],
+        "rejected": [assistant("a bad answer")],
+        "source": "feedback.jsonl",
+        "row": f"row-{number}",
+        "line": number + 1,
+    }
+    return Pair(**values | changes)
+
+
+def plan(*, dpo: dict[str, Any] | None = None, sft: dict[str, Any] | None = None, **changes: Any) -> TrainingPlan:
+    """A plan that every check of `dpo_plan` passes."""
+    declared = recipe(dpo=dpo or {}, sft=sft or {})
+    values: dict[str, Any] = {
+        "device": "cuda",
+        "device_name": "NVIDIA L4",
+        "precision": "bf16",
+        "precision_reason": "bf16: NVIDIA L4 supports it and it fits",
+        "kernels": "transformers",
+        "gradient_checkpointing": False,
+        "token_budget": 4096,
+        "memory_gib": 6.0,
+        "memory_available_gib": 22.5,
+        "parameters": 135_000_000,
+        "max_length": 1024,
+        "train_pairs": 1000,
+        "eval_pairs": 120,
+        "sft_steps": 63,
+        "dpo_steps": 63,
+        "lora": declared.lora,
+        "sft": declared.sft,
+        "dpo": declared.dpo,
+    }
+    return TrainingPlan(**values | changes)
+
+
+def dataset_report(**changes: Any) -> dict[str, Any]:
+    """The report of a dataset that every check of `dpo_dataset` passes."""
+    return {
+        "rows_in": 1200,
+        "accepted": 1120,
+        "duplicates": 10,
+        "quarantined": 70,
+        "reasons": {"invalid_json": 20, "synthetic": 50},
+        "damaged": 20,
+        "train_pairs": 1000,
+        "eval_pairs": 120,
+        "leaked_prompts": 0,
+        "identical_after_truncation": 0,
+    } | changes
+
+
+def score(value: float, low: float, high: float, n: int = 120) -> dict[str, float]:
+    return {"value": value, "low": low, "high": high, "n": n}
+
+
+def answers(**changes: Any) -> dict[str, Any]:
+    """The summary of sixteen healthy answers."""
+    return {"answers": 16, "repetition": 0.0, "no_eos": 0.0, "empty": 0.0} | changes
+
+
+def evaluation_report(**changes: Any) -> dict[str, Any]:
+    """Held-out scores of a policy that is better than its start, beyond chance."""
+    return {
+        "confidence": 0.95,
+        "prompts": 100,
+        "implicit_reward_accuracy": score(0.7, 0.61, 0.78),
+        "logp_accuracy_policy": score(0.6, 0.51, 0.68),
+        "logp_accuracy_sft": score(0.58, 0.49, 0.66),
+        "pick_the_longer": score(0.55, 0.46, 0.64),
+        "nll_ratio_chosen": 1.05,
+        "generation": {"sft": answers(), "policy": answers()},
+    } | changes

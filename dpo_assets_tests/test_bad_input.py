@@ -1,0 +1,155 @@
+"""Bad input ends in a message that names the thing, the place and the way out; the rest goes on where it can."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import dagster as dg
+import polars as pl
+
+from dpo_assets_tests.pipelines import (
+    OASST,
+    STORIES,
+    demo_recipe,
+    failed_checks,
+    failures,
+    materialize,
+    metadata,
+    trl_feedback,
+    trl_recipe,
+)
+
+
+def test_a_missing_model_folder_is_named_and_not_retried(instance: dg.DagsterInstance) -> None:
+    result = materialize(demo_recipe(base_model={"source": "/nowhere/model"}), instance, ["base_model"])
+    assert failures(result) == ["base_model.source: there is no folder /nowhere/model; a Hub id looks like `org/name`."]
+    assert not [e for e in result.all_events if e.event_type == dg.DagsterEventType.STEP_UP_FOR_RETRY]
+
+
+def test_a_model_with_pickled_weights_only_fails_its_gate_and_is_not_kept(
+    instance: dg.DagsterInstance, tmp_path: Path
+) -> None:
+    folder = tmp_path / "pickled"
+    shutil.copytree(STORIES, folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    recipe = demo_recipe(base_model={"source": str(folder), "licence": "mit"})
+    result = materialize(recipe, instance, ["base_model", "raw_preferences", "dpo_dataset", "quarantined_preferences"])
+    assert not result.success
+    gate = failed_checks(result)["safetensors_only"]
+    assert gate["value"] == "pytorch_model.bin"
+    assert "save_pretrained" in gate["what to change"]
+    assert not list((Path(instance.storage_directory()) / "dpo_assets" / "demo" / "base_model").glob("*/model.json"))
+
+
+def test_a_model_of_unknown_licence_fails_its_gate(instance: dg.DagsterInstance, tmp_path: Path) -> None:
+    folder = tmp_path / "unlicensed"
+    shutil.copytree(STORIES, folder)
+    result = materialize(demo_recipe(base_model={"source": str(folder)}), instance, ["base_model"])
+    assert failed_checks(result)["licence_known"]["value"] == "none stated"
+
+
+def test_a_base_without_chat_template_is_refused_with_the_way_out(instance: dg.DagsterInstance, tmp_path: Path) -> None:
+    folder = tmp_path / "plain"
+    shutil.copytree(STORIES, folder)
+    (folder / "chat_template.jinja").unlink()
+    recipe = demo_recipe(base_model={"source": str(folder), "licence": "mit"})
+    assert "base_model.chat_template" in failures(materialize(recipe, instance, ["base_model"]))[0]
+    recipe["base_model"]["chat_template"] = str(STORIES / "chat_template.jinja")
+    assert materialize(recipe, instance, ["base_model"]).success
+
+
+def test_an_empty_feedback_file_is_named(instance: dg.DagsterInstance, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    result = materialize(trl_recipe(empty), instance, ["raw_preferences"])
+    assert failures(result) == [f"empty_file: no feedback row in {empty}; the export is empty or was cut off."]
+
+
+def test_an_empty_file_beside_a_good_one_is_kept_in_quarantine(instance: dg.DagsterInstance, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    trl_feedback(tmp_path / "good.jsonl", pairs=5)
+    result = materialize(trl_recipe(tmp_path / "*.jsonl"), instance, ["raw_preferences"])
+    assert result.success
+    assert metadata(result, "raw_preferences")["rows_in"] == 5
+    assert "empty_file" in metadata(result, "raw_preferences")["rejected_by_reason"]
+
+
+def test_a_source_that_matches_no_file_is_named(instance: dg.DagsterInstance, tmp_path: Path) -> None:
+    result = materialize(trl_recipe(tmp_path / "none-*.jsonl"), instance, ["raw_preferences"])
+    assert "none-*.jsonl` matches no file" in failures(result)[0]
+
+
+def test_feedback_with_no_valid_pair_is_blocked_and_its_rows_are_on_the_screen(
+    instance: dg.DagsterInstance, tmp_path: Path
+) -> None:
+    path = tmp_path / "same.jsonl"
+    path.write_text(json.dumps({"prompt": "Hi", "chosen": "Yes.", "rejected": "Yes."}) + "\n", encoding="utf-8")
+    nodes = ["base_model", "raw_preferences", "quarantined_preferences", "dpo_dataset", "dpo_plan"]
+    result = materialize(trl_recipe(path), instance, nodes)
+    assert not result.success
+    gates = failed_checks(result)
+    assert gates["enough_pairs"]["value"] == "0 train, 0 eval"
+    assert "no_preference 1" in gates["enough_pairs"]["what to change"]
+    assert gates["quarantine_rate"]["value"] == 1.0
+    quarantine = metadata(result, "quarantined_preferences")
+    assert quarantine["dagster/row_count"] == 1
+    assert "no_preference" in quarantine["by_reason"]
+
+
+def test_a_truncated_json_line_costs_that_line_only(instance: dg.DagsterInstance, tmp_path: Path) -> None:
+    path = trl_feedback(tmp_path / "cut.jsonl", pairs=20)
+    with path.open("a", encoding="utf-8") as handle:
+        handle.write('{"prompt": "and then the disk was fu')
+    result = materialize(trl_recipe(path), instance, ["raw_preferences"])
+    assert result.success
+    said = metadata(result, "raw_preferences")
+    assert (said["rows_in"], said["dagster/row_count"], said["rejected"]) == (21, 20, 1)
+    batch = next(
+        (Path(instance.storage_directory()) / "dpo_assets" / "demo" / "raw_batches").glob("*/quarantine.parquet")
+    )
+    row = pl.read_parquet(batch).to_dicts()[0]
+    assert (row["reason"], row["line"]) == ("invalid_json", 21)
+    assert "as if the file had been cut" in row["message"]
+
+
+def test_max_length_beyond_the_models_context_is_refused(instance: dg.DagsterInstance) -> None:
+    recipe = demo_recipe(feedback={"max_length": 1024})
+    nodes = ["base_model", "raw_preferences", "quarantined_preferences", "dpo_dataset"]
+    assert "context of 512 tokens" in failures(materialize(recipe, instance, nodes))[0]
+
+
+def test_a_red_upstream_is_refused_also_outside_its_run(instance: dg.DagsterInstance) -> None:
+    recipe = demo_recipe()
+    data = ["base_model", "raw_preferences", "quarantined_preferences", "dpo_dataset"]
+    assert materialize(recipe, instance, data).success
+    config = {"ops": {"demo__dpo_plan": {"config": {"dpo": {"learning_rate": 1e-3}}}}}
+    assert not materialize(recipe, instance, ["dpo_plan"], run_config=config).success
+    result = materialize(recipe, instance, ["sft_checkpoint"])
+    assert failures(result) == ["`demo/dpo_plan` did not pass learning_rate_band; mend it before going on from it."]
+
+
+def test_an_asset_before_its_upstream_says_what_to_materialise(instance: dg.DagsterInstance) -> None:
+    result = materialize(demo_recipe(), instance, ["dpo_plan"])
+    assert failures(result) == ["`demo/dpo_dataset` has not been materialised yet; materialise it first."]
+
+
+def test_a_damaged_artefact_is_set_aside_and_made_again(instance: dg.DagsterInstance) -> None:
+    recipe = demo_recipe()
+    assert materialize(recipe, instance, ["raw_preferences"]).success
+    root = Path(instance.storage_directory()) / "dpo_assets" / "demo"
+    table = next((root / "raw_batches").glob("*/pairs.parquet"))
+    table.write_bytes(table.read_bytes()[:-1] + b"x")
+    result = materialize(recipe, instance, ["raw_preferences"])
+    assert metadata(result, "raw_preferences")["files_read_now"] == 1
+    assert len(list((root / "_rejected").iterdir())) == 1
+
+
+def test_feedback_read_before_costs_no_second_reading(instance: dg.DagsterInstance, tmp_path: Path) -> None:
+    shutil.copy(OASST, tmp_path / "a.jsonl")
+    recipe = demo_recipe(feedback={"sources": [{"path": str(tmp_path / "*.jsonl"), "format": "oasst_tree"}]})
+    assert metadata(materialize(recipe, instance, ["raw_preferences"]), "raw_preferences")["files_read_now"] == 1
+    trl = OASST.read_bytes().splitlines(keepends=True)[:3]
+    (tmp_path / "b.jsonl").write_bytes(b"".join(trl))
+    assert metadata(materialize(recipe, instance, ["raw_preferences"]), "raw_preferences")["files_read_now"] == 1

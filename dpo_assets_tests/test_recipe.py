@@ -1,0 +1,357 @@
+"""The recipe: what it refuses, what it says then, and what it leaves alone."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from dpo_assets import recipe as module
+from dpo_assets.errors import ConfigError
+from dpo_assets.recipe import (
+    OVERRIDABLE,
+    FeedbackSource,
+    Recipe,
+    Section,
+    apply_overrides,
+    describe_validation_error,
+    looks_like_hub_id,
+    parse_recipe,
+    resolve_paths,
+)
+from dpo_assets_tests.samples import RECIPE, SHA, recipe
+
+SECTIONS: list[type[Section]] = [
+    value
+    for value in vars(module).values()
+    if isinstance(value, type) and issubclass(value, Section) and value is not Section
+]
+KEYS = [(section, key) for section in SECTIONS for key in section.model_fields]
+
+
+def with_value(path: str, value: Any) -> dict[str, Any]:
+    """The sample recipe with one value set, `path` being its place: `dpo.beta`, `feedback.sources.0.format`."""
+    values: dict[str, Any] = copy.deepcopy(RECIPE)
+    place: Any = values
+    *above, last = path.split(".")
+    for part in above:
+        place = place[int(part)] if part.isdigit() else place.setdefault(part, {})
+    place[last] = value
+    return values
+
+
+def refusal(values: Any) -> str:
+    """What a recipe that cannot be parsed is told."""
+    with pytest.raises(ConfigError) as refused:
+        parse_recipe(values)
+    return str(refused.value)
+
+
+# Unknown keys
+
+
+def test_the_sections_under_test_are_all_of_the_recipe() -> None:
+    parts = [field.annotation for field in Recipe.model_fields.values()]
+    assert {Recipe, FeedbackSource, *parts} <= set(SECTIONS)
+
+
+@pytest.mark.parametrize(
+    ("path", "suggestion"),
+    [
+        ("publishin", "publishing"),
+        ("base_model.revison", "revision"),
+        ("feedback.sources.0.fromat", "format"),
+        ("dpo.learning_rat", "learning_rate"),
+        ("hardware.precison", "precision"),
+    ],
+)
+def test_a_misspelt_key_is_refused_at_its_place_with_the_nearest_key(path: str, suggestion: str) -> None:
+    assert refusal(with_value(path, 1)).startswith(f"{path}: there is no key `{path.split('.')[-1]}` here")
+    assert f"did you mean `{suggestion}`?" in refusal(with_value(path, 1))
+
+
+@pytest.mark.parametrize(("section", "key"), KEYS, ids=[f"{s.__name__}.{k}" for s, k in KEYS])
+def test_every_key_with_a_letter_too_many_suggests_itself(section: type[Section], key: str) -> None:
+    with pytest.raises(ValidationError) as refused:
+        section.model_validate({f"{key}x": 1})
+    assert f"did you mean `{key}`?" in describe_validation_error(refused.value)
+
+
+def test_a_key_like_no_other_is_told_the_keys_that_exist() -> None:
+    message = refusal(with_value("lora.zzz", 1))
+    assert "did you mean" not in message
+    assert all(f"`{key}`" in message for key in ("rank", "alpha", "dropout", "target_modules"))
+
+
+def test_two_misspelt_keys_of_a_section_are_both_named() -> None:
+    lines = refusal(with_value("dpo", {"bta": 1, "epoch": 2})).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["dpo.bta", "dpo.epoch"]
+
+
+def test_faults_of_two_sections_are_both_named() -> None:
+    lines = refusal(with_value("dpo", {"bta": 1}) | {"lora": {"rank": 0}}).splitlines()
+    assert sorted(line.split(":")[0] for line in lines) == ["dpo.bta", "lora.rank"]
+
+
+@pytest.mark.xfail(strict=True, reason="a misspelt key hides every other fault of its section")
+def test_a_bad_value_beside_a_misspelt_key_is_named_too() -> None:
+    lines = refusal(with_value("dpo", {"bta": 1, "epochs": -1})).splitlines()
+    assert sorted(line.split(":")[0] for line in lines) == ["dpo.bta", "dpo.epochs"]
+
+
+@pytest.mark.xfail(strict=True, reason="the refusal repeats the value of an unknown key, which may be a token")
+def test_a_token_written_into_the_recipe_is_refused_and_not_repeated() -> None:
+    token = "hf_" + "a" * 34
+    message = refusal(with_value("publishing.token", token))
+    assert "publishing.token" in message
+    assert token not in message
+
+
+def test_a_key_that_is_no_text_is_refused_like_any_other() -> None:
+    assert "there is no key `1` here" in refusal({**RECIPE, 1: 2})
+
+
+@pytest.mark.parametrize("values", [None, 3, "text", []], ids=repr)
+def test_what_is_no_mapping_is_refused(values: Any) -> None:
+    assert refusal(values).startswith("recipe: ")
+
+
+def test_an_empty_recipe_names_the_two_sections_it_needs() -> None:
+    assert refusal({}).splitlines() == ["base_model: Field required", "feedback: Field required"]
+
+
+# Values out of their domain
+
+OUT_OF_DOMAIN: list[tuple[str, Any]] = [
+    ("feedback.sources", []),
+    ("feedback.sources.0.format", "csv"),
+    ("feedback.pairing", "all"),
+    ("feedback.max_length", 15),
+    ("feedback.eval_fraction", 0.0),
+    ("feedback.eval_fraction", 0.9),
+    ("feedback.min_pairs", 0),
+    ("feedback.max_quarantine_rate", 1.01),
+    ("feedback.seed", -1),
+    ("lora.rank", 0),
+    ("lora.rank", 1025),
+    ("lora.alpha", 0),
+    ("lora.dropout", 1.0),
+    ("lora.target_modules", []),
+    ("lora.target_modules", ["lm_head"]),
+    ("sft.strategy", "skip"),
+    ("sft.learning_rate", 0.0),
+    ("sft.max_grad_norm", 0.0),
+    ("dpo.learning_rate", -5e-6),
+    ("dpo.learning_rate", math.nan),
+    ("dpo.beta", -0.1),
+    ("dpo.beta", math.nan),
+    ("dpo.epochs", 0),
+    ("dpo.epochs", math.nan),
+    ("dpo.batch_size", 0),
+    ("dpo.warmup_ratio", 1.0),
+    ("dpo.weight_decay", -0.1),
+    ("dpo.label_smoothing", 0.5),
+    ("dpo.reference", "champion"),
+    ("dpo.trainer", "unsloth"),
+    ("evaluation.confidence", 0.5),
+    ("evaluation.confidence", 1.0),
+    ("evaluation.min_pairs", 0),
+    ("evaluation.generations", -1),
+    ("publishing.artifact", "gguf"),
+    ("refresh.sensor_interval_seconds", 29),
+    ("hardware.device", "tpu"),
+    ("hardware.precision", "int8"),
+    ("hardware.memory_gib", 0.0),
+    ("hardware.threads", 0),
+    ("hardware.timeout_minutes", 0.0),
+]
+
+
+@pytest.mark.parametrize(("path", "value"), OUT_OF_DOMAIN, ids=[f"{p}={v!r}" for p, v in OUT_OF_DOMAIN])
+def test_a_value_out_of_its_domain_is_refused_with_its_place_and_itself(path: str, value: Any) -> None:
+    [line] = refusal(with_value(path, value)).splitlines()
+    assert line.startswith(path)
+    shown = value[0] if value == ["lm_head"] else value
+    assert line.endswith(f"(got {shown!r})")
+
+
+LAST_ALLOWED: list[tuple[str, Any]] = [
+    ("feedback.max_length", 16),
+    ("feedback.eval_fraction", 0.89),
+    ("feedback.min_pairs", 1),
+    ("feedback.max_quarantine_rate", 0.0),
+    ("feedback.max_quarantine_rate", 1.0),
+    ("lora.rank", 1),
+    ("lora.rank", 1024),
+    ("lora.dropout", 0.0),
+    ("dpo.beta", 0.0),
+    ("dpo.label_smoothing", 0.49),
+    ("dpo.warmup_ratio", 0.0),
+    # Which losses work is the word of the check `loss_supported`, which can say what to use instead.
+    ("dpo.loss", "kto_pair"),
+    ("evaluation.confidence", 0.51),
+    ("evaluation.generations", 0),
+    ("refresh.sensor_interval_seconds", 30),
+    ("hardware.precision", "4bit"),
+]
+
+
+@pytest.mark.parametrize(("path", "value"), LAST_ALLOWED, ids=[f"{p}={v!r}" for p, v in LAST_ALLOWED])
+def test_the_last_value_inside_a_domain_is_taken(path: str, value: Any) -> None:
+    section, key = path.split(".")
+    assert getattr(getattr(parse_recipe(with_value(path, value)), section), key) == value
+
+
+def test_a_negative_beta_is_refused_with_the_limit_and_the_value() -> None:
+    assert refusal(with_value("dpo.beta", -1)) == "dpo.beta: Input should be greater than or equal to 0 (got -1)"
+
+
+@pytest.mark.xfail(strict=True, reason="`epochs: .inf` is taken, and planning then dies of an OverflowError")
+@pytest.mark.parametrize("section", ["sft", "dpo"])
+def test_endless_training_is_refused(section: str) -> None:
+    assert f"{section}.epochs" in refusal(with_value(f"{section}.epochs", math.inf))
+
+
+# Rules between fields
+
+
+@pytest.mark.parametrize("revision", [None, "main", SHA[:39], SHA + "0", SHA[:39] + "g", ""], ids=repr)
+def test_a_hub_id_without_a_whole_commit_sha_is_refused(revision: str | None) -> None:
+    message = refusal(RECIPE | {"base_model": {"source": "org/name", "revision": revision}})
+    assert "`org/name` is a Hub id and needs `revision`: the 40-digit commit sha" in message
+    assert "`./` in front" in message
+
+
+@pytest.mark.parametrize("revision", [SHA, SHA.upper()])
+def test_a_hub_id_at_a_commit_is_taken(revision: str) -> None:
+    assert recipe(base_model={"source": "org/name", "revision": revision}).base_model.revision == revision
+
+
+HUB_IDS = ["org/name", "HuggingFaceTB/SmolLM2-135M-Instruct", "a/b.c"]
+FOLDERS = ["./models/base", "../base", "/srv/base", "~/base", "C:/base", "models\\base", "base", "a/b/c", "builtin:x/y"]
+
+
+@pytest.mark.parametrize("source", HUB_IDS)
+def test_an_organisation_and_a_name_are_a_hub_id(source: str) -> None:
+    assert looks_like_hub_id(source)
+
+
+@pytest.mark.parametrize("source", FOLDERS)
+def test_a_folder_is_no_hub_id_and_needs_no_revision(source: str) -> None:
+    assert not looks_like_hub_id(source)
+    assert recipe(base_model={"source": source}).base_model.source == source
+
+
+@pytest.mark.parametrize("repo_id", [{}, {"repo_id": None}, {"repo_id": ""}], ids=repr)
+def test_a_release_without_a_repository_is_refused(repo_id: dict[str, Any]) -> None:
+    message = refusal(RECIPE | {"publishing": {"dry_run": False, **repo_id}})
+    assert message == "publishing: `dry_run: false` needs `repo_id` (for example `my-org/my-bot-dpo`)."
+
+
+def test_a_release_with_a_repository_is_taken_and_a_dry_run_needs_none() -> None:
+    assert recipe(publishing={"dry_run": False, "repo_id": "org/bot"}).publishing.repo_id == "org/bot"
+    assert recipe().publishing.dry_run is True
+
+
+@pytest.mark.parametrize("precision", ["4bit", "8bit", "fp8", "bf16", "fp16"])
+def test_a_gpu_precision_on_a_cpu_is_refused_and_names_what_works(precision: str) -> None:
+    message = refusal(RECIPE | {"hardware": {"device": "cpu", "precision": precision}})
+    assert f"`{precision}` needs a GPU; with `device: cpu` use `fp32` or `auto`" in message
+
+
+@pytest.mark.parametrize(
+    ("device", "precision"), [("cpu", "fp32"), ("cpu", "auto"), ("cuda", "bf16"), ("auto", "4bit")]
+)
+def test_a_precision_that_the_device_may_have_is_taken(device: str, precision: str) -> None:
+    assert recipe(hardware={"device": device, "precision": precision}).hardware.precision == precision
+
+
+# Overrides of one run
+
+
+def test_an_override_changes_its_field_and_nothing_else() -> None:
+    declared = recipe(dpo={"epochs": 2.0}, evaluation={"min_pairs": 7})
+    before = declared.model_dump()
+    changed = apply_overrides(declared, {"dpo": {"beta": 0.3}, "lora": {"rank": 4}})
+    assert (changed.dpo.beta, changed.lora.rank) == (0.3, 4)
+    assert declared.model_dump() == before
+    expected = copy.deepcopy(before)
+    expected["dpo"]["beta"], expected["lora"]["rank"] = 0.3, 4
+    assert changed.model_dump() == expected
+
+
+@pytest.mark.parametrize("section", [*sorted(set(Recipe.model_fields) - set(OVERRIDABLE)), "nothing"])
+def test_a_section_that_decides_identity_or_release_cannot_be_overridden(section: str) -> None:
+    with pytest.raises(ConfigError, match=rf"section `{section}` cannot be overridden.*lora, sft, dpo"):
+        apply_overrides(recipe(), {section: {}})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"beta": -1.0}, r"^dpo\.beta: .*\(got -1\.0\)"), ({"bet": 1.0}, r"^dpo\.bet: .*did you mean `beta`\?")],
+)
+def test_an_override_is_held_against_the_same_rules_as_the_recipe(fields: Mapping[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        apply_overrides(recipe(), {"dpo": fields})
+
+
+# Documentation and shape
+
+
+def test_every_field_of_every_section_has_a_description() -> None:
+    bare = []
+    for section, key in KEYS:
+        field = section.model_fields[key]
+        part = field.annotation
+        # A field that is a whole section is described by that section's docstring.
+        documented = part.__doc__ if isinstance(part, type) and issubclass(part, Section) else field.description
+        if not (documented and documented.strip()):
+            bare.append(f"{section.__name__}.{key}")
+    assert bare == []
+
+
+def test_every_section_says_what_it_is_about_in_its_own_words() -> None:
+    texts = [section.__dict__.get("__doc__") for section in SECTIONS]
+    assert all(texts)
+    assert len(set(texts)) == len(texts)
+
+
+def test_a_recipe_does_not_change_once_it_is_read() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe().dpo.beta = 0.5  # type: ignore[misc]
+
+
+def test_a_recipe_read_back_from_its_values_is_equal() -> None:
+    declared = recipe(dpo={"beta": 0.2}, hardware={"memory_gib": 8.0}, publishing={"repo_id": "org/bot"})
+    assert parse_recipe(declared.model_dump()) == declared
+    assert parse_recipe(declared.model_dump(mode="json")) == declared
+
+
+# Paths
+
+
+def test_relative_paths_start_at_the_folder_of_the_yaml_file(tmp_path: Path) -> None:
+    declared = recipe(
+        base_model={"source": "./base", "chat_template": "chat.jinja"},
+        feedback={"sources": [{"path": "in/*.jsonl"}, {"path": "builtin:oasst"}, {"path": "/abs/x.jsonl"}]},
+    )
+    resolved = resolve_paths(declared, tmp_path)
+    assert Path(resolved.base_model.source) == tmp_path / "base"
+    assert Path(resolved.base_model.chat_template or "") == tmp_path / "chat.jinja"
+    assert [s.path for s in resolved.feedback.sources] == [f"{tmp_path}/in/*.jsonl", "builtin:oasst", "/abs/x.jsonl"]
+    assert declared.base_model.source == "./base"
+
+
+def test_the_home_folder_is_found_and_hub_ids_and_builtin_names_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert resolve_paths(recipe(base_model={"source": "~/base"}), tmp_path).base_model.source == f"{tmp_path}/home/base"
+    assert resolve_paths(recipe(), tmp_path) == recipe()
+    pinned = recipe(base_model={"source": "org/name", "revision": SHA})
+    assert resolve_paths(pinned, tmp_path) == pinned

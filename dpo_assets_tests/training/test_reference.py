@@ -1,0 +1,293 @@
+"""The reference cache: what its key depends on, and that a wrong reference never trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from peft import PeftModel
+from trl.trainer.utils import disable_dropout_in_model
+
+from dpo_assets.artifact import VOLATILE
+from dpo_assets.contract import TrainSpec
+from dpo_assets.errors import GateError
+from dpo_assets.training import dpo
+from dpo_assets.training.dpo import score_reference
+from dpo_assets.training.loading import attach_adapter, load_base
+from dpo_assets.training.packing import Group
+from dpo_assets.training.reference import ReferenceCache, Scores, pair_key, reference_key, reference_scores
+from dpo_assets_tests.training.conftest import TRAIN_PAIRS, Log, PlanMaker, SpecMaker, small_part
+from dpo_assets_tests.training.dense import summed_logps
+
+LN2 = math.log(2)
+
+
+class Scorer:
+    """Gives every pair a score of its own and remembers which pairs it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[Group] = []
+
+    def __call__(self, groups: Sequence[Group]) -> Scores:
+        self.asked += groups
+        return [(-float(sum(g.completions[0])), -float(sum(g.completions[1]))) for g in groups]
+
+
+def pair(number: int) -> Group:
+    return Group([number, 1], ([2, number], [3]))
+
+
+# --- the cache ----------------------------------------------------------------------------------------------------
+
+
+def test_a_pair_is_scored_once_and_then_known(tmp_path: Path) -> None:
+    cache, scorer = ReferenceCache(tmp_path / "sub" / "cache.sqlite", "key"), Scorer()
+    pairs = [pair(n) for n in range(5)]
+    first, reused = reference_scores(pairs, cache, scorer)
+    assert (reused, scorer.asked) == (0, pairs)
+    second, reused = reference_scores(pairs, cache, scorer)
+    assert (reused, scorer.asked) == (5, pairs)
+    assert second == first == Scorer()(pairs)
+
+
+def test_new_pairs_only_are_scored_and_every_score_keeps_its_place(tmp_path: Path) -> None:
+    cache, scorer = ReferenceCache(tmp_path / "cache.sqlite", "key"), Scorer()
+    reference_scores([pair(1), pair(3)], cache, scorer)
+    scorer.asked.clear()
+    scores, reused = reference_scores([pair(n) for n in range(5)], cache, scorer)
+    assert scorer.asked == [pair(0), pair(2), pair(4)]
+    assert reused == 2
+    assert scores == Scorer()([pair(n) for n in range(5)])
+
+
+def test_a_pair_that_stands_twice_gets_its_score_in_both_places(tmp_path: Path) -> None:
+    pairs = [pair(1), pair(2), pair(1)]
+    for cache in (None, ReferenceCache(tmp_path / "cache.sqlite", "key")):
+        assert reference_scores(pairs, cache, Scorer())[0] == Scorer()(pairs)
+
+
+def test_without_a_cache_every_pair_is_scored() -> None:
+    scorer = Scorer()
+    for _ in range(2):
+        assert reference_scores([pair(1)], None, scorer)[1] == 0
+    assert len(scorer.asked) == 2
+
+
+def test_another_key_knows_nothing_of_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "cache.sqlite"
+    reference_scores([pair(1)], ReferenceCache(path, "one"), Scorer())
+    assert ReferenceCache(path, "two").get([pair_key(pair(1))]) == {}
+
+
+def test_the_key_of_a_pair_tells_prompt_chosen_and_rejected_apart() -> None:
+    groups = [
+        Group([1, 2], ([3], [4])),
+        Group([1], ([2, 3], [4])),
+        Group([1, 2], ([4], [3])),
+        Group([1, 2], ([3, 4], [])),
+        Group([12], ([3], [4])),
+    ]
+    assert len({pair_key(group) for group in groups}) == len(groups)
+    assert pair_key(Group((1, 2), ((3,), (4,)))) == pair_key(groups[0])
+
+
+def test_the_key_depends_on_every_fact_and_not_on_their_order() -> None:
+    assert reference_key(base="a", start="b") == reference_key(start="b", base="a")
+    assert len({reference_key(base="a", start="b"), reference_key(base="b", start="a"), reference_key(base="a")}) == 3
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_not_finite_is_never_kept(tmp_path: Path, wrong: float) -> None:
+    """SQLite keeps NaN as NULL, so a kept one comes back as None and no later run can ever start."""
+    cache = ReferenceCache(tmp_path / "cache.sqlite", "key")
+    with pytest.raises(GateError):
+        reference_scores([pair(1)], cache, lambda groups: [(wrong, -1.0)])
+    assert reference_scores([pair(1)], cache, Scorer()) == (Scorer()([pair(1)]), 0)
+
+
+# --- scores and keys of the stage ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def policy(model_folder: Path, plan_for: PlanMaker, sft_adapter: Path) -> PeftModel:
+    """Where DPO starts: the trained SFT adapter on its base, dropout off."""
+    model = attach_adapter(load_base(model_folder, plan_for()), plan_for(), sft_adapter, seed=0, dropout=0.0)
+    disable_dropout_in_model(model)
+    return model
+
+
+def cached_spec(train_spec: SpecMaker, plan: Any, folder: Path, start: Path | None, **more: Any) -> TrainSpec:
+    """A spec as the asset writes it, with a reference cache."""
+    values: dict[str, Any] = {
+        "start_adapter": start,
+        "reference_cache": folder / "reference.sqlite",
+        "inputs": {"sft_checkpoint": "s" * 64},
+        "base_digest": "b" * 64,
+        "tokenizer_digest": "t" * 64,
+    }
+    return train_spec(plan, folder, **(values | more))
+
+
+def test_the_reference_is_the_policy_at_its_start(
+    policy: PeftModel, plan_for: PlanMaker, train_spec: SpecMaker, sft_adapter: Path, groups: list[Group], tmp_path: Path
+) -> None:  # fmt: skip
+    few = groups[:6]
+    spec = cached_spec(train_spec, plan_for(token_budget=600), tmp_path, sft_adapter)
+    scores, _ = score_reference(policy, few, spec, Log())
+    expected = summed_logps(policy.eval(), few)
+    assert [value for both in scores for value in both] == pytest.approx(expected, abs=1e-3)
+
+
+def test_with_reference_base_the_adapter_is_off_for_the_scores_only(
+    policy: PeftModel, plan_for: PlanMaker, train_spec: SpecMaker, sft_adapter: Path, groups: list[Group], tmp_path: Path
+) -> None:  # fmt: skip
+    few = groups[:3]
+    spec = cached_spec(train_spec, plan_for(dpo={"reference": "base"}), tmp_path, sft_adapter)
+    scores = [value for both in score_reference(policy, few, spec, Log())[0] for value in both]
+    by_sft = summed_logps(policy.eval(), few)
+    with policy.disable_adapter():
+        assert scores == pytest.approx(summed_logps(policy, few), abs=1e-3)
+    assert scores != pytest.approx(by_sft, abs=1.0)
+    assert summed_logps(policy, few) == pytest.approx(by_sft, abs=1e-6)
+
+
+def test_the_cache_outlives_a_change_of_anything_that_scores_do_not_depend_on(
+    policy: PeftModel, plan_for: PlanMaker, train_spec: SpecMaker, sft_adapter: Path, groups: list[Group], tmp_path: Path
+) -> None:  # fmt: skip
+    few = groups[:3]
+    first, reused = score_reference(policy, few, cached_spec(train_spec, plan_for(), tmp_path, sft_adapter), Log())
+    assert reused == 0
+    changes: list[dict[str, Any]] = [
+        {"learning_rate": 5e-5},
+        {"beta": 0.3},
+        {"epochs": 3.0, "batch_size": 4, "seed": 7},
+        {"warmup_ratio": 0.0, "schedule": "cosine", "weight_decay": 0.1, "max_grad_norm": 0.5},
+    ]
+    for change in changes:
+        spec = cached_spec(train_spec, plan_for(dpo=change), tmp_path, sft_adapter, fingerprint="other")
+        assert score_reference(policy, few, spec, Log()) == (first, 3), change
+
+
+@pytest.mark.parametrize(
+    ("plan_change", "spec_change"),
+    [
+        pytest.param({}, {"base_digest": "c" * 64}, id="base"),
+        pytest.param({}, {"inputs": {"sft_checkpoint": "z" * 64}}, id="start"),
+        pytest.param({}, {"start_adapter": None}, id="no-start"),
+        pytest.param({}, {"tokenizer_digest": "u" * 64}, id="tokenizer"),
+        pytest.param({"precision": "bf16"}, {}, id="precision"),
+        pytest.param({"kernels": "unsloth"}, {}, id="kernels"),
+        pytest.param({"device_name": "another CPU"}, {}, id="device"),
+        pytest.param({"dpo": {"reference": "base"}}, {}, id="reference"),
+    ],
+)
+def test_another_reference_is_scored_again(
+    policy: PeftModel, plan_for: PlanMaker, train_spec: SpecMaker, sft_adapter: Path, groups: list[Group], tmp_path: Path,
+    plan_change: dict[str, Any], spec_change: dict[str, Any],
+) -> None:  # fmt: skip
+    few = groups[:1]
+    score_reference(policy, few, cached_spec(train_spec, plan_for(), tmp_path, sft_adapter), Log())
+    spec = cached_spec(train_spec, plan_for(**plan_change), tmp_path, sft_adapter, **spec_change)
+    assert score_reference(policy, few, spec, Log())[1] == 0
+
+
+def test_a_shorter_max_length_scores_again_only_what_it_cuts(
+    policy: PeftModel, plan_for: PlanMaker, train_spec: SpecMaker, sft_adapter: Path, groups: list[Group], tmp_path: Path
+) -> None:  # fmt: skip
+    longest = groups[0]
+    shorter = longest.truncated(len(longest.prompt) + len(longest.completions[0]) - 1)
+    score_reference(policy, [longest], cached_spec(train_spec, plan_for(), tmp_path, sft_adapter), Log())
+    scores, reused = score_reference(
+        policy, [shorter], cached_spec(train_spec, plan_for(), tmp_path, sft_adapter), Log()
+    )
+    assert reused == 0
+    assert scores[0] == pytest.approx(summed_logps(policy.eval(), [shorter]), abs=1e-3)
+
+
+# --- the whole stage ----------------------------------------------------------------------------------------------
+
+
+def test_a_refresh_scores_new_pairs_only_and_starts_at_ln_2_from_cached_ones(
+    plan_for: PlanMaker, train_spec: SpecMaker, sft_adapter: Path, prepared: tuple[pl.DataFrame, pl.DataFrame],
+    dataset: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    grown = tmp_path / "dataset"
+    grown.mkdir()
+    small_part(prepared[0], TRAIN_PAIRS + 3).write_parquet(grown / "train.parquet")
+    cache = tmp_path / "reference.sqlite"
+    runs = [
+        ("first", dataset, {}, 0),
+        ("again", dataset, {"learning_rate": 2e-4, "beta": 0.2}, TRAIN_PAIRS),
+        ("grown", grown, {}, TRAIN_PAIRS),
+    ]
+    for name, folder, change, known in runs:
+        out = tmp_path / name
+        spec = cached_spec(train_spec, plan_for(dpo=change), out, sft_adapter, reference_cache=cache, dataset=folder)
+        log = Log()
+        dpo.run(spec, log)
+        assert read(out / VOLATILE)["reference_pairs_from_cache"] == known
+        assert abs(read(out / "report.json")["first_loss"] - LN2) <= 5e-4
+        assert any(f"{known} from the cache" in message for message in log.messages)
+
+
+def test_with_reference_base_a_trained_start_stops_at_the_first_step(
+    plan_for: PlanMaker, train_spec: SpecMaker, sft_adapter: Path, tmp_path: Path
+) -> None:  # fmt: skip
+    plan = plan_for(dpo={"reference": "base"})
+    with pytest.raises(GateError) as stopped:
+        dpo.run(train_spec(plan, tmp_path / "out", start_adapter=sft_adapter), Log())
+    error = stopped.value
+    assert error.check == "reference_is_start"
+    assert isinstance(error.value, float)
+    assert math.isfinite(error.value)
+    assert abs(error.value - LN2) > 5e-4
+    assert error.band == "0.693147 +- 0.0005"
+    assert "dpo.reference" in error.fix
+    assert "`sft`" in error.fix
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_with_reference_base_an_untrained_start_is_its_own_reference(
+    plan_for: PlanMaker, train_spec: SpecMaker, tmp_path: Path
+) -> None:  # fmt: skip
+    plan = plan_for(dpo={"reference": "base", "epochs": 0.3})
+    dpo.run(train_spec(plan, tmp_path / "out"), Log())
+    assert abs(read(tmp_path / "out" / "report.json")["first_loss"] - LN2) <= 5e-4
+
+
+def test_an_sft_adapter_with_dropout_still_starts_at_ln_2_and_its_scores_repeat(
+    plan_for: PlanMaker, train_spec: SpecMaker, sft_adapter: Path, tmp_path: Path
+) -> None:  # fmt: skip
+    """DPO trains without dropout whatever SFT did; otherwise policy and reference differ by chance."""
+    config = read(sft_adapter / "adapter_config.json")
+    assert config["lora_dropout"] > 0
+    plan = plan_for(dpo={"epochs": 0.3})
+    for name in ("one", "two"):
+        dpo.run(train_spec(plan, tmp_path / name, start_adapter=sft_adapter), Log())
+    first, second = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("one", "two"))
+    assert first == second
+    assert abs(read(tmp_path / "one" / "report.json")["first_loss"] - LN2) <= 1e-6
+
+
+def test_a_stale_reference_stops_at_the_first_step(
+    plan_for: PlanMaker, train_spec: SpecMaker, sft_adapter: Path, groups: list[Group], tmp_path: Path
+) -> None:  # fmt: skip
+    """Scores in the cache that no longer are those of the start."""
+    spec = cached_spec(train_spec, plan_for(), tmp_path / "out", sft_adapter)
+    plan_start = {**spec.inputs}
+    assert plan_start
+    policy = attach_adapter(load_base(spec.base_model, spec.plan), spec.plan, None, seed=0, dropout=0.0)
+    score_reference(policy, groups, spec, Log())  # By the base, under the key of the SFT adapter.
+    with pytest.raises(GateError, match="not the start of training") as stopped:
+        dpo.run(spec, Log())
+    assert "delete the reference cache" in stopped.value.fix
+
+
+def read(path: Path) -> Any:
+    import json
+
+    return json.loads(path.read_text(encoding="utf-8"))
