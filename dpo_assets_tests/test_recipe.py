@@ -141,6 +141,7 @@ OUT_OF_DOMAIN: list[tuple[str, Any]] = [
     ("lora.rank", 1025),
     ("lora.alpha", 0),
     ("lora.dropout", 1.0),
+    ("lora.dropout", -0.01),
     ("lora.target_modules", []),
     ("lora.target_modules", ["lm_head"]),
     ("sft.strategy", "skip"),
@@ -154,14 +155,18 @@ OUT_OF_DOMAIN: list[tuple[str, Any]] = [
     ("dpo.epochs", math.nan),
     ("dpo.batch_size", 0),
     ("dpo.warmup_ratio", 1.0),
+    ("dpo.warmup_ratio", -0.01),
     ("dpo.weight_decay", -0.1),
     ("dpo.label_smoothing", 0.5),
+    ("dpo.label_smoothing", -0.01),
+    ("dpo.seed", -1),
     ("dpo.reference", "champion"),
     ("dpo.trainer", "unsloth"),
     ("evaluation.confidence", 0.5),
     ("evaluation.confidence", 1.0),
     ("evaluation.min_pairs", 0),
     ("evaluation.generations", -1),
+    ("evaluation.max_new_tokens", 0),
     ("publishing.artifact", "gguf"),
     ("refresh.sensor_interval_seconds", 29),
     ("hardware.device", "tpu"),
@@ -188,16 +193,32 @@ LAST_ALLOWED: list[tuple[str, Any]] = [
     ("feedback.max_quarantine_rate", 1.0),
     ("lora.rank", 1),
     ("lora.rank", 1024),
+    ("lora.alpha", 1),
     ("lora.dropout", 0.0),
+    ("lora.dropout", 0.99),
     ("dpo.beta", 0.0),
+    ("dpo.label_smoothing", 0.0),
     ("dpo.label_smoothing", 0.49),
     ("dpo.warmup_ratio", 0.0),
+    ("dpo.warmup_ratio", 0.99),
+    ("dpo.weight_decay", 0.0),
+    ("dpo.max_grad_norm", 0.001),
+    ("dpo.batch_size", 1),
+    ("dpo.seed", 0),
+    ("sft.learning_rate", 1e-9),
+    ("sft.epochs", 0.001),
     # Which losses work is the word of the check `loss_supported`, which can say what to use instead.
     ("dpo.loss", "kto_pair"),
     ("evaluation.confidence", 0.51),
+    ("evaluation.confidence", 0.999),
+    ("evaluation.min_pairs", 1),
     ("evaluation.generations", 0),
+    ("evaluation.max_new_tokens", 1),
     ("refresh.sensor_interval_seconds", 30),
     ("hardware.precision", "4bit"),
+    ("hardware.memory_gib", 0.001),
+    ("hardware.threads", 1),
+    ("hardware.timeout_minutes", 0.001),
 ]
 
 
@@ -215,6 +236,54 @@ def test_a_negative_beta_is_refused_with_the_limit_and_the_value() -> None:
 @pytest.mark.parametrize("section", ["sft", "dpo"])
 def test_endless_training_is_refused(section: str) -> None:
     assert f"{section}.epochs" in refusal(with_value(f"{section}.epochs", math.inf))
+
+
+def test_the_values_of_whoever_declares_nothing_are_these() -> None:
+    """Every value of a run is explicit, so a default that changes is a change of every pipeline that relies on it."""
+    optim = {
+        "epochs": 1.0,
+        "batch_size": 16,
+        "warmup_ratio": 0.1,
+        "schedule": "linear",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "seed": 42,
+    }
+    linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert recipe().model_dump(exclude={"base_model"}) == {
+        "feedback": {
+            "sources": [{"path": "builtin:oasst", "format": "oasst_tree"}],
+            "pairing": "best_worst",
+            "include_synthetic": False,
+            "max_length": 1024,
+            "eval_fraction": 0.1,
+            "min_pairs": 50,
+            "max_quarantine_rate": 0.2,
+            "seed": 0,
+        },
+        "lora": {"rank": 16, "alpha": 16, "dropout": 0.0, "target_modules": linear},
+        "sft": {**optim, "learning_rate": 2e-4, "strategy": "train"},
+        "dpo": {
+            **optim,
+            "learning_rate": 5e-6,
+            "beta": 0.1,
+            "loss": "sigmoid",
+            "label_smoothing": 0.0,
+            "reference": "sft",
+            "trainer": "packed",
+        },
+        "evaluation": {"confidence": 0.95, "min_pairs": 50, "generations": 16, "max_new_tokens": 64},
+        "publishing": {"repo_id": None, "dry_run": True, "artifact": "merged", "private": True, "endpoint": None},
+        "refresh": {"schedule": "0 3 * * *", "sensor_interval_seconds": 60},
+        "hardware": {
+            "device": "auto",
+            "precision": "auto",
+            "memory_gib": None,
+            "threads": 1,
+            "pool": "gpu",
+            "timeout_minutes": 1440.0,
+        },
+    }
 
 
 # Rules between fields

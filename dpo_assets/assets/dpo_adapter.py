@@ -78,6 +78,6 @@ NODE = Node(
     phase="training",
     kinds=frozenset({"pytorch", "huggingface"}),
     body=materialise,
-    deps=("sft_checkpoint", "dpo_plan", "dpo_dataset", "base_model"),
+    deps=("sft_checkpoint", "dpo_plan"),
     trains=True,
 )

@@ -28,10 +28,13 @@ def materialise(step: Step) -> Events:
     shape = ModelShape.model_validate(base.json(FACTS))
     plan = make_plan(recipe, shape, dataset_stats(dataset), step.gpu.detect())
 
+    inputs = {"dpo_dataset": dataset, "base_model": base}
+
     def make(folder: Path, _: str) -> None:
         write_json(folder / PLAN, plan.model_dump(mode="json"))
+        # Part of the content: new pairs must give a new data version also where no number of the plan changes.
+        write_json(folder / "inputs.json", {name: artifact.digest for name, artifact in inputs.items()})
 
-    inputs = {"dpo_dataset": dataset, "base_model": base}
     artifact, reused = step.build("dpo_plan", plan.model_dump(mode="json"), inputs, make)
     step.context.log.info(f"precision: {plan.precision_reason}")
     yield step.result(
@@ -94,6 +97,6 @@ NODE = Node(
     phase="training",
     kinds=frozenset({"json"}),
     body=materialise,
-    deps=("dpo_dataset", "base_model"),
+    deps=("dpo_dataset",),
     config=override_config,
 )

@@ -84,6 +84,6 @@ NODE = Node(
     phase="release",
     kinds=frozenset({"pytorch"}),
     body=materialise,
-    deps=("merged_model", "sft_checkpoint", "dpo_plan", "dpo_dataset", "base_model"),
+    deps=("merged_model",),
     trains=True,
 )

@@ -43,6 +43,6 @@ NODE = Node(
     phase="training",
     kinds=frozenset({"pytorch", "huggingface"}),
     body=materialise,
-    deps=("dpo_adapter", "dpo_plan", "dpo_dataset", "base_model"),
+    deps=("dpo_adapter",),
     trains=True,
 )

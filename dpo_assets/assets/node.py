@@ -17,7 +17,11 @@ Phase = Literal["data", "training", "release"]
 
 @dataclass(frozen=True)
 class Node:
-    """One asset. Nodes with the same body are materialised together by it."""
+    """One asset. Nodes with the same body are materialised together by it.
+
+    `deps` holds the edges that the graph needs to show and to know what is stale. A body may read any asset further up
+    the chain: whatever changes there has changed every data version on the way.
+    """
 
     name: str
     description: str

@@ -151,5 +151,5 @@ NODE = Node(
     phase="release",
     kinds=frozenset({"huggingface"}),
     body=materialise,
-    deps=("eval_scores", "merged_model", "dpo_adapter", "dpo_plan", "dpo_dataset", "base_model"),
+    deps=("eval_scores",),
 )

@@ -61,6 +61,6 @@ NODE = Node(
     phase="training",
     kinds=frozenset({"pytorch", "huggingface"}),
     body=materialise,
-    deps=("dpo_plan", "dpo_dataset", "base_model"),
+    deps=("dpo_plan", "base_model"),
     trains=True,
 )

@@ -26,6 +26,8 @@ POLL_SECONDS = 0.4
 INSTANCE_CONFIG = """\
 telemetry:
   enabled: false
+nux:
+  enabled: false
 concurrency:
   pools:
     default_limit: 1

@@ -319,7 +319,8 @@ def test_a_base_model_is_held_against_what_its_folder_holds(
 
 
 def counted(**changes: str | int) -> dict[str, str | int]:
-    return {"file": "a.jsonl", "rows_in": 10, "pairs": 7, "rejected": 3} | changes
+    row: dict[str, str | int] = {"file": "a.jsonl", "rows_in": 10, "pairs": 7, "rejected": 3}
+    return row | changes
 
 
 def test_a_row_that_is_neither_pair_nor_rejected_is_missed_and_its_file_named() -> None:

@@ -36,6 +36,7 @@ from dpo_assets_tests.samples import plan, recipe
 
 CPU = Device("cpu", "CPU", 16.0)
 T4 = Device("cuda", "Tesla T4", 15.0, (7, 5))
+A100 = Device("cuda", "A100", 80.0, (8, 0))
 L4 = Device("cuda", "NVIDIA L4", 22.5, (8, 9))
 H200 = Device("cuda", "NVIDIA H200", 140.0, (9, 0))
 TINY, ONE_B, EIGHT_B, SEVENTY_B = 260_000, 1_200_000_000, 8_000_000_000, 70_000_000_000
@@ -81,6 +82,7 @@ def planned(parameters: int, device: Device, stats: DatasetStats | None = None, 
         (H200, EIGHT_B, "bf16", "the weights need 14.9 of 140 GiB"),
         (H200, SEVENTY_B, "4bit", "bf16 weights need 130.4 GiB"),
         (Device("cuda", "unknown card", 140.0, None), ONE_B, "fp16", "older than Ampere"),
+        (A100, EIGHT_B, "bf16", "A100 supports it"),
     ],
 )
 def test_the_device_gets_the_fewest_compromises_that_fit_and_the_reason(
@@ -132,7 +134,7 @@ def test_the_way_out_of_a_refused_precision_is_open() -> None:
         (T4, "fp16"),
         (T4, "4bit"),
         (T4, "fp32"),
-        (L4, "bf16"),
+        (A100, "bf16"),
         (L4, "8bit"),
         (H200, "fp8"),
         (H200, "fp32"),
@@ -144,10 +146,10 @@ def test_a_choice_in_the_recipe_wins_where_the_device_can_follow(device: Device,
 
 
 def test_weights_take_the_bytes_of_their_precision() -> None:
-    assert weights_gib(2**30, "bf16") == 2.0
-    assert weights_gib(2**30, "fp32") == 4.0
-    order: list[Precision] = ["fp32", "bf16", "8bit", "4bit"]
-    assert [BYTES_PER_WEIGHT[p] for p in order] == sorted((BYTES_PER_WEIGHT[p] for p in order), reverse=True)
+    assert [weights_gib(2**30, p) for p in ("bf16", "fp16", "fp32")] == [2.0, 2.0, 4.0]
+    # One byte and half a byte, plus scales and what stays in 16 bit.
+    assert 1.0 < BYTES_PER_WEIGHT["8bit"] == BYTES_PER_WEIGHT["fp8"] <= 1.2
+    assert 0.5 < BYTES_PER_WEIGHT["4bit"] <= 0.75
 
 
 # Steps
@@ -221,6 +223,32 @@ def test_a_forward_takes_the_longest_pair_and_no_more_than_fits_beside_it(
     assert made.memory_gib >= fixed
 
 
+def test_the_budget_of_a_small_model_ends_at_what_still_gains() -> None:
+    assert planned(TINY, H200).token_budget == LARGEST_BUDGET["cuda"] == 16_384
+    assert planned(TINY, CPU).token_budget == LARGEST_BUDGET["cpu"] == 4_096
+
+
+def test_the_peak_is_weights_adapter_framework_and_the_tokens_of_one_forward() -> None:
+    made = planned(ONE_B, L4, data(longest_pair=1500, mean_pair=100.0), dpo={"batch_size": 16})
+    weights, adapter, framework = 2 * ONE_B / 2**30, adapter_gib(SHAPES[ONE_B], made.lora), 1.5
+    token = 62 * 16 * 2048 / 2**30
+    room = 0.9 * 22.5 - weights - adapter - framework
+    assert made.gradient_checkpointing is False
+    assert made.token_budget == int(room / token)
+    # Sixteen pairs of a hundred tokens and one long one are fewer than the budget.
+    assert made.memory_gib == pytest.approx(weights + adapter + framework + token * (16 * 100 + 1500))
+    full = planned(ONE_B, L4, data(longest_pair=1500, mean_pair=1000.0))
+    assert full.memory_gib == pytest.approx(weights + adapter + framework + token * full.token_budget)
+
+
+def test_two_thousand_tokens_must_fit_before_checkpointing_is_left_out() -> None:
+    token = activation_gib_per_token(SHAPES[ONE_B], "bf16", False)
+    fixed = planned(ONE_B, L4, data(longest_pair=0, mean_pair=0.0)).memory_gib
+    for tokens, checkpointing in ((2_040, True), (2_060, False)):
+        card = Device("cuda", "card", (fixed + token * tokens) / 0.9, (8, 0))
+        assert planned(ONE_B, card, data(longest_pair=10)).gradient_checkpointing is checkpointing
+
+
 def test_checkpointing_is_used_only_where_a_pair_would_not_fit_without() -> None:
     card = Device("cuda", "card", 40.0, (8, 0))
     short, long = planned(EIGHT_B, card, data(longest_pair=1500)), planned(EIGHT_B, card, data(longest_pair=6000))
@@ -262,7 +290,7 @@ def test_the_adapter_takes_weights_gradients_and_two_moments_of_every_target() -
     assert adapter_gib(shape, wide) * 2**30 == 16 * (4 * (2048 + 2048) + 4 * (2048 + 8192)) * 16
 
 
-CHANGED = {
+CHANGED: dict[str, dict[str, Any]] = {
     "dpo": {"dpo": recipe(dpo={"beta": 0.3}).dpo},
     "sft": {"sft": recipe(sft={"epochs": 2.0}).sft},
     "lora": {"lora": recipe(lora={"rank": 2}).lora},
@@ -344,6 +372,7 @@ def test_shards_are_added_up_and_a_text_config_inside_is_found(tmp_path: Path) -
     folder = model(tmp_path, config={"text_config": inner})
     safetensors(folder / "model-2.safetensors", {"c": {"shape": [10]}})
     facts = inspect_model(folder)
+    assert facts.safetensors == ("model-2.safetensors", "model.safetensors")
     assert facts.shape == ModelShape(parameters=17, layers=3, hidden=4, intermediate=6, vocabulary=5, context=7)
     assert (facts.architecture, facts.has_chat_template, facts.eos_token) == ("unknown", False, None)
 
@@ -441,6 +470,7 @@ def test_parameters_are_the_products_of_the_shapes(shapes: list[list[int]], tmp_
         (None, None),
         ("", None),
         ("# Model\nlicense: mit\n", None),
+        ("# Model\n---\nlicense: mit\n---\n", None),
         ("---", None),
         ("---\nlicense: mit\n---\n", "mit"),
         ("---\r\nlicense: mit\r\n---\r\n", "mit"),

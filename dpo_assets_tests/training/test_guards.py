@@ -173,13 +173,21 @@ def test_a_first_loss_inside_the_band_passes(off: float) -> None:
     check_first_loss(LN2 + off, "sigmoid", "sft")
 
 
-@pytest.mark.parametrize("loss", [LN2 + 5.1e-4, LN2 - 5.1e-4, 0.0, math.nan, math.inf])
+@pytest.mark.parametrize("loss", [LN2 + 5.1e-4, LN2 - 5.1e-4, 0.0])
 @pytest.mark.parametrize("reference", ["sft", "base"])
 def test_a_first_loss_outside_the_band_stops_with_a_way_out(loss: float, reference: str) -> None:
     with pytest.raises(GateError) as stopped:
         check_first_loss(loss, "sigmoid", reference)
     assert stopped.value.check == "reference_is_start"
     assert ("dpo.reference" in stopped.value.fix) == (reference == "base")
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_first_loss_that_is_not_finite_is_a_divergence_and_not_a_wrong_reference(loss: float) -> None:
+    """Deleting a cache of good scores does not help; `isfinite` comes first."""
+    with pytest.raises(GateError) as stopped:
+        check_first_loss(loss, "sigmoid", "sft")
+    assert stopped.value.check == "finite"
 
 
 def test_only_numbers_can_be_not_finite() -> None:

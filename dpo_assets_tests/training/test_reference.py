@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -133,7 +134,8 @@ def cached_spec(train_spec: SpecMaker, plan: Any, folder: Path, start: Path | No
 
 
 def test_the_reference_is_the_policy_at_its_start(
-    policy: PeftModel, plan_for: PlanMaker, train_spec: SpecMaker, sft_adapter: Path, groups: list[Group], tmp_path: Path
+    policy: PeftModel, plan_for: PlanMaker, train_spec: SpecMaker, sft_adapter: Path, groups: list[Group],
+    tmp_path: Path,
 ) -> None:  # fmt: skip
     few = groups[:6]
     spec = cached_spec(train_spec, plan_for(token_budget=600), tmp_path, sft_adapter)
@@ -143,7 +145,8 @@ def test_the_reference_is_the_policy_at_its_start(
 
 
 def test_with_reference_base_the_adapter_is_off_for_the_scores_only(
-    policy: PeftModel, plan_for: PlanMaker, train_spec: SpecMaker, sft_adapter: Path, groups: list[Group], tmp_path: Path
+    policy: PeftModel, plan_for: PlanMaker, train_spec: SpecMaker, sft_adapter: Path, groups: list[Group],
+    tmp_path: Path,
 ) -> None:  # fmt: skip
     few = groups[:3]
     spec = cached_spec(train_spec, plan_for(dpo={"reference": "base"}), tmp_path, sft_adapter)
@@ -156,7 +159,8 @@ def test_with_reference_base_the_adapter_is_off_for_the_scores_only(
 
 
 def test_the_cache_outlives_a_change_of_anything_that_scores_do_not_depend_on(
-    policy: PeftModel, plan_for: PlanMaker, train_spec: SpecMaker, sft_adapter: Path, groups: list[Group], tmp_path: Path
+    policy: PeftModel, plan_for: PlanMaker, train_spec: SpecMaker, sft_adapter: Path, groups: list[Group],
+    tmp_path: Path,
 ) -> None:  # fmt: skip
     few = groups[:3]
     first, reused = score_reference(policy, few, cached_spec(train_spec, plan_for(), tmp_path, sft_adapter), Log())
@@ -186,7 +190,8 @@ def test_the_cache_outlives_a_change_of_anything_that_scores_do_not_depend_on(
     ],
 )
 def test_another_reference_is_scored_again(
-    policy: PeftModel, plan_for: PlanMaker, train_spec: SpecMaker, sft_adapter: Path, groups: list[Group], tmp_path: Path,
+    policy: PeftModel, plan_for: PlanMaker, train_spec: SpecMaker, sft_adapter: Path, groups: list[Group],
+    tmp_path: Path,
     plan_change: dict[str, Any], spec_change: dict[str, Any],
 ) -> None:  # fmt: skip
     few = groups[:1]
@@ -196,7 +201,8 @@ def test_another_reference_is_scored_again(
 
 
 def test_a_shorter_max_length_scores_again_only_what_it_cuts(
-    policy: PeftModel, plan_for: PlanMaker, train_spec: SpecMaker, sft_adapter: Path, groups: list[Group], tmp_path: Path
+    policy: PeftModel, plan_for: PlanMaker, train_spec: SpecMaker, sft_adapter: Path, groups: list[Group],
+    tmp_path: Path,
 ) -> None:  # fmt: skip
     longest = groups[0]
     shorter = longest.truncated(len(longest.prompt) + len(longest.completions[0]) - 1)
@@ -278,8 +284,6 @@ def test_a_stale_reference_stops_at_the_first_step(
 ) -> None:  # fmt: skip
     """Scores in the cache that no longer are those of the start."""
     spec = cached_spec(train_spec, plan_for(), tmp_path / "out", sft_adapter)
-    plan_start = {**spec.inputs}
-    assert plan_start
     policy = attach_adapter(load_base(spec.base_model, spec.plan), spec.plan, None, seed=0, dropout=0.0)
     score_reference(policy, groups, spec, Log())  # By the base, under the key of the SFT adapter.
     with pytest.raises(GateError, match="not the start of training") as stopped:
@@ -288,6 +292,4 @@ def test_a_stale_reference_stops_at_the_first_step(
 
 
 def read(path: Path) -> Any:
-    import json
-
     return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,146 @@
+"""Which architectures the packed path may serve: it scores them exactly, or `assert_packing_is_exact` refuses them.
+
+Each model is tiny and random, with weights large enough that another attention gives other scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    CohereConfig,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GptOssConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    MptConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from dpo_assets.errors import ConfigError
+from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.training.loading import load_base, plain_attention
+from dpo_assets.training.logprobs import assert_packing_is_exact, score_groups
+from dpo_assets.training.packing import Group
+from dpo_assets_tests.training.conftest import PlanMaker
+from dpo_assets_tests.training.dense import summed_logps
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+HEADS: dict[str, Any] = {"head_dim": 8}
+WINDOW: dict[str, Any] = {"sliding_window": 8}
+NO_WINDOW: dict[str, Any] = {"sliding_window": 128}
+PAIR = Group(list(range(3, 23)), (list(range(5, 17)), list(range(20, 50))))  # Rows of 32 and 50 tokens.
+SHORT_PAIR = Group([3, 4], ([5, 6], [7]))  # Shorter than every window here.
+
+
+@pytest.fixture
+def plan(plan_for: PlanMaker) -> TrainingPlan:
+    return plan_for()
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[[PreTrainedConfig], Path]:
+    """A folder with a random model of a configuration."""
+
+    def save(config: PreTrainedConfig) -> Path:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).float()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.mul_(5)
+        model.save_pretrained(tmp_path)
+        return tmp_path
+
+    return save
+
+
+def own_scores(folder: Path, group: Group) -> list[float]:
+    """What the model itself says: its own eager attention, which leaves nothing of its architecture out."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    return summed_logps(model, [group])
+
+
+SERVED = {
+    "llama": LlamaConfig(**SMALL),
+    "mistral without a window": MistralConfig(**SMALL, sliding_window=None),
+    "qwen3": Qwen3Config(**SMALL, **HEADS),
+    "gpt2": GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=128),
+    "granite, which divides its logits": GraniteConfig(**SMALL, logits_scaling=3.0, attention_multiplier=0.2),
+    "cohere, which multiplies its logits": CohereConfig(**SMALL, logit_scale=0.25),
+    "gemma3 with rows inside the window": Gemma3TextConfig(**SMALL, **HEADS, **NO_WINDOW, query_pre_attn_scalar=8),
+}
+
+
+@pytest.mark.parametrize("config", SERVED.values(), ids=SERVED)
+def test_plain_causal_attention_is_served_exactly(
+    config: PreTrainedConfig, saved: Callable[[PreTrainedConfig], Path], plan: TrainingPlan
+) -> None:  # fmt: skip
+    folder = saved(config)
+    model = load_base(folder, plan).eval()
+    assert score_groups(model, [PAIR], budget=1000)[0] == pytest.approx(own_scores(folder, PAIR), abs=1e-4)
+    assert_packing_is_exact(model, PAIR)
+
+
+NOT_SERVED = {
+    "mistral with a sliding window": MistralConfig(**SMALL, **WINDOW),
+    "qwen2 with a sliding window": Qwen2Config(**SMALL, **WINDOW, use_sliding_window=True, max_window_layers=0),
+    "phi3 with a sliding window": Phi3Config(**SMALL, **WINDOW),
+    "gemma3, every layer but some with a window": Gemma3TextConfig(**SMALL, **HEADS, **WINDOW, query_pre_attn_scalar=8),
+    "gemma2, which caps its attention scores": Gemma2Config(
+        **SMALL, **HEADS, **NO_WINDOW, attn_logit_softcapping=1.0, query_pre_attn_scalar=8
+    ),
+    "gpt-oss, which has attention sinks": GptOssConfig(
+        **SMALL, **HEADS, **NO_WINDOW, num_local_experts=2, num_experts_per_tok=1
+    ),
+    "bloom, which has ALiBi": BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4),
+    "mpt, which has ALiBi": MptConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, max_seq_len=128),
+    "falcon with ALiBi": FalconConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True
+    ),
+    "mamba, which has no attention": MambaConfig(vocab_size=64, hidden_size=32, state_size=4, num_hidden_layers=2),
+}
+
+
+@pytest.mark.parametrize("config", NOT_SERVED.values(), ids=NOT_SERVED)
+def test_any_other_attention_is_refused_with_the_way_out(
+    config: PreTrainedConfig, saved: Callable[[PreTrainedConfig], Path], plan: TrainingPlan
+) -> None:  # fmt: skip
+    """Packed scores of these are wrong, so training on them would optimise another model than the one released."""
+    folder = saved(config)
+    with pytest.raises(ConfigError, match=r"dpo\.trainer: trl"):
+        assert_packing_is_exact(load_base(folder, plan).eval(), PAIR)
+
+
+def test_a_window_that_only_long_rows_feel_is_found_in_a_dataset_that_starts_with_a_short_one(
+    saved: Callable[[PreTrainedConfig], Path], plan: TrainingPlan
+) -> None:  # fmt: skip
+    """Why the stages must not probe just their first pair: nothing can be seen on this one."""
+    folder = saved(MistralConfig(**SMALL, **WINDOW))
+    model = load_base(folder, plan).eval()
+    assert score_groups(model, [SHORT_PAIR], 100)[0] == pytest.approx(own_scores(folder, SHORT_PAIR), abs=1e-4)
+    assert score_groups(model, [PAIR], 100)[0] != pytest.approx(own_scores(folder, PAIR), abs=0.1)
+
+
+def test_plain_attention_brings_the_packed_one_back(model_folder: Path, plan: TrainingPlan) -> None:
+    model = load_base(model_folder, plan)
+    with plain_attention(model):
+        assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == "packed_rows"

@@ -1,0 +1,86 @@
+"""What is loaded, and what is refused before anything is trained."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from dpo_assets.errors import ConfigError
+from dpo_assets.training.loading import attach_adapter, load_base, load_tokenizer, save_adapter
+from dpo_assets_tests.training.conftest import PlanMaker
+
+
+@pytest.fixture
+def copied(model_folder: Path, tmp_path: Path) -> Path:
+    """The model folder, free to be damaged."""
+    return Path(shutil.copytree(model_folder, tmp_path / "model"))
+
+
+def test_a_new_adapter_starts_as_the_base(model_folder: Path, plan_for: PlanMaker) -> None:
+    model = attach_adapter(load_base(model_folder, plan_for()), plan_for(), None, seed=1, dropout=0.0)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == ("lora_" in name)
+        if "lora_B" in name:
+            assert not parameter.any()
+
+
+def test_equal_seeds_give_equal_adapters(model_folder: Path, plan_for: PlanMaker) -> None:
+    def weights(seed: int) -> torch.Tensor:
+        model = attach_adapter(load_base(model_folder, plan_for()), plan_for(), None, seed=seed, dropout=0.0)
+        return torch.cat([p.flatten() for n, p in model.named_parameters() if "lora_A" in n]).detach()
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+
+
+def test_a_trained_adapter_comes_back_as_it_was_saved_and_trains_on(
+    model_folder: Path, plan_for: PlanMaker, sft_adapter: Path, tmp_path: Path
+) -> None:
+    model = attach_adapter(load_base(model_folder, plan_for()), plan_for(), sft_adapter, seed=1, dropout=0.0)
+    assert [n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n] == []
+    assert any(p.requires_grad for p in model.parameters())
+    save_adapter(model, tmp_path / "again")
+    first, again = ((folder / "adapter_model.safetensors").read_bytes() for folder in (sft_adapter, tmp_path / "again"))
+    assert first == again
+
+
+def test_an_adapter_as_large_as_its_base_is_refused(model_folder: Path, plan_for: PlanMaker) -> None:
+    """Training most of the weights is full fine-tuning, which nobody asked for."""
+    plan = plan_for(lora={"rank": 512})
+    with pytest.raises(ConfigError, match="parameters would be trained"):
+        attach_adapter(load_base(model_folder, plan), plan, None, seed=1, dropout=0.0)
+
+
+def test_a_tokenizer_without_eos_is_refused(copied: Path) -> None:
+    path = copied / "tokenizer_config.json"
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(config | {"eos_token": None, "pad_token": None}), encoding="utf-8")
+    with pytest.raises(ConfigError, match="no EOS token"):
+        load_tokenizer(copied)
+
+
+def test_a_tokenizer_without_padding_pads_with_eos(copied: Path) -> None:
+    path = copied / "tokenizer_config.json"
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(config | {"pad_token": None}), encoding="utf-8")
+    tokenizer: Any = load_tokenizer(copied)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
+
+
+def test_pickled_weights_are_never_read(copied: Path, plan_for: PlanMaker) -> None:
+    state = AutoModelForCausalLM.from_pretrained(copied).state_dict()
+    (copied / "model.safetensors").unlink()
+    torch.save(state, copied / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        load_base(copied, plan_for())
+
+
+def test_a_precision_without_a_loader_is_refused(model_folder: Path, plan_for: PlanMaker) -> None:
+    with pytest.raises(ConfigError, match="use bf16 or 4bit"):
+        load_base(model_folder, plan_for(precision="fp8"))
