@@ -52,7 +52,8 @@ def staged(folder: Path, files: dict[str, bytes] | None = None, card: str = CARD
 
 def test_a_release_holds_the_model_the_card_and_the_provenance(tmp_path: Path) -> None:
     target, operations = staged(tmp_path)
-    assert {o.path for o in operations} == {path.name for path in target.iterdir()} == STAGED
+    # In order of names, so that equal releases are equal lists and get equal tags.
+    assert [o.path for o in operations] == sorted(STAGED) == sorted(path.name for path in target.iterdir())
     assert {o.action for o in operations} == {"add"}
     for operation in operations:
         content = (target / operation.path).read_bytes()
