@@ -446,10 +446,12 @@ def test_the_value_of_a_secret_variable_is_masked_whatever_it_looks_like(
     assert scrub("login: correct horse battery!") == f"login: {MASK}!"
 
 
-def test_a_secret_variable_that_is_a_word_masks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_TOKEN", "a")
+def test_a_secret_variable_too_short_for_a_secret_masks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "1234567")
     monkeypatch.setenv("WANDB_API_KEY", "")
-    assert scrub("a banana") == "a banana"
+    assert scrub("call 1234567 now") == "call 1234567 now"
+    monkeypatch.setenv("HF_TOKEN", "12345678")
+    assert scrub("call 12345678 now") == f"call {MASK} now"
 
 
 @pytest.mark.xfail(
@@ -511,8 +513,11 @@ def test_the_front_matter_of_a_merged_model_is_what_the_hub_reads() -> None:
 
 
 def test_an_adapter_says_so_and_a_base_that_is_not_on_the_hub_is_not_claimed() -> None:
-    adapter = front_matter(render_card(facts(artifact="adapter")))
+    card = render_card(facts(artifact="adapter"))
+    adapter = front_matter(card)
     assert (adapter["library_name"], adapter["base_model_relation"]) == ("peft", "adapter")
+    assert ("a LoRA adapter." in card, "one merged model." in card) == (True, False)
+    assert "one merged model." in render_card(facts())
     for source in ("/srv/models/base", "./models/base", "builtin:stories260k", "base"):
         assert "base_model" not in front_matter(render_card(facts(base_source=source, base_revision=None)))
 
