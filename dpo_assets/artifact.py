@@ -160,10 +160,17 @@ class ArtifactTree:
         if not directory.is_dir():
             return None
         try:
-            return open_artifact(directory)
+            return self._open(directory, kind, fingerprint)
         except CorruptArtifact:
             self._set_aside(directory)
             return None
+
+    def _open(self, directory: Path, kind: str, fingerprint: str) -> Artifact:
+        """The verified artefact, which must be the one that was asked for."""
+        found = open_artifact(directory)
+        if (found.manifest.kind, found.fingerprint) != (kind, fingerprint):
+            raise CorruptArtifact(f"{directory}: holds {found.manifest.kind} {found.fingerprint}")
+        return found
 
     def find_or_build(
         self, kind: str, fingerprint: str, build: Callable[[Path], None], inputs: Mapping[str, str]
@@ -186,7 +193,7 @@ class ArtifactTree:
                 build(scratch)
                 if not (scratch / MANIFEST).exists():
                     seal(scratch, kind=kind, fingerprint=fingerprint, inputs=inputs)
-                open_artifact(scratch)
+                self._open(scratch, kind, fingerprint)
                 scratch.rename(final)
             except BaseException:
                 shutil.rmtree(scratch, ignore_errors=True)

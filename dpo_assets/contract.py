@@ -23,6 +23,7 @@ class Spec(BaseModel):
     """What every stage is told."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: str = Field(default="", description="What the artefact is called; default: the stage.")
     output_dir: Path = Field(description="Empty directory that becomes the artefact; its manifest is written last.")
     fingerprint: str
     inputs: dict[str, str] = Field(description="Digests of the artefacts this one is made from.")
@@ -91,7 +92,8 @@ class Progress(BaseModel):
     note: str = ""
 
     def line(self) -> str:
-        return f"[progress] {self.stage} {self.done}/{self.total}" + (f" {self.note}" if self.note else "")
+        note = " ".join(self.note.splitlines())
+        return f"[progress] {self.stage} {self.done}/{self.total}" + (f" {note}" if note else "")
 
 
 _PROGRESS = re.compile(r"\[progress\] (?P<stage>\w+) (?P<done>\d+)/(?P<total>\d+)(?: (?P<note>.*))?")

@@ -9,9 +9,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic_core import InitErrorDetails
 
 from dpo_assets.errors import ConfigError
 
@@ -25,34 +26,35 @@ ALL_LINEAR: tuple[LoraTarget, ...] = (
 class Section(BaseModel):
     """A part of the recipe: unknown keys are errors that name the nearest known key."""
 
-    # The JSON schema, which `dg check` applies before anything else, leaves unknown keys to the validator below: jsonschema
-    # would end the check with "additional properties are not allowed", before the suggestion could be made.
+    # The JSON schema, which `dg check` applies before anything else, leaves unknown keys to the validator below:
+    # jsonschema would end the check with "additional properties are not allowed", before a suggestion could be made.
     model_config = ConfigDict(
-        extra="forbid", frozen=True, json_schema_extra=lambda schema: schema.pop("additionalProperties", None) and None
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        json_schema_extra=lambda schema: schema.pop("additionalProperties", None) and None,
     )
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _refuse_unknown_keys(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping):
-            return data
-        known = list(cls.model_fields)
-        unknown = [key for key in data if key not in known]
-        if unknown:
-            # pydantic merges the line errors of a ValidationError raised here, so each keeps its own place in the file.
-            raise ValidationError.from_exception_data(
-                cls.__name__,
-                [
-                    {
-                        "type": "value_error",
-                        "loc": (str(key),),
-                        "input": data[key],
-                        "ctx": {"error": ValueError(_unknown_key_message(str(key), known))},
-                    }
-                    for key in unknown
-                ],
-            )
-        return data
+    def _refuse_unknown_keys(cls, data: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        unknown = [key for key in data if key not in cls.model_fields] if isinstance(data, Mapping) else []
+        if not unknown:
+            return validate(data)
+        # The rest is validated too, so that one reading names every fault. pydantic merges the line errors of a
+        # ValidationError raised here, so each keeps its own place in the file.
+        faults = [_unknown_key_fault(str(key), list(cls.model_fields)) for key in unknown]
+        try:
+            validate({key: value for key, value in data.items() if key in cls.model_fields})
+        except ValidationError as error:
+            faults += [cast("InitErrorDetails", fault) for fault in error.errors(include_url=False)]
+        raise ValidationError.from_exception_data(cls.__name__, faults)
+
+
+def _unknown_key_fault(key: str, known: list[str]) -> InitErrorDetails:
+    """One line error. It does not repeat the value: people write tokens into keys that do not exist."""
+    message = ValueError(_unknown_key_message(key, known))
+    return {"type": "value_error", "loc": (key,), "input": "...", "ctx": {"error": message}}
 
 
 def _unknown_key_message(key: str, known: list[str]) -> str:
@@ -310,7 +312,7 @@ def describe_validation_error(error: ValidationError) -> str:
     for fault in error.errors():
         where = ".".join(str(part) for part in fault["loc"]) or "recipe"
         message = fault["msg"].removeprefix("Value error, ")
-        got = "" if isinstance(fault["input"], Mapping) else f" (got {fault['input']!r})"
+        got = "" if isinstance(fault["input"], Mapping) or fault["input"] == "..." else f" (got {fault['input']!r})"
         lines.append(f"{where}: {message}{got}")
     return "\n".join(lines)
 

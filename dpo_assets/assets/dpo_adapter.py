@@ -30,6 +30,7 @@ def materialise(step: Step) -> Events:
         step.launch(
             "dpo",
             TrainSpec(
+                kind="dpo_adapter",
                 output_dir=folder,
                 fingerprint=print_,
                 inputs={name: artifact.digest for name, artifact in inputs.items()},

@@ -110,6 +110,7 @@ def _tokenize(step: Step, base: Artifact, pairs: pl.DataFrame) -> pl.DataFrame:
             step.launch(
                 "tokenize",
                 TokenizeSpec(
+                    kind="tokens",
                     output_dir=folder,
                     fingerprint=print_,
                     inputs={"base_model": base.digest},

@@ -11,6 +11,7 @@ from dpo_assets.assets.node import Node
 from dpo_assets.assets.sft_checkpoint import start_adapter
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.promotion import decide, evaluation_verdicts
+from dpo_assets.checks.statistics import percent
 from dpo_assets.contract import EvaluateSpec
 from dpo_assets.report.tables import table
 
@@ -32,6 +33,7 @@ def materialise(step: Step) -> Events:
         step.launch(
             "evaluate",
             EvaluateSpec(
+                kind="eval_scores",
                 output_dir=folder,
                 fingerprint=print_,
                 inputs={name: artifact.digest for name, artifact in inputs.items()},
@@ -71,7 +73,7 @@ def materialise(step: Step) -> Events:
             "chosen_shift_nats_per_token": report["chosen_shift_nats_per_token"],
             "rejected_shift_nats_per_token": report["rejected_shift_nats_per_token"],
             "scores": dg.MetadataValue.md(
-                table(["held-out accuracy", "value", f"{evaluation.confidence:.0%} interval"], rows)
+                table(["held-out accuracy", "value", f"{percent(evaluation.confidence)} interval"], rows)
             ),
             "answers": dg.MetadataValue.md(table(["prompt (last message)", "SFT", "policy"], answers)),
         },

@@ -20,6 +20,7 @@ def materialise(step: Step) -> Events:
         step.launch(
             "merge",
             MergeSpec(
+                kind="merged_model",
                 output_dir=folder,
                 fingerprint=print_,
                 inputs={name: artifact.digest for name, artifact in inputs.items()},

@@ -28,6 +28,7 @@ def materialise(step: Step) -> Events:
         step.launch(
             "sft",
             TrainSpec(
+                kind="sft_checkpoint",
                 output_dir=folder,
                 fingerprint=print_,
                 inputs={name: artifact.digest for name, artifact in inputs.items()},

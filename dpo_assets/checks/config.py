@@ -28,8 +28,9 @@ def learning_rate_band(plan: TrainingPlan) -> Verdict:
         ok_high = min(ok_high, bands.LOW_BETA_CEILING[method])
     heavy = dpo.epochs >= bands.HEAVY_EPOCHS or dpo.batch_size < bands.HEAVY_BATCH
     level: Level = upper_limit(dpo.learning_rate, ok_high, ok_high if heavy else band.error_above)
+    fix = "" if level == "pass" else f"set dpo.learning_rate to {ok_high:g} or less (5e-6 is the usual start)"
     if level == "pass" and dpo.learning_rate < band.ok_low:
-        level = "warn"
+        level, fix = "warn", f"raise dpo.learning_rate to {band.ok_low:g} or more: below it a run hardly moves"
     size = "under 1B" if billions < 1 else "of 1B or more"
     note = "epochs >= 3 or batch < 8: above the ok band is an error" if heavy else ""
     return Verdict(
@@ -39,7 +40,7 @@ def learning_rate_band(plan: TrainingPlan) -> Verdict:
         f"{band.ok_low:g} to {ok_high:g}, blocked above {ok_high if heavy else band.error_above:g} "
         f"(LoRA, model {size})",
         band.source,
-        f"set dpo.learning_rate to {ok_high:g} or less (5e-6 is the usual start)" if level != "pass" else "",
+        fix,
         note,
     )
 
@@ -62,9 +63,7 @@ def beta_for_loss(plan: TrainingPlan) -> Verdict:
         f"{band.ok_low:g} to {band.ok_high:g}, blocked outside {band.error_below:g} to {band.error_above:g} "
         f"(loss {dpo.loss})",
         band.source,
-        f"set dpo.beta between {band.ok_low:g} and {band.ok_high:g} (0.1 is the usual start)"
-        if level != "pass"
-        else "",
+        f"set dpo.beta between {band.ok_low:g} and {band.ok_high:g}" if level != "pass" else "",
     )
 
 

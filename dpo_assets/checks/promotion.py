@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from dpo_assets.checks import bands
-from dpo_assets.checks.verdict import Level, Verdict, upper_limit
+from dpo_assets.checks.verdict import Level, Verdict, upper_limit, worst
 from dpo_assets.recipe import Recipe
 
 Decision = Literal["first_publication", "hold", "reject", "insufficient_evidence"]
@@ -81,12 +81,13 @@ def generation_health(report: Mapping[str, Any]) -> Verdict:
     if not policy["answers"]:
         return Verdict("generation_health", "pass", "no answers sampled", "-", bands.GENERATION_SOURCE)
     rises = {name: policy[name] - sft[name] for name in ("repetition", "no_eos", "empty")}
-    worst = max(rises, key=lambda name: rises[name])
-    level = upper_limit(rises[worst], bands.REPETITION_WARN, math.inf)
+    levels = {name: upper_limit(rise, bands.REPETITION_WARN, math.inf) for name, rise in rises.items()}
+    level = worst(*levels.values())
+    shown = max(rises, key=lambda name: (levels[name] == level, rises[name]))
     return Verdict(
         "generation_health",
         level,
-        f"{worst} {rises[worst]:+.3f}",
+        f"{shown} {rises[shown]:+.3f}",
         f"at most +{bands.REPETITION_WARN} over SFT",
         bands.GENERATION_SOURCE,
         "" if level == "pass" else "lower dpo.learning_rate, and read the answers beside this check",

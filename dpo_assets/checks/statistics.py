@@ -34,11 +34,18 @@ def wilson(successes: float, n: int, confidence: float = 0.95) -> Proportion:
     share = successes / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return Proportion(share, max(0.0, centre - half), min(1.0, centre + half), n)
+    return Proportion(share, max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half)), n)
+
+
+def percent(level: float) -> str:
+    """0.95 as `95%`, 0.995 as `99.5%`."""
+    return f"{100 * level:.6g}%"
 
 
 def tie_aware_accuracy(margins: Sequence[float], confidence: float = 0.95) -> Proportion:
-    """Share of margins above zero; a margin inside the tie band counts as half a win."""
+    """Share of margins above zero; a margin inside the tie band counts as half a win. NaN in, NaN out."""
+    if any(math.isnan(m) for m in margins):
+        return Proportion(math.nan, 0.0, 1.0, len(margins))
     wins = sum(0.5 if abs(m) <= TIE_NATS else float(m > 0) for m in margins)
     return wilson(wins, len(margins), confidence)
 

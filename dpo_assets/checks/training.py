@@ -54,6 +54,7 @@ def dpo_verdicts(report: Mapping[str, Any]) -> list[Verdict]:
             report["first_loss"],
             f"{report['expected_first_loss']:.6f} +- {bands.FIRST_LOSS_TOLERANCE:g}",
             bands.FIRST_LOSS_SOURCE,
+            "" if off <= bands.FIRST_LOSS_TOLERANCE else "set dpo.reference to `sft`, or delete the reference cache",
         ),
         _finite("finite", report),
         Verdict(

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dpo_assets.checks.statistics import percent
 from dpo_assets.demo.breaks import Break
 from dpo_assets.demo.summary import TRAINING_STAGES, Summary
 
@@ -50,7 +51,10 @@ def _rows(summary: Summary) -> Iterator[tuple[str, str]]:
     for label, key in SCORES if summary.scores else ():
         score = summary.scores[key]
         interval = f"[{score['low']:.3f}, {score['high']:.3f}]"
-        yield label, f"{score['value']:.3f}, {summary.scores['confidence']:.0%} interval {interval}, n = {score['n']}"
+        yield (
+            label,
+            f"{score['value']:.3f}, {percent(summary.scores['confidence'])} interval {interval}, n = {score['n']}",
+        )
     if summary.verdict:
         yield "verdict", f"{summary.verdict['decision']}: {summary.verdict['reason']}"
     for check in summary.failed_checks:

@@ -92,7 +92,8 @@ def screen(pairs: pl.DataFrame, quarantine: pl.DataFrame) -> Screened:
     kept: dict[str, dict[str, Any]] = {}
     rejected: list[dict[str, Any]] = []
     duplicates = 0
-    for record in pairs.iter_rows(named=True):
+    # In an order of their own: which of two equal pairs stays must not depend on the order of files.
+    for record in pairs.sort("source", "line", "row").iter_rows(named=True):
         fault = fault_of(_as_pair(record))
         if fault is not None:
             rejected.append(quarantine_record(record, *fault))

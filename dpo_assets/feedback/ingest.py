@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import glob
+import hashlib
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +51,14 @@ def find_files(sources: Sequence[FeedbackSource]) -> list[FeedbackFile]:
     for source in sources:
         for path in _matches(source):
             found.setdefault(path, FeedbackFile(path, path.name, source.format))
-    return list(found.values())
+    names = Counter(file.name for file in found.values())
+    return [replace(file, name=_long_name(file.path)) if names[file.name] > 1 else file for file in found.values()]
+
+
+def _long_name(path: Path) -> str:
+    """Name of a file that is not the only one of its name: with the folder, and what tells equal folders apart."""
+    mark = hashlib.sha256(str(path.parent).encode()).hexdigest()[:6]
+    return f"{path.parent.name}-{mark}/{path.name}"
 
 
 def _matches(source: FeedbackSource) -> list[Path]:
@@ -58,6 +67,8 @@ def _matches(source: FeedbackSource) -> list[Path]:
         if name not in BUILTIN_FEEDBACK:
             raise FeedbackError(f"there is no `{source.path}`; built in are: {', '.join(BUILTIN_FEEDBACK)}")
         return [Path(str(files("dpo_assets") / BUILTIN_FEEDBACK[name]))]
+    if Path(source.path).is_file():  # Also a name that holds brackets, which a pattern would read otherwise.
+        return [Path(source.path)]
     paths = sorted(Path(p) for p in glob.glob(source.path, recursive=True))
     paths = [p for p in paths if p.is_file()]
     if not paths:
@@ -96,6 +107,9 @@ def read_file(file: FeedbackFile, options: ReadOptions) -> Batch:
             rejected.append(_reject(fault, place, line))
         except RecursionError:
             rejected.append(_reject(RowFault("too_deep", "nested too deeply"), place, line))
+        except Exception as error:  # A reader's own fault must cost the row that showed it, not the file.
+            message = f"the {file.format} reader failed on it: {type(error).__name__}: {error}"
+            rejected.append(_reject(RowFault("reader_failed", message), place, line))
     if not pairs and not rejected:
         rejected.append(Rejected(EMPTY_FILE, "the file holds no row", file.name, "", 0, b""))
     return Batch(pairs, rejected)

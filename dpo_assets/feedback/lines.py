@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,17 +26,17 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """
     with path.open("rb") as handle:
         number = 0
-        while line := handle.readline(MAX_LINE_BYTES + 1):
+        if handle.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+            handle.seek(0)
+        while line := handle.readline(MAX_LINE_BYTES + len(b"\r\n")):
             number += 1
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if len(line) > MAX_LINE_BYTES:
-                cut = line
-                while line and not line.endswith(b"\n"):
-                    line = handle.readline(MAX_LINE_BYTES)
-                yield number, cut
-            elif line.strip():
-                yield number, line.rstrip(b"\r\n")
+            content = line.rstrip(b"\r\n")
+            if len(content) > MAX_LINE_BYTES:
+                content = content[: MAX_LINE_BYTES + 1]
+            while line and not line.endswith(b"\n"):
+                line = handle.readline(MAX_LINE_BYTES)
+            if content.strip():
+                yield number, content
 
 
 def parse_line(line: bytes) -> Mapping[str, Any]:
@@ -47,7 +49,7 @@ def parse_line(line: bytes) -> Mapping[str, Any]:
         raise RowFault("row_too_large", f"longer than {MAX_LINE_BYTES // 2**20} MiB")
     try:
         text = line.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
+        value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constants, parse_float=_finite)
         # A lone surrogate passes json and would break Parquet later.
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
@@ -60,6 +62,9 @@ def parse_line(line: bytes) -> Mapping[str, Any]:
         raise RowFault("invalid_json", f"column {error.colno}: {error.msg}{hint}") from None
     except RecursionError:
         raise RowFault("too_deep", "nested too deeply") from None
+    except ValueError:
+        # Python refuses to read integers of more than 4,300 digits.
+        raise RowFault("invalid_json", "a number is too long to be one") from None
     if not isinstance(value, dict):
         raise RowFault("not_an_object", f"the line is a JSON {type(value).__name__}, expected an object")
     return value
@@ -68,10 +73,16 @@ def parse_line(line: bytes) -> Mapping[str, Any]:
 def _no_duplicates(items: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(items)
     if len(result) != len(items):
-        names = [name for name, _ in items]
-        twice = sorted({name for name in names if names.count(name) > 1})
+        twice = sorted(name for name, count in Counter(name for name, _ in items).items() if count > 1)
         raise RowFault("duplicate_key", f"key given twice: {', '.join(twice)}")
     return result
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise RowFault("invalid_json", f"{text} is beyond the range of numbers")
+    return value
 
 
 def _no_constants(name: str) -> NoReturn:

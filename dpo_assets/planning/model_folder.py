@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import ModelShape
@@ -45,9 +46,10 @@ def inspect_model(folder: Path) -> ModelFolder:
     safetensors = tuple(sorted(p.name for p in folder.glob("*.safetensors")))
     pickled = tuple(sorted(p.name for pattern in PICKLED for p in folder.glob(pattern)))
     text = config.get("text_config") or config
+    weights = sum(count_parameters(folder / name) for name in safetensors)
     try:
         shape = ModelShape(
-            parameters=sum(count_parameters(folder / name) for name in safetensors),
+            parameters=weights,
             layers=text["num_hidden_layers"],
             hidden=text["hidden_size"],
             intermediate=text.get("intermediate_size") or 4 * text["hidden_size"],
@@ -58,6 +60,8 @@ def inspect_model(folder: Path) -> ModelFolder:
         raise ConfigError(
             f"{folder / 'config.json'} has no {error}: only decoder language models are supported"
         ) from None
+    except (ValidationError, TypeError, AttributeError):
+        raise ConfigError(f"{folder / 'config.json'} holds a value of the wrong type; download it again") from None
     eos = tokenizer.get("eos_token")
     return ModelFolder(
         shape=shape,
@@ -81,7 +85,7 @@ def count_parameters(path: Path) -> int:
             (length,) = struct.unpack("<Q", handle.read(8))
             header = json.loads(handle.read(min(length, 100_000_000)))
         return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    except (struct.error, ValueError, KeyError, TypeError):
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ConfigError(f"{path} is not a readable safetensors file; download it again") from None
 
 
@@ -90,11 +94,12 @@ def card_licence(card: Path) -> str | None:
     if not card.is_file():
         return None
     text = card.read_text(encoding="utf-8", errors="replace")
-    if not text.startswith("---"):
+    lines = text.splitlines()
+    if not lines or lines[0].rstrip() != "---" or "---" not in (closing := [line.rstrip() for line in lines[1:]]):
         return None
     try:
-        front = yaml.safe_load(text.split("---", 2)[1])
-    except (yaml.YAMLError, IndexError):
+        front = yaml.safe_load("\n".join(closing[: closing.index("---")]))
+    except yaml.YAMLError:
         return None
     value = front.get("license") if isinstance(front, dict) else None
     return value if isinstance(value, str) else None

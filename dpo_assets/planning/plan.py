@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -103,8 +104,9 @@ def make_plan(recipe: Recipe, shape: ModelShape, data: DatasetStats, device: Dev
     Raises:
         ConfigError: when an explicit choice cannot work on the device.
     """
-    choice = choose_precision(device, shape.parameters, recipe.hardware.precision)
     available = min(device.memory_gib, recipe.hardware.memory_gib or device.memory_gib)
+    device = replace(device, memory_gib=available)
+    choice = choose_precision(device, shape.parameters, recipe.hardware.precision)
     fixed = (
         weights_gib(shape.parameters, choice.precision) + adapter_gib(shape, recipe.lora) + FRAMEWORK_GIB[device.kind]
     )

@@ -72,5 +72,5 @@ def _refuse_impossible(device: Device, requested: Precision) -> None:
     if requested == "fp8" and capability < HOPPER:
         raise ConfigError(
             f"fp8 needs capability 9.0 (Unsloth 2026.10.9); {device.name} has {capability[0]}.{capability[1]}. "
-            "Use `bf16`, or `4bit` to save memory."
+            f"Use `{'bf16' if capability >= AMPERE else 'fp16'}`, or `4bit` to save memory."
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from dpo_assets.checks.statistics import percent
 from dpo_assets.planning.plan import TrainingPlan
 
 
@@ -53,7 +54,8 @@ A language model aligned to human preferences by direct preference optimisation 
 
 ## Training data
 {data["rows_in"]} feedback rows: {data["accepted"]} accepted ({data["train_pairs"]} train,
-{data["eval_pairs"]} held out), {data["quarantined"]} quarantined ({reasons}), {data["duplicates"]} duplicates. Dataset digest `{facts.dataset_digest}`.
+{data["eval_pairs"]} held out), {data["quarantined"]} quarantined ({reasons}), {data["duplicates"]} duplicates.
+Dataset digest `{facts.dataset_digest}`.
 
 ## Procedure
 SFT: {plan.sft.strategy}. DPO: loss {plan.dpo.loss}, beta {plan.dpo.beta:g}, learning rate {plan.dpo.learning_rate:g}
@@ -62,7 +64,7 @@ SFT: {plan.sft.strategy}. DPO: loss {plan.dpo.loss}, beta {plan.dpo.beta:g}, lea
 seed {plan.dpo.seed}. Precision: {plan.precision_reason}. Versions: {versions}.
 
 ## Evaluation on held-out pairs
-| score | value | {scores["confidence"]:.0%} interval | pairs |
+| score | value | {percent(scores["confidence"])} interval | pairs |
 |---|---|---|---|
 {_score("policy, implicit reward against SFT", scores["implicit_reward_accuracy"])}
 {_score("policy, log-probability per token", scores["logp_accuracy_policy"])}

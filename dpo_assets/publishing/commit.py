@@ -27,7 +27,9 @@ ALLOWED = (
     "adapter_config.json",
     "config.json",
     "generation_config.json",
-    "tokenizer*",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
     "README.md",
@@ -91,11 +93,13 @@ def publish(api: HfApi, repo_id: str, folder: Path, operations: list[Operation],
     Raises:
         PublishError: on any refusal of the Hub, with secrets masked.
     """
+    from httpx import HTTPError
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         return _publish(api, repo_id, folder, operations, private)
-    except (HfHubHTTPError, OSError) as error:
+    # The client lets broken connections through as httpx errors, and wraps a refused upload as RuntimeError.
+    except (HfHubHTTPError, HTTPError, OSError, RuntimeError) as error:
         raise PublishError(f"publishing {repo_id} failed: {scrub(str(error))}") from None
 
 
@@ -104,10 +108,12 @@ def _publish(api: HfApi, repo_id: str, folder: Path, operations: list[Operation]
 
     tag = content_tag(operations)
     url = str(api.create_repo(repo_id, private=private, exist_ok=True))
-    tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
+    tagged = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}.get(tag)
     head = str(api.model_info(repo_id).sha)
-    if tags.get(tag) == head:
+    if tagged == head:
         return Release(url, head, tag, sent=False)
+    if tagged is not None and _differing(api, repo_id, tagged, operations):
+        raise PublishError(f"tag {tag} of {repo_id} points at {tagged}, which holds something else; nothing was sent")
     keep = {o.path for o in operations} | HUB_OWNED
     stale = [name for name in api.list_repo_files(repo_id, revision=head) if name not in keep]
     commit = api.create_commit(
@@ -119,18 +125,17 @@ def _publish(api: HfApi, repo_id: str, folder: Path, operations: list[Operation]
         commit_message=f"Release {tag}",
         parent_commit=head,
     )
-    if tag in tags and tags[tag] != commit.oid:
-        raise PublishError(f"tag {tag} of {repo_id} points at {tags[tag]}, not at the new commit {commit.oid}")
-    api.create_tag(repo_id, tag=tag, revision=commit.oid, exist_ok=True)
-    _verify(api, repo_id, commit.oid, operations)
+    if wrong := _differing(api, repo_id, commit.oid, operations):
+        raise PublishError(f"{', '.join(wrong)} at {repo_id}@{commit.oid} is not what was sent")
+    # Last: the tag says that the content was read back. Going back to an older release leaves its tag where it is.
+    if tagged is None:
+        api.create_tag(repo_id, tag=tag, revision=commit.oid, exist_ok=True)
     return Release(url, commit.oid, tag, sent=True)
 
 
-def _verify(api: HfApi, repo_id: str, commit: str, operations: list[Operation]) -> None:
-    """Downloads the commit into a fresh folder and compares every file."""
+def _differing(api: HfApi, repo_id: str, commit: str, operations: list[Operation]) -> list[str]:
+    """Files of a commit, downloaded into a fresh folder, that are missing or not as listed."""
     with tempfile.TemporaryDirectory(prefix="dpo-assets-verify-") as fresh:
         api.snapshot_download(repo_id, revision=commit, local_dir=fresh)
-        for operation in operations:
-            path = Path(fresh) / operation.path
-            if not path.is_file() or file_sha256(path) != operation.sha256:
-                raise PublishError(f"{operation.path} at {repo_id}@{commit} is not what was sent")
+        paths = {o.path: Path(fresh) / o.path for o in operations}
+        return [o.path for o in operations if not paths[o.path].is_file() or file_sha256(paths[o.path]) != o.sha256]

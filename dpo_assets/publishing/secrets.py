@@ -19,10 +19,8 @@ MASK = "[secret]"
 
 def scrub(text: str) -> str:
     """The text with every known secret and everything shaped like one masked."""
-    for name in SECRET_VARIABLES:
-        value = os.environ.get(name)
-        if value and len(value) >= 8:
-            text = text.replace(value, MASK)
+    for value in _known().values():
+        text = text.replace(value, MASK)
     for pattern in PATTERNS.values():
         text = pattern.sub(MASK, text)
     return text
@@ -30,4 +28,13 @@ def scrub(text: str) -> str:
 
 def find_secrets(text: str) -> list[str]:
     """Kinds of secrets that a text seems to hold."""
-    return [kind for kind, pattern in PATTERNS.items() if pattern.search(text)]
+    return [
+        *(kind for kind, pattern in PATTERNS.items() if pattern.search(text)),
+        *(f"value of {name}" for name, value in _known().items() if value in text),
+    ]
+
+
+def _known() -> dict[str, str]:
+    """The secrets of this environment; a value of a few characters would mask ordinary words."""
+    values = {name: os.environ.get(name, "") for name in sorted(SECRET_VARIABLES)}
+    return {name: value for name, value in values.items() if len(value) >= 8}

@@ -11,7 +11,7 @@ ROWS, CELL = 5, 160
 
 def cell(value: Any) -> str:
     """A value as one short table cell."""
-    text = str(value).replace("|", "\\|").replace("\n", " ").replace("\r", " ")
+    text = str(value).replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ").replace("\r", " ")
     return text if len(text) <= CELL else text[: CELL - 1] + "…"
 
 
@@ -32,8 +32,10 @@ def sample_table(path: Path) -> str:
     import polars as pl
 
     pairs = pl.read_parquet(path, columns=["prompt", "chosen", "rejected"], n_rows=ROWS)
+    # Pairs as read may still hold an empty conversation; screening comes later.
     rows = [
-        [row[name][-1]["content"] for name in ("prompt", "chosen", "rejected")] for row in pairs.iter_rows(named=True)
+        [row[name][-1]["content"] if row[name] else "" for name in ("prompt", "chosen", "rejected")]
+        for row in pairs.iter_rows(named=True)
     ]
     return table(["prompt (last message)", "chosen", "rejected"], rows)
 

@@ -114,7 +114,7 @@ def _run(stage: Stage, spec: Spec, reporter: Any) -> None:
     stage_module.run(spec, reporter)
     shutil.rmtree(spec.output_dir / "trainer", ignore_errors=True)
     versions = {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES}
-    seal(spec.output_dir, kind=stage, fingerprint=spec.fingerprint, inputs=spec.inputs, versions=versions)
+    seal(spec.output_dir, kind=spec.kind or stage, fingerprint=spec.fingerprint, inputs=spec.inputs, versions=versions)
 
 
 def _end_with_parent() -> None:

@@ -270,7 +270,6 @@ def test_answers_are_compared_with_those_of_the_start(sft: Report, policy: Repor
     assert generation_health(report).level == level
 
 
-@pytest.mark.xfail(strict=True, reason="`max` steps over a NaN that does not come first, so it passes")
 @pytest.mark.parametrize("name", ["no_eos", "empty"])
 def test_a_share_of_answers_that_is_no_number_does_not_pass(name: str) -> None:
     report = evaluation_report(generation={"sft": answers(), "policy": answers(**{name: math.nan})})
@@ -421,6 +420,5 @@ def test_every_verdict_names_its_band_and_source_and_a_failed_one_the_way_out(tm
     assert {v.check for v in failed if not v.fix} <= WITHOUT_A_WAY_OUT
 
 
-@pytest.mark.xfail(strict=True, reason="a first loss that is off is shown without a word on what to change")
 def test_a_wrong_reference_is_told_the_way_out() -> None:
     assert named("reference_is_start", dpo_verdicts(DPO | {"first_loss": 1.0})).fix

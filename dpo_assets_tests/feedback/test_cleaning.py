@@ -178,9 +178,6 @@ def test_every_pair_is_accepted_quarantined_or_a_duplicate_in_whatever_order_it_
     assert outcome(screened(*data.draw(st.permutations(pairs)))) == outcome(result)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="of equal pairs the first one read is kept, so the order of files shows in the result"
-)
 def test_which_of_two_equal_rows_is_kept_does_not_depend_on_the_order_of_files() -> None:
     monday = pair(1, source="monday.jsonl", line=7, margin=1.0, meta={"lang": "en"})
     tuesday = pair(1, source="tuesday.jsonl", line=3, margin=2.0)

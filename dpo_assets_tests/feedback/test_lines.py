@@ -87,7 +87,6 @@ def test_a_line_just_below_the_limit_is_whole(limit: int) -> None:
     assert numbered(b"x" * (limit - 1) + b"\n" + b"y" * limit) == [(1, b"x" * (limit - 1)), (2, b"y" * limit)]
 
 
-@pytest.mark.xfail(strict=True, reason="the line feed is counted: a line of exactly the limit is refused")
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
 def test_a_line_of_exactly_the_limit_is_no_longer_than_the_limit(limit: int, end: bytes) -> None:
     line = b'{"a":"' + b"x" * (limit - 8) + b'"}'
@@ -95,7 +94,6 @@ def test_a_line_of_exactly_the_limit_is_no_longer_than_the_limit(limit: int, end
     assert [parse_line(row) for _, row in numbered(line + end)] == [{"a": "x" * (limit - 8)}]
 
 
-@pytest.mark.xfail(strict=True, reason="a first line that crosses the limit by its byte order mark becomes two rows")
 def test_a_first_line_over_the_limit_is_one_row_behind_a_byte_order_mark_too(limit: int) -> None:
     rows = numbered(codecs.BOM_UTF8 + b"x" * (limit + 10) + b"\n{}\n")
     assert [number for number, _ in rows] == [1, 2]
@@ -202,9 +200,6 @@ def test_the_text_5_stays_text_and_na_stays_na() -> None:
     }
 
 
-@pytest.mark.xfail(
-    strict=True, raises=ValueError, reason="Python refuses integers of over 4300 digits with a bare ValueError"
-)
 def test_an_integer_of_five_thousand_digits_is_refused_as_a_row() -> None:
     assert fault(b'{"id": ' + b"1" * 5_000 + b"}").reason == "invalid_json"
 
@@ -220,12 +215,13 @@ class CountingKey(str):
         return str.__eq__(self, other)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="every key is counted against every other: four megabytes of keys take half an hour"
-)
 def test_the_search_for_a_repeated_key_takes_time_in_proportion_to_the_keys() -> None:
     CountingKey.compared.clear()
     keys = [CountingKey(f"k{n}") for n in range(300)]
     with pytest.raises(RowFault, match="duplicate_key"):
         module._no_duplicates([(key, 0) for key in [*keys, CountingKey("k0")]])
     assert CountingKey.compared["=="] < 10 * len(keys)
+
+
+def test_a_number_beyond_the_range_of_numbers_is_refused_before_it_becomes_infinity() -> None:
+    assert fault(b'{"score": 1e999}').message == "1e999 is beyond the range of numbers"

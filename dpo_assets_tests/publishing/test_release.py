@@ -84,7 +84,6 @@ def test_what_is_not_on_the_list_is_left_behind(tmp_path: Path, name: str) -> No
     assert {o.path for o in operations} == STAGED
 
 
-@pytest.mark.xfail(strict=True, reason="`tokenizer*` lets a pickle of that name through")
 @pytest.mark.parametrize("name", ["tokenizer.pkl", "tokenizer.bin", "tokenizer_state.pt"])
 def test_a_pickle_is_left_behind_whatever_its_name(tmp_path: Path, name: str) -> None:
     _, operations = staged(tmp_path, {name: b"\x80\x04."})
@@ -249,9 +248,6 @@ def test_corrupted_bytes_are_noticed_when_the_release_is_read_back(hub: HubServe
         send(corrupt, staged(tmp_path))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the tag is set before the release is read back, and a tag ends the next try early"
-)
 def test_a_release_that_did_not_read_back_equal_is_no_success_on_the_next_try(
     hub: HubServer, api: HfApi, tmp_path: Path
 ) -> None:
@@ -262,7 +258,6 @@ def test_a_release_that_did_not_read_back_equal_is_no_success_on_the_next_try(
         send(api, staged(tmp_path))
 
 
-@pytest.mark.xfail(strict=True, reason="the tag is set before the release is read back")
 def test_a_release_that_did_not_read_back_equal_gets_no_tag(hub: HubServer, tmp_path: Path) -> None:
     corrupt = Interrupted(hub, after=lambda: hub.repo(REPO).flip_byte("config.json"))
     with pytest.raises(PublishError):
@@ -283,9 +278,6 @@ def test_a_tag_of_this_content_on_another_commit_is_a_failure_and_is_not_moved(
     assert hub.repo(REPO).tags == {content_tag(operations): elsewhere}
 
 
-@pytest.mark.xfail(
-    strict=True, raises=PublishError, reason="the tag of an older release stands in the way of going back to it"
-)
 def test_going_back_to_an_older_release_works(hub: HubServer, api: HfApi, tmp_path: Path) -> None:
     first = send(api, staged(tmp_path))
     send(api, staged(tmp_path, {"config.json": b"{}"}))
@@ -295,9 +287,6 @@ def test_going_back_to_an_older_release_works(hub: HubServer, api: HfApi, tmp_pa
     assert hub.repo(REPO).files()["config.json"] == MODEL["config.json"]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the tag is looked at after the commit was sent, so a refusal leaves a commit behind"
-)
 def test_a_refusal_because_of_a_tag_leaves_the_head_as_it_was(hub: HubServer, api: HfApi, tmp_path: Path) -> None:
     send(api, staged(tmp_path))
     second = send(api, staged(tmp_path, {"config.json": b"{}"}))
@@ -319,18 +308,12 @@ def test_a_commit_whose_answer_is_lost_is_made_once_and_tagged_by_the_next_try(
     assert repo.tags == {release.tag: repo.resolve().oid}
 
 
-@pytest.mark.xfail(
-    strict=True, raises=httpx.TransportError, reason="a broken connection is neither HfHubHTTPError nor OSError"
-)
 def test_a_lost_answer_is_a_publish_error(hub: HubServer, api: HfApi, tmp_path: Path) -> None:
     hub.fail_next("POST", "/commit/", lost_response=True)
     with pytest.raises(PublishError):
         send(api, staged(tmp_path))
 
 
-@pytest.mark.xfail(
-    strict=True, raises=httpx.TransportError, reason="a refused connection is neither HfHubHTTPError nor OSError"
-)
 def test_a_hub_that_cannot_be_reached_is_a_publish_error(tmp_path: Path) -> None:
     with HubServer() as hub:
         api = HfApi(endpoint=hub.endpoint, token=hub.token)
@@ -338,7 +321,6 @@ def test_a_hub_that_cannot_be_reached_is_a_publish_error(tmp_path: Path) -> None
         send(api, staged(tmp_path))
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="the client wraps a refused upload as RuntimeError")
 def test_a_refused_upload_is_a_publish_error_and_leaves_no_commit(hub: HubServer, api: HfApi, tmp_path: Path) -> None:
     hub.fail_next("PUT", "/lfs-storage/", status=403)
     with pytest.raises(PublishError):
@@ -454,9 +436,6 @@ def test_a_secret_variable_too_short_for_a_secret_masks_nothing(monkeypatch: pyt
     assert scrub("call 12345678 now") == f"call {MASK} now"
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a release is searched for shapes of keys only, not for the keys in the environment"
-)
 def test_the_value_of_a_secret_variable_stops_a_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef" * 2)
     with pytest.raises(ConfigError, match=r"config\.json of the release"):
@@ -554,7 +533,6 @@ def test_a_licence_that_yaml_would_read_as_something_else_stays_text() -> None:
     assert front_matter(render_card(facts(licence="1.0")))["license"] == "1.0"
 
 
-@pytest.mark.xfail(strict=True, reason="a level of 99.5 % is shown as 100 %")
 def test_the_level_of_the_intervals_is_shown_as_it_is() -> None:
     assert "99.5% interval" in render_card(facts(scores=evaluation_report(confidence=0.995)))
 

@@ -27,6 +27,8 @@ class Place:
 
     def row_id(self, given: Any) -> str:
         """The row's own id where it has one, its line otherwise."""
+        if isinstance(given, int) and not isinstance(given, bool):
+            return str(given)
         return given if isinstance(given, str) and given else f"line-{self.line}"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from dpo_assets.feedback.pair import Message, Pair
 from dpo_assets.feedback.readers import Place, ReadOptions, RowFault
 
+HIGHEST_RANK = 10_000  # A tree has a handful of replies; a larger number is no rank.
 _ROLES = {"prompter": "user", "assistant": "assistant"}
 
 
@@ -40,11 +41,15 @@ def _comparisons(
         raise RowFault("wrong_type", "`replies` is not a list of messages")
     if node.get("role") == "prompter":
         # A reply without a rank was not compared with its siblings, so it belongs to no pair.
-        ranked = sorted((r for r in replies if isinstance(r.get("rank"), int)), key=lambda r: r["rank"])
+        ranked = sorted((r for r in replies if _is_rank(r.get("rank"))), key=lambda r: r["rank"])
         for best, worst in _pairs(ranked, options.pairing):
             yield _pair(path, best, worst, tree, place, options)
     for reply in replies:
         yield from _comparisons(reply, path, tree, place, options)
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= HIGHEST_RANK
 
 
 def _pairs(ranked: list[Mapping[str, Any]], pairing: str) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
@@ -81,6 +86,6 @@ def _pair(
 
 def _message(node: Mapping[str, Any]) -> Message:
     role, text = node.get("role"), node.get("text")
-    if role not in _ROLES or not isinstance(text, str):
+    if not isinstance(role, str) or role not in _ROLES or not isinstance(text, str):
         raise RowFault("wrong_type", f"message {node.get('message_id')!r} lacks a known role or text")
     return {"role": _ROLES[role], "content": text}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,7 +23,6 @@ def read(row: Mapping[str, Any], place: Place, options: ReadOptions) -> Iterator
         else:
             prompt, chosen, rejected = shared_prefix(chosen, rejected)
         extra = {k: v for k, v in row.items() if k not in ("prompt", "chosen", "rejected", "id", "margin")}
-        margin = row.get("margin")
         yield Pair(
             prompt=prompt,
             chosen=chosen,
@@ -30,11 +30,22 @@ def read(row: Mapping[str, Any], place: Place, options: ReadOptions) -> Iterator
             source=place.source,
             row=row_id,
             line=place.line,
-            margin=float(margin) if isinstance(margin, int | float) and not isinstance(margin, bool) else None,
+            margin=_margin(row.get("margin")),
             meta=extra,
         )
     except RowFault as fault:
         yield RowFault(fault.reason, fault.message, row_id)
+
+
+def _margin(value: Any) -> float | None:
+    """The strength of a preference, where it is a finite number."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def shared_prefix(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], list[Message], list[Message]]:
