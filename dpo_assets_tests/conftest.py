@@ -1,4 +1,4 @@
-"""Settings of every test process: one thread, no network, no telemetry. Set before torch or a Hub client is imported."""
+"""Settings of every test process, made before torch or a Hub client is imported: one thread, no telemetry."""
 
 from __future__ import annotations
 

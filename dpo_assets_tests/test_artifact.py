@@ -62,7 +62,7 @@ def entries(tree: ArtifactTree) -> set[str]:
 # Verification
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(files=_files)
 def test_a_sealed_folder_opens_with_its_files_listed(files: Files) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -75,7 +75,7 @@ def test_a_sealed_folder_opens_with_its_files_listed(files: Files) -> None:
     assert opened.manifest.inputs == {"base_model": "f" * 64}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(files=_files, data=st.data())
 def test_every_single_flipped_cut_grown_removed_or_added_file_is_detected(files: Files, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as name:
@@ -154,7 +154,7 @@ def test_a_writer_that_dies_before_the_last_step_leaves_no_manifest(
 # Identity
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(one=_files, other=_files)
 def test_equal_content_and_only_equal_content_gives_equal_digests(one: Files, other: Files) -> None:
     with tempfile.TemporaryDirectory() as name:

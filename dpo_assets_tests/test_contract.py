@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -14,7 +14,8 @@ from dpo_assets.contract import EvaluateSpec, Failure, Progress, Spec, Stage, To
 from dpo_assets_tests.samples import plan
 
 _counts = st.integers(0, 10**9)
-_one_line = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n"), max_size=30)
+_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+_one_line = _text.filter(lambda text: text.splitlines() in ([], [text]))
 _stages = st.sampled_from(get_args(Stage))
 
 
@@ -26,8 +27,15 @@ def test_a_progress_line_reads_back(stage: str, done: int, total: int, note: str
     assert parse_progress(f"2025-01-01 12:00:00 +0000 - dagster - INFO - {progress.line()}") == progress
 
 
-def test_progress_stays_one_line_whatever_its_note_holds() -> None:
-    assert "\n" not in Progress(stage="sft", done=1, total=2, note="loss 0.1\nlr 0.2").line()
+@settings(max_examples=60, deadline=None)
+@given(note=_text)
+@example(note="loss 0.1\nlr 0.2\r\n")
+def test_progress_stays_one_line_whatever_its_note_holds(note: str) -> None:
+    line = Progress(stage="sft", done=1, total=2, note=note).line()
+    assert line.splitlines() == [line]
+    found = parse_progress(line)
+    assert found is not None
+    assert found.note.split() == note.split()
 
 
 @pytest.mark.parametrize(

@@ -226,6 +226,16 @@ def test_the_last_value_inside_a_domain_is_taken(path: str, value: Any) -> None:
     assert getattr(getattr(parse_recipe(with_value(path, value)), section), key) == value
 
 
+@pytest.mark.parametrize(("path", "value"), OUT_OF_DOMAIN, ids=[f"{p}={v!r}" for p, v in OUT_OF_DOMAIN])
+def test_a_misspelt_key_hides_no_other_fault_of_its_section(path: str, value: Any) -> None:
+    values = with_value(path, value)
+    values[path.split(".")[0]]["zzz"] = 1
+    lines = refusal(values).splitlines()
+    assert len(lines) == 2
+    assert [line for line in lines if line.startswith(path)] == refusal(with_value(path, value)).splitlines()
+    assert any(line.startswith(f"{path.split('.')[0]}.zzz: there is no key `zzz` here") for line in lines)
+
+
 def test_a_negative_beta_is_refused_with_the_limit_and_the_value() -> None:
     assert refusal(with_value("dpo.beta", -1)) == "dpo.beta: Input should be greater than or equal to 0 (got -1)"
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from dpo_assets.errors import ConfigError
 from dpo_assets.planning.precision import Device, Precision, choose_precision, weights_gib
 from dpo_assets.recipe import DpoSection, LoraSection, Recipe, SftSection
 
@@ -107,6 +108,10 @@ def make_plan(recipe: Recipe, shape: ModelShape, data: DatasetStats, device: Dev
     available = min(device.memory_gib, recipe.hardware.memory_gib or device.memory_gib)
     device = replace(device, memory_gib=available)
     choice = choose_precision(device, shape.parameters, recipe.hardware.precision)
+    if choice.precision == "fp8":
+        raise ConfigError(
+            "hardware.precision `fp8` has no loader in this version; use `bf16`, or `4bit` to save memory."
+        )
     fixed = (
         weights_gib(shape.parameters, choice.precision) + adapter_gib(shape, recipe.lora) + FRAMEWORK_GIB[device.kind]
     )

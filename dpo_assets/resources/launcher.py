@@ -81,7 +81,8 @@ class LocalLauncher(TrainingLauncher):
         ):
             process = subprocess.Popen(
                 command,
-                env={**_worker_environment(spec.threads), **session.get_bootstrap_env_vars()},
+                # Its temporary files lie in this run's scratch folder, so they go also when it is killed.
+                env={**_worker_environment(spec.threads), "TMPDIR": str(work), **session.get_bootstrap_env_vars()},
                 # Held open as long as this process lives: its end tells the worker that the run is gone.
                 stdin=subprocess.PIPE,
                 stdout=output,

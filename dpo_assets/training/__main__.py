@@ -104,6 +104,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(stage: Stage, spec: Spec, reporter: Any) -> None:
+    if any(spec.output_dir.iterdir()):
+        raise ConfigError(f"output_dir {spec.output_dir} is not empty; a stage writes into a folder of its own.")
     if stage != "tokenize":
         import torch
         import transformers

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +18,7 @@ TOKEN_COLUMNS = ["pair_id", "prompt_ids", "chosen_ids", "rejected_ids"]
 def load_split(folder: Path, split: Literal["train", "eval"], columns: list[str] | None = None) -> Dataset:
     """One split of a dpo_dataset artefact. The cache of `datasets` is private to this process."""
     cache = tempfile.mkdtemp(prefix="dpo-assets-datasets-")
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
     columns = columns or TOKEN_COLUMNS
     return Dataset.from_parquet(str(folder / f"{split}.parquet"), columns=columns, cache_dir=cache)
 

@@ -16,8 +16,11 @@ def check_first_loss(loss: float, loss_name: str, reference: str) -> None:
     """The first loss, before any update, must be the loss at zero margin.
 
     Raises:
-        GateError: when it is not: the reference is not the policy that training starts from.
+        GateError: `finite` when it is no number, `reference_is_start` when it is another one: the reference is not the
+            policy that training starts from.
     """
+    if not math.isfinite(loss):
+        raise diverged("finite", "loss", loss, "the first step")
     expected = bands.FIRST_LOSS[loss_name]
     if abs(loss - expected) <= bands.FIRST_LOSS_TOLERANCE:
         return
@@ -34,6 +37,18 @@ def check_first_loss(loss: float, loss_name: str, reference: str) -> None:
         band=f"{expected:.6f} +- {bands.FIRST_LOSS_TOLERANCE:g}",
         source=bands.FIRST_LOSS_SOURCE,
         fix=fix,
+    )
+
+
+def diverged(check: str, name: str, value: float, place: str) -> GateError:
+    """The error for a number that is none."""
+    return GateError(
+        check,
+        f"`{name}` is {value} at {place}: the run diverged, or started from weights that are not finite",
+        value=str(value),
+        band="every logged value finite",
+        source="TRL 1473, 2435, 2553: training goes on through NaN and reports success",
+        fix="lower the learning rate 5 to 10 times; on a GPU prefer bf16 to fp16",
     )
 
 
@@ -64,12 +79,4 @@ class StopOnNonFinite(TrainerCallback):
     ) -> None:
         found = first_non_finite(logs or {})
         if found is not None:
-            name, value = found
-            raise GateError(
-                self.check,
-                f"`{name}` is {value} at step {state.global_step}: the run diverged",
-                value=str(value),
-                band="every logged value finite",
-                source="TRL 1473, 2435, 2553: training goes on through NaN and reports success",
-                fix="lower the learning rate 5 to 10 times; on a GPU prefer bf16 to fp16",
-            )
+            raise diverged(self.check, *found, f"step {state.global_step}")

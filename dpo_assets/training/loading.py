@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import (
     set_seed,
 )
 
+from dpo_assets.artifact import write_json
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training import attention
@@ -42,19 +44,23 @@ def load_base(folder: Path, plan: TrainingPlan, *, packed: bool = True) -> PreTr
     """The base model in the plan's precision on the plan's device.
 
     Args:
-        packed: attach the packed attention; False keeps Transformers' SDPA.
+        packed: attach the packed attention; False keeps what Transformers chooses.
+
+    Raises:
+        ConfigError: when the architecture cannot be packed.
     """
     dtype, extra = _weights(plan)
     attention.register()
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-        attn_implementation=attention.NAME if packed else "sdpa",
-        **extra,
+        folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False, **extra
     )
+    if packed:
+        if not getattr(model, "_supports_attention_backend", False):
+            raise ConfigError(
+                f"{type(model).__name__} computes attention in a way of its own, so the packed trainer cannot serve "
+                "it. Set `dpo.trainer: trl`."
+            )
+        model.set_attn_implementation(attention.NAME)
     if plan.device == "cuda" and "device_map" not in extra:
         model.to("cuda")
     return model
@@ -118,16 +124,19 @@ def attach_adapter(
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """Only the trained adapter: TRL keeps its reference as a second one, which must not be published."""
     model.save_pretrained(str(folder), selected_adapters=[ADAPTER_NAME], safe_serialization=True)
+    # PEFT writes down where the base lay on this machine: that would leak, and equal adapters would differ by it.
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    write_json(folder / "adapter_config.json", config | {"base_model_name_or_path": None})
     # PEFT writes a card that names the local folder of the base; the release gets a card of its own.
     (folder / "README.md").unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def plain_attention(model: Any) -> Iterator[None]:
-    """Transformers' own SDPA attention for a while: batched generation needs its padding masks."""
+def plain_attention(model: Any, implementation: str = "sdpa") -> Iterator[None]:
+    """Transformers' own attention for a while: batched generation needs its padding masks."""
     lm = model.get_base_model() if isinstance(model, PeftModel) else model
     before = lm.config._attn_implementation
-    lm.set_attn_implementation("sdpa")
+    lm.set_attn_implementation(implementation)
     try:
         yield
     finally:

@@ -5,8 +5,9 @@ Two forwards that round differently are the classic cause of a first loss off ln
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpo_assets.errors import ConfigError
+from dpo_assets.training.loading import plain_attention
 from dpo_assets.training.packing import Group, PackedBatch, pack, under_budget
 
 HEAD_CHUNK = 1024  # Scored tokens whose logits exist at one time.
@@ -149,25 +151,46 @@ def score_groups(
     return logps, lengths
 
 
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode for a while: an adapter's dropout would make two scores of one pair differ."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 @torch.no_grad()
 def assert_packing_is_exact(model: Any, group: Group, autocast: AbstractContextManager[Any] | None = None) -> None:
-    """Scores one group packed and, row by row, through the model's own forward.
+    """Scores one group packed and, row by row, through the model's own forward with eager attention.
+
+    Give it the longest pair: a window of attention shows only on rows that are longer than it. Scores that are not
+    finite pass, because they say nothing about attention; the guards of training name them.
 
     Raises:
         ConfigError: when they differ, as they do for architectures whose attention is not plain causal attention.
     """
     lm = causal_lm(model)
-    packed, lengths = score_groups(model, [group], budget=group.tokens, autocast=autocast)
-    for completion, ours, length in zip(group.completions, packed, lengths, strict=True):
-        row = torch.tensor([[*group.prompt, *completion]], device=lm.device)
-        with autocast or nullcontext():
-            logits = lm(input_ids=row, use_cache=False).logits[0].float()
-        start = len(group.prompt)
-        wanted = row[0, start:]
-        theirs = logits[start - 1 : -1].log_softmax(-1).gather(-1, wanted[:, None]).sum().item()
-        tolerance = PROBE_TOLERANCE if lm.dtype == torch.float32 else 0.1
-        if not abs(ours - theirs) <= tolerance * length:
+    with evaluating(model):
+        packed, lengths = score_groups(model, [group], budget=group.tokens, autocast=autocast)
+        with plain_attention(model, "eager"):
+            plain = [_row_logp(lm, group.prompt, completion, autocast) for completion in group.completions]
+    tolerance = PROBE_TOLERANCE if lm.dtype == torch.float32 else 0.1
+    for ours, theirs, length in zip(packed, plain, lengths, strict=True):
+        if math.isfinite(theirs) and not abs(ours - theirs) <= tolerance * length:
             raise ConfigError(
                 f"{type(lm).__name__} scores {theirs:.4f} nats row by row and {ours:.4f} packed: its attention is not "
                 "plain causal attention, so the packed trainer cannot serve it. Set `dpo.trainer: trl`."
             )
+
+
+def _row_logp(
+    lm: Any, prompt: Sequence[int], completion: Sequence[int], autocast: AbstractContextManager[Any] | None
+) -> float:
+    row = torch.tensor([[*prompt, *completion]], device=lm.device)
+    with autocast or nullcontext():
+        logits = lm(input_ids=row, use_cache=False).logits[0].float()
+    wanted = row[0, len(prompt) :]
+    return float(logits[len(prompt) - 1 : -1].log_softmax(-1).gather(-1, wanted[:, None]).sum())

@@ -37,8 +37,13 @@ def run(spec: MergeSpec, reporter: Reporter) -> None:
 
     merged.set_attn_implementation("sdpa")  # The packed attention is ours; a release must load anywhere.
     folder = spec.output_dir / "model"
+    tokenizer = load_tokenizer(spec.base_model)
+    # Whoever generates with the release by its own defaults must stop where the policy was taught to stop.
+    given = merged.generation_config.eos_token_id
+    ends = given if isinstance(given, list) else [] if given is None else [given]
+    merged.generation_config.eos_token_id = sorted({tokenizer.eos_token_id, *ends})
     merged.save_pretrained(folder, safe_serialization=True)
-    load_tokenizer(spec.base_model).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     report = {
         "mean_difference_per_token": fmean(differences),
         "max_difference_per_token": max(differences),

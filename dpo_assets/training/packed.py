@@ -47,6 +47,7 @@ def trainer_arguments(plan: TrainingPlan, section: OptimSection, output_dir: Pat
         "use_cpu": plan.device == "cpu",
         "gradient_checkpointing": plan.gradient_checkpointing,
         "logging_steps": max(1, steps // LOGGED_STEPS),
+        "logging_first_step": True,  # The first loss must be the first step's, however rarely a run logs.
         "logging_nan_inf_filter": False,
         "save_strategy": "no",
         "eval_strategy": "no",

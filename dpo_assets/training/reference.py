@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sqlite3
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
+from dpo_assets.training.guards import diverged
 from dpo_assets.training.packing import Group
 
 Scores = list[tuple[float, float]]
@@ -58,11 +60,17 @@ class ReferenceCache:
 def reference_scores(
     groups: Sequence[Group], cache: ReferenceCache | None, score: Callable[[Sequence[Group]], Scores]
 ) -> tuple[Scores, int]:
-    """(chosen, rejected) reference log-probabilities of every pair, and how many came from the cache."""
+    """(chosen, rejected) reference log-probabilities of every pair, and how many came from the cache.
+
+    Raises:
+        GateError: `finite`, when a score is not; nothing is kept then.
+    """
     keys = [pair_key(group) for group in groups]
     known = cache.get(keys) if cache else {}
     missing = [n for n, key in enumerate(keys) if key not in known]
     fresh = {keys[n]: s for n, s in zip(missing, score([groups[n] for n in missing]), strict=True)} if missing else {}
+    if bad := [value for pair in fresh.values() for value in pair if not math.isfinite(value)]:
+        raise diverged("finite", "reference log-probability", bad[0], "the reference pass")
     if cache and fresh:
         cache.put(fresh)
     scores = known | fresh

@@ -17,7 +17,7 @@ from dpo_assets.contract import TrainSpec
 from dpo_assets.training.data import load_split, sft_group
 from dpo_assets.training.guards import StopOnNonFinite
 from dpo_assets.training.loading import attach_adapter, load_base, load_tokenizer, save_adapter
-from dpo_assets.training.logprobs import assert_packing_is_exact, score_groups, score_tokens
+from dpo_assets.training.logprobs import assert_packing_is_exact, evaluating, score_groups, score_tokens
 from dpo_assets.training.packed import PackedCollator, PackedSteps, RunningMeans, end_quietly, trainer_arguments
 from dpo_assets.training.packing import Group, PackedBatch
 from dpo_assets.training.reporting import ProgressLines, Reporter, all_finite, write_metrics
@@ -55,7 +55,8 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     )
     if plan.gradient_checkpointing:
         model.enable_input_require_grads()
-    assert_packing_is_exact(model, to_group(train[0]), _autocast(plan.precision))
+    longest = max((to_group(row) for row in train), key=lambda group: group.tokens)
+    assert_packing_is_exact(model, longest, _autocast(plan.precision))
     probe = [to_group(row) for row in held_out.select(range(min(PROBE_PAIRS, len(held_out))))]
     before = held_out_nll(model, probe, plan.token_budget)
     reporter.log(f"sft: {len(train)} chosen answers, {plan.sft_steps} steps; held-out loss before: {before:.4f}")
@@ -70,7 +71,6 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     end_quietly(trainer, [StopOnNonFinite("sft_finite"), ProgressLines(reporter, "sft", keys)])
     trainer.train()
 
-    model.eval()
     after = held_out_nll(model, probe, plan.token_budget)
     reporter.log(f"sft: held-out loss after: {after:.4f}")
     save_adapter(model, out / "adapter")
@@ -88,7 +88,8 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
 
 def held_out_nll(model: Any, groups: Sequence[Group], budget: int) -> float:
     """Mean negative log-likelihood per completion token, in nats."""
-    logps, lengths = score_groups(model, groups, budget)
+    with evaluating(model):
+        logps, lengths = score_groups(model, groups, budget)
     total: float = sum(logps)
     tokens: int = sum(lengths)
     return -total / max(1, tokens)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dpo_assets.checks.statistics import TIE_NATS, Proportion, pick_the_longer, tie_aware_accuracy, wilson
+from dpo_assets.checks.statistics import TIE_NATS, Proportion, percent, pick_the_longer, tie_aware_accuracy, wilson
 
 _levels = st.sampled_from([0.51, 0.8, 0.9, 0.95, 0.99, 0.999])
 
@@ -117,6 +117,11 @@ def test_flipping_every_pair_mirrors_the_accuracy(margins: list[float]) -> None:
 @pytest.mark.parametrize("margins", [[math.nan], [1.0, math.nan]], ids=repr)
 def test_a_margin_that_is_no_number_makes_the_accuracy_no_number(margins: list[float]) -> None:
     assert math.isnan(tie_aware_accuracy(margins).value)
+
+
+@pytest.mark.parametrize(("level", "shown"), [(0.95, "95%"), (0.9, "90%"), (0.995, "99.5%"), (0.999, "99.9%")])
+def test_a_level_is_shown_as_it_is(level: float, shown: str) -> None:
+    assert percent(level) == shown
 
 
 def test_the_length_baseline_is_how_often_the_longer_answer_was_chosen() -> None:

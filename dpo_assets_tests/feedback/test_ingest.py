@@ -31,8 +31,8 @@ from dpo_assets.feedback.ingest import (
 )
 from dpo_assets.feedback.pair import PAIR_COLUMNS, QUARANTINE_COLUMNS, Rejected
 from dpo_assets.feedback.readers import ReadOptions
-from dpo_assets.recipe import FeedbackSource
-from dpo_assets_tests.samples import assistant, pair, user
+from dpo_assets.recipe import FeedbackSource, resolve_paths
+from dpo_assets_tests.samples import assistant, pair, recipe, user
 
 FORMATS = ["trl", "oasst_tree", "hh_rlhf"]
 OPTIONS = ReadOptions("best_worst", include_synthetic=False)
@@ -202,6 +202,20 @@ def test_a_value_that_a_reader_stumbles_over_costs_its_row_and_nothing_else(form
     assert {pair.line for pair in batch.pairs} >= {1, 3}
 
 
+def test_a_reader_that_fails_itself_costs_the_row_that_showed_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_badly(row: dict[str, Any], *_: Any) -> Iterator[Any]:
+        if row["prompt"] == "q1":
+            raise ZeroDivisionError("a bug")
+        yield pair(7)
+
+    monkeypatch.setattr("dpo_assets.feedback.ingest.reader_for", lambda _: read_badly)
+    batch = read(b"\n".join(row(n) for n in range(3)))
+    assert len(batch.pairs) == 2
+    [rejected] = batch.rejected
+    assert (rejected.reason, rejected.line, rejected.raw) == ("reader_failed", 2, row(1))
+    assert rejected.message == "the trl reader failed on it: ZeroDivisionError: a bug"
+
+
 # Tables
 
 
@@ -319,6 +333,27 @@ def test_two_files_of_one_name_are_named_apart(tmp_path: Path) -> None:
         (tmp_path / part / "export.jsonl").write_bytes(b"broken")
     found = find_files([FeedbackSource(path=str(tmp_path / "*" / "export.jsonl"))])
     assert len({read_file(file, OPTIONS).rejected[0].source for file in found}) == 2
+
+
+@pytest.mark.xfail(strict=True, raises=FeedbackError, reason="brackets in the YAML file's folder are read as a pattern")
+def test_a_pattern_is_found_in_a_folder_whose_name_holds_brackets(tmp_path: Path) -> None:
+    folder = tmp_path / "run[1]"
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(row())
+    resolved = resolve_paths(recipe(feedback={"sources": [{"path": "*.jsonl"}]}), folder)
+    assert [file.path for file in find_files(resolved.feedback.sources)] == [folder / "a.jsonl"]
+
+
+@pytest.mark.xfail(strict=True, reason="the mark that tells two files of one name apart is a hash of the absolute path")
+def test_the_names_of_files_do_not_depend_on_where_the_project_lies(tmp_path: Path) -> None:
+    found = []
+    for project in ("here", "there"):
+        for part in ("monday", "tuesday"):
+            (tmp_path / project / part).mkdir(parents=True)
+            (tmp_path / project / part / "export.jsonl").write_bytes(row())
+        pattern = str(tmp_path / project / "*" / "export.jsonl")
+        found.append([file.name for file in find_files([FeedbackSource(path=pattern)])])
+    assert found[0] == found[1]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="symbolic links need rights on Windows")

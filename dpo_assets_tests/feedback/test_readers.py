@@ -266,6 +266,11 @@ def test_hh_the_common_turns_are_the_prompt_and_the_last_answers_the_pair() -> N
     assert (pair.row, pair.line, pair.label_kind) == ("line-7", 7, "human_pair")
 
 
+def test_hh_white_space_before_the_first_turn_is_nothing() -> None:
+    row = {"chosen": f" \n{SHARED}\n\nAssistant: Yes.", "rejected": f"{SHARED}\n\nAssistant: No."}
+    assert the_pair("hh_rlhf", row).chosen == [assistant("Yes.")]
+
+
 def test_hh_line_breaks_inside_an_answer_stay_and_those_around_it_go() -> None:
     row = {"chosen": f"{SHARED}\n\nAssistant: 1. One\n\n2. Two\n ", "rejected": f"{SHARED}\n\nAssistant: No."}
     assert the_pair("hh_rlhf", row).chosen == [assistant("1. One\n\n2. Two")]

@@ -272,10 +272,11 @@ def test_a_tag_of_this_content_on_another_commit_is_a_failure_and_is_not_moved(
     api.create_repo(REPO)
     elsewhere = hub.repo(REPO).resolve().oid
     hub.repo(REPO).tags[content_tag(operations)] = elsewhere
-    hub.repo(REPO).commit("by hand", hub.repo(REPO).resolve().files)
+    head = hub.repo(REPO).commit("by hand", hub.repo(REPO).resolve().files)
     with pytest.raises(PublishError, match=f"points at {elsewhere}"):
         send(api, (folder, operations))
     assert hub.repo(REPO).tags == {content_tag(operations): elsewhere}
+    assert hub.repo(REPO).resolve() == head
 
 
 def test_going_back_to_an_older_release_works(hub: HubServer, api: HfApi, tmp_path: Path) -> None:

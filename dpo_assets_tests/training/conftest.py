@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
-# TRL announces itself when a trainer is made.
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 from collections.abc import Callable, Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path

@@ -92,7 +92,7 @@ SERVED = {
 @pytest.mark.parametrize("config", SERVED.values(), ids=SERVED)
 def test_plain_causal_attention_is_served_exactly(
     config: PreTrainedConfig, saved: Callable[[PreTrainedConfig], Path], plan: TrainingPlan
-) -> None:  # fmt: skip
+) -> None:
     folder = saved(config)
     model = load_base(folder, plan).eval()
     assert score_groups(model, [PAIR], budget=1000)[0] == pytest.approx(own_scores(folder, PAIR), abs=1e-4)
@@ -122,7 +122,7 @@ NOT_SERVED = {
 @pytest.mark.parametrize("config", NOT_SERVED.values(), ids=NOT_SERVED)
 def test_any_other_attention_is_refused_with_the_way_out(
     config: PreTrainedConfig, saved: Callable[[PreTrainedConfig], Path], plan: TrainingPlan
-) -> None:  # fmt: skip
+) -> None:
     """Packed scores of these are wrong, so training on them would optimise another model than the one released."""
     folder = saved(config)
     with pytest.raises(ConfigError, match=r"dpo\.trainer: trl"):
@@ -131,7 +131,7 @@ def test_any_other_attention_is_refused_with_the_way_out(
 
 def test_a_window_that_only_long_rows_feel_is_found_in_a_dataset_that_starts_with_a_short_one(
     saved: Callable[[PreTrainedConfig], Path], plan: TrainingPlan
-) -> None:  # fmt: skip
+) -> None:
     """Why the stages must not probe just their first pair: nothing can be seen on this one."""
     folder = saved(MistralConfig(**SMALL, **WINDOW))
     model = load_base(folder, plan).eval()

@@ -69,9 +69,13 @@ def policy(model_folder: Path, plan: TrainingPlan, start: Path | None, *, packed
 
 @pytest.fixture(scope="module")
 def by_trl(
-    plan: TrainingPlan, start: Path | None, model_folder: Path, messages: Dataset, tokenizer: Any,
+    plan: TrainingPlan,
+    start: Path | None,
+    model_folder: Path,
+    messages: Dataset,
+    tokenizer: Any,
     tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[trl.DPOTrainer, History]:  # fmt: skip
+) -> tuple[trl.DPOTrainer, History]:
     """TRL's own run, on rows that it tokenizes itself."""
     with dense_scoring():
         trainer = trl.DPOTrainer(
@@ -119,7 +123,7 @@ def test_trl_tokenizes_the_same_messages_to_the_same_ids(by_trl: tuple[trl.DPOTr
 
 def test_losses_equal_those_of_trl_at_every_step(
     plan: TrainingPlan, by_trl: tuple[trl.DPOTrainer, History], run_packed: Runner, record_property: Callable[..., None]
-) -> None:  # fmt: skip
+) -> None:
     ours, theirs = run_packed(plan), by_trl[1]
     losses = [row["loss"] for row in theirs]
     assert max(losses) - min(losses) > 0.05, "a loss that stands still would prove nothing"
@@ -132,9 +136,12 @@ def test_losses_equal_those_of_trl_at_every_step(
 
 
 def test_losses_equal_those_of_trl_when_every_step_takes_several_forwards(
-    plan: TrainingPlan, by_trl: tuple[trl.DPOTrainer, History], run_packed: Runner, pairs: Path,
+    plan: TrainingPlan,
+    by_trl: tuple[trl.DPOTrainer, History],
+    run_packed: Runner,
+    pairs: Path,
     record_property: Callable[..., None],
-) -> None:  # fmt: skip
+) -> None:
     sizes = sorted(dpo_group(row, plan.max_length).tokens for row in load_split(pairs, "train"))
     small = plan.model_copy(update={"token_budget": sizes[0] + sizes[1]})
     # Even the four smallest pairs do not fit into one forward, and many pairs take one alone.
@@ -150,7 +157,7 @@ def test_losses_equal_those_of_trl_when_every_step_takes_several_forwards(
 @pytest.mark.parametrize("start", ["fresh adapter"], indirect=True)
 def test_gradient_checkpointing_changes_no_loss(
     plan: TrainingPlan, by_trl: tuple[trl.DPOTrainer, History], run_packed: Runner
-) -> None:  # fmt: skip
+) -> None:
     ours = run_packed(plan.model_copy(update={"gradient_checkpointing": True}))
     assert largest_difference(ours, by_trl[1], "loss") <= LOSS_TOLERANCE
 
@@ -158,7 +165,7 @@ def test_gradient_checkpointing_changes_no_loss(
 @pytest.mark.parametrize("start", ["fresh adapter"], indirect=True)
 def test_another_order_of_the_pairs_gives_other_losses(
     plan: TrainingPlan, by_trl: tuple[trl.DPOTrainer, History], run_packed: Runner
-) -> None:  # fmt: skip
+) -> None:
     """The comparisons above rest on equal data order; this shows that they would notice another one."""
     section = plan.dpo.model_copy(update={"seed": plan.dpo.seed + 1})
     ours = run_packed(plan.model_copy(update={"dpo": section}))
@@ -168,7 +175,7 @@ def test_another_order_of_the_pairs_gives_other_losses(
 @pytest.mark.parametrize("start", ["sft adapter"], indirect=True)
 def test_the_packed_trainer_keeps_no_second_adapter(
     model_folder: Path, plan: TrainingPlan, start: Path | None, pairs: Path, tokenizer: Any, tmp_path: Path
-) -> None:  # fmt: skip
+) -> None:
     model = policy(model_folder, plan, start, packed=True)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     trainer = PackedDPOTrainer(

@@ -68,9 +68,13 @@ def sft_trainer(plan: TrainingPlan, model_folder: Path, dataset: Path, spec: Any
 
 @pytest.mark.parametrize("make", [dpo_trainer, sft_trainer])
 def test_nan_in_the_weights_stops_a_run_at_the_next_logged_step(
-    make: Callable[..., Trainer], plan_for: PlanMaker, train_spec: SpecMaker, model_folder: Path, dataset: Path,
+    make: Callable[..., Trainer],
+    plan_for: PlanMaker,
+    train_spec: SpecMaker,
+    model_folder: Path,
+    dataset: Path,
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     plan = plan_for(dpo={"epochs": 2.0}, sft={"epochs": 2.0})
     trainer = make(plan, model_folder, dataset, train_spec(plan, tmp_path), tmp_path / "trainer")
     end_quietly(trainer, [StopOnNonFinite("finite"), Poison()])
@@ -86,7 +90,7 @@ def test_nan_in_the_weights_stops_a_run_at_the_next_logged_step(
 @pytest.mark.parametrize("stage", [dpo, sft])
 def test_a_run_that_diverges_ends_in_the_finite_gate(
     stage: Any, plan_for: PlanMaker, train_spec: SpecMaker, tmp_path: Path
-) -> None:  # fmt: skip
+) -> None:
     section = {"learning_rate": 1e20, "warmup_ratio": 0.0, "epochs": 1.0}
     plan = plan_for(dpo=section, sft=section)
     with pytest.raises(GateError) as stopped:
@@ -98,7 +102,7 @@ def test_a_run_that_diverges_ends_in_the_finite_gate(
 @pytest.mark.parametrize("stage", [dpo, sft])
 def test_nan_in_the_adapter_that_a_run_starts_from_is_called_by_its_name(
     stage: Any, plan_for: PlanMaker, train_spec: SpecMaker, sft_adapter: Path, tmp_path: Path
-) -> None:  # fmt: skip
+) -> None:
     """Not an unsupported architecture, and not a wrong reference: the way out of each is another one."""
     damaged = tmp_path / "adapter"
     shutil.copytree(sft_adapter, damaged)
@@ -155,7 +159,7 @@ def test_a_long_run_is_logged_about_as_often_as_a_short_one(plan_for: PlanMaker,
 
 def test_the_first_loss_of_a_report_is_that_of_the_first_step_however_rarely_a_run_logs(
     plan_for: PlanMaker, train_spec: SpecMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     """A run of 400 steps or more logs means over several steps, and after the first of them the policy has moved.
 
     The `reference_is_start` check is asked again with this number: a mean would block a good run, or pass a bad one.

@@ -120,7 +120,7 @@ def test_under_budget_keeps_every_item_in_order_within_the_budget(sizes: list[in
 @given(tokens(9), st.lists(tokens(20), min_size=1, max_size=3), st.integers(1, 24))
 def test_truncation_keeps_the_start_of_each_row_and_never_empties_one(
     prompt: list[int], completions: list[list[int]], max_length: int
-) -> None:  # fmt: skip
+) -> None:
     group = Group(prompt, tuple(completions))
     if len(prompt) >= max_length:
         with pytest.raises(ValueError, match="leaves no room"):
@@ -299,7 +299,7 @@ HEAD_CASES = [
 @pytest.mark.parametrize(("scale", "softcap", "with_bias"), HEAD_CASES)
 def test_the_chunked_head_equals_a_dense_float64_log_softmax(
     monkeypatch: pytest.MonkeyPatch, chunk: int, scale: float, softcap: float, with_bias: bool
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr(logprobs, "HEAD_CHUNK", chunk)
     torch.manual_seed(chunk)
     tokens, width, vocabulary = 7, 6, 11
@@ -330,7 +330,7 @@ def test_the_chunked_head_equals_a_dense_float64_log_softmax(
 @pytest.mark.parametrize("chunk", [1, 50, 51], ids="chunk{}".format)
 def test_chunk_borders_change_neither_scores_nor_gradients(
     monkeypatch: pytest.MonkeyPatch, policy: PeftModel, sample: list[Group], chunk: int
-) -> None:  # fmt: skip
+) -> None:
     batch = pack(sample)
     assert len(batch["target"]) > 2 * chunk
     weights = torch.linspace(-1.0, 1.5, len(rows_of(sample)))

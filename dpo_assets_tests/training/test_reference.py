@@ -134,9 +134,13 @@ def cached_spec(train_spec: SpecMaker, plan: Any, folder: Path, start: Path | No
 
 
 def test_the_reference_is_the_policy_at_its_start(
-    policy: PeftModel, plan_for: PlanMaker, train_spec: SpecMaker, sft_adapter: Path, groups: list[Group],
+    policy: PeftModel,
+    plan_for: PlanMaker,
+    train_spec: SpecMaker,
+    sft_adapter: Path,
+    groups: list[Group],
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     few = groups[:6]
     spec = cached_spec(train_spec, plan_for(token_budget=600), tmp_path, sft_adapter)
     scores, _ = score_reference(policy, few, spec, Log())
@@ -145,9 +149,13 @@ def test_the_reference_is_the_policy_at_its_start(
 
 
 def test_with_reference_base_the_adapter_is_off_for_the_scores_only(
-    policy: PeftModel, plan_for: PlanMaker, train_spec: SpecMaker, sft_adapter: Path, groups: list[Group],
+    policy: PeftModel,
+    plan_for: PlanMaker,
+    train_spec: SpecMaker,
+    sft_adapter: Path,
+    groups: list[Group],
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     few = groups[:3]
     spec = cached_spec(train_spec, plan_for(dpo={"reference": "base"}), tmp_path, sft_adapter)
     scores = [value for both in score_reference(policy, few, spec, Log())[0] for value in both]
@@ -159,9 +167,13 @@ def test_with_reference_base_the_adapter_is_off_for_the_scores_only(
 
 
 def test_the_cache_outlives_a_change_of_anything_that_scores_do_not_depend_on(
-    policy: PeftModel, plan_for: PlanMaker, train_spec: SpecMaker, sft_adapter: Path, groups: list[Group],
+    policy: PeftModel,
+    plan_for: PlanMaker,
+    train_spec: SpecMaker,
+    sft_adapter: Path,
+    groups: list[Group],
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     few = groups[:3]
     first, reused = score_reference(policy, few, cached_spec(train_spec, plan_for(), tmp_path, sft_adapter), Log())
     assert reused == 0
@@ -190,10 +202,15 @@ def test_the_cache_outlives_a_change_of_anything_that_scores_do_not_depend_on(
     ],
 )
 def test_another_reference_is_scored_again(
-    policy: PeftModel, plan_for: PlanMaker, train_spec: SpecMaker, sft_adapter: Path, groups: list[Group],
+    policy: PeftModel,
+    plan_for: PlanMaker,
+    train_spec: SpecMaker,
+    sft_adapter: Path,
+    groups: list[Group],
     tmp_path: Path,
-    plan_change: dict[str, Any], spec_change: dict[str, Any],
-) -> None:  # fmt: skip
+    plan_change: dict[str, Any],
+    spec_change: dict[str, Any],
+) -> None:
     few = groups[:1]
     score_reference(policy, few, cached_spec(train_spec, plan_for(), tmp_path, sft_adapter), Log())
     spec = cached_spec(train_spec, plan_for(**plan_change), tmp_path, sft_adapter, **spec_change)
@@ -201,9 +218,13 @@ def test_another_reference_is_scored_again(
 
 
 def test_a_shorter_max_length_scores_again_only_what_it_cuts(
-    policy: PeftModel, plan_for: PlanMaker, train_spec: SpecMaker, sft_adapter: Path, groups: list[Group],
+    policy: PeftModel,
+    plan_for: PlanMaker,
+    train_spec: SpecMaker,
+    sft_adapter: Path,
+    groups: list[Group],
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     longest = groups[0]
     shorter = longest.truncated(len(longest.prompt) + len(longest.completions[0]) - 1)
     score_reference(policy, [longest], cached_spec(train_spec, plan_for(), tmp_path, sft_adapter), Log())
@@ -218,9 +239,13 @@ def test_a_shorter_max_length_scores_again_only_what_it_cuts(
 
 
 def test_a_refresh_scores_new_pairs_only_and_starts_at_ln_2_from_cached_ones(
-    plan_for: PlanMaker, train_spec: SpecMaker, sft_adapter: Path, prepared: tuple[pl.DataFrame, pl.DataFrame],
-    dataset: Path, tmp_path: Path,
-) -> None:  # fmt: skip
+    plan_for: PlanMaker,
+    train_spec: SpecMaker,
+    sft_adapter: Path,
+    prepared: tuple[pl.DataFrame, pl.DataFrame],
+    dataset: Path,
+    tmp_path: Path,
+) -> None:
     grown = tmp_path / "dataset"
     grown.mkdir()
     small_part(prepared[0], TRAIN_PAIRS + 3).write_parquet(grown / "train.parquet")
@@ -242,7 +267,7 @@ def test_a_refresh_scores_new_pairs_only_and_starts_at_ln_2_from_cached_ones(
 
 def test_with_reference_base_a_trained_start_stops_at_the_first_step(
     plan_for: PlanMaker, train_spec: SpecMaker, sft_adapter: Path, tmp_path: Path
-) -> None:  # fmt: skip
+) -> None:
     plan = plan_for(dpo={"reference": "base"})
     with pytest.raises(GateError) as stopped:
         dpo.run(train_spec(plan, tmp_path / "out", start_adapter=sft_adapter), Log())
@@ -259,7 +284,7 @@ def test_with_reference_base_a_trained_start_stops_at_the_first_step(
 
 def test_with_reference_base_an_untrained_start_is_its_own_reference(
     plan_for: PlanMaker, train_spec: SpecMaker, tmp_path: Path
-) -> None:  # fmt: skip
+) -> None:
     plan = plan_for(dpo={"reference": "base", "epochs": 0.3})
     dpo.run(train_spec(plan, tmp_path / "out"), Log())
     assert abs(read(tmp_path / "out" / "report.json")["first_loss"] - LN2) <= 5e-4
@@ -267,7 +292,7 @@ def test_with_reference_base_an_untrained_start_is_its_own_reference(
 
 def test_an_sft_adapter_with_dropout_still_starts_at_ln_2_and_its_scores_repeat(
     plan_for: PlanMaker, train_spec: SpecMaker, sft_adapter: Path, tmp_path: Path
-) -> None:  # fmt: skip
+) -> None:
     """DPO trains without dropout whatever SFT did; otherwise policy and reference differ by chance."""
     config = read(sft_adapter / "adapter_config.json")
     assert config["lora_dropout"] > 0
@@ -281,7 +306,7 @@ def test_an_sft_adapter_with_dropout_still_starts_at_ln_2_and_its_scores_repeat(
 
 def test_a_stale_reference_stops_at_the_first_step(
     plan_for: PlanMaker, train_spec: SpecMaker, sft_adapter: Path, groups: list[Group], tmp_path: Path
-) -> None:  # fmt: skip
+) -> None:
     """Scores in the cache that no longer are those of the start."""
     spec = cached_spec(train_spec, plan_for(), tmp_path / "out", sft_adapter)
     policy = attach_adapter(load_base(spec.base_model, spec.plan), spec.plan, None, seed=0, dropout=0.0)
