@@ -214,6 +214,7 @@ def test_a_merge_is_held_against_its_report(check: str, changes: Report, level: 
         ({"implicit_reward_accuracy": score(0.58, 0.5, 0.66)}, "hold"),
         ({"implicit_reward_accuracy": score(0.45, 0.37, 0.54)}, "hold"),
         ({"implicit_reward_accuracy": score(0.4, 0.32, 0.499)}, "reject"),
+        ({"implicit_reward_accuracy": score(0.4, 0.32, 0.5)}, "hold"),
         ({"implicit_reward_accuracy": score(0.4, 0.32, 0.499), "prompts": 3}, "reject"),
         ({"implicit_reward_accuracy": score(math.nan, 0.0, 1.0)}, "reject"),
         ({"nll_ratio_chosen": math.nan}, "reject"),
@@ -273,6 +274,14 @@ def test_answers_are_compared_with_those_of_the_start(sft: Report, policy: Repor
     report = evaluation_report(generation={"sft": answers(**sft), "policy": answers(**policy)})
     verdict = generation_health(report)
     assert (verdict.level, bool(verdict.fix)) == (level, level != "pass")
+
+
+def test_the_largest_rise_is_the_one_that_is_shown() -> None:
+    policy = answers(repetition=0.2, no_eos=0.5, empty=0.1)
+    verdict = generation_health(evaluation_report(generation={"sft": answers(), "policy": policy}))
+    assert verdict.value == "no_eos +0.500"
+    broken = generation_health(evaluation_report(generation={"sft": answers(), "policy": policy | {"empty": math.nan}}))
+    assert str(broken.value).startswith("empty ")
 
 
 @pytest.mark.parametrize("name", ["no_eos", "empty"])

@@ -129,6 +129,11 @@ def test_two_rows_that_prefer_opposite_answers_are_both_quarantined() -> None:
     assert set(result.quarantine["reason"]) == {"conflict"}
 
 
+def test_a_contradiction_in_any_script_is_found() -> None:
+    one = pair(1, prompt=[user("質問")], chosen=[assistant("café")], rejected=[assistant("答え\u2028")])
+    assert screened(one, flipped(one)).pairs.is_empty()
+
+
 def test_a_contradiction_with_duplicates_leaves_neither_side() -> None:
     result = screened(pair(1), pair(1), flipped(pair(1)), flipped(pair(1)), pair(1))
     assert (result.pairs.height, result.quarantine.height, result.duplicates) == (0, 2, 3)

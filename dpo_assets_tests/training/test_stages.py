@@ -347,7 +347,7 @@ def test_a_stage_that_follows_its_parent_ends_with_its_whole_group_when_stdin_cl
     with started(["sh", "-c", 'sleep 3600 & exec "$@"', "sh", *line], tmp_path / "scratch") as process:
         wait_for_progress(process, "sft")
         assert process.poll() is None
-        process.communicate(timeout=PATIENCE)  # Closes stdin, and reads until nobody holds the other end of stdout.
+        process.communicate(timeout=60)  # Closes stdin, and reads until nobody holds the other end of stdout.
         assert process.returncode == -signal.SIGKILL
     # Killed half-way: what it leaves is not an artefact.
     assert not list(endless.output_dir.rglob(f"{MANIFEST}*"))
