@@ -7,6 +7,7 @@ cross-field rule says what is wrong and what would pass.
 from __future__ import annotations
 
 import difflib
+import glob
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
@@ -320,8 +321,8 @@ def describe_validation_error(error: ValidationError) -> str:
 def resolve_paths(recipe: Recipe, base_dir: Path) -> Recipe:
     """The same recipe with relative folders and files made absolute, against the folder of the YAML file."""
 
-    def absolute(path: str) -> str:
-        return path if path.startswith(BUILTIN) else str((base_dir / Path(path).expanduser()).absolute())
+    def absolute(path: str, folder: Path = base_dir) -> str:
+        return path if path.startswith(BUILTIN) else str((folder / Path(path).expanduser()).absolute())
 
     model = recipe.base_model
     changes: dict[str, Any] = {}
@@ -329,7 +330,9 @@ def resolve_paths(recipe: Recipe, base_dir: Path) -> Recipe:
         changes["source"] = absolute(model.source)
     if model.chat_template is not None:
         changes["chat_template"] = absolute(model.chat_template)
-    sources = [s.model_copy(update={"path": absolute(s.path)}) for s in recipe.feedback.sources]
+    # The folder is a name, not a pattern: brackets in it must not be read as one.
+    folder = Path(glob.escape(str(base_dir)))
+    sources = [s.model_copy(update={"path": absolute(s.path, folder)}) for s in recipe.feedback.sources]
     return recipe.model_copy(
         update={
             "base_model": model.model_copy(update=changes),

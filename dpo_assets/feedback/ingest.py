@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import glob
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -51,14 +50,21 @@ def find_files(sources: Sequence[FeedbackSource]) -> list[FeedbackFile]:
     for source in sources:
         for path in _matches(source):
             found.setdefault(path, FeedbackFile(path, path.name, source.format))
-    names = Counter(file.name for file in found.values())
-    return [replace(file, name=_long_name(file.path)) if names[file.name] > 1 else file for file in found.values()]
+    names = _distinct_names(list(found))
+    return [replace(file, name=name) for file, name in zip(found.values(), names, strict=True)]
 
 
-def _long_name(path: Path) -> str:
-    """Name of a file that is not the only one of its name: with the folder, and what tells equal folders apart."""
-    mark = hashlib.sha256(str(path.parent).encode()).hexdigest()[:6]
-    return f"{path.parent.name}-{mark}/{path.name}"
+def _distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of paths that tell them apart: they must not depend on where the project lies."""
+    names = [path.name for path in paths]
+    for depth in range(2, max((len(path.parts) for path in paths), default=0) + 1):
+        counts = Counter(names)
+        if max(counts.values()) == 1:
+            break
+        names = [
+            "/".join(path.parts[-depth:]) if counts[name] > 1 else name for path, name in zip(paths, names, strict=True)
+        ]
+    return names
 
 
 def _matches(source: FeedbackSource) -> list[Path]:

@@ -30,12 +30,15 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             handle.seek(0)
         while line := handle.readline(MAX_LINE_BYTES + len(b"\r\n")):
             number += 1
-            content = line.rstrip(b"\r\n")
-            if len(content) > MAX_LINE_BYTES:
-                content = content[: MAX_LINE_BYTES + 1]
+            whole, more = line, False
             while line and not line.endswith(b"\n"):
                 line = handle.readline(MAX_LINE_BYTES)
-            if content.strip():
+                more = more or bool(line)
+            content = whole.rstrip(b"\r\n")
+            if more or len(content) > MAX_LINE_BYTES:
+                # Blank or not as far as it was read: what followed is unknown, so it is a row, and too large a one.
+                yield number, whole[: MAX_LINE_BYTES + 1]
+            elif content.strip():
                 yield number, content
 
 

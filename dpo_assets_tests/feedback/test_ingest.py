@@ -335,7 +335,6 @@ def test_two_files_of_one_name_are_named_apart(tmp_path: Path) -> None:
     assert len({read_file(file, OPTIONS).rejected[0].source for file in found}) == 2
 
 
-@pytest.mark.xfail(strict=True, raises=FeedbackError, reason="brackets in the YAML file's folder are read as a pattern")
 def test_a_pattern_is_found_in_a_folder_whose_name_holds_brackets(tmp_path: Path) -> None:
     folder = tmp_path / "run[1]"
     folder.mkdir()
@@ -344,7 +343,6 @@ def test_a_pattern_is_found_in_a_folder_whose_name_holds_brackets(tmp_path: Path
     assert [file.path for file in find_files(resolved.feedback.sources)] == [folder / "a.jsonl"]
 
 
-@pytest.mark.xfail(strict=True, reason="the mark that tells two files of one name apart is a hash of the absolute path")
 def test_the_names_of_files_do_not_depend_on_where_the_project_lies(tmp_path: Path) -> None:
     found = []
     for project in ("here", "there"):

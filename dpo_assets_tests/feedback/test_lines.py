@@ -88,9 +88,6 @@ def test_a_line_just_below_the_limit_is_whole(limit: int) -> None:
     assert numbered(b"x" * (limit - 1) + b"\n" + b"y" * limit) == [(1, b"x" * (limit - 1)), (2, b"y" * limit)]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="behind white space or line ends up to the limit, the rest of a line is dropped unseen"
-)
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.text("x \r", max_size=14).map(str.encode), max_size=5))
 @example([b" " * 12 + b"x", b"x"])
