@@ -22,7 +22,7 @@ from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.data import dpo_group, load_split
 from dpo_assets.training.guards import StopOnNonFinite, check_first_loss
-from dpo_assets.training.loading import attach_adapter, load_base, load_tokenizer, save_adapter
+from dpo_assets.training.loading import attach_adapter, autocast_of, load_base, load_tokenizer, save_adapter
 from dpo_assets.training.logprobs import assert_packing_is_exact, score_groups, score_tokens, sequence_logps
 from dpo_assets.training.losses import LogRatios, per_pair_loss
 from dpo_assets.training.packed import PackedCollator, PackedSteps, RunningMeans, end_quietly, trainer_arguments
@@ -165,12 +165,6 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     }
     write_json(out / "report.json", report)
     write_json(out / VOLATILE, {"seconds": time.perf_counter() - started, "reference_pairs_from_cache": reused})
-
-
-def autocast_of(plan: TrainingPlan) -> torch.autocast:
-    """The autocast that accelerate uses in training, for scoring outside of it."""
-    half = torch.float16 if plan.precision == "fp16" else torch.bfloat16
-    return torch.autocast(plan.device, dtype=half, enabled=plan.precision != "fp32")
 
 
 def score_reference(model: PeftModel, groups: list[Group], spec: TrainSpec, reporter: Reporter) -> tuple[Scores, int]:

@@ -20,8 +20,7 @@ from dpo_assets.artifact import VOLATILE, write_json
 from dpo_assets.checks.statistics import pick_the_longer, tie_aware_accuracy
 from dpo_assets.contract import EvaluateSpec, Progress
 from dpo_assets.training.data import TOKEN_COLUMNS, dpo_group, load_split
-from dpo_assets.training.dpo import autocast_of
-from dpo_assets.training.loading import attach_adapter, load_base, load_tokenizer, plain_attention
+from dpo_assets.training.loading import attach_adapter, autocast_of, load_base, load_tokenizer, plain_attention
 from dpo_assets.training.logprobs import score_groups
 from dpo_assets.training.packing import Group
 from dpo_assets.training.reporting import Reporter

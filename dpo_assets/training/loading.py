@@ -91,6 +91,12 @@ def _weights(plan: TrainingPlan) -> tuple[torch.dtype, Mapping[str, Any]]:
     return half, {"quantization_config": quantisation, "device_map": {"": 0}}
 
 
+def autocast_of(plan: TrainingPlan) -> torch.autocast:
+    """The autocast that accelerate uses in training, for scoring outside of it."""
+    half = torch.float16 if plan.precision == "fp16" else torch.bfloat16
+    return torch.autocast(plan.device, dtype=half, enabled=plan.precision != "fp32")
+
+
 def attach_adapter(
     base: PreTrainedModel, plan: TrainingPlan, start: Path | None, *, seed: int, dropout: float
 ) -> PeftModel:

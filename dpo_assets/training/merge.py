@@ -11,8 +11,7 @@ import torch
 from dpo_assets.artifact import VOLATILE, write_json
 from dpo_assets.contract import MergeSpec
 from dpo_assets.training.data import dpo_group, load_split
-from dpo_assets.training.dpo import autocast_of
-from dpo_assets.training.loading import attach_adapter, load_base, load_tokenizer
+from dpo_assets.training.loading import attach_adapter, autocast_of, load_base, load_tokenizer
 from dpo_assets.training.logprobs import score_groups
 from dpo_assets.training.reporting import Reporter
 

