@@ -130,9 +130,11 @@ def attach_adapter(
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """Only the trained adapter: TRL keeps its reference as a second one, which must not be published."""
     model.save_pretrained(str(folder), selected_adapters=[ADAPTER_NAME], safe_serialization=True)
-    # PEFT writes down where the base lay on this machine: that would leak, and equal adapters would differ by it.
+    # PEFT writes down where the base lay on this machine, which would leak, and its target modules in the order of a
+    # set, which changes from process to process: equal adapters would differ by either.
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    write_json(folder / "adapter_config.json", config | {"base_model_name_or_path": None})
+    config |= {"base_model_name_or_path": None, "target_modules": sorted(config["target_modules"])}
+    write_json(folder / "adapter_config.json", config)
     # PEFT writes a card that names the local folder of the base; the release gets a card of its own.
     (folder / "README.md").unlink(missing_ok=True)
 
