@@ -124,7 +124,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     if packed:
         groups = [to_group(row) for row in train]
         with autocast_of(plan):
-            assert_packing_is_exact(model, max(groups, key=lambda group: group.tokens))
+            assert_packing_is_exact(model, max(groups, key=lambda group: group.longest_row))
         scores, reused = score_reference(model, groups, spec, reporter)
         for n, name in enumerate(REFERENCE_COLUMNS):
             train = train.add_column(name, [pair[n] for pair in scores])

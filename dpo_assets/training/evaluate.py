@@ -21,7 +21,7 @@ from dpo_assets.checks.statistics import pick_the_longer, tie_aware_accuracy
 from dpo_assets.contract import EvaluateSpec, Progress
 from dpo_assets.training.data import TOKEN_COLUMNS, dpo_group, load_split
 from dpo_assets.training.loading import attach_adapter, autocast_of, load_base, load_tokenizer, plain_attention
-from dpo_assets.training.logprobs import score_groups
+from dpo_assets.training.logprobs import assert_packing_is_exact, score_groups
 from dpo_assets.training.packing import Group
 from dpo_assets.training.reporting import Reporter
 
@@ -119,6 +119,7 @@ def _score_and_answer(
 ) -> tuple[list[float], list[dict[str, Any]]]:
     model.eval()
     with autocast_of(spec.plan):
+        assert_packing_is_exact(model, max(groups, key=lambda group: group.longest_row))
         logps, _ = score_groups(model, groups, spec.plan.token_budget)
         reporter.log(f"evaluate: {len(groups)} held-out pairs scored by the {who}")
         answers = generate(model, [row["prompt_ids"] for row in prompts], tokenizer, spec.max_new_tokens)

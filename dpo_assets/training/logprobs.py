@@ -166,8 +166,8 @@ def evaluating(model: Any) -> Iterator[None]:
 def assert_packing_is_exact(model: Any, group: Group, autocast: AbstractContextManager[Any] | None = None) -> None:
     """Scores one group packed and, row by row, through the model's own forward with eager attention.
 
-    Give it the longest pair: a window of attention shows only on rows that are longer than it. Scores that are not
-    finite pass, because they say nothing about attention; the guards of training name them.
+    Give it the pair with the longest row: a window of attention shows only on rows that are longer than it. Scores that
+    are not finite pass, because they say nothing about attention; the guards of training name them.
 
     Raises:
         ConfigError: when they differ, as they do for architectures whose attention is not plain causal attention.

@@ -12,7 +12,7 @@ from dpo_assets.artifact import VOLATILE, write_json
 from dpo_assets.contract import MergeSpec
 from dpo_assets.training.data import dpo_group, load_split
 from dpo_assets.training.loading import attach_adapter, autocast_of, load_base, load_tokenizer
-from dpo_assets.training.logprobs import score_groups
+from dpo_assets.training.logprobs import assert_packing_is_exact, score_groups
 from dpo_assets.training.reporting import Reporter
 
 
@@ -27,6 +27,7 @@ def run(spec: MergeSpec, reporter: Reporter) -> None:
     to_group = partial(dpo_group, max_length=plan.max_length)
     groups = [to_group(row) for row in held_out.select(range(min(spec.probe_pairs, len(held_out))))]
     with autocast_of(precise):
+        assert_packing_is_exact(model, max(groups, key=lambda group: group.longest_row))
         by_adapter, lengths = score_groups(model, groups, plan.token_budget)
     merged = model.merge_and_unload(safe_merge=True)
     with autocast_of(precise):

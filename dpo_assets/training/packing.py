@@ -44,6 +44,11 @@ class Group:
         """Tokens of the group in the stream."""
         return len(self.prompt) + sum(len(c) for c in self.completions)
 
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the prompt with its longest completion."""
+        return len(self.prompt) + max(len(c) for c in self.completions)
+
 
 T = TypeVar("T")
 

@@ -54,7 +54,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     )
     if plan.gradient_checkpointing:
         model.enable_input_require_grads()
-    longest = max((to_group(row) for row in train), key=lambda group: group.tokens)
+    longest = max((to_group(row) for row in train), key=lambda group: group.longest_row)
     with autocast_of(plan):
         assert_packing_is_exact(model, longest)
     probe = [to_group(row) for row in held_out.select(range(min(PROBE_PAIRS, len(held_out))))]

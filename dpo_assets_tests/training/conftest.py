@@ -135,9 +135,9 @@ def plan_for(model_folder: Path, groups: list[Group]) -> PlanMaker:
             {
                 "base_model": {"source": "builtin:stories260k"},
                 "feedback": {"sources": [{"path": "builtin:oasst", "format": "oasst_tree"}], "max_length": MAX_LENGTH},
-                "lora": sections["lora"] | lora,
-                "sft": sections["sft"] | sft,
-                "dpo": sections["dpo"] | dpo,
+                "lora": {**sections["lora"], **lora},
+                "sft": {**sections["sft"], **sft},
+                "dpo": {**sections["dpo"], **dpo},
             }
         )
         return make_plan(recipe, shape, stats, Device("cpu", "CPU", 4.0)).model_copy(update=resolved)

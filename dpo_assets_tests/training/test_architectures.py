@@ -5,10 +5,12 @@ Each model is tiny and random, with weights large enough that another attention 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import torch
 from transformers import (
@@ -31,12 +33,14 @@ from transformers import (
     Qwen3Config,
 )
 
+from dpo_assets.contract import EvaluateSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.training import dpo, evaluate
 from dpo_assets.training.loading import load_base, plain_attention
 from dpo_assets.training.logprobs import assert_packing_is_exact, score_groups
 from dpo_assets.training.packing import Group
-from dpo_assets_tests.training.conftest import PlanMaker
+from dpo_assets_tests.training.conftest import Log, PlanMaker, SpecMaker
 from dpo_assets_tests.training.dense import summed_logps
 
 SMALL: dict[str, Any] = {
@@ -137,6 +141,78 @@ def test_a_window_that_only_long_rows_feel_is_found_in_a_dataset_that_starts_wit
     model = load_base(folder, plan).eval()
     assert score_groups(model, [SHORT_PAIR], 100)[0] == pytest.approx(own_scores(folder, SHORT_PAIR), abs=1e-4)
     assert score_groups(model, [PAIR], 100)[0] != pytest.approx(own_scores(folder, PAIR), abs=0.1)
+
+
+@pytest.fixture
+def windowed(saved: Callable[[PreTrainedConfig], Path], model_folder: Path) -> Path:
+    """A whole model folder, tokenizer included, whose attention sees 80 tokens back."""
+    folder = saved(MistralConfig(**(SMALL | {"vocab_size": 512, "max_position_embeddings": 256}), sliding_window=80))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(model_folder / name, folder / name)
+    return folder
+
+
+def pairs_of(*groups: Group) -> pl.DataFrame:
+    """A split as the stages read it."""
+    message = [[{"role": "user", "content": "Hello"}]] * len(groups)
+    columns = {
+        "pair_id": [str(n) for n in range(len(groups))],
+        "prompt_id": [str(n) for n in range(len(groups))],
+        "prompt": message,
+        "prompt_ids": [list(group.prompt) for group in groups],
+        "chosen_ids": [list(group.completions[0]) for group in groups],
+        "rejected_ids": [list(group.completions[1]) for group in groups],
+    }
+    return pl.DataFrame(columns)
+
+
+def some_tokens(count: int, first: int) -> list[int]:
+    return [3 + (first + 7 * n) % 500 for n in range(count)]
+
+
+# The larger pair has the shorter rows: 70 tokens, inside the window. The rows of the other have 110.
+LARGER_PAIR = Group(some_tokens(10, 0), (some_tokens(60, 1), some_tokens(60, 2)))
+LONGER_ROWS = Group(some_tokens(100, 3), (some_tokens(10, 4), some_tokens(10, 5)))
+
+
+def test_the_dpo_stage_probes_its_longest_row_and_not_its_largest_pair(
+    windowed: Path, plan: TrainingPlan, train_spec: SpecMaker, tmp_path: Path
+) -> None:
+    assert LARGER_PAIR.tokens > LONGER_ROWS.tokens
+    dataset = tmp_path / "dataset"
+    dataset.mkdir()
+    pairs_of(LARGER_PAIR, LONGER_ROWS).write_parquet(dataset / "train.parquet")
+    with pytest.raises(ConfigError, match=r"dpo\.trainer: trl"):
+        dpo.run(train_spec(plan, tmp_path / "out", base_model=windowed, dataset=dataset), Log())
+
+
+def test_held_out_scores_of_a_model_that_cannot_be_packed_are_its_own_or_refused(
+    windowed: Path, plan: TrainingPlan, tmp_path: Path
+) -> None:
+    """With `dpo.trainer: trl` such a model reaches the evaluation; full attention would judge another model."""
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "out").mkdir()
+    pairs_of(LONGER_ROWS).write_parquet(tmp_path / "dataset" / "eval.parquet")
+    spec = EvaluateSpec(
+        output_dir=tmp_path / "out",
+        fingerprint="f" * 32,
+        inputs={},
+        base_model=windowed,
+        dataset=tmp_path / "dataset",
+        plan=plan,
+        sft_adapter=None,
+        policy=windowed,
+        confidence=0.95,
+        generations=0,
+        max_new_tokens=1,
+        min_pairs=1,
+    )
+    try:
+        evaluate.run(spec, Log())
+    except ConfigError:
+        return
+    scores = pl.read_parquet(tmp_path / "out" / "scores.parquet").row(0, named=True)
+    assert [scores["sft_chosen"], scores["sft_rejected"]] == pytest.approx(own_scores(windowed, LONGER_ROWS), abs=1e-3)
 
 
 def test_plain_attention_brings_the_packed_one_back(model_folder: Path, plan: TrainingPlan) -> None:

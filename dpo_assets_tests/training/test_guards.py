@@ -23,7 +23,7 @@ from dpo_assets.training import dpo, packed, sft
 from dpo_assets.training.data import dpo_group, load_split, sft_group
 from dpo_assets.training.dpo import REFERENCE_COLUMNS, PackedDPOTrainer, dpo_arguments, score_reference
 from dpo_assets.training.guards import StopOnNonFinite, check_first_loss, first_non_finite
-from dpo_assets.training.loading import attach_adapter, load_base
+from dpo_assets.training.loading import attach_adapter, load_base, load_tokenizer
 from dpo_assets.training.packed import PackedCollator, end_quietly, trainer_arguments
 from dpo_assets.training.sft import PackedSFTTrainer
 from dpo_assets_tests.training.conftest import Log, PlanMaker, SpecMaker
@@ -53,7 +53,7 @@ def dpo_trainer(plan: TrainingPlan, model_folder: Path, dataset: Path, spec: Any
         args=dpo_arguments(plan, folder),
         train_dataset=rows,
         data_collator=PackedCollator(to_group, plan.token_budget, REFERENCE_COLUMNS),
-        processing_class=dpo.load_tokenizer(model_folder),
+        processing_class=load_tokenizer(model_folder),
     )
 
 
