@@ -230,6 +230,13 @@ class HardwareSection(Section):
     precision: Literal["auto", "4bit", "8bit", "fp8", "bf16", "fp16", "fp32"] = Field(
         default="auto", description="`auto`: the GPU resource chooses and says why. A choice wins or fails early."
     )
+    kernels: Literal["auto", "fused", "transformers", "unsloth"] = Field(
+        default="auto",
+        description=(
+            "Who computes the layers. `fused`: this project's Llama-family layers; `transformers`: PEFT on "
+            "Transformers; `unsloth`: FastLanguageModel. `auto`: fused where the architecture has them on a GPU."
+        ),
+    )
     memory_gib: float | None = Field(default=None, gt=0.0, description="Memory the worker may plan with.")
     threads: int = Field(default=1, ge=1, description="CPU threads of the worker.")
     pool: str = Field(default="gpu", description="Dagster pool that the training assets share.")

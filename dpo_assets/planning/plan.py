@@ -19,6 +19,9 @@ LARGEST_BUDGET = {"cuda": 16_384, "cpu": 4_096}
 FRAMEWORK_GIB = {"cuda": 1.5, "cpu": 1.0}
 
 
+Kernels = Literal["fused", "transformers", "unsloth"]
+
+
 class ModelShape(BaseModel):
     """What planning needs to know of a base model."""
 
@@ -50,8 +53,11 @@ class TrainingPlan(BaseModel):
     device_name: str
     precision: Precision
     precision_reason: str
-    kernels: Literal["transformers", "unsloth"]
+    kernels: Kernels
     gradient_checkpointing: bool
+    recomputed_layers: int = Field(
+        default=0, description="With fused kernels: layers whose activations are computed again in the backward pass."
+    )
     token_budget: int = Field(description="Most tokens of one forward; a step takes as many forwards as it needs.")
     memory_gib: float
     memory_available_gib: float
@@ -67,12 +73,12 @@ class TrainingPlan(BaseModel):
 
     def sft_part(self) -> dict[str, object]:
         """What the SFT checkpoint depends on: a change of DPO settings must not retrain it."""
-        keys = {"device", "precision", "kernels", "gradient_checkpointing", "max_length", "lora", "sft"}
+        keys = {"device", "precision", "kernels", "max_length", "lora", "sft"}
         return self.model_dump(include=keys)
 
     def dpo_part(self) -> dict[str, object]:
         """What the DPO adapter depends on, beside its inputs."""
-        keys = {"device", "precision", "kernels", "gradient_checkpointing", "max_length", "lora", "dpo"}
+        keys = {"device", "precision", "kernels", "max_length", "lora", "dpo"}
         return self.model_dump(include=keys)
 
 
