@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.precision import Device, Precision, choose_precision, weights_gib
+from dpo_assets.planning.shape import Kernels, ModelShape
 from dpo_assets.recipe import DpoSection, LoraSection, Recipe, SftSection
 
 # Bytes of activations per computed token, layer and hidden unit in 16 bit: fitted to 2.05 MiB (1B) and 7.4 MiB (8B)
@@ -17,21 +18,6 @@ from dpo_assets.recipe import DpoSection, LoraSection, Recipe, SftSection
 ACTIVATION_BYTES, CHECKPOINTED_BYTES = 62.0, 5.0
 LARGEST_BUDGET = {"cuda": 16_384, "cpu": 4_096}
 FRAMEWORK_GIB = {"cuda": 1.5, "cpu": 1.0}
-
-
-Kernels = Literal["fused", "transformers", "unsloth"]
-
-
-class ModelShape(BaseModel):
-    """What planning needs to know of a base model."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-    parameters: int
-    layers: int
-    hidden: int
-    intermediate: int
-    vocabulary: int
-    context: int
 
 
 class DatasetStats(BaseModel):

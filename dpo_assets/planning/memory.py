@@ -1,0 +1,211 @@
+"""What a training stage needs of a device's memory, part by part, and the forward size that makes the most of it.
+
+The estimate counts what PyTorch's allocator will hold at the peak: weights, adapter with its optimizer, what each layer
+keeps for the backward pass, the layer that is being differentiated, and a chunk of logits. Measured peaks beside the
+estimates are in benchmarks/RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from dpo_assets.planning.precision import Precision
+from dpo_assets.planning.shape import Kernels, ModelShape
+from dpo_assets.recipe import LoraSection
+
+GIB = 2**30
+# Bytes a weight of the decoder's linear layers. NF4: half a byte, and per 64 weights one byte of scale, whose own scales
+# are 4 bytes per 256. The embeddings, the head and the norms stay in 16 bit (32 on a CPU).
+BODY_BYTES: dict[Precision, float] = {
+    "fp32": 4, "bf16": 2, "fp16": 2, "8bit": 1, "fp8": 1, "4bit": 0.5 + 1 / 64 + 4 / (64 * 256),
+}  # fmt: skip
+QUANTISED: tuple[Precision, ...] = ("4bit", "8bit", "fp8")
+# Fitted for Transformers' layers with PEFT: bytes per token, layer and hidden unit (2.05 MiB a token at 1B, 7.4 at 8B,
+# 0.6 at 8B with checkpointing, on an H200).
+TRANSFORMERS_KEPT, TRANSFORMERS_CHECKPOINTED = 62.0, 5.0
+HEAD_CHUNKS = {"cuda": (1_024, 4_096), "cpu": (1_024, 1_024)}  # Scored tokens whose logits exist at one time.
+LARGEST_FORWARD = {"cuda": 32_768, "cpu": 4_096}
+FRAMEWORK_GIB = {"cuda": 0.35, "cpu": 1.0}  # CUDA context and cuBLAS workspaces; Python and libraries.
+USABLE = {"cuda": 0.97, "cpu": 0.9}  # The rest is lost to fragments, or other people's memory.
+# Cost of a forward pass beyond its tokens, in tokens: small matrices fill a GPU badly, and a quantised base is
+# dequantised once a pass (2.5 bytes a weight at 4 TB/s against 2 FLOP a weight and token at 650 TFLOP/s: 200 tokens).
+FIXED_TOKENS, DEQUANTISATION_TOKENS = 128, 200
+RECOMPUTED_SHARE = 0.75  # Of a layer's forward: the down projection's output is the next layer's saved input.
+STEP_SLACK = 1.15  # A step's tokens vary around the mean.
+
+
+@dataclass(frozen=True)
+class MemoryFit:
+    """A forward size that fits, or the smallest one that does not."""
+
+    token_budget: int
+    recomputed_layers: int
+    peak_gib: float
+    parts: dict[str, float]
+    fits: bool
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        return self.recomputed_layers > 0
+
+
+def body_parameters(shape: ModelShape) -> int:
+    """Weights of the decoder's linear layers."""
+    return shape.layers * sum(rows * columns for rows, columns in linear_shapes(shape).values())
+
+
+def linear_shapes(shape: ModelShape) -> dict[str, tuple[int, int]]:
+    """(output, input) width of each linear layer of a decoder layer."""
+    attention, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    return {
+        "q_proj": (attention, shape.hidden),
+        "k_proj": (kv, shape.hidden),
+        "v_proj": (kv, shape.hidden),
+        "o_proj": (shape.hidden, attention),
+        "gate_proj": (shape.intermediate, shape.hidden),
+        "up_proj": (shape.intermediate, shape.hidden),
+        "down_proj": (shape.hidden, shape.intermediate),
+    }
+
+
+def weights_bytes(shape: ModelShape, precision: Precision) -> float:
+    """The base model."""
+    body = min(body_parameters(shape), shape.parameters)
+    return body * BODY_BYTES[precision] + (shape.parameters - body) * (4 if precision == "fp32" else 2)
+
+
+def adapter_bytes(shape: ModelShape, lora: LoraSection) -> float:
+    """LoRA weights, gradients and both Adam moments in fp32, and the 16-bit copy that the layers compute with."""
+    shapes = linear_shapes(shape)
+    per_layer = sum(lora.rank * sum(shapes[target]) for target in lora.target_modules)
+    return 18 * per_layer * shape.layers
+
+
+def head_chunk(budget: int, device: Literal["cpu", "cuda"]) -> int:
+    """Scored tokens a chunk: larger ones fill a GPU better, so a run with much memory takes more."""
+    smallest, largest = HEAD_CHUNKS[device]
+    return max(smallest, min(largest, 1 << max(0, (budget // 4).bit_length() - 1)))
+
+
+def fit(
+    shape: ModelShape,
+    precision: Precision,
+    kernels: Kernels,
+    lora: LoraSection,
+    available_gib: float,
+    longest_pair: int,
+    step_tokens: float,
+    device: Literal["cpu", "cuda"],
+) -> MemoryFit:
+    """The fastest forward size that fits, with as many recomputed layers as it needs.
+
+    Args:
+        available_gib: memory of the device that this run may use.
+        longest_pair: tokens of the longest pair with its prompt shared; no forward can be smaller.
+        step_tokens: mean tokens of an optimizer step.
+    """
+    usable = USABLE[device] * available_gib
+    best: tuple[float, MemoryFit] | None = None
+    last: MemoryFit | None = None
+    for budget in _candidates(longest_pair, step_tokens, device):
+        estimate = _Estimate(shape, precision, kernels, lora, budget, device)
+        recomputed = estimate.fewest_recomputed(usable)
+        last = MemoryFit(budget, recomputed, estimate.peak(recomputed), estimate.parts(recomputed), True)
+        if last.peak_gib > usable:
+            continue
+        cost = estimate.cost_per_token(recomputed)
+        if best is None or cost < best[0]:
+            best = (cost, last)
+    if best is not None:
+        return best[1]
+    assert last is not None
+    return MemoryFit(last.token_budget, last.recomputed_layers, last.peak_gib, last.parts, False)
+
+
+def estimate_peak(
+    shape: ModelShape,
+    precision: Precision,
+    kernels: Kernels,
+    lora: LoraSection,
+    tokens: int,
+    recomputed_layers: int,
+    device: Literal["cpu", "cuda"],
+) -> float:
+    """Estimated peak in GiB of forwards of `tokens` tokens."""
+    return _Estimate(shape, precision, kernels, lora, tokens, device).peak(recomputed_layers)
+
+
+def _candidates(longest_pair: int, step_tokens: float, device: Literal["cpu", "cuda"]) -> Iterator[int]:
+    """Budgets that cut a step into 1, 2, 3, ... forwards, from the largest to the longest pair."""
+    whole = math.ceil(step_tokens * STEP_SLACK)
+    largest = max(longest_pair, min(whole, LARGEST_FORWARD[device]))
+    seen = set()
+    for forwards in range(1, 65):
+        budget = max(longest_pair, min(largest, math.ceil(whole / forwards / 64) * 64))
+        if budget not in seen:
+            seen.add(budget)
+            yield budget
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    shape: ModelShape
+    precision: Precision
+    kernels: Kernels
+    lora: LoraSection
+    budget: int
+    device: Literal["cpu", "cuda"]
+
+    @property
+    def _width(self) -> int:
+        return 4 if self.precision == "fp32" else 2
+
+    def fewest_recomputed(self, usable_gib: float) -> int:
+        layers = self.shape.layers
+        steps = range(layers + 1) if self.kernels == "fused" else (0, layers)
+        return next((n for n in steps if self.peak(n) <= usable_gib), layers)
+
+    def cost_per_token(self, recomputed: int) -> float:
+        fixed = FIXED_TOKENS + (DEQUANTISATION_TOKENS if self.precision in QUANTISED else 0)
+        again = 1.0 if self.kernels != "fused" else RECOMPUTED_SHARE
+        return (2 + again * recomputed / self.shape.layers) * (1 + fixed / self.budget)
+
+    def peak(self, recomputed: int) -> float:
+        return sum(self.parts(recomputed).values())
+
+    def parts(self, recomputed: int) -> dict[str, float]:
+        """GiB of each part at the peak."""
+        s, tokens, chunk = self.shape, self.budget, head_chunk(self.budget, self.device)
+        if self.kernels == "fused":
+            kept = self._kept_layer()
+            saved = tokens * ((s.layers - recomputed) * kept + recomputed * self._width * s.hidden)
+            working = tokens * self._width * (3 * s.intermediate + 5 * s.hidden) + (tokens * kept if recomputed else 0)
+        else:
+            unit = TRANSFORMERS_CHECKPOINTED if recomputed else TRANSFORMERS_KEPT
+            saved, working = tokens * unit * (self._width / 2) * s.layers * s.hidden, 0.0
+        scratch = 0.0
+        if self.precision in QUANTISED:
+            shapes = linear_shapes(s)
+            scratch = 2.0 * max(2 * math.prod(shapes["gate_proj"]), sum(math.prod(shapes[f"{p}_proj"]) for p in "qkv"))
+        # The logits of a chunk in fp32 and their gradient, and the gradient of each scored hidden state.
+        head = chunk * s.vocabulary * (4 + self._width) + 2 * tokens * s.hidden * self._width
+        # The logits go before the first layer is differentiated.
+        parts = {
+            "weights": weights_bytes(s, self.precision),
+            "adapter and optimizer": adapter_bytes(s, self.lora),
+            "kept activations": saved,
+            "dequantised layer": scratch,
+            "working memory": max(head, working),
+        }
+        return {name: size / GIB for name, size in parts.items()} | {"framework": FRAMEWORK_GIB[self.device]}
+
+    def _kept_layer(self) -> float:
+        """Bytes per token that a fused layer keeps: its input, q, k, v, attention, its second input, gate and up."""
+        s = self.shape
+        attention = s.heads * s.head_dim
+        values = 2 * s.hidden + attention + 2 * s.kv_heads * s.head_dim + attention + 2 * s.intermediate
+        ranks = self.lora.rank * len(self.lora.target_modules)
+        return self._width * (values + ranks) + 4 * (s.heads + 2)
