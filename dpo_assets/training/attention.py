@@ -38,6 +38,12 @@ class _Unshare(torch.autograd.Function):
         return out, None
 
 
+def unshare(stream: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """Stream [T, ...] to rows [R, W, ...], with a deterministic backward pass."""
+    rows: torch.Tensor = _Unshare.apply(stream, batch)
+    return rows
+
+
 def packed_rows(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -53,7 +59,7 @@ def packed_rows(
     if packed is None:
         plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)  # type: ignore[no-any-return]
-    q, k, v = (_Unshare.apply(x[0].transpose(0, 1), packed).transpose(1, 2) for x in (query, key, value))
+    q, k, v = (unshare(x[0].transpose(0, 1), packed).transpose(1, 2) for x in (query, key, value))
     out = F.scaled_dot_product_attention(
         q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
     )

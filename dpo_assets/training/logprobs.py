@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dpo_assets.errors import ConfigError
+from dpo_assets.planning.memory import head_chunk
+from dpo_assets.training.fused.decoder import fused_decoder
+from dpo_assets.training.head import Head, ScoredHead
 from dpo_assets.training.loading import plain_attention
 from dpo_assets.training.packing import Group, PackedBatch, pack, under_budget
 
-HEAD_CHUNK = 1024  # Scored tokens whose logits exist at one time.
 PROBE_TOLERANCE = 1e-3  # Nats per token between packed and plain scoring in fp32; measured differences are below 1e-5.
 
 
@@ -33,62 +34,6 @@ class TokenScores:
     top1: Tensor
 
 
-class _ChunkedHead(torch.autograd.Function):
-    """log softmax of the target token in fp32, a chunk of tokens at a time; backward recomputes each chunk's logits.
-
-    Only the hidden states get a gradient: the head is frozen under LoRA.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, scale: float, softcap: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        outs: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        for part, wanted in zip(hidden.split(HEAD_CHUNK), target.split(HEAD_CHUNK), strict=True):
-            logits, _ = _logits(part, weight, bias, scale, softcap)
-            logp = logits.log_softmax(-1)
-            picked = logp.gather(-1, wanted[:, None])[:, 0]
-            outs.append((picked, -(logp.exp() * logp).sum(-1), logits.mean(-1), logits.argmax(-1) == wanted))
-        ctx.save_for_backward(hidden, weight, bias, target)
-        ctx.scale, ctx.softcap = scale, softcap
-        logps, entropy, mean_logits, top1 = (torch.cat(column) for column in zip(*outs, strict=True))
-        ctx.mark_non_differentiable(entropy, mean_logits, top1)
-        return logps, entropy, mean_logits, top1
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        hidden, weight, bias, target = ctx.saved_tensors
-        out = torch.empty_like(hidden)
-        pieces = zip(
-            hidden.split(HEAD_CHUNK),
-            target.split(HEAD_CHUNK),
-            grads[0].split(HEAD_CHUNK),
-            out.split(HEAD_CHUNK),
-            strict=True,
-        )
-        for part, wanted, grad, into in pieces:
-            logits, slope = _logits(part, weight, bias, ctx.scale, ctx.softcap)
-            # d logp(target) / d logits = onehot(target) - softmax(logits)
-            d_logits = -logits.softmax(-1)
-            d_logits.scatter_add_(-1, wanted[:, None], torch.ones_like(d_logits[:, :1]))
-            d_logits *= grad[:, None].float()
-            if slope is not None:
-                d_logits *= slope
-            into.copy_((d_logits * ctx.scale).to(weight.dtype) @ weight)
-        return out, None, None, None, None, None
-
-
-def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float
-) -> tuple[Tensor, Tensor | None]:
-    """Logits in fp32, and their slope with respect to the uncapped ones where a soft cap bends them."""
-    logits = F.linear(hidden.to(weight.dtype), weight, bias).float() * scale
-    if not softcap:
-        return logits, None
-    bent = torch.tanh(logits / softcap)
-    return softcap * bent, 1 - bent**2
-
-
 def causal_lm(model: Any) -> Any:
     """The Transformers model inside a PEFT wrapper, its LoRA layers still in place."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -100,24 +45,17 @@ def score_tokens(model: Any, batch: PackedBatch, autocast: AbstractContextManage
     The decoder is called directly, so the autocast that accelerate puts around `model.forward` must be passed in.
     """
     lm = causal_lm(model)
-    with autocast or nullcontext():
-        hidden = lm.get_decoder()(
-            input_ids=batch["ids"][None], position_ids=batch["pos"][None], use_cache=False, packed=batch
-        ).last_hidden_state[0]
-        picked = hidden.index_select(0, batch["predict"])
-    head = lm.get_output_embeddings()
-    scale, softcap = _head_scale(lm.config)
-    return TokenScores(
-        *_ChunkedHead.apply(picked, head.weight, getattr(head, "bias", None), batch["target"], scale, softcap)
-    )
-
-
-def _head_scale(config: Any) -> tuple[float, float]:
-    """(factor, soft cap) that some architectures put on their logits."""
-    text = config.get_text_config()
-    factor = float(getattr(text, "logit_scale", None) or 1.0)  # Cohere
-    factor /= float(getattr(text, "logits_scaling", None) or 1.0)  # Granite
-    return factor, float(getattr(text, "final_logit_softcapping", None) or 0.0)  # Gemma
+    fused = fused_decoder(lm)
+    if fused is not None:
+        picked = fused(batch)
+    else:
+        with autocast or nullcontext():
+            hidden = lm.get_decoder()(
+                input_ids=batch["ids"][None], position_ids=batch["pos"][None], use_cache=False, packed=batch
+            ).last_hidden_state[0]
+            picked = hidden.index_select(0, batch["predict"])
+    chunk = head_chunk(len(batch["ids"]), "cuda" if picked.is_cuda else "cpu")
+    return TokenScores(*ScoredHead.apply(picked, Head.of(lm), batch["target"], chunk))
 
 
 def sequence_logps(scores: TokenScores, batch: PackedBatch) -> Tensor:
@@ -142,13 +80,12 @@ def score_groups(
     model: Any, groups: Sequence[Group], budget: int, autocast: AbstractContextManager[Any] | None = None
 ) -> tuple[list[float], list[int]]:
     """(summed log-probability, token count) of every completion, group by group, completion by completion."""
-    logps: list[float] = []
-    lengths: list[int] = []
+    logps = []
     for run in under_budget(groups, [g.tokens for g in groups], budget):
         batch = to_device(pack(run), causal_lm(model).device)
-        logps += sequence_logps(score_tokens(model, batch, autocast), batch).tolist()
-        lengths += [len(c) for g in run for c in g.completions]
-    return logps, lengths
+        logps.append(sequence_logps(score_tokens(model, batch, autocast), batch))
+    # Read once at the end: a read per forward would wait for the device each time.
+    return torch.cat(logps).tolist() if logps else [], [len(c) for g in groups for c in g.completions]
 
 
 @contextmanager

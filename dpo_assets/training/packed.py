@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.recipe import OptimSection
 from dpo_assets.training.logprobs import to_device
-from dpo_assets.training.packing import Group, PackedBatch, pack, under_budget
+from dpo_assets.training.packing import Group, PackedBatch, balanced, pack
 
 LOGGED_STEPS = 200  # A run logs every step up to this many steps, and about this many times beyond.
 
@@ -68,7 +68,7 @@ class PackedCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         groups = [self.to_group(row) for row in rows]
         forwards = []
-        for run in under_budget(list(zip(groups, rows, strict=True)), [g.tokens for g in groups], self.budget):
+        for run in balanced(list(zip(groups, rows, strict=True)), [g.tokens for g in groups], self.budget):
             batch = pack([group for group, _ in run])
             for name in self.extra:
                 batch[name] = torch.tensor([row[name] for _, row in run])

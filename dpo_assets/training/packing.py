@@ -12,10 +12,12 @@ kernel, so it works from a CPU and a T4 upwards.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 PackedBatch = dict[str, Any]
@@ -53,6 +55,25 @@ class Group:
 T = TypeVar("T")
 
 
+def balanced(items: Sequence[T], sizes: Sequence[int], budget: int) -> list[list[T]]:
+    """Items in as few runs of at most `budget` as their sum allows, the runs about equally large.
+
+    Longest first onto the smallest run (Graham 1969). Equal runs waste no small last forward. The order within a run is
+    that of `items`; an item over the budget stands alone.
+    """
+    order = sorted(range(len(items)), key=lambda n: (-sizes[n], n))
+    runs = max(1, math.ceil(sum(sizes) / budget))
+    while True:
+        loads, members = [0] * runs, [[] for _ in range(runs)]  # type: list[int], list[list[int]]
+        for n in order:
+            lightest = loads.index(min(loads))
+            loads[lightest] += sizes[n]
+            members[lightest].append(n)
+        if runs >= len(items) or all(load <= budget for load in loads):
+            return [[items[n] for n in sorted(run)] for run in members if run]
+        runs += 1
+
+
 def under_budget(items: Sequence[T], sizes: Sequence[int], budget: int) -> Iterator[list[T]]:
     """Consecutive runs of items whose sizes sum to at most `budget`; an item over it stands alone."""
     run: list[T] = []
@@ -68,57 +89,81 @@ def under_budget(items: Sequence[T], sizes: Sequence[int], budget: int) -> Itera
 
 
 def pack(groups: Sequence[Group]) -> PackedBatch:
-    """Index tables of one forward over `groups`. All tensors are int64 on the CPU.
+    """Index tables of one forward over `groups`. Tensors are int64 on the CPU unless it says otherwise.
 
-    With T stream tokens, R rows (one per completion) of at most W tokens, and N scored tokens:
+    With T stream tokens, R rows (one per completion) of at most W tokens, C completions in the largest group, S slots
+    of key/value rows (every row's tokens, one after the other, unpadded), and N scored tokens:
         ids, pos      [T]    tokens and their positions
-        row_src       [R*W]  stream index behind each row slot; slots past a row's end repeat its first token
-        home          [T]    row slot that represents a stream token
-        shared        list of (stream [S], slot [S]): further slots of prompt tokens, one entry per completion rank
         predict       [N]    stream index whose hidden state predicts a scored token
         target        [N]    that token
         owner         [N]    row it belongs to; rows are numbered group by group, completion by completion
         shape         (R, W)
         logical       tokens of the rows without sharing
+    Tables of padded rows, for attention without flash:
+        row_src       [R*W]  stream index behind each row slot; slots past a row's end repeat its first token
+        home          [T]    row slot that represents a stream token
+        shared        list of (stream [s], slot [s]): further slots of prompt tokens, one entry per completion rank
+    Tables of unpadded rows, for flash attention. A group's first row asks for its prompt and first completion, each
+    further row for its completion alone, so the queries of all rows are the stream itself:
+        query_starts, key_starts  [R + 1], int32   where each row's queries and keys begin
+        longest       (most queries, most keys of a row)
+        kv_source     [S]    stream index behind each slot
+        slots         [T, C] slots of each token, -1 where it has fewer than C
     """
     width = max(len(g.prompt) + len(c) for g in groups for c in g.completions)
-    parts: dict[str, list[torch.Tensor]] = {
-        k: [] for k in ("ids", "pos", "row_src", "predict", "target", "owner", "home")
-    }
-    shared: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-    base, row, logical = 0, 0, 0
+    copies = max(len(g.completions) for g in groups)
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in _CONCATENATED}
+    shared: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
+    queries: list[int] = []
+    keys: list[int] = []
+    base = row = slot = 0
     for group in groups:
         prompt_len = len(group.prompt)
-        prompt = torch.arange(base, base + prompt_len)
-        parts["ids"].append(torch.tensor(group.prompt, dtype=torch.long))
-        parts["pos"].append(torch.arange(prompt_len))
+        prompt = np.arange(base, base + prompt_len)
+        prompt_slots = np.full((prompt_len, copies), -1)
+        parts["ids"].append(np.asarray(group.prompt, dtype=np.int64))
+        parts["pos"].append(np.arange(prompt_len))
+        parts["slots"].append(prompt_slots)
         start = base + prompt_len
         for rank, completion in enumerate(group.completions):
             length = len(completion)
-            own = torch.arange(start, start + length)
-            slots = row * width + torch.arange(prompt_len + length)
-            parts["ids"].append(torch.tensor(completion, dtype=torch.long))
-            parts["pos"].append(torch.arange(prompt_len, prompt_len + length))
-            # A slot past the end may hold any token: causal attention never looks right, and its output is dropped.
-            filler = prompt[:1].expand(width - prompt_len - length)
-            parts["row_src"] += [prompt, own, filler]
+            tokens = np.asarray(completion, dtype=np.int64)
+            own = np.arange(start, start + length)
+            cells = row * width + np.arange(prompt_len + length)
+            parts["ids"].append(tokens)
+            parts["pos"].append(np.arange(prompt_len, prompt_len + length))
+            # A cell past the end may hold any token: causal attention never looks right, and its output is dropped.
+            parts["row_src"] += [prompt, own, np.full(width - prompt_len - length, base)]
             if rank == 0:
-                parts["home"].append(slots[:prompt_len])
+                parts["home"].append(cells[:prompt_len])
             else:
-                shared.setdefault(rank, []).append((prompt, slots[:prompt_len]))
-            parts["home"].append(slots[prompt_len:])
+                shared.setdefault(rank, []).append((prompt, cells[:prompt_len]))
+            parts["home"].append(cells[prompt_len:])
+            parts["kv_source"] += [prompt, own]
+            prompt_slots[:, rank] = np.arange(slot, slot + prompt_len)
+            own_slots = np.full((length, copies), -1)
+            own_slots[:, 0] = np.arange(slot + prompt_len, slot + prompt_len + length)
+            parts["slots"].append(own_slots)
             parts["predict"] += [prompt[-1:], own[:-1]]
-            parts["target"].append(torch.tensor(completion, dtype=torch.long))
-            parts["owner"].append(torch.full((length,), row))
+            parts["target"].append(tokens)
+            parts["owner"].append(np.full(length, row))
+            queries.append(length + (prompt_len if rank == 0 else 0))
+            keys.append(prompt_len + length)
             start += length
+            slot += prompt_len + length
             row += 1
-            logical += prompt_len + length
         base = start
-    batch: PackedBatch = {name: torch.cat(tensors) for name, tensors in parts.items()}
+    batch: PackedBatch = {name: torch.from_numpy(np.concatenate(arrays)) for name, arrays in parts.items()}
     batch["shared"] = [
-        [torch.cat([stream for stream, _ in entries]), torch.cat([slot for _, slot in entries])]
+        [torch.from_numpy(np.concatenate(column)) for column in zip(*entries, strict=True)]
         for _, entries in sorted(shared.items())
     ]
     batch["shape"] = (row, width)
-    batch["logical"] = logical
+    batch["logical"] = sum(keys)
+    batch["longest"] = (max(queries), max(keys))
+    for name, lengths in (("query_starts", queries), ("key_starts", keys)):
+        batch[name] = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
     return batch
+
+
+_CONCATENATED = ("ids", "pos", "row_src", "home", "predict", "target", "owner", "kv_source", "slots")

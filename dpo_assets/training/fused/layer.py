@@ -1,0 +1,155 @@
+"""One decoder layer that computes its own backward pass.
+
+What a layer keeps is decided here and not by autograd: its two inputs, q, k, v, the attention's output, gate and up.
+Everything elementwise is computed again, because that costs less than the memory. A layer marked `recompute` keeps its
+input alone (gradient checkpointing, Chen et al., arXiv 1604.06174) and runs its forward again, without the down
+projection, whose output is the next layer's input and was never lost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpo_assets.training.fused import ops
+from dpo_assets.training.fused.attention import Attended, Heads, attend, attend_backward
+from dpo_assets.training.fused.ops import Angles
+from dpo_assets.training.fused.weights import FrozenGroup
+from dpo_assets.training.packing import PackedBatch
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A packed batch on the device, with the rotary tables of its positions."""
+
+    batch: PackedBatch
+    angles: Angles
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Of a layer's forward. `thin_*` are x A^T of each group, a few columns wide."""
+
+    rstd1: Tensor
+    thin_qkv: Tensor
+    attended: Attended
+    thin_out: Tensor
+    middle: Tensor
+    rstd2: Tensor
+    thin_gate_up: Tensor
+    gate_up: Tensor
+
+
+@dataclass
+class FusedLayer:
+    """x + attention(norm(x)), then + mlp(norm(.)): a layer of the Llama family."""
+
+    qkv: FrozenGroup
+    out: FrozenGroup
+    gate_up: FrozenGroup
+    down: FrozenGroup
+    norm1: Tensor
+    norm2: Tensor
+    eps: float
+    heads: Heads
+    recompute: bool = False
+
+    @property
+    def groups(self) -> tuple[FrozenGroup, ...]:
+        return (self.qkv, self.out, self.gate_up, self.down)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.groups for p in group.parameters]
+
+    def __call__(self, x: Tensor, stream: Stream) -> Tensor:
+        if torch.is_grad_enabled() and (x.requires_grad or self.parameters):
+            y: Tensor = _Layer.apply(x, self, stream, *self.parameters)
+            return y
+        kept = self.until_down(x, stream, differentiable=False)
+        return self.down_projection(kept)[0]
+
+    def _normed(self, x: Tensor, weight: Tensor, group: FrozenGroup) -> tuple[Tensor, Tensor]:
+        buffer = group.input_buffer(len(x))
+        return buffer, ops.rms_norm(x, weight, self.eps, buffer[:, : group.inputs])
+
+    def until_down(self, x: Tensor, stream: Stream, differentiable: bool) -> _Kept:
+        normed, rstd1 = self._normed(x, self.norm1, self.qkv)
+        qkv, thin_qkv = self.qkv.forward(normed)
+        thin_qkv = thin_qkv.clone() if differentiable else thin_qkv
+        del normed
+        attended = attend(qkv, self.heads, stream.angles, stream.batch, differentiable)
+        middle, thin_out = self.out.forward_plain(attended.out, residual=x)
+        normed, rstd2 = self._normed(middle, self.norm2, self.gate_up)
+        gate_up, thin_gate_up = self.gate_up.forward(normed)
+        thin_gate_up = thin_gate_up.clone() if differentiable else thin_gate_up
+        return _Kept(rstd1, thin_qkv, attended, thin_out, middle, rstd2, thin_gate_up, gate_up)
+
+    def down_projection(self, kept: _Kept) -> tuple[Tensor, Tensor]:
+        buffer = self.down.input_buffer(len(kept.middle))
+        ops.swiglu(kept.gate_up, buffer[:, : self.down.inputs])
+        y, thin = self.down.forward(buffer, residual=kept.middle)
+        return y, thin.clone()
+
+    def backward(
+        self, dy: Tensor, x: Tensor, kept: _Kept, thin_down: Tensor, stream: Stream, needs_dx: bool
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """(gradient of x [T, hidden], gradients of `parameters`)."""
+        tokens = len(x)
+        # down
+        grad = self.down.grad_buffer(tokens)
+        grad[:, : self.down.outputs] = dy
+        self.down.complete(grad)
+        d_act = self.down.backward(grad)
+        d_gate_up = self.gate_up.grad_buffer(tokens)
+        ops.swiglu_backward(kept.gate_up, d_act, d_gate_up[:, : self.gate_up.outputs])
+        down_grads = self.down.factor_gradients(grad, d_act, thin_down)
+        del grad, d_act
+        # gate and up, second norm
+        self.gate_up.complete(d_gate_up)
+        d_normed = self.gate_up.backward(d_gate_up)
+        normed = torch.empty_like(x)
+        ops.rms_norm(kept.middle, self.norm2, self.eps, normed)
+        gate_up_grads = self.gate_up.factor_gradients(d_gate_up, normed, kept.thin_gate_up)
+        del d_gate_up
+        d_middle = self.out.grad_buffer(tokens)
+        d_residual = d_middle[:, : self.out.outputs]
+        ops.rms_norm_backward(d_normed, kept.middle, self.norm2, kept.rstd2, dy, d_residual)
+        # attention
+        self.out.complete(d_middle)
+        d_attended = self.out.backward(d_middle)
+        out_grads = self.out.factor_gradients(d_middle, kept.attended.out, kept.thin_out)
+        d_qkv = self.qkv.grad_buffer(tokens)
+        attend_backward(d_attended, kept.attended, self.heads, stream.angles, stream.batch, d_qkv[:, : self.qkv.outputs])
+        del d_attended
+        # q, k and v, first norm
+        self.qkv.complete(d_qkv)
+        ops.rms_norm(x, self.norm1, self.eps, normed)
+        qkv_grads = self.qkv.factor_gradients(d_qkv, normed, kept.thin_qkv)
+        dx = None
+        if needs_dx:  # Nothing below the first layer is trained.
+            d_normed = self.qkv.backward(d_qkv)
+            dx = ops.rms_norm_backward(d_normed, x, self.norm1, kept.rstd1, d_residual, normed)
+        return dx, [*qkv_grads, *out_grads, *gate_up_grads, *down_grads]
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: FusedLayer, stream: Stream, *parameters: Tensor) -> Tensor:
+        kept = layer.until_down(x, stream, differentiable=not layer.recompute)
+        y, thin_down = layer.down_projection(kept)
+        ctx.layer, ctx.stream = layer, stream
+        ctx.kept = (x, None if layer.recompute else kept, thin_down)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, kept, thin_down = ctx.kept
+        del ctx.kept  # Frees each layer's memory as soon as it is differentiated.
+        if kept is None:
+            kept = ctx.layer.until_down(x, ctx.stream, differentiable=True)
+        dx, gradients = ctx.layer.backward(grads[0], x, kept, thin_down, ctx.stream, ctx.needs_input_grad[0])
+        return dx, None, None, *gradients

@@ -1,0 +1,102 @@
+"""The fused layers against Transformers with PEFT: equal scores and equal gradients, on the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from dpo_assets.training.fused.decoder import ATTRIBUTE, attach_fused
+from dpo_assets.training.logprobs import causal_lm, score_groups, score_tokens, sequence_logps
+from dpo_assets.training.packing import Group, pack
+from dpo_assets.training import attention
+
+SMALL = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "attn_implementation": attention.NAME,
+}  # fmt: skip
+GROUPS = [
+    Group([5, 6, 7, 8], ([9, 10, 11], [12, 13, 14, 15, 16])),
+    Group([20], ([21, 22], [23])),
+    Group([30, 31, 32], ([33], [34, 35, 36, 37])),
+]
+
+
+def llama(**more: Any) -> Any:
+    return LlamaForCausalLM(LlamaConfig(**SMALL, **more))
+
+
+MODELS = {
+    "llama": llama,
+    "tied embeddings": lambda: llama(tie_word_embeddings=True),
+    "heads wider than hidden": lambda: llama(head_dim=16),
+    "scaled rotary": lambda: llama(
+        rope_parameters={
+            "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+        }
+    ),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=None)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL)),
+}  # fmt: skip
+
+
+def with_lora(base: Any, targets: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), rank: int = 4) -> PeftModel:  # noqa: E501
+    config = LoraConfig(r=rank, lora_alpha=8, target_modules=list(targets), task_type="CAUSAL_LM")
+    model = get_peft_model(base, config)
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+        elif "bias" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def loss_and_gradients(model: Any, groups: Sequence[Group] = GROUPS) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    batch = pack(groups)
+    logps = sequence_logps(score_tokens(model, batch), batch)
+    torch.nn.functional.logsigmoid(logps.view(-1, 2).diff(dim=1)).sum().backward()
+    return logps.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture(autouse=True)
+def packed_attention() -> Iterator[None]:
+    attention.register()
+    torch.manual_seed(0)
+    yield
+
+
+@pytest.fixture(params=list(MODELS))
+def base(request: pytest.FixtureRequest) -> Any:
+    return MODELS[request.param]()
+
+
+def assert_same(ours: tuple[Tensor, dict[str, Tensor]], theirs: tuple[Tensor, dict[str, Tensor]]) -> None:
+    torch.testing.assert_close(ours[0], theirs[0], atol=1e-4, rtol=1e-5)
+    assert ours[1].keys() == theirs[1].keys()
+    for name, gradient in theirs[1].items():
+        torch.testing.assert_close(ours[1][name], gradient, atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("recomputed", [0, 2])
+def test_scores_and_gradients_equal_those_of_transformers(base: Any, recomputed: int) -> None:
+    model = with_lora(base)
+    theirs = loss_and_gradients(model)
+    assert attach_fused(model, torch.float32, recomputed) == ""
+    assert_same(loss_and_gradients(model), theirs)
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("down_proj",), ("k_proj", "o_proj", "up_proj")])
+def test_an_adapter_on_some_projections_only(targets: tuple[str, ...]) -> None:
+    model = with_lora(llama(), targets, rank=3)
+    theirs = loss_and_gradients(model)
+    assert attach_fused(model, torch.float32) == ""
+    assert_same(loss_and_gradients(model), theirs)
