@@ -12,13 +12,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import InitErrorDetails
 
 from dpo_assets.errors import ConfigError
 
 BUILTIN = "builtin:"
 LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 ALL_LINEAR: tuple[LoraTarget, ...] = (
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
 )  # fmt: skip
@@ -169,11 +178,33 @@ class DpoSection(OptimSection):
         default=5e-6, gt=0.0, description="Peak learning rate; 5e-6 is TRL's and Unsloth's value for LoRA."
     )
     beta: float = Field(default=0.1, ge=0.0, description="Strength of the pull towards the reference.")
-    # A plain string: the launchpad and the `loss_supported` check decide, so that a wrong name ends in a check that
-    # says what to use instead, not in a failed form.
-    loss: str = Field(default="sigmoid", description="DPO loss; `sigmoid` is the paper's.")
+    # Any name: the check `loss_supported` decides, so that a wrong one ends in a check that says what to use instead,
+    # not in a failed form.
+    loss: str | list[str] = Field(
+        default="sigmoid",
+        description=(
+            "DPO loss, or several that are added up: a list, or names with commas between them. `sigmoid` is the "
+            "paper's; docs/checks.md lists them all."
+        ),
+        examples=["sigmoid", ["sigmoid", "sft"]],
+    )
+    loss_weights: list[float] = Field(
+        default=[], description="Weight of each loss, in their order; empty: every loss counts once."
+    )
     label_smoothing: float = Field(
-        default=0.0, ge=0.0, lt=0.5, description="Label noise; the sigmoid loss of TRL 1.15 ignores it."
+        default=0.0,
+        ge=0.0,
+        lt=0.5,
+        description="Share of labels taken to be wrong; for cdpo, robust, exo_pair, aot and aot_unpaired.",
+    )
+    f_divergence: FDivergence = Field(
+        default="reverse_kl", description="What the pull towards the reference measures (f-DPO, arXiv 2309.16240)."
+    )
+    alpha: float = Field(
+        default=0.5, ge=0.0, le=1.0, description="Of `alpha_divergence`: 0 is the forward KL, 1 the reverse KL."
+    )
+    discopop_tau: float = Field(
+        default=0.05, gt=0.0, description="Temperature of the discopop loss; 0.05 is the paper's."
     )
     reference: Literal["sft", "base"] = Field(
         default="sft",
@@ -185,6 +216,37 @@ class DpoSection(OptimSection):
     trainer: Literal["packed", "trl"] = Field(
         default="packed", description="`packed`: shared prompts, no padding; `trl`: TRL's own DPOTrainer (needs a GPU)."
     )
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """Names of the losses that are added up."""
+        return (self.loss,) if isinstance(self.loss, str) else tuple(self.loss)
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _one_name_or_several(cls, value: Any) -> str | list[str]:
+        """One spelling of each choice, so that equal losses are equal recipes: a name alone, or a list of names."""
+        parts = value.split(",") if isinstance(value, str) else value
+        if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
+            raise ValueError("a loss is a name, or a list of names such as [sigmoid, sft].")
+        names = [part.strip() for part in parts]
+        if not names or not all(names):
+            raise ValueError("a loss has no name; write one, or a list of names such as [sigmoid, sft].")
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"`{twice[0]}` stands twice; name it once and set its weight in `loss_weights`.")
+        return names[0] if len(names) == 1 else names
+
+    @model_validator(mode="after")
+    def _every_loss_has_a_weight(self) -> DpoSection:
+        if self.loss_weights and len(self.loss_weights) != len(self.losses):
+            raise ValueError(
+                f"`loss_weights` has {len(self.loss_weights)} values for {len(self.losses)} losses "
+                f"({', '.join(self.losses)}); give one for each, or none at all."
+            )
+        if any(weight <= 0 for weight in self.loss_weights):
+            raise ValueError("a weight in `loss_weights` is not above 0; leave that loss out of `loss`.")
+        return self
 
 
 class EvaluationSection(Section):

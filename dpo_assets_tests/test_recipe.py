@@ -12,6 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from dpo_assets import recipe as module
+from dpo_assets.assets.dpo_plan import override_config
 from dpo_assets.errors import ConfigError
 from dpo_assets.recipe import (
     OVERRIDABLE,
@@ -157,6 +158,19 @@ OUT_OF_DOMAIN: list[tuple[str, Any]] = [
     ("dpo.weight_decay", -0.1),
     ("dpo.label_smoothing", 0.5),
     ("dpo.label_smoothing", -0.01),
+    ("dpo.loss", []),
+    ("dpo.loss", ""),
+    ("dpo.loss", "sigmoid,,sft"),
+    ("dpo.loss", ["sigmoid", ""]),
+    ("dpo.loss", ["sigmoid", "sft", "sigmoid"]),
+    ("dpo.loss", ["sigmoid", 1]),
+    ("dpo.loss", 3),
+    ("dpo.loss", None),
+    ("dpo.f_divergence", "kl"),
+    ("dpo.alpha", -0.01),
+    ("dpo.alpha", 1.01),
+    ("dpo.alpha", math.nan),
+    ("dpo.discopop_tau", 0.0),
     ("dpo.seed", -1),
     ("dpo.reference", "champion"),
     ("dpo.trainer", "unsloth"),
@@ -169,6 +183,7 @@ OUT_OF_DOMAIN: list[tuple[str, Any]] = [
     ("refresh.sensor_interval_seconds", 29),
     ("hardware.device", "tpu"),
     ("hardware.precision", "int8"),
+    ("hardware.kernels", "triton"),
     ("hardware.memory_gib", 0.0),
     ("hardware.threads", 0),
     ("hardware.timeout_minutes", 0.0),
@@ -207,6 +222,13 @@ LAST_ALLOWED: list[tuple[str, Any]] = [
     ("sft.epochs", 0.001),
     # Which losses work is the word of the check `loss_supported`, which can say what to use instead.
     ("dpo.loss", "kto_pair"),
+    ("dpo.loss", ["sigmoid", "nothing"]),
+    ("dpo.loss_weights", []),
+    ("dpo.loss_weights", [0.001]),
+    ("dpo.f_divergence", "alpha_divergence"),
+    ("dpo.alpha", 0.0),
+    ("dpo.alpha", 1.0),
+    ("dpo.discopop_tau", 0.001),
     ("evaluation.confidence", 0.51),
     ("evaluation.confidence", 0.999),
     ("evaluation.min_pairs", 1),
@@ -275,7 +297,11 @@ def test_the_values_of_whoever_declares_nothing_are_these() -> None:
             "learning_rate": 5e-6,
             "beta": 0.1,
             "loss": "sigmoid",
+            "loss_weights": [],
             "label_smoothing": 0.0,
+            "f_divergence": "reverse_kl",
+            "alpha": 0.5,
+            "discopop_tau": 0.05,
             "reference": "sft",
             "trainer": "packed",
         },
@@ -285,6 +311,7 @@ def test_the_values_of_whoever_declares_nothing_are_these() -> None:
         "hardware": {
             "device": "auto",
             "precision": "auto",
+            "kernels": "auto",
             "memory_gib": None,
             "threads": 1,
             "pool": "gpu",
@@ -345,6 +372,80 @@ def test_a_gpu_precision_on_a_cpu_is_refused_and_names_what_works(precision: str
 )
 def test_a_precision_that_the_device_may_have_is_taken(device: str, precision: str) -> None:
     assert recipe(hardware={"device": device, "precision": precision}).hardware.precision == precision
+
+
+# Losses
+
+
+@pytest.mark.parametrize(
+    ("written", "losses"),
+    [
+        ("ipo", ("ipo",)),
+        (["ipo"], ("ipo",)),
+        (" ipo ", ("ipo",)),
+        ("sigmoid, sft", ("sigmoid", "sft")),
+        (["sigmoid", "sft"], ("sigmoid", "sft")),
+    ],
+)
+def test_equal_losses_are_equal_recipes_however_they_are_written(written: Any, losses: tuple[str, ...]) -> None:
+    declared = recipe(dpo={"loss": written})
+    assert declared.dpo.losses == losses
+    assert declared == recipe(dpo={"loss": list(losses)})
+    assert declared.dpo.loss == (losses[0] if len(losses) == 1 else list(losses))
+    assert parse_recipe(declared.model_dump(mode="json")) == declared
+
+
+@pytest.mark.parametrize(
+    ("dpo", "message"),
+    [
+        (
+            {"loss": ["sigmoid", "sft"], "loss_weights": [1.0]},
+            "dpo: `loss_weights` has 1 values for 2 losses (sigmoid, sft); give one for each, or none at all.",
+        ),
+        (
+            {"loss_weights": [1.0, 2.0]},
+            "dpo: `loss_weights` has 2 values for 1 losses (sigmoid); give one for each, or none at all.",
+        ),
+        (
+            {"loss": ["sigmoid", "sft"], "loss_weights": [1.0, 0.0]},
+            "dpo: a weight in `loss_weights` is not above 0; leave that loss out of `loss`.",
+        ),
+        ({"loss_weights": [-1.0]}, "dpo: a weight in `loss_weights` is not above 0; leave that loss out of `loss`."),
+    ],
+)
+def test_weights_that_fit_no_loss_are_refused_with_the_way_out(dpo: dict[str, Any], message: str) -> None:
+    assert refusal(RECIPE | {"dpo": dpo}) == message
+
+
+def test_a_weight_that_is_no_number_is_refused_at_its_place() -> None:
+    assert refusal(with_value("dpo.loss_weights", [math.nan])).startswith("dpo.loss_weights.0: ")
+
+
+def test_a_loss_that_stands_twice_is_told_to_have_a_weight() -> None:
+    assert "dpo.loss: `sft` stands twice; name it once and set its weight" in refusal(
+        with_value("dpo.loss", ["sft", "sigmoid", "sft"])
+    )
+
+
+# The launchpad
+
+
+@pytest.mark.parametrize("dpo", [{}, {"loss": ["sigmoid", "sft"], "loss_weights": [1, 0.25]}], ids=repr)
+def test_the_launchpad_shows_one_loss_or_several_as_text_and_gives_the_same_recipe_back(dpo: dict[str, Any]) -> None:
+    declared = recipe(dpo=dpo)
+    form = override_config(declared)().model_dump()
+    assert form["dpo"]["loss"] == ", ".join(declared.dpo.losses)
+    assert form["dpo"]["loss_weights"] == declared.dpo.loss_weights
+    assert apply_overrides(declared, form) == declared
+
+
+@pytest.mark.parametrize("dpo", [{}, {"loss": ["sigmoid", "sft"], "loss_weights": [1, 0.25]}], ids=repr)
+def test_the_launchpad_turns_any_loss_into_any_other(dpo: dict[str, Any]) -> None:
+    form = override_config(recipe(dpo=dpo))
+    for losses, weights in (("ipo", []), ("hinge, bco_pair, sft", [0.8, 0.2, 1.0])):
+        config = form.model_validate({"dpo": {"loss": losses, "loss_weights": weights}})
+        changed = apply_overrides(recipe(dpo=dpo), config.model_dump()).dpo
+        assert (", ".join(changed.losses), changed.loss_weights) == (losses, weights)
 
 
 # Overrides of one run

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import dagster as dg
 from pydantic import Field, create_model
@@ -86,7 +86,11 @@ def _form(name: str, section: Section) -> type[dg.Config]:
     fields: dict[str, Any] = {}
     for field, info in type(section).model_fields.items():
         value = getattr(section, field)
-        kind = list[str] if isinstance(value, list) else type(value)
+        # A launchpad field has one type; text holds one name or several.
+        if list[str] in get_args(info.annotation):
+            value = value if isinstance(value, str) else ", ".join(value)
+        items = float if info.annotation == list[float] else str
+        kind = list[items] if isinstance(value, list) else type(value)  # type: ignore[valid-type]
         fields[field] = (kind, Field(default=value, description=info.description))
     return create_model(f"{name.capitalize()}Overrides", __base__=dg.Config, **fields)
 

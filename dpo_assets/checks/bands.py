@@ -54,25 +54,94 @@ class BetaBand:
     source: str
 
 
-_SIGMOID_LIKE = BetaBand(
-    0.005, 0.01, 0.5, 1.0, "DPO repository: 0.1 to 0.5 is a good start; Zephyr 0.01; beta 0 freezes the loss (TRL 1627)"
-)
+_SIGMOID = (0.005, 0.01, 0.5, 1.0)
 BETA: dict[str, BetaBand] = {
-    "sigmoid": _SIGMOID_LIKE,
-    "hinge": _SIGMOID_LIKE,
-    "robust": _SIGMOID_LIKE,
-    "apo_zero": _SIGMOID_LIKE,
+    "sigmoid": BetaBand(
+        *_SIGMOID, "DPO repository: 0.1 to 0.5 is a good start; Zephyr 0.01; beta 0 freezes the loss (TRL 1627)"
+    ),
+    "cdpo": BetaBand(*_SIGMOID, "the sigmoid loss with smoothed labels: its unit and its band"),
+    "robust": BetaBand(*_SIGMOID, "arXiv 2403.00409, section B: 0.01; otherwise the band of sigmoid"),
+    "hinge": BetaBand(*_SIGMOID, "RSO, arXiv 2309.06657: 0.05; the margin aimed at is 1/beta nats: 10 at 0.1"),
+    "exo_pair": BetaBand(*_SIGMOID, "arXiv 2402.00856, section B: 0.1; otherwise the band of sigmoid"),
+    "nca_pair": BetaBand(*_SIGMOID, "arXiv 2402.05369, section C: 0.01; otherwise the band of sigmoid"),
+    "bco_pair": BetaBand(*_SIGMOID, "arXiv 2404.04656, section C: 0.01; otherwise the band of sigmoid"),
+    "apo_zero": BetaBand(*_SIGMOID, "arXiv 2408.06266, section 5.2: 0.1; otherwise the band of sigmoid"),
+    "apo_down": BetaBand(*_SIGMOID, "arXiv 2408.06266, section 5.2: 0.1; otherwise the band of sigmoid"),
+    "discopop": BetaBand(*_SIGMOID, "arXiv 2406.08414, section B.1: 0.05; otherwise the band of sigmoid"),
+    "aot": BetaBand(*_SIGMOID, "no published beta known; the band of sigmoid, whose formula it applies to quantiles"),
+    "aot_unpaired": BetaBand(
+        *_SIGMOID, "no published beta known; the band of sigmoid, whose formula it applies to quantiles"
+    ),
+    "sppo_hard": BetaBand(
+        0.0002,
+        0.0005,
+        0.1,
+        1.0,
+        "arXiv 2405.00675: 0.001; log-ratios aim at +-1/(2 beta) nats per answer; for the upper end no source is known",
+    ),
     "ipo": BetaBand(0.005, 0.01, 1.0, 5.0, "HF preference-tuning post; IPO's gap is 1/(2 beta) nats per token"),
     "sigmoid_norm": BetaBand(0.5, 1.0, 10.0, 20.0, "Tulu 3 and OLMo recipes: 5; 0.1 here is a unit error"),
 }
 
-SUPPORTED_LOSSES: tuple[str, ...] = ("sigmoid",)
-LOSS_ADVICE: dict[str, str] = {
-    "kto_pair": "TRL removed kto_pair (its author: 'simplified, does not work as well', TRL 1387); use sigmoid "
-    "here, or TRL's KTOTrainer on unpaired labels.",
-    "cdpo": "TRL 1.15 has no cdpo, and its sigmoid ignores label_smoothing; use sigmoid.",
+
+@dataclass(frozen=True)
+class LossFacts:
+    """What a loss takes. `coupled`: it sorts over the pairs of a step, so it is no mean of one value per pair."""
+
+    smoothing: Literal["ignored", "optional", "needed"] = "ignored"
+    f_divergence: bool = False
+    coupled: bool = False
+
+
+# As in TRL 1.15 (`DPOTrainer.__init__` and `_compute_loss`), and `cdpo`, which TRL does not have.
+LOSSES: dict[str, LossFacts] = {
+    "sigmoid": LossFacts(f_divergence=True),
+    "cdpo": LossFacts("optional", f_divergence=True),
+    "robust": LossFacts("optional", f_divergence=True),
+    "hinge": LossFacts(f_divergence=True),
+    "ipo": LossFacts(f_divergence=True),
+    "exo_pair": LossFacts("needed", f_divergence=True),
+    "nca_pair": LossFacts(),
+    "bco_pair": LossFacts(),
+    "sppo_hard": LossFacts(),
+    "aot": LossFacts("optional", coupled=True),
+    "aot_unpaired": LossFacts("optional", coupled=True),
+    "apo_zero": LossFacts(),
+    "apo_down": LossFacts(),
+    "discopop": LossFacts(f_divergence=True),
+    "sigmoid_norm": LossFacts(f_divergence=True),
+    "sft": LossFacts(f_divergence=True),
 }
+SUPPORTED_LOSSES: tuple[str, ...] = tuple(LOSSES)
+TRL_LACKS: frozenset[str] = frozenset({"cdpo"})
+_KTO = (
+    "TRL removed kto_pair (its author: 'simplified, does not work as well', TRL 1387); use sigmoid here, apo_zero or "
+    "bco_pair for a loss that also judges each answer by itself, or TRL's KTOTrainer on unpaired labels"
+)
+_NO_REFERENCE = "it has no reference model, which this pipeline is built on; use sigmoid here, or TRL's"
+LOSS_ADVICE: dict[str, str] = {
+    "kto_pair": _KTO,
+    "kto": _KTO,
+    "dpo": "set dpo.loss to sigmoid: it is the loss of the DPO paper",
+    "rpo": "set dpo.loss to [sigmoid, sft], and rpo_alpha as the second of dpo.loss_weights",
+    "mpo": "set dpo.loss to [sigmoid, bco_pair, sft] and dpo.loss_weights to [0.8, 0.2, 1.0] (arXiv 2411.10442)",
+    "simpo": f"{_NO_REFERENCE} CPOTrainer; sigmoid_norm is the length-normalised loss with a reference",
+    "cpo": f"{_NO_REFERENCE} CPOTrainer",
+    "orpo": f"{_NO_REFERENCE} ORPOTrainer",
+    "aot_pair": "TRL 1.15 calls this loss aot_unpaired, and the one for paired data aot; set dpo.loss to one of them",
+    "slic": "set dpo.loss to hinge",
+    "rso": "set dpo.loss to hinge",
+    "exo": "set dpo.loss to exo_pair",
+    "nca": "set dpo.loss to nca_pair",
+    "bco": "set dpo.loss to bco_pair",
+    "apo": "set dpo.loss to apo_zero, or to apo_down where the policy is better than the chosen answers",
+    "sppo": "set dpo.loss to sppo_hard",
+    "rdpo": "set dpo.loss to robust",
+}
+LOSS_SOURCE = "TRL 1.15 source, DPOTrainer._compute_loss; cdpo: the DPO repository's conservative DPO"
 SMOOTHING_SOURCE = "TRL 1.15 source: label_smoothing is used by robust, exo_pair and aot only"
+F_DIVERGENCE_SOURCE = "f-DPO, arXiv 2309.16240: its normaliser cancels only in the difference of two rewards"
+EXO_SMOOTHING, NOISE = "1e-3 (arXiv 2402.00856)", "0.1 (arXiv 2403.00409)"
 
 EPOCHS_OK, EPOCHS_ERROR = 3.0, 5.0
 BATCH_OK, BATCH_ERROR = 8, 4
@@ -81,10 +150,17 @@ BUDGET_SOURCE = (
     "published recipes use 1 to 3 epochs at a batch of 16 or more; TRL 1236 and LLaMA-Factory 5325 failed at 1"
 )
 
-# Zero margin on both sides: what the first loss must be before any update (Rafailov et al., arXiv 2305.18290, eq. 7).
+# What the first loss must be before any update: the loss at zero margin (Rafailov et al., arXiv 2305.18290, eq. 7, and
+# `training.losses.DpoLoss.at_zero_margin` for every other loss).
 FIRST_LOSS: dict[str, float] = {"sigmoid": math.log(2)}
 FIRST_LOSS_TOLERANCE = 5e-4
 FIRST_LOSS_SOURCE = "equation 7 of arXiv 2305.18290 at policy = reference; TRL issue 1236 trained against a wrong one"
+
+
+def first_loss_tolerance(expected: float) -> float:
+    """How far the first loss may lie from `expected`: relative above 1, since ipo starts at 1 / (4 beta^2)."""
+    return FIRST_LOSS_TOLERANCE * max(1.0, abs(expected))
+
 
 # NLL ratio of chosen answers, policy over reference. zephyr-7b-dpo-full (beta 0.01) ended healthy at 1.40.
 NLL_RATIO_WARN, NLL_RATIO_ERROR = 1.5, 2.0

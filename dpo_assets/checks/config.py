@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
+from dataclasses import dataclass
+
 from dpo_assets.checks import bands
 from dpo_assets.checks.verdict import Level, Verdict, upper_limit, worst
 from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.recipe import DpoSection
 
 
 def plan_verdicts(plan: TrainingPlan) -> list[Verdict]:
@@ -24,7 +28,7 @@ def learning_rate_band(plan: TrainingPlan) -> Verdict:
     method: bands.Method = "lora"
     band = next(b for b in bands.LEARNING_RATE if b.method == method and billions < b.billions_below)
     ok_high = band.ok_high
-    if dpo.beta < bands.LOW_BETA and dpo.loss in ("sigmoid", "hinge", "robust"):
+    if dpo.beta < bands.LOW_BETA and {"sigmoid", "cdpo", "robust", "hinge"} & set(dpo.losses):
         ok_high = min(ok_high, bands.LOW_BETA_CEILING[method])
     heavy = dpo.epochs >= bands.HEAVY_EPOCHS or dpo.batch_size < bands.HEAVY_BATCH
     level: Level = upper_limit(dpo.learning_rate, ok_high, ok_high if heavy else band.error_above)
@@ -46,44 +50,108 @@ def learning_rate_band(plan: TrainingPlan) -> Verdict:
 
 
 def beta_for_loss(plan: TrainingPlan) -> Verdict:
-    """Beta against the band of its loss."""
-    dpo = plan.dpo
-    band = bands.BETA.get(dpo.loss)
-    if band is None:
-        return Verdict("beta_for_loss", "warn", dpo.beta, "none known for this loss", "", "see loss_supported")
-    level: Level = "pass"
-    if not band.error_below <= dpo.beta <= band.error_above:
-        level = "error"
-    elif not band.ok_low <= dpo.beta <= band.ok_high:
-        level = "warn"
+    """Beta against the band of its loss; of several losses the worst verdict counts. `sft` has no beta."""
+    beta, names = plan.dpo.beta, [name for name in plan.dpo.losses if name != "sft"]
+    known = [(name, bands.BETA[name]) for name in names if name in bands.BETA]
+    if not names or len(known) < len(names):
+        return Verdict("beta_for_loss", "warn", beta, "none known for this loss", "", "see loss_supported")
+    level = worst(*(_beta_level(beta, band) for _, band in known))
+    name, band = next((name, band) for name, band in known if _beta_level(beta, band) == level)
+    low, high = max(b.ok_low for _, b in known), min(b.ok_high for _, b in known)
+    fix = f"set dpo.beta between {low:g} and {high:g}"
+    if low > high:
+        fix = f"no beta suits {' and '.join(names)} at once, their units differ: leave one of them out of dpo.loss"
     return Verdict(
         "beta_for_loss",
         level,
-        dpo.beta,
+        beta,
         f"{band.ok_low:g} to {band.ok_high:g}, blocked outside {band.error_below:g} to {band.error_above:g} "
-        f"(loss {dpo.loss})",
+        f"(loss {name})",
         band.source,
-        f"set dpo.beta between {band.ok_low:g} and {band.ok_high:g}" if level != "pass" else "",
+        fix if level != "pass" else "",
     )
 
 
+def _beta_level(beta: float, band: bands.BetaBand) -> Level:
+    if not band.error_below <= beta <= band.error_above:
+        return "error"
+    return "pass" if band.ok_low <= beta <= band.ok_high else "warn"
+
+
+@dataclass(frozen=True)
+class LossFault:
+    """A loss setting that cannot work, or that would act on nothing."""
+
+    value: str
+    fix: str
+    source: str = bands.LOSS_SOURCE
+
+
+def loss_faults(dpo: DpoSection) -> list[LossFault]:
+    """Everything that is wrong with the loss of a recipe, names first. An option that no loss would use is a fault."""
+    faults = [LossFault(name, _name_fix(name)) for name in dpo.losses if name not in bands.LOSSES]
+    if faults:
+        return faults
+    facts = {name: bands.LOSSES[name] for name in dpo.losses}
+    shown = " + ".join(facts)
+    if set(facts) == {"sft"}:
+        fix = "set dpo.loss to a preference loss and sft, as in [sigmoid, sft]: sft alone ignores rejected answers"
+        faults.append(LossFault(shown, fix))
+    if dpo.trainer == "trl" and bands.TRL_LACKS & set(facts):
+        faults.append(LossFault(f"{shown} with trainer trl", "set dpo.trainer to packed: TRL 1.15 has no cdpo"))
+    smoothing = {fact.smoothing for fact in facts.values()}
+    if dpo.label_smoothing > 0 and smoothing == {"ignored"}:
+        use = "set dpo.loss to cdpo, the sigmoid loss with label smoothing, or " if "sigmoid" in facts else ""
+        fix = f"{use}set dpo.label_smoothing to 0: the {shown} loss ignores it"
+        value = f"{shown} with label_smoothing {dpo.label_smoothing:g}"
+        faults.append(LossFault(value, fix, bands.SMOOTHING_SOURCE))
+    if dpo.label_smoothing == 0 and "needed" in smoothing:
+        fix = f"set dpo.label_smoothing to {bands.EXO_SMOOTHING}: exo_pair takes its logarithm"
+        faults.append(LossFault("exo_pair with label_smoothing 0", fix, bands.SMOOTHING_SOURCE))
+    unfit = [name for name, fact in facts.items() if not fact.f_divergence]
+    if dpo.f_divergence != "reverse_kl" and unfit:
+        fits = ", ".join(name for name, fact in bands.LOSSES.items() if fact.f_divergence)
+        fix = f"set dpo.f_divergence to reverse_kl, or dpo.loss to one of: {fits}"
+        faults.append(LossFault(f"{', '.join(unfit)} with {dpo.f_divergence}", fix, bands.F_DIVERGENCE_SOURCE))
+    unused = {"alpha": dpo.f_divergence != "alpha_divergence", "discopop_tau": "discopop" not in facts}
+    user = {"alpha": "dpo.f_divergence to alpha_divergence", "discopop_tau": "dpo.loss to discopop"}
+    for field, is_unused in unused.items():
+        default, value = DpoSection.model_fields[field].default, getattr(dpo, field)
+        if is_unused and value != default:
+            fix = f"set {user[field]}, or dpo.{field} back to {default:g}: nothing else uses it"
+            faults.append(LossFault(f"{shown} with {field} {value:g}", fix))
+    return faults
+
+
+def _name_fix(name: str) -> str:
+    """What to write instead of a name that is no loss."""
+    if name in bands.LOSS_ADVICE:
+        return bands.LOSS_ADVICE[name]
+    near = difflib.get_close_matches(name, bands.SUPPORTED_LOSSES, n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{hint}set dpo.loss to one of: {', '.join(bands.SUPPORTED_LOSSES)}"
+
+
 def loss_supported(plan: TrainingPlan) -> Verdict:
-    """The loss name, and label smoothing only where a loss uses it."""
-    dpo = plan.dpo
-    known = ", ".join(bands.SUPPORTED_LOSSES)
-    if dpo.loss not in bands.SUPPORTED_LOSSES:
-        advice = bands.LOSS_ADVICE.get(dpo.loss, f"set dpo.loss to one of: {known}")
-        return Verdict("loss_supported", "error", dpo.loss, known, "losses of this version", advice)
-    if dpo.label_smoothing > 0:
+    """The names of the losses, and every option only where a loss uses it."""
+    dpo, known = plan.dpo, ", ".join(bands.SUPPORTED_LOSSES)
+    faults = loss_faults(dpo)
+    if faults:
         return Verdict(
             "loss_supported",
             "error",
-            f"{dpo.loss} with label_smoothing {dpo.label_smoothing:g}",
-            f"{known}, label_smoothing 0",
-            bands.SMOOTHING_SOURCE,
-            f"set dpo.label_smoothing to 0: the {dpo.loss} loss ignores it",
+            "; ".join(fault.value for fault in faults),
+            known,
+            "; ".join(dict.fromkeys(fault.source for fault in faults)),
+            "; ".join(fault.fix for fault in faults),
         )
-    return Verdict("loss_supported", "pass", dpo.loss, known, "losses of this version")
+    shown = " + ".join(dpo.losses)
+    plain = [name for name in ("cdpo", "robust") if name in dpo.losses]
+    if plain and dpo.label_smoothing == 0:
+        fix = f"set dpo.label_smoothing to the share of wrong labels, {bands.NOISE} is usual, or dpo.loss to sigmoid"
+        value = f"{' + '.join(plain)} with label_smoothing 0, which is sigmoid"
+        return Verdict("loss_supported", "warn", value, known, bands.LOSS_SOURCE, fix)
+    return Verdict("loss_supported", "pass", shown, known, bands.LOSS_SOURCE)
 
 
 def budget(plan: TrainingPlan) -> Verdict:

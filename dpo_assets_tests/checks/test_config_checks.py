@@ -17,8 +17,10 @@ from dpo_assets.checks.config import (
     memory_fits,
     plan_verdicts,
 )
+from dpo_assets.checks.verdict import Verdict
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.recipe import DpoSection
+from dpo_assets_tests.pipelines import PACKAGE
 from dpo_assets_tests.samples import plan
 
 SMALL, LARGE = 135_000_000, 8_000_000_000
@@ -78,7 +80,9 @@ def test_a_low_beta_lowers_the_ceiling() -> None:
     assert learning_rate_band(plan(dpo={"learning_rate": 7e-6, "beta": 0.05})).level == "pass"
     assert learning_rate_band(plan(dpo={"learning_rate": 7e-6, "beta": 0.049})).level == "warn"
     assert learning_rate_band(plan(dpo={"learning_rate": 6e-6, "beta": 0.049})).level == "pass"
-    # The unit of beta is another one there.
+    # cDPO and the mixture have the unit of sigmoid; in IPO's, 0.049 is nothing low.
+    for loss in ("cdpo", ["ipo", "robust"]):
+        assert learning_rate_band(plan(dpo={"learning_rate": 7e-6, "beta": 0.049, "loss": loss})).level == "warn"
     assert learning_rate_band(plan(dpo={"learning_rate": 7e-6, "beta": 0.049, "loss": "ipo"})).level == "pass"
 
 
@@ -123,7 +127,13 @@ def test_a_learning_rate_too_low_is_told_to_rise() -> None:
         ("sigmoid_norm", 0.5, "warn"),
         ("sigmoid_norm", 5.0, "pass"),
         ("sigmoid_norm", 20.1, "error"),
-        ("bco_pair", 0.1, "warn"),
+        ("sppo_hard", 0.00019, "error"),
+        ("sppo_hard", 0.0002, "warn"),
+        ("sppo_hard", 0.001, "pass"),
+        ("sppo_hard", 0.2, "warn"),
+        ("bco_pair", 0.1, "pass"),
+        ("bco_pair", 0.005, "warn"),
+        ("nothing", 0.1, "warn"),
     ],
 )
 def test_beta_is_judged_in_the_unit_of_its_loss(loss: str, beta: float, level: str) -> None:
@@ -137,10 +147,32 @@ def test_a_beta_that_is_no_strength_is_an_error(beta: float) -> None:
     assert beta_for_loss(unchecked(beta=beta)).level == "error"
 
 
-@pytest.mark.parametrize("loss", sorted(set(bands.BETA) - {"sigmoid", "hinge", "robust", "apo_zero", "ipo"}))
-def test_the_usual_start_that_a_beta_is_told_lies_in_the_band_of_its_loss(loss: str) -> None:
-    verdict = beta_for_loss(plan(dpo={"loss": loss, "beta": 0.0}))
-    assert "0.1 is the usual start" not in verdict.fix or bands.BETA[loss].ok_low <= 0.1 <= bands.BETA[loss].ok_high
+def test_several_losses_share_one_beta_and_the_worst_verdict_counts() -> None:
+    def verdict(*losses: str, beta: float) -> Verdict:
+        return beta_for_loss(plan(dpo={"loss": list(losses), "beta": beta}))
+
+    assert verdict("sigmoid", "ipo", beta=0.5).level == "pass"
+    assert verdict("sigmoid", "ipo", beta=0.8).level == "warn"
+    assert "loss sigmoid" in verdict("ipo", "sigmoid", beta=0.8).band
+    assert verdict("ipo", "sigmoid", beta=0.8).fix == "set dpo.beta between 0.01 and 0.5"
+    assert verdict("sigmoid", "nothing", beta=0.1).level == "warn"
+    # The term has no beta, so it has no say.
+    assert verdict("sppo_hard", "sft", beta=0.001) == verdict("sppo_hard", beta=0.001)
+    assert verdict("sppo_hard", "sft", beta=0.001).level == "pass"
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.7, 5.0])
+def test_no_beta_suits_two_losses_of_different_units(beta: float) -> None:
+    verdict = beta_for_loss(plan(dpo={"loss": ["sigmoid", "sigmoid_norm"], "beta": beta}))
+    assert verdict.level != "pass"
+    assert "no beta suits sigmoid and sigmoid_norm at once" in verdict.fix
+
+
+@pytest.mark.parametrize("loss", sorted(bands.BETA))
+def test_the_betas_that_a_wrong_one_is_told_pass(loss: str) -> None:
+    fix = beta_for_loss(plan(dpo={"loss": loss, "beta": 0.0})).fix
+    ends = [float(word) for word in fix.removeprefix("set dpo.beta between ").split(" and ")]
+    assert [beta_for_loss(plan(dpo={"loss": loss, "beta": end})).level for end in ends] == ["pass", "pass"]
 
 
 # loss_supported
@@ -150,23 +182,94 @@ def test_the_usual_start_that_a_beta_is_told_lies_in_the_band_of_its_loss(loss: 
     ("dpo", "level", "fix"),
     [
         ({}, "pass", ""),
-        ({"loss": "kto_pair"}, "error", "use sigmoid here, or TRL's KTOTrainer"),
-        ({"loss": "cdpo"}, "error", "use sigmoid"),
-        ({"loss": "sigmoyd"}, "error", "set dpo.loss to one of: sigmoid"),
-        ({"loss": "ipo"}, "error", "set dpo.loss to one of: sigmoid"),
-        ({"label_smoothing": 0.1}, "error", "set dpo.label_smoothing to 0"),
+        *[
+            ({"loss": name}, "pass", "")
+            for name, facts in bands.LOSSES.items()
+            if name not in ("cdpo", "robust", "exo_pair", "sft")
+        ],
+        *[
+            ({"loss": n, "label_smoothing": 0.1}, "pass", "")
+            for n, f in bands.LOSSES.items()
+            if f.smoothing != "ignored"
+        ],
+        ({"loss": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}, "pass", ""),
+        # A name that is no loss of this pipeline
+        ({"loss": "kto_pair"}, "error", "use sigmoid here, apo_zero or bco_pair"),
+        ({"loss": "kto_pair"}, "error", "TRL's KTOTrainer on unpaired labels"),
+        ({"loss": ["sigmoid", "kto_pair"]}, "error", "TRL's KTOTrainer"),
+        ({"loss": "simpo"}, "error", "CPOTrainer; sigmoid_norm is"),
+        ({"loss": "rpo"}, "error", "set dpo.loss to [sigmoid, sft]"),
+        ({"loss": "sigmoyd"}, "error", "did you mean sigmoid? set dpo.loss to one of: sigmoid, cdpo, "),
+        ({"loss": "apo_zer0"}, "error", "did you mean apo_zero?"),
+        ({"loss": "zzz"}, "error", "set dpo.loss to one of: sigmoid, cdpo, "),
+        ({"loss": "sft"}, "error", "set dpo.loss to a preference loss and sft, as in [sigmoid, sft]"),
+        # Label smoothing
+        (
+            {"label_smoothing": 0.1},
+            "error",
+            "set dpo.loss to cdpo, the sigmoid loss with label smoothing, or set dpo.lab",
+        ),
+        ({"label_smoothing": 0.1}, "error", "set dpo.label_smoothing to 0: the sigmoid loss ignores it"),
+        ({"loss": "ipo", "label_smoothing": 0.1}, "error", "set dpo.label_smoothing to 0: the ipo loss ignores it"),
+        ({"loss": ["hinge", "sft"], "label_smoothing": 0.1}, "error", "the hinge + sft loss ignores it"),
+        ({"loss": ["sigmoid", "robust"], "label_smoothing": 0.1}, "pass", ""),
+        ({"loss": "exo_pair"}, "error", "set dpo.label_smoothing to 1e-3"),
+        ({"loss": ["sigmoid", "exo_pair"]}, "error", "set dpo.label_smoothing to 1e-3"),
+        ({"loss": "cdpo"}, "warn", "the share of wrong labels, 0.1 "),
+        ({"loss": "robust"}, "warn", "or dpo.loss to sigmoid"),
+        # Divergences and temperatures
+        ({"f_divergence": "js_divergence"}, "pass", ""),
+        ({"f_divergence": "alpha_divergence", "alpha": 0.3}, "pass", ""),
+        ({"loss": ["sigmoid", "sft"], "f_divergence": "forward_kl"}, "pass", ""),
+        (
+            {"loss": "bco_pair", "f_divergence": "forward_kl"},
+            "error",
+            "set dpo.f_divergence to reverse_kl, or dpo.loss to",
+        ),
+        ({"loss": ["sigmoid", "aot"], "f_divergence": "js_divergence"}, "error", "set dpo.f_divergence to reverse_kl"),
+        ({"alpha": 0.3}, "error", "set dpo.f_divergence to alpha_divergence, or dpo.alpha back to 0.5"),
+        ({"loss": "discopop", "discopop_tau": 0.1}, "pass", ""),
+        ({"discopop_tau": 0.1}, "error", "set dpo.loss to discopop, or dpo.discopop_tau back to 0.05"),
+        # Who trains
+        ({"loss": "cdpo", "label_smoothing": 0.1, "trainer": "trl"}, "error", "set dpo.trainer to packed"),
+        ({"loss": "robust", "label_smoothing": 0.1, "trainer": "trl"}, "pass", ""),
     ],
 )
-def test_a_loss_that_does_not_exist_here_is_told_what_to_use(dpo: dict[str, Any], level: str, fix: str) -> None:
+def test_a_loss_that_cannot_be_or_an_option_without_effect_is_told_the_way_out(
+    dpo: dict[str, Any], level: str, fix: str
+) -> None:
     verdict = loss_supported(plan(dpo=dpo))
     assert verdict.level == level
     assert fix in verdict.fix
     assert bool(verdict.fix) == (level != "pass")
+    assert verdict.source
 
 
-def test_every_supported_loss_has_a_band_and_a_first_loss() -> None:
-    assert set(bands.SUPPORTED_LOSSES) <= set(bands.BETA)
-    assert set(bands.SUPPORTED_LOSSES) <= set(bands.FIRST_LOSS)
+def test_every_fault_of_a_loss_is_told_with_its_source() -> None:
+    verdict = loss_supported(plan(dpo={"loss": "nca_pair", "label_smoothing": 0.1, "f_divergence": "js_divergence"}))
+    assert "label_smoothing to 0" in verdict.fix
+    assert "f_divergence to reverse_kl" in verdict.fix
+    assert bands.SMOOTHING_SOURCE in verdict.source
+    assert bands.F_DIVERGENCE_SOURCE in verdict.source
+
+
+@pytest.mark.parametrize("name", sorted(bands.LOSS_ADVICE))
+def test_advice_names_no_loss_that_does_not_exist(name: str) -> None:
+    fix = loss_supported(plan(dpo={"loss": name})).fix
+    assert fix == bands.LOSS_ADVICE[name]
+    assert any(loss in fix for loss in bands.SUPPORTED_LOSSES) or "Trainer" in fix
+
+
+def test_the_document_says_of_every_loss_what_it_takes() -> None:
+    lines = (PACKAGE.parent / "docs" / "checks.md").read_text(encoding="utf-8").splitlines()
+    for name, facts in bands.LOSSES.items():
+        [row] = [line for line in lines if line.startswith(f"| `{name}` |")]
+        assert row.endswith(f"| {facts.smoothing} | {'yes' if facts.f_divergence else 'no'} |")
+
+
+def test_every_supported_loss_has_a_band() -> None:
+    # The term has no beta.
+    assert set(bands.SUPPORTED_LOSSES) - {"sft"} == set(bands.BETA)
     assert bands.FIRST_LOSS["sigmoid"] == pytest.approx(0.6931471805599453)
     assert set(bands.LOSS_ADVICE).isdisjoint(bands.SUPPORTED_LOSSES)
 
