@@ -30,9 +30,11 @@ HEAD_CHUNKS = {"cuda": (1_024, 4_096), "cpu": (1_024, 1_024)}  # Scored tokens w
 LARGEST_FORWARD = {"cuda": 32_768, "cpu": 4_096}
 FRAMEWORK_GIB = {"cuda": 0.35, "cpu": 1.0}  # CUDA context and cuBLAS workspaces; Python and libraries.
 USABLE = {"cuda": 0.97, "cpu": 0.9}  # The rest is lost to fragments, or other people's memory.
-# Cost of a forward pass beyond its tokens, in tokens: small matrices fill a GPU badly, and a quantised base is
-# dequantised once a pass (2.5 bytes a weight at 4 TB/s against 2 FLOP a weight and token at 650 TFLOP/s: 200 tokens).
-FIXED_TOKENS, DEQUANTISATION_TOKENS = 128, 200
+# What decides between larger forwards with recomputed layers and smaller ones without, as seen on an H200: matrix rate,
+# memory rate (a quantised base is dequantised once a pass, 2.5 bytes a weight), and the time Python takes to launch a
+# layer's kernels, forward and backward. A forward whose layers are faster than their launches leaves the GPU idle.
+FLOPS, BYTES_PER_SECOND, DEQUANTISED_BYTES = 520e12, 3.5e12, 2.5
+LAUNCH_FORWARD, LAUNCH_BACKWARD = 0.7e-3, 1.2e-3
 RECOMPUTED_SHARE = 0.75  # Of a layer's forward: the down projection's output is the next layer's saved input.
 STEP_SLACK = 1.15  # A step's tokens vary around the mean.
 
@@ -102,6 +104,8 @@ def fit(
 ) -> MemoryFit:
     """The fastest forward size that fits, with as many recomputed layers as it needs.
 
+    `peak_gib` is the allocator's; that the device also holds a CUDA context is counted in `fits`.
+
     Args:
         available_gib: memory of the device that this run may use.
         longest_pair: tokens of the longest pair with its prompt shared; no forward can be smaller.
@@ -114,7 +118,7 @@ def fit(
         estimate = _Estimate(shape, precision, kernels, lora, budget, device)
         recomputed = estimate.fewest_recomputed(usable)
         last = MemoryFit(budget, recomputed, estimate.peak(recomputed), estimate.parts(recomputed), True)
-        if last.peak_gib > usable:
+        if estimate.needed(recomputed) > usable:
             continue
         cost = estimate.cost_per_token(recomputed)
         if best is None or cost < best[0]:
@@ -166,12 +170,25 @@ class _Estimate:
     def fewest_recomputed(self, usable_gib: float) -> int:
         layers = self.shape.layers
         steps = range(layers + 1) if self.kernels == "fused" else (0, layers)
-        return next((n for n in steps if self.peak(n) <= usable_gib), layers)
+        return next((n for n in steps if self.needed(n) <= usable_gib), layers)
 
     def cost_per_token(self, recomputed: int) -> float:
-        fixed = FIXED_TOKENS + (DEQUANTISATION_TOKENS if self.precision in QUANTISED else 0)
-        again = 1.0 if self.kernels != "fused" else RECOMPUTED_SHARE
-        return (2 + again * recomputed / self.shape.layers) * (1 + fixed / self.budget)
+        """Seconds, to compare forwards of different sizes by: the slower of GPU and launches.
+
+        A tenth of the launches counts in any case: not all of them hide behind the GPU's work.
+        """
+        layers = self.shape.layers
+        again = recomputed / layers * (RECOMPUTED_SHARE if self.kernels == "fused" else 1.0)
+        weights = body_parameters(self.shape)
+        gpu = 2 * weights * self.budget / FLOPS
+        if self.precision in QUANTISED:
+            gpu += weights * DEQUANTISED_BYTES / BYTES_PER_SECOND
+        launches = layers * ((1 + again) * LAUNCH_FORWARD + LAUNCH_BACKWARD)
+        return (max((2 + again) * gpu, launches) + 0.1 * launches) / self.budget
+
+    def needed(self, recomputed: int) -> float:
+        """GiB of the device: the allocator's peak and what lies beside it."""
+        return self.peak(recomputed) + FRAMEWORK_GIB[self.device]
 
     def peak(self, recomputed: int) -> float:
         return sum(self.parts(recomputed).values())
@@ -182,7 +199,9 @@ class _Estimate:
         if self.kernels == "fused":
             kept = self._kept_layer()
             saved = tokens * ((s.layers - recomputed) * kept + recomputed * self._width * s.hidden)
-            working = tokens * self._width * (3 * s.intermediate + 5 * s.hidden) + (tokens * kept if recomputed else 0)
+            working = tokens * self._width * (3 * s.intermediate + 5 * s.hidden)
+            # The recomputed layers are the lowest, so all the others' memory is free again when their turn comes.
+            working += tokens * kept if recomputed == s.layers else 0
         else:
             unit = TRANSFORMERS_CHECKPOINTED if recomputed else TRANSFORMERS_KEPT
             saved, working = tokens * unit * (self._width / 2) * s.layers * s.hidden, 0.0
@@ -200,7 +219,7 @@ class _Estimate:
             "dequantised layer": scratch,
             "working memory": max(head, working),
         }
-        return {name: size / GIB for name, size in parts.items()} | {"framework": FRAMEWORK_GIB[self.device]}
+        return {name: size / GIB for name, size in parts.items()}
 
     def _kept_layer(self) -> float:
         """Bytes per token that a fused layer keeps: its input, q, k, v, attention, its second input, gate and up."""
