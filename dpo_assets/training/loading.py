@@ -23,6 +23,8 @@ from dpo_assets.artifact import write_json
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training import attention
+from dpo_assets.training.fp8 import quantise_layers
+from dpo_assets.training.fused.decoder import attach_fused
 
 # The adapter must carry PEFT's default name: TRL reads `peft_config["default"]` unguarded.
 ADAPTER_NAME = "default"
@@ -49,7 +51,7 @@ def load_base(folder: Path, plan: TrainingPlan, *, packed: bool = True) -> PreTr
     Raises:
         ConfigError: when the architecture cannot be packed.
     """
-    dtype, extra = _weights(plan)
+    dtype, extra = compute_dtype(plan), _quantisation(plan)
     attention.register()
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False, **extra
@@ -61,40 +63,57 @@ def load_base(folder: Path, plan: TrainingPlan, *, packed: bool = True) -> PreTr
                 "it. Set `dpo.trainer: trl`."
             )
         model.set_attn_implementation(attention.NAME)
-    if plan.device == "cuda" and "device_map" not in extra:
+    if plan.precision == "fp8":
+        quantise_layers(model, plan.device)
+    elif plan.device == "cuda" and not extra:
         model.to("cuda")
     return model
 
 
-def _weights(plan: TrainingPlan) -> tuple[torch.dtype, Mapping[str, Any]]:
-    half = torch.bfloat16
-    if plan.device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        half = torch.float16
+def compute_dtype(plan: TrainingPlan) -> torch.dtype:
+    """What the layers compute in: quantised weights are computed in the device's 16 bit."""
     match plan.precision:
         case "fp32":
-            return torch.float32, {}
-        case "bf16":
-            return torch.bfloat16, {}
+            return torch.float32
         case "fp16":
-            return torch.float16, {}
+            return torch.float16
+        case "bf16":
+            return torch.bfloat16
+    old = plan.device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.float16 if old else torch.bfloat16
+
+
+def _quantisation(plan: TrainingPlan) -> Mapping[str, Any]:
+    match plan.precision:
         case "4bit":
-            quantisation = BitsAndBytesConfig(
+            settings = BitsAndBytesConfig(
                 load_in_4bit=True,
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=half,
+                bnb_4bit_compute_dtype=compute_dtype(plan),
             )
         case "8bit":
-            quantisation = BitsAndBytesConfig(load_in_8bit=True)
+            settings = BitsAndBytesConfig(load_in_8bit=True)
         case _:
-            raise ConfigError(f"precision `{plan.precision}` has no loader in this version; use bf16 or 4bit")
-    return half, {"quantization_config": quantisation, "device_map": {"": 0}}
+            return {}
+    return {"quantization_config": settings, "device_map": {"": 0}}
+
+
+def choose_kernels(model: Any, plan: TrainingPlan) -> tuple[str, str]:
+    """Lets the plan's kernels compute a loaded policy: (what computes it now, why not what the plan said).
+
+    The planner knows the architecture; what only the worker sees (an adapter with dropout, of a kind of its own) falls
+    back to Transformers' layers.
+    """
+    if plan.kernels != "fused":
+        return plan.kernels, ""
+    reason = attach_fused(model, compute_dtype(plan), plan.recomputed_layers)
+    return ("transformers", reason) if reason else ("fused", "")
 
 
 def autocast_of(plan: TrainingPlan) -> torch.autocast:
     """The autocast that accelerate uses in training, for scoring outside of it."""
-    half = torch.float16 if plan.precision == "fp16" else torch.bfloat16
-    return torch.autocast(plan.device, dtype=half, enabled=plan.precision != "fp32")
+    return torch.autocast(plan.device, dtype=compute_dtype(plan), enabled=plan.precision != "fp32")
 
 
 def attach_adapter(

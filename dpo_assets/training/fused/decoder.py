@@ -87,18 +87,20 @@ class FusedDecoder:
                     heads=heads,
                     # The lowest layers are differentiated last, when the others' memory is free again.
                     recompute=n < recomputed_layers,
+                    lowest=n == 0,
                 )
             )
+        self._groups = [group for layer in self.layers for group in layer.groups]
+        self._members = [m for group in self._groups for m in group.members if m.factors is not None]
         self._seen: tuple[int, ...] = ()
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Copies the adapter's fp32 factors into the matrices, when an optimizer or a switch has changed them."""
-        members = [m for layer in self.layers for group in layer.groups for m in group.members if m.factors is not None]
-        now = tuple(v for m in members for v in (m.factors[0]._version, m.factors[1]._version, m.switched_off))  # type: ignore[index]
+        now = tuple(v for m in self._members for v in (*(f._version for f in m.factors or ()), m.switched_off))
         if now == self._seen:
             return
-        slots = [slot for layer in self.layers for group in layer.groups for slot in group.slots()]
+        slots = [slot for group in self._groups for slot in group.slots()]
         by_scale: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
         for where, factor, scale in slots:
             into, source = by_scale.setdefault(scale, ([], []))
@@ -120,6 +122,8 @@ class FusedDecoder:
             self.refresh()
             stream = Stream(batch, self.angles(batch["pos"]))
             x = nn.functional.embedding(batch["ids"], self._embedding.weight).detach().to(self._dtype)
+            # The layers write the adapter's gradients themselves, so the graph hangs on their input alone.
+            x.requires_grad_(any(f.requires_grad for m in self._members for f in m.factors or ()))
             for layer in self.layers:
                 x = layer(x, stream)
             hidden: Tensor = _LastNorm.apply(x.index_select(0, batch["predict"]), self._norm.weight, self._norm.variance_epsilon)

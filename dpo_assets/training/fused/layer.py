@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dpo_assets.training.fused import ops
 from dpo_assets.training.fused.attention import Attended, Heads, attend, attend_backward
@@ -56,18 +56,16 @@ class FusedLayer:
     eps: float
     heads: Heads
     recompute: bool = False
+    lowest: bool = False  # Nothing below it is trained.
 
     @property
     def groups(self) -> tuple[FrozenGroup, ...]:
         return (self.qkv, self.out, self.gate_up, self.down)
 
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        return [p for group in self.groups for p in group.parameters]
-
     def __call__(self, x: Tensor, stream: Stream) -> Tensor:
-        if torch.is_grad_enabled() and (x.requires_grad or self.parameters):
-            y: Tensor = _Layer.apply(x, self, stream, *self.parameters)
+        """x, y [T, hidden]. The adapter's gradients go straight to the parameters' `.grad`."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            y: Tensor = _Layer.apply(x, self, stream)
             return y
         kept = self.until_down(x, stream, differentiable=False)
         return self.down_projection(kept)[0]
@@ -94,10 +92,8 @@ class FusedLayer:
         y, thin = self.down.forward(buffer, residual=kept.middle)
         return y, thin.clone()
 
-    def backward(
-        self, dy: Tensor, x: Tensor, kept: _Kept, thin_down: Tensor, stream: Stream, needs_dx: bool
-    ) -> tuple[Tensor | None, list[Tensor]]:
-        """(gradient of x [T, hidden], gradients of `parameters`)."""
+    def backward(self, dy: Tensor, x: Tensor, kept: _Kept, thin_down: Tensor, stream: Stream) -> Tensor | None:
+        """Gradient of x [T, hidden]; the adapter's gradients are accumulated on the way."""
         tokens = len(x)
         # down
         grad = self.down.grad_buffer(tokens)
@@ -106,14 +102,14 @@ class FusedLayer:
         d_act = self.down.backward(grad)
         d_gate_up = self.gate_up.grad_buffer(tokens)
         ops.swiglu_backward(kept.gate_up, d_act, d_gate_up[:, : self.gate_up.outputs])
-        down_grads = self.down.factor_gradients(grad, d_act, thin_down)
+        self.down.accumulate(grad, d_act, thin_down)
         del grad, d_act
         # gate and up, second norm
         self.gate_up.complete(d_gate_up)
         d_normed = self.gate_up.backward(d_gate_up)
         normed = torch.empty_like(x)
         ops.rms_norm(kept.middle, self.norm2, self.eps, normed)
-        gate_up_grads = self.gate_up.factor_gradients(d_gate_up, normed, kept.thin_gate_up)
+        self.gate_up.accumulate(d_gate_up, normed, kept.thin_gate_up)
         del d_gate_up
         d_middle = self.out.grad_buffer(tokens)
         d_residual = d_middle[:, : self.out.outputs]
@@ -121,24 +117,23 @@ class FusedLayer:
         # attention
         self.out.complete(d_middle)
         d_attended = self.out.backward(d_middle)
-        out_grads = self.out.factor_gradients(d_middle, kept.attended.out, kept.thin_out)
+        self.out.accumulate(d_middle, kept.attended.out, kept.thin_out)
         d_qkv = self.qkv.grad_buffer(tokens)
         attend_backward(d_attended, kept.attended, self.heads, stream.angles, stream.batch, d_qkv[:, : self.qkv.outputs])
         del d_attended
         # q, k and v, first norm
         self.qkv.complete(d_qkv)
         ops.rms_norm(x, self.norm1, self.eps, normed)
-        qkv_grads = self.qkv.factor_gradients(d_qkv, normed, kept.thin_qkv)
-        dx = None
-        if needs_dx:  # Nothing below the first layer is trained.
-            d_normed = self.qkv.backward(d_qkv)
-            dx = ops.rms_norm_backward(d_normed, x, self.norm1, kept.rstd1, d_residual, normed)
-        return dx, [*qkv_grads, *out_grads, *gate_up_grads, *down_grads]
+        self.qkv.accumulate(d_qkv, normed, kept.thin_qkv)
+        if self.lowest:
+            return None
+        d_normed = self.qkv.backward(d_qkv)
+        return ops.rms_norm_backward(d_normed, x, self.norm1, kept.rstd1, d_residual, normed)
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: FusedLayer, stream: Stream, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: FusedLayer, stream: Stream) -> Tensor:
         kept = layer.until_down(x, stream, differentiable=not layer.recompute)
         y, thin_down = layer.down_projection(kept)
         ctx.layer, ctx.stream = layer, stream
@@ -146,10 +141,9 @@ class _Layer(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
         x, kept, thin_down = ctx.kept
         del ctx.kept  # Frees each layer's memory as soon as it is differentiated.
         if kept is None:
             kept = ctx.layer.until_down(x, ctx.stream, differentiable=True)
-        dx, gradients = ctx.layer.backward(grads[0], x, kept, thin_down, ctx.stream, ctx.needs_input_grad[0])
-        return dx, None, None, *gradients
+        return ctx.layer.backward(grads[0], x, kept, thin_down, ctx.stream), None, None

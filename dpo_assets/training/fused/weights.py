@@ -16,11 +16,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from dpo_assets.training.fp8 import Fp8Linear
 from dpo_assets.training.fused import ops
 from dpo_assets.training.fused.ops import kernels
 
@@ -86,10 +88,10 @@ def quantised_weight(linear: nn.Module) -> Quantised | None:
         case "Params4bit":
             return Nf4(weight.data, weight.quant_state, tuple(weight.quant_state.shape))
         case "Int8Params":
-            return RowScaled(weight.data, (weight.SCB / 127.0).float())
-    if weight.dtype == torch.float8_e4m3fn:
-        return RowScaled(weight.data, linear.weight_scale)  # type: ignore[arg-type]
-    return None
+            # bitsandbytes moves the scales from the weight into the layer's state at its first own forward.
+            scales = weight.SCB if weight.SCB is not None else linear.state.SCB  # type: ignore[union-attr]
+            return RowScaled(weight.data, (scales / 127.0).float())
+    return RowScaled(linear.codes, linear.weight_scale) if isinstance(linear, Fp8Linear) else None
 
 
 @dataclass
@@ -157,7 +159,7 @@ class FrozenGroup:
         self.inputs, self.outputs = int(shapes[0][1]), sum(self.widths)
         self.rank = math.ceil(sum(m.rank for m in members) / ALIGNMENT) * ALIGNMENT
         self._scratch, self._dtype = scratch, dtype
-        device = members[0].linear.weight.device
+        device: torch.device = members[0].linear.weight.device  # type: ignore[assignment]
         biases = [getattr(m.linear, "bias", None) for m in members]
         self.bias = None
         if any(b is not None for b in biases):
@@ -182,7 +184,7 @@ class FrozenGroup:
             self._a = self._matrix[self.outputs :, : self.inputs]
             self._b = self._matrix[: self.outputs, self.inputs :]
 
-    @property
+    @cached_property
     def parameters(self) -> list[nn.Parameter]:
         """A and B of each member that has them, in order."""
         return [factor for member in self.members for factor in member.factors or ()]
@@ -259,17 +261,31 @@ class FrozenGroup:
         """dx [T, in] of a complete gradient buffer."""
         return torch.mm(dy, self.matrix()[:, : self.inputs])
 
-    def factor_gradients(self, dy: Tensor, x: Tensor, thin: Tensor) -> list[Tensor]:
-        """fp32 gradients of `parameters`, from the complete gradient buffer, the input [T, in] and x A^T [T, R]."""
-        if not self.rank:
-            return []
-        d_a = ops.matmul_fp32(dy[:, self.outputs :].T, x)
-        d_b = ops.matmul_fp32(dy[:, : self.outputs].T, thin)
-        grads, row, column = [], 0, 0
+    def accumulate(self, dy: Tensor, x: Tensor, thin: Tensor) -> None:
+        """Adds the fp32 gradients of the factors to their `.grad`.
+
+        From the complete gradient buffer, the input [T, in] and x A^T [T, R]. Written where they belong and not handed
+        to autograd: a step has hundreds of small factors, and on a small model adding them up one by one takes longer
+        than the layers do.
+        """
+        if not self._trained():
+            return
+        fresh = self.parameters[0].grad is None
+        if fresh:
+            self._grad_a = torch.empty(self.rank, self.inputs, dtype=torch.float32, device=x.device)
+        ops.add_product(self._grad_a, dy[:, self.outputs :].T, x, fresh=fresh)
+        row = column = 0
         for member, width in zip(self.members, self.widths, strict=True):
             if member.factors is not None:
-                grads.append(d_a[column : column + member.rank])
-                grads.append(d_b[row : row + width, column : column + member.rank] * member.scale)
+                a, b = member.factors
+                ranks = slice(column, column + member.rank)
+                if fresh:
+                    a.grad, b.grad = self._grad_a[ranks], torch.empty_like(b)
+                assert b.grad is not None
+                part = dy[:, row : row + width].T
+                ops.add_product(b.grad, part, thin[:, ranks], fresh=fresh, scale=member.scale)
                 column += member.rank
             row += width
-        return grads
+
+    def _trained(self) -> bool:
+        return bool(self.rank) and self.parameters[0].requires_grad
