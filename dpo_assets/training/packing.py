@@ -97,6 +97,7 @@ def pack(groups: Sequence[Group]) -> PackedBatch:
         predict       [N]    stream index whose hidden state predicts a scored token
         target        [N]    that token
         owner         [N]    row it belongs to; rows are numbered group by group, completion by completion
+        lengths       [R]    scored tokens of each row
         shape         (R, W)
         logical       tokens of the rows without sharing
     Tables of padded rows, for attention without flash:
@@ -158,6 +159,7 @@ def pack(groups: Sequence[Group]) -> PackedBatch:
         [torch.from_numpy(np.concatenate(column)) for column in zip(*entries, strict=True)]
         for _, entries in sorted(shared.items())
     ]
+    batch["lengths"] = torch.tensor([len(c) for g in groups for c in g.completions])
     batch["shape"] = (row, width)
     batch["logical"] = sum(keys)
     batch["longest"] = (max(queries), max(keys))

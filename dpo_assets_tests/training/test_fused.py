@@ -47,7 +47,11 @@ MODELS = {
 }  # fmt: skip
 
 
-def with_lora(base: Any, targets: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), rank: int = 4) -> PeftModel:  # noqa: E501
+def with_lora(
+    base: Any,
+    targets: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    rank: int = 4,
+) -> PeftModel:  # noqa: E501
     config = LoraConfig(r=rank, lora_alpha=8, target_modules=list(targets), task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
     generator = torch.Generator().manual_seed(3)

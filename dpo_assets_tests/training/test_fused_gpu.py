@@ -42,7 +42,9 @@ def scores_and_gradients(model: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor
     model.zero_grad()
     batch = to_device(pack(groups()), "cuda")
     with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
-        logps = sequence_logps(score_tokens(model, batch, torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32)), batch)
+        logps = sequence_logps(
+            score_tokens(model, batch, torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32)), batch
+        )
     (-torch.nn.functional.logsigmoid(0.1 * logps.view(-1, 2).diff(dim=1))).mean().backward()
     gradient = torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
     return logps.detach(), gradient

@@ -50,7 +50,7 @@ def _why_not_plain_lora(module: nn.Module, adapter: str) -> str:
         return "an adapter with dropout"
     if lora.lora_bias.get(adapter, False):
         return "an adapter with a bias"
-    return "" if list(lora.active_adapters) == [adapter] else "another active adapter"
+    return "" if len(lora.active_adapters) == 1 else "several active adapters"
 
 
 def _projection(layer: Any, name: str) -> nn.Module:
@@ -92,12 +92,14 @@ class FusedDecoder:
             )
         self._groups = [group for layer in self.layers for group in layer.groups]
         self._members = [m for group in self._groups for m in group.members if m.factors is not None]
-        self._seen: tuple[int, ...] = ()
+        self._seen: tuple[Any, ...] = ()
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copies the adapter's fp32 factors into the matrices, when an optimizer or a switch has changed them."""
-        now = tuple(v for m in self._members for v in (*(f._version for f in m.factors or ()), m.switched_off))
+        """Copies the active adapter's fp32 factors into the matrices, when an optimizer or a switch changed them."""
+        now = tuple(
+            v for m in self._members for v in (m.switched_off, *((id(f), f._version) for f in m.factors or ()))
+        )
         if now == self._seen:
             return
         slots = [slot for group in self._groups for slot in group.slots()]

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -100,7 +99,12 @@ class Member:
 
     linear: nn.Module
     lora: Any = None  # PEFT's LoraLayer
-    adapter: str = "default"
+
+    @property
+    def adapter(self) -> str:
+        """The adapter that is active now: a policy and its frozen reference may share the base."""
+        active: str = self.lora.active_adapters[0]
+        return active
 
     @property
     def rank(self) -> int:
@@ -108,7 +112,7 @@ class Member:
 
     @property
     def factors(self) -> tuple[nn.Parameter, nn.Parameter] | None:
-        """A [r, in] and B [out, r]."""
+        """A [r, in] and B [out, r] of the active adapter."""
         if self.lora is None:
             return None
         return self.lora.lora_A[self.adapter].weight, self.lora.lora_B[self.adapter].weight
@@ -126,7 +130,7 @@ def member_of(module: nn.Module, adapter: str) -> Member:
     """A projection of a decoder layer, wrapped by PEFT or not."""
     if hasattr(module, "base_layer"):
         has = adapter in getattr(module, "lora_A", {})
-        return Member(module.base_layer, module if has else None, adapter)  # type: ignore[arg-type]
+        return Member(module.base_layer, module if has else None)  # type: ignore[arg-type]
     return Member(module)
 
 
@@ -184,9 +188,9 @@ class FrozenGroup:
             self._a = self._matrix[self.outputs :, : self.inputs]
             self._b = self._matrix[: self.outputs, self.inputs :]
 
-    @cached_property
+    @property
     def parameters(self) -> list[nn.Parameter]:
-        """A and B of each member that has them, in order."""
+        """A and B of each member that has them, in order, of the active adapter."""
         return [factor for member in self.members for factor in member.factors or ()]
 
     def slots(self) -> list[tuple[Tensor, Tensor, float]]:
@@ -268,9 +272,10 @@ class FrozenGroup:
         to autograd: a step has hundreds of small factors, and on a small model adding them up one by one takes longer
         than the layers do.
         """
-        if not self._trained():
+        parameters = self.parameters
+        if not parameters or not parameters[0].requires_grad:
             return
-        fresh = self.parameters[0].grad is None
+        fresh = parameters[0].grad is None
         if fresh:
             self._grad_a = torch.empty(self.rank, self.inputs, dtype=torch.float32, device=x.device)
         ops.add_product(self._grad_a, dy[:, self.outputs :].T, x, fresh=fresh)
@@ -286,6 +291,3 @@ class FrozenGroup:
                 ops.add_product(b.grad, part, thin[:, ranks], fresh=fresh, scale=member.scale)
                 column += member.rank
             row += width
-
-    def _trained(self) -> bool:
-        return bool(self.rank) and self.parameters[0].requires_grad
