@@ -1,16 +1,28 @@
-"""`dpo-assets`: the demo, and the recipe with all its defaults."""
+"""`dpo-assets`: the demo, the plan for any card, and the recipe with all its defaults."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from dpo_assets.errors import DpoAssetsError
-from dpo_assets.recipe import Recipe, Section
+from dpo_assets.recipe import (
+    DpoSection,
+    FeedbackSection,
+    HardwareSection,
+    LoraSection,
+    Recipe,
+    Section,
+    parse_recipe,
+)
 from dpo_assets.version import __version__
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 BREAK_NAMES = ("learning-rate", "beta", "reference", "data")
 PIPED_WIDTH = 140  # Columns where there is no terminal to ask.
@@ -28,10 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument(
         "--chat", action="store_true", help="with SmolLM2-135M-Instruct, a real assistant (make demo-chat)"
     )
+    _plan_arguments(
+        commands.add_parser("plan", help="what a run would do on a card: precision, kernels, memory, and why")
+    )
     commands.add_parser("recipe", help="print every field of a recipe with its default and meaning, as YAML")
     args = parser.parse_args(argv)
     try:
-        return _demo(args) if args.command == "demo" else _recipe()
+        return {"demo": _demo, "plan": _plan, "recipe": _recipe}[args.command](args)
     except DpoAssetsError as error:
         print(error, file=sys.stderr)
         return 1
@@ -39,17 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _demo(args: argparse.Namespace) -> int:
     # Imported here: `dpo-assets recipe` should not wait for Dagster.
-    from rich.console import Console
-
     from dpo_assets.demo.breaks import BREAKS
     from dpo_assets.demo.render import show_break, show_summary
     from dpo_assets.demo.run import prepare_home, run_job
     from dpo_assets.demo.summary import summarise
 
     # The bar goes to standard error, so that `--json` leaves standard output to the JSON.
-    console = Console(stderr=args.json)
-    if not console.is_terminal:
-        console = Console(stderr=args.json, width=PIPED_WIDTH)
+    console = _console(stderr=args.json)
     home = prepare_home()
     pipeline = "chat" if args.chat else "demo"
     fault = BREAKS[args.fault] if args.fault else None
@@ -64,7 +75,75 @@ def _demo(args: argparse.Namespace) -> int:
     return 0 if summary.holds else 1
 
 
-def _recipe() -> int:
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=PIPED_WIDTH)
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    choices = {name: get_args(HardwareSection.model_fields[name].annotation) for name in ("precision", "kernels")}
+    default = {
+        "max_length": FeedbackSection.model_fields["max_length"].default,
+        "batch_size": DpoSection.model_fields["batch_size"].default,
+        "rank": LoraSection.model_fields["rank"].default,
+    }
+    parser.add_argument(
+        "--gpu", required=True, metavar="NAME", help="a card such as t4, rtx4090, a100-80, h200; or cpu, this machine's"
+    )
+    parser.add_argument(
+        "--model", required=True, metavar="SIZE", help="a size such as 0.5b, 8b, 70b, or a local model folder"
+    )
+    parser.add_argument("--precision", choices=choices["precision"], default="auto", help="default: auto, with reason")
+    parser.add_argument("--kernels", choices=choices["kernels"], default="auto", help="who computes the layers")
+    parser.add_argument(
+        "--max-length", type=int, default=default["max_length"], help="tokens of prompt + answer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=default["batch_size"], help="pairs per optimizer step (default: %(default)s)"
+    )
+    parser.add_argument("--rank", type=int, default=default["rank"], help="LoRA rank (default: %(default)s)")
+    parser.add_argument("--memory-gib", type=float, help="plan with less memory than the card has")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+
+
+def _plan(args: argparse.Namespace) -> int:
+    """Exit status 0 for a plan that fits, 1 for one that does not; neither Dagster nor torch is imported."""
+    from dpo_assets.planning.cards import device_of
+    from dpo_assets.planning.describe import plan_json, plan_rows, supposed_pairs
+    from dpo_assets.planning.plan import make_plan
+    from dpo_assets.planning.sizes import find_model
+
+    hardware = {"precision": args.precision, "kernels": args.kernels, "memory_gib": args.memory_gib}
+    recipe = parse_recipe(
+        {
+            "base_model": {"source": "builtin:stories260k"},
+            "feedback": {"sources": [{"path": "builtin:oasst"}], "max_length": args.max_length},
+            "lora": {"rank": args.rank},
+            "dpo": {"batch_size": args.batch_size},
+            "hardware": hardware,
+        }
+    )
+    size = find_model(args.model)
+    gpu, device = device_of(args.gpu)
+    plan = make_plan(recipe, size.shape, supposed_pairs(recipe.feedback.max_length), device)
+    if args.json:
+        print(json.dumps(plan_json(plan, size, gpu), indent=1))
+    else:
+        from rich.table import Table
+        from rich.text import Text
+
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="bold", no_wrap=True)
+        grid.add_column()
+        for label, sentence in plan_rows(plan, size, device):
+            grid.add_row(label, Text(sentence))
+        _console().print(grid)
+    return 0 if plan.fits else 1
+
+
+def _recipe(_: argparse.Namespace) -> int:
     print("# Every field of a DpoPipeline. Values are defaults; `...` must be given.")
     print("type: dpo_assets.DpoPipeline\n\nattributes:\n  name: ... # Prefix of every asset, job, schedule and sensor.")
     for line in recipe_lines(Recipe):

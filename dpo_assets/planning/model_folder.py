@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ import yaml
 from pydantic import ValidationError
 
 from dpo_assets.errors import ConfigError
-from dpo_assets.planning.plan import ModelShape
+from dpo_assets.planning.shape import ModelShape
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 # What a release or a run needs of a model folder; nothing else is fetched or copied.
 KEPT = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*")
+# Architectures whose decoder layers the fused kernels compute.
+FUSED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,10 @@ def inspect_model(folder: Path) -> ModelFolder:
     safetensors = tuple(sorted(p.name for p in folder.glob("*.safetensors")))
     pickled = tuple(sorted(p.name for pattern in PICKLED for p in folder.glob(pattern)))
     text = config.get("text_config") or config
+    architecture = ", ".join(config.get("architectures") or ["unknown"])
     weights = sum(count_parameters(folder / name) for name in safetensors)
     try:
+        heads = text.get("num_attention_heads") or 0
         shape = ModelShape(
             parameters=weights,
             layers=text["num_hidden_layers"],
@@ -55,6 +60,13 @@ def inspect_model(folder: Path) -> ModelFolder:
             intermediate=text.get("intermediate_size") or 4 * text["hidden_size"],
             vocabulary=text["vocab_size"],
             context=text.get("max_position_embeddings") or 2**20,
+            heads=heads,
+            kv_heads=text.get("num_key_value_heads") or heads,
+            head_dim=text.get("head_dim") or (text["hidden_size"] // heads if heads else 0),
+            tied=text.get("tie_word_embeddings", config.get("tie_word_embeddings")) or False,
+            architecture=architecture,
+            fusable=bool(heads) and _fusable(architecture, text),
+            sliding_window=text.get("sliding_window") if text.get("use_sliding_window", True) else None,
         )
     except KeyError as error:
         raise ConfigError(
@@ -65,13 +77,20 @@ def inspect_model(folder: Path) -> ModelFolder:
     eos = tokenizer.get("eos_token")
     return ModelFolder(
         shape=shape,
-        architecture=", ".join(config.get("architectures") or ["unknown"]),
+        architecture=architecture,
         safetensors=safetensors,
         pickled=pickled,
         licence=card_licence(folder / "README.md"),
         has_chat_template=bool(tokenizer.get("chat_template")) or (folder / "chat_template.jinja").is_file(),
         eos_token=eos.get("content") if isinstance(eos, dict) else eos,
     )
+
+
+def _fusable(architecture: str, config: Mapping[str, Any]) -> bool:
+    """Whether the fused kernels compute this architecture as configured: SiLU, and no bias but that of q, k and v."""
+    plain = config.get("hidden_act", "silu") in ("silu", "swish") and not config.get("mlp_bias")
+    # Llama's attention_bias also gives o_proj a bias; Qwen2 has q, k and v biases of its own and no such key.
+    return architecture in FUSED_ARCHITECTURES and plain and not config.get("attention_bias")
 
 
 def count_parameters(path: Path) -> int:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from dpo_assets.errors import ConfigError
 
 Precision = Literal["4bit", "8bit", "fp8", "bf16", "fp16", "fp32"]
-BYTES_PER_WEIGHT: dict[Precision, float] = {"fp32": 4, "bf16": 2, "fp16": 2, "8bit": 1.1, "fp8": 1.1, "4bit": 0.7}
-AMPERE, HOPPER = (8, 0), (9, 0)
+# Least CUDA capability of each precision. bf16: Ampere. fp8: hardware conversion from e4m3, which Ada (8.9) brought;
+# weights are stored in it and computed with in 16 bit. int8 and NF4: bitsandbytes' installation guide.
+NEEDED_CAPABILITY: dict[Precision, tuple[int, int]] = {
+    "4bit": (6, 0), "8bit": (7, 5), "fp8": (8, 9), "bf16": (8, 0), "fp16": (0, 0), "fp32": (0, 0),
+}  # fmt: skip
+AMPERE = NEEDED_CAPABILITY["bf16"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,27 @@ class Device:
     memory_gib: float
     capability: tuple[int, int] | None = None
 
+    @property
+    def half(self) -> Literal["bf16", "fp16"]:
+        """The 16-bit format that this GPU computes in."""
+        return "bf16" if (self.capability or (0, 0)) >= AMPERE else "fp16"
+
+    def supports(self, precision: Precision) -> bool:
+        if self.kind == "cpu":
+            return precision == "fp32"
+        return (self.capability or (0, 0)) >= NEEDED_CAPABILITY[precision]
+
+
+class Fitted(Protocol):
+    """What the choice asks of a memory estimate (`memory.MemoryFit`)."""
+
+    @property
+    def fits(self) -> bool: ...
+    @property
+    def peak_gib(self) -> float: ...
+    @property
+    def recomputed_layers(self) -> int: ...
+
 
 @dataclass(frozen=True)
 class PrecisionChoice:
@@ -30,47 +56,61 @@ class PrecisionChoice:
     reason: str
 
 
-def weights_gib(parameters: int, precision: Precision) -> float:
-    """Memory of the base weights. 4-bit counts NF4 blocks, their scales and the 16-bit embeddings."""
-    return parameters * BYTES_PER_WEIGHT[precision] / 2**30
-
-
-def choose_precision(device: Device, parameters: int, requested: Precision | Literal["auto"]) -> PrecisionChoice:
+def choose_precision(
+    device: Device, requested: Precision | Literal["auto"], fitted: Callable[[Precision], Fitted]
+) -> PrecisionChoice:
     """The fewest compromises that fit; a user's choice wins where the device can follow it.
+
+    Computing layers again in the backward pass costs time and no quality, so it comes before quantised weights.
+
+    Args:
+        fitted: the memory estimate of a precision on this device.
 
     Raises:
         ConfigError: when the requested precision cannot run on this device, with the nearest one that can.
     """
     if requested != "auto":
-        _refuse_impossible(device, requested)
+        refuse_impossible(device, requested)
         return PrecisionChoice(requested, f"{requested}: chosen in the recipe")
     if device.kind == "cpu":
         return PrecisionChoice("fp32", "fp32: a CPU has no fast 16-bit training, and fp32 needs no loss scaling")
-    name, capability = device.name, device.capability or (0, 0)
-    half: Precision = "bf16" if capability >= AMPERE else "fp16"
-    # A 16-bit run wants room for activations beside the weights: half the card is where packing still pays.
-    if weights_gib(parameters, half) <= 0.55 * device.memory_gib:
-        need = f"the weights need {weights_gib(parameters, half):.1f} of {device.memory_gib:.0f} GiB"
+    half, name, memory = device.half, device.name, f"{device.memory_gib:.1f} GiB"
+    plain = fitted(half)
+    if plain.fits:
+        recomputed = "" if not plain.recomputed_layers else f", {plain.recomputed_layers} layers computed twice"
+        need = f"{plain.peak_gib:.1f} of {memory} at the peak{recomputed}"
         if half == "bf16":
             return PrecisionChoice("bf16", f"bf16: {name} supports it and it fits ({need})")
         return PrecisionChoice("fp16", f"fp16 with loss scaling: {name} is older than Ampere, so no bf16 ({need})")
-    return PrecisionChoice(
-        "4bit",
-        f"4bit: {half} weights need {weights_gib(parameters, half):.1f} GiB, too much beside activations on the "
-        f"{device.memory_gib:.0f} GiB of {name}",
-    )
+    if not device.supports("4bit"):
+        return PrecisionChoice(half, f"{half}: it does not fit, and {name} is too old for 4-bit weights")
+    why = f"{half} needs {plain.peak_gib:.1f} GiB at least, more than a run can plan with on the {memory} of {name}"
+    small = fitted("4bit")
+    if small.fits:
+        return PrecisionChoice("4bit", f"4bit: {why}; in 4 bit the peak is {small.peak_gib:.1f} GiB")
+    return PrecisionChoice("4bit", f"4bit: {why}; even 4 bit needs {small.peak_gib:.1f} GiB")
 
 
-def _refuse_impossible(device: Device, requested: Precision) -> None:
-    if device.kind == "cpu" and requested != "fp32":
+def refuse_impossible(device: Device, requested: Precision) -> None:
+    """Raises:
+    ConfigError: when the device cannot train in `requested`, with the nearest precision that it can.
+    """
+    if device.supports(requested):
+        return
+    if device.kind == "cpu":
         raise ConfigError(f"hardware.precision `{requested}` needs a GPU; on this CPU use `fp32` or `auto`.")
-    capability = device.capability or (0, 0)
-    if requested == "bf16" and device.kind == "cuda" and capability < AMPERE:
-        raise ConfigError(
-            f"{device.name} (capability {capability[0]}.{capability[1]}) has no bf16; use `fp16` or `auto`."
-        )
-    if requested == "fp8" and capability < HOPPER:
-        raise ConfigError(
-            f"fp8 needs capability 9.0 (Unsloth 2026.10.9); {device.name} has {capability[0]}.{capability[1]}. "
-            f"Use `{'bf16' if capability >= AMPERE else 'fp16'}`, or `4bit` to save memory."
-        )
+    who = f"{device.name} (capability {_dotted(device.capability or (0, 0))})"
+    if requested == "bf16":
+        raise ConfigError(f"{who} has no bf16; use `fp16` or `auto`.")
+    needs = f"hardware.precision `{requested}` needs capability {_dotted(NEEDED_CAPABILITY[requested])}"
+    # 8-bit integers take the memory of fp8; where the card has neither, 4 bit or the plain 16-bit format.
+    nearest = next((p for p in _NEAREST[requested] if device.supports(p)), device.half)
+    plain = "" if nearest == device.half else f", or `{device.half}` where memory allows"
+    raise ConfigError(f"{needs}; {who} lacks it. Use `{nearest}`{plain}.")
+
+
+_NEAREST: dict[Precision, tuple[Precision, ...]] = {"fp8": ("8bit", "4bit"), "8bit": ("4bit",), "4bit": ()}
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"

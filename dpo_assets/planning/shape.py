@@ -24,3 +24,9 @@ class ModelShape(BaseModel):
     head_dim: int = 0
     tied: bool = False
     architecture: str = ""
+    fusable: bool = False  # Whether the fused kernels compute this architecture as it is configured.
+    sliding_window: int | None = None  # Tokens that attention looks back; None: all.
+
+    def fused_at(self, max_length: int) -> bool:
+        """Whether the fused kernels serve rows of `max_length` tokens: they attend to the whole row."""
+        return self.fusable and (self.sliding_window is None or self.sliding_window >= max_length)

@@ -6,7 +6,11 @@ import dagster as dg
 from pydantic import Field
 
 from dpo_assets.errors import ConfigError
+from dpo_assets.planning.cards import this_cpu
 from dpo_assets.planning.precision import Device
+
+# Free memory in steps of this size: what other programs take changes by the second, and plans must repeat.
+STEP_GIB = 0.25
 
 
 class GpuResource(dg.ConfigurableResource):  # type: ignore[type-arg]
@@ -22,13 +26,13 @@ class GpuResource(dg.ConfigurableResource):  # type: ignore[type-arg]
             ConfigError: when a GPU was asked for and none answers.
         """
         if self.device == "cpu":
-            return cpu()
+            return this_cpu()
         found = self._gpu()
         if found is not None:
             return found
         if self.device == "cuda":
             raise ConfigError("hardware.device is `cuda`, and NVML finds no NVIDIA GPU here; use `auto` or `cpu`.")
-        return cpu()
+        return this_cpu()
 
     def _gpu(self) -> Device | None:
         import pynvml
@@ -44,13 +48,7 @@ class GpuResource(dg.ConfigurableResource):  # type: ignore[type-arg]
             capability = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
             memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
             name = pynvml.nvmlDeviceGetName(handle)
-            return Device("cuda", str(name), float(int(memory.free) // 2**30), (int(capability[0]), int(capability[1])))
+            free = int(memory.free) / 2**30 // STEP_GIB * STEP_GIB
+            return Device("cuda", str(name), free, (int(capability[0]), int(capability[1])))
         finally:
             pynvml.nvmlShutdown()
-
-
-def cpu() -> Device:
-    """This machine's CPU with all its memory: what is free changes by the second, and plans must repeat."""
-    import psutil
-
-    return Device("cpu", "CPU", float(int(psutil.virtual_memory().total / 2**30)))

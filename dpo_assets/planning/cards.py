@@ -1,0 +1,111 @@
+"""GPUs by the names people use, so that a plan can be asked for without having the card.
+
+Memory is what CUDA reports as the total, which is what a run can plan with: less than the figure on the box by what
+firmware and error correction take (T4 14.56, RTX 4090 23.5 to 23.7, RTX 5090 31.37, A100 39.4 and 79.2, L40S 44.4,
+H100 79.1 GiB in out-of-memory messages of such cards). Capabilities are NVIDIA's.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from typing import get_args
+
+from dpo_assets.errors import ConfigError
+from dpo_assets.planning.precision import Device, Precision
+
+CPU = "cpu"
+
+
+@dataclass(frozen=True)
+class Card:
+    """One model of GPU.
+
+    Attributes:
+        key: the name it is asked by.
+        memory_gib: memory that CUDA reports, in GiB.
+    """
+
+    key: str
+    name: str
+    memory_gib: float
+    capability: tuple[int, int]
+
+    def device(self) -> Device:
+        return Device("cuda", self.name, self.memory_gib, self.capability)
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """Precisions that it can train in."""
+        return tuple(p for p in get_args(Precision) if self.device().supports(p))
+
+
+CARDS: tuple[Card, ...] = (
+    Card("v100-16", "Tesla V100 16 GB", 15.7, (7, 0)),
+    Card("v100-32", "Tesla V100 32 GB", 31.7, (7, 0)),
+    Card("t4", "Tesla T4", 14.5, (7, 5)),
+    Card("rtx2080ti", "GeForce RTX 2080 Ti", 10.7, (7, 5)),
+    Card("a100-40", "A100 40 GB", 39.4, (8, 0)),
+    Card("a100-80", "A100 80 GB", 79.2, (8, 0)),
+    Card("a10g", "A10G", 22.0, (8, 6)),
+    Card("a6000", "RTX A6000", 47.4, (8, 6)),
+    Card("rtx3060", "GeForce RTX 3060 12 GB", 11.7, (8, 6)),
+    Card("rtx3090", "GeForce RTX 3090", 23.6, (8, 6)),
+    Card("l4", "L4", 22.0, (8, 9)),
+    Card("l40s", "L40S", 44.4, (8, 9)),
+    Card("rtx4070", "GeForce RTX 4070", 11.7, (8, 9)),
+    Card("rtx4080", "GeForce RTX 4080", 15.6, (8, 9)),
+    Card("rtx4090", "GeForce RTX 4090", 23.5, (8, 9)),
+    Card("rtx6000ada", "RTX 6000 Ada", 47.4, (8, 9)),
+    Card("h100", "H100 80 GB", 79.1, (9, 0)),
+    Card("h100-nvl", "H100 NVL 94 GB", 93.0, (9, 0)),
+    Card("gh200", "GH200 96 GB", 94.5, (9, 0)),
+    Card("h200", "H200", 139.7, (9, 0)),
+    Card("b200", "B200", 178.3, (10, 0)),
+    Card("rtx5080", "GeForce RTX 5080", 15.4, (12, 0)),
+    Card("rtx5090", "GeForce RTX 5090", 31.3, (12, 0)),
+    Card("rtxpro6000", "RTX PRO 6000 Blackwell", 94.9, (12, 0)),
+)
+_BY_NAME = {re.sub(r"[^a-z0-9]", "", card.key): card for card in CARDS}
+# Words that people and drivers put around the name.
+_DECORATION = re.compile(r"nvidia|geforce|tesla|sxm\d?|pcie|hbm\d?e?|gib|gb|[^a-z0-9]")
+
+
+def find_card(name: str) -> Card:
+    """The card of a name such as `rtx4090`, `RTX 4090`, `4090` or `NVIDIA A100-SXM4-80GB`.
+
+    Raises:
+        ConfigError: for a name that more than one card answers to, or none; both list what would do.
+    """
+    plain = _DECORATION.sub("", name.lower())
+    plain = re.sub(r"ti(super)?$", "ti", plain)
+    found = _BY_NAME.get(plain) or _BY_NAME.get(f"rtx{plain}")
+    if found is not None:
+        return found
+    sizes = [card.key for card in CARDS if card.key.partition("-")[0] == plain]
+    if sizes:
+        raise ConfigError(f"`{name}` comes in more than one size; say which: {' or '.join(f'`{k}`' for k in sizes)}.")
+    near = difflib.get_close_matches(plain, _BY_NAME, n=3, cutoff=0.6)
+    hint = f"did you mean {' or '.join(f'`{_BY_NAME[k].key}`' for k in near)}? " if near else ""
+    known = ", ".join(card.key for card in CARDS)
+    raise ConfigError(f"there is no card `{name}` in the catalogue; {hint}Known: {CPU}, {known}.")
+
+
+def this_cpu() -> Device:
+    """This machine's CPU with all its memory: what is free changes by the second, and plans must repeat."""
+    import psutil
+
+    return Device("cpu", "CPU", float(int(psutil.virtual_memory().total / 2**30)))
+
+
+def device_of(name: str) -> tuple[str, Device]:
+    """Catalogue key and device of a name; `cpu` is this machine's.
+
+    Raises:
+        ConfigError: for a name that is not in the catalogue.
+    """
+    if name.strip().lower() == CPU:
+        return CPU, this_cpu()
+    card = find_card(name)
+    return card.key, card.device()

@@ -1,0 +1,133 @@
+"""The catalogues: cards by the names people use, models by their size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpo_assets.errors import ConfigError
+from dpo_assets.planning.cards import CARDS, device_of, find_card
+from dpo_assets.planning.memory import linear_shapes
+from dpo_assets.planning.sizes import SIZES, Size, find_model
+from dpo_assets_tests.pipelines import STORIES
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("t4", "t4"),
+        ("Tesla T4", "t4"),
+        ("NVIDIA L4", "l4"),
+        ("l40s", "l40s"),
+        ("3090", "rtx3090"),
+        ("RTX 4090", "rtx4090"),
+        ("rtx-4090", "rtx4090"),
+        ("NVIDIA GeForce RTX 5090", "rtx5090"),
+        ("GeForce RTX 2080 Ti", "rtx2080ti"),
+        ("A100-40", "a100-40"),
+        ("a100_80gb", "a100-80"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40"),
+        ("NVIDIA H200", "h200"),
+        ("B200", "b200"),
+        ("h100", "h100"),
+        ("V100 32GB", "v100-32"),
+    ],
+)
+def test_a_card_answers_to_the_names_of_people_and_of_drivers(name: str, key: str) -> None:
+    assert find_card(name).key == key
+
+
+def test_every_card_answers_to_its_key_and_its_name() -> None:
+    for card in CARDS:
+        assert find_card(card.key) is card
+        assert find_card(card.key.upper().replace("-", " ")) is card
+    assert len({card.key for card in CARDS}) == len(CARDS)
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("a100", "`a100-40` or `a100-80`"), ("V100", "`v100-16` or `v100-32`")])
+def test_a_name_of_two_sizes_is_refused_with_both(name: str, sizes: str) -> None:
+    with pytest.raises(ConfigError, match="more than one size") as refused:
+        find_card(name)
+    assert sizes in str(refused.value)
+
+
+@pytest.mark.parametrize(("name", "near"), [("h1000", "`h100`"), ("rtx4900", "`rtx4090`"), ("a10", "`a10g`")])
+def test_an_unknown_card_is_refused_with_near_names_and_the_list(name: str, near: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        find_card(name)
+    assert near in str(refused.value).partition("Known:")[0]
+    assert "Known: cpu, v100-16" in str(refused.value)
+
+
+@given(name=st.text(max_size=12))
+def test_any_other_text_is_refused_as_a_config_error(name: str) -> None:
+    known = {card.key for card in CARDS}
+    try:
+        key = find_card(name).key
+    except ConfigError as error:
+        key = next(iter(known)) if any(k in str(error) for k in known) else ""
+    assert key in known
+
+
+@pytest.mark.parametrize(
+    ("key", "lacks"),
+    [
+        ("v100-16", {"8bit", "fp8", "bf16"}),
+        ("t4", {"fp8", "bf16"}),
+        ("a100-40", {"fp8"}),
+        ("l4", set()),
+        ("b200", set()),
+    ],
+)
+def test_a_card_tells_what_it_trains_in(key: str, lacks: set[str]) -> None:
+    assert {"4bit", "8bit", "fp8", "bf16", "fp16", "fp32"} - set(find_card(key).precisions) == lacks
+
+
+def test_a_card_has_less_memory_than_its_box_says() -> None:
+    for key, box in {"t4": 16, "l4": 24, "rtx4090": 24, "a100-80": 80, "h200": 141, "b200": 192}.items():
+        assert 0.88 * box < find_card(key).memory_gib < box
+
+
+def test_the_cpu_is_this_machine() -> None:
+    key, device = device_of("CPU")
+    assert (key, device.kind, device.capability) == ("cpu", "cpu", None)
+    assert 0 <= psutil.virtual_memory().total / 2**30 - device.memory_gib < 1
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: size.key)
+def test_the_parameters_of_a_size_are_those_of_its_shape(size: Size) -> None:
+    shape = size.shape
+    layer = sum(rows * columns for rows, columns in linear_shapes(shape).values()) + 2 * shape.hidden
+    if shape.architecture == "Qwen2ForCausalLM":  # Biases of q, k and v.
+        layer += (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    embeddings = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
+    assert shape.parameters == shape.layers * layer + embeddings + shape.hidden
+
+
+@pytest.mark.parametrize(("name", "key"), [("8b", "8b"), ("8B", "8b"), (" 0.5b ", "0.5b"), ("135M", "135m")])
+def test_a_size_is_found_however_it_is_written(name: str, key: str) -> None:
+    assert find_model(name).key == key
+
+
+def test_a_local_folder_is_planned_for_with_its_own_shape() -> None:
+    size = find_model(str(STORIES))
+    assert (size.key, size.shape.layers, size.shape.hidden) == (str(STORIES), 5, 64)
+
+
+@pytest.mark.parametrize(("name", "near"), [("9b", "`8b`"), ("65b", "`70b`"), ("0.6b", "`0.5b`"), ("500m", "`0.5b`")])
+def test_an_unknown_size_is_refused_with_the_nearest(name: str, near: str) -> None:
+    with pytest.raises(ConfigError, match="neither a size nor a local model folder") as refused:
+        find_model(name)
+    assert f"did you mean {near}?" in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["meta-llama/Llama-3.1-8B", "b", "-3b", "nanb", "infb", "?"])
+def test_what_is_no_size_is_refused_with_the_list(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"Sizes: 135m, 0\.5b"):
+        find_model(name)

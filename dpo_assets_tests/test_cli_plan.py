@@ -1,0 +1,144 @@
+"""`dpo-assets plan`: the decision for a card that is not there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_assets.cli import main
+from dpo_assets.planning.cards import CARDS
+from dpo_assets.planning.sizes import SIZES
+from dpo_assets_tests.pipelines import STORIES
+
+PROBE = """
+import json, sys
+from dpo_assets.cli import main
+main(sys.argv[1:])
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+
+
+def plan_json(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0) -> dict[str, Any]:
+    assert main(["plan", *arguments, "--json"]) == status
+    said = capsys.readouterr()
+    assert said.err == ""
+    found: dict[str, Any] = json.loads(said.out)
+    return found
+
+
+def test_a_plan_holds_every_part_of_the_decision(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = plan_json(capsys, "--gpu", "rtx4090", "--model", "8b")
+    assert (plan["gpu"], plan["device_name"], plan["model"]) == ("rtx4090", "GeForce RTX 4090", "8b")
+    assert (plan["precision"], plan["kernels"], plan["fits"]) == ("bf16", "fused", True)
+    assert plan["reason"].startswith("bf16: ")
+    assert plan["memory_gib"] == pytest.approx(sum(plan["memory_parts"].values()), abs=0.02)
+    assert plan["memory_gib"] <= plan["memory_available_gib"] == 23.5
+    assert plan["token_budget"] >= plan["longest_pair"] == 2048
+    assert 0 <= plan["recomputed_layers"] <= plan["layers"] == 32
+    assert plan["gradient_checkpointing"] is (plan["recomputed_layers"] > 0)
+    assert (plan["max_length"], plan["batch_size"], plan["rank"], plan["would_fit"]) == (1024, 16, 16, [])
+
+
+def test_options_change_what_is_planned_for(capsys: pytest.CaptureFixture[str]) -> None:
+    usual = plan_json(capsys, "--gpu", "h200", "--model", "8b")
+    options = ("--max-length", "512", "--batch-size", "4", "--rank", "64", "--precision", "4bit", "--memory-gib", "40")
+    plan = plan_json(capsys, "--gpu", "h200", "--model", "8b", *options)
+    assert (plan["max_length"], plan["batch_size"], plan["rank"], plan["precision"]) == (512, 4, 64, "4bit")
+    assert (plan["longest_pair"], plan["memory_available_gib"]) == (1024, 40.0)
+    assert plan["memory_parts"]["adapter and optimizer"] == pytest.approx(
+        4 * usual["memory_parts"]["adapter and optimizer"], rel=0.01
+    )
+    assert plan["memory_parts"]["weights"] < usual["memory_parts"]["weights"] / 2
+
+
+def test_other_kernels_can_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = plan_json(capsys, "--gpu", "h200", "--model", "1b", "--kernels", "transformers")
+    assert plan["kernels"] == "transformers"
+
+
+def test_a_plan_that_does_not_fit_exits_1_and_says_what_would(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = plan_json(capsys, "--gpu", "h200", "--model", "70b", "--precision", "bf16", status=1)
+    assert plan["fits"] is False
+    assert [said.split(" (")[0] for said in plan["would_fit"]] == [
+        "set hardware.precision to `8bit`",
+        "use a B200",
+    ]
+
+
+def test_the_table_says_in_words_what_the_json_says_in_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--gpu", "t4", "--model", "70b"]) == 1
+    table = " ".join(capsys.readouterr().out.split())
+    for said in (
+        "model 70b (shape of Llama-3.1-70B): 70.55 billion parameters, 80 layers",
+        "device Tesla T4: 14.5 GiB, compute capability 7.5",
+        "precision 4bit: fp16 needs",
+        "kernels fused: this project's own layers",
+        "80 of 80 layers are computed again in the backward pass",
+        "fits no would fit use a",
+        "planned for pairs of at most 2,048 tokens, 1,024 on average",
+    ):
+        assert said in table
+
+
+def test_a_local_folder_is_planned_for_on_this_machines_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = plan_json(capsys, "--gpu", "cpu", "--model", str(STORIES), "--max-length", "128")
+    assert (plan["gpu"], plan["precision"], plan["layers"]) == ("cpu", "fp32", 5)
+    assert plan["model"] == str(STORIES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--gpu", "a100", "--model", "8b"), "say which: `a100-40` or `a100-80`"),
+        (("--gpu", "rtx4900", "--model", "8b"), "did you mean `rtx4090`"),
+        (("--gpu", "t4", "--model", "9b"), "did you mean `8b`?"),
+        (("--gpu", "t4", "--model", "8b", "--precision", "bf16"), "has no bf16; use `fp16`"),
+        (("--gpu", "rtx3090", "--model", "8b", "--precision", "fp8"), "Use `8bit`, or `bf16` where memory allows"),
+        (("--gpu", "cpu", "--model", "8b", "--precision", "4bit"), "needs a GPU; on this CPU use `fp32`"),
+        (("--gpu", "t4", "--model", "8b", "--batch-size", "0"), "dpo.batch_size"),
+        (("--gpu", "t4", "--model", "8b", "--max-length", "3"), "feedback.max_length"),
+        (("--gpu", "t4", "--model", "8b", "--rank", "-1"), "lora.rank"),
+        (("--gpu", "t4", "--model", "8b", "--memory-gib", "0"), "hardware.memory_gib"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_way_out(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    assert main(["plan", *arguments, "--json"]) == 1
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.out == ""
+
+
+@pytest.mark.parametrize("arguments", [("--gpu", "t4"), ("--model", "8b"), ("--gpu", "t4", "--model", "8b", "--x")])
+def test_wrong_usage_exits_2(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", *arguments])
+    assert ended.value.code == 2
+    assert "usage: dpo-assets" in capsys.readouterr().err
+
+
+def test_every_card_has_a_plan_for_every_size_and_a_way_out_where_it_does_not_fit(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for card in CARDS[::5]:
+        for size in SIZES[::2]:
+            arguments = ["plan", "--gpu", card.key, "--model", size.key, "--json"]
+            status = main(arguments)
+            plan = json.loads(capsys.readouterr().out)
+            assert status == (0 if plan["fits"] else 1)
+            assert plan["fits"] or plan["would_fit"], (card.key, size.key)
+            assert plan["precision"] in card.precisions
+
+
+def test_a_plan_is_made_without_dagster_and_without_torch(tmp_path: Path) -> None:
+    line = [sys.executable, "-c", PROBE, "plan", "--gpu", "l4", "--model", str(STORIES)]
+    done = subprocess.run(line, capture_output=True, text=True, check=True, cwd=tmp_path)
+    imported = set(json.loads(done.stdout.splitlines()[-1]))
+    assert "dpo_assets" in imported
+    assert not imported & {"dagster", "dagster_pipes", "torch", "transformers", "peft", "trl", "polars", "pandera"}
