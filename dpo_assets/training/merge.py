@@ -2,55 +2,151 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import time
 from functools import partial
+from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 
 from dpo_assets.artifact import VOLATILE, write_json
-from dpo_assets.contract import MergeSpec
+from dpo_assets.contract import MergeSpec, Progress
+from dpo_assets.errors import GateError
+from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.data import dpo_group, load_split
 from dpo_assets.training.loading import attach_adapter, autocast_of, load_base, load_tokenizer
 from dpo_assets.training.logprobs import assert_packing_is_exact, score_groups
+from dpo_assets.training.merging import NotStreamable, plan_merge, stream_merge
+from dpo_assets.training.packing import Group
 from dpo_assets.training.reporting import Reporter
+
+QUANTISED = ("4bit", "8bit", "fp8")
+GENERATION = "generation_config.json"
 
 
 def run(spec: MergeSpec, reporter: Reporter) -> None:
-    """Writes `model/` (weights, tokenizer) and `report.json`."""
-    plan = spec.plan
+    """Writes `model/` (weights, tokenizer) and `report.json`.
+
+    Raises:
+        GateError: when a weight is not finite; named by the tensor.
+        ConfigError: when base or adapter cannot be read.
+    """
     started = time.perf_counter()
     # The merge never goes through a quantised base: 4-bit weights would be rounded into the release.
-    precise = plan.model_copy(update={"precision": "bf16"}) if plan.precision in ("4bit", "8bit") else plan
-    model = attach_adapter(load_base(spec.base_model, precise), precise, spec.adapter, seed=0, dropout=0.0).eval()
+    quantised = spec.plan.precision in QUANTISED
+    plan = spec.plan.model_copy(update={"precision": "bf16"}) if quantised else spec.plan
+    folder = spec.output_dir / "model"
+    folder.mkdir()
+
+    def on_file(done: int, total: int) -> None:
+        reporter.log(Progress(stage="merge", done=done, total=total, note="files").line())
+
+    try:
+        merge = plan_merge(spec.base_model, spec.adapter)
+    except NotStreamable as why:
+        reporter.log(f"merge: {why}, so PEFT merges it with the whole model in memory")
+        method = "peft"
+        merge_in_memory(spec, plan, folder)
+    else:
+        method = "streamed"
+        stream_merge(merge, folder, on_file=on_file)
+        config = json.loads((spec.base_model / "config.json").read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)  # Where the base once lay on someone's machine.
+        write_json(folder / "config.json", config)
+    _write_tokenizer(spec.base_model, folder)
+
     held_out = load_split(spec.dataset, "eval")
     to_group = partial(dpo_group, max_length=plan.max_length)
     groups = [to_group(row) for row in held_out.select(range(min(spec.probe_pairs, len(held_out))))]
-    with autocast_of(precise):
-        assert_packing_is_exact(model, max(groups, key=lambda group: group.longest_row))
-        by_adapter, lengths = score_groups(model, groups, plan.token_budget)
-    merged = model.merge_and_unload(safe_merge=True)
-    with autocast_of(precise):
-        by_merged, _ = score_groups(merged, groups, plan.token_budget)
+    by_adapter, lengths = _scores_by_adapter(spec, plan, groups)
+    by_merged, parameters = _scores_by_merged(folder, plan, groups)
     differences = [abs(a - b) / max(1, n) for a, b, n in zip(by_adapter, by_merged, lengths, strict=True)]
-    finite = all(bool(torch.isfinite(tensor).all()) for tensor in merged.state_dict().values())
-
-    merged.set_attn_implementation("sdpa")  # The packed attention is ours; a release must load anywhere.
-    folder = spec.output_dir / "model"
-    tokenizer = load_tokenizer(spec.base_model)
-    # Whoever generates with the release by its own defaults must stop where the policy was taught to stop.
-    given = merged.generation_config.eos_token_id
-    ends = given if isinstance(given, list) else [] if given is None else [given]
-    merged.generation_config.eos_token_id = sorted({tokenizer.eos_token_id, *ends})
-    merged.save_pretrained(folder, safe_serialization=True)
-    tokenizer.save_pretrained(folder)
     report = {
         "mean_difference_per_token": fmean(differences),
         "max_difference_per_token": max(differences),
         "probe_pairs": len(groups),
-        "finite": finite,
-        "parameters": sum(p.numel() for p in merged.parameters()),
+        "finite": True,  # Nothing gets here otherwise.
+        "parameters": parameters,
+        "method": method,
     }
     write_json(spec.output_dir / "report.json", report)
     write_json(spec.output_dir / VOLATILE, {"seconds": time.perf_counter() - started})
     reporter.log(f"merge: adapter and merged model differ by {report['mean_difference_per_token']:.2g} nats per token")
+
+
+def merge_in_memory(spec: MergeSpec, plan: TrainingPlan, folder: Path) -> None:
+    """PEFT's own merge, for adapters that are more than LoRA on linear layers. Weights get the plan's dtype.
+
+    Raises:
+        GateError: when a merged weight is not finite.
+    """
+    model = attach_adapter(load_base(spec.base_model, plan), plan, spec.adapter, seed=0, dropout=0.0).eval()
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        if "NaN" not in str(error):
+            raise
+        raise _not_finite("an adapted weight") from None
+    for name, tensor in merged.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise _not_finite(name)
+    merged.set_attn_implementation("sdpa")  # The packed attention is ours; a release must load anywhere.
+    merged.save_pretrained(folder, safe_serialization=True)
+    del model, merged
+    _free()
+
+
+def _scores_by_adapter(spec: MergeSpec, plan: TrainingPlan, groups: list[Group]) -> tuple[list[float], list[int]]:
+    model = attach_adapter(load_base(spec.base_model, plan), plan, spec.adapter, seed=0, dropout=0.0).eval()
+    with autocast_of(plan):
+        assert_packing_is_exact(model, max(groups, key=lambda group: group.longest_row))
+        scores, lengths = score_groups(model, groups, plan.token_budget)
+    del model
+    _free()
+    return scores, lengths
+
+
+def _scores_by_merged(folder: Path, plan: TrainingPlan, groups: list[Group]) -> tuple[list[float], int]:
+    """Scores of the files as written, so that the proof covers what is released."""
+    model = load_base(folder, plan).eval()
+    with autocast_of(plan):
+        scores, _ = score_groups(model, groups, plan.token_budget)
+    return scores, sum(p.numel() for p in model.parameters())
+
+
+def _write_tokenizer(base: Path, folder: Path) -> None:
+    """The tokenizer, and generation defaults that stop where the policy was taught to stop."""
+    tokenizer = load_tokenizer(base)
+    tokenizer.save_pretrained(folder)
+    values = _object(folder / GENERATION) or _object(base / GENERATION)
+    if not values:
+        config = _object(base / "config.json")
+        values = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(name)}
+    given = values.get("eos_token_id")
+    ends = given if isinstance(given, list) else [] if given is None else [given]
+    write_json(folder / GENERATION, values | {"eos_token_id": sorted({tokenizer.eos_token_id, *ends})})
+
+
+def _object(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return value
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _not_finite(name: str) -> GateError:
+    return GateError(
+        "all_finite",
+        f"{name} holds NaN or infinity after the merge.",
+        value=f"{name}: NaN or infinity",
+        band="every weight finite",
+        source="a NaN weight answers nothing but NaN",
+        fix="lower the learning rate and train again",
+    )
