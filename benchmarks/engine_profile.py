@@ -1,10 +1,10 @@
 """Where the time of a packed DPO step goes on this GPU: fused layers beside Transformers with PEFT, no trainer around.
 
-    python benchmarks/engine_profile.py --model 8b --precision bf16 --budget 4096 --recompute 0 --profile
+    python benchmarks/engine_profile.py --model 8b --dtype bf16 --budget 4096 --recompute 0 --profile
 
-Random weights of a Llama shape, LoRA r16 on all linear layers, pairs of UltraFeedback-like lengths. Prints one JSON line
-per measurement: milliseconds of reference scoring, forward and backward of 16 pairs, peak memory beside its estimate,
-and how far scores and adapter gradients lie from the same model in fp32.
+Random weights of a Llama shape, LoRA r16 on all linear layers, pairs of UltraFeedback-like lengths. Prints one JSON
+line per measurement: pairs a second of training (forward and backward of 16 pairs) and of scoring, and the peak of
+memory beside its estimate.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,12 +72,13 @@ def measure(model: Any, kernels: str, steps: list[list[Group]], args: argparse.N
     with disable_input_dtype_casting(model), autocast:
         first = dpo_step(model, steps[0], args.budget)
         peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
-        train = [timed(lambda groups=groups: dpo_step(model, groups, args.budget)) for groups in steps]  # type: ignore[misc]
-        score = [timed(lambda groups=groups: score_groups(model, groups, args.budget)) for groups in steps]  # type: ignore[misc]
+        train = [timed(partial(dpo_step, model, groups, args.budget)) for groups in steps]
+        score = [timed(partial(score_groups, model, groups, args.budget)) for groups in steps]
     tokens = [sum(g.tokens for g in groups) for groups in steps]
     row = {
-        "kernels": kernels, "model": args.model, "dtype": args.dtype, "budget": args.budget, "recompute": args.recompute,
-        "train_pairs_per_s": PAIRS / statistics.median(train[1:]), "score_pairs_per_s": PAIRS / statistics.median(score[1:]),
+        "kernels": kernels, "model": args.model, "dtype": args.dtype, "budget": args.budget,
+        "recompute": args.recompute, "train_pairs_per_s": PAIRS / statistics.median(train[1:]),
+        "score_pairs_per_s": PAIRS / statistics.median(score[1:]),
         "tokens_per_step": statistics.mean(tokens), "train_s": train, "peak_gib": peak,
         "estimate_gib": estimate(model, args), "loss": first,
     }  # fmt: skip
@@ -115,7 +117,9 @@ def profile(model: Any, groups: list[Group], budget: int) -> None:
     with profiler(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
         dpo_step(model, groups, budget)
         torch.cuda.synchronize()
-    print(found.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90), flush=True)
+    print(
+        found.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90), flush=True
+    )
 
 
 def build(name: str, dtype: torch.dtype, device: str) -> Any:

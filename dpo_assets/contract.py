@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -30,6 +30,11 @@ class Spec(BaseModel):
     base_model: Path = Field(description="Folder of the base model and its tokenizer.")
     threads: int = 1
 
+    @property
+    def scratch(self) -> Path:
+        """Where a stage puts what must not stay: it is removed before the artefact is sealed."""
+        return self.output_dir / "trainer"
+
 
 class TokenizeSpec(Spec):
     """Token ids of prompt, chosen and rejected for each pair of a Parquet file."""
@@ -38,31 +43,45 @@ class TokenizeSpec(Spec):
     max_length: int
 
 
-class TrainSpec(Spec):
+class PlannedSpec(Spec):
+    """A stage that follows a plan. Out of memory, it is started again with a smaller token budget in that plan."""
+
+    plan: TrainingPlan
+    out_of_memory_retries: int = Field(default=0, ge=0, description="Earlier processes of this stage that ran out.")
+
+    def smaller_forwards(self) -> Self | None:
+        """The same stage in forwards of half the size, or None where they hold no more than the longest pair."""
+        plan = self.plan.with_half_budget()
+        retries = self.out_of_memory_retries + 1
+        return self.model_copy(update={"plan": plan, "out_of_memory_retries": retries}) if plan else None
+
+    def memory_record(self) -> dict[str, int]:
+        """What the artefact keeps, outside its digest, of the forwards it was made with."""
+        return {"token_budget_used": self.plan.token_budget, "out_of_memory_retries": self.out_of_memory_retries}
+
+
+class TrainSpec(PlannedSpec):
     """One training stage on a prepared dataset."""
 
     dataset: Path
-    plan: TrainingPlan
     start_adapter: Path | None = None
     reference_cache: Path | None = None
     base_digest: str = ""
     tokenizer_digest: str = ""
 
 
-class MergeSpec(Spec):
+class MergeSpec(PlannedSpec):
     """Base + adapter as one model, and the proof that it is the same policy."""
 
     adapter: Path
     dataset: Path
-    plan: TrainingPlan
     probe_pairs: int = 32
 
 
-class EvaluateSpec(Spec):
+class EvaluateSpec(PlannedSpec):
     """Held-out scores of the SFT policy and the merged policy."""
 
     dataset: Path
-    plan: TrainingPlan
     sft_adapter: Path | None
     policy: Path
     confidence: float
@@ -74,13 +93,33 @@ class EvaluateSpec(Spec):
 class Failure(BaseModel):
     """Why a worker stopped, for the asset to show. `gate` failures carry the check they failed."""
 
-    kind: Literal["config", "gate"]
+    kind: Literal["config", "gate", "memory"]
     message: str
     check: str = ""
     value: float | str = ""
     band: str = ""
     source: str = ""
     fix: str = ""
+
+
+# How allocators other than Python's say that memory ran out: PyTorch's for GPUs and CUDA itself, PyTorch's for the CPU,
+# cuBLAS when it gets no workspace, C++, the system. Triton's "out of resource: shared memory" is another fault.
+_ALLOCATORS_SAY = (
+    "out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "std::bad_alloc", "Cannot allocate memory",
+)  # fmt: skip
+
+
+def memory_failure(error: BaseException) -> Failure | None:
+    """The failure to report when `error` means that memory ran out, on whatever device; None for any other error.
+
+    `torch.cuda.OutOfMemoryError` is a RuntimeError; the CPU's allocator raises a plain one.
+    """
+    text = str(error)
+    spoken = isinstance(error, RuntimeError | OSError) and any(said in text for said in _ALLOCATORS_SAY)
+    if not isinstance(error, MemoryError) and not spoken:
+        return None
+    first = next((line.strip() for line in text.splitlines() if line.strip()), "Python could not allocate memory")
+    return Failure(kind="memory", message=first)
 
 
 class Progress(BaseModel):

@@ -19,6 +19,13 @@ class InfrastructureError(DpoAssetsError):
     """Something outside the recipe failed: a worker was killed, the Hub did not answer. Worth another try."""
 
 
+class OutOfMemory(DpoAssetsError):
+    """A worker stage asked for more memory than its device has.
+
+    A fresh process with smaller forwards may manage; the same one again would not, so it is not retried as it was.
+    """
+
+
 class CorruptArtifact(DpoAssetsError):
     """A directory whose manifest is missing or does not match its files."""
 

@@ -213,6 +213,14 @@ class DpoSection(OptimSection):
             "and the first-loss check then stops the run."
         ),
     )
+    reference_strategy: Literal["cached", "adapter", "merged", "model"] = Field(
+        default="cached",
+        description=(
+            "Where reference scores come from. `cached`: scored once per pair and kept; `adapter`: a frozen copy of "
+            "the starting adapter, at every step; `merged`: SFT merged into the base, which then is the reference; "
+            "`model`: a second model in memory."
+        ),
+    )
     trainer: Literal["packed", "trl"] = Field(
         default="packed", description="`packed`: shared prompts, no padding; `trl`: TRL's own DPOTrainer (needs a GPU)."
     )

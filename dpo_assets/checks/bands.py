@@ -162,6 +162,11 @@ def first_loss_tolerance(expected: float) -> float:
     return FIRST_LOSS_TOLERANCE * max(1.0, abs(expected))
 
 
+def first_loss_holds(loss: float, expected: float) -> bool:
+    """Whether a first loss shows that the reference is the start of training."""
+    return abs(loss - expected) <= first_loss_tolerance(expected)
+
+
 # NLL ratio of chosen answers, policy over reference. zephyr-7b-dpo-full (beta 0.01) ended healthy at 1.40.
 NLL_RATIO_WARN, NLL_RATIO_ERROR = 1.5, 2.0
 NLL_RATIO_SOURCE = "Razin et al., arXiv 2410.08847 (likelihood displacement); model card of zephyr-7b-dpo-full: 1.40"

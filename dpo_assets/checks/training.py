@@ -45,16 +45,17 @@ def sft_verdicts(report: Mapping[str, Any]) -> list[Verdict]:
 def dpo_verdicts(report: Mapping[str, Any]) -> list[Verdict]:
     """All checks of `dpo_adapter`."""
     off = abs(report["first_loss"] - report["expected_first_loss"])
+    tolerance = bands.first_loss_tolerance(report["expected_first_loss"])
     ratio = report["nll_ratio"]
     level = upper_limit(ratio, bands.NLL_RATIO_WARN, bands.NLL_RATIO_ERROR)
     return [
         Verdict(
             "reference_is_start",
-            upper_limit(off, bands.FIRST_LOSS_TOLERANCE, bands.FIRST_LOSS_TOLERANCE),
+            upper_limit(off, tolerance, tolerance),
             report["first_loss"],
-            f"{report['expected_first_loss']:.6f} +- {bands.FIRST_LOSS_TOLERANCE:g}",
+            f"{report['expected_first_loss']:.6f} +- {tolerance:g}",
             bands.FIRST_LOSS_SOURCE,
-            "" if off <= bands.FIRST_LOSS_TOLERANCE else "set dpo.reference to `sft`, or delete the reference cache",
+            "" if off <= tolerance else "set dpo.reference to `sft`, or delete the reference cache",
         ),
         _finite("finite", report),
         Verdict(

@@ -47,7 +47,7 @@ def _rows(summary: Summary) -> Iterator[tuple[str, str]]:
         yield "steps", f"SFT {plan['sft_steps']}, DPO {plan['dpo_steps']}"
     if dpo := summary.dpo:
         off = dpo["first_loss"] - dpo["expected_first_loss"]
-        yield "first loss", f"{dpo['first_loss']:.6f}, ln 2 is {dpo['expected_first_loss']:.6f} (off by {off:+.1e})"
+        yield "first loss", f"{dpo['first_loss']:.6f}, expected {dpo['expected_first_loss']:.6f} (off by {off:+.1e})"
     for label, key in SCORES if summary.scores else ():
         score = summary.scores[key]
         interval = f"[{score['low']:.3f}, {score['high']:.3f}]"

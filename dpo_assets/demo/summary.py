@@ -12,7 +12,7 @@ import dagster as dg
 
 from dpo_assets.assets.graph import NODES
 from dpo_assets.assets.step import PATH, REUSED
-from dpo_assets.checks.bands import FIRST_LOSS_TOLERANCE
+from dpo_assets.checks.bands import first_loss_holds
 
 _STAGE = re.compile(r"started worker stage `(\w+)`")
 TRAINING_STAGES = ("sft", "dpo")
@@ -140,7 +140,7 @@ def _problems(summary: Summary) -> list[str]:
     if missing:
         problems.append(f"not materialised: {', '.join(missing)}")
     problems += [f"check {c.check} on {c.asset} failed" for c in summary.failed_checks if c.blocked]
-    if summary.dpo and abs(summary.dpo["first_loss"] - summary.dpo["expected_first_loss"]) > FIRST_LOSS_TOLERANCE:
+    if summary.dpo and not first_loss_holds(summary.dpo["first_loss"], summary.dpo["expected_first_loss"]):
         problems.append(f"the first loss is {summary.dpo['first_loss']}")
     if summary.release and not (Path(summary.release) / "README.md").is_file():
         problems.append(f"no release lies at {summary.release}")

@@ -17,8 +17,8 @@ from dpo_assets.planning.shape import Kernels, ModelShape
 from dpo_assets.recipe import LoraSection
 
 GIB = 2**30
-# Bytes a weight of the decoder's linear layers. NF4: half a byte, and per 64 weights one byte of scale, whose own scales
-# are 4 bytes per 256. The embeddings, the head and the norms stay in 16 bit (32 on a CPU).
+# Bytes a weight of the decoder's linear layers. NF4: half a byte, and per 64 weights one byte of scale, whose own
+# scales are 4 bytes per 256. The embeddings, the head and the norms stay in 16 bit (32 on a CPU).
 BODY_BYTES: dict[Precision, float] = {
     "fp32": 4, "bf16": 2, "fp16": 2, "8bit": 1, "fp8": 1, "4bit": 0.5 + 1 / 64 + 4 / (64 * 256),
 }  # fmt: skip
@@ -198,8 +198,8 @@ class _Estimate:
         s, tokens, chunk = self.shape, self.budget, head_chunk(self.budget, self.device)
         if self.kernels == "fused":
             kept = self._kept_layer()
-            saved = tokens * ((s.layers - recomputed) * kept + recomputed * self._width * s.hidden)
-            working = tokens * self._width * (3 * s.intermediate + 5 * s.hidden)
+            saved: float = tokens * ((s.layers - recomputed) * kept + recomputed * self._width * s.hidden)
+            working: float = tokens * self._width * (3 * s.intermediate + 5 * s.hidden)
             # The recomputed layers are the lowest, so all the others' memory is free again when their turn comes.
             working += tokens * kept if recomputed == s.layers else 0
         else:

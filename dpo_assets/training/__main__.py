@@ -12,6 +12,8 @@ for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "
     os.environ.setdefault(_name, "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Forwards of different sizes would leave holes that no later one fits; must be set before CUDA starts.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import argparse
 import importlib
@@ -31,10 +33,12 @@ from dpo_assets.contract import (
     EvaluateSpec,
     Failure,
     MergeSpec,
+    PlannedSpec,
     Spec,
     Stage,
     TokenizeSpec,
     TrainSpec,
+    memory_failure,
 )
 from dpo_assets.errors import ConfigError, GateError
 
@@ -66,7 +70,7 @@ class DagsterRun:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0, EXPLAINED_EXIT with a failure file beside the output, or whatever killed the process."""
+    """Exit status 0, EXPLAINED_EXIT with a failure file beside the spec, or whatever killed the process."""
     parser = argparse.ArgumentParser(prog="python -m dpo_assets.training", description=__doc__)
     parser.add_argument("stage", choices=get_args(Stage))
     parser.add_argument("--spec", type=Path, required=True, help="JSON file with the stage's spec")
@@ -96,6 +100,11 @@ def main(argv: list[str] | None = None) -> int:
             )
         except ConfigError as error:
             failure = Failure(kind="config", message=str(error))
+        except (MemoryError, RuntimeError, OSError) as error:
+            found = memory_failure(error)
+            if found is None:
+                raise
+            failure = found
         else:
             return 0
     (args.spec.parent / FAILURE_FILE).write_text(failure.model_dump_json(), encoding="utf-8")
@@ -106,6 +115,12 @@ def main(argv: list[str] | None = None) -> int:
 def _run(stage: Stage, spec: Spec, reporter: Any) -> None:
     if any(spec.output_dir.iterdir()):
         raise ConfigError(f"output_dir {spec.output_dir} is not empty; a stage writes into a folder of its own.")
+    if isinstance(spec, PlannedSpec) and spec.plan.kernels == "unsloth" and stage in ("sft", "dpo"):
+        from dpo_assets.training.unsloth_kernels import prepare_unsloth
+
+        # It patches what is imported after it. The compile cache outlives the run beside the reference cache, if any.
+        cache = getattr(spec, "reference_cache", None)
+        prepare_unsloth(cache.parent if cache else spec.scratch)
     if stage != "tokenize":
         import torch
         import transformers
@@ -114,7 +129,7 @@ def _run(stage: Stage, spec: Spec, reporter: Any) -> None:
         transformers.logging.set_verbosity_error()
     stage_module = importlib.import_module(f"dpo_assets.training.{stage}")
     stage_module.run(spec, reporter)
-    shutil.rmtree(spec.output_dir / "trainer", ignore_errors=True)
+    shutil.rmtree(spec.scratch, ignore_errors=True)
     versions = {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES}
     seal(spec.output_dir, kind=spec.kind or stage, fingerprint=spec.fingerprint, inputs=spec.inputs, versions=versions)
 

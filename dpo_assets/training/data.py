@@ -15,12 +15,20 @@ from dpo_assets.training.packing import Group
 TOKEN_COLUMNS = ["pair_id", "prompt_ids", "chosen_ids", "rejected_ids"]
 
 
-def load_split(folder: Path, split: Literal["train", "eval"], columns: list[str] | None = None) -> Dataset:
-    """One split of a dpo_dataset artefact. The cache of `datasets` is private to this process."""
-    cache = tempfile.mkdtemp(prefix="dpo-assets-datasets-")
-    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+def load_split(
+    folder: Path, split: Literal["train", "eval"], columns: list[str] | None = None, scratch: Path | None = None
+) -> Dataset:
+    """One split of a dpo_dataset artefact.
+
+    `datasets` keeps a copy of what it reads. It goes into `scratch`, the stage's own folder, so that it goes with that
+    also when the stage is killed; without one, into a folder that ends with this process.
+    """
+    if scratch is None:
+        scratch = Path(tempfile.mkdtemp(prefix="dpo-assets-datasets-"))
+        atexit.register(shutil.rmtree, scratch, ignore_errors=True)
     columns = columns or TOKEN_COLUMNS
-    return Dataset.from_parquet(str(folder / f"{split}.parquet"), columns=columns, cache_dir=cache)
+    cache = scratch / f"datasets-{split}"
+    return Dataset.from_parquet(str(folder / f"{split}.parquet"), columns=columns, cache_dir=str(cache))
 
 
 def dpo_group(row: dict[str, Any], max_length: int) -> Group:

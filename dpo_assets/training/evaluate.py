@@ -34,7 +34,7 @@ def run(spec: EvaluateSpec, reporter: Reporter) -> None:
     plan = spec.plan
     started = time.perf_counter()
     tokenizer = load_tokenizer(spec.base_model)
-    held_out = load_split(spec.dataset, "eval", [*TOKEN_COLUMNS, "prompt", "prompt_id"])
+    held_out = load_split(spec.dataset, "eval", [*TOKEN_COLUMNS, "prompt", "prompt_id"], spec.scratch)
     to_group = partial(dpo_group, max_length=plan.max_length)
     groups = [to_group(row) for row in held_out]
     prompts = _first_of_each(held_out, spec.generations, plan.max_length - spec.max_new_tokens)

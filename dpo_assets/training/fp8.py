@@ -1,7 +1,7 @@
 """Base weights in fp8: e4m3 codes with one scale a row, computed in 16 bit.
 
-Half the memory of bf16 at about 4 % relative error a weight (three mantissa bits; Micikevicius et al., arXiv 2209.05433).
-The adapter stays in 16/32 bit, and a merge goes into the original weights.
+Half the memory of bf16 at about 4 % relative error a weight (three mantissa bits; Micikevicius et al., arXiv
+2209.05433). The adapter stays in 16/32 bit, and a merge goes into the original weights.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantise_layers(lm: Any, device: torch.device | str) -> None:
-    """Turns the linear layers of the decoder's layers into Fp8Linear on `device`, one at a time; moves the rest there."""
+    """Turns the decoder's linear layers into Fp8Linear on `device`, one at a time, and moves the rest there."""
     for module in lm.get_decoder().layers.modules():
         if type(module) is nn.Linear:
             codes, scale = quantise_rows(module.weight.data.to(device))

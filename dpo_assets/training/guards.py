@@ -12,8 +12,8 @@ from dpo_assets.checks import bands
 from dpo_assets.errors import GateError
 
 
-def check_first_loss(loss: float, loss_name: str, reference: str) -> None:
-    """The first loss, before any update, must be the loss at zero margin.
+def check_first_loss(loss: float, expected: float, reference: str) -> None:
+    """The first loss, before any update, must be the loss at zero margin (ln 2 for sigmoid).
 
     Raises:
         GateError: `finite` when it is no number, `reference_is_start` when it is another one: the reference is not the
@@ -21,20 +21,21 @@ def check_first_loss(loss: float, loss_name: str, reference: str) -> None:
     """
     if not math.isfinite(loss):
         raise diverged("finite", "loss", loss, "the first step")
-    expected = bands.FIRST_LOSS[loss_name]
-    if abs(loss - expected) <= bands.FIRST_LOSS_TOLERANCE:
+    tolerance = bands.first_loss_tolerance(expected)
+    if bands.first_loss_holds(loss, expected):
         return
     fix = (
         "set dpo.reference to `sft`: the policy starts from the SFT checkpoint, so its log-ratios must be measured "
         "against that"
         if reference == "base"
-        else "the reference and the policy were scored by different weights or kernels; delete the reference cache"
+        else "the reference and the policy were scored by different weights or kernels: delete the reference cache, "
+        "or set hardware.kernels to `transformers`"
     )
     raise GateError(
         "reference_is_start",
         f"the first loss is {loss:.6f}, not {expected:.6f}: the reference is not the start of training",
         value=loss,
-        band=f"{expected:.6f} +- {bands.FIRST_LOSS_TOLERANCE:g}",
+        band=f"{expected:.6f} +- {tolerance:g}",
         source=bands.FIRST_LOSS_SOURCE,
         fix=fix,
     )

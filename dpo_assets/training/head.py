@@ -1,7 +1,7 @@
 """The language-model head: log-probabilities of the scored tokens, a chunk of logits at a time.
 
-The gradient of a token's log-probability with respect to its hidden state does not depend on the loss above it: the loss
-only scales it. So it is computed while the chunk's logits are there, and the backward pass is a multiplication: no
+The gradient of a token's log-probability with respect to its hidden state does not depend on the loss above it: the
+loss only scales it. So it is computed while the chunk's logits are there, and the backward pass is a multiplication: no
 logits are computed a second time, and never all of them at once. (Liger's fused losses, arXiv 2410.10989, use the same
 linearity for a cross-entropy.)
 """
@@ -28,7 +28,7 @@ class Head:
 
     @classmethod
     def of(cls, lm: Any) -> Head:
-        """The head of a Transformers model, with the factor and soft cap that some architectures put on their logits."""
+        """The head of a Transformers model, with the factor and soft cap that some architectures have."""
         text = lm.config.get_text_config()
         scale = float(getattr(text, "logit_scale", None) or 1.0)  # Cohere
         scale /= float(getattr(text, "logits_scaling", None) or 1.0)  # Granite

@@ -59,8 +59,8 @@ def load_base(folder: Path, plan: TrainingPlan, *, packed: bool = True) -> PreTr
     if packed:
         if not getattr(model, "_supports_attention_backend", False):
             raise ConfigError(
-                f"{type(model).__name__} computes attention in a way of its own, so the packed trainer cannot serve "
-                "it. Set `dpo.trainer: trl`."
+                f"{type(model).__name__} computes attention in a way of its own, so packed batches cannot be scored "
+                "with it. Use a base of another architecture; the Llama, Mistral and Qwen2 families are tested."
             )
         model.set_attn_implementation(attention.NAME)
     if plan.precision == "fp8":

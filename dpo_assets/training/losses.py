@@ -314,26 +314,3 @@ _FORMULAS: dict[str, Callable[[_Terms, DpoLoss], Tensor]] = {
     "sigmoid_norm": _sigmoid_norm,
     "sft": _sft,
 }
-
-
-@dataclass(frozen=True)
-class LogRatios:
-    """log pi(y|x) - log pi_ref(y|x) of chosen and rejected answers, each [pairs], summed over tokens."""
-
-    chosen: Tensor
-    rejected: Tensor
-
-    @property
-    def margin(self) -> Tensor:
-        return self.chosen - self.rejected
-
-
-def per_pair_loss(name: str, ratios: LogRatios, beta: float) -> Tensor:
-    """Loss of each pair [pairs] for the sigmoid loss alone; `DpoLoss` has the family.
-
-    Raises:
-        ConfigError: for any other loss.
-    """
-    if name == "sigmoid":
-        return -F.logsigmoid(beta * ratios.margin)
-    raise ConfigError(f"loss `{name}` is not one of this trainer's losses: sigmoid")

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.recipe import OptimSection
+from dpo_assets.training.loading import compute_dtype
 from dpo_assets.training.logprobs import to_device
 from dpo_assets.training.packing import Group, PackedBatch, balanced, pack
 
@@ -33,7 +34,8 @@ def trainer_arguments(plan: TrainingPlan, section: OptimSection, output_dir: Pat
         "max_steps": steps,
         "learning_rate": section.learning_rate,
         "lr_scheduler_type": section.schedule,
-        "warmup_steps": math.ceil(section.warmup_ratio * steps),
+        # The first step of a warm-up has rate zero: a run of one step would train nothing.
+        "warmup_steps": min(math.ceil(section.warmup_ratio * steps), steps - 1),
         "weight_decay": section.weight_decay,
         "max_grad_norm": section.max_grad_norm,
         "optim": "adamw_torch",
@@ -42,8 +44,8 @@ def trainer_arguments(plan: TrainingPlan, section: OptimSection, output_dir: Pat
         "adam_epsilon": 1e-8,
         "seed": section.seed,
         "data_seed": section.seed,
-        "bf16": plan.device == "cuda" and plan.precision in ("bf16", "4bit", "8bit") and torch.cuda.is_bf16_supported(),
-        "fp16": plan.device == "cuda" and plan.precision == "fp16",
+        "bf16": plan.device == "cuda" and compute_dtype(plan) == torch.bfloat16,
+        "fp16": plan.device == "cuda" and compute_dtype(plan) == torch.float16,
         "use_cpu": plan.device == "cpu",
         "gradient_checkpointing": plan.gradient_checkpointing,
         "logging_steps": max(1, steps // LOGGED_STEPS),
@@ -56,6 +58,15 @@ def trainer_arguments(plan: TrainingPlan, section: OptimSection, output_dir: Pat
         "remove_unused_columns": False,
         "dataloader_pin_memory": plan.device == "cuda",
         "dataloader_num_workers": 0,
+    }
+
+
+def packed_arguments(plan: TrainingPlan, kernels: str) -> dict[str, Any]:
+    """What differs for packed batches from TRL's own trainer: fused and Unsloth's layers recompute by themselves."""
+    return {
+        "gradient_checkpointing": plan.gradient_checkpointing and kernels == "transformers",
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "optim": "adamw_torch_fused" if plan.device == "cuda" else "adamw_torch",
     }
 
 
@@ -73,7 +84,12 @@ class PackedCollator:
             for name in self.extra:
                 batch[name] = torch.tensor([row[name] for _, row in run])
             forwards.append(batch)
-        return {"forwards": forwards, "pairs": len(rows), "targets": sum(len(f["target"]) for f in forwards)}
+        return {
+            "forwards": forwards,
+            "pairs": len(rows),
+            "targets": sum(len(f["target"]) for f in forwards),
+            "first_targets": sum(len(group.completions[0]) for group in groups),
+        }
 
 
 class PackedSteps:
@@ -84,8 +100,11 @@ class PackedSteps:
     optimizer: Any
     state: Any
 
-    def forward_loss(self, model: Any, batch: PackedBatch, step: dict[str, Any]) -> Tensor:
-        """This forward's share of the step's loss: a sum over its pairs or tokens, divided by the step's total."""
+    def begin_step(self, model: Any, step: dict[str, Any]) -> None:
+        """Hook before the first forward of a step, its batches on the device."""
+
+    def forward_loss(self, model: Any, batch: PackedBatch, step: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """(what to differentiate, this forward's share of the step's loss). Both add up over the step's forwards."""
         raise NotImplementedError
 
     def after_step_loss(self, loss: Tensor) -> None:
@@ -93,11 +112,14 @@ class PackedSteps:
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         model.train()
-        total = torch.zeros((), device=self.accelerator.device)
-        for batch in inputs["forwards"]:
-            loss = self.forward_loss(model, to_device(batch, self.accelerator.device), inputs)
+        device = self.accelerator.device
+        step = inputs | {"forwards": [to_device(batch, device) for batch in inputs["forwards"]]}
+        self.begin_step(model, step)
+        total = torch.zeros((), device=device)
+        for batch in step["forwards"]:
+            loss, share = self.forward_loss(model, batch, step)
             self.accelerator.backward(loss)
-            total += loss.detach()
+            total += share.detach()
         self.after_step_loss(total)
         return total
 
@@ -110,22 +132,26 @@ class RunningMeans:
     """Sums on the device, read once per log: a read per step would wait for the device each time."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor | float] = {}
 
     def add(self, name: str, total: Tensor, count: Tensor | float) -> None:
-        """Adds a sum and the number of things it sums over."""
+        """Adds a sum and the number of things it sums over. A count that is a plain number stays off the device."""
         total = total.detach().double()
-        weight = torch.as_tensor(count, dtype=torch.double, device=total.device)
-        if name in self._sums:
-            before, seen = self._sums[name]
-            total, weight = before + total, seen + weight
-        self._sums[name] = (total, weight)
+        self._sums[name] = self._sums[name] + total if name in self._sums else total
+        self._counts[name] = self._counts.get(name, 0.0) + count
 
     def take(self) -> dict[str, float]:
         """The means since the last call."""
-        means = {name: float(total / weight) for name, (total, weight) in self._sums.items()}
+        names = list(self._sums)
+        if not names:
+            return {}
+        device = self._sums[names[0]].device
+        counts = [torch.as_tensor(self._counts[n], dtype=torch.double, device=device) for n in names]
+        means = torch.stack([self._sums[n] for n in names]) / torch.stack(counts)
         self._sums.clear()
-        return means
+        self._counts.clear()
+        return dict(zip(names, means.tolist(), strict=True))
 
 
 def end_quietly(trainer: Any, callbacks: list[TrainerCallback]) -> None:

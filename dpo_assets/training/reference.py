@@ -14,6 +14,7 @@ import sqlite3
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
+from uuid import uuid4
 
 from dpo_assets.training.guards import diverged
 from dpo_assets.training.packing import Group
@@ -37,17 +38,33 @@ class ReferenceCache:
 
     def __init__(self, path: Path, key: str) -> None:
         self.path, self.key = path, key
+        self.set_aside: Path | None = None  # Where a damaged file went.
         path.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(path, timeout=60)) as db, db:
+        try:
+            self._create()
+            self._known()
+        except sqlite3.OperationalError:
+            raise  # A lock, or a full disk: the file itself is well.
+        except sqlite3.DatabaseError:
+            # Scores can be computed again, so a file that a crash or a disk has damaged must not stop every run.
+            self.set_aside = path.with_name(f"{path.name}.damaged-{uuid4().hex[:8]}")
+            path.rename(self.set_aside)
+            self._create()
+
+    def _create(self) -> None:
+        with closing(sqlite3.connect(self.path, timeout=60)) as db, db:
             db.execute(
                 "create table if not exists reference (key text, pair text, chosen real, rejected real, "
                 "primary key (key, pair)) without rowid"
             )
 
+    def _known(self) -> list[tuple[str, float, float]]:
+        with closing(sqlite3.connect(self.path, timeout=60)) as db:
+            return db.execute("select pair, chosen, rejected from reference where key = ?", (self.key,)).fetchall()
+
     def get(self, pairs: Sequence[str]) -> dict[str, tuple[float, float]]:
         """The scores that are known."""
-        with closing(sqlite3.connect(self.path, timeout=60)) as db:
-            rows = db.execute("select pair, chosen, rejected from reference where key = ?", (self.key,)).fetchall()
+        rows = self._known()
         known = {pair: (chosen, rejected) for pair, chosen, rejected in rows}
         return {pair: known[pair] for pair in pairs if pair in known}
 

@@ -15,10 +15,18 @@ from dpo_assets.artifact import VOLATILE, write_json
 from dpo_assets.contract import TrainSpec
 from dpo_assets.training.data import load_split, sft_group
 from dpo_assets.training.guards import StopOnNonFinite
-from dpo_assets.training.loading import attach_adapter, autocast_of, load_base, load_tokenizer, save_adapter
+from dpo_assets.training.loading import autocast_of, load_tokenizer, save_adapter
 from dpo_assets.training.logprobs import assert_packing_is_exact, evaluating, score_groups, score_tokens
-from dpo_assets.training.packed import PackedCollator, PackedSteps, RunningMeans, end_quietly, trainer_arguments
+from dpo_assets.training.packed import (
+    PackedCollator,
+    PackedSteps,
+    RunningMeans,
+    end_quietly,
+    packed_arguments,
+    trainer_arguments,
+)
 from dpo_assets.training.packing import Group, PackedBatch
+from dpo_assets.training.policy import load_policy
 from dpo_assets.training.reporting import ProgressLines, Reporter, all_finite, write_metrics
 
 PROBE_PAIRS = 64  # Held-out answers whose loss is measured before and after.
@@ -31,12 +39,13 @@ class PackedSFTTrainer(PackedSteps, Trainer):
         super().__init__(*args, **kwargs)
         self._means = RunningMeans()
 
-    def forward_loss(self, model: Any, batch: PackedBatch, step: dict[str, Any]) -> Tensor:
+    def forward_loss(self, model: Any, batch: PackedBatch, step: dict[str, Any]) -> tuple[Tensor, Tensor]:
         scores = score_tokens(self.accelerator.unwrap_model(model), batch, self.accelerator.autocast())
         count = len(scores.logps)
         self._means.add("mean_token_accuracy", scores.top1.sum(), count)
         self._means.add("entropy", scores.entropy.sum(), count)
-        return -scores.logps.sum() / step["targets"]
+        loss = -scores.logps.sum() / step["targets"]
+        return loss, loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs | self._means.take(), start_time)
@@ -47,12 +56,16 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     plan, out = spec.plan, spec.output_dir
     started = time.perf_counter()
     tokenizer = load_tokenizer(spec.base_model)
-    train, held_out = load_split(spec.dataset, "train"), load_split(spec.dataset, "eval")
-    to_group = partial(sft_group, max_length=plan.max_length)
-    model = attach_adapter(
-        load_base(spec.base_model, plan), plan, spec.start_adapter, seed=plan.sft.seed, dropout=plan.lora.dropout
+    train, held_out = (
+        load_split(spec.dataset, "train", scratch=spec.scratch),
+        load_split(spec.dataset, "eval", scratch=spec.scratch),
     )
-    if plan.gradient_checkpointing:
+    to_group = partial(sft_group, max_length=plan.max_length)
+    policy = load_policy(spec.base_model, plan, spec.start_adapter, seed=plan.sft.seed, dropout=plan.lora.dropout)
+    model = policy.model
+    if policy.note:
+        reporter.log(f"sft: computed by transformers, not by {plan.kernels} kernels: {policy.note}")
+    if plan.gradient_checkpointing and policy.kernels == "transformers":
         model.enable_input_require_grads()
     longest = max((to_group(row) for row in train), key=lambda group: group.longest_row)
     with autocast_of(plan):
@@ -64,13 +77,16 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
 
     trainer = PackedSFTTrainer(
         model=model,
-        args=TrainingArguments(**trainer_arguments(plan, plan.sft, out / "trainer", plan.sft_steps)),
+        args=TrainingArguments(
+            **trainer_arguments(plan, plan.sft, spec.scratch, plan.sft_steps) | packed_arguments(plan, policy.kernels)
+        ),
         train_dataset=train,
         data_collator=PackedCollator(to_group, plan.token_budget),
     )
     keys = {"loss": "loss", "mean_token_accuracy": "token accuracy"}
     end_quietly(trainer, [StopOnNonFinite("sft_finite"), ProgressLines(reporter, "sft", keys)])
-    trainer.train()
+    with policy.computing(plan):
+        trainer.train()
 
     with autocast_of(plan):
         after = held_out_nll(model, probe, plan.token_budget)
@@ -82,10 +98,11 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
         "held_out_nll_before": before,
         "held_out_nll_after": after,
         "finite": all_finite(rows) and math.isfinite(after),
+        "kernels": policy.kernels,
         "ends_with_eos": share_ending_with(train["chosen_ids"], tokenizer.eos_token_id),
     }
     write_json(out / "report.json", report)
-    write_json(out / VOLATILE, {"seconds": time.perf_counter() - started})
+    write_json(out / VOLATILE, {"seconds": time.perf_counter() - started, **spec.memory_record()})
 
 
 def held_out_nll(model: Any, groups: Sequence[Group], budget: int) -> float:

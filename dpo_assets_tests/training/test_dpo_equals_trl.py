@@ -17,7 +17,8 @@ from datasets import Dataset
 from dpo_assets.planning.plan import TrainingPlan, steps_of
 from dpo_assets.training import dpo
 from dpo_assets.training.data import dpo_group, load_split
-from dpo_assets.training.dpo import PackedDPOTrainer, dpo_arguments
+from dpo_assets.training.dpo import dpo_arguments
+from dpo_assets.training.dpo_trainer import PackedDPOTrainer
 from dpo_assets.training.loading import attach_adapter, load_base
 from dpo_assets.training.packed import PackedCollator, end_quietly
 from dpo_assets.training.packing import under_budget

@@ -21,7 +21,10 @@ from dpo_assets.errors import GateError
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training import dpo, packed, sft
 from dpo_assets.training.data import dpo_group, load_split, sft_group
-from dpo_assets.training.dpo import REFERENCE_COLUMNS, PackedDPOTrainer, dpo_arguments, score_reference
+from dpo_assets.training.dpo import dpo_arguments
+from dpo_assets.training.dpo_trainer import REFERENCE_COLUMNS, PackedDPOTrainer
+from dpo_assets.training.policy import Policy
+from dpo_assets.training.strategies import score_reference
 from dpo_assets.training.guards import StopOnNonFinite, check_first_loss, first_non_finite
 from dpo_assets.training.loading import attach_adapter, load_base, load_tokenizer
 from dpo_assets.training.packed import PackedCollator, end_quietly, trainer_arguments
@@ -45,7 +48,7 @@ class Poison(TrainerCallback):
 def dpo_trainer(plan: TrainingPlan, model_folder: Path, dataset: Path, spec: Any, folder: Path) -> Trainer:
     model = attach_adapter(load_base(model_folder, plan), plan, None, seed=1, dropout=0.0)
     rows, to_group = load_split(dataset, "train"), partial(dpo_group, max_length=plan.max_length)
-    scores, _ = score_reference(model, [to_group(row) for row in rows], spec, Log())
+    scores, _ = score_reference(Policy(model, "transformers"), [to_group(row) for row in rows], spec, Log())
     for n, name in enumerate(REFERENCE_COLUMNS):
         rows = rows.add_column(name, [pair[n] for pair in scores])
     return PackedDPOTrainer(
@@ -174,14 +177,14 @@ def test_the_first_loss_of_a_report_is_that_of_the_first_step_however_rarely_a_r
 
 @pytest.mark.parametrize("off", [0.0, 4.9e-4, -4.9e-4])
 def test_a_first_loss_inside_the_band_passes(off: float) -> None:
-    check_first_loss(LN2 + off, "sigmoid", "sft")
+    check_first_loss(LN2 + off, LN2, "sft")
 
 
 @pytest.mark.parametrize("loss", [LN2 + 5.1e-4, LN2 - 5.1e-4, 0.0])
 @pytest.mark.parametrize("reference", ["sft", "base"])
 def test_a_first_loss_outside_the_band_stops_with_a_way_out(loss: float, reference: str) -> None:
     with pytest.raises(GateError) as stopped:
-        check_first_loss(loss, "sigmoid", reference)
+        check_first_loss(loss, LN2, reference)
     assert stopped.value.check == "reference_is_start"
     assert ("dpo.reference" in stopped.value.fix) == (reference == "base")
 
@@ -190,7 +193,7 @@ def test_a_first_loss_outside_the_band_stops_with_a_way_out(loss: float, referen
 def test_a_first_loss_that_is_not_finite_is_a_divergence_and_not_a_wrong_reference(loss: float) -> None:
     """Deleting a cache of good scores does not help; `isfinite` comes first."""
     with pytest.raises(GateError) as stopped:
-        check_first_loss(loss, "sigmoid", "sft")
+        check_first_loss(loss, LN2, "sft")
     assert stopped.value.check == "finite"
 
 

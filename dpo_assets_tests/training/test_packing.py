@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo_assets.training import attention, logprobs
 from dpo_assets.training.logprobs import score_groups, score_tokens, sequence_logps
+from dpo_assets.training.head import Head, ScoredHead
 from dpo_assets.training.packing import Group, PackedBatch, pack, under_budget
 from dpo_assets_tests.training.dense import row_logits, row_logps, rows_of
 
@@ -298,9 +299,8 @@ HEAD_CASES = [
 @pytest.mark.parametrize("chunk", [1, 3, 7, 1024], ids="chunk{}".format)
 @pytest.mark.parametrize(("scale", "softcap", "with_bias"), HEAD_CASES)
 def test_the_chunked_head_equals_a_dense_float64_log_softmax(
-    monkeypatch: pytest.MonkeyPatch, chunk: int, scale: float, softcap: float, with_bias: bool
+    chunk: int, scale: float, softcap: float, with_bias: bool
 ) -> None:
-    monkeypatch.setattr(logprobs, "HEAD_CHUNK", chunk)
     torch.manual_seed(chunk)
     tokens, width, vocabulary = 7, 6, 11
     hidden = torch.randn(tokens, width, requires_grad=True)
@@ -308,7 +308,7 @@ def test_the_chunked_head_equals_a_dense_float64_log_softmax(
     bias = torch.randn(vocabulary) if with_bias else None
     outside = torch.randn(tokens)  # What the loss passes back, different for each token.
 
-    ours = logprobs._ChunkedHead.apply(hidden, weight, bias, target, scale, softcap)
+    ours = ScoredHead.apply(hidden, Head(weight, bias, scale, softcap), target, chunk)
     (gradient,) = torch.autograd.grad(ours[0], hidden, outside)
 
     exact = hidden.detach().double().requires_grad_()
@@ -336,7 +336,7 @@ def test_chunk_borders_change_neither_scores_nor_gradients(
     weights = torch.linspace(-1.0, 1.5, len(rows_of(sample)))
     whole_logps, whole = weighted_packed(policy, batch, weights)
     whole_gradients = gradients(policy, whole)
-    monkeypatch.setattr(logprobs, "HEAD_CHUNK", chunk)
+    monkeypatch.setattr(logprobs, "head_chunk", lambda *_: chunk)
     logps, loss = weighted_packed(policy, batch, weights)
     torch.testing.assert_close(logps, whole_logps, atol=1e-4, rtol=1e-6)
     assert_same_gradients(gradients(policy, loss), whole_gradients)

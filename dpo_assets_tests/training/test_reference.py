@@ -17,7 +17,8 @@ from dpo_assets.artifact import VOLATILE
 from dpo_assets.contract import TrainSpec
 from dpo_assets.errors import GateError
 from dpo_assets.training import dpo
-from dpo_assets.training.dpo import score_reference
+from dpo_assets.training.policy import Policy
+from dpo_assets.training.strategies import score_reference
 from dpo_assets.training.loading import attach_adapter, load_base
 from dpo_assets.training.packing import Group
 from dpo_assets.training.reference import ReferenceCache, Scores, pair_key, reference_key, reference_scores
@@ -143,7 +144,7 @@ def test_the_reference_is_the_policy_at_its_start(
 ) -> None:
     few = groups[:6]
     spec = cached_spec(train_spec, plan_for(token_budget=600), tmp_path, sft_adapter)
-    scores, _ = score_reference(policy, few, spec, Log())
+    scores, _ = score_reference(Policy(policy, "transformers"), few, spec, Log())
     expected = summed_logps(policy.eval(), few)
     assert [value for both in scores for value in both] == pytest.approx(expected, abs=1e-3)
 
@@ -158,7 +159,7 @@ def test_with_reference_base_the_adapter_is_off_for_the_scores_only(
 ) -> None:
     few = groups[:3]
     spec = cached_spec(train_spec, plan_for(dpo={"reference": "base"}), tmp_path, sft_adapter)
-    scores = [value for both in score_reference(policy, few, spec, Log())[0] for value in both]
+    scores = [value for both in score_reference(Policy(policy, "transformers"), few, spec, Log())[0] for value in both]
     by_sft = summed_logps(policy.eval(), few)
     with policy.disable_adapter():
         assert scores == pytest.approx(summed_logps(policy, few), abs=1e-3)
@@ -175,7 +176,9 @@ def test_the_cache_outlives_a_change_of_anything_that_scores_do_not_depend_on(
     tmp_path: Path,
 ) -> None:
     few = groups[:3]
-    first, reused = score_reference(policy, few, cached_spec(train_spec, plan_for(), tmp_path, sft_adapter), Log())
+    first, reused = score_reference(
+        Policy(policy, "transformers"), few, cached_spec(train_spec, plan_for(), tmp_path, sft_adapter), Log()
+    )
     assert reused == 0
     changes: list[dict[str, Any]] = [
         {"learning_rate": 5e-5},
@@ -185,7 +188,7 @@ def test_the_cache_outlives_a_change_of_anything_that_scores_do_not_depend_on(
     ]
     for change in changes:
         spec = cached_spec(train_spec, plan_for(dpo=change), tmp_path, sft_adapter, fingerprint="other")
-        assert score_reference(policy, few, spec, Log()) == (first, 3), change
+        assert score_reference(Policy(policy, "transformers"), few, spec, Log()) == (first, 3), change
 
 
 @pytest.mark.parametrize(
@@ -196,7 +199,6 @@ def test_the_cache_outlives_a_change_of_anything_that_scores_do_not_depend_on(
         pytest.param({}, {"start_adapter": None}, id="no-start"),
         pytest.param({}, {"tokenizer_digest": "u" * 64}, id="tokenizer"),
         pytest.param({"precision": "bf16"}, {}, id="precision"),
-        pytest.param({"kernels": "unsloth"}, {}, id="kernels"),
         pytest.param({"device_name": "another CPU"}, {}, id="device"),
         pytest.param({"dpo": {"reference": "base"}}, {}, id="reference"),
     ],
@@ -212,9 +214,38 @@ def test_another_reference_is_scored_again(
     spec_change: dict[str, Any],
 ) -> None:
     few = groups[:1]
-    score_reference(policy, few, cached_spec(train_spec, plan_for(), tmp_path, sft_adapter), Log())
+    score_reference(
+        Policy(policy, "transformers"), few, cached_spec(train_spec, plan_for(), tmp_path, sft_adapter), Log()
+    )
     spec = cached_spec(train_spec, plan_for(**plan_change), tmp_path, sft_adapter, **spec_change)
-    assert score_reference(policy, few, spec, Log())[1] == 0
+    assert score_reference(Policy(policy, "transformers"), few, spec, Log())[1] == 0
+
+
+def test_other_kernels_score_again(
+    policy: PeftModel,
+    plan_for: PlanMaker,
+    train_spec: SpecMaker,
+    sft_adapter: Path,
+    groups: list[Group],
+    tmp_path: Path,
+) -> None:
+    spec = cached_spec(train_spec, plan_for(), tmp_path, sft_adapter)
+    score_reference(Policy(policy, "transformers"), groups[:1], spec, Log())
+    assert score_reference(Policy(policy, "fused"), groups[:1], spec, Log())[1] == 0
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a database at all, by far" * 200], ids=["emptied", "overwritten"])
+def test_a_damaged_cache_is_set_aside_and_the_pairs_are_scored_again(tmp_path: Path, damage: bytes) -> None:
+    path, scorer = tmp_path / "reference.sqlite", Scorer()
+    reference_scores([pair(1)], ReferenceCache(path, "key"), scorer)
+    path.write_bytes(damage)
+    cache = ReferenceCache(path, "key")
+    scores, reused = reference_scores([pair(1)], cache, scorer)
+    assert reused == 0
+    assert reference_scores([pair(1)], ReferenceCache(path, "key"), scorer) == (scores, 1)
+    # An emptied file is an empty database; anything else is kept, beside, for whoever wants to look.
+    assert (cache.set_aside is not None) == bool(damage)
+    assert cache.set_aside is None or cache.set_aside.read_bytes() == damage
 
 
 def test_a_shorter_max_length_scores_again_only_what_it_cuts(
@@ -227,9 +258,11 @@ def test_a_shorter_max_length_scores_again_only_what_it_cuts(
 ) -> None:
     longest = groups[0]
     shorter = longest.truncated(len(longest.prompt) + len(longest.completions[0]) - 1)
-    score_reference(policy, [longest], cached_spec(train_spec, plan_for(), tmp_path, sft_adapter), Log())
+    score_reference(
+        Policy(policy, "transformers"), [longest], cached_spec(train_spec, plan_for(), tmp_path, sft_adapter), Log()
+    )
     scores, reused = score_reference(
-        policy, [shorter], cached_spec(train_spec, plan_for(), tmp_path, sft_adapter), Log()
+        Policy(policy, "transformers"), [shorter], cached_spec(train_spec, plan_for(), tmp_path, sft_adapter), Log()
     )
     assert reused == 0
     assert scores[0] == pytest.approx(summed_logps(policy.eval(), [shorter]), abs=1e-3)
@@ -310,7 +343,9 @@ def test_a_stale_reference_stops_at_the_first_step(
     """Scores in the cache that no longer are those of the start."""
     spec = cached_spec(train_spec, plan_for(), tmp_path / "out", sft_adapter)
     policy = attach_adapter(load_base(spec.base_model, spec.plan), spec.plan, None, seed=0, dropout=0.0)
-    score_reference(policy, groups, spec, Log())  # By the base, under the key of the SFT adapter.
+    score_reference(
+        Policy(policy, "transformers"), groups, spec, Log()
+    )  # By the base, under the key of the SFT adapter.
     with pytest.raises(GateError, match="not the start of training") as stopped:
         dpo.run(spec, Log())
     assert "delete the reference cache" in stopped.value.fix

@@ -1,1 +1,1 @@
-"""This project's own layers for the Llama family: LoRA folded into the frozen matrices, packed attention, fused head."""
+"""This project's own layers for the Llama family: LoRA folded into the frozen matrices, packed attention."""

@@ -52,7 +52,7 @@ def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether this device computes flash attention on rows of different lengths."""
     if device.type != "cuda" or dtype == torch.float32:
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return bool(torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 def attend(qkv: Tensor, heads: Heads, angles: Angles, batch: PackedBatch, differentiable: bool) -> Attended:
@@ -66,7 +66,9 @@ def attend(qkv: Tensor, heads: Heads, angles: Angles, batch: PackedBatch, differ
     return _rows(qkv, heads, angles, batch, differentiable)
 
 
-def attend_backward(grad: Tensor, kept: Attended, heads: Heads, angles: Angles, batch: PackedBatch, out: Tensor) -> None:
+def attend_backward(
+    grad: Tensor, kept: Attended, heads: Heads, angles: Angles, batch: PackedBatch, out: Tensor
+) -> None:
     """out [T, (query + 2 kv) dim] = gradient of the projected q, k, v; grad [T, query * dim]."""
     if has_flash(grad.device, grad.dtype):
         dq, dk, dv = _flash_backward(grad, kept, heads, angles, batch)
@@ -124,6 +126,8 @@ def _rows(qkv: Tensor, heads: Heads, angles: Angles, batch: PackedBatch, differe
     ]
     with torch.set_grad_enabled(differentiable):
         q, k, v = (unshare(leaf, batch).transpose(1, 2) for leaf in leaves)
-        rows = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=heads.scale, enable_gqa=heads.query > heads.kv)
+        rows = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=heads.scale, enable_gqa=heads.query > heads.kv
+        )
         attended = rows.transpose(1, 2).flatten(0, 1).index_select(0, batch["home"])
     return Attended(qkv, attended.detach().flatten(1), (leaves, attended))

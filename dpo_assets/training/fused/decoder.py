@@ -1,4 +1,4 @@
-"""A Transformers model of the Llama family, run by fused layers. The modules keep weights, adapter and configuration."""
+"""A Transformers model of the Llama family, run by fused layers. Its modules keep weights, adapter and settings."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ def why_not_fused(lm: Any, adapter: str = "default") -> str:
     for layer in lm.get_decoder().layers:
         for name in PROJECTIONS:
             module = _projection(layer, name)
-            if name in ("o_proj", *PROJECTIONS[4:]) and getattr(member_of(module, adapter).linear, "bias", None) is not None:
+            if (
+                name in ("o_proj", *PROJECTIONS[4:])
+                and getattr(member_of(module, adapter).linear, "bias", None) is not None
+            ):
                 return f"{name} has a bias"
             if reason := _why_not_plain_lora(module, adapter):
                 return f"{name} has {reason}"
@@ -97,9 +100,7 @@ class FusedDecoder:
     @torch.no_grad()
     def refresh(self) -> None:
         """Copies the active adapter's fp32 factors into the matrices, when an optimizer or a switch changed them."""
-        now = tuple(
-            v for m in self._members for v in (m.switched_off, *((id(f), f._version) for f in m.factors or ()))
-        )
+        now = tuple(v for m in self._members for v in (m.switched_off, *((id(f), f._version) for f in m.factors or ())))
         if now == self._seen:
             return
         slots = [slot for group in self._groups for slot in group.slots()]
@@ -128,7 +129,9 @@ class FusedDecoder:
             x.requires_grad_(any(f.requires_grad for m in self._members for f in m.factors or ()))
             for layer in self.layers:
                 x = layer(x, stream)
-            hidden: Tensor = _LastNorm.apply(x.index_select(0, batch["predict"]), self._norm.weight, self._norm.variance_epsilon)
+            hidden: Tensor = _LastNorm.apply(
+                x.index_select(0, batch["predict"]), self._norm.weight, self._norm.variance_epsilon
+            )
             return hidden
 
 

@@ -1,3 +1,5 @@
+# mypy: disable-error-code="no-untyped-def"
+# (Triton reads these functions itself: their arguments are pointers and numbers, and it asks for bare names.)
 """Triton kernels of the fused layers. Each does in one pass over memory what `ops` says in PyTorch.
 
 All of them are bound by memory, so what counts is that every value is read and written once. Arithmetic is fp32.

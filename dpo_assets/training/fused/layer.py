@@ -119,7 +119,9 @@ class FusedLayer:
         d_attended = self.out.backward(d_middle)
         self.out.accumulate(d_middle, kept.attended.out, kept.thin_out)
         d_qkv = self.qkv.grad_buffer(tokens)
-        attend_backward(d_attended, kept.attended, self.heads, stream.angles, stream.batch, d_qkv[:, : self.qkv.outputs])
+        attend_backward(
+            d_attended, kept.attended, self.heads, stream.angles, stream.batch, d_qkv[:, : self.qkv.outputs]
+        )
         del d_attended
         # q, k and v, first norm
         self.qkv.complete(d_qkv)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 try:  # A CPU build of PyTorch brings no Triton.
-    from dpo_assets.training.fused import kernels
+    from dpo_assets.training.fused import kernels as kernels
 except ImportError:
     kernels = None  # type: ignore[assignment]
 
@@ -189,7 +189,8 @@ def score_logits(logits: Tensor, target: Tensor, grad: Tensor | None) -> LogitSc
             logits, target, *scores, top1, into, logits.stride(0), into.stride(0), logits.shape[1],
             WITH_GRAD=grad is not None, BLOCK=HEAD_BLOCK, num_warps=8,
         )  # fmt: skip
-        return LogitScores(*scores, top1)
+        logps, entropy, mean = scores
+        return LogitScores(logps, entropy, mean, top1)
     logp = logits.log_softmax(-1)
     probability = logp.exp()
     if grad is not None:

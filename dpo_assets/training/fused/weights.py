@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from dpo_assets.training.fp8 import Fp8Linear
 from dpo_assets.training.fused import ops
-from dpo_assets.training.fused.ops import kernels
 
 ALIGNMENT = 8  # Row strides stay multiples of 16 bytes, which fast matrix kernels ask for.
 
@@ -31,7 +30,8 @@ ALIGNMENT = 8  # Row strides stay multiples of 16 bytes, which fast matrix kerne
 class Quantised(Protocol):
     """A weight that is kept in fewer bits."""
 
-    shape: tuple[int, int]
+    @property
+    def shape(self) -> tuple[int, int]: ...
 
     def dequantise(self, out: Tensor) -> None:
         """Writes the weight into `out` [rows, columns], a slice of a wider matrix."""
@@ -50,7 +50,7 @@ class Nf4:
         bytes_, block = self.packed.numel(), ops.DEQUANTISE_BLOCK
         nested = state.nested
         inner = state.state2 if nested else state
-        kernels.dequantise_nf4[(-(-bytes_ // block),)](
+        ops.kernels.dequantise_nf4[(-(-bytes_ // block),)](
             self.packed, state.code, state.absmax,
             inner.code if nested else state.absmax, inner.absmax, state.offset if nested else state.absmax, out,
             bytes_, self.shape[1], out.stride(0),
@@ -70,10 +70,10 @@ class RowScaled:
         return (self.codes.shape[0], self.codes.shape[1])
 
     def dequantise(self, out: Tensor) -> None:
-        if self.codes.is_cuda and kernels is not None:
+        if self.codes.is_cuda and ops.kernels is not None:
             rows, width = self.codes.shape
             grid = (rows, -(-width // ops.DEQUANTISE_BLOCK))
-            kernels.dequantise_rows[grid](
+            ops.kernels.dequantise_rows[grid](
                 self.codes, self.scale, out, width, self.codes.stride(0), out.stride(0), BLOCK=ops.DEQUANTISE_BLOCK
             )
         else:
