@@ -54,7 +54,12 @@ def materialise(step: Step) -> Events:
             "dry_run": publishing.dry_run,
             "repository": publishing.repo_id or "none set",
             **(
-                {"url": dg.MetadataValue.url(release.url), "commit": release.commit, "tag": release.tag}
+                {
+                    "url": dg.MetadataValue.url(release.url),
+                    "commit": release.commit,
+                    "tag": release.tag,
+                    "sent": release.sent,
+                }
                 if release
                 else {}
             ),
@@ -77,15 +82,22 @@ def verify(artifact: Artifact, operations: list[Operation], release: Release | N
     wrong = [o.path for o in operations if not (folder / o.path).is_file() or file_sha256(folder / o.path) != o.sha256]
     extra = {p.name for p in folder.iterdir()} - {o.path for o in operations}
     bad = [*wrong, *sorted(extra)]
-    where = f"commit {release.commit[:12]}, re-downloaded and equal" if release else "dry run, nothing sent"
     return Verdict(
         "release_verified",
         "error" if bad else "pass",
-        f"{len(operations)} files, {where}",
+        f"{len(operations)} files, {_outcome(release)}",
         "every file as listed, no secret in any text",
         "docs/design.md, publishing",
         f"these files differ: {', '.join(bad)}" if bad else "",
     )
+
+
+def _outcome(release: Release | None) -> str:
+    """What this run did about a release, and no more than that."""
+    if release is None:
+        return "dry run, nothing sent"
+    sent = f"commit {release.commit[:12]}" + (", sent" if release.sent else " was there already, nothing sent")
+    return f"{sent}, " + ("re-downloaded and equal" if release.read_back else "found equal when it was tagged")
 
 
 def _send(step: Step, artifact: Artifact, operations: list[Operation]) -> Release:

@@ -54,12 +54,17 @@ class Operation:
 
 @dataclass(frozen=True)
 class Release:
-    """Where a release ended up."""
+    """Where a release ended up.
+
+    `sent`: this call made the commit; otherwise the Hub held the release already. `read_back`: this call downloaded and
+    compared it; otherwise the tag says that an earlier one did.
+    """
 
     url: str
     commit: str
     tag: str
     sent: bool
+    read_back: bool
 
 
 def stage(source: Path, target: Path, card: str, provenance: Mapping[str, Any]) -> list[Operation]:
@@ -88,7 +93,9 @@ def content_tag(operations: list[Operation]) -> str:
 
 
 def publish(api: HfApi, repo_id: str, folder: Path, operations: list[Operation], *, private: bool) -> Release:
-    """Sends a staged release as one commit on the head that was read, tags it, and compares it byte for byte.
+    """Sends a staged release as one commit on the head that was read, compares it byte for byte, and tags it.
+
+    A release whose tag is on the head was compared before it was tagged, so it is neither sent nor downloaded again.
 
     Raises:
         PublishError: on any refusal of the Hub, with secrets masked.
@@ -111,7 +118,7 @@ def _publish(api: HfApi, repo_id: str, folder: Path, operations: list[Operation]
     tagged = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}.get(tag)
     head = str(api.model_info(repo_id).sha)
     if tagged == head:
-        return Release(url, head, tag, sent=False)
+        return Release(url, head, tag, sent=False, read_back=False)
     if tagged is not None and _differing(api, repo_id, tagged, operations):
         raise PublishError(f"tag {tag} of {repo_id} points at {tagged}, which holds something else; nothing was sent")
     keep = {o.path for o in operations} | HUB_OWNED
@@ -130,7 +137,8 @@ def _publish(api: HfApi, repo_id: str, folder: Path, operations: list[Operation]
     # Last: the tag says that the content was read back. Going back to an older release leaves its tag where it is.
     if tagged is None:
         api.create_tag(repo_id, tag=tag, revision=commit.oid, exist_ok=True)
-    return Release(url, commit.oid, tag, sent=True)
+    # The client makes no commit where nothing would change, as after an answer that was lost, and names the head.
+    return Release(url, commit.oid, tag, sent=commit.oid != head, read_back=True)
 
 
 def _differing(api: HfApi, repo_id: str, commit: str, operations: list[Operation]) -> list[str]:

@@ -15,6 +15,8 @@ from huggingface_hub import CommitInfo, HfApi, ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpo_assets.artifact import seal
+from dpo_assets.assets.published_model import verify
 from dpo_assets.errors import ConfigError
 from dpo_assets.publishing.card import CardFacts, render_card
 from dpo_assets.publishing.commit import Operation, PublishError, Release, content_tag, publish, stage
@@ -171,7 +173,7 @@ def test_a_release_is_one_commit_with_a_tag_and_reads_back_equal(hub: HubServer,
         ".gitattributes": repo.files()[".gitattributes"]
     }
     assert repo.tags == {content_tag(operations): release.commit} == {release.tag: repo.resolve().oid}
-    assert release == Release(f"{hub.endpoint}/{REPO}", release.commit, release.tag, sent=True)
+    assert release == Release(f"{hub.endpoint}/{REPO}", release.commit, release.tag, sent=True, read_back=True)
     assert repo.private
 
 
@@ -187,7 +189,7 @@ def test_the_same_release_again_changes_nothing_on_the_hub(hub: HubServer, api: 
     first = send(api, staged(tmp_path))
     before = hub.repo(REPO).files(), summaries(hub.repo(REPO)), dict(hub.repo(REPO).tags)
     again = send(api, staged(tmp_path))
-    assert (again.commit, again.tag, again.sent) == (first.commit, first.tag, False)
+    assert (again.commit, again.tag, again.sent, again.read_back) == (first.commit, first.tag, False, False)
     assert (hub.repo(REPO).files(), summaries(hub.repo(REPO)), hub.repo(REPO).tags) == before
 
 
@@ -307,6 +309,31 @@ def test_a_commit_whose_answer_is_lost_is_made_once_and_tagged_by_the_next_try(
     repo = hub.repo(REPO)
     assert summaries(repo) == [f"Release {release.tag}", "initial commit"]
     assert repo.tags == {release.tag: repo.resolve().oid}
+    # The second try found the commit there: it sent nothing, and compared what the first one had sent.
+    assert (release.commit, release.sent, release.read_back) == (repo.resolve().oid, False, True)
+
+
+@pytest.mark.parametrize(
+    ("sent", "read_back", "said"),
+    [
+        (True, True, "7 files, commit 0123456789ab, sent, re-downloaded and equal"),
+        (False, True, "7 files, commit 0123456789ab was there already, nothing sent, re-downloaded and equal"),
+        (False, False, "7 files, commit 0123456789ab was there already, nothing sent, found equal when it was tagged"),
+        (None, None, "7 files, dry run, nothing sent"),
+    ],
+)
+def test_the_check_of_a_release_says_what_this_run_did(
+    tmp_path: Path, sent: bool | None, read_back: bool | None, said: str
+) -> None:
+    (tmp_path / "work").mkdir()
+    target, operations = staged(tmp_path / "work")
+    target.rename(tmp_path / "release")
+    artifact = seal(tmp_path, kind="published_model", fingerprint="f" * 32, inputs={})
+    release = None if sent is None else Release("u", "0123456789abcdef", "t", sent=sent, read_back=bool(read_back))
+    verdict = verify(artifact, operations, release)
+    assert (verdict.level, verdict.value) == ("pass", said)
+    (tmp_path / "release" / "config.json").write_text("{}")
+    assert verify(artifact, operations, release).level == "error"
 
 
 def test_a_lost_answer_is_a_publish_error(hub: HubServer, api: HfApi, tmp_path: Path) -> None:
