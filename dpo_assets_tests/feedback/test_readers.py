@@ -83,7 +83,18 @@ def test_trl_id_margin_and_other_columns_are_kept() -> None:
     assert (pair.row, pair.margin, pair.meta) == ("r-9", 2.0, {"lang": "de", "tags": [1]})
 
 
-@pytest.mark.parametrize("margin", [None, True, "2", [2]], ids=repr)
+@pytest.mark.parametrize(
+    ("text", "number"), [("0.7", 0.7), (" 2 ", 2.0), ("-1.5e-1", -0.15), ("+3", 3.0), (".5", 0.5), ("0", 0.0)]
+)
+def test_trl_a_margin_given_as_text_is_the_number(text: str, number: float) -> None:
+    assert the_pair("trl", {"prompt": "p", "chosen": "a", "rejected": "b", "margin": text}).margin == number
+
+
+@pytest.mark.parametrize(
+    "margin",
+    [None, True, [2], "", "strong", "0,7", "1_0", "nan", "inf", "-Infinity", "1e999", "9" * 400, "0x10", "0.7 of 1"],
+    ids=lambda margin: repr(margin)[:12],
+)
 def test_trl_a_margin_that_is_no_number_is_no_margin(margin: Any) -> None:
     assert the_pair("trl", {"prompt": "p", "chosen": "a", "rejected": "b", "margin": margin}).margin is None
 

@@ -38,12 +38,14 @@ def read(row: Mapping[str, Any], place: Place, options: ReadOptions) -> Iterator
 
 
 def _margin(value: Any) -> float | None:
-    """The strength of a preference, where it is a finite number."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    """The strength of a preference, where it is a finite number, or text that is one (as CSV exports have it)."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    if isinstance(value, str) and "_" in value:  # `float` reads "1_0" as 10, which no export means.
         return None
     try:
         number = float(value)
-    except OverflowError:
+    except (OverflowError, ValueError):
         return None
     return number if math.isfinite(number) else None
 
