@@ -16,7 +16,7 @@ PROGRESS_EVERY = 2000
 
 def run(spec: TokenizeSpec, reporter: Reporter) -> None:
     """Writes `tokens.parquet`: pair_id, prompt_ids, chosen_ids, rejected_ids, boundary_fault."""
-    # Not `loading`: importing PEFT and torch would cost several times what tokenizing costs.
+    # Not through `loading`, which would add PEFT; AutoTokenizer alone imports torch already, so this saves little.
     from transformers import AutoTokenizer
 
     started = time.perf_counter()
