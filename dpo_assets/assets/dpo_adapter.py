@@ -11,7 +11,7 @@ from dpo_assets.artifact import VOLATILE, Artifact
 from dpo_assets.assets.dpo_plan import read_plan
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.sft_checkpoint import start_adapter
-from dpo_assets.assets.step import Events, Step
+from dpo_assets.assets.step import Events, Step, memory_record
 from dpo_assets.checks.training import dpo_verdicts
 from dpo_assets.contract import TrainSpec
 from dpo_assets.report.plots import line_plot
@@ -55,6 +55,7 @@ def materialise(step: Step) -> Events:
         dpo_verdicts(report),
         {
             **report,
+            **memory_record(artifact),
             "reference_pairs_from_cache": artifact.json(VOLATILE)["reference_pairs_from_cache"],
             "loss": dg.MetadataValue.md(
                 line_plot(metrics, {"loss": "loss"}, "DPO loss", level=report["expected_first_loss"])

@@ -9,7 +9,7 @@ import dagster as dg
 from dpo_assets.artifact import Artifact, write_json
 from dpo_assets.assets.dpo_plan import read_plan
 from dpo_assets.assets.node import Node
-from dpo_assets.assets.step import Events, Step
+from dpo_assets.assets.step import Events, Step, memory_record
 from dpo_assets.checks.training import sft_verdicts
 from dpo_assets.contract import TrainSpec
 from dpo_assets.report.plots import line_plot
@@ -45,6 +45,7 @@ def materialise(step: Step) -> Events:
     artifact, reused = step.build("sft_checkpoint", config, {"base_model": base} if adopted else inputs, make)
     report = artifact.json("report.json")
     metadata = {"strategy": plan.sft.strategy, **{k: v for k, v in report.items() if k != "adopted"}}
+    metadata |= memory_record(artifact)
     if not adopted:
         metadata["loss"] = dg.MetadataValue.md(line_plot(artifact.path / "metrics.jsonl", {"loss": "loss"}, "SFT loss"))
     yield step.result("sft_checkpoint", artifact, reused, sft_verdicts(report), metadata)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +11,10 @@ from typing import Any
 
 import dagster as dg
 
-from dpo_assets.artifact import Artifact, ArtifactTree, fingerprint, write_json
+from dpo_assets.artifact import VOLATILE, Artifact, ArtifactTree, fingerprint, write_json
 from dpo_assets.checks.verdict import Verdict
-from dpo_assets.contract import Spec, Stage
-from dpo_assets.errors import ConfigError, GateError, InfrastructureError
+from dpo_assets.contract import PlannedSpec, Spec, Stage
+from dpo_assets.errors import ConfigError, GateError, InfrastructureError, OutOfMemory
 from dpo_assets.recipe import Recipe
 from dpo_assets.resources.artifacts import ArtifactStore
 from dpo_assets.resources.gpu import GpuResource
@@ -22,6 +23,7 @@ from dpo_assets.resources.launcher import TrainingLauncher
 
 Events = Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]
 MAX_RETRIES, RETRY_SECONDS = 2, 5.0  # Of faults of infrastructure; the wait doubles.
+MAX_HALVINGS = 3  # Of the token budget, after a stage ran out of memory.
 FINGERPRINT, PATH, DIGEST, REUSED = "dpo_assets/fingerprint", "path", "digest", "reused"
 
 
@@ -107,10 +109,37 @@ class Step:
         return self.tree.find_or_build(node, print_, lambda folder: make(folder, print_), digests)
 
     def launch(self, stage: Stage, spec: Spec) -> None:
-        """Runs a worker stage to its end."""
+        """Runs a worker stage to its end.
+
+        A stage that runs out of memory is started again in a fresh process with half the token budget. Pairs per
+        optimizer step stay as they are, and so does the result's identity: a step takes more forwards.
+
+        Raises:
+            OutOfMemory: when the smallest forwards still need too much, with what to change.
+        """
         launcher = self._resource("launcher")
         assert isinstance(launcher, TrainingLauncher)
-        launcher.run(self.context, stage, spec, self.recipe.hardware.timeout_minutes * 60)
+        while True:
+            try:
+                launcher.run(self.context, stage, spec, self.recipe.hardware.timeout_minutes * 60)
+                return
+            except OutOfMemory as error:
+                spec = self._with_smaller_forwards(stage, spec, error)
+
+    def _with_smaller_forwards(self, stage: Stage, spec: Spec, error: OutOfMemory) -> PlannedSpec:
+        if not isinstance(spec, PlannedSpec):
+            raise error
+        smaller = spec.smaller_forwards()
+        if smaller is None or smaller.out_of_memory_retries > MAX_HALVINGS:
+            raise OutOfMemory(_given_up(stage, spec, error)) from error
+        self.context.log.warning(
+            f"stage `{stage}` ran out of memory in forwards of {spec.plan.token_budget} tokens ({error}). A fresh "
+            f"process follows with {smaller.plan.token_budget} (retry {smaller.out_of_memory_retries} of "
+            f"{MAX_HALVINGS}); pairs per optimizer step stay the same."
+        )
+        shutil.rmtree(spec.output_dir)
+        spec.output_dir.mkdir()
+        return smaller
 
     def result(
         self,
@@ -172,12 +201,34 @@ class Step:
         return sorted(name for name, level in levels.items() if level == "error")
 
 
+def memory_record(artifact: Artifact) -> dict[str, int]:
+    """The forwards that a training stage ended up with, for its materialisation."""
+    if not (artifact.path / VOLATILE).is_file():
+        return {}
+    said: dict[str, Any] = artifact.json(VOLATILE)
+    return {name: int(said[name]) for name in ("token_budget_used", "out_of_memory_retries") if name in said}
+
+
+def _given_up(stage: Stage, spec: PlannedSpec, error: OutOfMemory) -> str:
+    plan, retries = spec.plan, spec.out_of_memory_retries
+    tried = f" after {retries} {'retry' if retries == 1 else 'retries'} with smaller ones" if retries else ""
+    least = "; the longest pair alone takes that many" if plan.token_budget <= plan.longest_pair else ""
+    ways = ["lower feedback.max_length or lora.rank", "take a smaller base"]
+    if plan.device == "cuda" and plan.precision != "4bit":
+        ways.insert(0, "set hardware.precision to 4bit")
+    return (
+        f"stage `{stage}` ran out of memory in forwards of {plan.token_budget} tokens{tried}{least}: {error} "
+        f"To go on: {', or '.join(ways)}. `dpo-assets plan` says what fits on which card."
+    )
+
+
 def guarded(step: Step, node: str, events: Events) -> Events:
     """Runs an asset's body and turns its errors into what Dagster should do about them.
 
-    A failed gate shows as that check's failure; faults of configuration are not tried again; faults of infrastructure
-    are. Retries are asked for here and not by a RetryPolicy, because Dagster follows a policy also when a run is
-    terminated, and would start the training again that someone just stopped.
+    A failed gate shows as that check's failure; faults of configuration are not tried again, nor is a stage for which
+    `launch` found no forward small enough; faults of infrastructure are. Retries are asked for here and not by a
+    RetryPolicy, because Dagster follows a policy also when a run is terminated, and would start the training again
+    that someone just stopped.
     """
     try:
         yield from events
@@ -185,7 +236,7 @@ def guarded(step: Step, node: str, events: Events) -> Events:
         fault = Verdict(error.check, "error", error.value, error.band, error.source, error.fix, note=str(error))
         yield step.check_result(node, fault)
         raise dg.Failure(description=f"{error} {error.fix}") from None
-    except ConfigError as error:
+    except (ConfigError, OutOfMemory) as error:
         raise dg.Failure(description=str(error)) from None
     except InfrastructureError as error:
         attempt = step.context.op_execution_context.retry_number

@@ -15,14 +15,14 @@ import dagster as dg
 from pydantic import Field
 
 from dpo_assets.contract import EXPLAINED_EXIT, FAILURE_FILE, Failure, Spec, Stage
-from dpo_assets.errors import ConfigError, DpoAssetsError, GateError, InfrastructureError
+from dpo_assets.errors import ConfigError, DpoAssetsError, GateError, InfrastructureError, OutOfMemory
 from dpo_assets.publishing.secrets import SECRET_VARIABLES, scrub
 
 TAIL_LINES = 30
 
 
 class WorkerDied(InfrastructureError):
-    """The worker ended without explaining itself: killed, out of memory, or a crash."""
+    """The worker ended without explaining itself: killed, or a crash."""
 
 
 class TrainingLauncher(dg.ConfigurableResource, ABC):  # type: ignore[type-arg]
@@ -35,6 +35,7 @@ class TrainingLauncher(dg.ConfigurableResource, ABC):  # type: ignore[type-arg]
         Raises:
             GateError: a check stopped the stage.
             ConfigError: the stage cannot work as configured.
+            OutOfMemory: the device has too little memory for the stage's forwards.
             WorkerDied: anything else.
         """
 
@@ -135,6 +136,8 @@ def _as_error(failure: Failure) -> DpoAssetsError:
     message = scrub(failure.message)
     if failure.kind == "config":
         return ConfigError(message)
+    if failure.kind == "memory":
+        return OutOfMemory(message)
     return GateError(
         failure.check, message, value=failure.value, band=failure.band, source=failure.source, fix=failure.fix
     )
