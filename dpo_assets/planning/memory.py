@@ -26,7 +26,7 @@ QUANTISED: tuple[Precision, ...] = ("4bit", "8bit", "fp8")
 # Fitted for Transformers' layers with PEFT: bytes per token, layer and hidden unit (2.05 MiB a token at 1B, 7.4 at 8B,
 # 0.6 at 8B with checkpointing, on an H200).
 TRANSFORMERS_KEPT, TRANSFORMERS_CHECKPOINTED = 62.0, 5.0
-HEAD_CHUNKS = {"cuda": (1_024, 4_096), "cpu": (1_024, 1_024)}  # Scored tokens whose logits exist at one time.
+HEAD_CHUNKS = {"cuda": (1_024, 2_048), "cpu": (1_024, 1_024)}  # Scored tokens whose logits exist at one time.
 LARGEST_FORWARD = {"cuda": 32_768, "cpu": 4_096}
 FRAMEWORK_GIB = {"cuda": 0.35, "cpu": 1.0}  # CUDA context and cuBLAS workspaces; Python and libraries.
 USABLE = {"cuda": 0.97, "cpu": 0.9}  # The rest is lost to fragments, or other people's memory.
@@ -34,7 +34,7 @@ USABLE = {"cuda": 0.97, "cpu": 0.9}  # The rest is lost to fragments, or other p
 # memory rate (a quantised base is dequantised once a pass, 2.5 bytes a weight), and the time Python takes to launch a
 # layer's kernels, forward and backward. A forward whose layers are faster than their launches leaves the GPU idle.
 FLOPS, BYTES_PER_SECOND, DEQUANTISED_BYTES = 520e12, 3.5e12, 2.5
-LAUNCH_FORWARD, LAUNCH_BACKWARD = 0.7e-3, 1.2e-3
+LAUNCH_FORWARD, LAUNCH_BACKWARD = 1.6e-3, 2.4e-3
 RECOMPUTED_SHARE = 0.75  # Of a layer's forward: the down projection's output is the next layer's saved input.
 STEP_SLACK = 1.15  # A step's tokens vary around the mean.
 

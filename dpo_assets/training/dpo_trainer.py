@@ -41,6 +41,7 @@ class PackedDPOTrainer(PackedSteps, trl.DPOTrainer):
 
     def __init__(
         self,
+        model: Any,
         *args: Any,
         loss: DpoLoss | None = None,
         reference: str = "sft",
@@ -48,7 +49,11 @@ class PackedDPOTrainer(PackedSteps, trl.DPOTrainer):
         keep_reference_adapter: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        # TRL turns the adapter of a quantised base into bf16, where a step of 5e-6 rounds to nothing: keep fp32.
+        factors = [(p, p.data) for p in model.parameters() if p.requires_grad]
+        super().__init__(model, *args, **kwargs)
+        for parameter, data in factors:
+            parameter.data = data
         self._loss = loss or DpoLoss(beta=self.beta)
         self._reference, self._step_reference = reference, step_reference
         self._means = RunningMeans()

@@ -152,6 +152,19 @@ class Scratch:
         return self._flat[: rows * columns].view(rows, columns)
 
 
+@dataclass(frozen=True)
+class _Views:
+    """M as the products take it."""
+
+    forward: Tensor  # [in + R, out]
+    plain: Tensor  # [in, out], without LoRA
+    backward: Tensor  # [out + R, in]
+
+    @classmethod
+    def of(cls, matrix: Tensor, outputs: int, inputs: int) -> _Views:
+        return cls(matrix[:outputs].T, matrix[:outputs, :inputs].T, matrix[:, :inputs])
+
+
 class FrozenGroup:
     """Linear layers of one input as the matrix M above."""
 
@@ -187,6 +200,9 @@ class FrozenGroup:
                 row += width
             self._a = self._matrix[self.outputs :, : self.inputs]
             self._b = self._matrix[: self.outputs, self.inputs :]
+        # Views cost more to make than to use on a small model, so each is made once.
+        self._a_t, self._b_t = self._a.T, self._b.T
+        self._views = None if self._matrix is None else _Views.of(self._matrix, self.outputs, self.inputs)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -206,10 +222,10 @@ class FrozenGroup:
             row += width
         return entries
 
-    def matrix(self) -> Tensor:
+    def matrix(self) -> _Views:
         """M, ready for use until the next group asks for its own."""
-        if self._matrix is not None:
-            return self._matrix
+        if self._views is not None:
+            return self._views
         matrix = self._scratch.matrix(self.outputs + self.rank, self.inputs + self.rank)
         row = 0
         for member, quantised, width in zip(self.members, self.quantised, self.widths, strict=True):
@@ -222,7 +238,7 @@ class FrozenGroup:
         if self.rank:
             matrix[: self.outputs, self.inputs :] = self._b
             matrix[self.outputs :, : self.inputs] = self._a
-        return matrix
+        return _Views.of(matrix, self.outputs, self.inputs)
 
     # ---- the products
 
@@ -236,24 +252,24 @@ class FrozenGroup:
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """y [T, out] of an input buffer, plus `residual`; and x A^T [T, R], which the backward pass wants."""
-        matrix = self.matrix()
+        thin = x[:, self.inputs :]
         if self.rank:
-            torch.mm(x[:, : self.inputs], self._a.T, out=x[:, self.inputs :])
-        weight = matrix[: self.outputs].T
+            torch.mm(x[:, : self.inputs], self._a_t, out=thin)
+        weight = self.matrix().forward
         if residual is not None:
             y = torch.addmm(residual, x, weight)
         elif self.bias is not None:
             y = torch.addmm(self.bias, x, weight)
         else:
             y = torch.mm(x, weight)
-        return y, x[:, self.inputs :]
+        return y, thin
 
     def forward_plain(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """The same for an input [T, in] that is not in a buffer: the LoRA term in a product of its own."""
-        y = torch.addmm(residual, x, self.matrix()[: self.outputs, : self.inputs].T)
-        thin = torch.mm(x, self._a.T)
+        y = torch.addmm(residual, x, self.matrix().plain)
+        thin = torch.mm(x, self._a_t)
         if self.rank:
-            y.addmm_(thin, self._b.T)
+            y.addmm_(thin, self._b_t)
         return y, thin
 
     def complete(self, dy: Tensor) -> None:
@@ -263,7 +279,7 @@ class FrozenGroup:
 
     def backward(self, dy: Tensor) -> Tensor:
         """dx [T, in] of a complete gradient buffer."""
-        return torch.mm(dy, self.matrix()[:, : self.inputs])
+        return torch.mm(dy, self.matrix().backward)
 
     def accumulate(self, dy: Tensor, x: Tensor, thin: Tensor) -> None:
         """Adds the fp32 gradients of the factors to their `.grad`.
