@@ -107,7 +107,7 @@ def choose_kernels(model: Any, plan: TrainingPlan) -> tuple[str, str]:
     """
     if plan.kernels != "fused":
         return plan.kernels, ""
-    reason = attach_fused(model, compute_dtype(plan), plan.recomputed_layers)
+    reason = attach_fused(model, compute_dtype(plan), plan.recomputed_layers, plan.max_length)
     return ("transformers", reason) if reason else ("fused", "")
 
 

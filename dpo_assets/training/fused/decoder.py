@@ -19,15 +19,16 @@ FAMILIES = ("llama", "mistral", "qwen2")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def why_not_fused(lm: Any, adapter: str = "default") -> str:
-    """Why a model cannot be run by fused layers; empty when it can."""
+def why_not_fused(lm: Any, max_length: int | None = None, adapter: str = "default") -> str:
+    """Why a model cannot be run by fused layers on rows of up to `max_length` tokens; empty when it can."""
     config = lm.config
     if config.model_type not in FAMILIES:
         return f"{type(lm).__name__} is not of the Llama family ({', '.join(FAMILIES)})"
     if getattr(config, "hidden_act", "silu") not in ("silu", "swish"):
         return f"its activation is {config.hidden_act}"
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        return "its attention has a sliding window"
+    window = getattr(config, "sliding_window", None)
+    if window and getattr(config, "use_sliding_window", True) and (max_length is None or max_length > window):
+        return f"its attention sees {window} tokens back"
     if getattr(config, "mlp_bias", False) or getattr(lm.get_output_embeddings(), "bias", None) is not None:
         return "its projections have biases"
     for layer in lm.get_decoder().layers:
@@ -148,10 +149,10 @@ class _LastNorm(torch.autograd.Function):
         return ops.rms_norm_backward(grads[0].contiguous(), x, weight, rstd, None, torch.empty_like(x)), None, None
 
 
-def attach_fused(model: Any, dtype: torch.dtype, recomputed_layers: int = 0) -> str:
+def attach_fused(model: Any, dtype: torch.dtype, recomputed_layers: int = 0, max_length: int | None = None) -> str:
     """Lets a model's scoring go through fused layers. Returns why not, empty when it does."""
     lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if reason := why_not_fused(lm):
+    if reason := why_not_fused(lm, max_length):
         return reason
     object.__setattr__(lm, ATTRIBUTE, FusedDecoder(lm, dtype, recomputed_layers))
     return ""
