@@ -411,12 +411,39 @@ def test_a_secret_in_a_refusal_of_the_hub_is_masked(
 
 KEYS = {
     "Hugging Face token": TOKEN,
-    "OpenAI key": "sk-proj-" + "Ab1_" * 10,
+    "API key (sk-)": "sk-proj-" + "Ab1_" * 10,
     "AWS access key": "AKIA" + "ABCD1234" * 2,
     "GitHub token": "ghp_" + "a1" * 18,
     "private key": "-----BEGIN OPENSSH PRIVATE KEY-----",
 }
+BLOCK = "-----BEGIN PGP PRIVATE KEY BLOCK-----\n\nlQOYBGV\n=aB3d\n-----END PGP PRIVATE KEY BLOCK-----"
+MORE_KEYS = [
+    ("API key (sk-)", "sk-" + "a1B2" * 12),
+    ("API key (sk-)", "sk-" + "0123456789abcdef" * 2),
+    ("API key (sk-)", "sk-" + "a1B2" * 6 + "-x_Y"),
+    ("API key (sk-)", "sk-or-v1-" + "0123456789abcdef" * 4),
+    ("API key (sk-)", "sk-ant-api03-" + "Ab1-_" * 18),
+    ("API key (sk-)", "sk-svcacct-" + "x-Y7" * 20),
+    ("AWS access key", "ASIA" + "WXYZ2345" * 2),
+    ("GitHub token", "github_pat_" + "A1" * 11 + "_" + "b2C" * 19 + "dd"),
+    ("private key", "-----BEGIN PGP PRIVATE KEY BLOCK-----"),
+    ("private key", BLOCK),
+    ("private key", "-----BEGIN ENCRYPTED PRIVATE KEY-----\nMIIF\n-----END ENCRYPTED PRIVATE KEY-----"),
+]
 HARMLESS = [
+    "risk-assessment-of-the-new-procedure-2024",
+    "task-management-and-scheduling-tools",
+    "a sk-learn-based-classification-pipeline-v2",
+    "the suffix -sk-is-not-a-key-however-long-it-is-2024",
+    "sk-SK-translations-of-the-Interface-Strings-2024",
+    "sk-proj-is-what-the-keys-of-projects-begin-with",
+    "sk-" + "internationalisation" * 2,
+    "sk-ant-farm-photographs-of-the-Summer-holidays",
+    "github_pat_tokens_expire",
+    "ASIA PACIFIC",
+    "ASIA2024",
+    "-----BEGIN PGP PUBLIC KEY BLOCK-----",
+    "-----BEGIN PGP MESSAGE-----",
     "the hf_hub client",
     "hf_transfer",
     "ask-me-anything-about-the-weather-today",
@@ -440,6 +467,17 @@ def test_a_secret_is_found_and_masked_wherever_it_stands(kind: str, around: str)
     assert KEYS[kind] not in scrub(text)
     assert scrub(text) == around.format(MASK)
     assert find_secrets(scrub(text)) == []
+
+
+@pytest.mark.parametrize(("kind", "key"), MORE_KEYS, ids=[key[:24] for _, key in MORE_KEYS])
+@pytest.mark.parametrize("around", ["{}", "key={} ", '{{"k": "{}"}}'])
+def test_every_form_of_a_secret_is_masked_whole(kind: str, key: str, around: str) -> None:
+    assert find_secrets(around.format(key)) == [kind]
+    assert scrub(around.format(key)) == around.format(MASK)
+
+
+def test_the_text_between_two_private_keys_stays() -> None:
+    assert scrub(f"{BLOCK}\nbetween\n{BLOCK}") == f"{MASK}\nbetween\n{MASK}"
 
 
 @pytest.mark.parametrize("text", HARMLESS)
