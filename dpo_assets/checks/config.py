@@ -183,13 +183,16 @@ def budget(plan: TrainingPlan) -> Verdict:
 
 
 def memory_fits(plan: TrainingPlan) -> Verdict:
-    """The estimated peak against the device's memory."""
-    fits = plan.memory_gib <= plan.memory_available_gib
+    """The estimated peak against the device's memory, with room for fragments; the fix is what would fit."""
+    within = plan.memory_gib <= plan.memory_available_gib
+    fits = plan.fits and within
+    advice = "use a smaller base, a shorter feedback.max_length, or hardware.precision: 4bit on a GPU"
     return Verdict(
         "memory_fits",
         "pass" if fits else "error",
         round(plan.memory_gib, 2),
-        f"at most {plan.memory_available_gib:.1f} GiB on {plan.device_name}",
-        "weights + adapter and optimizer + activations of one forward (docs/design.md, planning)",
-        "" if fits else "use a smaller base, a shorter feedback.max_length, or hardware.precision: 4bit on a GPU",
+        f"at most {plan.memory_available_gib:.1f} GiB on {plan.device_name}, with room for fragments",
+        "weights + adapter and optimizer + activations of one forward (docs/engine.md, memory)",
+        "" if fits else "; or ".join(plan.would_fit) or advice,
+        "it is within the device's memory, but leaves no room for fragments" if within and not fits else "",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -18,10 +19,12 @@ from dpo_assets.checks.config import (
     plan_verdicts,
 )
 from dpo_assets.checks.verdict import Verdict
-from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.planning.plan import DatasetStats, TrainingPlan, make_plan
+from dpo_assets.planning.precision import Device
+from dpo_assets.planning.sizes import find_model
 from dpo_assets.recipe import DpoSection
 from dpo_assets_tests.pipelines import PACKAGE
-from dpo_assets_tests.samples import plan
+from dpo_assets_tests.samples import plan, recipe
 
 SMALL, LARGE = 135_000_000, 8_000_000_000
 EPSILON = 1e-9
@@ -315,6 +318,33 @@ def test_a_peak_beyond_the_device_is_an_error(needed: float, level: str) -> None
     verdict = memory_fits(plan(memory_gib=needed))
     assert (verdict.level, bool(verdict.fix)) == (level, level != "pass")
     assert "22.5 GiB on NVIDIA L4" in verdict.band
+    assert verdict.note == ""
+
+
+def test_a_peak_that_leaves_no_room_for_fragments_is_an_error_that_says_so() -> None:
+    verdict = memory_fits(plan(memory_gib=22.4, fits=False))
+    assert verdict.level == "error"
+    assert "no room for fragments" in verdict.note
+    assert verdict.fix.startswith("use a smaller base")
+
+
+def test_a_plan_that_does_not_fit_is_told_what_would() -> None:
+    ways = ["set hardware.precision to `4bit` (peak 9.0 GiB)", "set feedback.max_length to 512 (peak 20.1 GiB)"]
+    assert memory_fits(plan(memory_gib=30.0, fits=False, would_fit=ways)).fix == "; or ".join(ways)
+    assert memory_fits(plan(would_fit=ways)).fix == ""
+
+
+def test_what_a_check_names_as_a_way_out_passes_it() -> None:
+    pairs = DatasetStats(train_pairs=1000, eval_pairs=120, max_length=1024, longest_pair=2048, mean_pair=1024.0)
+
+    def on_a_3060(**sections: Any) -> Verdict:
+        device = Device("cuda", "GeForce RTX 3060 12 GB", 11.7, (8, 6))
+        return memory_fits(make_plan(recipe(**sections), find_model("8b").shape, pairs, device))
+
+    verdict = on_a_3060(hardware={"precision": "bf16"})
+    assert verdict.level == "error"
+    [precision] = re.findall(r"set hardware.precision to `(\w+)`", verdict.fix)
+    assert on_a_3060(hardware={"precision": precision}).level == "pass"
 
 
 # The bands themselves
