@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import re
+from configparser import ConfigParser
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+
 from dpo_assets.assets.graph import NODES
 from dpo_assets.checks import bands
 from dpo_assets.checks.catalog import CHECKS
+from dpo_assets.cli import main
+from dpo_assets.recipe import DpoSection, HardwareSection, parse_recipe
 from dpo_assets_tests.pipelines import PACKAGE
 
-DOCS = PACKAGE.parent / "docs"
+ROOT = PACKAGE.parent
+DOCS = ROOT / "docs"
+README = ROOT / "README.md"
+DOCUMENTS = [README, *sorted(DOCS.glob("*.md"))]
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+
+
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
 
 
 def test_every_check_and_every_band_stands_in_the_document() -> None:
-    text = (DOCS / "checks.md").read_text(encoding="utf-8")
+    text = text_of(DOCS / "checks.md")
     assert [
         c.name for c in CHECKS if f"`{c.name}` | {'yes' if c.blocking else 'warns'} | {c.description}" not in text
     ] == []
@@ -22,12 +40,86 @@ def test_every_check_and_every_band_stands_in_the_document() -> None:
 
 
 def test_every_asset_stands_in_the_design_and_in_the_readme() -> None:
-    for document in (DOCS / "design.md", PACKAGE.parent / "README.md"):
-        text = document.read_text(encoding="utf-8")
-        assert [node.name for node in NODES if node.name not in text] == []
+    for document in (DOCS / "design.md", README):
+        assert [node.name for node in NODES if node.name not in text_of(document)] == []
 
 
 def test_the_notice_names_what_is_shipped() -> None:
-    notice = (PACKAGE.parent / "NOTICE").read_text(encoding="utf-8")
+    notice = text_of(ROOT / "NOTICE")
     for folder in sorted((PACKAGE / "data").iterdir()):
         assert f"{folder.name}/" in notice
+
+
+def test_the_plan_in_the_readme_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    [(arguments, printed)] = re.findall(r"^\$ dpo-assets plan (.*)\n((?s:.*?))^```", text_of(README), re.MULTILINE)
+    assert main(["plan", *arguments.split()]) == 0
+    # Word by word: where lines break depends on the terminal.
+    assert printed.split() == capsys.readouterr().out.split()
+
+
+@pytest.mark.parametrize(
+    ("section", "field"),
+    [(HardwareSection, "precision"), (HardwareSection, "kernels"), (DpoSection, "reference_strategy")],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_readme_and_the_design_name_every_choice(section: Any, field: str) -> None:
+    choices = get_args(section.model_fields[field].annotation)
+    assert [choice for choice in choices if f"`{choice}`" not in text_of(README)] == []
+    if field != "precision":
+        assert [choice for choice in choices if f"`{choice}`" not in text_of(DOCS / "design.md")] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_leads_to_a_file_and_to_a_heading(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", text_of(document)):
+        if target.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = target.partition("#")
+        file = document.parent / name if name else document
+        assert file.is_file(), target
+        assert not anchor or anchor in {_slug(line) for line in text_of(file).splitlines() if line[:1] == "#"}, target
+
+
+def _slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lstrip("# ").lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("document", ["design.md", "engine.md"])
+def test_every_module_that_a_document_names_exists(document: str) -> None:
+    modules = re.findall(r"`([\w/]+(?:\.py|/))`", text_of(DOCS / document))
+    homes = (ROOT, PACKAGE, PACKAGE / "training", PACKAGE / "checks")
+    assert modules
+    assert [name for name in modules if not any((home / name).exists() for home in homes)] == []
+
+
+def test_every_constant_that_the_engine_page_names_exists() -> None:
+    constants = set(re.findall(r"\b[A-Z_]{5,}\b(?!\.md)", text_of(DOCS / "engine.md")))
+    sources = "\n".join(text_of(path) for path in PACKAGE.rglob("*.py"))
+    defined = re.findall(r"^([A-Z_]+(?:, [A-Z_]+)*)(?:: .*)? =", sources, re.MULTILINE)
+    assert constants
+    assert constants <= {name for names in defined for name in names.split(", ")}
+
+
+def test_every_extra_that_the_readme_names_can_be_installed() -> None:
+    config = ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    named = set(re.findall(r"dpo-assets\[(\w+)\]", text_of(README)))
+    assert named
+    assert named <= set(config["options.extras_require"])
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+def test_every_example_is_a_valid_recipe(example: Path) -> None:
+    declared = yaml.safe_load(text_of(example))
+    assert declared["type"] == "dpo_assets.DpoPipeline"
+    attributes = dict(declared["attributes"])
+    assert attributes.pop("name")
+    parse_recipe(attributes)
+
+
+def test_the_recipe_in_the_readme_is_valid() -> None:
+    [block] = re.findall(r"```yaml\n(.*?)```", text_of(README), re.DOTALL)
+    attributes = dict(yaml.safe_load(block)["attributes"])
+    assert attributes.pop("name")
+    parse_recipe(attributes)
