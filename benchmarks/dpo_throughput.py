@@ -20,6 +20,7 @@ import argparse
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,9 @@ def main() -> int:
     begun = time.monotonic()
     record = Record(args.out, {"model": args.model, "run": f"{time.time():.0f}"})
     names = _case_names(args)
+    if args.arms:
+        for name in names:
+            CASES[name] = replace(CASES[name], arms=tuple(arm for arm in CASES[name].arms if arm.startswith(args.arms)))
     with Session(args.model, record, args.deadline, args.block_timeout, args.logs) as session:
         _run(session, names, args, _settings(args))
     record.say(f"done after {time.monotonic() - begun:.0f} s; results in {args.out}, logs of the arms in {args.logs}")
@@ -130,6 +134,9 @@ def _arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--model", choices=["tiny", "1b", "8b"], default="tiny")
     add("--cases", type=_names, default=[], help=f"of {', '.join(CASES)}; `none`; default: all of the model")
+    add(
+        "--arms", type=lambda text: tuple(_names(text)), help="only arms that start so, e.g. ours; the rest is left out"
+    )
     add("--parity", action="store_true", help="first: gradient and losses of ours against TRL, beside TRL against TRL")
     add("--parity-steps", type=int, default=30)
     add("--precisions", type=_names, default=[], help="last: ours in these precisions, e.g. fp8,8bit,fp16,4bit,bf16")

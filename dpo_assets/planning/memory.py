@@ -33,7 +33,7 @@ USABLE = {"cuda": 0.97, "cpu": 0.9}  # The rest is lost to fragments, or other p
 # What decides between larger forwards with recomputed layers and smaller ones without, as seen on an H200: matrix rate,
 # memory rate (a quantised base is dequantised once a pass, 2.5 bytes a weight), and the time Python takes to launch a
 # layer's kernels, forward and backward. A forward whose layers are faster than their launches leaves the GPU idle.
-FLOPS, BYTES_PER_SECOND, DEQUANTISED_BYTES = 520e12, 3.5e12, 2.5
+FLOPS, HALF_RATE_WIDTH, BYTES_PER_SECOND, DEQUANTISED_BYTES = 560e12, 1_100, 3.5e12, 2.5
 LAUNCH_FORWARD, LAUNCH_BACKWARD = 1.6e-3, 2.4e-3
 RECOMPUTED_SHARE = 0.75  # Of a layer's forward: the down projection's output is the next layer's saved input.
 STEP_SLACK = 1.15  # A step's tokens vary around the mean.
@@ -180,7 +180,9 @@ class _Estimate:
         layers = self.shape.layers
         again = recomputed / layers * (RECOMPUTED_SHARE if self.kernels == "fused" else 1.0)
         weights = body_parameters(self.shape)
-        gpu = 2 * weights * self.budget / FLOPS
+        # Narrow layers spend more of their time on what is no matrix product.
+        rate = FLOPS * self.shape.hidden / (self.shape.hidden + HALF_RATE_WIDTH)
+        gpu = 2 * weights * self.budget / rate
         if self.precision in QUANTISED:
             gpu += weights * DEQUANTISED_BYTES / BYTES_PER_SECOND
         launches = layers * ((1 + again) * LAUNCH_FORWARD + LAUNCH_BACKWARD)

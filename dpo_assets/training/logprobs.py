@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.memory import head_chunk
-from dpo_assets.training.fused.decoder import fused_decoder
+from dpo_assets.training.fused.decoder import fused_decoder, renew_fused
 from dpo_assets.training.head import Head, ScoredHead
 from dpo_assets.training.loading import plain_attention
 from dpo_assets.training.packing import Group, PackedBatch, pack, under_budget
@@ -86,6 +86,7 @@ def score_groups(
 ) -> tuple[list[float], list[int]]:
     """(summed log-probability, token count) of every completion, group by group, completion by completion."""
     logps = []
+    renew_fused(causal_lm(model))
     for run in under_budget(groups, [g.tokens for g in groups], budget):
         batch = to_device(pack(run), causal_lm(model).device)
         logps.append(sequence_logps(score_tokens(model, batch, autocast), batch))

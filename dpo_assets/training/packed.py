@@ -17,8 +17,9 @@ from transformers import TrainerCallback
 
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.recipe import OptimSection
+from dpo_assets.training.fused.decoder import renew_fused
 from dpo_assets.training.loading import compute_dtype
-from dpo_assets.training.logprobs import to_device
+from dpo_assets.training.logprobs import causal_lm, to_device
 from dpo_assets.training.packing import Group, PackedBatch, balanced, pack
 
 LOGGED_STEPS = 200  # A run logs every step up to this many steps, and about this many times beyond.
@@ -114,6 +115,7 @@ class PackedSteps:
         model.train()
         device = self.accelerator.device
         step = inputs | {"forwards": [to_device(batch, device) for batch in inputs["forwards"]]}
+        renew_fused(causal_lm(self.accelerator.unwrap_model(model)))
         self.begin_step(model, step)
         total = torch.zeros((), device=device)
         for batch in step["forwards"]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,10 +11,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from dpo_assets.training.fused.decoder import ATTRIBUTE, attach_fused
+from dpo_assets.training import attention
+from dpo_assets.training.fused.decoder import attach_fused, renew_fused
 from dpo_assets.training.logprobs import causal_lm, score_groups, score_tokens, sequence_logps
 from dpo_assets.training.packing import Group, pack
-from dpo_assets.training import attention
 
 SMALL = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -51,7 +50,7 @@ def with_lora(
     base: Any,
     targets: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     rank: int = 4,
-) -> PeftModel:  # noqa: E501
+) -> PeftModel:
     config = LoraConfig(r=rank, lora_alpha=8, target_modules=list(targets), task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
     generator = torch.Generator().manual_seed(3)
@@ -72,10 +71,9 @@ def loss_and_gradients(model: Any, groups: Sequence[Group] = GROUPS) -> tuple[Te
 
 
 @pytest.fixture(autouse=True)
-def packed_attention() -> Iterator[None]:
+def packed_attention() -> None:
     attention.register()
     torch.manual_seed(0)
-    yield
 
 
 @pytest.fixture(params=list(MODELS))
@@ -104,3 +102,26 @@ def test_an_adapter_on_some_projections_only(targets: tuple[str, ...]) -> None:
     theirs = loss_and_gradients(model)
     assert attach_fused(model, torch.float32) == ""
     assert_same(loss_and_gradients(model), theirs)
+
+
+def test_training_with_an_optimizer_that_leaves_no_trace_is_seen() -> None:
+    """Fused AdamW changes parameters without their version: the matrices must be read again at every step."""
+    theirs, ours = with_lora(llama()), with_lora(llama())
+    ours.load_state_dict(theirs.state_dict())
+    assert attach_fused(ours, torch.float32) == ""
+    curves = []
+    for model in (theirs, ours):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True)
+        losses = []
+        for _ in range(4):
+            optimizer.zero_grad()
+            renew_fused(causal_lm(model))
+            batch = pack(GROUPS)
+            loss = -sequence_logps(score_tokens(model, batch), batch).mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss))
+        scored = score_groups(model, GROUPS, budget=20)[0]
+        curves.append([*losses, *scored])
+    assert curves[1] == pytest.approx(curves[0], abs=1e-3)
+    assert curves[0][0] - curves[0][3] > 0.1

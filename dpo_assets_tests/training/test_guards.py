@@ -23,12 +23,12 @@ from dpo_assets.training import dpo, packed, sft
 from dpo_assets.training.data import dpo_group, load_split, sft_group
 from dpo_assets.training.dpo import dpo_arguments
 from dpo_assets.training.dpo_trainer import REFERENCE_COLUMNS, PackedDPOTrainer
-from dpo_assets.training.policy import Policy
-from dpo_assets.training.strategies import score_reference
 from dpo_assets.training.guards import StopOnNonFinite, check_first_loss, first_non_finite
 from dpo_assets.training.loading import attach_adapter, load_base, load_tokenizer
 from dpo_assets.training.packed import PackedCollator, end_quietly, trainer_arguments
+from dpo_assets.training.policy import Policy
 from dpo_assets.training.sft import PackedSFTTrainer
+from dpo_assets.training.strategies import score_reference
 from dpo_assets_tests.training.conftest import Log, PlanMaker, SpecMaker
 
 LN2 = math.log(2)

@@ -17,11 +17,11 @@ from dpo_assets.artifact import VOLATILE
 from dpo_assets.contract import TrainSpec
 from dpo_assets.errors import GateError
 from dpo_assets.training import dpo
-from dpo_assets.training.policy import Policy
-from dpo_assets.training.strategies import score_reference
 from dpo_assets.training.loading import attach_adapter, load_base
 from dpo_assets.training.packing import Group
+from dpo_assets.training.policy import Policy
 from dpo_assets.training.reference import ReferenceCache, Scores, pair_key, reference_key, reference_scores
+from dpo_assets.training.strategies import score_reference
 from dpo_assets_tests.training.conftest import TRAIN_PAIRS, Log, PlanMaker, SpecMaker, small_part
 from dpo_assets_tests.training.dense import summed_logps
 

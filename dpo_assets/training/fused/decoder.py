@@ -98,6 +98,10 @@ class FusedDecoder:
         self._members = [m for group in self._groups for m in group.members if m.factors is not None]
         self._seen: tuple[Any, ...] = ()
 
+    def renew(self) -> None:
+        """Lets the next call read the adapter again: fused optimizers leave a parameter's version as it was."""
+        self._seen = ()
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Copies the active adapter's fp32 factors into the matrices, when an optimizer or a switch changed them."""
@@ -156,6 +160,13 @@ def attach_fused(model: Any, dtype: torch.dtype, recomputed_layers: int = 0, max
         return reason
     object.__setattr__(lm, ATTRIBUTE, FusedDecoder(lm, dtype, recomputed_layers))
     return ""
+
+
+def renew_fused(lm: Any) -> None:
+    """To be called when an adapter may have been trained since its last use: before a step, before scoring."""
+    decoder = fused_decoder(lm)
+    if decoder is not None:
+        decoder.renew()
 
 
 def fused_decoder(lm: Any) -> FusedDecoder | None:
