@@ -177,7 +177,11 @@ class DpoSection(OptimSection):
     learning_rate: float = Field(
         default=5e-6, gt=0.0, description="Peak learning rate; 5e-6 is TRL's and Unsloth's value for LoRA."
     )
-    beta: float = Field(default=0.1, ge=0.0, description="Strength of the pull towards the reference.")
+    beta: float = Field(
+        default=0.1,
+        ge=0.0,
+        description="Strength of the pull towards the reference: larger stays closer; its unit depends on the loss.",
+    )
     # Any name: the check `loss_supported` decides, so that a wrong one ends in a check that says what to use instead,
     # not in a failed form.
     loss: str | list[str] = Field(
@@ -201,16 +205,19 @@ class DpoSection(OptimSection):
         default="reverse_kl", description="What the pull towards the reference measures (f-DPO, arXiv 2309.16240)."
     )
     alpha: float = Field(
-        default=0.5, ge=0.0, le=1.0, description="Of `alpha_divergence`: 0 is the forward KL, 1 the reverse KL."
+        default=0.5,
+        ge=0.0,
+        le=1.0,
+        description="Only for f_divergence `alpha_divergence`: 0 is the forward KL, 1 the reverse KL.",
     )
     discopop_tau: float = Field(
-        default=0.05, gt=0.0, description="Temperature of the discopop loss; 0.05 is the paper's."
+        default=0.05, gt=0.0, description="Only for the loss discopop: its temperature; 0.05 is the paper's."
     )
     reference: Literal["sft", "base"] = Field(
         default="sft",
         description=(
-            "What log-ratios are measured against. `base` differs from the start of training when SFT was trained, "
-            "and the first-loss check then stops the run."
+            "What the policy is compared with: `sft`, where DPO starts, or `base`. After a trained SFT, `base` is not "
+            "the start, and the first-loss check stops the run."
         ),
     )
     reference_strategy: Literal["cached", "adapter", "merged", "model"] = Field(
@@ -218,11 +225,19 @@ class DpoSection(OptimSection):
         description=(
             "Where reference scores come from. `cached`: scored once per pair and kept; `adapter`: a frozen copy of "
             "the starting adapter, at every step; `merged`: SFT merged into the base, which then is the reference; "
-            "`model`: a second model in memory."
+            "`model`: a second model in memory. `trainer: trl` always keeps a frozen adapter."
         ),
     )
     trainer: Literal["packed", "trl"] = Field(
         default="packed", description="`packed`: shared prompts, no padding; `trl`: TRL's own DPOTrainer (needs a GPU)."
+    )
+    micro_batch_size: int = Field(
+        default=0,
+        ge=0,
+        description=(
+            "Pairs of one forward of `trainer: trl`, accumulated to `batch_size`; 0: two, or one where two do not fit. "
+            "The packed trainer cuts a step by memory instead."
+        ),
     )
 
     @property
@@ -296,18 +311,25 @@ class RefreshSection(Section):
 class HardwareSection(Section):
     """What the training runs on."""
 
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where the worker trains.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Where the worker trains; `auto`: the GPU if there is one, else the CPU."
+    )
     precision: Literal["auto", "4bit", "8bit", "fp8", "bf16", "fp16", "fp32"] = Field(
         default="auto", description="`auto`: the GPU resource chooses and says why. A choice wins or fails early."
     )
     kernels: Literal["auto", "fused", "transformers", "unsloth"] = Field(
         default="auto",
         description=(
-            "Who computes the layers. `fused`: this project's Llama-family layers; `transformers`: PEFT on "
-            "Transformers; `unsloth`: FastLanguageModel. `auto`: fused where the architecture has them on a GPU."
+            "Who computes the layers. `fused`: this project's own (Llama, Mistral, Qwen2); `transformers`: the model's "
+            "own, with PEFT; `unsloth`: FastLanguageModel (extra `unsloth`). `auto`: fused on a GPU where the model "
+            "allows it, else transformers."
         ),
     )
-    memory_gib: float | None = Field(default=None, gt=0.0, description="Memory the worker may plan with.")
+    memory_gib: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="GiB that the plan may use; empty: a GPU's free memory, or a CPU's total.",
+    )
     threads: int = Field(default=1, ge=1, description="CPU threads of the worker.")
     pool: str = Field(default="gpu", description="Dagster pool that the training assets share.")
     timeout_minutes: float = Field(default=24 * 60.0, gt=0.0, description="A worker stage that takes longer is ended.")

@@ -303,6 +303,8 @@ def test_the_values_of_whoever_declares_nothing_are_these() -> None:
             "alpha": 0.5,
             "discopop_tau": 0.05,
             "reference": "sft",
+            "reference_strategy": "cached",
+            "micro_batch_size": 0,
             "trainer": "packed",
         },
         "evaluation": {"confidence": 0.95, "min_pairs": 50, "generations": 16, "max_new_tokens": 64},

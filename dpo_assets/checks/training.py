@@ -82,7 +82,7 @@ def merge_verdicts(report: Mapping[str, Any]) -> list[Verdict]:
             float(difference),
             f"at most {bands.FIDELITY_WARN} nats per token, blocked above {bands.FIDELITY_ERROR}",
             bands.FIDELITY_SOURCE,
-            "" if level == "pass" else "merge in fp32: set hardware.precision to bf16 or fp32 and train again",
+            "" if level == "pass" else "set hardware.precision to bf16 or fp32 and train again",
             f"{report['probe_pairs']} held-out pairs",
         ),
         Verdict(

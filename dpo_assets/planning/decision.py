@@ -70,6 +70,11 @@ def choose_kernels(recipe: Recipe, shape: ModelShape, max_length: int, device: D
             else f"they do not compute {shape.architecture or 'this architecture'} as it is configured"
         )
         raise ConfigError(f"hardware.kernels `fused` cannot serve this model: {what}. Use `transformers` or `auto`.")
+    if requested == "fused" and recipe.dpo.trainer == "trl":
+        raise ConfigError(
+            "hardware.kernels `fused` is for the packed trainer; with dpo.trainer `trl` use `transformers`, `unsloth` "
+            "or `auto`."
+        )
     if requested != "auto":
         return requested
     packed = recipe.dpo.trainer == "packed"  # TRL's trainer calls the model in its own way.

@@ -58,10 +58,11 @@ A language model aligned to human preferences by direct preference optimisation 
 Dataset digest `{facts.dataset_digest}`.
 
 ## Procedure
-SFT: {plan.sft.strategy}. DPO: loss {" + ".join(plan.dpo.losses)}, beta {plan.dpo.beta:g}, learning rate
-{plan.dpo.learning_rate:g} ({plan.dpo.schedule}, warm-up {plan.dpo.warmup_ratio:g}),
-{plan.dpo_steps} steps of {plan.dpo.batch_size} pairs, {plan.dpo.epochs:g} epochs, LoRA rank {plan.lora.rank} alpha {plan.lora.alpha}, max length {plan.max_length} tokens,
-seed {plan.dpo.seed}. Precision: {plan.precision_reason}. Versions: {versions}.
+SFT: {plan.sft.strategy}. DPO: loss {' + '.join(plan.dpo.losses)}, beta {plan.dpo.beta:g}, learning rate
+{plan.dpo.learning_rate:g} ({plan.dpo.schedule}, warm-up {plan.dpo.warmup_ratio:g}), {plan.dpo_steps} steps of
+{plan.dpo.batch_size} pairs, {plan.dpo.epochs:g} epochs, LoRA rank {plan.lora.rank} alpha {plan.lora.alpha},
+max length {plan.max_length} tokens, seed {plan.dpo.seed}.
+Precision: {plan.precision_reason}. Versions: {versions}.
 
 ## Evaluation on held-out pairs
 | score | value | {percent(scores["confidence"])} interval | pairs |

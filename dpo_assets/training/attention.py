@@ -44,6 +44,26 @@ def unshare(stream: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
     return rows
 
 
+def causal_rows(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, dropout: float = 0.0
+) -> torch.Tensor:
+    """Causal attention of rows: q [R, heads, W, dim], k and v [R, kv heads, W, dim]."""
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and q.is_cuda and not has_flash(q.device, q.dtype):
+        # Without flash attention only the kernel that keeps all W x W scores takes grouped heads; repeated, the
+        # memory-efficient one does.
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        grouped = False
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=grouped)
+
+
+def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this device computes flash attention."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return False
+    return bool(torch.cuda.get_device_capability(device) >= (8, 0))
+
+
 def packed_rows(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -60,9 +80,7 @@ def packed_rows(
         plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)  # type: ignore[no-any-return]
     q, k, v = (unshare(x[0].transpose(0, 1), packed).transpose(1, 2) for x in (query, key, value))
-    out = F.scaled_dot_product_attention(
-        q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    out = causal_rows(q, k, v, scaling, dropout)
     return out.transpose(1, 2).flatten(0, 1).index_select(0, packed["home"])[None], None
 
 

@@ -51,7 +51,11 @@ class ClassicDPOTrainer(trl.DPOTrainer):
     def __init__(
         self, *args: Any, check_first: Callable[[float], None], same_forward: bool = False, **kwargs: Any
     ) -> None:
+        # TRL turns the adapter of a quantised base into bf16, where a step of 5e-6 rounds to nothing: keep fp32.
+        factors = [(p, p.data) for p in kwargs["model"].parameters() if p.requires_grad]
         super().__init__(*args, **kwargs)
+        for parameter, data in factors:
+            parameter.data = data
         self._same_forward = same_forward
         self._first_losses: list[Tensor] = []
         if same_forward:
@@ -203,8 +207,8 @@ def accumulation(plan: TrainingPlan) -> tuple[int, int]:
         ConfigError: when the micro-batch does not divide the batch: the effective batch would be another one.
     """
     batch = plan.dpo.batch_size
-    asked = getattr(plan.dpo, "micro_batch_size", None)
-    if asked is not None:
+    asked = plan.dpo.micro_batch_size
+    if asked:
         if batch % asked:
             divisors = ", ".join(str(n) for n in range(1, batch + 1) if batch % n == 0)
             raise ConfigError(f"dpo.micro_batch_size {asked} does not divide dpo.batch_size {batch}; use {divisors}")

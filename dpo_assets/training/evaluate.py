@@ -20,7 +20,14 @@ from dpo_assets.artifact import VOLATILE, write_json
 from dpo_assets.checks.statistics import pick_the_longer, tie_aware_accuracy
 from dpo_assets.contract import EvaluateSpec, Progress
 from dpo_assets.training.data import TOKEN_COLUMNS, dpo_group, load_split
-from dpo_assets.training.loading import attach_adapter, autocast_of, load_base, load_tokenizer, plain_attention
+from dpo_assets.training.loading import (
+    attach_adapter,
+    autocast_of,
+    choose_kernels,
+    load_base,
+    load_tokenizer,
+    plain_attention,
+)
 from dpo_assets.training.logprobs import assert_packing_is_exact, score_groups
 from dpo_assets.training.packing import Group
 from dpo_assets.training.reporting import Reporter
@@ -42,10 +49,12 @@ def run(spec: EvaluateSpec, reporter: Reporter) -> None:
     sft = load_base(spec.base_model, plan)
     if spec.sft_adapter is not None:
         sft = attach_adapter(sft, plan, spec.sft_adapter, seed=0, dropout=0.0)  # type: ignore[assignment]
+    choose_kernels(sft, plan)
     reference, answers = _score_and_answer(sft, "SFT", groups, prompts, tokenizer, spec, reporter)
     del sft
     gc.collect()
     policy_model = load_base(spec.policy, plan)
+    choose_kernels(policy_model, plan)
     policy, policy_answers = _score_and_answer(policy_model, "policy", groups, prompts, tokenizer, spec, reporter)
 
     table = _score_table(held_out["pair_id"], held_out["prompt_id"], groups, reference, policy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -84,6 +85,11 @@ def compute_dtype(plan: TrainingPlan) -> torch.dtype:
 
 
 def _quantisation(plan: TrainingPlan) -> Mapping[str, Any]:
+    if plan.precision in ("4bit", "8bit") and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"hardware.precision `{plan.precision}` needs bitsandbytes, which this environment lacks: "
+            "pip install 'dpo-assets[gpu]', or choose another precision (`dpo-assets plan` says what fits)."
+        )
     match plan.precision:
         case "4bit":
             settings = BitsAndBytesConfig(

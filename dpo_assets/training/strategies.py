@@ -32,6 +32,7 @@ from dpo_assets.training.policy import Policy, load_policy
 from dpo_assets.training.reference import ReferenceCache, Scores, reference_key, reference_scores
 from dpo_assets.training.reporting import Reporter
 from dpo_assets.training.unsloth_kernels import reference_mode
+from dpo_assets.version import __version__
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 A, B = ".lora_A.weight", ".lora_B.weight"
@@ -133,6 +134,7 @@ def score_reference(policy: Policy, groups: Sequence[Group], spec: TrainSpec, re
     plan, model = spec.plan, policy.model
     with reference_mode(model, plan.model_copy(update={"kernels": policy.kernels})) as path:
         key = reference_key(
+            scorer=__version__,
             base=spec.base_digest,
             start=spec.inputs.get("sft_checkpoint", "") if spec.start_adapter else "",
             reference=plan.dpo.reference,

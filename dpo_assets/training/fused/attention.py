@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dpo_assets.training.attention import unshare
+from dpo_assets.training.attention import causal_rows, has_flash, unshare
 from dpo_assets.training.fused import ops
 from dpo_assets.training.fused.ops import Angles
 from dpo_assets.training.packing import PackedBatch
@@ -46,13 +45,6 @@ class Attended:
     qkv: Tensor
     out: Tensor  # [T, query * dim]
     extra: Any
-
-
-def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this device computes flash attention on rows of different lengths."""
-    if device.type != "cuda" or dtype == torch.float32:
-        return False
-    return bool(torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 def attend(qkv: Tensor, heads: Heads, angles: Angles, batch: PackedBatch, differentiable: bool) -> Attended:
@@ -126,8 +118,6 @@ def _rows(qkv: Tensor, heads: Heads, angles: Angles, batch: PackedBatch, differe
     ]
     with torch.set_grad_enabled(differentiable):
         q, k, v = (unshare(leaf, batch).transpose(1, 2) for leaf in leaves)
-        rows = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=heads.scale, enable_gqa=heads.query > heads.kv
-        )
+        rows = causal_rows(q, k, v, heads.scale)
         attended = rows.transpose(1, 2).flatten(0, 1).index_select(0, batch["home"])
     return Attended(qkv, attended.detach().flatten(1), (leaves, attended))
