@@ -20,6 +20,7 @@ SMALL = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "attn_implementation": attention.NAME,
 }  # fmt: skip
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 GROUPS = [
     Group([5, 6, 7, 8], ([9, 10, 11], [12, 13, 14, 15, 16])),
     Group([20], ([21, 22], [23])),
@@ -48,7 +49,7 @@ MODELS = {
 
 def with_lora(
     base: Any,
-    targets: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    targets: Sequence[str] = TARGETS,
     rank: int = 4,
 ) -> PeftModel:
     config = LoraConfig(r=rank, lora_alpha=8, target_modules=list(targets), task_type="CAUSAL_LM")
@@ -125,3 +126,42 @@ def test_training_with_an_optimizer_that_leaves_no_trace_is_seen() -> None:
         curves.append([*losses, *scored])
     assert curves[1] == pytest.approx(curves[0], abs=1e-3)
     assert curves[0][0] - curves[0][3] > 0.1
+
+
+def test_small_updates_survive_in_bf16_where_peft_rounds_them_away() -> None:
+    """PEFT adds LoRA's term to an output that bf16 has rounded already: below half a unit in its last place it is lost.
+
+    Here both are one product with one rounding, so the first steps at a usual learning rate move the loss as in fp32.
+    """
+
+    def falls(dtype: torch.dtype, fused: bool) -> float:
+        torch.manual_seed(4)
+        wide = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 500, "initializer_range": 0.1}
+        base = LlamaForCausalLM(LlamaConfig(**(SMALL | wide))).to(torch.bfloat16).to(dtype)
+        model = get_peft_model(base, LoraConfig(r=8, lora_alpha=8, target_modules=list(TARGETS), task_type="CAUSAL_LM"))
+        generator = torch.Generator().manual_seed(3)
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                parameter.data = torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5
+        if fused:
+            assert attach_fused(model, dtype) == ""
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+        ids = torch.randint(0, 500, (8, 3, 12), generator=generator).tolist()
+        batch = pack([Group(prompt, (chosen, rejected)) for prompt, chosen, rejected in ids])
+
+        def margin() -> Tensor:
+            renew_fused(causal_lm(model))
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != torch.float32):
+                logps = sequence_logps(score_tokens(model, batch), batch).view(-1, 2)
+            return logps[:, 0] - logps[:, 1]
+
+        start = margin().detach()
+        for _ in range(3):
+            optimizer.zero_grad()
+            (-torch.nn.functional.logsigmoid(0.1 * (margin() - start))).mean().backward()
+            optimizer.step()
+        return float((margin() - start).mean())
+
+    exact, ours, theirs = falls(torch.float32, False), falls(torch.bfloat16, True), falls(torch.bfloat16, False)
+    assert ours > 0.75 * exact
+    assert theirs < 0.6 * exact

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -81,6 +82,11 @@ def test_pickled_weights_are_never_read(copied: Path, plan_for: PlanMaker) -> No
         load_base(copied, plan_for())
 
 
-def test_a_precision_without_a_loader_is_refused(model_folder: Path, plan_for: PlanMaker) -> None:
-    with pytest.raises(ConfigError, match="use bf16 or 4bit"):
-        load_base(model_folder, plan_for(precision="fp8"))
+def test_a_quantised_base_without_bitsandbytes_is_refused_with_what_to_install(
+    model_folder: Path, plan_for: PlanMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
+    for precision in ("4bit", "8bit"):
+        with pytest.raises(ConfigError, match=r"needs bitsandbytes.*dpo-assets\[gpu\]"):
+            load_base(model_folder, plan_for(precision=precision))

@@ -39,7 +39,8 @@ def test_the_loss_of_a_step_is_the_mean_over_its_completion_tokens(
     expected = -sum(summed_logps(base, chosen)) / sum(len(group.completions[0]) for group in chosen)
     assert [row["step"] for row in history] == [1]
     assert history[0]["loss"] == pytest.approx(expected, abs=1e-5)
-    assert report["held_out_nll_before"] == pytest.approx(report["held_out_nll_after"], abs=1e-6)  # Warm-up: lr 0.
+    # The warm-up of a single step would have rate zero, and nothing would be trained.
+    assert report["held_out_nll_after"] < report["held_out_nll_before"] - 0.05
 
 
 def test_memory_settings_change_no_loss(plan_for: PlanMaker, train_spec: SpecMaker, tmp_path: Path) -> None:
