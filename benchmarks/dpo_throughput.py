@@ -64,7 +64,9 @@ def _run(session: Session, names: list[str], args: argparse.Namespace, settings:
     precisions = [f"{OURS}-{name}" for name in args.precisions]
     plain = "fp32" if args.model == "tiny" else "bf16"
     parity = (f"{OURS}-{plain}", f"trl-{plain}")
-    start_arms(session, cases.values(), settings, [*(parity if args.parity else ()), *precisions])
+    exact = "trl-fp32" if args.parity and plain != "fp32" else None
+    more = [*(parity if args.parity else ()), *([exact] if exact else ()), *precisions]
+    start_arms(session, cases.values(), settings, more)
     waiting = list(session.workers)
 
     def wait_for(arms: list[str]) -> None:
@@ -73,9 +75,9 @@ def _run(session: Session, names: list[str], args: argparse.Namespace, settings:
             session.loaded(arm, args.load_timeout)
 
     if args.parity:
-        wait_for([arm for arm in parity if arm in waiting])
+        wait_for([arm for arm in (*parity, exact) if arm in waiting])
         session.record.write("device", date=str(date.today()), **session.device())
-        run_parity(session, *parity, settings)  # Nothing is timed here, so the others may still load.
+        run_parity(session, *parity, exact, settings)  # Nothing is timed here, so the others may still load.
     wait_for(list(waiting))
     if not args.parity:
         session.record.write("device", date=str(date.today()), **session.device())

@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks.throughput.cases import CASES, OURS, PARITY_CAP, PRECISION_CAP, Case
 from benchmarks.throughput.coordinator import Session
 
+EXACT = "trl in fp32"
 MICRO_BATCHES = (2, 4, 8, 16)
 FIRST_TRIED = 8
 TINY_MAX_LENGTH = 128
@@ -147,16 +148,21 @@ def _search_speed(session: Session, name: str, arm: str, micro: int, settings: S
     return 0.0 if "error" in answer else 16 / min(answer["step_seconds"])
 
 
-def run_parity(session: Session, ours: str, peer: str, settings: Settings) -> None:
-    """Step-1 gradient and loss curve of ours against TRL, beside TRL against itself at another micro-batch."""
+def run_parity(session: Session, ours: str, peer: str, exact: str | None, settings: Settings) -> None:
+    """Step-1 gradient and loss curve of ours against TRL, beside TRL against itself at another micro-batch.
+
+    `exact` is TRL in fp32: two trainers that round differently are both held against it.
+    """
     folder = Path(tempfile.mkdtemp(prefix="dpo-throughput-parity-", dir=session.folder.parent))
     runs = {"trl": (peer, 8), "trl at micro-batch 2": (peer, 2), "ours": (ours, None)}
+    if exact:
+        runs[EXACT] = (exact, 4)
     losses: dict[str, list[float]] = {}
     try:
         for name, (arm, micro) in runs.items():
             if not session.time_left():
                 return
-            gradient = folder / f"{name.replace(' ', '-')}.safetensors"
+            gradient = _gradient(folder, name)
             block = settings.block(
                 arm, max_length_of(session.shape), PARITY_CAP[session.shape],
                 micro_batch=micro, warmup=0, steps=settings.parity_steps, max_grad_norm=1e9, gradient=str(gradient),
@@ -166,15 +172,25 @@ def run_parity(session: Session, ours: str, peer: str, settings: Settings) -> No
             if "error" in answer:
                 continue
             losses[name] = answer["losses"]
-            if name != "trl" and "trl" in losses:
+            if name not in ("trl", EXACT) and "trl" in losses:
                 found = gradient_distance(folder / "trl.safetensors", gradient)
                 differences = [abs(a - b) for a, b in zip(losses["trl"], losses[name], strict=True)]
                 session.record.write(
                     "parity", what=name, steps=len(differences), largest_loss_difference=max(differences),
                     first_loss_difference=differences[0], curve_trl=losses["trl"], curve=losses[name], **found,
                 )  # fmt: skip
+        for name in [n for n in losses if EXACT in losses and n != EXACT]:
+            found = gradient_distance(_gradient(folder, EXACT), _gradient(folder, name))
+            differences = [abs(a - b) for a, b in zip(losses[EXACT], losses[name], strict=True)]
+            session.record.write(
+                "parity-exact", what=name, steps=len(differences), largest_loss_difference=max(differences), **found
+            )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _gradient(folder: Path, name: str) -> Path:
+    return folder / f"{name.replace(' ', '-')}.safetensors"
 
 
 def gradient_distance(reference: Path, other: Path) -> dict[str, Any]:

@@ -172,6 +172,18 @@ def _parity(rows: Sequence[Row]) -> str:
             f"{row['norm_ratio']:.5f} | {row['largest_loss_difference']:.1e} ({row['steps']}) | "
             f"{'within' if good else 'outside'} cosine {PARITY_COSINE}, norm {PARITY_NORM:.0%}; losses: {curve} |"
         )
+    exact = [row for row in rows if row["kind"] == "parity-exact" and "error" not in row]
+    if exact:
+        table += [
+            "",
+            "| model | against TRL in fp32 | cosine of the step-1 gradient | norm ratio | largest loss difference |",
+        ]
+        table.append("|---|---|---|---|---|")
+    for row in exact:
+        table.append(
+            f"| {row['model']} | {row['what']} | {row['cosine']:.6f} | {row['norm_ratio']:.5f} | "
+            f"{row['largest_loss_difference']:.1e} ({row['steps']}) |"
+        )
     return "\n".join(table)
 
 
