@@ -102,6 +102,22 @@ def test_more_memory_never_takes_a_fit_away_nor_makes_it_slower(
         assert cost(large, asked) <= cost(small, asked) * (1 + 1e-9)
 
 
+@settings(max_examples=100, deadline=None)
+@given(requests(), gib)
+def test_of_the_forwards_that_fit_the_fastest_is_taken(asked: dict[str, Any], available: float) -> None:
+    found = fit(**asked, available_gib=available)
+    device, layers = asked["device"], asked["shape"].layers
+    where = (asked["shape"], asked["precision"], asked["kernels"], asked["lora"])
+    for budget in memory._candidates(asked["longest_pair"], asked["step_tokens"], device):
+        for recomputed in range(layers + 1) if asked["kernels"] == "fused" else (0, layers):
+            needed = estimate_peak(*where, budget, recomputed, device) + FRAMEWORK_GIB[device]
+            if needed <= usable(available, device):
+                assert found.fits
+                other = MemoryFit(budget, recomputed, 0.0, {}, True)
+                assert cost(found, asked) <= cost(other, asked) * (1 + 1e-9)
+                break
+
+
 @settings(max_examples=60, deadline=None)
 @given(requests())
 def test_a_plan_that_does_not_fit_names_the_memory_that_would_do(asked: dict[str, Any]) -> None:

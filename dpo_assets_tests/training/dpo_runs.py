@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from dpo_assets_tests.training.conftest import Log, PlanMaker, small_part
 
 ROW = 96  # Tokens of a row: long enough for answers of several lengths, short enough for many runs.
 PAIRS, LR = 6, 1e-3
+FORWARD = 260  # Tokens: it takes two pairs or one, so that the forwards of a step are of different weight.
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,18 @@ def write_pairs(prepared: pl.DataFrame, folder: Path, count: int = PAIRS) -> Pat
     return folder
 
 
+def without_dropout(adapter: Path, folder: Path) -> Path:
+    """The adapter as if it had been trained without dropout, in a new `folder`."""
+    shutil.copytree(adapter, folder)
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_dropout": 0.0}), encoding="utf-8")
+    return folder
+
+
 def short_plan(plan_for: PlanMaker, dpo: dict[str, Any], *, steps: int, **resolved: Any) -> TrainingPlan:
     """A plan of `steps` steps that all learn: no warm-up, because its first step has rate zero."""
     section = {"learning_rate": LR, "batch_size": PAIRS, "warmup_ratio": 0.0, **dpo}
-    more = {"max_length": ROW, "train_pairs": PAIRS, "dpo_steps": steps, "token_budget": 3 * ROW, **resolved}
+    more = {"max_length": ROW, "train_pairs": PAIRS, "dpo_steps": steps, "token_budget": FORWARD, **resolved}
     return plan_for(dpo=section, **more)
 
 

@@ -36,6 +36,7 @@ from dpo_assets_tests.training.dpo_runs import (
     root_mean_square,
     run_dpo,
     short_plan,
+    without_dropout,
     write_pairs,
 )
 
@@ -56,12 +57,7 @@ def few(pairs: Path) -> list[Group]:
 
 @pytest.fixture(scope="module")
 def plain_adapter(sft_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The SFT adapter as if it had been trained without dropout."""
-    folder = tmp_path_factory.mktemp("plain") / "adapter"
-    shutil.copytree(sft_adapter, folder)
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_dropout": 0.0}), encoding="utf-8")
-    return folder
+    return without_dropout(sft_adapter, tmp_path_factory.mktemp("plain") / "adapter")
 
 
 # --- whole runs ---------------------------------------------------------------------------------------------------
