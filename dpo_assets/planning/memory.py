@@ -147,11 +147,15 @@ def _candidates(longest_pair: int, step_tokens: float, device: Literal["cpu", "c
     whole = math.ceil(step_tokens * STEP_SLACK)
     largest = max(longest_pair, min(whole, LARGEST_FORWARD[device]))
     seen = set()
-    for forwards in range(1, 65):
+    forwards = 1
+    while True:
         budget = max(longest_pair, min(largest, math.ceil(whole / forwards / 64) * 64))
         if budget not in seen:
             seen.add(budget)
             yield budget
+        if budget <= max(longest_pair, 64):
+            return
+        forwards += max(1, forwards // 64)
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ A language model aligned to human preferences by direct preference optimisation 
 Dataset digest `{facts.dataset_digest}`.
 
 ## Procedure
-SFT: {plan.sft.strategy}. DPO: loss {' + '.join(plan.dpo.losses)}, beta {plan.dpo.beta:g}, learning rate
+SFT: {plan.sft.strategy}. DPO: loss {" + ".join(plan.dpo.losses)}, beta {plan.dpo.beta:g}, learning rate
 {plan.dpo.learning_rate:g} ({plan.dpo.schedule}, warm-up {plan.dpo.warmup_ratio:g}), {plan.dpo_steps} steps of
 {plan.dpo.batch_size} pairs, {plan.dpo.epochs:g} epochs, LoRA rank {plan.lora.rank} alpha {plan.lora.alpha},
 max length {plan.max_length} tokens, seed {plan.dpo.seed}.

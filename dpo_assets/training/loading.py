@@ -145,6 +145,11 @@ def attach_adapter(
         wrapped = get_peft_model(base, config, adapter_name=ADAPTER_NAME)
         assert isinstance(wrapped, PeftModel)
         model = wrapped
+    if dropout == 0.0:
+        # A starting adapter brings the dropout it was trained with; two scores of one pair would differ.
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     if not 0 < trainable <= LARGEST_TRAINABLE_SHARE * total:

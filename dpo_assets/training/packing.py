@@ -61,16 +61,17 @@ def balanced(items: Sequence[T], sizes: Sequence[int], budget: int) -> list[list
     Longest first onto the smallest run (Graham 1969). Equal runs waste no small last forward. The order within a run is
     that of `items`; an item over the budget stands alone.
     """
-    order = sorted(range(len(items)), key=lambda n: (-sizes[n], n))
-    runs = max(1, math.ceil(sum(sizes) / budget))
+    alone = [[items[n]] for n in range(len(items)) if sizes[n] > budget]
+    order = sorted((n for n in range(len(items)) if sizes[n] <= budget), key=lambda n: (-sizes[n], n))
+    runs = max(1, math.ceil(sum(sizes[n] for n in order) / budget))
     while True:
         loads, members = [0] * runs, [[] for _ in range(runs)]  # type: list[int], list[list[int]]
         for n in order:
             lightest = loads.index(min(loads))
             loads[lightest] += sizes[n]
             members[lightest].append(n)
-        if runs >= len(items) or all(load <= budget for load in loads):
-            return [[items[n] for n in sorted(run)] for run in members if run]
+        if all(load <= budget for load in loads):
+            return [[items[n] for n in sorted(run)] for run in members if run] + alone
         runs += 1
 
 

@@ -53,7 +53,8 @@ def load_start(spec: TrainSpec, *, packed: bool) -> Start:
         ConfigError: for `merged` with a quantised base or Unsloth's kernels.
     """
     plan = spec.plan
-    if packed and plan.dpo.reference_strategy == "merged" and spec.start_adapter is not None:
+    folds = plan.dpo.reference_strategy == "merged" and plan.dpo.reference == "sft"
+    if packed and folds and spec.start_adapter is not None:
         return _folded_start(spec.base_model, plan, spec.start_adapter)
     policy = load_policy(spec.base_model, plan, spec.start_adapter, seed=plan.dpo.seed, dropout=0.0, packed=packed)
     # Before the reference is scored: an SFT adapter may bring its own dropout, and DPO trains without.

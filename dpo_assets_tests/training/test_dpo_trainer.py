@@ -353,6 +353,5 @@ def test_balanced_runs_are_few_and_about_equally_large(sizes: list[int], budget:
     assert loads[-1] - loads[0] <= max(sizes)
 
 
-@pytest.mark.xfail(strict=True, reason="balanced() takes one run per item as soon as one item is over the budget")
 def test_an_item_over_the_budget_leaves_the_others_together() -> None:
     assert sorted(map(sorted, balanced("abcdef", [100, 1, 1, 1, 1, 1], 50))) == [["a"], ["b", "c", "d", "e", "f"]]

@@ -230,9 +230,6 @@ def test_a_frozen_policy_on_fused_layers_has_no_graph(two: tuple[PeftModel, Peft
 # --- what no stage does, and would go wrong silently --------------------------------------------------------------
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="columns of the first adapter's rank stay in the fused matrices"
-)
 def test_an_adapter_of_another_rank_is_computed_right_or_refused(
     two: tuple[PeftModel, PeftModel], few: list[Group]
 ) -> None:
@@ -249,11 +246,6 @@ def test_an_adapter_of_another_rank_is_computed_right_or_refused(
         return
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="gradients are added to the buffer of the first forward, wherever .grad is",
-)
 def test_gradients_that_were_replaced_between_forwards_are_added_to(
     two: tuple[PeftModel, PeftModel], few: list[Group]
 ) -> None:

@@ -162,11 +162,6 @@ def test_training_with_dropout_falls_back_and_says_so(
     assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["kernels"] == "transformers"
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="load_policy chooses the kernels before the stage takes the dropout out, so DPO falls back needlessly",
-)
 def test_dpo_from_an_sft_adapter_with_dropout_is_computed_by_fused_layers(
     plan_for: PlanMaker, train_spec: SpecMaker, pairs: Path, sft_adapter: Path, tmp_path: Path
 ) -> None:

@@ -229,11 +229,6 @@ def test_with_reference_base_a_trained_start_stops_at_the_first_step(
     assert "set dpo.reference to `sft`" in stopped.value.fix
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=pytest.fail.Exception,
-    reason="`merged` measures against the folded SFT checkpoint whatever dpo.reference says",
-)
 def test_merged_with_reference_base_and_a_trained_start_does_not_train_against_sft(
     plan_for: PlanMaker, train_spec: SpecMaker, pairs: Path, sft_adapter: Path, tmp_path: Path
 ) -> None:

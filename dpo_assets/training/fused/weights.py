@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dpo_assets.errors import ConfigError
 from dpo_assets.training.fp8 import Fp8Linear
 from dpo_assets.training.fused import ops
 
@@ -174,7 +175,8 @@ class FrozenGroup:
         shapes = [q.shape if q else tuple(m.linear.weight.shape) for m, q in zip(members, self.quantised, strict=True)]
         self.widths = [int(shape[0]) for shape in shapes]
         self.inputs, self.outputs = int(shapes[0][1]), sum(self.widths)
-        self.rank = math.ceil(sum(m.rank for m in members) / ALIGNMENT) * ALIGNMENT
+        self._ranks = [m.rank for m in members]
+        self.rank = math.ceil(sum(self._ranks) / ALIGNMENT) * ALIGNMENT
         self._scratch, self._dtype = scratch, dtype
         device: torch.device = members[0].linear.weight.device  # type: ignore[assignment]
         biases = [getattr(m.linear, "bias", None) for m in members]
@@ -211,6 +213,11 @@ class FrozenGroup:
 
     def slots(self) -> list[tuple[Tensor, Tensor, float]]:
         """(where, from, scale): where each factor stands in M."""
+        if [m.rank for m in self.members] != self._ranks:
+            raise ConfigError(
+                "fused kernels hold adapters of one rank, and one of another rank is active; "
+                "set hardware.kernels to `transformers`."
+            )
         entries, row, column = [], 0, 0
         for member, width in zip(self.members, self.widths, strict=True):
             if member.factors is not None:
@@ -294,6 +301,8 @@ class FrozenGroup:
         fresh = parameters[0].grad is None
         if fresh:
             self._grad_a = torch.empty(self.rank, self.inputs, dtype=torch.float32, device=x.device)
+        else:
+            self._adopt_replaced_gradients()
         ops.add_product(self._grad_a, dy[:, self.outputs :].T, x, fresh=fresh)
         row = column = 0
         for member, width in zip(self.members, self.widths, strict=True):
@@ -307,3 +316,16 @@ class FrozenGroup:
                 ops.add_product(b.grad, part, thin[:, ranks], fresh=fresh, scale=member.scale)
                 column += member.rank
             row += width
+
+    def _adopt_replaced_gradients(self) -> None:
+        """Whoever put another tensor into `.grad` between two forwards (clipping, scaling) means that one."""
+        column = 0
+        for member in self.members:
+            if member.factors is not None:
+                a = member.factors[0]
+                part = self._grad_a[column : column + member.rank]
+                assert a.grad is not None
+                if a.grad.data_ptr() != part.data_ptr():
+                    part.copy_(a.grad)
+                    a.grad = part
+                column += member.rank
