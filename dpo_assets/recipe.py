@@ -267,6 +267,13 @@ class DpoSection(OptimSection):
                 f"`loss_weights` has {len(self.loss_weights)} values for {len(self.losses)} losses "
                 f"({', '.join(self.losses)}); give one for each, or none at all."
             )
+        if self.trainer == "trl" and self.reference_strategy in ("merged", "model"):
+            raise ValueError(
+                "`trainer: trl` keeps a frozen adapter as its reference; "
+                f"`reference_strategy: {self.reference_strategy}` is for the packed trainer."
+            )
+        if self.trainer == "packed" and self.micro_batch_size:
+            raise ValueError("`micro_batch_size` is for `trainer: trl`; the packed trainer cuts a step by memory.")
         if any(weight <= 0 for weight in self.loss_weights):
             raise ValueError("a weight in `loss_weights` is not above 0; leave that loss out of `loss`.")
         return self

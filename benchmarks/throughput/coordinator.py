@@ -232,4 +232,4 @@ def build_model(shape: str, folder: Path, record: Record) -> None:
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
         cwd=tempfile.gettempdir(),
     )
-    record.write("model", what=str(folder), load_seconds=time.monotonic() - begun)
+    record.write("model", what=folder.name, load_seconds=time.monotonic() - begun)

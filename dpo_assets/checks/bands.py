@@ -152,7 +152,6 @@ BUDGET_SOURCE = (
 
 # What the first loss must be before any update: the loss at zero margin (Rafailov et al., arXiv 2305.18290, eq. 7, and
 # `training.losses.DpoLoss.at_zero_margin` for every other loss).
-FIRST_LOSS: dict[str, float] = {"sigmoid": math.log(2)}
 FIRST_LOSS_TOLERANCE = 5e-4
 FIRST_LOSS_SOURCE = "equation 7 of arXiv 2305.18290 at policy = reference; TRL issue 1236 trained against a wrong one"
 

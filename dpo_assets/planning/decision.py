@@ -45,6 +45,7 @@ def decide(recipe: Recipe, shape: ModelShape, data: DatasetStats, device: Device
             data.longest_pair,
             data.mean_pair * recipe.dpo.batch_size,
             device.kind,
+            bases=2 if recipe.dpo.reference_strategy == "model" else 1,
         )
 
     choice: PrecisionChoice = choose_precision(device, recipe.hardware.precision, fitted)
@@ -70,6 +71,11 @@ def choose_kernels(recipe: Recipe, shape: ModelShape, max_length: int, device: D
             else f"they do not compute {shape.architecture or 'this architecture'} as it is configured"
         )
         raise ConfigError(f"hardware.kernels `fused` cannot serve this model: {what}. Use `transformers` or `auto`.")
+    if requested == "fused" and _drops_out(recipe):
+        raise ConfigError(
+            "hardware.kernels `fused` computes no dropout, and SFT would train with lora.dropout "
+            f"{recipe.lora.dropout:g}; set lora.dropout to 0, or kernels to `auto`."
+        )
     if requested == "fused" and recipe.dpo.trainer == "trl":
         raise ConfigError(
             "hardware.kernels `fused` is for the packed trainer; with dpo.trainer `trl` use `transformers`, `unsloth` "
@@ -78,7 +84,13 @@ def choose_kernels(recipe: Recipe, shape: ModelShape, max_length: int, device: D
     if requested != "auto":
         return requested
     packed = recipe.dpo.trainer == "packed"  # TRL's trainer calls the model in its own way.
-    return "fused" if device.kind == "cuda" and packed and shape.fused_at(max_length) else "transformers"
+    plain = packed and not _drops_out(recipe)
+    return "fused" if device.kind == "cuda" and plain and shape.fused_at(max_length) else "transformers"
+
+
+def _drops_out(recipe: Recipe) -> bool:
+    """Whether SFT trains with dropout, which fused layers do not compute."""
+    return recipe.lora.dropout > 0 and recipe.sft.strategy == "train"
 
 
 def what_would_fit(recipe: Recipe, shape: ModelShape, data: DatasetStats, device: Device) -> list[str]:

@@ -47,7 +47,8 @@ def plan_rows(plan: TrainingPlan, size: Size, device: Device) -> Iterator[tuple[
     step = batch * plan.max_length
     forwards = math.ceil(step / plan.token_budget)
     often = "one forward" if forwards == 1 else f"about {forwards} forwards"
-    yield "forward", f"up to {plan.token_budget:,} tokens; a step of {batch} pairs ({step:,} tokens) takes {often}"
+    most = f"up to {plan.token_budget:,} tokens"
+    yield "forward", f"{most}; a step of {batch} pairs of {plan.max_length:,} takes {often}"
     if plan.recomputed_layers:
         twice = f"{plan.recomputed_layers} of {shape.layers} layers are computed again in the backward pass"
         yield "checkpointing", f"{twice}, to save memory"
@@ -61,9 +62,9 @@ def plan_rows(plan: TrainingPlan, size: Size, device: Device) -> Iterator[tuple[
         yield "would fit", "nothing in the catalogue; take a smaller model"
     yield (
         "planned for",
-        f"pairs of at most {plan.longest_pair:,} tokens, {plan.max_length:,} on average (max_length "
-        f"{plan.max_length:,}, shared prompts); LoRA rank {plan.lora.rank} on {len(plan.lora.target_modules)} linear "
-        "layers a block",
+        f"pairs of at most {plan.longest_pair:,} tokens, {plan.max_length:,} on average (supposed from "
+        f"max_length; a run takes those of its pairs); LoRA rank {plan.lora.rank} on "
+        f"{len(plan.lora.target_modules)} linear layers a block",
     )
 
 

@@ -27,7 +27,7 @@ QUANTISED: tuple[Precision, ...] = ("4bit", "8bit", "fp8")
 # 0.6 at 8B with checkpointing, on an H200).
 TRANSFORMERS_KEPT, TRANSFORMERS_CHECKPOINTED = 62.0, 5.0
 HEAD_CHUNKS = {"cuda": (1_024, 2_048), "cpu": (1_024, 1_024)}  # Scored tokens whose logits exist at one time.
-LARGEST_FORWARD = {"cuda": 32_768, "cpu": 4_096}
+LARGEST_FORWARD = {"cuda": 32_768, "cpu": 1_536}  # A CPU gains by rows of like length, not by large matrices.
 FRAMEWORK_GIB = {"cuda": 0.35, "cpu": 1.0}  # CUDA context and cuBLAS workspaces; Python and libraries.
 USABLE = {"cuda": 0.97, "cpu": 0.9}  # The rest is lost to fragments, or other people's memory.
 # What decides between larger forwards with recomputed layers and smaller ones without, as seen on an H200: matrix rate,
@@ -101,6 +101,7 @@ def fit(
     longest_pair: int,
     step_tokens: float,
     device: Literal["cpu", "cuda"],
+    bases: int = 1,
 ) -> MemoryFit:
     """The fastest forward size that fits, with as many recomputed layers as it needs.
 
@@ -110,12 +111,13 @@ def fit(
         available_gib: memory of the device that this run may use.
         longest_pair: tokens of the longest pair with its prompt shared; no forward can be smaller.
         step_tokens: mean tokens of an optimizer step.
+        bases: models in memory: two where the reference is one of its own.
     """
     usable = USABLE[device] * available_gib
     best: tuple[float, MemoryFit] | None = None
     last: MemoryFit | None = None
     for budget in _candidates(longest_pair, step_tokens, device):
-        estimate = _Estimate(shape, precision, kernels, lora, budget, device)
+        estimate = _Estimate(shape, precision, kernels, lora, budget, device, bases)
         recomputed = estimate.fewest_recomputed(usable)
         last = MemoryFit(budget, recomputed, estimate.peak(recomputed), estimate.parts(recomputed), True)
         if estimate.needed(recomputed) > usable:
@@ -166,6 +168,7 @@ class _Estimate:
     lora: LoraSection
     budget: int
     device: Literal["cpu", "cuda"]
+    bases: int = 1
 
     @property
     def _width(self) -> int:
@@ -219,7 +222,7 @@ class _Estimate:
         head = chunk * s.vocabulary * (4 + self._width) + 2 * tokens * s.hidden * self._width
         # The logits go before the first layer is differentiated.
         parts = {
-            "weights": weights_bytes(s, self.precision),
+            "weights": self.bases * weights_bytes(s, self.precision),
             "adapter and optimizer": adapter_bytes(s, self.lora),
             "kept activations": saved,
             "dequantised layer": scratch,

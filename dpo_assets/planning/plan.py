@@ -23,6 +23,7 @@ class TrainingPlan(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     device: Literal["cpu", "cuda"]
     device_name: str
+    device_index: int = Field(default=0, description="The one GPU that the worker may see, as NVML counts them.")
     precision: Precision
     precision_reason: str
     kernels: Kernels
@@ -84,6 +85,7 @@ def make_plan(recipe: Recipe, shape: ModelShape, data: DatasetStats, device: Dev
     return TrainingPlan(
         device=device.kind,
         device_name=device.name,
+        device_index=device.index,
         precision=decision.precision,
         precision_reason=decision.reason,
         kernels=decision.kernels,

@@ -25,6 +25,7 @@ class Device:
     name: str
     memory_gib: float
     capability: tuple[int, int] | None = None
+    index: int = 0  # Which GPU of the machine, as NVML counts them.
 
     @property
     def half(self) -> Literal["bf16", "fp16"]:

@@ -49,6 +49,7 @@ class GpuResource(dg.ConfigurableResource):  # type: ignore[type-arg]
             memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
             name = pynvml.nvmlDeviceGetName(handle)
             free = int(memory.free) / 2**30 // STEP_GIB * STEP_GIB
-            return Device("cuda", str(name), free, (int(capability[0]), int(capability[1])))
+            major, minor = int(capability[0]), int(capability[1])
+            return Device("cuda", str(name), free, (major, minor), self.index)
         finally:
             pynvml.nvmlShutdown()

@@ -14,7 +14,7 @@ from pathlib import Path
 import dagster as dg
 from pydantic import Field
 
-from dpo_assets.contract import EXPLAINED_EXIT, FAILURE_FILE, Failure, Spec, Stage
+from dpo_assets.contract import EXPLAINED_EXIT, FAILURE_FILE, Failure, PlannedSpec, Spec, Stage
 from dpo_assets.errors import ConfigError, DpoAssetsError, GateError, InfrastructureError, OutOfMemory
 from dpo_assets.publishing.secrets import SECRET_VARIABLES, scrub
 
@@ -83,7 +83,7 @@ class LocalLauncher(TrainingLauncher):
             process = subprocess.Popen(
                 command,
                 # Its temporary files lie in this run's scratch folder, so they go also when it is killed.
-                env={**_worker_environment(spec.threads), "TMPDIR": str(work), **session.get_bootstrap_env_vars()},
+                env={**_worker_environment(spec), "TMPDIR": str(work), **session.get_bootstrap_env_vars()},
                 # Held open as long as this process lives: its end tells the worker that the run is gone.
                 stdin=subprocess.PIPE,
                 stdout=output,
@@ -126,10 +126,16 @@ def _wait(process: subprocess.Popen[bytes], stage: str, timeout_seconds: float) 
     return status
 
 
-def _worker_environment(threads: int) -> dict[str, str]:
-    """The environment without secrets: the worker is offline and needs none."""
+def _worker_environment(spec: Spec) -> dict[str, str]:
+    """The environment without secrets: the worker is offline and needs none.
+
+    It sees the one GPU that was planned for: with several in sight, Transformers multiplies the batch by their number.
+    """
     environment = {k: v for k, v in os.environ.items() if k not in SECRET_VARIABLES}
-    return environment | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    environment |= {"OMP_NUM_THREADS": str(spec.threads), "PYTHONUNBUFFERED": "1"}
+    if isinstance(spec, PlannedSpec) and spec.plan.device == "cuda" and "CUDA_VISIBLE_DEVICES" not in environment:
+        environment |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": str(spec.plan.device_index)}
+    return environment
 
 
 def _as_error(failure: Failure) -> DpoAssetsError:

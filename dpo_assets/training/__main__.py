@@ -49,7 +49,10 @@ SPECS: dict[Stage, type[Spec]] = {
     "merge": MergeSpec,
     "evaluate": EvaluateSpec,
 }
-RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "tokenizers", "accelerate")
+RECORDED_PACKAGES = (
+    "torch", "triton", "transformers", "trl", "peft", "datasets", "tokenizers", "accelerate", "bitsandbytes", "unsloth",
+    "unsloth_zoo",
+)  # fmt: skip
 
 
 class Terminal:
@@ -130,8 +133,16 @@ def _run(stage: Stage, spec: Spec, reporter: Any) -> None:
     stage_module = importlib.import_module(f"dpo_assets.training.{stage}")
     stage_module.run(spec, reporter)
     shutil.rmtree(spec.scratch, ignore_errors=True)
-    versions = {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES}
+    versions = {name: found for name in RECORDED_PACKAGES if (found := _version(name))}
     seal(spec.output_dir, kind=spec.kind or stage, fingerprint=spec.fingerprint, inputs=spec.inputs, versions=versions)
+
+
+def _version(package: str) -> str:
+    """The installed version; empty for what is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _end_with_parent() -> None:

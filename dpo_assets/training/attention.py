@@ -49,7 +49,7 @@ def causal_rows(
 ) -> torch.Tensor:
     """Causal attention of rows: q [R, heads, W, dim], k and v [R, kv heads, W, dim]."""
     grouped = q.shape[1] != k.shape[1]
-    if grouped and q.is_cuda and not has_flash(q.device, q.dtype):
+    if grouped and q.is_cuda and not has_flash(q.device, q.dtype, q.shape[-1]):
         # Without flash attention only the kernel that keeps all W x W scores takes grouped heads; repeated, the
         # memory-efficient one does.
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
@@ -57,9 +57,9 @@ def causal_rows(
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=grouped)
 
 
-def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this device computes flash attention."""
-    if device.type != "cuda" or dtype == torch.float32:
+def has_flash(device: torch.device, dtype: torch.dtype, dim: int = 8) -> bool:
+    """Whether this device computes flash attention with heads of `dim`."""
+    if device.type != "cuda" or dtype == torch.float32 or dim % 8 or dim > 256:
         return False
     return bool(torch.cuda.get_device_capability(device) >= (8, 0))
 

@@ -26,13 +26,13 @@ from trl.trainer.utils import use_adapter
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.recipe import DpoSection
+from dpo_assets.training.dpo_trainer import TRL_REFERENCE
 from dpo_assets.training.guards import check_first_loss
 from dpo_assets.training.losses import DpoLoss
 from dpo_assets.training.packed import trainer_arguments
 from dpo_assets.training.unsloth_kernels import check_adapter_only
 
 CLASSIC_MICRO_BATCH = 2
-REFERENCE_ADAPTER = "ref"  # TRL's name for the frozen copy.
 COLUMNS = ("prompt", "chosen", "rejected")
 NOT_MODEL_INPUTS = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps"})
 
@@ -81,7 +81,7 @@ class ClassicDPOTrainer(trl.DPOTrainer):
         scored = {name: value for name, value in inputs.items() if name not in NOT_MODEL_INPUTS}
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         policy = self.accelerator.unwrap_model(self.model)
-        adapter = REFERENCE_ADAPTER if REFERENCE_ADAPTER in policy.peft_config else None
+        adapter = TRL_REFERENCE if TRL_REFERENCE in policy.peft_config else None
         with use_adapter(policy, adapter_name=adapter), torch.set_grad_enabled(self.model.training):
             logps = model(**scored, labels=labels, use_cache=False, fused_lm_head=True).log_probs
         summed: Tensor = logps.detach().sum(dim=1)
@@ -137,7 +137,7 @@ def classic_trainer(
         )
     # An adapter at zero is the base; its copy is then the better reference, because it takes the policy's kernels.
     if plan.dpo.reference == "base" and not starts_as_base:
-        model.delete_adapter(REFERENCE_ADAPTER)
+        model.delete_adapter(TRL_REFERENCE)
     return trainer
 
 

@@ -99,7 +99,7 @@ def packed_trainer(start: Start, tokenizer: Any, spec: TrainSpec, reporter: Repo
         args=dpo_arguments(plan, spec.scratch, policy.kernels),
         train_dataset=train,
         processing_class=tokenizer,
-        data_collator=PackedCollator(to_group, plan.token_budget, columns),
+        data_collator=PackedCollator(to_group, plan.token_budget, columns, padded=plan.device == "cpu"),
         loss=loss,
         reference=plan.dpo.reference,
         step_reference=reference,

@@ -90,6 +90,6 @@ class ScoredHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        out = ctx.grad_hidden.mul_(grads[0][:, None].to(ctx.grad_hidden.dtype)).to(ctx.dtype)
+        out = ctx.grad_hidden.mul_(grads[0][:, None]).to(ctx.dtype)
         del ctx.grad_hidden
         return out, None, None, None

@@ -5,6 +5,7 @@ Two forwards that round differently are the classic cause of a first loss off ln
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,6 +24,7 @@ from dpo_assets.training.packing import Group, PackedBatch, pack, under_budget
 from dpo_assets.training.unsloth_kernels import unsloth_packed_hidden
 
 ON_UNSLOTH = "packed_on_unsloth"  # Mark of a model whose packed batches go through Unsloth's own forward.
+LONGEST_EAGER = 4096  # Eager attention keeps all scores of a row, heads x length squared.
 PROBE_TOLERANCE = 1e-3  # Nats per token between packed and plain scoring in fp32; measured differences are below 1e-5.
 
 
@@ -120,7 +122,7 @@ def assert_packing_is_exact(model: Any, group: Group, autocast: AbstractContextM
         return  # It has no eager attention to compare with; its own table of shared prefixes was checked at loading.
     with evaluating(model):
         packed, lengths = score_groups(model, [group], budget=group.tokens, autocast=autocast)
-        with plain_attention(model, "eager"):
+        with plain_attention(model, "eager" if group.longest_row <= LONGEST_EAGER else "sdpa"):
             plain = [_row_logp(lm, group.prompt, completion, autocast) for completion in group.completions]
     tolerance = PROBE_TOLERANCE if lm.dtype == torch.float32 else 0.1
     for ours, theirs, length in zip(packed, plain, lengths, strict=True):
@@ -136,7 +138,10 @@ def _row_logp(
     lm: Any, prompt: Sequence[int], completion: Sequence[int], autocast: AbstractContextManager[Any] | None
 ) -> float:
     row = torch.tensor([[*prompt, *completion]], device=lm.device)
+    kept = len(completion) + 1
+    # Logits of the prompt would only cost memory; the few models that do not know the argument compute them.
+    few = {"logits_to_keep": kept} if "logits_to_keep" in inspect.signature(lm.forward).parameters else {}
     with autocast or nullcontext():
-        logits = lm(input_ids=row, use_cache=False).logits[0].float()
+        logits = lm(input_ids=row, use_cache=False, **few).logits[0, -kept:-1].float()
     wanted = row[0, len(prompt) :]
-    return float(logits[len(prompt) - 1 : -1].log_softmax(-1).gather(-1, wanted[:, None]).sum())
+    return float(logits.log_softmax(-1).gather(-1, wanted[:, None]).sum())

@@ -15,16 +15,17 @@ import torch
 from dpo_assets.artifact import VOLATILE, write_json
 from dpo_assets.contract import MergeSpec, Progress
 from dpo_assets.errors import GateError
+from dpo_assets.planning.memory import GIB, QUANTISED
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.data import dpo_group, load_split
-from dpo_assets.training.loading import attach_adapter, autocast_of, load_base, load_tokenizer
+from dpo_assets.training.loading import attach_adapter, autocast_of, choose_kernels, load_base, load_tokenizer
 from dpo_assets.training.logprobs import assert_packing_is_exact, score_groups
 from dpo_assets.training.merging import NotStreamable, plan_merge, stream_merge
 from dpo_assets.training.packing import Group
 from dpo_assets.training.reporting import Reporter
 
-QUANTISED = ("4bit", "8bit", "fp8")
 GENERATION = "generation_config.json"
+SHARE_FOR_WEIGHTS = 0.85  # Of the device, beside what scoring a few pairs needs.
 
 
 def run(spec: MergeSpec, reporter: Reporter) -> None:
@@ -36,8 +37,7 @@ def run(spec: MergeSpec, reporter: Reporter) -> None:
     """
     started = time.perf_counter()
     # The merge never goes through a quantised base: 4-bit weights would be rounded into the release.
-    quantised = spec.plan.precision in QUANTISED
-    plan = spec.plan.model_copy(update={"precision": "bf16"}) if quantised else spec.plan
+    plan = _plan_of_proof(spec.plan)
     folder = spec.output_dir / "model"
     folder.mkdir()
 
@@ -99,8 +99,17 @@ def merge_in_memory(spec: MergeSpec, plan: TrainingPlan, folder: Path) -> None:
     _free()
 
 
+def _plan_of_proof(plan: TrainingPlan) -> TrainingPlan:
+    """In 16 bit for a quantised base; on the CPU where 16 bit do not fit the card that 4 bit were chosen for."""
+    if plan.precision not in QUANTISED:
+        return plan
+    fits = 2 * plan.parameters / GIB < SHARE_FOR_WEIGHTS * plan.memory_available_gib
+    return plan.model_copy(update={"precision": "bf16", "device": plan.device if fits else "cpu"})
+
+
 def _scores_by_adapter(spec: MergeSpec, plan: TrainingPlan, groups: list[Group]) -> tuple[list[float], list[int]]:
     model = attach_adapter(load_base(spec.base_model, plan), plan, spec.adapter, seed=0, dropout=0.0).eval()
+    choose_kernels(model, plan)
     with autocast_of(plan):
         assert_packing_is_exact(model, max(groups, key=lambda group: group.longest_row))
         scores, lengths = score_groups(model, groups, plan.token_budget)
@@ -112,6 +121,7 @@ def _scores_by_adapter(spec: MergeSpec, plan: TrainingPlan, groups: list[Group])
 def _scores_by_merged(folder: Path, plan: TrainingPlan, groups: list[Group]) -> tuple[list[float], int]:
     """Scores of the files as written, so that the proof covers what is released."""
     model = load_base(folder, plan).eval()
+    choose_kernels(model, plan)
     with autocast_of(plan):
         scores, _ = score_groups(model, groups, plan.token_budget)
     return scores, sum(p.numel() for p in model.parameters())

@@ -20,7 +20,7 @@ from dpo_assets.recipe import OptimSection
 from dpo_assets.training.fused.decoder import renew_fused
 from dpo_assets.training.loading import compute_dtype
 from dpo_assets.training.logprobs import causal_lm, to_device
-from dpo_assets.training.packing import Group, PackedBatch, balanced, pack
+from dpo_assets.training.packing import Group, PackedBatch, balanced, by_width, pack
 
 LOGGED_STEPS = 200  # A run logs every step up to this many steps, and about this many times beyond.
 
@@ -72,15 +72,30 @@ def packed_arguments(plan: TrainingPlan, kernels: str) -> dict[str, Any]:
 
 
 class PackedCollator:
-    """Rows of a prepared dataset to one batch: a list of packed forwards with the extra columns of their pairs."""
+    """Rows of a prepared dataset to one batch: a list of packed forwards with the extra columns of their pairs.
 
-    def __init__(self, to_group: Callable[[dict[str, Any]], Group], budget: int, extra: tuple[str, ...] = ()) -> None:
-        self.to_group, self.budget, self.extra = to_group, budget, extra
+    Args:
+        padded: attention will run on padded rows, so pairs of like length belong together; otherwise forwards are
+            about equally large.
+    """
+
+    def __init__(
+        self,
+        to_group: Callable[[dict[str, Any]], Group],
+        budget: int,
+        extra: tuple[str, ...] = (),
+        *,
+        padded: bool = False,
+    ) -> None:
+        self.to_group, self.budget, self.extra, self.padded = to_group, budget, extra, padded
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         groups = [self.to_group(row) for row in rows]
         forwards = []
-        for run in balanced(list(zip(groups, rows, strict=True)), [g.tokens for g in groups], self.budget):
+        both, sizes = list(zip(groups, rows, strict=True)), [g.tokens for g in groups]
+        widths = [g.longest_row for g in groups]
+        runs = by_width(both, sizes, widths, self.budget) if self.padded else balanced(both, sizes, self.budget)
+        for run in runs:
             batch = pack([group for group, _ in run])
             for name in self.extra:
                 batch[name] = torch.tensor([row[name] for _, row in run])

@@ -75,6 +75,12 @@ def balanced(items: Sequence[T], sizes: Sequence[int], budget: int) -> list[list
         runs += 1
 
 
+def by_width(items: Sequence[T], sizes: Sequence[int], widths: Sequence[int], budget: int) -> list[list[T]]:
+    """Runs of at most `budget`, items of like width together: attention on padded rows pays for the widest."""
+    order = sorted(range(len(items)), key=lambda n: (-widths[n], n))
+    return list(under_budget([items[n] for n in order], [sizes[n] for n in order], budget))
+
+
 def under_budget(items: Sequence[T], sizes: Sequence[int], budget: int) -> Iterator[list[T]]:
     """Consecutive runs of items whose sizes sum to at most `budget`; an item over it stands alone."""
     run: list[T] = []
@@ -99,6 +105,7 @@ def pack(groups: Sequence[Group]) -> PackedBatch:
         target        [N]    that token
         owner         [N]    row it belongs to; rows are numbered group by group, completion by completion
         lengths       [R]    scored tokens of each row
+        groups        (prompt tokens, [tokens of each completion]) of each group
         shape         (R, W)
         logical       tokens of the rows without sharing
     Tables of padded rows, for attention without flash:
@@ -161,6 +168,7 @@ def pack(groups: Sequence[Group]) -> PackedBatch:
         for _, entries in sorted(shared.items())
     ]
     batch["lengths"] = torch.tensor([len(c) for g in groups for c in g.completions])
+    batch["groups"] = [(len(g.prompt), [len(c) for c in g.completions]) for g in groups]
     batch["shape"] = (row, width)
     batch["logical"] = sum(keys)
     batch["longest"] = (max(queries), max(keys))

@@ -20,6 +20,7 @@ from dpo_assets.training.guards import diverged
 from dpo_assets.training.packing import Group
 
 Scores = list[tuple[float, float]]
+PARTS = 10  # In which scores are computed and kept.
 
 
 def reference_key(**facts: str | int | float | bool | None) -> str:
@@ -80,15 +81,20 @@ def reference_scores(
     """(chosen, rejected) reference log-probabilities of every pair, and how many came from the cache.
 
     Raises:
-        GateError: `finite`, when a score is not; nothing is kept then.
+        GateError: `finite`, when a score is not; that part is not kept.
     """
     keys = [pair_key(group) for group in groups]
     known = cache.get(keys) if cache else {}
     missing = [n for n, key in enumerate(keys) if key not in known]
-    fresh = {keys[n]: s for n, s in zip(missing, score([groups[n] for n in missing]), strict=True)} if missing else {}
-    if bad := [value for pair in fresh.values() for value in pair if not math.isfinite(value)]:
-        raise diverged("finite", "reference log-probability", bad[0], "the reference pass")
-    if cache and fresh:
-        cache.put(fresh)
+    part = max(1, math.ceil(len(missing) / PARTS))
+    fresh: dict[str, tuple[float, float]] = {}
+    for start in range(0, len(missing), part):
+        chunk = missing[start : start + part]
+        scored = {keys[n]: s for n, s in zip(chunk, score([groups[n] for n in chunk]), strict=True)}
+        if bad := [value for pair in scored.values() for value in pair if not math.isfinite(value)]:
+            raise diverged("finite", "reference log-probability", bad[0], "the reference pass")
+        if cache:
+            cache.put(scored)  # At once: what a killed run has scored need not be scored again.
+        fresh |= scored
     scores = known | fresh
     return [scores[key] for key in keys], len(groups) - len(missing)

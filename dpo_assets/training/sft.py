@@ -81,7 +81,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
             **trainer_arguments(plan, plan.sft, spec.scratch, plan.sft_steps) | packed_arguments(plan, policy.kernels)
         ),
         train_dataset=train,
-        data_collator=PackedCollator(to_group, plan.token_budget),
+        data_collator=PackedCollator(to_group, plan.token_budget, padded=plan.device == "cpu"),
     )
     keys = {"loss": "loss", "mean_token_accuracy": "token accuracy"}
     end_quietly(trainer, [StopOnNonFinite("sft_finite"), ProgressLines(reporter, "sft", keys)])

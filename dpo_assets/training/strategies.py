@@ -1,8 +1,8 @@
 """Where reference log-probabilities come from: the cache, a frozen adapter, a merged base, or a second model.
 
-All four measure the policy against the same distribution, the policy at its start, so the first loss is the same. With
-`merged` the start is folded into the base and a new adapter is trained on it: the same first step's loss, another
-parametrisation, so another path after it.
+All four measure the policy against the policy at its start, so the first loss is the same. With `merged` that start is
+folded into the base, rounded to the base's dtype (exact in fp32), and a new adapter is trained on it: the same first
+step's loss, another parametrisation, so another path after it.
 """
 
 from __future__ import annotations
@@ -153,16 +153,15 @@ def score_reference(policy: Policy, groups: Sequence[Group], spec: TrainSpec, re
                 f"dpo: the reference cache was damaged and is set aside as {cache.set_aside.name}; scoring anew"
             )
 
-        def score(missing: Sequence[Group]) -> Scores:
-            chunk = max(1, len(missing) // 10)
-            result: Scores = []
-            for begin in range(0, len(missing), chunk):
-                part = missing[begin : begin + chunk]
-                with autocast_of(plan):
-                    logps, _ = score_groups(model, part, plan.token_budget)
-                result += list(zip(logps[::2], logps[1::2], strict=True))
-                reporter.log(Progress(stage="reference", done=len(result), total=len(missing)).line())
-            return result
+        done = 0
+
+        def score(part: Sequence[Group]) -> Scores:
+            nonlocal done
+            with autocast_of(plan):
+                logps, _ = score_groups(model, part, plan.token_budget)
+            done += len(part)
+            reporter.log(Progress(stage="reference", done=done, total=len(groups)).line())
+            return list(zip(logps[::2], logps[1::2], strict=True))
 
         if plan.dpo.reference == "base":
             with model.disable_adapter():

@@ -243,7 +243,7 @@ def unsloth_packed_hidden(lm: Any, batch: PackedBatch) -> Tensor:
     """
     check_shared_prefix(lm, int(batch["shape"][1]))
     kernel = importlib.import_module("unsloth.utils.prefix_grouper_kernel")
-    table, _ = kernel.build_seg_info_multigroup(group_lengths(batch), batch["ids"].device)
+    table, _ = kernel.build_seg_info_multigroup(batch["groups"], batch["ids"].device)
     hidden: Tensor = lm.get_decoder()(
         input_ids=batch["ids"][None], position_ids=batch["pos"][None], use_cache=False, prefix_seg_info=table
     ).last_hidden_state[0]
@@ -271,23 +271,6 @@ def check_shared_prefix(lm: Any, longest_row: int) -> None:
             f"{type(lm).__name__} {reason}, so the packed trainer cannot use Unsloth's kernels here. Set "
             "hardware.kernels to `auto`, or dpo.trainer to `trl`."
         )
-
-
-def group_lengths(batch: PackedBatch) -> list[tuple[int, list[int]]]:
-    """(prompt tokens, [tokens of each completion]) of each group of a packed batch, in the order of the stream."""
-    rows = int(batch["shape"][0])
-    lengths = batch["owner"].bincount(minlength=rows)
-    # The token before a row's first scored one is the prompt's last: rows of a group share it.
-    prompt_ends = batch["predict"].index_select(0, lengths.cumsum(0) - lengths)
-    prompts = (batch["pos"].index_select(0, prompt_ends) + 1).tolist()
-    groups: list[tuple[int, list[int]]] = []
-    previous = None
-    for end, prompt, length in zip(prompt_ends.tolist(), prompts, lengths.tolist(), strict=True):
-        if end != previous:
-            groups.append((prompt, []))
-        groups[-1][1].append(length)
-        previous = end
-    return groups
 
 
 def _dtype(plan: TrainingPlan) -> Any:

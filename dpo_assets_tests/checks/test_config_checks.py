@@ -273,7 +273,6 @@ def test_the_document_says_of_every_loss_what_it_takes() -> None:
 def test_every_supported_loss_has_a_band() -> None:
     # The term has no beta.
     assert set(bands.SUPPORTED_LOSSES) - {"sft"} == set(bands.BETA)
-    assert bands.FIRST_LOSS["sigmoid"] == pytest.approx(0.6931471805599453)
     assert set(bands.LOSS_ADVICE).isdisjoint(bands.SUPPORTED_LOSSES)
 
 

@@ -103,12 +103,11 @@ def shared_prefix(request: Request) -> Answer:
 
     from dpo_assets.training.attention import packed_rows
     from dpo_assets.training.packing import Group, pack
-    from dpo_assets.training.unsloth_kernels import group_lengths
 
     worst = 0.0
     for n, groups in enumerate(request["groups"]):
         batch = pack([Group(range(prompt), tuple(range(c) for c in lengths)) for prompt, lengths in groups])
-        table, _ = kernel.build_seg_info_multigroup(group_lengths(batch), torch.device("cpu"))
+        table, _ = kernel.build_seg_info_multigroup(batch["groups"], torch.device("cpu"))
         generator = torch.Generator().manual_seed(n)
         query, key, value = (
             torch.randn(1, heads, table.T, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)

@@ -53,7 +53,7 @@ def attend(qkv: Tensor, heads: Heads, angles: Angles, batch: PackedBatch, differ
     Grouped-query heads: Ainslie et al., arXiv 2305.13245. Kernel: Dao, arXiv 2307.08691.
     """
     ops.rotate(qkv, qkv, angles, heads.query)
-    if has_flash(qkv.device, qkv.dtype):
+    if has_flash(qkv.device, qkv.dtype, heads.dim):
         return _flash(qkv, heads, angles, batch)
     return _rows(qkv, heads, angles, batch, differentiable)
 
@@ -62,7 +62,7 @@ def attend_backward(
     grad: Tensor, kept: Attended, heads: Heads, angles: Angles, batch: PackedBatch, out: Tensor
 ) -> None:
     """out [T, (query + 2 kv) dim] = gradient of the projected q, k, v; grad [T, query * dim]."""
-    if has_flash(grad.device, grad.dtype):
+    if has_flash(grad.device, grad.dtype, heads.dim):
         dq, dk, dv = _flash_backward(grad, kept, heads, angles, batch)
         ops.rotate(dq.view(len(dq), -1), out, angles, heads.query, inverse=True)
         ops.fold_kv(dk, dv, batch["slots"], angles, out[:, heads.query_width :])
