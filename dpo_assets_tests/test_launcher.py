@@ -19,8 +19,11 @@ import pytest
 
 import dpo_assets.assets.step as step_module
 from dpo_assets.artifact import open_artifact
-from dpo_assets.contract import parse_progress
+from dpo_assets.contract import TrainSpec, parse_progress
+from dpo_assets.planning.precision import Device
+from dpo_assets.resources.launcher import _worker_environment
 from dpo_assets_tests.pipelines import demo_recipe, failures, materialize, metadata
+from dpo_assets_tests.planning.cases import TINY, planned
 
 DATA = ["base_model", "raw_preferences", "quarantined_preferences", "dpo_dataset", "dpo_plan"]
 PATIENCE = 60.0
@@ -167,8 +170,23 @@ def test_a_stage_that_takes_too_long_is_ended(instance: dg.DagsterInstance) -> N
     assert workers_of(os.getpid()) == []
 
 
-def test_the_worker_gets_no_secret_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dpo_assets.resources.launcher import _worker_environment
+def spec_on(device: Device) -> TrainSpec:
+    here = Path("unused")
+    return TrainSpec(
+        output_dir=here, fingerprint="f" * 32, inputs={}, base_model=here, dataset=here, plan=planned(TINY, device)
+    )
 
+
+def test_the_worker_gets_no_secret_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecretsecret")
-    assert "HF_TOKEN" not in _worker_environment(1)
+    assert "HF_TOKEN" not in _worker_environment(spec_on(Device("cpu", "CPU", 8.0)))
+
+
+def test_the_worker_sees_the_gpu_that_was_planned_for_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers multiplies the batch by the number of GPUs in sight."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    second = spec_on(Device("cuda", "a card", 80.0, (9, 0), index=1))
+    assert _worker_environment(second)["CUDA_VISIBLE_DEVICES"] == "1"
+    assert "CUDA_VISIBLE_DEVICES" not in _worker_environment(spec_on(Device("cpu", "CPU", 8.0)))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert _worker_environment(second)["CUDA_VISIBLE_DEVICES"] == "3", "whoever set it knows better"

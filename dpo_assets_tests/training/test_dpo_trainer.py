@@ -140,7 +140,7 @@ def test_a_step_in_several_forwards_is_the_step_in_one(twice: Twice, sft_adapter
     assert largest_difference(twice.one.adapter, start) > rate, "an adapter that stands still would prove nothing"
     difference = {name: twice.one.adapter[name] - twice.several.adapter[name] for name in start}
     # Adam moves every weight by about its rate however small the gradient, so a few follow the last digits of theirs.
-    assert root_mean_square(difference) < 1e-3 * rate
+    assert root_mean_square(difference) < 3e-3 * rate
     for metric in ("grad_norm", "rewards/margins", "logps/chosen", "logps/rejected"):
         ours, theirs = ([row[metric] for row in run.rows] for run in (twice.several, twice.one))
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4), metric
