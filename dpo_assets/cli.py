@@ -16,9 +16,9 @@ from dpo_assets.recipe import (
     HardwareSection,
     LoraSection,
     Recipe,
-    Section,
     parse_recipe,
 )
+from dpo_assets.section import Section
 from dpo_assets.version import __version__
 
 if TYPE_CHECKING:

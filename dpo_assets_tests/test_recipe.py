@@ -18,13 +18,12 @@ from dpo_assets.recipe import (
     OVERRIDABLE,
     FeedbackSource,
     Recipe,
-    Section,
     apply_overrides,
-    describe_validation_error,
     looks_like_hub_id,
     parse_recipe,
     resolve_paths,
 )
+from dpo_assets.section import Section, describe_validation_error
 from dpo_assets_tests.samples import RECIPE, SHA, recipe
 
 SECTIONS: list[type[Section]] = [

@@ -15,8 +15,9 @@ from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.config import plan_verdicts
 from dpo_assets.planning.plan import ModelShape, TrainingPlan, make_plan
-from dpo_assets.recipe import OVERRIDABLE, Recipe, Section, apply_overrides
+from dpo_assets.recipe import OVERRIDABLE, Recipe, apply_overrides
 from dpo_assets.report.tables import table
+from dpo_assets.section import Section
 
 PLAN = "plan.json"
 
