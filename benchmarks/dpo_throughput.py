@@ -36,6 +36,7 @@ from benchmarks.throughput.compare import (
     run_parity,
     run_precisions,
     start_arms,
+    sweep_plans,
 )
 from benchmarks.throughput.coordinator import Record, Session
 from benchmarks.throughput.report import markdown
@@ -84,6 +85,8 @@ def _run(session: Session, names: list[str], args: argparse.Namespace, settings:
     for name in names:
         session.keep_only(_needed(cases, names[names.index(name) :], precisions))
         run_case(session, name, settings)
+        if CASES[name].cap_gib is not None:
+            sweep_plans(session, name, settings)
     session.keep_only(set(precisions))
     run_precisions(session, args.precisions, settings)
 
@@ -123,6 +126,8 @@ def _settings(args: argparse.Namespace) -> Settings:
         micro_batches={arm: int(size) for arm, _, size in (text.partition("=") for text in args.micro_batch)},
         overrides=overrides,
         parity_steps=args.parity_steps,
+        exact_steps=args.exact_steps,
+        sweep=tuple((int(budget), int(layers)) for budget, _, layers in (text.partition(":") for text in args.sweep)),
         precision_steps=args.precision_steps,
     )
 
@@ -141,6 +146,8 @@ def _arguments() -> argparse.Namespace:
     )
     add("--parity", action="store_true", help="first: gradient and losses of ours against TRL, beside TRL against TRL")
     add("--parity-steps", type=int, default=30)
+    add("--exact-steps", type=int, default=8, help="of parity: steps of TRL in fp32, which both are held against")
+    add("--sweep", nargs="*", default=[], metavar="TOKENS:LAYERS", help="other plans of ours to try in capped cases")
     add("--precisions", type=_names, default=[], help="last: ours in these precisions, e.g. fp8,8bit,fp16,4bit,bf16")
     add("--precision-steps", type=int, default=20)
     add("--repeats", type=int, default=3)

@@ -35,6 +35,8 @@ class Settings:
     micro_batches: dict[str, int] = field(default_factory=dict)  # Known best ones, by arm: not searched.
     overrides: dict[str, Any] = field(default_factory=dict)
     parity_steps: int = 30
+    exact_steps: int = 8  # fp32 has no tensor cores here: a step of TRL takes seconds.
+    sweep: tuple[tuple[int, int], ...] = ()  # Other plans of ours to try: (token budget, recomputed layers).
     precision_steps: int = 20
 
     def block(self, arm: str, max_length: int, cap_gib: float | None, **more: Any) -> dict[str, Any]:
@@ -102,6 +104,19 @@ def run_case(session: Session, name: str, settings: Settings) -> None:
             )
 
 
+def sweep_plans(session: Session, name: str, settings: Settings) -> None:
+    """Ours under the case's cap with other plans than the planner's: is there a faster one?"""
+    case = CASES[name]
+    arm = next(arm for arm in case.arms if is_ours(arm))
+    for budget, recomputed in settings.sweep:
+        if not session.time_left():
+            return
+        plan = {"token_budget": budget, "recomputed_layers": recomputed, "gradient_checkpointing": recomputed > 0}
+        block = settings.block(arm, max_length_of(session.shape), case.cap_gib, overrides=plan)
+        answer = session.train(arm, block, {})
+        session.record.write("sweep", case=name, arm=arm, cap_gib=case.cap_gib, overrides=plan, **answer)
+
+
 def _best_micro_batch(session: Session, name: str, arm: str, settings: Settings) -> int | None:
     """The fastest of MICRO_BATCHES that fits; a known one is taken as it is."""
     if arm in settings.micro_batches:
@@ -163,9 +178,10 @@ def run_parity(session: Session, ours: str, peer: str, exact: str | None, settin
             if not session.time_left():
                 return
             gradient = _gradient(folder, name)
+            steps = settings.exact_steps if name == EXACT else settings.parity_steps
             block = settings.block(
                 arm, max_length_of(session.shape), PARITY_CAP[session.shape],
-                micro_batch=micro, warmup=0, steps=settings.parity_steps, max_grad_norm=1e9, gradient=str(gradient),
+                micro_batch=micro, warmup=0, steps=steps, max_grad_norm=1e9, gradient=str(gradient),
             )  # fmt: skip
             answer = session.train(arm, block, {})
             session.record.write("parity-run", arm=arm, what=name, **answer)
@@ -181,10 +197,11 @@ def run_parity(session: Session, ours: str, peer: str, exact: str | None, settin
                 )  # fmt: skip
         for name in [n for n in losses if EXACT in losses and n != EXACT]:
             found = gradient_distance(_gradient(folder, EXACT), _gradient(folder, name))
-            differences = [abs(a - b) for a, b in zip(losses[EXACT], losses[name], strict=True)]
+            differences = [abs(a - b) for a, b in zip(losses[EXACT], losses[name], strict=False)]
             session.record.write(
-                "parity-exact", what=name, steps=len(differences), largest_loss_difference=max(differences), **found
-            )
+                "parity-exact", what=name, steps=len(differences), largest_loss_difference=max(differences),
+                curve_exact=losses[EXACT], curve=losses[name], **found,
+            )  # fmt: skip
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

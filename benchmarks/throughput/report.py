@@ -25,6 +25,7 @@ def markdown(rows: Sequence[Row]) -> str:
         _heading(rows),
         _cases(rows),
         _targets(rows),
+        _sweep(rows),
         _parity(rows),
         _precisions(rows),
         _lengths(rows),
@@ -184,6 +185,23 @@ def _parity(rows: Sequence[Row]) -> str:
             f"| {row['model']} | {row['what']} | {row['cosine']:.6f} | {row['norm_ratio']:.5f} | "
             f"{row['largest_loss_difference']:.1e} ({row['steps']}) |"
         )
+    return "\n".join(table)
+
+
+def _sweep(rows: Sequence[Row]) -> str:
+    """Ours under other plans than the planner's."""
+    found = [row for row in rows if row["kind"] == "sweep"]
+    if not found:
+        return ""
+    table = ["| case | tokens a forward | recomputed layers | pairs/s | peak GiB |", "|---|---|---|---|---|"]
+    for row in found:
+        plan = row["overrides"]
+        head = f"| {row['case']} | {plan['token_budget']:,} | {plan['recomputed_layers']} |"
+        if "error" in row:
+            table.append(f"{head} {'out of memory' if row.get('out_of_memory') else row['error'][:80]} | |")
+        else:
+            peak = row.get("peak_allocated_gib")
+            table.append(f"{head} {row['pairs_per_s']:.2f} | {'-' if peak is None else f'{peak:.2f}'} |")
     return "\n".join(table)
 
 
