@@ -27,7 +27,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 EVAL_FRACTION = 0.4
 INSTRUCT = {"strategy": "adopt"}
@@ -187,7 +188,10 @@ def stage(spec: Any, work: Path, timeout: float) -> tuple[Any, str]:
 
     Out of memory, it starts again in smaller forwards, as `Step.launch` of the pipeline does.
     """
-    environment = os.environ | {"UNSLOTH_COMPILE_LOCATION": str(work / "unsloth_compiled")}
+    environment = os.environ | {
+        "UNSLOTH_COMPILE_LOCATION": str(work / "unsloth_compiled"),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
+    }
     while True:
         spec.output_dir.mkdir()
         (work / "spec.json").write_text(spec.model_dump_json(), encoding="utf-8")
