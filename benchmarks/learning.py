@@ -48,6 +48,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "classic-unsloth-bf16": (TRL, {"kernels": "unsloth", "precision": "bf16"}),
     **{f"packed-{name}": ({}, {"precision": name}) for name in ("4bit", "8bit", "fp8", "fp16")},
     **{f"reference-{name}": ({"reference_strategy": name}, {}) for name in ("adapter", "merged", "model")},
+    **{f"transformers-{name}": ({}, {"speedups": [name]}) for name in ("compile", "liger")},
     OOM: ({}, {}),
 }
 FREE_GIB, HALVINGS = 3.0, 3

@@ -23,6 +23,7 @@ from dpo_assets.section import Section, describe_validation_error
 
 BUILTIN = "builtin:"
 LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Speedup = Literal["liger", "compile"]
 FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 ALL_LINEAR: tuple[LoraTarget, ...] = (
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
@@ -286,6 +287,13 @@ class HardwareSection(Section):
             "Who computes the layers. `fused`: this project's own (Llama, Mistral, Qwen2); `transformers`: the model's "
             "own, with PEFT; `unsloth`: FastLanguageModel (extra `unsloth`). `auto`: fused on a GPU where the model "
             "allows it, else transformers."
+        ),
+    )
+    speedups: list[Speedup] = Field(
+        default=[],
+        description=(
+            "For kernels `transformers`, which `auto` then takes. `liger`: Liger's norms, rotary embedding and SwiGLU "
+            "(extra `liger`, needs a GPU). `compile`: torch.compile of each layer, which costs minutes at the start."
         ),
     )
     memory_gib: float | None = Field(

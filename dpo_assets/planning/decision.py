@@ -64,6 +64,9 @@ def choose_kernels(recipe: Recipe, shape: ModelShape, max_length: int, device: D
         ConfigError: for `fused` with an architecture, or a sliding window, that they do not compute.
     """
     requested = recipe.hardware.kernels
+    if recipe.hardware.speedups:
+        _check_speedups(recipe, device)
+        return "transformers"
     if requested == "fused" and not shape.fused_at(max_length):
         what = (
             f"its sliding window of {shape.sliding_window} tokens is shorter than max_length {max_length}"
@@ -86,6 +89,19 @@ def choose_kernels(recipe: Recipe, shape: ModelShape, max_length: int, device: D
     packed = recipe.dpo.trainer == "packed"  # TRL's trainer calls the model in its own way.
     plain = packed and not _drops_out(recipe)
     return "fused" if device.kind == "cuda" and plain and shape.fused_at(max_length) else "transformers"
+
+
+def _check_speedups(recipe: Recipe, device: Device) -> None:
+    speedups = ", ".join(recipe.hardware.speedups)
+    if recipe.hardware.kernels in ("fused", "unsloth"):
+        raise ConfigError(
+            f"hardware.speedups ({speedups}) are for Transformers' layers; kernels `{recipe.hardware.kernels}` have "
+            "their own. Leave speedups out, or set hardware.kernels to `transformers`."
+        )
+    if "liger" in recipe.hardware.speedups and device.kind == "cpu":
+        raise ConfigError(
+            "hardware.speedups `liger` needs a GPU: its layers are Triton kernels. Leave it out on a CPU."
+        )
 
 
 def _drops_out(recipe: Recipe) -> bool:

@@ -12,7 +12,7 @@ from dpo_assets.planning.dataset import DatasetStats
 from dpo_assets.planning.decision import decide, what_would_fit
 from dpo_assets.planning.precision import Device, Precision
 from dpo_assets.planning.shape import Kernels, ModelShape
-from dpo_assets.recipe import DpoSection, LoraSection, Recipe, SftSection
+from dpo_assets.recipe import DpoSection, LoraSection, Recipe, SftSection, Speedup
 
 __all__ = ["DatasetStats", "Kernels", "ModelShape", "TrainingPlan", "make_plan", "steps_of"]
 
@@ -27,6 +27,7 @@ class TrainingPlan(BaseModel):
     precision: Precision
     precision_reason: str
     kernels: Kernels
+    speedups: tuple[Speedup, ...] = Field(default=(), description="What makes Transformers' layers faster.")
     gradient_checkpointing: bool
     recomputed_layers: int = Field(
         default=0, description="With fused kernels: layers whose activations are computed again in the backward pass."
@@ -50,12 +51,12 @@ class TrainingPlan(BaseModel):
 
     def sft_part(self) -> dict[str, object]:
         """What the SFT checkpoint depends on: a change of DPO settings must not retrain it."""
-        keys = {"device", "precision", "kernels", "max_length", "lora", "sft"}
+        keys = {"device", "precision", "kernels", "speedups", "max_length", "lora", "sft"}
         return self.model_dump(include=keys)
 
     def dpo_part(self) -> dict[str, object]:
         """What the DPO adapter depends on, beside its inputs."""
-        keys = {"device", "precision", "kernels", "max_length", "lora", "dpo"}
+        keys = {"device", "precision", "kernels", "speedups", "max_length", "lora", "dpo"}
         return self.model_dump(include=keys)
 
     def with_half_budget(self) -> TrainingPlan | None:
@@ -89,6 +90,7 @@ def make_plan(recipe: Recipe, shape: ModelShape, data: DatasetStats, device: Dev
         precision=decision.precision,
         precision_reason=decision.reason,
         kernels=decision.kernels,
+        speedups=tuple(sorted(set(recipe.hardware.speedups))),
         gradient_checkpointing=memory.gradient_checkpointing,
         recomputed_layers=memory.recomputed_layers,
         token_budget=memory.token_budget,

@@ -43,9 +43,10 @@ class ClassicDPOTrainer(trl.DPOTrainer):
     Args:
         check_first: called with the loss of the first step, before anything moved.
         same_forward: score the reference by the forward that the policy takes, gradients recorded and thrown away.
-            Unsloth without checkpointing needs it: TRL scores the reference without gradients, where Unsloth computes
-            whole compiled blocks that round differently (`unsloth_kernels.reference_mode`), and evaluation mode is no
-            way out for padded batches. The graph is freed before the policy's forward, so the peak stays the same.
+            Compiled layers need it (`speedups`), and Unsloth without checkpointing: TRL scores the reference without
+            gradients, where Unsloth computes whole compiled blocks that round differently
+            (`unsloth_kernels.reference_mode`), and evaluation mode is no way out for padded batches. The graph is freed
+            before the policy's forward, so the peak stays the same.
     """
 
     def __init__(
@@ -127,7 +128,7 @@ def classic_trainer(
         train_dataset=rows.select_columns(list(COLUMNS)),
         processing_class=tokenizer,
         check_first=first_loss_check(plan.dpo),
-        same_forward=plan.kernels == "unsloth" and not plan.gradient_checkpointing,
+        same_forward="compile" in plan.speedups or (plan.kernels == "unsloth" and not plan.gradient_checkpointing),
     )
     check_arguments(asked, trainer.args)
     if len(trainer.train_dataset) != len(rows):

@@ -26,6 +26,7 @@ from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training import attention
 from dpo_assets.training.fp8 import quantise_layers
 from dpo_assets.training.fused.decoder import attach_fused
+from dpo_assets.training.speedups import speed_up
 
 # The adapter must carry PEFT's default name: TRL reads `peft_config["default"]` unguarded.
 ADAPTER_NAME = "default"
@@ -112,6 +113,7 @@ def choose_kernels(model: Any, plan: TrainingPlan) -> tuple[str, str]:
     back to Transformers' layers.
     """
     if plan.kernels != "fused":
+        speed_up(model, plan)
         return plan.kernels, ""
     reason = attach_fused(model, compute_dtype(plan), plan.recomputed_layers, plan.max_length)
     return ("transformers", reason) if reason else ("fused", "")

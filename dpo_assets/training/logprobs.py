@@ -84,14 +84,22 @@ def to_device(batch: PackedBatch, device: Any) -> PackedBatch:
 
 @torch.no_grad()
 def score_groups(
-    model: Any, groups: Sequence[Group], budget: int, autocast: AbstractContextManager[Any] | None = None
+    model: Any,
+    groups: Sequence[Group],
+    budget: int,
+    autocast: AbstractContextManager[Any] | None = None,
+    recorded: AbstractContextManager[Any] | None = None,
 ) -> tuple[list[float], list[int]]:
-    """(summed log-probability, token count) of every completion, group by group, completion by completion."""
+    """(summed log-probability, token count) of every completion, group by group, completion by completion.
+
+    `recorded` may switch gradients on for layers that compute differently without (`speedups.comparable`).
+    """
     logps = []
     renew_fused(causal_lm(model))
     for run in under_budget(groups, [g.tokens for g in groups], budget):
         batch = to_device(pack(run), causal_lm(model).device)
-        logps.append(sequence_logps(score_tokens(model, batch, autocast), batch))
+        with recorded or nullcontext():
+            logps.append(sequence_logps(score_tokens(model, batch, autocast), batch).detach())
     # Read once at the end: a read per forward would wait for the device each time.
     return torch.cat(logps).tolist() if logps else [], [len(c) for g in groups for c in g.completions]
 

@@ -13,6 +13,7 @@ from peft.helpers import disable_input_dtype_casting
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.loading import attach_adapter, choose_kernels, load_base
 from dpo_assets.training.logprobs import ON_UNSLOTH, causal_lm
+from dpo_assets.training.speedups import speed_up
 from dpo_assets.training.unsloth_kernels import check_shared_prefix, load_unsloth
 
 
@@ -55,6 +56,7 @@ def load_policy(
         return Policy(model, "unsloth")
     model = attach_adapter(load_base(folder, plan, packed=packed), plan, start, seed=seed, dropout=dropout)
     if not packed:
+        speed_up(model, plan)
         return Policy(model, "transformers")
     kernels, note = choose_kernels(model, plan)
     return Policy(model, kernels, note)

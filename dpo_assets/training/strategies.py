@@ -31,6 +31,7 @@ from dpo_assets.training.packing import Group, PackedBatch
 from dpo_assets.training.policy import Policy, load_policy
 from dpo_assets.training.reference import ReferenceCache, Scores, reference_key, reference_scores
 from dpo_assets.training.reporting import Reporter
+from dpo_assets.training.speedups import comparable
 from dpo_assets.training.unsloth_kernels import reference_mode
 from dpo_assets.version import __version__
 
@@ -98,7 +99,8 @@ def step_reference(start: Start, spec: TrainSpec) -> StepReference | None:
 
 
 def _pair_logps(model: PeftModel, batch: PackedBatch, plan: TrainingPlan) -> Tensor:
-    return sequence_logps(score_tokens(model, batch, autocast_of(plan)), batch).view(-1, 2)
+    with comparable(plan):
+        return sequence_logps(score_tokens(model, batch, autocast_of(plan)), batch).view(-1, 2).detach()
 
 
 def join_adapters(trained: Path, folded: Path) -> None:
@@ -142,6 +144,7 @@ def score_reference(policy: Policy, groups: Sequence[Group], spec: TrainSpec, re
             tokenizer=spec.tokenizer_digest,
             precision=plan.precision,
             kernels=path,
+            speedups=",".join(plan.speedups),
             device=plan.device_name,
             torch=torch.__version__,
             max_length=plan.max_length,
@@ -158,7 +161,7 @@ def score_reference(policy: Policy, groups: Sequence[Group], spec: TrainSpec, re
         def score(part: Sequence[Group]) -> Scores:
             nonlocal done
             with autocast_of(plan):
-                logps, _ = score_groups(model, part, plan.token_budget)
+                logps, _ = score_groups(model, part, plan.token_budget, recorded=comparable(plan))
             done += len(part)
             reporter.log(Progress(stage="reference", done=done, total=len(groups)).line())
             return list(zip(logps[::2], logps[1::2], strict=True))
