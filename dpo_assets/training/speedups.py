@@ -18,6 +18,8 @@ import torch
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
 
+BACKEND = "inductor"
+
 
 def speed_up(model: Any, plan: TrainingPlan) -> None:
     """Puts the plan's speedups into a loaded model, its adapter attached.
@@ -31,7 +33,7 @@ def speed_up(model: Any, plan: TrainingPlan) -> None:
     if "compile" in plan.speedups:
         for layer in lm.get_decoder().layers:
             # Packed forwards differ in length; static shapes would compile each one anew.
-            layer.compile(dynamic=True)
+            layer.compile(backend=BACKEND, dynamic=True)
 
 
 def comparable(plan: TrainingPlan) -> AbstractContextManager[Any]:
