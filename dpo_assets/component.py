@@ -14,7 +14,8 @@ from dpo_assets.assets.graph import NODES, steps
 from dpo_assets.assets.node import Node, column_schema
 from dpo_assets.assets.step import Events, Pipeline, Step, guarded
 from dpo_assets.automation import new_feedback_sensor, refresh_job, refresh_schedule
-from dpo_assets.checks.catalog import checks_of
+from dpo_assets.checks.bands import default_bands
+from dpo_assets.checks.catalog import checks_of, severity_of, validate_severities
 from dpo_assets.errors import ConfigError
 from dpo_assets.recipe import Recipe, parse_recipe, resolve_paths
 from dpo_assets.resources.artifacts import ArtifactStore
@@ -74,6 +75,8 @@ class DpoPipeline(dg.Component):
             raise ConfigError(
                 f"no resource is called {', '.join(sorted(unknown))}; these can be given: {', '.join(RESOURCES)}"
             )
+        validate_severities(recipe.checks.severity)
+        default_bands().with_overrides(recipe.checks.bands)
         self.pipeline = Pipeline(name, recipe)
         self.resources = {**self._default_resources(), **(resources or {})}
 
@@ -136,13 +139,14 @@ class DpoPipeline(dg.Component):
                     check.name,
                     asset=self.pipeline.key(node.name),
                     description=check.description,
-                    blocking=check.blocking,
+                    blocking=severity_of(check.name, recipe.checks.severity) != "warn",
                 )
                 for node in nodes
                 for check in checks_of(node.name)
             ],
             required_resource_keys={self.pipeline.resource_key(name) for name in RESOURCES},
             pool=recipe.hardware.pool if main.trains else None,
+            can_subset=True,  # So that a check can be executed by itself: nothing is trained for it.
         )
         if main.config is None:
 

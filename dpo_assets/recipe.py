@@ -265,6 +265,36 @@ class PublishingSection(Section):
         return self
 
 
+Severity = Literal["warn", "error", "strict"]
+
+
+class BandOverride(Section):
+    """Numbers of one check that this pipeline sets itself, and why."""
+
+    numbers: dict[str, float] = Field(min_length=1, description="Name and value of each number that changes.")
+    reason: str = Field(min_length=10, description="Why; every verdict of the check shows it.")
+
+
+class ChecksSection(Section):
+    """How the checks judge this pipeline."""
+
+    severity: dict[str, Severity] = Field(
+        default={},
+        description=(
+            "By name of a check: `warn` shows and never blocks, `error` blocks what crosses its error limit, `strict` "
+            "blocks warnings too."
+        ),
+        examples=[{"length_bias": "error", "displacement": "warn"}],
+    )
+    bands: dict[str, BandOverride] = Field(
+        default={},
+        description="By name of a check: numbers that this pipeline changes, with a reason; docs/checks.md has them.",
+        examples=[
+            {"learning_rate_band": {"numbers": {"error_above": 3e-4}, "reason": "our sweep of 2026-10, 6 seeds"}}
+        ],
+    )
+
+
 class RefreshSection(Section):
     """When the pipeline runs by itself. Schedule and sensor exist, and are stopped until someone starts them."""
 
@@ -315,6 +345,7 @@ class Recipe(Section):
     sft: SftSection = SftSection()
     dpo: DpoSection = DpoSection()
     evaluation: EvaluationSection = EvaluationSection()
+    checks: ChecksSection = ChecksSection()
     publishing: PublishingSection = PublishingSection()
     refresh: RefreshSection = RefreshSection()
     hardware: HardwareSection = HardwareSection()

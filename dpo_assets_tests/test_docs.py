@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from dpo_assets.assets.graph import NODES
-from dpo_assets.checks import bands
+from dpo_assets.checks.bands import default_bands
 from dpo_assets.checks.catalog import CHECKS
 from dpo_assets.cli import main
 from dpo_assets.recipe import DpoSection, HardwareSection, parse_recipe
@@ -29,14 +29,14 @@ def text_of(path: Path) -> str:
 
 
 def test_every_check_and_every_band_stands_in_the_document() -> None:
-    text = text_of(DOCS / "checks.md")
+    text, bands = text_of(DOCS / "checks.md"), default_bands()
     assert [
         c.name for c in CHECKS if f"`{c.name}` | {'yes' if c.blocking else 'warns'} | {c.description}" not in text
     ] == []
     assert [
-        b.source for b in bands.LEARNING_RATE if f"{b.ok_low:g} to {b.ok_high:g} | {b.error_above:g}" not in text
+        b.source for b in bands.learning_rates if f"{b.ok_low:g} to {b.ok_high:g} | {b.error_above:g}" not in text
     ] == []
-    assert [n for n, b in bands.BETA.items() if f"| {n} | {b.ok_low:g} to {b.ok_high:g}" not in text] == []
+    assert [n for n, b in bands.betas.items() if f"| {n} | {b.ok_low:g} to {b.ok_high:g}" not in text] == []
 
 
 def test_every_asset_stands_in_the_design_and_in_the_readme() -> None:

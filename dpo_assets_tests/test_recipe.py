@@ -306,6 +306,7 @@ def test_the_values_of_whoever_declares_nothing_are_these() -> None:
             "micro_batch_size": 0,
             "trainer": "packed",
         },
+        "checks": {"severity": {}, "bands": {}},
         "evaluation": {"confidence": 0.95, "min_pairs": 50, "generations": 16, "max_new_tokens": 64},
         "publishing": {"repo_id": None, "dry_run": True, "artifact": "merged", "private": True, "endpoint": None},
         "refresh": {"schedule": "0 3 * * *", "sensor_interval_seconds": 60},

@@ -65,7 +65,7 @@ def materialise(step: Step) -> Events:
         message = "; ".join(f"{v.headline}. {v.fix}" for v in refused)
         raise dg.Failure(description=message) from None
     described = artifact.json(FACTS)
-    yield step.result(
+    yield from step.result(
         "base_model",
         artifact,
         reused,

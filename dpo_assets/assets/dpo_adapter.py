@@ -48,11 +48,11 @@ def materialise(step: Step) -> Events:
     artifact, reused = step.build("dpo_adapter", plan.dpo_part(), inputs, make)
     report, metrics = artifact.json("report.json"), artifact.path / "metrics.jsonl"
     margins = {"rewards/margins": "margin", "rewards/chosen": "chosen", "rewards/rejected": "rejected"}
-    yield step.result(
+    yield from step.result(
         "dpo_adapter",
         artifact,
         reused,
-        dpo_verdicts(report),
+        dpo_verdicts(report, step.bands),
         {
             **report,
             **memory_record(artifact),

@@ -53,7 +53,7 @@ def materialise(step: Step) -> Events:
     artifact, reused = step.build("dpo_dataset", config, {"raw_preferences": raw, "base_model": base}, make)
     report = artifact.json("report.json")
     rejected = artifact.path / "quarantine.parquet"
-    yield step.result(
+    yield from step.result(
         "quarantined_preferences",
         artifact,
         reused,
@@ -63,11 +63,11 @@ def materialise(step: Step) -> Events:
             "sample": dg.MetadataValue.md(quarantine_table(rejected)),
         },
     )
-    yield step.result(
+    yield from step.result(
         "dpo_dataset",
         artifact,
         reused,
-        dataset_verdicts(report, feedback),
+        dataset_verdicts(report, feedback, step.bands),
         {
             "dagster/row_count": report["train_pairs"] + report["eval_pairs"],
             **{k: report[k] for k in ("rows_in", "accepted", "quarantined", "duplicates", "train_pairs", "eval_pairs")},

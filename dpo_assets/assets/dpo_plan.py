@@ -37,12 +37,13 @@ def materialise(step: Step) -> Events:
         write_json(folder / "inputs.json", {name: artifact.digest for name, artifact in inputs.items()})
 
     artifact, reused = step.build("dpo_plan", plan.model_dump(mode="json"), inputs, make)
+    plan = read_plan(artifact)  # Where checks are evaluated again, the plan is the one that was made then.
     step.context.log.info(f"precision: {plan.precision_reason}")
-    yield step.result(
+    yield from step.result(
         "dpo_plan",
         artifact,
         reused,
-        plan_verdicts(plan),
+        plan_verdicts(plan, step.bands),
         {
             "precision": plan.precision,
             "precision_reason": plan.precision_reason,

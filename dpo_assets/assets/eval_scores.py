@@ -60,11 +60,11 @@ def materialise(step: Step) -> Events:
         for k, label in SHOWN.items()
     ]
     answers = [[a["prompt"][-1]["content"], a["sft"], a["policy"]] for a in artifact.json("generations.json")]
-    yield step.result(
+    yield from step.result(
         "eval_scores",
         artifact,
         reused,
-        evaluation_verdicts(report, step.recipe),
+        evaluation_verdicts(report, step.recipe, step.bands),
         {
             "verdict": decision,
             "verdict_reason": reason,

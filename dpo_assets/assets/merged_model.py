@@ -35,7 +35,7 @@ def materialise(step: Step) -> Events:
     config = {"precision": plan.precision, "device": plan.device}
     artifact, reused = step.build("merged_model", config, inputs, make)
     report = artifact.json("report.json")
-    yield step.result("merged_model", artifact, reused, merge_verdicts(report), report)
+    yield from step.result("merged_model", artifact, reused, merge_verdicts(report, step.bands), report)
 
 
 NODE = Node(

@@ -44,7 +44,7 @@ def materialise(step: Step) -> Events:
     artifact, reused = step.build("published_model", config, inputs | {"dpo_plan": plan}, make)
     operations = [Operation(**o) for o in artifact.json(OPERATIONS)]
     release = None if publishing.dry_run else _send(step, artifact, operations)
-    yield step.result(
+    yield from step.result(
         "published_model",
         artifact,
         reused,

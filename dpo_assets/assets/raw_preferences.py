@@ -54,7 +54,7 @@ def materialise(step: Step) -> Events:
 
     index, reused = step.build("raw_preferences", rows, {}, make)
     reasons = _reasons([batch for batch, _ in batches])
-    yield step.result(
+    yield from step.result(
         "raw_preferences",
         index,
         reused,

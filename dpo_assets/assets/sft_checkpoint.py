@@ -48,7 +48,7 @@ def materialise(step: Step) -> Events:
     metadata |= memory_record(artifact)
     if not adopted:
         metadata["loss"] = dg.MetadataValue.md(line_plot(artifact.path / "metrics.jsonl", {"loss": "loss"}, "SFT loss"))
-    yield step.result("sft_checkpoint", artifact, reused, sft_verdicts(report), metadata)
+    yield from step.result("sft_checkpoint", artifact, reused, sft_verdicts(report, step.bands), metadata)
 
 
 def start_adapter(checkpoint: Artifact) -> Path | None:

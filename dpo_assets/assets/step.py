@@ -12,7 +12,9 @@ from typing import Any
 import dagster as dg
 
 from dpo_assets.artifact import VOLATILE, Artifact, ArtifactTree, fingerprint, write_json
-from dpo_assets.checks.verdict import Verdict
+from dpo_assets.checks.bands import Bands, default_bands
+from dpo_assets.checks.catalog import severity_of
+from dpo_assets.checks.verdict import Verdict, with_severity
 from dpo_assets.contract import PlannedSpec, Spec, Stage
 from dpo_assets.errors import ConfigError, GateError, InfrastructureError, OutOfMemory
 from dpo_assets.recipe import Recipe
@@ -54,6 +56,16 @@ class Step:
         return self.pipeline.recipe
 
     @property
+    def bands(self) -> Bands:
+        """The numbers of the checks, with what this pipeline changed."""
+        return default_bands().with_overrides(self.recipe.checks.bands)
+
+    @property
+    def only_checks(self) -> bool:
+        """Whether this execution evaluates checks again and makes nothing."""
+        return not self.context.selected_asset_keys
+
+    @property
     def tree(self) -> ArtifactTree:
         store = self._resource("artifacts")
         assert isinstance(store, ArtifactStore)
@@ -82,6 +94,14 @@ class Step:
         Raises:
             ConfigError: when it was never made, is gone or damaged, or failed a blocking check.
         """
+        found = self._materialised(node)
+        if failed := self._failed_gates(found):
+            where = self.pipeline.key(node).to_user_string()
+            raise ConfigError(f"`{where}` did not pass {', '.join(failed)}; mend it before going on from it.")
+        return found
+
+    def _materialised(self, node: str) -> Artifact:
+        """The verified artefact of this run's materialisation of `node`, or else the latest."""
         key = self.pipeline.key(node)
         records = self.context.instance.fetch_materializations(key, limit=20).records
         mine = [r for r in records if r.run_id == self.context.run_id]
@@ -93,8 +113,6 @@ class Step:
         found = self.tree.find(node, str(entry.value)) if entry is not None else None
         if found is None:
             raise ConfigError(f"the artefact of `{where}` is missing or was damaged; materialise it again.")
-        if failed := self._failed_gates(found):
-            raise ConfigError(f"`{where}` did not pass {', '.join(failed)}; mend it before going on from it.")
         return found
 
     def build(
@@ -102,8 +120,11 @@ class Step:
     ) -> tuple[Artifact, bool]:
         """The artefact for `config` and `inputs`, and whether an equal one was there already.
 
-        `make` gets an empty folder and the fingerprint.
+        `make` gets an empty folder and the fingerprint. Where only checks are evaluated, it is the artefact that was
+        materialised last, whatever the recipe says by now: that is what the checks of the UI stand on.
         """
+        if self.only_checks:
+            return self._materialised(node), True
         digests = {name: artifact.digest for name, artifact in inputs.items()}
         print_ = fingerprint(node, config, digests)
         return self.tree.find_or_build(node, print_, lambda folder: make(folder, print_), digests)
@@ -148,9 +169,13 @@ class Step:
         reused: bool,
         verdicts: Iterable[Verdict] = (),
         metadata: Mapping[str, Any] | None = None,
-    ) -> dg.MaterializeResult[Any]:
-        """The materialisation, with its checks. The verdicts are kept beside the artefact for `upstream`."""
-        verdicts = list(verdicts)
+    ) -> Events:
+        """The materialisation, with its checks; or the checks alone, where nothing else was asked for.
+
+        The verdicts are kept beside the artefact for `upstream`.
+        """
+        key, severities = self.pipeline.key(node), self.recipe.checks.severity
+        verdicts = [with_severity(v, severity_of(v.check, severities)) for v in verdicts]
         write_json(self._gates_file(artifact), {v.check: v.level for v in verdicts})
         for verdict in verdicts:
             if not verdict.passed:
@@ -158,8 +183,13 @@ class Step:
         said = f"yes: inputs unchanged, {artifact.fingerprint[:12]} was there; nothing was computed again"
         if reused:
             self.context.log.info(f"{node}: reused, inputs are unchanged")
-        return dg.MaterializeResult(
-            asset_key=self.pipeline.key(node),
+        asked = {check.name for check in self.context.selected_asset_check_keys if check.asset_key == key}
+        results = [self.check_result(node, v) for v in verdicts if v.check in asked]
+        if key not in self.context.selected_asset_keys:
+            yield from results
+            return
+        yield dg.MaterializeResult(
+            asset_key=key,
             data_version=dg.DataVersion(artifact.digest),
             metadata={
                 **(metadata or {}),
@@ -169,18 +199,19 @@ class Step:
                 "size_mib": round(artifact.size / 2**20, 3),
                 FINGERPRINT: artifact.fingerprint,
             },
-            check_results=[self.check_result(node, v) for v in verdicts],
+            check_results=results,
         )
 
     def check_result(self, node: str, verdict: Verdict) -> dg.AssetCheckResult:
         """A verdict as Dagster shows it."""
-        parts = {
+        parts: dict[str, Any] = {
             "value": verdict.value,
             "band": verdict.band,
+            "band changed": self.bands.reasons.get(verdict.check, ""),
             "source": verdict.source,
             "what to change": verdict.fix,
             "note": verdict.note,
-        }
+        } | {title: dg.MetadataValue.md(text) for title, text in verdict.shown.items()}
         return dg.AssetCheckResult(
             asset_key=self.pipeline.key(node),
             check_name=verdict.check,

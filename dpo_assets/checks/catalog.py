@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from dpo_assets.errors import ConfigError
+from dpo_assets.recipe import Severity
+
+VITAL = frozenset(
+    {
+        "safetensors_only", "every_row_accounted_for", "schema", "split_leak", "loss_supported", "sft_finite",
+        "reference_is_start", "finite", "all_finite", "release_verified",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class CheckInfo:
-    """A check as the UI lists it before anything ran."""
+    """A check as the UI lists it before anything ran.
+
+    `blocking` is its severity where a recipe sets none. A VITAL check cannot be lowered: what fails it is no model, or
+    no account of what was done.
+    """
 
     name: str
     asset: str
     description: str
     blocking: bool = True
+
+    @property
+    def severity(self) -> Severity:
+        return "error" if self.blocking else "warn"
 
 
 CHECKS: tuple[CheckInfo, ...] = (
@@ -44,6 +63,29 @@ CHECKS: tuple[CheckInfo, ...] = (
     CheckInfo("generation_health", "eval_scores", "Answers still end, and do not repeat themselves.", blocking=False),
     CheckInfo("release_verified", "published_model", "The release is complete, free of secrets, and reads back equal."),
 )
+
+
+CHECK_BY_NAME: dict[str, CheckInfo] = {check.name: check for check in CHECKS}
+
+
+def severity_of(check: str, chosen: Mapping[str, Severity]) -> Severity:
+    """What counts for a check: the recipe's severity, or its own."""
+    return chosen.get(check, CHECK_BY_NAME[check].severity)
+
+
+def validate_severities(chosen: Mapping[str, Severity]) -> None:
+    """Refuses names that are no check, and a vital check that would only warn.
+
+    Raises:
+        ConfigError: with the names that exist.
+    """
+    for name, severity in chosen.items():
+        if name not in CHECK_BY_NAME:
+            raise ConfigError(f"checks.severity: there is no check `{name}`; there are: {', '.join(CHECK_BY_NAME)}")
+        if severity == "warn" and name in VITAL:
+            raise ConfigError(
+                f"checks.severity.{name}: this check cannot be lowered to `warn`: {CHECK_BY_NAME[name].description}"
+            )
 
 
 def checks_of(asset: str) -> tuple[CheckInfo, ...]:

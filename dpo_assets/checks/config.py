@@ -5,32 +5,33 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
-from dpo_assets.checks import bands
+from dpo_assets.checks import losses
+from dpo_assets.checks.bands import Bands, BetaBand, Method
 from dpo_assets.checks.verdict import Level, Verdict, upper_limit, worst
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.recipe import DpoSection
 
 
-def plan_verdicts(plan: TrainingPlan) -> list[Verdict]:
+def plan_verdicts(plan: TrainingPlan, bands: Bands) -> list[Verdict]:
     """All checks of `dpo_plan`."""
     return [
-        learning_rate_band(plan),
-        beta_for_loss(plan),
+        learning_rate_band(plan, bands),
+        beta_for_loss(plan, bands),
         loss_supported(plan),
-        budget(plan),
+        budget(plan, bands),
         memory_fits(plan),
     ]
 
 
-def learning_rate_band(plan: TrainingPlan) -> Verdict:
+def learning_rate_band(plan: TrainingPlan, bands: Bands) -> Verdict:
     """The DPO learning rate against the band of its method and model size."""
     dpo, billions = plan.dpo, plan.parameters / 1e9
-    method: bands.Method = "lora"
-    band = next(b for b in bands.LEARNING_RATE if b.method == method and billions < b.billions_below)
+    method: Method = "lora"
+    band, low_beta, much = bands.learning_rate(method, billions), bands.limit("low_beta"), bands.limit("heavy")
     ok_high = band.ok_high
-    if dpo.beta < bands.LOW_BETA and {"sigmoid", "cdpo", "robust", "hinge"} & set(dpo.losses):
-        ok_high = min(ok_high, bands.LOW_BETA_CEILING[method])
-    heavy = dpo.epochs >= bands.HEAVY_EPOCHS or dpo.batch_size < bands.HEAVY_BATCH
+    if dpo.beta < low_beta["below"] and {"sigmoid", "cdpo", "robust", "hinge"} & set(dpo.losses):
+        ok_high = min(ok_high, low_beta[method])
+    heavy = dpo.epochs >= much["epochs"] or dpo.batch_size < much["batch"]
     level: Level = upper_limit(dpo.learning_rate, ok_high, ok_high if heavy else band.error_above)
     fix = "" if level == "pass" else f"set dpo.learning_rate to {ok_high:g} or less (5e-6 is the usual start)"
     if level == "pass" and dpo.learning_rate < band.ok_low:
@@ -49,10 +50,10 @@ def learning_rate_band(plan: TrainingPlan) -> Verdict:
     )
 
 
-def beta_for_loss(plan: TrainingPlan) -> Verdict:
+def beta_for_loss(plan: TrainingPlan, bands: Bands) -> Verdict:
     """Beta against the band of its loss; of several losses the worst verdict counts. `sft` has no beta."""
     beta, names = plan.dpo.beta, [name for name in plan.dpo.losses if name != "sft"]
-    known = [(name, bands.BETA[name]) for name in names if name in bands.BETA]
+    known = [(name, bands.betas[name]) for name in names if name in bands.betas]
     if not names or len(known) < len(names):
         return Verdict("beta_for_loss", "warn", beta, "none known for this loss", "", "see loss_supported")
     level = worst(*(_beta_level(beta, band) for _, band in known))
@@ -72,7 +73,7 @@ def beta_for_loss(plan: TrainingPlan) -> Verdict:
     )
 
 
-def _beta_level(beta: float, band: bands.BetaBand) -> Level:
+def _beta_level(beta: float, band: BetaBand) -> Level:
     if not band.error_below <= beta <= band.error_above:
         return "error"
     return "pass" if band.ok_low <= beta <= band.ok_high else "warn"
@@ -84,35 +85,35 @@ class LossFault:
 
     value: str
     fix: str
-    source: str = bands.LOSS_SOURCE
+    source: str = losses.LOSS_SOURCE
 
 
 def loss_faults(dpo: DpoSection) -> list[LossFault]:
     """Everything that is wrong with the loss of a recipe, names first. An option that no loss would use is a fault."""
-    faults = [LossFault(name, _name_fix(name)) for name in dpo.losses if name not in bands.LOSSES]
+    faults = [LossFault(name, _name_fix(name)) for name in dpo.losses if name not in losses.LOSSES]
     if faults:
         return faults
-    facts = {name: bands.LOSSES[name] for name in dpo.losses}
+    facts = {name: losses.LOSSES[name] for name in dpo.losses}
     shown = " + ".join(facts)
     if set(facts) == {"sft"}:
         fix = "set dpo.loss to a preference loss and sft, as in [sigmoid, sft]: sft alone ignores rejected answers"
         faults.append(LossFault(shown, fix))
-    if dpo.trainer == "trl" and bands.TRL_LACKS & set(facts):
+    if dpo.trainer == "trl" and losses.TRL_LACKS & set(facts):
         faults.append(LossFault(f"{shown} with trainer trl", "set dpo.trainer to packed: TRL 1.15 has no cdpo"))
     smoothing = {fact.smoothing for fact in facts.values()}
     if dpo.label_smoothing > 0 and smoothing == {"ignored"}:
         use = "set dpo.loss to cdpo, the sigmoid loss with label smoothing, or " if "sigmoid" in facts else ""
         fix = f"{use}set dpo.label_smoothing to 0: the {shown} loss ignores it"
         value = f"{shown} with label_smoothing {dpo.label_smoothing:g}"
-        faults.append(LossFault(value, fix, bands.SMOOTHING_SOURCE))
+        faults.append(LossFault(value, fix, losses.SMOOTHING_SOURCE))
     if dpo.label_smoothing == 0 and "needed" in smoothing:
-        fix = f"set dpo.label_smoothing to {bands.EXO_SMOOTHING}: exo_pair takes its logarithm"
-        faults.append(LossFault("exo_pair with label_smoothing 0", fix, bands.SMOOTHING_SOURCE))
+        fix = f"set dpo.label_smoothing to {losses.EXO_SMOOTHING}: exo_pair takes its logarithm"
+        faults.append(LossFault("exo_pair with label_smoothing 0", fix, losses.SMOOTHING_SOURCE))
     unfit = [name for name, fact in facts.items() if not fact.f_divergence]
     if dpo.f_divergence != "reverse_kl" and unfit:
-        fits = ", ".join(name for name, fact in bands.LOSSES.items() if fact.f_divergence)
+        fits = ", ".join(name for name, fact in losses.LOSSES.items() if fact.f_divergence)
         fix = f"set dpo.f_divergence to reverse_kl, or dpo.loss to one of: {fits}"
-        faults.append(LossFault(f"{', '.join(unfit)} with {dpo.f_divergence}", fix, bands.F_DIVERGENCE_SOURCE))
+        faults.append(LossFault(f"{', '.join(unfit)} with {dpo.f_divergence}", fix, losses.F_DIVERGENCE_SOURCE))
     unused = {"alpha": dpo.f_divergence != "alpha_divergence", "discopop_tau": "discopop" not in facts}
     user = {"alpha": "dpo.f_divergence to alpha_divergence", "discopop_tau": "dpo.loss to discopop"}
     for field, is_unused in unused.items():
@@ -125,16 +126,16 @@ def loss_faults(dpo: DpoSection) -> list[LossFault]:
 
 def _name_fix(name: str) -> str:
     """What to write instead of a name that is no loss."""
-    if name in bands.LOSS_ADVICE:
-        return bands.LOSS_ADVICE[name]
-    near = difflib.get_close_matches(name, bands.SUPPORTED_LOSSES, n=1, cutoff=0.6)
+    if name in losses.LOSS_ADVICE:
+        return losses.LOSS_ADVICE[name]
+    near = difflib.get_close_matches(name, losses.SUPPORTED_LOSSES, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]}? " if near else ""
-    return f"{hint}set dpo.loss to one of: {', '.join(bands.SUPPORTED_LOSSES)}"
+    return f"{hint}set dpo.loss to one of: {', '.join(losses.SUPPORTED_LOSSES)}"
 
 
 def loss_supported(plan: TrainingPlan) -> Verdict:
     """The names of the losses, and every option only where a loss uses it."""
-    dpo, known = plan.dpo, ", ".join(bands.SUPPORTED_LOSSES)
+    dpo, known = plan.dpo, ", ".join(losses.SUPPORTED_LOSSES)
     faults = loss_faults(dpo)
     if faults:
         return Verdict(
@@ -148,25 +149,25 @@ def loss_supported(plan: TrainingPlan) -> Verdict:
     shown = " + ".join(dpo.losses)
     plain = [name for name in ("cdpo", "robust") if name in dpo.losses]
     if plain and dpo.label_smoothing == 0:
-        fix = f"set dpo.label_smoothing to the share of wrong labels, {bands.NOISE} is usual, or dpo.loss to sigmoid"
+        fix = f"set dpo.label_smoothing to the share of wrong labels, {losses.NOISE} is usual, or dpo.loss to sigmoid"
         value = f"{' + '.join(plain)} with label_smoothing 0, which is sigmoid"
-        return Verdict("loss_supported", "warn", value, known, bands.LOSS_SOURCE, fix)
-    return Verdict("loss_supported", "pass", shown, known, bands.LOSS_SOURCE)
+        return Verdict("loss_supported", "warn", value, known, losses.LOSS_SOURCE, fix)
+    return Verdict("loss_supported", "pass", shown, known, losses.LOSS_SOURCE)
 
 
-def budget(plan: TrainingPlan) -> Verdict:
+def budget(plan: TrainingPlan, bands: Bands) -> Verdict:
     """Effective batch, epochs and number of steps."""
-    dpo = plan.dpo
+    dpo, limit = plan.dpo, bands.limit("budget")
     batch: Level = (
-        "error" if dpo.batch_size < bands.BATCH_ERROR else "warn" if dpo.batch_size < bands.BATCH_OK else "pass"
+        "error" if dpo.batch_size < limit["batch_error"] else "warn" if dpo.batch_size < limit["batch_warn"] else "pass"
     )
-    epochs = upper_limit(dpo.epochs, bands.EPOCHS_OK, bands.EPOCHS_ERROR)
-    steps: Level = "warn" if plan.dpo_steps < bands.STEPS_TO_JUDGE else "pass"
+    epochs = upper_limit(dpo.epochs, limit["epochs_warn"], limit["epochs_error"])
+    steps: Level = "warn" if plan.dpo_steps < limit["steps_warn"] else "pass"
     fixes = [
         text
         for level, text in (
-            (batch, f"raise dpo.batch_size to {bands.BATCH_OK} or more"),
-            (epochs, f"lower dpo.epochs to {bands.EPOCHS_OK:g} or less"),
+            (batch, f"raise dpo.batch_size to {limit['batch_warn']:g} or more"),
+            (epochs, f"lower dpo.epochs to {limit['epochs_warn']:g} or less"),
             (steps, f"collect more pairs: {plan.dpo_steps} steps are too few to judge a run by"),
         )
         if level != "pass"
@@ -175,9 +176,9 @@ def budget(plan: TrainingPlan) -> Verdict:
         "budget",
         worst(batch, epochs, steps),
         f"{dpo.batch_size} pairs x {plan.dpo_steps} steps, {dpo.epochs:g} epochs",
-        f"batch >= {bands.BATCH_OK} (blocked below {bands.BATCH_ERROR}), epochs <= {bands.EPOCHS_OK:g} "
-        f"(blocked above {bands.EPOCHS_ERROR:g}), steps >= {bands.STEPS_TO_JUDGE}",
-        bands.BUDGET_SOURCE,
+        f"batch >= {limit['batch_warn']:g} (blocked below {limit['batch_error']:g}), epochs <= "
+        f"{limit['epochs_warn']:g} (blocked above {limit['epochs_error']:g}), steps >= {limit['steps_warn']:g}",
+        limit.source,
         "; ".join(fixes),
     )
 

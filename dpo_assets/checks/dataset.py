@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dpo_assets.checks.bands import Bands
 from dpo_assets.checks.verdict import Verdict
 from dpo_assets.recipe import FeedbackSection
 
 MIN_EVAL_PAIRS = 1
 
 
-def dataset_verdicts(report: Mapping[str, Any], feedback: FeedbackSection) -> list[Verdict]:
+def dataset_verdicts(report: Mapping[str, Any], feedback: FeedbackSection, bands: Bands) -> list[Verdict]:
     """All checks of `dpo_dataset`."""
     return [
         schema(report),

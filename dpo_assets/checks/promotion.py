@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from dpo_assets.checks import bands
+from dpo_assets.checks.bands import Bands
 from dpo_assets.checks.verdict import Level, Verdict, upper_limit, worst
 from dpo_assets.recipe import Recipe
 
@@ -46,9 +46,9 @@ def decide(report: Mapping[str, Any], min_prompts: int) -> tuple[Decision, str]:
     )
 
 
-def evaluation_verdicts(report: Mapping[str, Any], recipe: Recipe) -> list[Verdict]:
+def evaluation_verdicts(report: Mapping[str, Any], recipe: Recipe, bands: Bands) -> list[Verdict]:
     """All checks of `eval_scores`."""
-    return [promotion_verdict(report, recipe), generation_health(report)]
+    return [promotion_verdict(report, recipe), generation_health(report, bands)]
 
 
 def promotion_verdict(report: Mapping[str, Any], recipe: Recipe) -> Verdict:
@@ -75,21 +75,22 @@ def promotion_verdict(report: Mapping[str, Any], recipe: Recipe) -> Verdict:
     )
 
 
-def generation_health(report: Mapping[str, Any]) -> Verdict:
+def generation_health(report: Mapping[str, Any], bands: Bands) -> Verdict:
     """Rise over SFT in the shares of answers that repeat themselves, and that never end."""
+    limit = bands.limit("generation_health")
     sft, policy = report["generation"]["sft"], report["generation"]["policy"]
     if not policy["answers"]:
-        return Verdict("generation_health", "pass", "no answers sampled", "-", bands.GENERATION_SOURCE)
+        return Verdict("generation_health", "pass", "no answers sampled", "-", limit.source)
     rises = {name: policy[name] - sft[name] for name in ("repetition", "no_eos", "empty")}
-    levels = {name: upper_limit(rise, bands.REPETITION_WARN, math.inf) for name, rise in rises.items()}
+    levels = {name: upper_limit(rise, limit.warn, limit.error) for name, rise in rises.items()}
     level = worst(*levels.values())
-    shown = max(rises, key=lambda name: (levels[name] == level, rises[name]))
+    shown = max(rises, key=lambda name: (levels[name] == level, math.isnan(rises[name]), rises[name]))
     return Verdict(
         "generation_health",
         level,
         f"{shown} {rises[shown]:+.3f}",
-        f"at most +{bands.REPETITION_WARN} over SFT",
-        bands.GENERATION_SOURCE,
+        f"at most +{limit.warn:g} over SFT, blocked above +{limit.error:g}",
+        limit.source,
         "" if level == "pass" else "lower dpo.learning_rate, and read the answers beside this check",
         f"{policy['answers']} greedy answers each",
     )

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dpo_assets.checks import bands
+from dpo_assets.checks.bands import Bands, first_loss_tolerance
 from dpo_assets.checks.verdict import Verdict, upper_limit
 
-EOS_SHARE = 0.99
 
-
-def sft_verdicts(report: Mapping[str, Any]) -> list[Verdict]:
+def sft_verdicts(report: Mapping[str, Any], bands: Bands) -> list[Verdict]:
     """All checks of `sft_checkpoint`. An adopted base passes: nothing was trained."""
     if report.get("adopted"):
         note = "the base was adopted as it is"
@@ -20,7 +18,7 @@ def sft_verdicts(report: Mapping[str, Any]) -> list[Verdict]:
         ]
     before, after = report["held_out_nll_before"], report["held_out_nll_after"]
     learned = after < before
-    eos = report["ends_with_eos"]
+    eos, kept = report["ends_with_eos"], bands.limit("eos_kept")
     return [
         _finite("sft_finite", report),
         Verdict(
@@ -33,55 +31,55 @@ def sft_verdicts(report: Mapping[str, Any]) -> list[Verdict]:
         ),
         Verdict(
             "eos_kept",
-            "pass" if eos >= EOS_SHARE else "error",
+            "pass" if eos >= kept.error else "error",
             round(eos, 4),
-            f"at least {EOS_SHARE} of the answers end with EOS",
-            "LLaMA-Factory 2984, MedicalGPT 157: answers without EOS teach a model never to stop",
-            "" if eos >= EOS_SHARE else "the chat template must end every assistant turn with the tokenizer's EOS",
+            f"at least {kept.error} of the answers end with EOS",
+            kept.source,
+            "" if eos >= kept.error else "the chat template must end every assistant turn with the tokenizer's EOS",
         ),
     ]
 
 
-def dpo_verdicts(report: Mapping[str, Any]) -> list[Verdict]:
+def dpo_verdicts(report: Mapping[str, Any], bands: Bands) -> list[Verdict]:
     """All checks of `dpo_adapter`."""
     off = abs(report["first_loss"] - report["expected_first_loss"])
-    tolerance = bands.first_loss_tolerance(report["expected_first_loss"])
-    ratio = report["nll_ratio"]
-    level = upper_limit(ratio, bands.NLL_RATIO_WARN, bands.NLL_RATIO_ERROR)
+    tolerance = first_loss_tolerance(report["expected_first_loss"], bands)
+    ratio, limit = report["nll_ratio"], bands.limit("displacement")
+    level = upper_limit(ratio, limit.warn, limit.error)
     return [
         Verdict(
             "reference_is_start",
             upper_limit(off, tolerance, tolerance),
             report["first_loss"],
             f"{report['expected_first_loss']:.6f} +- {tolerance:g}",
-            bands.FIRST_LOSS_SOURCE,
+            bands.limit("reference_is_start").source,
             "" if off <= tolerance else "set dpo.reference to `sft`, or delete the reference cache",
         ),
         _finite("finite", report),
         Verdict(
             "displacement",
-            # Not calibrated on models of every size yet, so it warns and does not block.
-            "warn" if level != "pass" else "pass",
+            level,
             round(ratio, 4),
-            f"NLL of chosen answers, policy over reference, at most {bands.NLL_RATIO_WARN}",
-            bands.NLL_RATIO_SOURCE,
+            f"NLL of chosen answers, policy over reference, at most {limit.warn}",
+            limit.source,
             "" if level == "pass" else "lower dpo.learning_rate 5 to 10 times, or raise dpo.beta",
         ),
     ]
 
 
-def merge_verdicts(report: Mapping[str, Any]) -> list[Verdict]:
+def merge_verdicts(report: Mapping[str, Any], bands: Bands) -> list[Verdict]:
     """All checks of `merged_model`."""
     difference = report["mean_difference_per_token"]
-    level = upper_limit(difference, bands.FIDELITY_WARN, bands.FIDELITY_ERROR)
+    limit = bands.limit("fidelity")
+    level = upper_limit(difference, limit.warn, limit.error)
     finite = report["finite"]
     return [
         Verdict(
             "fidelity",
             level,
             float(difference),
-            f"at most {bands.FIDELITY_WARN} nats per token, blocked above {bands.FIDELITY_ERROR}",
-            bands.FIDELITY_SOURCE,
+            f"at most {limit.warn} nats per token, blocked above {limit.error}",
+            limit.source,
             "" if level == "pass" else "set hardware.precision to bf16 or fp32 and train again",
             f"{report['probe_pairs']} held-out pairs",
         ),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
+
+from dpo_assets.recipe import Severity
 
 Level = Literal["pass", "warn", "error"]
 _ORDER: dict[Level, int] = {"pass": 0, "warn": 1, "error": 2}
@@ -12,7 +15,7 @@ _ORDER: dict[Level, int] = {"pass": 0, "warn": 1, "error": 2}
 
 @dataclass(frozen=True)
 class Verdict:
-    """`warn` shows and does not block; `error` blocks everything downstream."""
+    """`warn` shows and does not block; `error` blocks everything downstream, unless the check's severity is `warn`."""
 
     check: str
     level: Level
@@ -21,6 +24,7 @@ class Verdict:
     source: str = ""
     fix: str = ""
     note: str = ""
+    shown: Mapping[str, str] = field(default_factory=dict)  # Tables and plots by title, as Markdown.
 
     @property
     def passed(self) -> bool:
@@ -31,6 +35,16 @@ class Verdict:
         """One line for logs and summaries."""
         shown = f"{self.value:.6g}" if isinstance(self.value, float) else str(self.value)
         return f"{self.check}: {shown} (band: {self.band})"
+
+
+def with_severity(verdict: Verdict, severity: Severity) -> Verdict:
+    """The verdict under a severity: `warn` never blocks, `strict` blocks warnings too."""
+    level = verdict.level
+    if severity == "warn" and level == "error":
+        level = "warn"
+    if severity == "strict" and level == "warn":
+        level = "error"
+    return replace(verdict, level=level)
 
 
 def worst(*levels: Level) -> Level:

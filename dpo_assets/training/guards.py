@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from dpo_assets.checks import bands
+from dpo_assets.checks.bands import default_bands, first_loss_holds, first_loss_tolerance
 from dpo_assets.errors import GateError
 
 
@@ -21,8 +21,8 @@ def check_first_loss(loss: float, expected: float, reference: str) -> None:
     """
     if not math.isfinite(loss):
         raise diverged("finite", "loss", loss, "the first step")
-    tolerance = bands.first_loss_tolerance(expected)
-    if bands.first_loss_holds(loss, expected):
+    tolerance = first_loss_tolerance(expected)
+    if first_loss_holds(loss, expected):
         return
     fix = (
         "set dpo.reference to `sft`: the policy starts from the SFT checkpoint, so its log-ratios must be measured "
@@ -36,7 +36,7 @@ def check_first_loss(loss: float, expected: float, reference: str) -> None:
         f"the first loss is {loss:.6f}, not {expected:.6f}: the reference is not the start of training",
         value=loss,
         band=f"{expected:.6f} +- {tolerance:g}",
-        source=bands.FIRST_LOSS_SOURCE,
+        source=default_bands().limit("reference_is_start").source,
         fix=fix,
     )
 

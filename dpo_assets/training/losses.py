@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo_assets.checks.bands import LOSSES
 from dpo_assets.checks.config import loss_faults
+from dpo_assets.checks.losses import LOSSES
 from dpo_assets.errors import ConfigError
 from dpo_assets.recipe import DpoSection, FDivergence
 

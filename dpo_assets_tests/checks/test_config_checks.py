@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from dpo_assets.checks import bands
+from dpo_assets.checks import losses
+from dpo_assets.checks.bands import default_bands
 from dpo_assets.checks.catalog import checks_of
 from dpo_assets.checks.config import (
     beta_for_loss,
@@ -26,6 +27,8 @@ from dpo_assets.recipe import DpoSection
 from dpo_assets_tests.pipelines import PACKAGE
 from dpo_assets_tests.samples import plan, recipe
 
+BANDS = default_bands()
+
 SMALL, LARGE = 135_000_000, 8_000_000_000
 EPSILON = 1e-9
 
@@ -36,7 +39,7 @@ def unchecked(**values: Any) -> TrainingPlan:
 
 
 def test_a_plan_of_default_values_passes_every_check_of_its_asset() -> None:
-    verdicts = plan_verdicts(plan())
+    verdicts = plan_verdicts(plan(), BANDS)
     assert [(v.check, v.level, v.fix) for v in verdicts] == [(c.name, "pass", "") for c in checks_of("dpo_plan")]
     assert all(v.passed and v.band and v.source for v in verdicts)
 
@@ -65,44 +68,44 @@ def test_a_plan_of_default_values_passes_every_check_of_its_asset() -> None:
     ],
 )
 def test_the_learning_rate_is_judged_by_the_size_of_the_model(parameters: int, rate: float, level: str) -> None:
-    assert learning_rate_band(plan(parameters=parameters, dpo={"learning_rate": rate})).level == level
+    assert learning_rate_band(plan(parameters=parameters, dpo={"learning_rate": rate}), BANDS).level == level
 
 
 @pytest.mark.parametrize("heavy", [{"epochs": 3.0}, {"batch_size": 7}], ids=repr)
 def test_long_or_noisy_training_turns_the_warning_into_an_error(heavy: dict[str, Any]) -> None:
     rate = 6e-5
-    assert learning_rate_band(plan(dpo={"learning_rate": rate})).level == "warn"
-    assert learning_rate_band(plan(dpo={"learning_rate": rate, "epochs": 2.9, "batch_size": 8})).level == "warn"
-    verdict = learning_rate_band(plan(dpo={"learning_rate": rate, **heavy}))
+    assert learning_rate_band(plan(dpo={"learning_rate": rate}), BANDS).level == "warn"
+    assert learning_rate_band(plan(dpo={"learning_rate": rate, "epochs": 2.9, "batch_size": 8}), BANDS).level == "warn"
+    verdict = learning_rate_band(plan(dpo={"learning_rate": rate, **heavy}), BANDS)
     assert verdict.level == "error"
     assert verdict.note
-    assert learning_rate_band(plan(dpo={"learning_rate": 5e-5, **heavy})).level == "pass"
+    assert learning_rate_band(plan(dpo={"learning_rate": 5e-5, **heavy}), BANDS).level == "pass"
 
 
 def test_a_low_beta_lowers_the_ceiling() -> None:
-    assert learning_rate_band(plan(dpo={"learning_rate": 7e-6, "beta": 0.05})).level == "pass"
-    assert learning_rate_band(plan(dpo={"learning_rate": 7e-6, "beta": 0.049})).level == "warn"
-    assert learning_rate_band(plan(dpo={"learning_rate": 6e-6, "beta": 0.049})).level == "pass"
+    assert learning_rate_band(plan(dpo={"learning_rate": 7e-6, "beta": 0.05}), BANDS).level == "pass"
+    assert learning_rate_band(plan(dpo={"learning_rate": 7e-6, "beta": 0.049}), BANDS).level == "warn"
+    assert learning_rate_band(plan(dpo={"learning_rate": 6e-6, "beta": 0.049}), BANDS).level == "pass"
     # cDPO and the mixture have the unit of sigmoid; in IPO's, 0.049 is nothing low.
     for loss in ("cdpo", ["ipo", "robust"]):
-        assert learning_rate_band(plan(dpo={"learning_rate": 7e-6, "beta": 0.049, "loss": loss})).level == "warn"
-    assert learning_rate_band(plan(dpo={"learning_rate": 7e-6, "beta": 0.049, "loss": "ipo"})).level == "pass"
+        assert learning_rate_band(plan(dpo={"learning_rate": 7e-6, "beta": 0.049, "loss": loss}), BANDS).level == "warn"
+    assert learning_rate_band(plan(dpo={"learning_rate": 7e-6, "beta": 0.049, "loss": "ipo"}), BANDS).level == "pass"
 
 
 @pytest.mark.parametrize("rate", [math.nan, math.inf, -math.inf])
 def test_a_learning_rate_that_is_no_number_is_an_error(rate: float) -> None:
-    assert learning_rate_band(unchecked(learning_rate=rate)).level == "error"
+    assert learning_rate_band(unchecked(learning_rate=rate), BANDS).level == "error"
 
 
 def test_a_learning_rate_too_high_is_told_the_highest_one_in_the_band() -> None:
-    verdict = learning_rate_band(plan(dpo={"learning_rate": 1e-2}))
+    verdict = learning_rate_band(plan(dpo={"learning_rate": 1e-2}), BANDS)
     assert "set dpo.learning_rate to 5e-05 or less" in verdict.fix
     assert "1e-06 to 5e-05, blocked above 0.0002" in verdict.band
     assert "model under 1B" in verdict.band
 
 
 def test_a_learning_rate_too_low_is_told_to_rise() -> None:
-    verdict = learning_rate_band(plan(dpo={"learning_rate": 1e-9}))
+    verdict = learning_rate_band(plan(dpo={"learning_rate": 1e-9}), BANDS)
     assert verdict.level == "warn"
     assert "or less" not in verdict.fix
     assert "1e-06" in verdict.fix
@@ -140,19 +143,19 @@ def test_a_learning_rate_too_low_is_told_to_rise() -> None:
     ],
 )
 def test_beta_is_judged_in_the_unit_of_its_loss(loss: str, beta: float, level: str) -> None:
-    verdict = beta_for_loss(plan(dpo={"loss": loss, "beta": beta}))
+    verdict = beta_for_loss(plan(dpo={"loss": loss, "beta": beta}), BANDS)
     assert (verdict.level, verdict.value) == (level, beta)
     assert bool(verdict.fix) == (level != "pass")
 
 
 @pytest.mark.parametrize("beta", [math.nan, math.inf, -0.1])
 def test_a_beta_that_is_no_strength_is_an_error(beta: float) -> None:
-    assert beta_for_loss(unchecked(beta=beta)).level == "error"
+    assert beta_for_loss(unchecked(beta=beta), BANDS).level == "error"
 
 
 def test_several_losses_share_one_beta_and_the_worst_verdict_counts() -> None:
     def verdict(*losses: str, beta: float) -> Verdict:
-        return beta_for_loss(plan(dpo={"loss": list(losses), "beta": beta}))
+        return beta_for_loss(plan(dpo={"loss": list(losses), "beta": beta}), BANDS)
 
     assert verdict("sigmoid", "ipo", beta=0.5).level == "pass"
     assert verdict("sigmoid", "ipo", beta=0.8).level == "warn"
@@ -166,16 +169,19 @@ def test_several_losses_share_one_beta_and_the_worst_verdict_counts() -> None:
 
 @pytest.mark.parametrize("beta", [0.1, 0.7, 5.0])
 def test_no_beta_suits_two_losses_of_different_units(beta: float) -> None:
-    verdict = beta_for_loss(plan(dpo={"loss": ["sigmoid", "sigmoid_norm"], "beta": beta}))
+    verdict = beta_for_loss(plan(dpo={"loss": ["sigmoid", "sigmoid_norm"], "beta": beta}), BANDS)
     assert verdict.level != "pass"
     assert "no beta suits sigmoid and sigmoid_norm at once" in verdict.fix
 
 
-@pytest.mark.parametrize("loss", sorted(bands.BETA))
+@pytest.mark.parametrize("loss", sorted(BANDS.betas))
 def test_the_betas_that_a_wrong_one_is_told_pass(loss: str) -> None:
-    fix = beta_for_loss(plan(dpo={"loss": loss, "beta": 0.0})).fix
+    fix = beta_for_loss(plan(dpo={"loss": loss, "beta": 0.0}), BANDS).fix
     ends = [float(word) for word in fix.removeprefix("set dpo.beta between ").split(" and ")]
-    assert [beta_for_loss(plan(dpo={"loss": loss, "beta": end})).level for end in ends] == ["pass", "pass"]
+    assert [beta_for_loss(plan(dpo={"loss": loss, "beta": end}), BANDS).level for end in ends] == [
+        "pass",
+        "pass",
+    ]
 
 
 # loss_supported
@@ -187,12 +193,12 @@ def test_the_betas_that_a_wrong_one_is_told_pass(loss: str) -> None:
         ({}, "pass", ""),
         *[
             ({"loss": name}, "pass", "")
-            for name, facts in bands.LOSSES.items()
+            for name, facts in losses.LOSSES.items()
             if name not in ("cdpo", "robust", "exo_pair", "sft")
         ],
         *[
             ({"loss": n, "label_smoothing": 0.1}, "pass", "")
-            for n, f in bands.LOSSES.items()
+            for n, f in losses.LOSSES.items()
             if f.smoothing != "ignored"
         ],
         ({"loss": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}, "pass", ""),
@@ -252,28 +258,28 @@ def test_every_fault_of_a_loss_is_told_with_its_source() -> None:
     verdict = loss_supported(plan(dpo={"loss": "nca_pair", "label_smoothing": 0.1, "f_divergence": "js_divergence"}))
     assert "label_smoothing to 0" in verdict.fix
     assert "f_divergence to reverse_kl" in verdict.fix
-    assert bands.SMOOTHING_SOURCE in verdict.source
-    assert bands.F_DIVERGENCE_SOURCE in verdict.source
+    assert losses.SMOOTHING_SOURCE in verdict.source
+    assert losses.F_DIVERGENCE_SOURCE in verdict.source
 
 
-@pytest.mark.parametrize("name", sorted(bands.LOSS_ADVICE))
+@pytest.mark.parametrize("name", sorted(losses.LOSS_ADVICE))
 def test_advice_names_no_loss_that_does_not_exist(name: str) -> None:
     fix = loss_supported(plan(dpo={"loss": name})).fix
-    assert fix == bands.LOSS_ADVICE[name]
-    assert any(loss in fix for loss in bands.SUPPORTED_LOSSES) or "Trainer" in fix
+    assert fix == losses.LOSS_ADVICE[name]
+    assert any(loss in fix for loss in losses.SUPPORTED_LOSSES) or "Trainer" in fix
 
 
 def test_the_document_says_of_every_loss_what_it_takes() -> None:
     lines = (PACKAGE.parent / "docs" / "checks.md").read_text(encoding="utf-8").splitlines()
-    for name, facts in bands.LOSSES.items():
+    for name, facts in losses.LOSSES.items():
         [row] = [line for line in lines if line.startswith(f"| `{name}` |")]
         assert row.endswith(f"| {facts.smoothing} | {'yes' if facts.f_divergence else 'no'} |")
 
 
 def test_every_supported_loss_has_a_band() -> None:
     # The term has no beta.
-    assert set(bands.SUPPORTED_LOSSES) - {"sft"} == set(bands.BETA)
-    assert set(bands.LOSS_ADVICE).isdisjoint(bands.SUPPORTED_LOSSES)
+    assert set(losses.SUPPORTED_LOSSES) - {"sft"} == set(BANDS.betas)
+    assert set(losses.LOSS_ADVICE).isdisjoint(losses.SUPPORTED_LOSSES)
 
 
 # budget
@@ -295,13 +301,13 @@ def test_every_supported_loss_has_a_band() -> None:
     ],
 )
 def test_batch_epochs_and_steps_each_have_their_limits(dpo: dict[str, Any], steps: int, level: str, fix: str) -> None:
-    verdict = budget(plan(dpo=dpo, dpo_steps=steps))
+    verdict = budget(plan(dpo=dpo, dpo_steps=steps), BANDS)
     assert (verdict.level, bool(verdict.fix)) == (level, level != "pass")
     assert fix in verdict.fix
 
 
 def test_every_fault_of_a_budget_is_told_and_the_worst_one_counts() -> None:
-    verdict = budget(plan(dpo={"batch_size": 2, "epochs": 4.0}, dpo_steps=5))
+    verdict = budget(plan(dpo={"batch_size": 2, "epochs": 4.0}, dpo_steps=5), BANDS)
     assert verdict.level == "error"
     assert [part.split(" ")[0] for part in verdict.fix.split("; ")] == ["raise", "lower", "collect"]
 
@@ -350,21 +356,25 @@ def test_what_a_check_names_as_a_way_out_passes_it() -> None:
 
 
 def test_the_bands_are_in_order_and_cover_every_size() -> None:
+    bands = BANDS
     for method in ("lora", "full"):
-        rows = [band for band in bands.LEARNING_RATE if band.method == method]
+        rows = [band for band in bands.learning_rates if band.method == method]
         assert [band.billions_below for band in rows] == sorted(band.billions_below for band in rows)
         assert math.isinf(rows[-1].billions_below)
         assert all(0 < band.ok_low < band.ok_high < band.error_above for band in rows)
         assert [band.error_above for band in rows] == sorted((band.error_above for band in rows), reverse=True)
-    for beta in bands.BETA.values():
+    for beta in bands.betas.values():
         assert 0 < beta.error_below < beta.ok_low < beta.ok_high < beta.error_above
-    assert bands.BATCH_ERROR < bands.BATCH_OK
-    assert bands.EPOCHS_OK < bands.EPOCHS_ERROR
-    assert bands.NLL_RATIO_WARN < bands.NLL_RATIO_ERROR
-    assert bands.FIDELITY_WARN < bands.FIDELITY_ERROR
+    budget = bands.limit("budget")
+    assert budget["batch_error"] < budget["batch_warn"]
+    assert budget["epochs_warn"] < budget["epochs_error"]
+    assert bands.limit("displacement").warn < bands.limit("displacement").error
+    assert bands.limit("fidelity").warn < bands.limit("fidelity").error
 
 
 def test_every_number_names_its_source() -> None:
-    assert all(band.source for band in bands.LEARNING_RATE)
-    assert all(band.source for band in bands.BETA.values())
-    assert all(text for name, text in vars(bands).items() if name.endswith("_SOURCE"))
+    bands = BANDS
+    assert all(len(band.source) > 10 for band in bands.learning_rates)
+    assert all(len(band.source) > 10 for band in bands.betas.values())
+    assert all(len(limit.source) > 10 for limit in bands.limits.values())
+    assert all(text for name, text in vars(losses).items() if name.endswith("_SOURCE"))

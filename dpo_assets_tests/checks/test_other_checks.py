@@ -16,6 +16,7 @@ from dpo_assets.assets.base_model import verdicts as base_model_verdicts
 from dpo_assets.assets.published_model import RELEASE
 from dpo_assets.assets.published_model import verify as release_verified
 from dpo_assets.assets.raw_preferences import accounting
+from dpo_assets.checks.bands import default_bands
 from dpo_assets.checks.catalog import CHECKS, checks_of
 from dpo_assets.checks.config import plan_verdicts
 from dpo_assets.checks.dataset import dataset_verdicts
@@ -27,6 +28,8 @@ from dpo_assets.planning.plan import ModelShape
 from dpo_assets.publishing.commit import stage
 from dpo_assets.recipe import BaseModelSection
 from dpo_assets_tests.samples import SHA, answers, dataset_report, evaluation_report, plan, recipe, score
+
+BANDS = default_bands()
 
 Report = dict[str, Any]
 SFT: Report = {"finite": True, "steps": 60, "held_out_nll_before": 2.0, "held_out_nll_after": 1.8, "ends_with_eos": 1.0}
@@ -102,23 +105,23 @@ def test_a_verdict_passes_only_without_a_warning_and_says_its_value_and_band() -
     ],
 )
 def test_a_dataset_is_held_against_its_report(check: str, changes: Report, level: str) -> None:
-    verdicts = dataset_verdicts(dataset_report(**changes), recipe().feedback)
+    verdicts = dataset_verdicts(dataset_report(**changes), recipe().feedback, BANDS)
     verdict = named(check, verdicts)
     assert (verdict.level, bool(verdict.fix)) == (level, level != "pass")
 
 
 def test_the_limits_of_a_dataset_are_the_recipes() -> None:
     feedback = recipe(feedback={"sources": [{"path": "x"}], "max_quarantine_rate": 0.0, "min_pairs": 2000}).feedback
-    failed = {v.check for v in dataset_verdicts(dataset_report(), feedback) if not v.passed}
+    failed = {v.check for v in dataset_verdicts(dataset_report(), feedback, BANDS) if not v.passed}
     assert failed == {"quarantine_rate", "enough_pairs"}
     lenient = recipe(feedback={"sources": [{"path": "x"}], "max_quarantine_rate": 1.0, "min_pairs": 1}).feedback
     poor = dataset_report(damaged=1200, train_pairs=1)
-    assert all(v.passed for v in dataset_verdicts(poor, lenient))
+    assert all(v.passed for v in dataset_verdicts(poor, lenient, BANDS))
 
 
 def test_a_broken_export_is_told_its_reasons() -> None:
     report = dataset_report(damaged=900, reasons={"invalid_json": 800, "duplicate_key": 100})
-    verdict = named("quarantine_rate", dataset_verdicts(report, recipe().feedback))
+    verdict = named("quarantine_rate", dataset_verdicts(report, recipe().feedback, BANDS))
     assert "duplicate_key 100, invalid_json 800" in verdict.fix
     assert verdict.value == 0.75
 
@@ -144,12 +147,12 @@ def test_a_broken_export_is_told_its_reasons() -> None:
     ],
 )
 def test_an_sft_run_is_held_against_its_report(check: str, changes: Report, level: str) -> None:
-    verdict = named(check, sft_verdicts(SFT | changes))
+    verdict = named(check, sft_verdicts(SFT | changes, BANDS))
     assert (verdict.level, bool(verdict.fix)) == (level, level != "pass")
 
 
 def test_an_adopted_base_was_not_trained_and_passes() -> None:
-    verdicts = sft_verdicts({"adopted": True})
+    verdicts = sft_verdicts({"adopted": True}, BANDS)
     assert [v.check for v in verdicts] == [c.name for c in checks_of("sft_checkpoint")]
     assert all(v.passed and v.note for v in verdicts)
 
@@ -172,13 +175,14 @@ def test_an_adopted_base_was_not_trained_and_passes() -> None:
         ("displacement", {"nll_ratio": 0.5}, "pass"),
         ("displacement", {"nll_ratio": 1.5}, "pass"),
         ("displacement", {"nll_ratio": 1.51}, "warn"),
-        ("displacement", {"nll_ratio": 40.0}, "warn"),
-        ("displacement", {"nll_ratio": math.nan}, "warn"),
-        ("displacement", {"nll_ratio": math.inf}, "warn"),
+        ("displacement", {"nll_ratio": 2.0}, "warn"),
+        ("displacement", {"nll_ratio": 40.0}, "error"),
+        ("displacement", {"nll_ratio": math.nan}, "error"),
+        ("displacement", {"nll_ratio": math.inf}, "error"),
     ],
 )
 def test_a_dpo_run_is_held_against_its_report(check: str, changes: Report, level: str) -> None:
-    verdict = named(check, dpo_verdicts(DPO | changes))
+    verdict = named(check, dpo_verdicts(DPO | changes, BANDS))
     assert (verdict.level, bool(verdict.fix)) == (level, level != "pass")
 
 
@@ -199,7 +203,7 @@ def test_a_dpo_run_is_held_against_its_report(check: str, changes: Report, level
     ],
 )
 def test_a_merge_is_held_against_its_report(check: str, changes: Report, level: str) -> None:
-    verdict = named(check, merge_verdicts(MERGE | changes))
+    verdict = named(check, merge_verdicts(MERGE | changes, BANDS))
     assert (verdict.level, bool(verdict.fix)) == (level, level != "pass")
 
 
@@ -260,11 +264,12 @@ def test_how_many_prompts_are_enough_is_the_recipes() -> None:
     ("sft", "policy", "level"),
     [
         ({}, {}, "pass"),
-        ({}, {"repetition": 0.15}, "pass"),
-        ({}, {"repetition": 0.16}, "warn"),
-        ({}, {"no_eos": 0.5}, "warn"),
-        ({}, {"empty": 1.0}, "warn"),
-        ({"no_eos": 0.9}, {"no_eos": 1.0}, "pass"),
+        ({}, {"repetition": 0.05}, "pass"),
+        ({}, {"repetition": 0.06}, "warn"),
+        ({}, {"repetition": 0.15}, "warn"),
+        ({}, {"no_eos": 0.5}, "error"),
+        ({}, {"empty": 1.0}, "error"),
+        ({"no_eos": 0.9}, {"no_eos": 1.0}, "warn"),
         ({"repetition": 0.5}, {"repetition": 0.0}, "pass"),
         ({}, {"repetition": math.nan}, "error"),
         ({}, {"answers": 0, "repetition": math.nan}, "pass"),
@@ -272,22 +277,24 @@ def test_how_many_prompts_are_enough_is_the_recipes() -> None:
 )
 def test_answers_are_compared_with_those_of_the_start(sft: Report, policy: Report, level: str) -> None:
     report = evaluation_report(generation={"sft": answers(**sft), "policy": answers(**policy)})
-    verdict = generation_health(report)
+    verdict = generation_health(report, BANDS)
     assert (verdict.level, bool(verdict.fix)) == (level, level != "pass")
 
 
 def test_the_largest_rise_is_the_one_that_is_shown() -> None:
     policy = answers(repetition=0.2, no_eos=0.5, empty=0.1)
-    verdict = generation_health(evaluation_report(generation={"sft": answers(), "policy": policy}))
+    verdict = generation_health(evaluation_report(generation={"sft": answers(), "policy": policy}), BANDS)
     assert verdict.value == "no_eos +0.500"
-    broken = generation_health(evaluation_report(generation={"sft": answers(), "policy": policy | {"empty": math.nan}}))
+    broken = generation_health(
+        evaluation_report(generation={"sft": answers(), "policy": policy | {"empty": math.nan}}), BANDS
+    )
     assert str(broken.value).startswith("empty ")
 
 
 @pytest.mark.parametrize("name", ["no_eos", "empty"])
 def test_a_share_of_answers_that_is_no_number_does_not_pass(name: str) -> None:
     report = evaluation_report(generation={"sft": answers(), "policy": answers(**{name: math.nan})})
-    assert not generation_health(report).passed
+    assert not generation_health(report, BANDS).passed
 
 
 # base_model, raw_preferences, published_model: their verdicts are pure, though they stand beside their assets
@@ -392,12 +399,14 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
     return {
         "base_model": base_model_verdicts(unpinned if fail else LOCAL, bad_facts if fail else model_folder()),
         "raw_preferences": [accounting([counted(rows_in=11 if fail else 10)])],
-        "dpo_dataset": dataset_verdicts(bad_dataset if fail else dataset_report(), recipe().feedback),
-        "dpo_plan": plan_verdicts(bad_plan if fail else plan()),
-        "sft_checkpoint": sft_verdicts(bad_sft if fail else SFT),
-        "dpo_adapter": dpo_verdicts(bad_dpo if fail else DPO),
-        "merged_model": merge_verdicts(MERGE | ({"finite": False, "mean_difference_per_token": 1.0} if fail else {})),
-        "eval_scores": evaluation_verdicts(bad_scores if fail else evaluation_report(), recipe()),
+        "dpo_dataset": dataset_verdicts(bad_dataset if fail else dataset_report(), recipe().feedback, BANDS),
+        "dpo_plan": plan_verdicts(bad_plan if fail else plan(), BANDS),
+        "sft_checkpoint": sft_verdicts(bad_sft if fail else SFT, BANDS),
+        "dpo_adapter": dpo_verdicts(bad_dpo if fail else DPO, BANDS),
+        "merged_model": merge_verdicts(
+            MERGE | ({"finite": False, "mean_difference_per_token": 1.0} if fail else {}), BANDS
+        ),
+        "eval_scores": evaluation_verdicts(bad_scores if fail else evaluation_report(), recipe(), BANDS),
         "published_model": [release_verified(artifact, operations, None)],
     }
 
@@ -418,11 +427,10 @@ def test_every_check_can_pass_and_every_check_can_fail(tmp_path: Path) -> None:
     assert [v for verdicts in every_verdict(bad, fail=True).values() for v in verdicts if v.passed] == []
 
 
-def test_a_check_that_does_not_block_never_returns_an_error_for_a_finite_value(tmp_path: Path) -> None:
+def test_a_check_that_does_not_block_has_a_case_that_fails_it(tmp_path: Path) -> None:
     shown = {c.name for c in CHECKS if not c.blocking}
     failed = [v for verdicts in every_verdict(tmp_path, fail=True).values() for v in verdicts]
-    assert {v.check for v in failed if v.level == "warn"} >= shown
-    assert not {v.check for v in failed if v.level == "error"} & shown
+    assert {v.check for v in failed if not v.passed} >= shown
 
 
 WITHOUT_A_WAY_OUT = {"reference_is_start"}
@@ -435,4 +443,4 @@ def test_every_verdict_names_its_band_and_source_and_a_failed_one_the_way_out(tm
 
 
 def test_a_wrong_reference_is_told_the_way_out() -> None:
-    assert named("reference_is_start", dpo_verdicts(DPO | {"first_loss": 1.0})).fix
+    assert named("reference_is_start", dpo_verdicts(DPO | {"first_loss": 1.0}, BANDS)).fix

@@ -17,7 +17,7 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dpo_assets.checks.bands import LOSSES
+from dpo_assets.checks.losses import LOSSES
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.recipe import DpoSection
 from dpo_assets.training.data import dpo_group, load_split

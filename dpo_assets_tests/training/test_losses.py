@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpo_assets.checks.bands import LOSSES, first_loss_tolerance
+from dpo_assets.checks.losses import LOSSES, first_loss_tolerance
 from dpo_assets.errors import ConfigError
 from dpo_assets.recipe import DpoSection, FDivergence
 from dpo_assets.training.losses import DpoLoss, PairScores, divergence_score

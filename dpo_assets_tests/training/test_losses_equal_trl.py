@@ -13,7 +13,7 @@ import torch
 import trl
 from torch import Tensor
 
-from dpo_assets.checks.bands import LOSSES, TRL_LACKS
+from dpo_assets.checks.losses import LOSSES, TRL_LACKS
 from dpo_assets.recipe import FDivergence
 from dpo_assets.training.data import load_split
 from dpo_assets.training.dpo import dpo_arguments

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from dpo_assets.checks import bands
+from dpo_assets.checks.bands import first_loss_tolerance
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan, steps_of
 from dpo_assets.training import unsloth_kernels
@@ -259,7 +259,7 @@ def generated(
 def test_ten_steps_of_the_classic_recipe_start_at_ln_2_and_learn(driven: Driven) -> None:
     losses = driven.answers[0]["losses"]
     assert len(losses) == STEPS
-    assert losses[0] == pytest.approx(math.log(2), abs=bands.FIRST_LOSS_TOLERANCE)
+    assert losses[0] == pytest.approx(math.log(2), abs=first_loss_tolerance(math.log(2)))
     assert losses[-1] < losses[0] - 0.02
     arguments = driven.answers[0]["arguments"]
     assert (arguments["per_device_train_batch_size"], arguments["gradient_accumulation_steps"]) == ("2", "4")
@@ -269,7 +269,7 @@ def test_ten_steps_of_the_classic_recipe_start_at_ln_2_and_learn(driven: Driven)
 def test_training_goes_on_from_the_sft_adapter_as_it_was(driven: Driven) -> None:
     """With Unsloth's checkpointing, and without the dropout that SFT trained with."""
     answer = driven.answers[1]
-    assert answer["losses"][0] == pytest.approx(math.log(2), abs=bands.FIRST_LOSS_TOLERANCE)
+    assert answer["losses"][0] == pytest.approx(math.log(2), abs=first_loss_tolerance(math.log(2)))
     assert answer["dropouts"] in ([], [0.0])
 
 
