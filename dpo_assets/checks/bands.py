@@ -134,15 +134,20 @@ def default_bands() -> Bands:
     )
 
 
-def first_loss_tolerance(expected: float, bands: Bands | None = None) -> float:
+def first_loss_tolerance(expected: float, rounded_tokens: float = 0.0, bands: Bands | None = None) -> float:
     """How far the first loss may lie from `expected`: relative above 1, since ipo starts at 1 / (4 beta^2).
+
+    Args:
+        rounded_tokens: mean tokens of a pair's two answers where layers compute in 16 bit, 0 in fp32. Two forwards of
+            other sizes round differently, by about as much a token; long answers would fail a fixed limit.
 
     Before any update the loss is that of zero margin: equation 7 of Rafailov et al., arXiv 2305.18290, and
     `training.losses.DpoLoss.at_zero_margin` for every other loss.
     """
-    return (bands or default_bands()).limit("reference_is_start").error * max(1.0, abs(expected))
+    limit = (bands or default_bands()).limit("reference_is_start")
+    return limit.error * max(1.0, abs(expected)) * max(1.0, rounded_tokens / limit["tokens"])
 
 
-def first_loss_holds(loss: float, expected: float) -> bool:
+def first_loss_holds(loss: float, expected: float, rounded_tokens: float = 0.0) -> bool:
     """Whether a first loss shows that the reference is the start of training."""
-    return abs(loss - expected) <= first_loss_tolerance(expected)
+    return abs(loss - expected) <= first_loss_tolerance(expected, rounded_tokens)

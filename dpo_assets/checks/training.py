@@ -43,7 +43,7 @@ def sft_verdicts(report: Mapping[str, Any], bands: Bands) -> list[Verdict]:
 def dpo_verdicts(report: Mapping[str, Any], bands: Bands) -> list[Verdict]:
     """All checks of `dpo_adapter`."""
     off = abs(report["first_loss"] - report["expected_first_loss"])
-    tolerance = first_loss_tolerance(report["expected_first_loss"], bands)
+    tolerance = first_loss_tolerance(report["expected_first_loss"], report.get("first_loss_tokens", 0.0), bands)
     ratio, limit = report["nll_ratio"], bands.limit("displacement")
     level = upper_limit(ratio, limit.warn, limit.error)
     return [

@@ -140,7 +140,9 @@ def _problems(summary: Summary) -> list[str]:
     if missing:
         problems.append(f"not materialised: {', '.join(missing)}")
     problems += [f"check {c.check} on {c.asset} failed" for c in summary.failed_checks if c.blocked]
-    if summary.dpo and not first_loss_holds(summary.dpo["first_loss"], summary.dpo["expected_first_loss"]):
+    if summary.dpo and not first_loss_holds(
+        summary.dpo["first_loss"], summary.dpo["expected_first_loss"], summary.dpo.get("first_loss_tokens", 0.0)
+    ):
         problems.append(f"the first loss is {summary.dpo['first_loss']}")
     if summary.release and not (Path(summary.release) / "README.md").is_file():
         problems.append(f"no release lies at {summary.release}")

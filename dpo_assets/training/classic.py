@@ -41,7 +41,8 @@ class ClassicDPOTrainer(trl.DPOTrainer):
     """TRL's DPOTrainer that checks its first loss before the first update.
 
     Args:
-        check_first: called with the loss of the first step, before anything moved.
+        check_first: called with the loss of the first step, before anything moved, and with the mean tokens of a pair's
+            answers where layers compute in 16 bit, else 0.
         same_forward: score the reference by the forward that the policy takes, gradients recorded and thrown away.
             Compiled layers need it (`speedups`), and Unsloth without checkpointing: TRL scores the reference without
             gradients, where Unsloth computes whole compiled blocks that round differently
@@ -50,7 +51,7 @@ class ClassicDPOTrainer(trl.DPOTrainer):
     """
 
     def __init__(
-        self, *args: Any, check_first: Callable[[float], None], same_forward: bool = False, **kwargs: Any
+        self, *args: Any, check_first: Callable[[float, float], None], same_forward: bool = False, **kwargs: Any
     ) -> None:
         # TRL turns the adapter of a quantised base into bf16, where a step of 5e-6 rounds to nothing: keep fp32.
         factors = [(p, p.data) for p in kwargs["model"].parameters() if p.requires_grad]
@@ -59,9 +60,23 @@ class ClassicDPOTrainer(trl.DPOTrainer):
             parameter.data = data
         self._same_forward = same_forward
         self._first_losses: list[Tensor] = []
+        self._first_answers: list[tuple[Tensor, int]] = []  # Of each forward of the first step: tokens, pairs.
         if same_forward:
             self.precompute_ref_logps = True  # TRL then reads the scores from the batch.
-        self.add_callback(_BeforeFirstUpdate(self._first_losses, check_first))
+        self.add_callback(_BeforeFirstUpdate(lambda: check_first(self._first_loss(), self.first_loss_tokens)))
+
+    @property
+    def first_loss_tokens(self) -> float:
+        """Mean tokens of a pair's two answers in the first step, where layers compute in 16 bit; else 0."""
+        if not (self.args.bf16 or self.args.fp16) or not self._first_answers:
+            return 0.0
+        return sum(float(tokens) for tokens, _ in self._first_answers) / sum(pairs for _, pairs in self._first_answers)
+
+    def _first_loss(self) -> float:
+        """Mean over the micro-batches of the first step; TRL weights them alike."""
+        loss = float(torch.stack(self._first_losses).mean())
+        self._first_losses.clear()
+        return loss
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -69,6 +84,8 @@ class ClassicDPOTrainer(trl.DPOTrainer):
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.state.global_step == 0 and self.model.training:
             self._first_losses.append((result[0] if return_outputs else result).detach())
+            mask = inputs["completion_mask"]
+            self._first_answers.append((mask.sum(), len(mask) // 2))
         return result
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
@@ -90,18 +107,16 @@ class ClassicDPOTrainer(trl.DPOTrainer):
 
 
 class _BeforeFirstUpdate(TrainerCallback):
-    """Hands the mean loss of the first step's micro-batches to a check. TRL weights micro-batches alike."""
+    """Calls once, before the optimizer moves for the first time."""
 
-    def __init__(self, losses: list[Tensor], check: Callable[[float], None]) -> None:
-        self.losses, self.check = losses, check
+    def __init__(self, call: Callable[[], None]) -> None:
+        self.call = call
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step == 0 and self.losses:
-            loss = float(torch.stack(self.losses).mean())
-            self.losses.clear()
-            self.check(loss)
+        if state.global_step == 0:
+            self.call()
 
 
 def classic_trainer(
@@ -142,12 +157,12 @@ def classic_trainer(
     return trainer
 
 
-def first_loss_check(section: DpoSection) -> Callable[[float], None]:
+def first_loss_check(section: DpoSection) -> Callable[[float, float], None]:
     """The check of the first loss. With an `sft` term it depends on the data: then it need only be a number."""
     expected = DpoLoss.of(section).at_zero_margin()
 
-    def check(loss: float) -> None:
-        check_first_loss(loss, loss if expected is None else expected, section.reference)
+    def check(loss: float, rounded_tokens: float) -> None:
+        check_first_loss(loss, loss if expected is None else expected, section.reference, rounded_tokens)
 
     return check
 

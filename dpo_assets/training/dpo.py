@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import trl
 from trl import DPOConfig
 
 from dpo_assets.artifact import VOLATILE, write_json
@@ -108,7 +107,7 @@ def packed_trainer(start: Start, tokenizer: Any, spec: TrainSpec, reporter: Repo
     return trainer, reused
 
 
-def write_report(trainer: trl.DPOTrainer, spec: TrainSpec, kernels: str) -> None:
+def write_report(trainer: PackedDPOTrainer | ClassicDPOTrainer, spec: TrainSpec, kernels: str) -> None:
     """`metrics.jsonl`, and what the checks judge the run by."""
     plan = spec.plan
     rows = write_metrics(trainer.state.log_history, spec.output_dir / "metrics.jsonl")
@@ -120,6 +119,7 @@ def write_report(trainer: trl.DPOTrainer, spec: TrainSpec, kernels: str) -> None
         "steps": trainer.state.global_step,
         "first_loss": first_loss,
         "expected_first_loss": expected,
+        "first_loss_tokens": trainer.first_loss_tokens,
         "last_loss": last["loss"],
         "last_margin": last["rewards/margins"],
         "last_accuracy": last["rewards/accuracies"],

@@ -60,6 +60,7 @@ class PackedDPOTrainer(PackedSteps, trl.DPOTrainer):
         self._tokens = 0
         self._first: list[PairScores] = []
         self.expected_first_loss = float("nan")
+        self.first_loss_tokens = 0.0  # Mean tokens of a pair's answers in the first step, in 16 bit.
         # With cached scores the clone that TRL makes of a PEFT policy is memory, and a wrong file when saved.
         if not keep_reference_adapter and isinstance(self.model, PeftModel) and TRL_REFERENCE in self.model.peft_config:
             self.model.delete_adapter(TRL_REFERENCE)
@@ -113,9 +114,12 @@ class PackedDPOTrainer(PackedSteps, trl.DPOTrainer):
 
     def after_step_loss(self, loss: Tensor) -> None:
         if self.state.global_step == 0:
-            self.expected_first_loss = float(self._loss.of_batch(_joined(self._first).at_reference()))
+            first = _joined(self._first)
             self._first.clear()
-            check_first_loss(float(loss), self.expected_first_loss, self._reference)
+            self.expected_first_loss = float(self._loss.of_batch(first.at_reference()))
+            if self.args.bf16 or self.args.fp16:
+                self.first_loss_tokens = float((first.chosen_tokens + first.rejected_tokens).double().mean())
+            check_first_loss(float(loss), self.expected_first_loss, self._reference, self.first_loss_tokens)
 
     def _count(self, scores: TokenScores, batch: PackedBatch, pairs: PairScores) -> None:
         """TRL's metrics under TRL's names, weighted by pairs and tokens. Nothing here waits for the device."""

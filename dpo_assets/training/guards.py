@@ -12,8 +12,10 @@ from dpo_assets.checks.bands import default_bands, first_loss_holds, first_loss_
 from dpo_assets.errors import GateError
 
 
-def check_first_loss(loss: float, expected: float, reference: str) -> None:
+def check_first_loss(loss: float, expected: float, reference: str, rounded_tokens: float = 0.0) -> None:
     """The first loss, before any update, must be the loss at zero margin (ln 2 for sigmoid).
+
+    `rounded_tokens` as in `bands.first_loss_tolerance`.
 
     Raises:
         GateError: `finite` when it is no number, `reference_is_start` when it is another one: the reference is not the
@@ -21,8 +23,8 @@ def check_first_loss(loss: float, expected: float, reference: str) -> None:
     """
     if not math.isfinite(loss):
         raise diverged("finite", "loss", loss, "the first step")
-    tolerance = first_loss_tolerance(expected)
-    if first_loss_holds(loss, expected):
+    tolerance = first_loss_tolerance(expected, rounded_tokens)
+    if first_loss_holds(loss, expected, rounded_tokens):
         return
     fix = (
         "set dpo.reference to `sft`: the policy starts from the SFT checkpoint, so its log-ratios must be measured "

@@ -3,7 +3,8 @@
 Both round differently from the plain layers, so both are part of what a reference score depends on. A compiled layer
 has two graphs that round differently from each other, one for training and one for no_grad; the first loss was off by
 0.002 where they met. So where layers are compiled, whatever is compared with the policy goes through the policy's
-graph: gradients are recorded and thrown away (`comparable`).
+graph: gradients are recorded and thrown away (`comparable`). Unsloth's forwards part in the same way
+(`unsloth_kernels.reference_mode`).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def speed_up(model: Any, plan: TrainingPlan) -> None:
 
 def comparable(plan: TrainingPlan) -> AbstractContextManager[Any]:
     """Around a forward that will be compared with the policy's: switches to the graph that the policy takes."""
-    return torch.enable_grad() if "compile" in plan.speedups else nullcontext()
+    return torch.enable_grad() if "compile" in plan.speedups or plan.kernels == "unsloth" else nullcontext()
 
 
 def _apply_liger(lm: Any) -> None:

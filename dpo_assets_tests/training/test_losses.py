@@ -13,7 +13,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpo_assets.checks.losses import LOSSES, first_loss_tolerance
+from dpo_assets.checks.bands import first_loss_tolerance
+from dpo_assets.checks.losses import LOSSES
 from dpo_assets.errors import ConfigError
 from dpo_assets.recipe import DpoSection, FDivergence
 from dpo_assets.training.losses import DpoLoss, PairScores, divergence_score
@@ -187,6 +188,13 @@ def test_any_batch_with_the_policy_at_the_reference_has_the_loss_at_zero_margin(
 def test_the_tolerance_of_the_first_loss_grows_with_its_value_and_never_falls_below_that_of_sigmoid() -> None:
     assert first_loss_tolerance(LN2) == first_loss_tolerance(1.0) == 5e-4
     assert first_loss_tolerance(25.0) == pytest.approx(0.0125)
+
+
+def test_in_16_bit_the_tolerance_grows_with_the_tokens_of_the_answers() -> None:
+    assert first_loss_tolerance(LN2, 670.0) == first_loss_tolerance(LN2, 1000.0) == 5e-4
+    # The first losses of one H100 run at 6,300 and 12,600 tokens a pair lay off by this much.
+    assert 1.2e-3 < first_loss_tolerance(LN2, 6_300.0) < 4e-3
+    assert 1.5e-3 < first_loss_tolerance(LN2, 12_600.0) < 8e-3
 
 
 # Steps
