@@ -314,6 +314,7 @@ def test_the_values_of_whoever_declares_nothing_are_these() -> None:
             "device": "auto",
             "precision": "auto",
             "kernels": "auto",
+            "speedups": [],
             "memory_gib": None,
             "threads": 1,
             "pool": "gpu",
