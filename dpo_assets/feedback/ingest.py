@@ -21,7 +21,7 @@ from dpo_assets.feedback.pair import (
     pair_record,
     polars_schema,
 )
-from dpo_assets.feedback.readers import Place, ReadOptions, RowFault, reader_for
+from dpo_assets.feedback.readers import Item, Place, ReadOptions, RowFault, format_named
 from dpo_assets.recipe import BUILTIN, FeedbackSource
 
 if TYPE_CHECKING:
@@ -98,17 +98,21 @@ class Batch:
 
 def read_file(file: FeedbackFile, options: ReadOptions) -> Batch:
     """Every row of a file, as a pair or as a rejected row. Never raises for what is in the file."""
-    reader = reader_for(file.format)
+    reader = format_named(file.format).reader(options)
     pairs: list[Pair] = []
     rejected: list[Rejected] = []
+
+    def sort(item: Item, place: Place, line: bytes) -> None:
+        if isinstance(item, Pair):
+            pairs.append(item)
+        elif isinstance(item, RowFault):
+            rejected.append(_reject(item, place, line))
+
     for number, line in read_lines(file.path):
         place = Place(file.name, number)
         try:
-            for item in reader(parse_line(line), place, options):
-                if isinstance(item, Pair):
-                    pairs.append(item)
-                else:
-                    rejected.append(_reject(item, place, line))
+            for at, item in reader.read(parse_line(line), place):
+                sort(item, at, line)
         except RowFault as fault:
             rejected.append(_reject(fault, place, line))
         except RecursionError:

@@ -13,7 +13,7 @@ import re
 import unicodedata
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 if TYPE_CHECKING:
     import pandera.polars as pa
@@ -27,7 +27,8 @@ class Message(TypedDict):
     content: str
 
 
-LabelKind = Literal["human_pair", "human_ranking"]
+LabelKind = Literal["human_pair", "human_ranking", "human_rating", "human_thumb", "edit", "judge_rating", "arena"]
+LABEL_KINDS: tuple[LabelKind, ...] = get_args(LabelKind)
 ROLES = ("system", "user", "assistant")
 
 
@@ -44,6 +45,8 @@ class Pair:
     label_kind: LabelKind = "human_pair"
     margin: float | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+    created_at: str | None = None  # ISO 8601, UTC.
+    user: str | None = None  # `hashed_user` of whoever judged; the name itself is never kept.
 
     @property
     def pair_id(self) -> str:
@@ -66,6 +69,22 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class JudgedAnswer:
+    """One answer with a verdict of its own: a thumb, a rating or a rank. Pairing it with others is a policy's work."""
+
+    prompt: list[Message]
+    answer: list[Message]
+    score: float  # Higher is better: a thumb is 1 or -1, a rank r is -r.
+    source: str
+    row: str
+    line: int
+    label_kind: LabelKind
+    meta: dict[str, Any] = field(default_factory=dict)
+    created_at: str | None = None
+    user: str | None = None
+
+
+@dataclass(frozen=True)
 class Rejected:
     """A row that is not a pair, with all that is needed to mend it at its source."""
 
@@ -75,6 +94,11 @@ class Rejected:
     row: str
     line: int
     raw: bytes
+
+
+def hashed_user(name: str | int | None) -> str | None:
+    """16 hex digits for a user: enough to count by, nothing to read. None for nobody."""
+    return None if name is None or name == "" else hashlib.sha256(f"user:{name}".encode()).hexdigest()[:16]
 
 
 def fold(text: str) -> str:
@@ -108,8 +132,10 @@ PAIR_COLUMNS: tuple[Column, ...] = (
     Column("source", "string", "File the pair came from."),
     Column("row", "string", "Id of the row in that file."),
     Column("line", "integer", "Line in that file, from 1.", rules=("at least 1",)),
-    Column("label_kind", "string", "How the preference was given.", rules=("human_pair or human_ranking",)),
+    Column("label_kind", "string", "How the preference was given.", rules=(" or ".join(LABEL_KINDS),)),
     Column("margin", "number", "Strength of the preference, where the source has one.", nullable=True),
+    Column("created_at", "string", "When the preference was given, ISO 8601 in UTC.", nullable=True),
+    Column("user", "string", "Digest of who gave it.", nullable=True),
     Column("meta", "string", "What else the source said, as JSON."),
 )
 
@@ -169,7 +195,7 @@ def pandera_schema() -> pa.DataFrameSchema:
         "chosen": [last_role("assistant"), no_blank_content()],
         "rejected": [last_role("assistant"), no_blank_content()],
         "line": [pa.Check.ge(1, name="at least 1")],
-        "label_kind": [pa.Check.isin(["human_pair", "human_ranking"], name="human_pair or human_ranking")],
+        "label_kind": [pa.Check.isin(LABEL_KINDS, name=" or ".join(LABEL_KINDS))],
     }
     for name in ("pair_id", "prompt_id", "group_id"):
         checks[name] = [pa.Check.str_matches(r"^[0-9a-f]{32}$", name="32 hex digits")]
@@ -197,5 +223,7 @@ def pair_record(pair: Pair) -> dict[str, Any]:
         "line": pair.line,
         "label_kind": pair.label_kind,
         "margin": pair.margin,
+        "created_at": pair.created_at,
+        "user": pair.user,
         "meta": json.dumps(pair.meta, sort_keys=True, ensure_ascii=False),
     }

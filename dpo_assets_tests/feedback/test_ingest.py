@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ from dpo_assets.feedback.ingest import (
     read_file,
 )
 from dpo_assets.feedback.pair import PAIR_COLUMNS, QUARANTINE_COLUMNS, Rejected
-from dpo_assets.feedback.readers import ReadOptions
+from dpo_assets.feedback.readers import ReadOptions, RowByRow
 from dpo_assets.recipe import FeedbackSource, resolve_paths
 from dpo_assets_tests.samples import assistant, pair, recipe, user
 
@@ -208,7 +209,8 @@ def test_a_reader_that_fails_itself_costs_the_row_that_showed_it(monkeypatch: py
             raise ZeroDivisionError("a bug")
         yield pair(7)
 
-    monkeypatch.setattr("dpo_assets.feedback.ingest.reader_for", lambda _: read_badly)
+    badly = SimpleNamespace(reader=lambda options: RowByRow(read_badly, options))
+    monkeypatch.setattr("dpo_assets.feedback.ingest.format_named", lambda _: badly)
     batch = read(b"\n".join(row(n) for n in range(3)))
     assert len(batch.pairs) == 2
     [rejected] = batch.rejected

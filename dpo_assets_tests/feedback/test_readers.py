@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_assets.feedback.pair import Message, Pair, pair_record
-from dpo_assets.feedback.readers import Place, ReadOptions, RowFault, reader_for
+from dpo_assets.feedback.readers import Place, ReadOptions, RowFault, format_named
 from dpo_assets_tests.samples import assistant, system, user
 
 PLACE = Place("export.jsonl", 7)
@@ -19,7 +19,8 @@ FORMATS = ["trl", "oasst_tree", "hh_rlhf"]
 
 
 def read(format: str, row: Any, *, pairing: str = "best_worst", synthetic: bool = False) -> list[Pair | RowFault]:
-    return list(reader_for(format)(row, PLACE, ReadOptions(pairing, synthetic)))
+    reader = format_named(format).reader(ReadOptions(pairing, synthetic))
+    return [item for _, item in reader.read(row, PLACE)]
 
 
 def the_pair(format: str, row: Any, **options: Any) -> Pair:

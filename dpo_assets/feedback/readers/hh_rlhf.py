@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dpo_assets.feedback.pair import Message, Pair
-from dpo_assets.feedback.readers import Place, ReadOptions, RowFault
+from dpo_assets.feedback.readers import Format, Place, ReadOptions, Row, RowFault
 from dpo_assets.feedback.readers.trl import shared_prefix
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -36,3 +36,18 @@ def _turns(row: Mapping[str, Any], name: str) -> list[Message]:
     if not rest or before.strip():
         raise RowFault("wrong_shape", f"`{name}` does not open with a Human: or Assistant: turn")
     return [{"role": _ROLES[who], "content": said.strip()} for who, said in zip(rest[::2], rest[1::2], strict=True)]
+
+
+def _fits(row: Row) -> float:
+    answers = [row.get("chosen"), row.get("rejected")]
+    return 1.0 if all(isinstance(text, str) and _TURN.match(text) for text in answers) else 0.0
+
+
+FORMAT = Format(
+    name="hh_rlhf",
+    title="Anthropic hh-rlhf transcripts",
+    example='{"chosen": "\\n\\nHuman: ... \\n\\nAssistant: ...", "rejected": "..."}',
+    documented="hh-rlhf README, Disclaimer and data format",
+    fits=_fits,
+    read=read,
+)

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from dpo_assets.feedback.pair import Message, Pair
-from dpo_assets.feedback.readers import Place, ReadOptions, RowFault
+from dpo_assets.feedback.readers import Format, Place, ReadOptions, RowFault
 
 HIGHEST_RANK = 10_000  # A tree has a handful of replies; a larger number is no rank.
 _ROLES = {"prompter": "user", "assistant": "assistant"}
@@ -89,3 +89,13 @@ def _message(node: Mapping[str, Any]) -> Message:
     if not isinstance(role, str) or role not in _ROLES or not isinstance(text, str):
         raise RowFault("wrong_type", f"message {node.get('message_id')!r} lacks a known role or text")
     return {"role": _ROLES[role], "content": text}
+
+
+FORMAT = Format(
+    name="oasst_tree",
+    title="OpenAssistant message trees",
+    example='{"message_tree_id": "...", "prompt": {"role": "prompter", "replies": [...]}}',
+    documented="OpenAssistant documentation, Data schemas, ExportMessageTree",
+    fits=lambda row: 1.0 if "message_tree_id" in row and isinstance(row.get("prompt"), Mapping) else 0.0,
+    read=read,
+)

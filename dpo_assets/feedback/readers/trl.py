@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dpo_assets.feedback.pair import Message, Pair
-from dpo_assets.feedback.readers import Place, ReadOptions, RowFault
+from dpo_assets.feedback.readers import Format, Place, ReadOptions, Row, RowFault, has
 
 
 def read(row: Mapping[str, Any], place: Place, options: ReadOptions) -> Iterator[Pair | RowFault]:
@@ -84,3 +84,19 @@ def _messages(row: Mapping[str, Any], name: str, role: str) -> list[Message]:
             raise RowFault("wrong_type", f"`{name}[{n}]` needs text in `role` and `content`; it has: {sorted(item)}")
         messages.append({"role": given, "content": content})
     return messages
+
+
+def _fits(row: Row) -> float:
+    if not has(row, "chosen", "rejected"):
+        return 0.0
+    return 0.9 if has(row, "prompt") or isinstance(row["chosen"], list) else 0.3
+
+
+FORMAT = Format(
+    name="trl",
+    title="TRL: prompt, chosen, rejected as text or messages",
+    example='{"prompt": "Hi", "chosen": "Hello!", "rejected": "What."}',
+    documented="TRL documentation, Dataset formats and types, Preference",
+    fits=_fits,
+    read=read,
+)
