@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import string
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from dpo_assets.feedback.quality_numbers import EXAMPLES, SNIPPET, place
 if TYPE_CHECKING:
     import polars as pl
 
-_ENDS = string.punctuation + string.whitespace + "…“”‘’"
+_ENDS = " .,;:!?…\"'“”‘’*_`"  # No sign of a number or of code: -1 is not 1, and C++ is not C.
 Edge = tuple[str, str]
 
 
@@ -21,8 +20,8 @@ def contradictions(pairs: pl.DataFrame) -> dict[str, Any]:
     """Counts of screened pairs that stand in a circle of preferences, and a few of them.
 
     Exact reversals are in quarantine already (reason `conflict`); these are the others: reversals between answers
-    that differ only in case, white space or outer punctuation, and circles of three answers or more. Only prompts with
-    two pairs or more can show one; `compared` counts those prompts' pairs.
+    that differ only in case, white space, outer punctuation or emphasis, and circles of three answers or more. Only
+    prompts with two pairs or more can show one; `compared` counts those prompts' pairs.
     """
     import polars as pl
 
