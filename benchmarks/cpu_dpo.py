@@ -41,8 +41,9 @@ from benchmarks.throughput.peers import TrlArm
 from benchmarks.throughput.shapes import work_of
 from dpo_assets.contract import TokenizeSpec
 from dpo_assets.feedback.cleaning import fit_to_model, screen
-from dpo_assets.feedback.ingest import find_files, pairs_frame, quarantine_frame, read_file
+from dpo_assets.feedback.ingest import find_files, read_file
 from dpo_assets.feedback.readers import ReadOptions
+from dpo_assets.feedback.tables import pairs_frame, quarantine_frame
 from dpo_assets.recipe import FeedbackSource
 from dpo_assets.training import tokenize
 

@@ -130,8 +130,9 @@ def prepare(model: Path, data: Path, max_length: int) -> None:
 
     from dpo_assets.contract import TokenizeSpec
     from dpo_assets.feedback.cleaning import fit_to_model, screen, split
-    from dpo_assets.feedback.ingest import find_files, pairs_frame, quarantine_frame, read_file
+    from dpo_assets.feedback.ingest import find_files, read_file
     from dpo_assets.feedback.readers import ReadOptions
+    from dpo_assets.feedback.tables import pairs_frame, quarantine_frame
     from dpo_assets.recipe import FeedbackSource
     from dpo_assets.training import tokenize
 

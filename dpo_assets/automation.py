@@ -13,7 +13,8 @@ from dpo_assets.artifact import file_sha256
 from dpo_assets.assets.graph import NODES
 from dpo_assets.assets.step import Pipeline
 from dpo_assets.errors import FeedbackError
-from dpo_assets.feedback.ingest import FeedbackFile, find_files
+from dpo_assets.feedback.ingest import find_files
+from dpo_assets.feedback.sources import FeedbackFile
 
 SETTLE_SECONDS = 5.0  # A file touched more recently than this may still be written.
 

@@ -95,14 +95,15 @@ class CleaningSection(Section):
         description="Texts that hold marks of a chat template (`<|im_end|>`), which would end a turn in training.",
     )
     personal_data: ContentAction = Field(
-        default="flag", description="E-mail addresses, card and phone numbers: flag the pair, mask them, or set it aside."
+        default="flag",
+        description="E-mail addresses, card and phone numbers: flag the pair, mask them, or set it aside.",
     )
     secrets: ContentAction = Field(
         default="flag", description="Keys and tokens: flag the pair, mask them, or set it aside."
     )
     evaluation_sets: list[str] = Field(
         default=[],
-        description="Files of prompts that models are judged by (JSONL or plain lines); pairs that ask them are set aside.",
+        description="Files of prompts that models are judged by (JSONL or lines); pairs that ask them are set aside.",
         examples=[["evaluation/mt_bench.jsonl"]],
     )
 
@@ -113,8 +114,8 @@ class ReleaseRule(Section):
     reason: Literal[
         "near_duplicate", "over_prompt_cap", "template_marks", "personal_data", "secret", "conflict",
         "evaluation_overlap",
-    ] = Field(description="The reason they are in quarantine for. What is no sound pair cannot be released.")  # fmt: skip
-    source: str = Field(default="*", description="Name of their file, or a pattern of it.", examples=["export-2026-*"])
+    ] = Field(description="What they are in quarantine for; a row that is no sound pair cannot be released.")  # fmt: skip
+    source: str = Field(default="*", description="Name of their file, or a pattern.", examples=["export-2026-*"])
     note: str = Field(min_length=10, description="Why they may be trained on; kept in the dataset's report.")
 
 

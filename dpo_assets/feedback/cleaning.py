@@ -134,7 +134,10 @@ class Screening:
             if action == "quarantine":
                 hit = live.filter(pl.any_horizontal(_has_flag(kind) for kind in kinds))
                 live = self._reject(live, hit, reason, f"the text seems to hold: {' or '.join(kinds)}")
-        masked = [*(PERSONAL if policy.personal_data == "redact" else ()), *([SECRET] if policy.secrets == "redact" else [])]
+        masked = [
+            *(PERSONAL if policy.personal_data == "redact" else ()),
+            *([SECRET] if policy.secrets == "redact" else []),
+        ]
         return self._rewritten(live, masked)
 
     def _rewritten(self, live: pl.DataFrame, masked: Sequence[str]) -> pl.DataFrame:
@@ -162,7 +165,9 @@ class Screening:
         before = live
         if marked:
             hit = live.join(_names(marked), on=["b", "n"], how="semi")
-            live = self._reject(live, hit, "template_marks", "the text holds marks of a chat template, which end a turn")
+            live = self._reject(
+                live, hit, "template_marks", "the text holds marks of a chat template, which end a turn"
+            )
         if not changed:
             return live
         kept = live.join(_names(gone), on=["b", "n"], how="anti")

@@ -12,7 +12,7 @@ import re
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
@@ -21,7 +21,17 @@ from typing import TYPE_CHECKING, Any
 from dpo_assets.artifact import write_json
 from dpo_assets.errors import FeedbackError
 from dpo_assets.feedback.near import band_frame
-from dpo_assets.feedback.pair import JudgedAnswer, Message, Pair, Rejected, conversations_id, digest
+from dpo_assets.feedback.pair import (
+    PAIR_COLUMNS,
+    JudgedAnswer,
+    Message,
+    Pair,
+    Rejected,
+    conversations_id,
+    digest,
+    polars_schema,
+)
+from dpo_assets.feedback.pairing import Paired
 from dpo_assets.feedback.readers import Item, Place, ReadOptions, Row, RowByRow, RowFault, format_named
 from dpo_assets.feedback.rules import answer_fault, pair_fault
 from dpo_assets.feedback.scan import with_flags
@@ -322,18 +332,72 @@ def write_batch(batch: Batch, folder: Path) -> dict[str, Any]:
     return counts
 
 
+def write_paired(paired: Paired, folder: Path) -> dict[str, Any]:
+    """The batch of what a pairing policy made of judged answers, and its counts."""
+    made = Batch(rejected=list(paired.rejected))
+    for pair in paired.pairs:
+        # Answers were sound one by one; whether two of them are a pair is seen only now.
+        if fault := pair_fault(pair):
+            made.rejected.append(Rejected(*fault, pair.source, pair.row, pair.line, b""))
+        else:
+            made.pairs.append(pair)
+    write_batch(made, folder)
+    counts = {
+        "pairs": len(made.pairs),
+        "used": sum(count["used"] for count in paired.counts.values()),
+        "rejected": len(paired.rejected),
+        "policies": paired.counts,
+        "answers": 0,
+    }
+    write_json(folder / COUNTS, counts)
+    return counts
+
+
 def write_pairs(pairs: pl.DataFrame, folder: Path, flipped: Sequence[str] | None = None) -> None:
     """`pairs` and their `keys`, in the order of ids."""
     import polars as pl
 
     keys = keys_frame(pairs, flipped)
     order = pairs.select(pl.arg_sort_by("pair_id", "source", "line", "row")).to_series()
-    pairs[order].write_parquet(
-        folder / PAIRS, compression="zstd", compression_level=1, row_group_size=ROW_GROUP, statistics=True
-    )
-    keys[order].write_parquet(folder / KEYS, compression="zstd", compression_level=1)
+    write_table(pairs[order], folder / PAIRS)
+    write_table(keys[order], folder / KEYS)
 
 
-def shape_table(shapes: Mapping[str, int]) -> str:
-    """How many rows have which keys."""
-    return ", ".join(f"{keys} ({count})" for keys, count in sorted(shapes.items(), key=lambda item: -item[1]))
+def write_table(frame: pl.DataFrame, path: Path) -> None:
+    """One Parquet file in row groups of ROW_GROUP. Equal tables give equal bytes."""
+    import polars as pl
+    import pyarrow.parquet as pq
+
+    pq.write_table(frame.to_arrow(compat_level=pl.CompatLevel.oldest()), path, row_group_size=ROW_GROUP, **PARQUET)
+
+
+PARQUET: dict[str, Any] = {"compression": "zstd", "compression_level": 1, "use_dictionary": ["source", "label_kind"]}
+
+
+class PairWriter:
+    """A Parquet file of pairs, written part by part. `rows` counts them."""
+
+    def __init__(self, path: Path, schema: pl.Schema | None = None) -> None:
+        self.rows = 0
+        self._path, self._schema = path, schema if schema is not None else polars_schema(PAIR_COLUMNS)
+        self._writer: Any = None
+
+    def __enter__(self) -> PairWriter:
+        return self
+
+    def write(self, part: pl.DataFrame) -> None:
+        import polars as pl
+        import pyarrow.parquet as pq
+
+        rows = part.select(list(self._schema)).cast(dict(self._schema)).to_arrow(compat_level=pl.CompatLevel.oldest())
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self._path, rows.schema, **PARQUET)
+        self._writer.write_table(rows, row_group_size=ROW_GROUP)
+        self.rows += part.height
+
+    def __exit__(self, *_: object) -> None:
+        import polars as pl
+
+        if self._writer is None:
+            self.write(pl.DataFrame(schema=self._schema))
+        self._writer.close()

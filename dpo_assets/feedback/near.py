@@ -55,8 +55,10 @@ def band_frame(pairs: pl.DataFrame) -> pl.DataFrame:
             keys[band] = _mixed((keys[band] ^ lowest[n]) * odd[n])
     some = counts > 0
     return pl.DataFrame(
-        {name: pl.Series(keys[n]).zip_with(pl.Series(some), pl.Series([None], dtype=pl.UInt64)) for n, name in
-         enumerate(BAND_COLUMNS)}
+        {
+            name: pl.Series(keys[n]).zip_with(pl.Series(some), pl.Series([None], dtype=pl.UInt64))
+            for n, name in enumerate(BAND_COLUMNS)
+        }
     )
 
 
@@ -223,7 +225,9 @@ def candidates(keys: pl.DataFrame) -> pl.DataFrame:
         band = band.filter(pl.col("value").is_duplicated())
         band = band.with_columns(first=pl.col("rank").min().over("value")).filter(pl.col("rank") > pl.col("first"))
         found.append(band.select("rank", "first"))
-    shared = pl.concat(found).group_by("rank", "first").len().sort("rank", "len", "first", descending=[False, True, False])
+    shared = (
+        pl.concat(found).group_by("rank", "first").len().sort("rank", "len", "first", descending=[False, True, False])
+    )
     best = shared.group_by("rank", maintain_order=True).head(COMPARED)
     names = ordered.select("rank", "n")
     best = best.join(names, on="rank", how="left").join(

@@ -77,7 +77,9 @@ def _order_fault(prompt: Sequence[Message], answer: Sequence[Message]) -> str | 
 def _same(one: Sequence[Message], other: Sequence[Message]) -> bool:
     if len(one) != len(other):
         return False
-    return all(a["role"] == b["role"] and _same_text(a["content"], b["content"]) for a, b in zip(one, other, strict=True))
+    return all(
+        a["role"] == b["role"] and _same_text(a["content"], b["content"]) for a, b in zip(one, other, strict=True)
+    )
 
 
 def _same_text(one: str, other: str) -> bool:

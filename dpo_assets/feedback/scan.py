@@ -1,7 +1,7 @@
 """What stands in texts that should not be trained on unseen: personal data, keys, marks of chat templates.
 
-Ingestion flags (`flags_of`), for every pair, whatever the recipe wants done about it; the recipe's choice is cheap then,
-and changing it reads no file again. Patterns run over a column at once, in Rust; only what they hit is looked at again.
+Ingestion flags every pair (`flags_of`), whatever the recipe wants done about it: changing that reads no file again.
+Patterns run over a column at once, in Rust; only what they hit is looked at again.
 """
 
 from __future__ import annotations
@@ -96,7 +96,10 @@ _FIRST: dict[str, tuple[str, Callable[[str], bool]]] = {
         r"hf_[A-Za-z0-9]{20}|sk-[A-Za-z0-9]|AKIA|ASIA|gh[pousr]_[A-Za-z0-9]|github_pat_|PRIVATE KEY",
         lambda text: _SECRETS.search(text) is not None,
     ),
-    TEMPLATE: (r"<\||<｜|\[/?[A-Z_]{4,16}\]|<</?SYS>>|<(?:start|end)_of_turn>|</?(?:s|bos|eos|pad|unk)>", lambda _: True),
+    TEMPLATE: (
+        r"<\||<｜|\[/?[A-Z_]{4,16}\]|<</?SYS>>|<(?:start|end)_of_turn>|</?(?:s|bos|eos|pad|unk)>",
+        lambda _: True,
+    ),
 }
 
 
@@ -119,7 +122,9 @@ def contents_of(column: pl.Series) -> pl.DataFrame:
     import polars as pl
 
     sizes = column.list.len()
-    rows = pl.select(pl.int_range(column.len(), dtype=pl.UInt32).repeat_by(sizes).explode(empty_as_null=False)).to_series()
+    rows = pl.select(
+        pl.int_range(column.len(), dtype=pl.UInt32).repeat_by(sizes).explode(empty_as_null=False)
+    ).to_series()
     text = column.list.explode(keep_nulls=False, empty_as_null=False).struct.field("content")
     return pl.DataFrame({"n": rows, "text": text})
 

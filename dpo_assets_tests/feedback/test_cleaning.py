@@ -25,9 +25,10 @@ from dpo_assets.feedback.cleaning import (
     screen,
     split,
 )
-from dpo_assets.feedback.ingest import find_files, pairs_frame, quarantine_frame, read_file
+from dpo_assets.feedback.ingest import find_files, read_file
 from dpo_assets.feedback.pair import LABEL_KINDS, PAIR_COLUMNS, Message, Pair, Rejected, fold, pair_record
 from dpo_assets.feedback.readers import ReadOptions
+from dpo_assets.feedback.tables import pairs_frame, quarantine_frame
 from dpo_assets.recipe import FeedbackSource
 from dpo_assets_tests.samples import assistant, pair, system, user
 

@@ -24,14 +24,13 @@ from dpo_assets.feedback.cleaning import screen
 from dpo_assets.feedback.ingest import (
     EMPTY_FILE,
     Batch,
-    FeedbackFile,
     find_files,
-    pairs_frame,
-    quarantine_frame,
     read_file,
 )
 from dpo_assets.feedback.pair import PAIR_COLUMNS, QUARANTINE_COLUMNS, Rejected
 from dpo_assets.feedback.readers import ReadOptions, RowByRow
+from dpo_assets.feedback.sources import FeedbackFile
+from dpo_assets.feedback.tables import pairs_frame, quarantine_frame
 from dpo_assets.recipe import FeedbackSource, resolve_paths
 from dpo_assets_tests.samples import assistant, pair, recipe, user
 

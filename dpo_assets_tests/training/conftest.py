@@ -15,8 +15,9 @@ from transformers import AutoTokenizer
 
 from dpo_assets.contract import TokenizeSpec, TrainSpec
 from dpo_assets.feedback.cleaning import Screened, fit_to_model, screen, split
-from dpo_assets.feedback.ingest import find_files, pairs_frame, quarantine_frame, read_file
+from dpo_assets.feedback.ingest import find_files, read_file
 from dpo_assets.feedback.readers import ReadOptions
+from dpo_assets.feedback.tables import pairs_frame, quarantine_frame
 from dpo_assets.planning.model_folder import inspect_model
 from dpo_assets.planning.plan import DatasetStats, TrainingPlan, make_plan
 from dpo_assets.planning.precision import Device

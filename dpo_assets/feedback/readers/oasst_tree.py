@@ -52,9 +52,7 @@ def _is_rank(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= HIGHEST_RANK
 
 
-def _pairs(
-    ranked: list[Mapping[str, Any]], options: ReadOptions
-) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+def _pairs(ranked: list[Mapping[str, Any]], options: ReadOptions) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
     scores = [-float(reply["rank"]) for reply in ranked]
     return [(ranked[a], ranked[b]) for a, b in proposed(scores, options.pairing)]
 
