@@ -7,7 +7,8 @@ not exist is refused is in `section`.
 from __future__ import annotations
 
 import glob
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -55,20 +56,138 @@ class BaseModelSection(Section):
         return self.source.startswith(BUILTIN)
 
 
-class FeedbackSource(Section):
-    """One set of feedback files of one format."""
+class SqlSource(Section):
+    """A table or query whose rows are feedback. What is new since the last ingest is read; nothing is written."""
 
-    path: str = Field(
-        description="File or glob (JSONL), relative to the folder of the YAML file; `builtin:oasst` is a real sample.",
-        examples=["feedback/*.jsonl", "builtin:oasst"],
+    database: str | None = Field(
+        default=None,
+        description="An SQLite file, relative to the folder of the YAML file.",
+        examples=["./feedback.db"],
     )
-    format: Literal["trl", "oasst_tree", "hh_rlhf"] = Field(
-        default="trl",
+    url_env: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description="Environment variable with the URL (`postgresql://user:password@host/db` or `sqlite:///file.db`).",
+        examples=["FEEDBACK_DATABASE_URL"],
+    )
+    table: str | None = Field(default=None, description="Table or view, also `schema.table`.", examples=["votes"])
+    query: str | None = Field(
+        default=None,
+        description="One SELECT instead of a table.",
+        examples=["SELECT id, prompt, chosen, rejected, updated_at FROM votes WHERE deleted = false"],
+    )
+    id: str = Field(description="Column that tells rows apart: it orders them, and tells what was read before.")
+    watermark: str | None = Field(
+        default=None,
         description=(
-            "`trl`: prompt/chosen/rejected as text or messages; `oasst_tree`: OpenAssistant message trees; "
-            "`hh_rlhf`: Human/Assistant transcripts."
+            "Column that grows with every new or changed row, such as `updated_at`: only rows at or above the highest "
+            "value read so far are asked for. Without one, the whole table is read again when it changed."
         ),
     )
+
+    @model_validator(mode="after")
+    def _one_database_and_one_table(self) -> SqlSource:
+        if (self.database is None) == (self.url_env is None):
+            raise ValueError(
+                "name one database: `database: ./feedback.db` for an SQLite file, or `url_env` with the name of the "
+                "environment variable that holds the URL."
+            )
+        if self.database is not None and "://" in self.database:
+            raise ValueError("`database` is a file; put a URL into an environment variable and its name in `url_env`.")
+        if (self.table is None) == (self.query is None):
+            raise ValueError("name one of `table` and `query`.")
+        if self.query is not None and not self.query.lstrip().lower().startswith(("select", "with")):
+            raise ValueError("`query` is one SELECT (or WITH ... SELECT): feedback is only read.")
+        return self
+
+
+class FeedbackSource(Section):
+    """One set of feedback rows of one format: files, a dataset of the Hub, or a SQL table."""
+
+    path: str | None = Field(
+        default=None,
+        description=(
+            "File or glob (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`; all but the last also with `.gz` or `.zst` "
+            "behind), relative to the folder of the YAML file, or a URL such as `s3://bucket/feedback/*.jsonl.gz`; "
+            "`builtin:oasst` is a real sample."
+        ),
+        examples=["feedback/*.jsonl", "builtin:oasst"],
+    )
+    hub: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9][\w.-]*/[\w.-]+$",
+        description="A dataset of the Hugging Face Hub (`org/name`), instead of `path`.",
+        examples=["trl-lib/ultrafeedback_binarized"],
+    )
+    revision: str | None = Field(
+        default=None, description="With `hub`: the commit sha (40 hex digits). A branch name can move."
+    )
+    files: list[str] = Field(
+        default=[],
+        description="With `hub`: files or patterns in the repository, which is how a config or a split is chosen.",
+        examples=[["data/train-*.parquet"]],
+    )
+    sql: SqlSource | None = Field(default=None, description="A SQL table or query, instead of `path`.")
+    # Any name: formats can come from other packages, so the component decides, with the names that there are.
+    format: str = Field(
+        default="trl",
+        min_length=1,
+        description=(
+            "The reader: `trl` (prompt/chosen/rejected as text or messages), `oasst_tree`, `hh_rlhf` and the others of "
+            "docs/feedback.md; `auto` looks at the first rows and says what it saw, or refuses."
+        ),
+        examples=["trl", "auto", "hh_rlhf"],
+    )
+    columns: dict[str, str] = Field(
+        default={},
+        description="Column map: what the reader knows a column as -> its name in the file, or a path (`input.text`).",
+        examples=[{"prompt": "question", "chosen": "best", "rejected": "worst"}],
+    )
+    json_columns: list[str] = Field(
+        default=[], description="Columns whose text is JSON, as CSV and SQL have it for lists of messages."
+    )
+    fields: dict[str, str] = Field(
+        default={}, description="Names that a format leaves to its users' configuration (Label Studio, Argilla)."
+    )
+    companion: str | None = Field(
+        default=None,
+        description="A second file that the format joins with (Langfuse's observations, LangSmith's runs).",
+    )
+
+    @field_validator("files", mode="before")
+    @classmethod
+    def _one_file_or_several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_source(self) -> FeedbackSource:
+        given = [name for name in ("path", "hub", "sql") if getattr(self, name) is not None]
+        if len(given) != 1:
+            said = f"there are {' and '.join(f'`{name}`' for name in given)}" if given else "there is none"
+            raise ValueError(
+                f"a source has one of `path` (files or a URL), `hub` (a dataset) and `sql` (a table); {said}. Write "
+                "further ones as further sources."
+            )
+        if self.hub is not None and not _is_commit(self.revision):
+            raise ValueError(
+                f"the dataset `{self.hub}` needs `revision`: the 40-digit commit sha from its page (a branch such as "
+                "`main` can change under you)."
+            )
+        if self.hub is None and (self.revision is not None or self.files):
+            raise ValueError("`revision` and `files` belong to `hub`; name files on disk in `path`.")
+        if self.path is not None and _has_credentials(self.path):
+            raise ValueError(
+                "`path` holds credentials, which would be kept in every run's record; set them in the environment, "
+                "where the file system's package looks for them."
+            )
+        return self
+
+    @property
+    def shown(self) -> str:
+        """The source for people: no secret can be in it."""
+        if self.sql is not None:
+            return f"sql:{Path(self.sql.database).name if self.sql.database else self.sql.url_env}:{self.sql.table or 'query'}"
+        return f"hub:{self.hub}@{str(self.revision)[:8]}" if self.hub is not None else str(self.path)
 
 
 ContentAction = Literal["flag", "redact", "quarantine"]
@@ -428,6 +547,29 @@ def looks_like_hub_id(source: str) -> bool:
     return source.count("/") == 1
 
 
+def is_url(path: str) -> bool:
+    """Whether a path is a URL of a file system (`s3://...`) rather than a local file. One letter is a drive."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path) is not None and not path.lower().startswith("file://")
+
+
+def _has_credentials(path: str) -> bool:
+    return is_url(path) and "@" in path.split("://", 1)[1].split("/", 1)[0] and not path.startswith(("abfs", "hf:"))
+
+
+def _absolute_source(
+    source: FeedbackSource, pattern: Callable[[str], str], file: Callable[[str], str]
+) -> FeedbackSource:
+    """A source with absolute paths. `pattern` makes one that may hold wildcards absolute, `file` one that does not."""
+    changes: dict[str, Any] = {}
+    if source.path is not None and not is_url(source.path):
+        changes["path"] = pattern(source.path.removeprefix("file://"))
+    if source.companion is not None:
+        changes["companion"] = file(source.companion)
+    if source.sql is not None and source.sql.database is not None:
+        changes["sql"] = source.sql.model_copy(update={"database": file(source.sql.database)})
+    return source.model_copy(update=changes)
+
+
 def _is_commit(revision: str | None) -> bool:
     return revision is not None and len(revision) == 40 and all(c in "0123456789abcdef" for c in revision.lower())
 
@@ -478,7 +620,7 @@ def resolve_paths(recipe: Recipe, base_dir: Path) -> Recipe:
         changes["chat_template"] = absolute(model.chat_template)
     # The folder is a name, not a pattern: brackets in it must not be read as one.
     folder = Path(glob.escape(str(base_dir)))
-    sources = [s.model_copy(update={"path": absolute(s.path, folder)}) for s in recipe.feedback.sources]
+    sources = [_absolute_source(s, lambda path: absolute(path, folder), absolute) for s in recipe.feedback.sources]
     sets = [absolute(path) for path in recipe.feedback.cleaning.evaluation_sets]
     cleaning = recipe.feedback.cleaning.model_copy(update={"evaluation_sets": sets})
     return recipe.model_copy(

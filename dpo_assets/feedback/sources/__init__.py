@@ -55,11 +55,13 @@ class FeedbackFile:
         size: bytes on disk.
         root: the folder that the file may not lie outside of, by links or otherwise; None for this package's own.
         origin: what the recipe calls the source, without credentials.
-        columns: column map of the source, name for the reader -> name in the row.
+        columns: column map of the source, name for the reader -> name in the row, or path into it.
+        json_columns: columns whose text is JSON, as CSV and SQL have it for lists of messages.
         fields: of the source, for ReadOptions.
         companion: of the source, for ReadOptions.
         companion_sha256: its hash, empty without one.
         sniffed: what `format: auto` saw and how sure it is; empty for a format that the recipe names.
+        facts: what else its source says of it: revision, URL, watermarks.
         refused: why the file as a whole is refused, or None.
     """
 
@@ -71,10 +73,12 @@ class FeedbackFile:
     root: Path | None = None
     origin: str = ""
     columns: Mapping[str, str] = field(default_factory=dict)
+    json_columns: tuple[str, ...] = ()
     fields: Mapping[str, str] = field(default_factory=dict)
     companion: Path | None = None
     companion_sha256: str = ""
     sniffed: str = ""
+    facts: Mapping[str, str] = field(default_factory=dict)
     refused: FileRefused | None = None
 
     def identity(self) -> dict[str, Any]:
@@ -84,6 +88,7 @@ class FeedbackFile:
             "name": self.name,
             "format": self.format,
             "columns": dict(self.columns),
+            "json_columns": list(self.json_columns),
             "fields": dict(self.fields),
             "companion_sha256": self.companion_sha256,
         }
@@ -145,7 +150,7 @@ def files_of(
     Args:
         sources: of the recipe, with absolute paths (`recipe.resolve_paths`).
         landing: a folder that lives as long as the pipeline; needed for URLs, Hub datasets and SQL.
-        hub: how to reach the Hub; default: its public address, without a token.
+        hub: makes a client of the Hub (`HubResource.api`); default: its public address, without a token.
         limits: see Limits.
 
     Raises:

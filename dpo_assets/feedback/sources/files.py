@@ -1,11 +1,210 @@
-"""Local files: which ones a pattern names, and opening them without following a way out of their folder."""
+"""Local files: which ones a pattern names, what they are called, and opening them without a way out of their folder."""
 
 from __future__ import annotations
 
-from dpo_assets.artifact import file_sha256
+import glob
+import hashlib
+import os
+import stat
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from io import BufferedReader, FileIO
+from pathlib import Path
+
+from dpo_assets.errors import FeedbackError
 from dpo_assets.feedback.sources import FeedbackFile, FileRefused
+
+LONGEST_NAME = 120  # Of a name as people see it; the end of a longer one is kept.
+LINKS_LOOKED_THROUGH = 20_000  # Files in a folder among which the other names of a file are looked for.
+_CHUNK, _BUFFER = 1 << 20, 1 << 16
+_OPEN = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+
+
+def matches(pattern: str) -> tuple[Path, list[Path]]:
+    """The folder that a path or pattern starts from, and what it names there: anything but folders, sorted.
+
+    Raises:
+        FeedbackError: when that is nothing.
+    """
+    literal = Path(os.path.abspath(pattern))
+    if os.path.lexists(literal) and not literal.is_dir():  # Also a name that holds brackets, like those of patterns.
+        return literal.parent, [literal]
+    root = _fixed_part(pattern)
+    if ".." in Path(pattern).parts[len(root.parts) :]:
+        raise FeedbackError(f"feedback source `{pattern}` climbs out of its folder by `..` behind a wildcard.")
+    found = {Path(os.path.abspath(p)) for p in glob.glob(pattern, recursive=True)}
+    paths = sorted(p for p in found if not p.is_dir())
+    if paths:
+        return root.resolve(), paths
+    if literal.is_dir():
+        raise FeedbackError(
+            f"feedback source `{pattern}` matches no file: it is a folder; name its files, as `{pattern}/*.jsonl`."
+        )
+    raise FeedbackError(
+        f"feedback source `{pattern}` matches no file; relative paths start at the folder of the YAML file."
+    )
+
+
+def _fixed_part(pattern: str) -> Path:
+    """The folders of a pattern before its first wildcard."""
+    fixed: list[str] = []
+    for part in Path(pattern).parts[:-1]:
+        if glob.has_magic(part) and glob.escape(_unescape(part)) != part:
+            break
+        fixed.append(_unescape(part))
+    return Path(*fixed)
+
+
+def _unescape(part: str) -> str:
+    """What `glob.escape` made of a name, undone."""
+    for character in "?*[":
+        part = part.replace(f"[{character}]", character)
+    return part
+
+
+def shown(name: str) -> str:
+    """A file's name for people and logs: NFC, control characters escaped, not endless."""
+    composed = unicodedata.normalize("NFC", name)
+    # Lone surrogates stand for bytes of a name that are no text; they are not printable either.
+    printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in composed)
+    if len(printable) <= LONGEST_NAME:
+        return printable
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    return f"{digest}...{printable[-LONGEST_NAME:]}"
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of paths that tell them apart: they must not depend on where the project lies.
+
+    Two names that are one text in NFC stay apart by a digest of their bytes.
+    """
+    names = [shown(path.name) for path in paths]
+    for depth in range(2, max((len(path.parts) for path in paths), default=0) + 1):
+        counts = Counter(names)
+        if max(counts.values()) == 1:
+            return names
+        names = [
+            shown("/".join(path.parts[-depth:])) if counts[name] > 1 else name
+            for path, name in zip(paths, names, strict=True)
+        ]
+    counts = Counter(names)
+    return [
+        f"{name} ({hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]})" if counts[name] > 1 else name
+        for path, name in zip(paths, names, strict=True)
+    ]
+
+
+def open_inside(path: Path, root: Path | None) -> BufferedReader:
+    """A regular file inside `root`, opened for reading.
+
+    Links are followed only as far as they stay inside: the real path is walked folder by folder, each opened without
+    following links, so that one that is put there meanwhile is refused too.
+
+    Raises:
+        FileRefused: `outside_folder`, `not_a_regular_file` or `unreadable`.
+    """
+    try:
+        if root is None or not hasattr(os, "O_NOFOLLOW"):
+            _only_inside(path, root)
+            _only_regular(os.stat(path))
+            return BufferedReader(FileIO(path, "rb"), _BUFFER)
+        return _walk(_only_inside(path, root), root.resolve())
+    except FileRefused:
+        raise
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise FileRefused("unreadable", f"it cannot be opened: {reason}") from None
+
+
+def _only_inside(path: Path, root: Path | None) -> Path:
+    real = Path(os.path.realpath(path))
+    if root is not None and not real.is_relative_to(root.resolve()):
+        raise FileRefused(
+            "outside_folder",
+            f"it is a link that leads out of {shown(str(root))}; name the real file as a source of its own",
+        )
+    return real
+
+
+def _walk(real: Path, root: Path) -> BufferedReader:
+    *folders, name = real.relative_to(root).parts
+    at = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for folder in folders:
+            deeper = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
+            os.close(at)
+            at = deeper
+        _only_regular(os.stat(name, dir_fd=at, follow_symlinks=False))  # Opening a device could already do something.
+        handle = os.open(name, _OPEN, dir_fd=at)
+    finally:
+        os.close(at)
+    try:
+        _only_regular(os.fstat(handle))
+        return BufferedReader(FileIO(handle, "rb"), _BUFFER)
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def _only_regular(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFLNK: "a link"}
+        kind = kinds.get(stat.S_IFMT(status.st_mode), "a device")
+        raise FileRefused("not_a_regular_file", f"it is {kind}, not a file")
+
+
+def refuse_links_from_outside(path: Path, root: Path | None) -> None:
+    """Refuses a file that has another name outside `root` (a hard link): who may change it is not known.
+
+    Raises:
+        FileRefused: `hard_link`.
+    """
+    status = os.stat(path)
+    if root is None or os.name == "nt" or status.st_nlink == 1:
+        return
+    wanted, found, seen = (status.st_dev, status.st_ino), 0, 0
+    for folder, _, names in os.walk(root):
+        for name in names:
+            seen += 1
+            try:
+                other = os.lstat(os.path.join(folder, name))
+            except OSError:
+                continue
+            found += (other.st_dev, other.st_ino) == wanted
+        if found >= status.st_nlink or seen > LINKS_LOOKED_THROUGH:
+            break
+    if found < status.st_nlink:
+        message = f"it has {status.st_nlink} names (hard links), and only {found} of them in its folder; copy it there"
+        raise FileRefused("hard_link", message)
+
+
+def digest_of(path: Path, root: Path | None) -> tuple[str, int]:
+    """(sha256, size) of a file's bytes, of one and the same content.
+
+    Raises:
+        FileRefused: see `open_inside`; `changed_while_read` when it is written at this moment.
+    """
+    digest, size = hashlib.sha256(), 0
+    with open_inside(path, root) as handle:
+        before = os.fstat(handle.fileno())
+        while chunk := handle.read(_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+        after = os.fstat(handle.fileno())
+    if size != before.st_size or _stamp(before) != _stamp(after):
+        raise FileRefused("changed_while_read", CHANGED)
+    return digest.hexdigest(), size
+
+
+CHANGED = "it changed while it was read; run again once its writer is done"
+
+
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def verify(file: FeedbackFile) -> None:
-    if file.sha256 and file_sha256(file.path) != file.sha256:
-        raise FileRefused("changed_while_read", "the file changed while it was read; run again once its writer is done")
+    """See `sources.verify_unchanged`."""
+    if file.sha256 and digest_of(file.path, file.root) != (file.sha256, file.size):
+        raise FileRefused("changed_while_read", CHANGED)

@@ -1,24 +1,182 @@
-"""From the recipe's sources to local files."""
+"""From the recipe's sources to local files: found, fetched or extracted, hashed, and refused where it shows at once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpo_assets.artifact import file_sha256
-from dpo_assets.feedback.sources import FeedbackFile, Limits
+from dpo_assets.errors import ConfigError, FeedbackError
+from dpo_assets.feedback.readers import format_named
+from dpo_assets.feedback.sources import FeedbackFile, FileRefused, Limits
+from dpo_assets.feedback.sources.files import (
+    digest_of,
+    distinct_names,
+    matches,
+    open_inside,
+    refuse_links_from_outside,
+    shown,
+)
+from dpo_assets.feedback.sources.rows import opened
+from dpo_assets.recipe import BUILTIN, FeedbackSource, is_url
 
 if TYPE_CHECKING:
     from dpo_assets.feedback.sources.hub import HubAccess
-    from dpo_assets.recipe import FeedbackSource
+
+BUILTIN_FEEDBACK = {"oasst": "data/oasst/oasst_en_100_tree.jsonl"}
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A local file of a source. `name` is empty where it follows from the paths of all files."""
+
+    path: Path
+    root: Path | None
+    name: str = ""
+    refused: FileRefused | None = None
+    facts: tuple[tuple[str, str], ...] = ()
 
 
 def find(
     sources: Sequence[FeedbackSource], landing: Path | None, hub: HubAccess | None, limits: Limits
 ) -> list[FeedbackFile]:
-    from dpo_assets.feedback.ingest import find_files  # Until the files of this package have it.
+    """See `sources.files_of`."""
+    for source in sources:
+        if source.format != AUTO:
+            format_named(source.format)
+    found: dict[Path, tuple[_Found, FeedbackSource]] = {}
+    for source in sources:
+        for file in _of_source(source, landing, hub, limits):
+            found.setdefault(file.path, (file, source))
+    local = [path for path, (file, _) in found.items() if not file.name]
+    names = dict(zip(local, distinct_names(local), strict=True))
+    return [_described(file, source, names.get(path, file.name), limits) for path, (file, source) in found.items()]
 
-    return [
-        FeedbackFile(f.path, f.name, f.format, file_sha256(f.path), f.path.stat().st_size) for f in find_files(sources)
-    ]
+
+def glance(sources: Sequence[FeedbackSource]) -> list[list[str | int]]:
+    """What the sources look like from outside, for a sensor: no file is read, fetched or extracted.
+
+    Raises:
+        ConfigError, InfrastructureError: like `find`.
+    """
+    seen: list[list[str | int]] = []
+    for source in sources:
+        if source.sql is not None:
+            from dpo_assets.feedback.sources import sql
+
+            seen.append([source.shown, *sql.glance(source.sql)])
+        elif source.hub is not None:
+            seen.append([source.shown, *source.files])  # A pinned revision does not change.
+        elif is_url(str(source.path)):
+            from dpo_assets.feedback.sources import remote
+
+            seen += [[*row] for row in remote.glance(str(source.path))]
+        else:
+            for file in _local(str(source.path)):
+                try:
+                    status = file.path.stat()
+                except OSError:  # A broken link, say: it is refused when it is read.
+                    seen.append([str(file.path), -1, -1])
+                else:
+                    seen.append([str(file.path), status.st_size, status.st_mtime_ns])
+    return seen
+
+
+def _of_source(
+    source: FeedbackSource, landing: Path | None, access: HubAccess | None, limits: Limits
+) -> Iterator[_Found]:
+    if source.path is not None and not is_url(source.path):
+        yield from _local(source.path)
+        return
+    if landing is None:
+        raise ConfigError(f"feedback source `{source.shown}` needs a folder to keep what it fetches in.")
+    if source.sql is not None:
+        from dpo_assets.feedback.sources import sql
+
+        parts = sql.extracts(source.sql, landing)
+        if not parts:
+            raise FeedbackError(f"feedback source `{source.shown}` has no row.")
+        for part in parts:
+            between = (("watermark from", part.since), ("watermark to", part.until), ("rows", str(part.rows)))
+            yield _Found(part.path, landing, shown(f"{source.shown}#{part.number}"), facts=between)
+    elif source.hub is not None:
+        from dpo_assets.feedback.sources import hub
+
+        for path, inside in hub.fetch(source.hub, str(source.revision), source.files, landing, access):
+            yield _Found(path, landing, shown(f"{source.hub}/{inside}"), facts=(("revision", str(source.revision)),))
+    else:
+        from dpo_assets.feedback.sources import remote
+
+        for file in remote.fetch(str(source.path), landing, limits):
+            yield _Found(file.path, landing, "", file.refused, (("url", file.url),))
+
+
+def _local(path: str) -> Iterator[_Found]:
+    if path.startswith(BUILTIN):
+        name = path.removeprefix(BUILTIN)
+        if name not in BUILTIN_FEEDBACK:
+            raise FeedbackError(f"there is no `{path}`; built in are: {', '.join(BUILTIN_FEEDBACK)}")
+        yield _Found(Path(str(files("dpo_assets") / BUILTIN_FEEDBACK[name])), None)
+        return
+    root, paths = matches(path)
+    for found in paths:
+        yield _Found(found, root)
+
+
+def _described(found: _Found, source: FeedbackSource, name: str, limits: Limits) -> FeedbackFile:
+    file = FeedbackFile(
+        path=found.path,
+        name=name,
+        format=source.format,
+        root=found.root,
+        origin=source.shown,
+        columns=source.columns,
+        json_columns=tuple(source.json_columns),
+        fields=source.fields,
+        companion=Path(source.companion) if source.companion else None,
+        facts=dict(found.facts),
+        refused=found.refused,
+    )
+    if file.refused is None:
+        for look in (_hashed, _opened, _with_companion, _with_format):
+            try:
+                file = look(file, limits)
+            except FileRefused as refused:
+                return replace(file, refused=refused)
+    return file
+
+
+def _hashed(file: FeedbackFile, limits: Limits) -> FeedbackFile:
+    sha256, size = digest_of(file.path, file.root)
+    return replace(file, sha256=sha256, size=size)
+
+
+def _opened(file: FeedbackFile, limits: Limits) -> FeedbackFile:
+    """Refuses what its size, its names and its first bytes give away."""
+    if file.size == 0:
+        raise FileRefused("empty_file", "it holds no byte")
+    refuse_links_from_outside(file.path, file.root)
+    with open_inside(file.path, file.root) as handle:
+        opened(handle, file.path.name, limits, Counter())
+    return file
+
+
+def _with_companion(file: FeedbackFile, limits: Limits) -> FeedbackFile:
+    if file.companion is None:
+        return file
+    if not file.companion.is_file():
+        raise ConfigError(f"feedback source `{file.origin}`: there is no companion file {file.companion}")
+    return replace(file, companion_sha256=digest_of(file.companion, file.companion.parent)[0])
+
+
+def _with_format(file: FeedbackFile, limits: Limits) -> FeedbackFile:
+    if file.format != AUTO:
+        return file
+    from dpo_assets.feedback.sniff import sniff
+
+    sniffed = sniff(file, limits)
+    return replace(file, format=sniffed.format, sniffed=sniffed.message)

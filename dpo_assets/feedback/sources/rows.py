@@ -1,16 +1,36 @@
-"""The rows of a file: container, then row by row a value with its columns mapped and its text normalised."""
+"""The rows of a file: opened, unpacked, cut into rows, each with its columns mapped and its text cleaned."""
 
 from __future__ import annotations
 
+import codecs
+import io
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from dpo_assets.feedback.lines import parse_line, read_lines
+from dpo_assets.feedback.lines import parse_line
 from dpo_assets.feedback.readers import RowFault
-from dpo_assets.feedback.sources import FeedbackFile, Limits, SourceRow, Span
+from dpo_assets.feedback.sources import FeedbackFile, FileRefused, Limits, SourceRow, Span
+from dpo_assets.feedback.sources.containers import (
+    Kind,
+    kind_of,
+    named_parquet,
+    packed_as,
+    refuse_strangers,
+    unpacked_name,
+)
+from dpo_assets.feedback.sources.csv_rows import CsvRows
+from dpo_assets.feedback.sources.files import open_inside, verify
+from dpo_assets.feedback.sources.json_values import JsonValues
+from dpo_assets.feedback.sources.streams import as_utf8, decompressed, with_line_feeds
+from dpo_assets.feedback.sources.values import clean, mapped, may_hold_controls, too_deep, unpacked
 
 Parse = Callable[[bytes], Mapping[str, Any]]
+# (number, bytes, value): None is JSON that is still to be parsed.
+_Raw = tuple[int, bytes, Mapping[str, Any] | RowFault | None]
+TRUNCATED = "truncated_tail"
+_BLOCK = 1 << 20
+FEWEST_BAD_LINES = 10  # Below this a file with lines that are no UTF-8 is damaged, not in another encoding.
 
 
 class Rows:
@@ -18,16 +38,220 @@ class Rows:
 
     def __init__(self, file: FeedbackFile, span: Span | None, parse: Parse | None, limits: Limits) -> None:
         self.flags: Counter[str] = Counter()
+        self._last_is_whole = True
         self._file, self._span, self._parse, self._limits = file, span, parse or parse_line, limits
 
     def __iter__(self) -> Iterator[SourceRow]:
-        for number, raw in read_lines(self._file.path):
-            try:
-                value: Mapping[str, Any] | RowFault = self._parse(raw)
-            except RowFault as fault:
-                value = fault
-            yield SourceRow(number, raw, value)
+        if self._file.refused is not None:
+            raise self._file.refused
+        rows = bad = 0
+        with open_inside(self._file.path, self._file.root) as handle:
+            for number, raw, value in self.raw_rows(handle):
+                rows += 1
+                row = self._finished(number, raw, value)
+                if isinstance(row.value, RowFault) and row.value.reason == "invalid_utf8":
+                    bad += not _is_utf8(raw)
+                for flag in row.flags:
+                    self.flags[flag] += 1
+                yield row
+        if self._span is None:
+            refuse_encoding(bad, rows, self._limits)
+            if not rows:
+                raise FileRefused("no_rows", "it holds no row")
+            verify(self._file)
+
+    def raw_rows(self, handle: io.BufferedReader) -> Iterator[_Raw]:
+        """The rows as they are cut from an open file, before anything is parsed."""
+        if self._span is not None:
+            return self._lines(_part(handle, self._span), self._span.line)
+        return self._contents(handle)
+
+    def _contents(self, handle: io.BufferedReader) -> Iterator[_Raw]:
+        kind, stream, name = opened(handle, self._file.path.name, self._limits, self.flags)
+        if kind == "parquet":
+            from dpo_assets.feedback.sources.parquet_rows import ParquetRows
+
+            return iter(ParquetRows(handle, self._file.size or _size(handle), self._limits, self.flags))
+        if kind == "csv":
+            return self._csv(stream, name)
+        return self._lines(stream, 1) if kind == "lines" else self._values(stream)
+
+    def _csv(self, stream: io.BufferedReader, name: str) -> Iterator[_Raw]:
+        delimiter = "\t" if name.endswith(".tsv") else None
+        rows = CsvRows(with_line_feeds(stream, self.flags), self._limits.row_bytes, self.flags, delimiter)
+        yield from rows
+        self._note(TRUNCATED, rows.unfinished)
+
+    def _lines(self, stream: io.BufferedReader, number: int) -> Iterator[_Raw]:
+        """Every line that is not blank. One over the limit is cut to one byte more."""
+        limit, returns = self._limits.row_bytes, False
+        too_long = RowFault("row_too_large", f"longer than {limit} bytes")
+        while line := stream.readline(limit + len(b"\r\n")):
+            end, more = line, False
+            while end and not end.endswith(b"\n"):
+                end = stream.readline(limit)
+                more |= bool(end)
+            content = line.rstrip(b"\r\n")
+            returns |= line.endswith(b"\r\n")
+            if more or len(content) > limit:
+                yield number, line[: limit + 1], too_long
+            elif content.strip():
+                self._last_is_whole = bool(end)
+                yield number, content, None
+            number += 1
+        self._note("windows_line_ends", returns)
+
+    def _values(self, stream: io.BufferedReader) -> Iterator[_Raw]:
+        values, limit = JsonValues(stream, self._limits.row_bytes), self._limits.row_bytes
+        too_long = RowFault("row_too_large", f"longer than {limit} bytes")
+        for number, raw in enumerate(values, 1):
+            yield number, raw[: limit + 1], too_long if len(raw) > limit else None
+        self._note(TRUNCATED, values.unfinished)
+
+    def _note(self, flag: str, seen: bool) -> None:
+        if seen:
+            self.flags[flag] += 1
+
+    def _finished(self, number: int, raw: bytes, value: Mapping[str, Any] | RowFault | None) -> SourceRow:
+        """The row with its value parsed where it is JSON, then mapped and cleaned."""
+        if isinstance(value, RowFault):
+            return SourceRow(number, raw, value)
+        flags: set[str] = set()
+        try:
+            if value is None and too_deep(raw, self._limits.depth):
+                raise RowFault("too_deep", f"nested deeper than {self._limits.depth}")
+            row = self._parse(raw) if value is None else value
+            if self._file.json_columns:
+                row = unpacked(row, self._file.json_columns)
+            if self._file.json_columns or may_hold_controls(raw, is_json=value is None):
+                row = clean(row, flags)
+            if self._file.columns:
+                row = mapped(row, self._file.columns)
+        except RowFault as fault:
+            if fault.reason == "invalid_json" and not self._last_is_whole:
+                self.flags[TRUNCATED] += 1
+            return SourceRow(number, raw, fault)
+        except RecursionError:
+            return SourceRow(number, raw, RowFault("too_deep", "nested too deeply"))
+        return SourceRow(number, raw, row, tuple(sorted(flags)))
+
+
+def opened(
+    handle: io.BufferedReader, name: str, limits: Limits, flags: Counter[str]
+) -> tuple[Kind, io.BufferedReader, str]:
+    """(kind, its text as UTF-8, its name without compression) of an open file, at its beginning.
+
+    Raises:
+        FileRefused: by its name, its first bytes, its encoding or a damaged compression.
+    """
+    head = handle.peek(512)[:512]
+    refuse_strangers(head)
+    magic = packed_as(name, head)
+    if magic is None and named_parquet(name, head):
+        return "parquet", handle, name
+    stream = decompressed(handle, magic, limits) if magic else handle
+    inner = unpacked_name(name)
+    if magic and named_parquet(inner, stream.peek(4)):
+        raise FileRefused("wrong_magic", "Parquet compresses by itself: unpack the file")
+    text = as_utf8(stream, flags)
+    return kind_of(inner, text), text, inner.lower()
+
+
+def refuse_encoding(bad: int, rows: int, limits: Limits) -> None:
+    """Refuses a file of which so many rows are not UTF-8 that it is in another encoding.
+
+    Raises:
+        FileRefused: `wrong_encoding`.
+    """
+    if bad >= FEWEST_BAD_LINES and bad > limits.bad_text_rate * rows:
+        message = (
+            f"{bad} of its {rows} rows are not UTF-8, so it may be Latin-1 or Windows-1252: "
+            "convert it with iconv -f WINDOWS-1252 -t UTF-8"
+        )
+        raise FileRefused("wrong_encoding", message)
 
 
 def cut(file: FeedbackFile, size: int, limits: Limits) -> list[Span] | None:
-    return None
+    """See `sources.spans_of`."""
+    with open_inside(file.path, file.root) as handle:
+        flags: Counter[str] = Counter()
+        kind, stream, _ = opened(handle, file.path.name, limits, flags)
+        if kind != "lines" or stream is not handle:
+            return None
+        first, text = handle.tell(), _TextCheck()
+        spans = _spans(handle, size, text)
+        if not text.sound:
+            rows = bad = 0
+            for _, raw, _ in Rows(file, Span(first, spans[-1].stop, 1), None, limits).raw_rows(handle):
+                rows, bad = rows + 1, bad + (not _is_utf8(raw))
+            refuse_encoding(bad, rows, limits)
+        return spans or None
+
+
+class _TextCheck:
+    """Whether bytes are UTF-8, fed block by block."""
+
+    def __init__(self) -> None:
+        self.sound, self._decoder = True, codecs.getincrementaldecoder("utf-8")()
+
+    def feed(self, block: bytes) -> None:
+        if self.sound:
+            try:
+                self._decoder.decode(block, final=not block)
+            except UnicodeDecodeError:
+                self.sound = False
+
+
+def _spans(stream: io.BufferedReader, size: int, text: _TextCheck) -> list[Span]:
+    """Spans of at least `size` bytes that end behind a line, over all that is left."""
+    spans: list[Span] = []
+    start = at = stream.tell()
+    line = first_line = 1
+    while block := stream.read(_BLOCK):
+        text.feed(block)
+        begin = 0
+        while (end := block.find(b"\n", max(begin, start + size - at))) >= 0:
+            line += block.count(b"\n", begin, end + 1)
+            begin = end + 1
+            spans.append(Span(start, at + begin, first_line))
+            start, first_line = at + begin, line
+        line += block.count(b"\n", begin)
+        at += len(block)
+    text.feed(b"")
+    return [*spans, Span(start, at, first_line)] if at > start else spans
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _size(handle: io.BufferedReader) -> int:
+    here = handle.tell()
+    size = handle.seek(0, io.SEEK_END)
+    handle.seek(here)
+    return size
+
+
+class _Part(io.RawIOBase):
+    """The bytes of one span."""
+
+    def __init__(self, handle: io.BufferedReader, span: Span) -> None:
+        self._handle, self._left = handle, span.stop - span.start
+        handle.seek(span.start)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        chunk = self._handle.read(min(len(buffer), self._left))
+        self._left -= len(chunk)
+        buffer[: len(chunk)] = chunk
+        return len(chunk)
+
+
+def _part(handle: io.BufferedReader, span: Span) -> io.BufferedReader:
+    return io.BufferedReader(_Part(handle, span), buffer_size=1 << 16)

@@ -1,0 +1,84 @@
+"""`format: auto`: which reader the first rows of a file are for, how sure that is, or why it cannot be said."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dpo_assets.feedback.readers import Format, RowFault, formats, keys_of
+from dpo_assets.feedback.sources import DEFAULT_LIMITS, FeedbackFile, FileRefused, Limits, rows_of
+
+ROWS = 20  # Sound rows that are looked at.
+MOST_READ = 1_000  # Rows read to find them.
+LEAST = 0.5  # Mean fit below which a format is no answer.
+APART = 0.2  # By how much the best has to lead.
+_MOST_KEYS = 3
+
+
+@dataclass(frozen=True)
+class Sniffed:
+    """A format, how sure it is (0 to 1), and that in words."""
+
+    format: str
+    confidence: float
+    message: str
+
+
+def sniff(file: FeedbackFile, limits: Limits = DEFAULT_LIMITS) -> Sniffed:
+    """The format of a file, from its first rows; formats that need a companion only count when one is given.
+
+    Raises:
+        FileRefused: `unknown_format` when none fits, with the keys that were found; `ambiguous_format` when two do,
+            with both; whatever the file itself is refused for.
+    """
+    rows: list[Mapping[str, Any]] = []
+    read = 0
+    try:
+        for row in rows_of(replace(file, sha256=""), limits=limits):
+            read += 1
+            if not isinstance(row.value, RowFault):
+                rows.append(row.value)
+            if len(rows) == ROWS or read == MOST_READ:
+                break
+    except FileRefused:
+        if not rows:
+            raise
+    if not rows:
+        raise FileRefused("unknown_format", f"none of its first {read} rows can be read, so nothing tells its format")
+    return judge(rows, list(formats().values()))
+
+
+def judge(rows: Sequence[Mapping[str, Any]], known: Sequence[Format]) -> Sniffed:
+    """The format that rows are in. See `sniff`."""
+    scores = sorted(((_mean_fit(format_, rows), format_.name) for format_ in known), key=lambda one: (-one[0], one[1]))
+    fitting = [(fit, name) for fit, name in scores if fit >= LEAST]
+    saw = _saw(rows)
+    if not fitting:
+        near = f"; nearest is `{scores[0][1]}` ({scores[0][0]:.0%})" if scores and scores[0][0] > 0 else ""
+        message = f"no format fits {saw}{near}. Name one under `format`, if need be with a column map under `columns`"
+        raise FileRefused("unknown_format", message)
+    rivals = [(fit, name) for fit, name in fitting if fitting[0][0] - fit < APART]
+    if len(rivals) > 1:
+        names = " and ".join(f"`{name}` ({fit:.0%})" for fit, name in rivals)
+        raise FileRefused("ambiguous_format", f"{names} both fit {saw}. Write the one that it is under `format`")
+    fit, name = fitting[0]
+    confidence = round(fit, 2)
+    return Sniffed(name, confidence, f"`{name}`, {confidence:.0%} sure, from {saw}")
+
+
+def _mean_fit(format_: Format, rows: Sequence[Mapping[str, Any]]) -> float:
+    total = 0.0
+    for row in rows:
+        try:
+            total += min(1.0, max(0.0, float(format_.fits(row))))
+        except Exception:  # A foreign reader's look at a row that it does not know.
+            continue
+    return total / len(rows)
+
+
+def _saw(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What was looked at: how many rows, with which keys."""
+    shapes = sorted({keys_of(row) for row in rows})
+    keys = "; ".join(shapes[:_MOST_KEYS]) + ("; ..." if len(shapes) > _MOST_KEYS else "")
+    return f"{len(rows)} rows with the keys: {keys}" if len(rows) > 1 else f"1 row with the keys: {keys}"
