@@ -233,7 +233,7 @@ class ReleaseRule(Section):
     reason: Literal[
         "near_duplicate", "over_prompt_cap", "template_marks", "personal_data", "secret", "conflict",
         "evaluation_overlap",
-    ] = Field(description="What they are in quarantine for; a row that is no sound pair cannot be released.")  # fmt: skip
+    ] = Field(description="What they are in quarantine for; what is no sound pair cannot be released.")  # fmt: skip
     source: str = Field(default="*", description="Name of their file, or a pattern.", examples=["export-2026-*"])
     note: str = Field(min_length=10, description="Why they may be trained on; kept in the dataset's report.")
 

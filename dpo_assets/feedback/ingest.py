@@ -7,19 +7,16 @@ bytes are at hand; what needs other rows, the recipe or the model is `cleaning`.
 
 from __future__ import annotations
 
-import glob
 import re
 import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_assets.artifact import write_json
-from dpo_assets.errors import FeedbackError
 from dpo_assets.feedback.near import band_frame
 from dpo_assets.feedback.pair import (
     PAIR_COLUMNS,
@@ -37,61 +34,16 @@ from dpo_assets.feedback.rules import answer_fault, pair_fault
 from dpo_assets.feedback.scan import with_flags
 from dpo_assets.feedback.sources import FeedbackFile, FileRefused, SourceRow, Span, rows_of
 from dpo_assets.feedback.tables import answers_frame, pairs_frame, quarantine_frame
-from dpo_assets.recipe import BUILTIN, FeedbackSource
 
 if TYPE_CHECKING:
     import polars as pl
 
-BUILTIN_FEEDBACK = {"oasst": "data/oasst/oasst_en_100_tree.jsonl"}
-EMPTY_FILE = "empty_file"
+EMPTY_FILE, NO_ROWS = "empty_file", "no_rows"
+EMPTY = frozenset({EMPTY_FILE, NO_ROWS})  # Refusals of a file that holds nothing.
 PAIRS, KEYS, ANSWERS, QUARANTINE = "pairs.parquet", "keys.parquet", "answers.parquet", "quarantine.parquet"
 COUNTS = "counts.json"
 ROW_GROUP = 4096  # Rows; a part of the dataset reads the groups that hold its ids.
 SHAPES = 20  # Different sets of keys that are counted by name.
-
-
-def find_files(sources: Sequence[FeedbackSource]) -> list[FeedbackFile]:
-    """The files that `sources` name, in order, each once.
-
-    Raises:
-        FeedbackError: when a source matches no file.
-    """
-    found: dict[Path, FeedbackFile] = {}
-    for source in sources:
-        for path in _matches(source):
-            found.setdefault(path, FeedbackFile(path, path.name, source.format))
-    names = _distinct_names(list(found))
-    return [replace(file, name=name) for file, name in zip(found.values(), names, strict=True)]
-
-
-def _distinct_names(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of paths that tell them apart: they must not depend on where the project lies."""
-    names = [path.name for path in paths]
-    for depth in range(2, max((len(path.parts) for path in paths), default=0) + 1):
-        counts = Counter(names)
-        if max(counts.values()) == 1:
-            break
-        names = [
-            "/".join(path.parts[-depth:]) if counts[name] > 1 else name for path, name in zip(paths, names, strict=True)
-        ]
-    return names
-
-
-def _matches(source: FeedbackSource) -> list[Path]:
-    if source.path.startswith(BUILTIN):
-        name = source.path.removeprefix(BUILTIN)
-        if name not in BUILTIN_FEEDBACK:
-            raise FeedbackError(f"there is no `{source.path}`; built in are: {', '.join(BUILTIN_FEEDBACK)}")
-        return [Path(str(files("dpo_assets") / BUILTIN_FEEDBACK[name]))]
-    if Path(source.path).is_file():  # Also a name that holds brackets, which a pattern would read otherwise.
-        return [Path(source.path)]
-    paths = sorted(Path(p) for p in glob.glob(source.path, recursive=True))
-    paths = [p for p in paths if p.is_file()]
-    if not paths:
-        raise FeedbackError(
-            f"feedback source `{source.path}` matches no file; relative paths start at the folder of the YAML file."
-        )
-    return paths
 
 
 @dataclass
@@ -135,8 +87,6 @@ def read_span(file: FeedbackFile, options: ReadOptions, span: Span | None) -> Ba
     rows = rows_of(file, span)
     batch = read_rows(rows, file, replace(options, fields=file.fields, companion=file.companion))
     batch.flags.update(rows.flags)
-    if not batch.rows_in and span is None:
-        batch.rejected.append(Rejected(EMPTY_FILE, "the file holds no row", file.name, "", 0, b""))
     return batch
 
 
