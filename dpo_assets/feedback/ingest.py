@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dpo_assets.artifact import write_json
 from dpo_assets.feedback.near import band_frame
@@ -37,6 +37,8 @@ from dpo_assets.feedback.tables import answers_frame, pairs_frame, quarantine_fr
 
 if TYPE_CHECKING:
     import polars as pl
+
+ItemT = TypeVar("ItemT", Pair, JudgedAnswer)
 
 EMPTY_FILE, NO_ROWS = "empty_file", "no_rows"
 EMPTY = frozenset({EMPTY_FILE, NO_ROWS})  # Refusals of a file that holds nothing.
@@ -138,7 +140,8 @@ class _Sorting:
             self._close_rows()
         self._open[number] = None
         self._number, self._raw, self._flags = number, raw, flags
-        self._odd = _ODD.search(raw) is not None
+        escapes = b"\\" in raw and any(escape in raw for escape in _ODD_ESCAPES)
+        self._odd = escapes or not raw.isascii() or b"\r" in raw
 
     def shape_of(self, row: Row) -> None:
         """Counts the row's keys; a key that is kept for this package's own is a fault of the row."""
@@ -167,7 +170,7 @@ class _Sorting:
 
     def _add_pair(self, pair: Pair, at: Place, raw: bytes, odd: bool) -> None:
         prompt, chosen, rejected, flags = _at_the_door((pair.prompt, pair.chosen, pair.rejected), odd)
-        pair = replace(
+        pair = _copy(
             pair, prompt=prompt, chosen=chosen, rejected=rejected,
             flags=(*pair.flags, *self._flags, *flags), row_hash=digest(raw), line=at.line, source=self._name,
         )  # fmt: skip
@@ -177,7 +180,7 @@ class _Sorting:
 
     def _add_answer(self, answer: JudgedAnswer, at: Place, raw: bytes, odd: bool) -> None:
         prompt, text, _, flags = _at_the_door((answer.prompt, answer.answer, []), odd)
-        answer = replace(
+        answer = _copy(
             answer, prompt=prompt, answer=text, flags=(*answer.flags, *self._flags, *flags), raw=raw, line=at.line,
             source=self._name,
         )  # fmt: skip
@@ -210,9 +213,19 @@ class _Sorting:
         self.batch.lost = len(self._open)
 
 
-# A row whose bytes have none of these holds no control character, carriage return or composed letter to put right.
-_ODD = re.compile(rb"[\x80-\xff\x00-\x08\x0b-\x1f]|\\[urbf]")
+# An ASCII row without these holds no carriage return, control character or letter to compose. (A control character as
+# it is, is no JSON, and the sources take it out of everything else.)
+_ODD_ESCAPES = (b"\\u", b"\\r", b"\\b", b"\\f")
 _CONTROL = re.compile(r"[\x01-\x08\x0b\x0c\x0e-\x1f]")
+
+
+def _copy(item: ItemT, **changes: Any) -> ItemT:
+    """`dataclasses.replace`, at a fifth of its cost."""
+    made = object.__new__(type(item))
+    made.__dict__.update(item.__dict__, **changes)
+    return made
+
+
 Conversations = tuple[Sequence[Message], Sequence[Message], Sequence[Message]]
 
 
@@ -224,7 +237,10 @@ def _at_the_door(
     NUL stays: it is a fault of the row, not a slip.
     """
     flags: dict[str, None] = {}
-    one, two, three = ([_clean(m, flags) for m in c] if odd else list(c) for c in conversations)
+    if not odd:
+        one, two, three = conversations
+        return list(one), list(two), list(three), ()
+    one, two, three = ([_clean(m, flags) for m in c] for c in conversations)
     return one, two, three, tuple(flags)
 
 

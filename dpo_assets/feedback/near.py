@@ -27,7 +27,7 @@ BAND_COLUMNS = tuple(f"band_{n}" for n in range(BANDS))
 COMPARED = 2
 SHINGLE = 3
 LONG_ANSWERS = 32  # Tokens; shorter answers are common ones ("Yes."), and only the prompt tells their pairs apart.
-_BLOCK = 1 << 16  # Shingles hashed at once: they stay in the processor's cache.
+_BLOCK = 256  # Conversations hashed at once: what is made of them stays in the processor's cache.
 _TOKEN = re.compile(r"[a-z0-9]+|[^\x00-\x7f]")
 
 
@@ -69,22 +69,19 @@ def _lower(lowest: Words, column: pl.Series, salt: int, rows: NDArray[np.int64])
     """Takes the smallest hashes of a column's conversations into `lowest[:, rows]`; tokens of each."""
     import numpy as np
 
-    shingles, starts, counts = _shingles(column, salt)
-    filled = np.flatnonzero(counts)
     odd = _odd_numbers(BANDS * ROWS)
-    begin = 0
-    while begin < filled.size:
-        # Whole conversations up to a block; one that is longer is a block of its own.
-        first = starts[filled[begin]]
-        end = max(begin + 1, int(np.searchsorted(starts[filled], first + _BLOCK, side="right")) - 1)
-        stop = starts[filled[end]] if end < filled.size else shingles.size
-        block, places = shingles[first:stop], starts[filled[begin:end]] - first
-        into = rows[filled[begin:end]]
+    all_counts = []
+    for begin in range(0, column.len(), _BLOCK):
+        shingles, starts, counts = _shingles(column.slice(begin, _BLOCK), salt)
+        all_counts.append(counts)
+        filled = np.flatnonzero(counts)
+        if not filled.size:
+            continue
+        into, places = rows[begin + filled], starts[filled]
         for n in range(BANDS * ROWS):
-            smallest = np.minimum.reduceat(block * odd[n], places)
+            smallest = np.minimum.reduceat(shingles * odd[n], places)
             lowest[n, into] = np.minimum(lowest[n, into], smallest)
-        begin = end
-    return counts
+    return np.concatenate(all_counts) if all_counts else np.zeros(0, dtype=np.int64)
 
 
 def _shingles(column: pl.Series, salt: int) -> tuple[Words, NDArray[np.int64], NDArray[np.int64]]:

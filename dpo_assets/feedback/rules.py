@@ -84,7 +84,10 @@ def _same(one: Sequence[Message], other: Sequence[Message]) -> bool:
 
 def _same_text(one: str, other: str) -> bool:
     """Whether two texts are equal once folded. Most differ in their first words, which is found out without folding."""
-    composed = all(t.isascii() or unicodedata.is_normalized("NFC", t) for t in (one, other))
-    if composed and one.split(None, 3)[:3] != other.split(None, 3)[:3]:
+    if _is_composed(one) and _is_composed(other) and one.split(None, 3)[:3] != other.split(None, 3)[:3]:
         return False
     return fold(one) == fold(other)
+
+
+def _is_composed(text: str) -> bool:
+    return text.isascii() or unicodedata.is_normalized("NFC", text)
