@@ -1,0 +1,83 @@
+"""ms-swift: `messages` (or query, response) with a `rejected_response`, whole `rejected_messages`, or a KTO `label`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dpo_assets.feedback.pair import Message, Pair
+from dpo_assets.feedback.readers import Format, Item, Place, Row, RowFault, has
+from dpo_assets.feedback.readers.shapes import (
+    answer_in,
+    assistant,
+    by_row,
+    field,
+    last_answer,
+    listed,
+    messages,
+    needed_text,
+    other_shape,
+    others,
+    shared_prefix,
+    thumb,
+    user,
+    with_system,
+)
+
+_PARTS = ("id", "messages", "rejected_response", "rejected_messages", "query", "response", "history", "system", "label")
+
+
+@by_row("id")
+def read(row: Row, place: Place, row_id: str) -> Iterator[Item]:
+    """The conversation's last answer is the chosen one."""
+    if "messages" not in row and "query" not in row:
+        raise other_shape(row, "messages or query")
+    whole = _conversation(row)
+    meta = others(row, *_PARTS)
+    if has(row, "rejected_messages"):
+        other = with_system(row, messages(row["rejected_messages"], "rejected_messages"))
+        prompt, chosen, rejected = shared_prefix(whole, other)
+        yield Pair(prompt, chosen, rejected, place.source, row_id, place.line, meta=meta)
+        return
+    prompt, answer = last_answer(whole, "messages")
+    if has(row, "rejected_response"):
+        rejected = answer_in(row, "rejected_response")
+        yield Pair(prompt, answer, rejected, place.source, row_id, place.line, meta=meta)
+        return
+    if not isinstance(field(row, "label"), bool):
+        raise RowFault("wrong_shape", "`label` is not true or false, so this is a row for classification")
+    yield thumb(prompt, answer, row["label"], place, row_id, meta)
+
+
+def _conversation(row: Row) -> list[Message]:
+    if row.get("messages") is not None:
+        return with_system(row, messages(row["messages"], "messages"))
+    before = []
+    for n, turn in enumerate(listed(row.get("history") or [], "history")):
+        asked, said = two_texts(turn, f"history[{n}]")
+        before += [user(asked), assistant(said)]
+    return with_system(row, [*before, user(needed_text(row, "query")), assistant(needed_text(row, "response"))])
+
+
+def two_texts(turn: object, where: str) -> tuple[str, str]:
+    """One turn of a history: what was asked and what was said."""
+    if isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn):
+        return turn[0], turn[1]
+    raise RowFault("wrong_type", f"`{where}` is not a question and an answer as text")
+
+
+def _fits(row: Row) -> float:
+    if not isinstance(row.get("messages"), list) and not has(row, "query", "response"):
+        return 0.0
+    if has(row, "rejected_response") or has(row, "rejected_messages"):
+        return 1.0
+    return 0.9 if isinstance(row.get("label"), bool) else 0.0
+
+
+FORMAT = Format(
+    name="ms_swift",
+    title="ms-swift: messages with rejected_response, or with a KTO label",
+    example='{"messages": [..., {"role": "assistant", "content": "Sunny."}], "rejected_response": "No idea."}',
+    documented="ms-swift documentation, Custom Dataset, RLHF",
+    fits=_fits,
+    read=read,
+)
