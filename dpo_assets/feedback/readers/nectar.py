@@ -30,7 +30,7 @@ def read(row: Row, place: Place, row_id: str) -> Iterator[Item]:
         one = mapping(item, f"answers[{n}]", "{answer, rank}")
         model = {"model": one["model"]} if isinstance(one.get("model"), str) else {}
         answer = [assistant(needed_text(one, "answer", f"answers[{n}]."))]
-        scored.append((answer, -needed_number(one, "rank"), model))
+        scored.append((answer, 0.0 - needed_number(one, "rank"), model))
     yield from two_or_more(prompt, scored, place, row_id, "judge_rating", {})
 
 

@@ -30,7 +30,7 @@ def read(row: Row, place: Place, row_id: str) -> Iterator[Item]:
         where = f"completions[{n}]"
         one = mapping(item, where, "{rank, completion}")
         answer = messages(field(one, "completion", f"{where}."), f"{where}.completion")
-        scored.append((answer, -needed_number(one, "rank"), {}))
+        scored.append((answer, 0.0 - needed_number(one, "rank"), {}))
     meta = others(row, "id", "context", "completions")
     yield from two_or_more(prompt, scored, place, row_id, "human_ranking", meta)
 

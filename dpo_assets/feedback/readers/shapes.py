@@ -273,8 +273,11 @@ def prompt_and_answers(
     """The three parts, where both answers repeat the prompt (UltraFeedback's fashion) or neither does."""
     if is_whole(chosen) and is_whole(rejected):
         shared, good, bad = shared_prefix(chosen, rejected)
-        if shared[: len(prompt)] == prompt or shared[-len(prompt) :] == prompt:
-            return shared, good, bad
+        # The system message may stand in the prompt, in the conversations, or in both.
+        system = prompt[:1] if prompt and prompt[0]["role"] == "system" and shared[0]["role"] != "system" else []
+        asked = prompt[len(system) :]
+        if shared[: len(asked)] == asked or shared[-len(asked) :] == asked:
+            return [*system, *shared], good, bad
     return prompt, chosen, rejected
 
 
@@ -363,13 +366,15 @@ def two_or_more(
 ) -> Iterator[Item]:
     """A row's own comparison: two answers are a pair, more of them are left to the pairing policy.
 
+    Ranks say nothing outside their row, so `meta["ranking"]` names it.
+
     Raises:
         RowFault: `no_comparison` for fewer than two, `tie` for two that are equal.
     """
     if len(scored) < 2:
         raise RowFault("no_comparison", f"{len(scored)} answers; a comparison needs two")
     if len(scored) > 2:
-        yield from judged(prompt, [(a, s, {**meta, **m}) for a, s, m in scored], place, row_id, kind)
+        yield from judged(prompt, [(a, s, {**meta, **m, "ranking": row_id}) for a, s, m in scored], place, row_id, kind)
         return
     (worse, low, of_worse), (better, high, of_better) = sorted(scored, key=lambda item: item[1])
     if low == high:

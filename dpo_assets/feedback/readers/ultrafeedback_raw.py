@@ -7,9 +7,9 @@ from statistics import fmean
 
 from dpo_assets.feedback.readers import Format, Item, Place, Row, RowFault
 from dpo_assets.feedback.readers.shapes import (
+    Scored,
     assistant,
     by_row,
-    field,
     judged,
     listed,
     mapping,
@@ -26,40 +26,39 @@ _ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
 def read(row: Row, place: Place, row_id: str) -> Iterator[Item]:
     """A judged answer for each completion; one without a rating becomes a fault of its own.
 
-    The score is the mean of the aspects' ratings, as in Argilla's cleaned version: `overall_score` is known to mark
-    some of the worst answers 10. It is used where an answer has nothing else.
+    The score is the mean of the aspects' ratings (1 to 5), as in Argilla's cleaned version: `overall_score` (1 to 10)
+    is known to mark some of the worst answers 10. It is used where a row has nothing else, never beside ratings.
     """
     if not _completions(row):
         raise other_shape(row, "an instruction and completions with a response each")
-    prompt, scored = [user(needed_text(row, "instruction"))], []
-    for n, item in enumerate(listed(row["completions"], "completions")):
+    prompt, completions = [user(needed_text(row, "instruction"))], listed(row["completions"], "completions")
+    by_aspect = any(isinstance(one, Mapping) and _mean(one) is not None for one in completions)
+    scored: list[Scored] = []
+    for n, item in enumerate(completions):
         where = f"completions[{n}]"
         try:
             one = mapping(item, where, "a completion")
             answer = [assistant(needed_text(one, "response", f"{where}."))]
-            model = {"model": one["model"]} if isinstance(one.get("model"), str) else {}
-            scored.append((answer, _score(one, where), model))
+            score = _mean(one) if by_aspect else number(one.get("overall_score"))
+            if score is None:
+                raise RowFault("missing_field", f"`{where}` has no rating that is a number")
+            scored.append((answer, score, {name: one[name] for name in ("model",) if isinstance(one.get(name), str)}))
         except RowFault as fault:
             yield RowFault(fault.reason, fault.message, f"{row_id}.{n}")
     meta = {"source": row["source"]} if isinstance(row.get("source"), str) else {}
     yield from judged(prompt, [(a, s, {**meta, **m}) for a, s, m in scored], place, row_id, "judge_rating")
 
 
-def _score(completion: Row, where: str) -> float:
-    annotations = completion.get("annotations")
+def _mean(completion: Row) -> float | None:
+    """The mean rating, of the aspects that have one: a rating is text, and may be "N/A"."""
+    found = completion.get("annotations")
+    annotations: Row = found if isinstance(found, Mapping) else {}
     ratings = []
     for aspect in _ASPECTS:
-        told = annotations.get(aspect) if isinstance(annotations, Mapping) else None
-        # A rating is text and may be "N/A": such an aspect says nothing.
+        told = annotations.get(aspect)
         if isinstance(told, Mapping) and (rating := number(told.get("Rating"))) is not None:
             ratings.append(rating)
-    if ratings:
-        return fmean(ratings)
-    for name in ("fine-grained_score", "overall_score"):
-        if (score := number(completion.get(name))) is not None:
-            return score
-    field(completion, "annotations", f"{where}.")
-    raise RowFault("missing_field", f"`{where}` has no rating that is a number")
+    return fmean(ratings) if ratings else number(completion.get("fine-grained_score"))
 
 
 def _completions(row: Row) -> bool:
