@@ -26,7 +26,7 @@ from dpo_assets.feedback.cleaning import (
     split,
 )
 from dpo_assets.feedback.ingest import find_files, pairs_frame, quarantine_frame, read_file
-from dpo_assets.feedback.pair import PAIR_COLUMNS, Message, Pair, Rejected, fold, pair_record
+from dpo_assets.feedback.pair import LABEL_KINDS, PAIR_COLUMNS, Message, Pair, Rejected, fold, pair_record
 from dpo_assets.feedback.readers import ReadOptions
 from dpo_assets.recipe import FeedbackSource
 from dpo_assets_tests.samples import assistant, pair, system, user
@@ -203,9 +203,10 @@ AGAINST_SCHEMA: list[tuple[str, str, Any]] = [
     ("prompt_id", "32 hex digits", "ab"),
     ("group_id", "32 hex digits", "A" * 32),
     ("line", "at least 1", 0),
-    ("label_kind", "human_pair or human_ranking", "guess"),
+    ("label_kind", " or ".join(LABEL_KINDS), "guess"),
     ("source", "no null", None),
     ("meta", "no null", None),
+    ("row_hash", "32 hex digits", "z"),
 ]
 
 
