@@ -65,8 +65,3 @@ def said(answer: JudgedAnswer) -> tuple[str, str, float]:
         "\n".join(f"{m['role'][0]}: {m['content']}" for m in part) for part in (answer.prompt, answer.answer)
     )
     return prompt, text, answer.score
-
-
-def scores(items: list[Item]) -> list[tuple[str, float]]:
-    """(answer, score) of judged answers."""
-    return [(item.answer[0]["content"], item.score) for item in items if isinstance(item, JudgedAnswer)]

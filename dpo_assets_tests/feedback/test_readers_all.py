@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dpo_assets.feedback.pair import LABEL_KINDS, JudgedAnswer, Pair, pair_record
-from dpo_assets.feedback.readers import RowFault, formats
+from dpo_assets.feedback.pairing import POLICIES
+from dpo_assets.feedback.readers import ReadOptions, RowFault, formats
 from dpo_assets_tests.feedback.exported import EXPORTS, PLACE, items_of, rows_of
 from dpo_assets_tests.samples import assistant, user
 
@@ -112,10 +113,13 @@ def damaged_rows(draw: st.DrawFn, name: str) -> dict[str, Any]:
     return row
 
 
-def _is_sound(name: str, row: dict[str, Any]) -> None:
+_options = st.builds(ReadOptions, st.sampled_from(POLICIES), min_margin=st.sampled_from([0.0, 1.0]))
+
+
+def _is_sound(name: str, row: dict[str, Any], options: ReadOptions) -> None:
     before = json.dumps(row, sort_keys=True)
     assert 0.0 <= formats()[name].fits(row) <= 1.0
-    items = items_of(name, row)
+    items = items_of(name, row, options)
     assert items, "a row led to nothing"
     assert json.dumps(row, sort_keys=True) == before, "the reader changed the row"
     for item in items:
@@ -138,14 +142,14 @@ def _is_sound(name: str, row: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ROW_BY_ROW)
-@settings(max_examples=60, deadline=None)
-@given(row=_rows)
-def test_arbitrary_objects_never_raise(name: str, row: dict[str, Any]) -> None:
-    _is_sound(name, row)
+@settings(max_examples=40, deadline=None)
+@given(row=_rows, options=_options)
+def test_arbitrary_objects_never_raise(name: str, row: dict[str, Any], options: ReadOptions) -> None:
+    _is_sound(name, row, options)
 
 
 @pytest.mark.parametrize("name", sorted(ROWS))
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_damaged_exports_never_raise(name: str, data: st.DataObject) -> None:
-    _is_sound(name, data.draw(damaged_rows(name)))
+    _is_sound(name, data.draw(damaged_rows(name)), data.draw(_options))

@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 
 from dpo_assets.feedback.pair import Pair, hashed_user
-from dpo_assets.feedback.readers import RowFault
+from dpo_assets.feedback.readers import ReadOptions, RowFault
 from dpo_assets_tests.feedback.exported import (
     items_of,
     read_export,
     rows_of,
     said,
-    scores,
     talk,
     the_answer,
     the_fault,
@@ -36,24 +35,37 @@ def wrong(format: str, row: dict[str, Any], reason: str, *words: str) -> None:
 
 def test_ultrafeedback_raw_export() -> None:
     first, second = read_export("ultrafeedback_raw")
-    assert scores(first) == [("Aligned spins.", 4.5), ("Magic.", 1.5), ("Spins, mostly.", pytest.approx(11 / 3))]
-    unrated = [item for item in first if isinstance(item, RowFault)]
-    assert [(fault.reason, fault.row) for fault in unrated] == [("missing_field", "line-7.3")]
-    judged = [item for item in first if not isinstance(item, RowFault)]
-    assert judged[0].prompt == [user("How do magnets work?")]
-    assert judged[0].meta == {"source": "sharegpt", "model": "a"}
-    assert {item.label_kind for item in judged} == {"judge_rating"}
+    unrated, pair = first
+    assert isinstance(unrated, RowFault)
+    assert isinstance(pair, Pair)
+    assert (unrated.reason, unrated.row) == ("missing_field", "line-7.3")
+    assert talk(pair) == ("u: How do magnets work?", "a: Aligned spins.", "a: Magic.")
+    # (5 + 4 + 5 + 4) / 4 over (1 + 2 + 1 + 2) / 4, although the worse one has the overall score 10.
+    assert (pair.row, pair.margin, pair.label_kind) == ("line-7.0>1", 3.0, "judge_rating")
+    assert pair.meta == {"source": "sharegpt", "chosen": {"model": "a"}, "rejected": {"model": "b"}}
     # An overall score of 3 of 10 is not compared with a mean of 5 of 5.
-    assert scores(second) == [("Neon.", 5.0)]
-    assert [item.row for item in second if isinstance(item, RowFault)] == ["line-7.1"]
+    assert [item.reason for item in second if isinstance(item, RowFault)] == ["missing_field", "no_comparison"]
+
+
+def test_ultrafeedback_raw_an_aspect_without_a_number_does_not_count() -> None:
+    adjacent = items_of("ultrafeedback_raw", rows_of("ultrafeedback_raw")[0], ReadOptions("adjacent"))
+    pairs = [item for item in adjacent if isinstance(item, Pair)]
+    assert [talk(pair)[1:] for pair in pairs] == [
+        ("a: Aligned spins.", "a: Spins, mostly."),
+        ("a: Spins, mostly.", "a: Magic."),
+    ]
+    assert [pair.margin for pair in pairs] == [pytest.approx(4.5 - 11 / 3), pytest.approx(11 / 3 - 1.5)]
 
 
 def test_ultrafeedback_raw_overall_scores_count_where_a_row_has_nothing_else() -> None:
     completions = [{"response": "a", "overall_score": 8.5}, {"response": "b", "overall_score": 2}]
-    assert scores(items_of("ultrafeedback_raw", {"instruction": "q", "completions": completions})) == [
-        ("a", 8.5),
-        ("b", 2.0),
-    ]
+    pair = the_pair(items_of("ultrafeedback_raw", {"instruction": "q", "completions": completions}))
+    assert (talk(pair), pair.margin) == (("u: q", "a: a", "a: b"), 6.5)
+
+
+def test_ultrafeedback_raw_equal_ratings_are_a_tie() -> None:
+    completions = [{"response": "a", "fine-grained_score": 4}, {"response": "b", "fine-grained_score": 4.0}]
+    wrong("ultrafeedback_raw", {"instruction": "q", "completions": completions}, "tie")
 
 
 def test_ultrafeedback_raw_rows_of_another_shape() -> None:
@@ -104,21 +116,28 @@ def test_ultrafeedback_argilla_rows_of_another_shape() -> None:
 
 def test_distilabel_export() -> None:
     rated, half_rated, formatted = read_export("distilabel")
-    assert scores(rated) == [("Oak.", 5.0), ("Granite.", 1.0)]
-    assert [(i.reason, i.row) for i in rated if isinstance(i, RowFault)] == [("missing_field", "line-7.2")]
-    assert scores(half_rated) == [("Wren.", 4.0)]
-    [answer] = [item for item in half_rated if not isinstance(item, RowFault)]
-    assert said(answer)[0] == "s: You know birds.\nu: Name a bird."  # type: ignore[arg-type]
-    assert (answer.label_kind, answer.meta) == ("judge_rating", {"model": "m1"})
-    pair = the_pair(formatted)
-    assert talk(pair) == ("u: Name a fish.", "a: Cod.", "a: Frog.")
-    assert (pair.row, pair.margin, pair.meta) == ("f1", 3.0, {"chosen_model": "m1", "rejected_model": "m2"})
+    unwritten, pair = rated
+    assert isinstance(unwritten, RowFault)
+    assert isinstance(pair, Pair)
+    assert (unwritten.reason, unwritten.row) == ("missing_field", "line-7.2")
+    assert talk(pair) == ("u: Name a tree.", "a: Oak.", "a: Granite.")
+    assert (pair.margin, pair.label_kind) == (4.0, "judge_rating")
+    assert pair.meta == {"chosen": {"model": "m1"}, "rejected": {"model": "m2"}}
+    assert [(i.reason, i.row) for i in half_rated if isinstance(i, RowFault)] == [
+        ("missing_field", "line-7.1"),
+        ("no_comparison", "line-7"),
+    ]
+    by_the_pipeline = the_pair(formatted)
+    assert talk(by_the_pipeline) == ("u: Name a fish.", "a: Cod.", "a: Frog.")
+    assert (by_the_pipeline.row, by_the_pipeline.margin) == ("f1", 3.0)
+    assert by_the_pipeline.meta == {"chosen_model": "m1", "rejected_model": "m2"}
 
 
-def test_distilabel_generations_after_messages() -> None:
+def test_distilabel_generations_after_messages_or_a_system_prompt() -> None:
     row = {"messages": [user("Hi"), assistant("Hello"), user("Bye")], "generations": ["a", "b"], "ratings": ["1", 2]}
-    items = items_of("distilabel", row)
-    assert scores(items) == [("a", 1.0), ("b", 2.0)]
+    assert talk(the_pair(items_of("distilabel", row))) == ("u: Hi\na: Hello\nu: Bye", "a: b", "a: a")
+    row = {"instruction": "q", "system_prompt": "s", "generations": ["a", "b"], "ratings": [2, 1]}
+    assert talk(the_pair(items_of("distilabel", row))) == ("s: s\nu: q", "a: a", "a: b")
 
 
 def test_distilabel_rows_of_another_shape() -> None:
@@ -126,7 +145,7 @@ def test_distilabel_rows_of_another_shape() -> None:
     wrong("distilabel", {"instruction": "q", "generation": "a"}, "wrong_shape", "the row has: generation, instruction")
     wrong("distilabel", row | {"ratings": None}, "missing_field", "no `ratings`")
     wrong("distilabel", row | {"ratings": [1]}, "wrong_shape", "2 `generations`, but 1 `ratings`")
-    wrong("distilabel", row | {"generations": [], "ratings": []}, "no_comparison", "empty")
+    wrong("distilabel", row | {"generations": [], "ratings": []}, "no_comparison", "0 judged answers")
     wrong("distilabel", row | {"chosen": "a", "rejected": "b", "prompt": "q"} | TIE, "tie")
 
 
@@ -138,9 +157,9 @@ TIE = {"chosen_rating": 3, "rejected_rating": 3}
 
 def test_nectar_export() -> None:
     ranked, two, tie = read_export("nectar")
-    assert scores(ranked) == [("The Rhine.", -1.0), ("A river.", -3.0), ("Rhine", -2.0)]
-    assert said(ranked[0]) == ("u: Name a river.", "a: The Rhine.", -1.0)  # type: ignore[arg-type]
-    assert ranked[0].meta == {"model": "m1", "ranking": "line-7"}  # type: ignore[union-attr]
+    best_worst = the_pair(ranked)
+    assert talk(best_worst) == ("u: Name a river.", "a: The Rhine.", "a: A river.")
+    assert (best_worst.row, best_worst.margin) == ("line-7.0>1", 2.0)
     pair = the_pair(two)
     assert talk(pair) == ("u: Hi\na: Hello!\nu: Name a lake.", "a: Garda.", "a: Mud.")
     assert (pair.margin, pair.label_kind) == (1.0, "judge_rating")
@@ -152,7 +171,7 @@ def test_nectar_rows_of_another_shape() -> None:
     wrong("nectar", {"prompt": "q"}, "wrong_shape", "the row has: prompt")
     wrong("nectar", {"prompt": "q", "answers": ["a"]}, "wrong_type", "`answers[0]` is str; expected {answer, rank}")
     wrong("nectar", {"prompt": "q", "answers": [{"answer": "a", "rank": None}]}, "missing_field", "no `rank`")
-    wrong("nectar", {"prompt": "\n\nHuman:x\n\nAssistant:y", "answers": []}, "no_comparison", "0 answers")
+    wrong("nectar", {"prompt": "\n\nHuman:x\n\nAssistant:y", "answers": []}, "no_comparison", "0 judged answers")
 
 
 # helpsteer2

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
+from dpo_assets.feedback.pair import Pair
+from dpo_assets.feedback.readers import ReadOptions, RowFault
 from dpo_assets_tests.feedback.exported import (
     items_of,
     read_export,
     rows_of,
     said,
-    scores,
     talk,
     the_answer,
     the_fault,
@@ -177,7 +178,7 @@ def test_nova_rows_of_another_shape() -> None:
     bare = {"role": "assistant", "candidates": [{"content": [{"text": "a"}]}]}
     wrong("nova", {"messages": [asked, bare]}, "missing_field", "no `candidates[0].preferenceLabel`", "has: content")
     lone = {"role": "assistant", "candidates": [{"content": [{"text": "a"}], "preferenceLabel": "preferred"}]}
-    wrong("nova", {"messages": [asked, lone]}, "no_comparison", "1 answers")
+    wrong("nova", {"messages": [asked, lone]}, "no_comparison", "1 judged answers")
     picture = {"role": "user", "content": [{"image": {"format": "jpeg"}}]}
     wrong("nova", {"messages": [picture, lone]}, "unsupported_modality", "holds image")
 
@@ -213,17 +214,33 @@ def test_nemo_rl_export() -> None:
     first = the_pair(rows[0])
     assert talk(first) == ("u: Name a prime.", "a: 7", "a: 9")
     assert (first.label_kind, first.margin, first.meta) == ("human_ranking", 1.0, {"task_name": "maths"})
-    assert scores(rows[1]) == [("4", -2.0), ("2", 0.0), ("Two, or 2.", -1.0)]
-    assert [item.row for item in rows[1]] == ["line-7.0", "line-7.1", "line-7.2"]
-    assert all(item.meta == {"ranking": "line-7"} for item in rows[1])  # type: ignore[union-attr]
+    best_worst = the_pair(rows[1])
+    assert talk(best_worst) == ("s: Be exact.\nu: Name an even prime.", "a: 2", "a: 4")
+    assert (best_worst.row, best_worst.margin) == ("line-7.1>0", 2.0)
     assert the_fault(rows[2]).reason == "tie"
+
+
+def test_nemo_rl_more_than_two_completions_follow_the_recipes_policy() -> None:
+    row = rows_of("nemo_rl")[1]
+    adjacent = items_of("nemo_rl", row, ReadOptions("adjacent"))
+    assert [(item.row, talk(item)[1:]) for item in adjacent if isinstance(item, Pair)] == [
+        ("line-7.1>2", ("a: 2", "a: Two, or 2.")),
+        ("line-7.2>0", ("a: Two, or 2.", "a: 4")),
+    ]
+    apart = items_of("nemo_rl", row, ReadOptions("all_above_margin", min_margin=2))
+    assert [(type(item).__name__, item.row) for item in apart] == [
+        ("RowFault", "line-7.1>2"),
+        ("Pair", "line-7.1>0"),
+        ("RowFault", "line-7.2>0"),
+    ]
+    assert {item.reason for item in apart if isinstance(item, RowFault)} == {"tie"}
 
 
 def test_nemo_rl_rows_of_another_shape() -> None:
     context = [user("q")]
     wrong("nemo_rl", {"prompt": "q"}, "wrong_shape", "the row has: prompt")
     wrong("nemo_rl", {"context": context}, "missing_field", "`completions`", "the row has: context")
-    wrong("nemo_rl", {"context": context, "completions": []}, "no_comparison", "0 answers")
+    wrong("nemo_rl", {"context": context, "completions": []}, "no_comparison", "0 judged answers")
     entry = {"completion": [assistant("a")]}
     wrong(
         "nemo_rl", {"context": context, "completions": [entry]}, "missing_field", "no `rank`; the row has: completion"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from dpo_assets.feedback.pair import Message, Pair, hashed_user
-from dpo_assets.feedback.readers import Format, Place, Row, RowFault, has
+from dpo_assets.feedback.readers import Format, Row, RowFault, has
 from dpo_assets.feedback.readers.shapes import (
+    At,
     assistant,
     by_row,
     field,
@@ -49,7 +51,7 @@ _ERRORS = (
 
 
 @by_row("question_id", "id")
-def read(row: Row, place: Place, row_id: str) -> Iterator[Pair]:
+def read(row: Row, at: At) -> Iterator[Pair]:
     """One vote. What both sides share is the prompt, so the users' turns must be the same on both."""
     if has(row, "states", "type"):
         a, b, winner, about = _raw_log(row)
@@ -67,18 +69,9 @@ def read(row: Row, place: Place, row_id: str) -> Iterator[Pair]:
     prompt, answer_a, answer_b = shared_prefix(a, b)
     chosen, rejected = (answer_a, answer_b) if winner == "model_a" else (answer_b, answer_a)
     when, judge = row.get("tstamp", row.get("timestamp")), row.get("judge_hash", row.get("judge", row.get("ip")))
-    yield Pair(
-        prompt=prompt,
-        chosen=chosen,
-        rejected=rejected,
-        source=place.source,
-        row=row_id,
-        line=place.line,
-        label_kind="arena",
-        meta={"winner": winner} | about,
-        created_at=utc(when),
-        user=hashed_user(judge if isinstance(judge, str | int) else None),
-    )
+    who = hashed_user(judge if isinstance(judge, str | int) else None)
+    pair = at.pair(prompt, chosen, rejected, {"winner": winner} | about, "arena")
+    yield replace(pair, created_at=utc(when), user=who)
 
 
 Vote = tuple[list[Message], list[Message], str, dict[str, Any]]

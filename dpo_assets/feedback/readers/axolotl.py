@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from dpo_assets.feedback.pair import Message, Pair
-from dpo_assets.feedback.readers import Format, Place, Row, has
+from dpo_assets.feedback.readers import Format, Row, has
 from dpo_assets.feedback.readers.shapes import (
+    At,
     answer_in,
     by_row,
     messages,
@@ -23,7 +24,7 @@ _ANSWERS = (("chosen_response", "rejected_response"), ("chosen", "rejected"))
 
 
 @by_row("id")
-def read(row: Row, place: Place, row_id: str) -> Iterator[Pair]:
+def read(row: Row, at: At) -> Iterator[Pair]:
     """`messages` (chat_template.default) or a question as text (argilla, intel, icr), after an optional `system`."""
     names = next((names for names in _ANSWERS if has(row, *names)), None)
     asked = next((name for name in ("messages", *_QUESTIONS) if row.get(name) is not None), None)
@@ -34,7 +35,7 @@ def read(row: Row, place: Place, row_id: str) -> Iterator[Pair]:
     chosen, rejected = answer_in(row, names[0]), answer_in(row, names[1])
     prompt, chosen, rejected = prompt_and_answers(_prompt(row, asked), chosen, rejected)
     meta = others(row, "id", asked, "system", *names)
-    yield Pair(prompt, chosen, rejected, source=place.source, row=row_id, line=place.line, meta=meta)
+    yield at.pair(prompt, chosen, rejected, meta)
 
 
 def _prompt(row: Row, asked: str) -> list[Message]:

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from dpo_assets.feedback.pair import Message
-from dpo_assets.feedback.readers import Format, Item, Place, Row, RowFault, has
+from dpo_assets.feedback.readers import Format, Item, Row, RowFault, has
 from dpo_assets.feedback.readers.shapes import (
+    At,
     by_row,
     field,
-    judged,
     listed,
     messages,
     needed_text,
@@ -27,11 +27,11 @@ _HEAVY = ("generations", "ratings", "rationales", "rationales-for-ratings", "typ
 
 
 @by_row("id", "prompt_id")
-def read(row: Row, place: Place, row_id: str) -> Iterator[Item]:
-    """A formatted row is the pair that the pipeline chose; any other row is a judged answer for each rating."""
+def read(row: Row, at: At) -> Iterator[Item]:
+    """A formatted row is the pair that the pipeline chose; any other row ranks its generations by rating."""
     if has(row, "chosen", "rejected"):
         left_out = ("prompt_id", "instruction", "system_prompt", *_HEAVY)
-        yield rated_pair(row, place, row_id, "chosen_rating", "rejected_rating", left_out)
+        yield rated_pair(row, at, "chosen_rating", "rejected_rating", left_out)
         return
     if not has(row, "generations"):
         raise other_shape(row, "generations and ratings, or chosen and rejected")
@@ -46,13 +46,11 @@ def read(row: Row, place: Place, row_id: str) -> Iterator[Item]:
         rating = number(told)
         if given is None or rating is None:
             what = "`generations` is null" if given is None else "`ratings` is no number"
-            yield RowFault("missing_field", f"entry {n} of {what}", f"{row_id}.{n}")
+            yield RowFault("missing_field", f"entry {n} of {what}", f"{at.row}.{n}")
             continue
         meta: dict[str, Any] = {"model": models[n]} if n < len(models) and isinstance(models[n], str) else {}
         scored.append((turns(given, f"generations[{n}]", "assistant"), rating, meta))
-    if not generations:
-        raise RowFault("no_comparison", "`generations` is empty")
-    yield from judged(prompt, scored, place, row_id, "judge_rating")
+    yield from at.ranking(prompt, scored, "judge_rating", {})
 
 
 def _prompt(row: Row) -> list[Message]:

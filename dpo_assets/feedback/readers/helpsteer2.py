@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
-from dpo_assets.feedback.pair import JudgedAnswer, Message, Pair
-from dpo_assets.feedback.readers import Format, Item, Place, Row, has
+from dpo_assets.feedback.pair import Message, Pair
+from dpo_assets.feedback.readers import Format, Item, Row, has
 from dpo_assets.feedback.readers.shapes import (
+    At,
     assistant,
     by_row,
     needed_number,
@@ -24,32 +26,25 @@ _TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")  # Between the turns of
 
 
 @by_row("id")
-def read(row: Row, place: Place, row_id: str) -> Iterator[Item]:
+def read(row: Row, at: At) -> Iterator[Item]:
     """A rated response scores by its helpfulness, as the card does it; a negative strength prefers `response_1`."""
     if has(row, "response_1", "response_2"):
-        yield _pair(row, place, row_id)
+        yield _pair(row, at)
         return
     if not has(row, "response"):
         raise other_shape(row, "prompt, response and helpfulness, or response_1, response_2 and preference_strength")
-    meta = {name: told for name in _RATINGS if (told := number(row.get(name))) is not None}
-    yield JudgedAnswer(
-        prompt=prompt_of(needed_text(row, "prompt")),
-        answer=[assistant(needed_text(row, "response"))],
-        score=needed_number(row, "helpfulness"),
-        source=place.source,
-        row=row_id,
-        line=place.line,
-        label_kind="human_rating",
-        meta=meta | others(row, "id", "prompt", "response", *_RATINGS),
-    )
+    meta: dict[str, Any] = {name: told for name in _RATINGS if (told := number(row.get(name))) is not None}
+    prompt, answer = prompt_of(needed_text(row, "prompt")), [assistant(needed_text(row, "response"))]
+    meta |= others(row, "id", "prompt", "response", *_RATINGS)
+    yield at.judged(prompt, answer, needed_number(row, "helpfulness"), "human_rating", meta)
 
 
-def _pair(row: Row, place: Place, row_id: str) -> Pair:
+def _pair(row: Row, at: At) -> Pair:
     first, second = (assistant(needed_text(row, name)) for name in ("response_1", "response_2"))
     chosen, rejected, margin = stronger(first, second, needed_number(row, "preference_strength"), "preference_strength")
     told = {name: row[name] for name in ("preference_statement", "split") if isinstance(row.get(name), str)}
     prompt = prompt_of(needed_text(row, "prompt"))
-    return Pair(prompt, chosen, rejected, place.source, row_id, place.line, margin=margin, meta=told)
+    return at.pair(prompt, chosen, rejected, told, margin=margin)
 
 
 def prompt_of(text: str) -> list[Message]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dpo_assets.feedback.pair import Pair
-from dpo_assets.feedback.readers import Format, Place, Row, has
+from dpo_assets.feedback.readers import Format, Row, has
 from dpo_assets.feedback.readers.shapes import (
+    At,
     assistant,
     by_row,
     field,
@@ -22,22 +23,14 @@ _PARTS = ("id", "context", "response1", "response2", "overall_preference", "indi
 
 
 @by_row("id")
-def read(row: Row, place: Place, row_id: str) -> Iterator[Pair]:
+def read(row: Row, at: At) -> Iterator[Pair]:
     """A negative preference means that `response1` is better."""
     if not has(row, "response1") and not has(row, "response2"):
         raise other_shape(row, "context, response1, response2 and overall_preference")
     first, second = (assistant(needed_text(row, name)) for name in ("response1", "response2"))
     chosen, rejected, margin = stronger(first, second, needed_number(row, "overall_preference"), "overall_preference")
-    yield Pair(
-        prompt=turns(field(row, "context"), "context", "user"),
-        chosen=chosen,
-        rejected=rejected,
-        source=place.source,
-        row=row_id,
-        line=place.line,
-        margin=margin,
-        meta=others(row, *_PARTS),
-    )
+    prompt = turns(field(row, "context"), "context", "user")
+    yield at.pair(prompt, chosen, rejected, others(row, *_PARTS), margin=margin)
 
 
 FORMAT = Format(

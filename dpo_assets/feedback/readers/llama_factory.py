@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from dpo_assets.feedback.pair import Message, Pair
-from dpo_assets.feedback.readers import Format, Item, Place, Row, RowFault, has
+from dpo_assets.feedback.pair import Message
+from dpo_assets.feedback.readers import Format, Item, Row, RowFault, has
 from dpo_assets.feedback.readers.ms_swift import two_texts
 from dpo_assets.feedback.readers.shapes import (
+    At,
     answer_in,
     assistant,
     by_row,
@@ -19,7 +20,6 @@ from dpo_assets.feedback.readers.shapes import (
     needed_text,
     other_shape,
     others,
-    thumb,
     user,
     with_system,
 )
@@ -31,21 +31,21 @@ _PARTS = (
 
 
 @by_row("id")
-def read(row: Row, place: Place, row_id: str) -> Iterator[Item]:
+def read(row: Row, at: At) -> Iterator[Item]:
     """Messages are `{from, value}`, or `{role, content}` where the dataset's tags say so; `kto_tag` is a thumb."""
     if "conversations" not in row and "instruction" not in row:
         raise other_shape(row, "conversations, or an instruction, with chosen and rejected")
     meta = others(row, *_PARTS)
     if row.get("kto_tag") is None:
         prompt, chosen, rejected = _prompt(row), _answer(row, "chosen"), _answer(row, "rejected")
-        yield Pair(prompt, chosen, rejected, place.source, row_id, place.line, meta=meta)
+        yield at.pair(prompt, chosen, rejected, meta)
         return
     if not isinstance(row["kto_tag"], bool):
         raise RowFault("wrong_type", f"`kto_tag` is {type(row['kto_tag']).__name__}; expected true or false")
     prompt, answer = _prompt(row), [assistant(needed_text(row, "output"))] if "output" in row else []
     if not answer:
         prompt, answer = last_answer(prompt, "conversations")
-    yield thumb(prompt, answer, row["kto_tag"], place, row_id, meta)
+    yield at.thumb(prompt, answer, row["kto_tag"], meta)
 
 
 def _prompt(row: Row) -> list[Message]:

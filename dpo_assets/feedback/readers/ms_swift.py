@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dpo_assets.feedback.pair import Message, Pair
-from dpo_assets.feedback.readers import Format, Item, Place, Row, RowFault, has
+from dpo_assets.feedback.pair import Message
+from dpo_assets.feedback.readers import Format, Item, Row, RowFault, has
 from dpo_assets.feedback.readers.shapes import (
+    At,
     answer_in,
     assistant,
     by_row,
@@ -18,7 +19,6 @@ from dpo_assets.feedback.readers.shapes import (
     other_shape,
     others,
     shared_prefix,
-    thumb,
     user,
     with_system,
 )
@@ -27,7 +27,7 @@ _PARTS = ("id", "messages", "rejected_response", "rejected_messages", "query", "
 
 
 @by_row("id")
-def read(row: Row, place: Place, row_id: str) -> Iterator[Item]:
+def read(row: Row, at: At) -> Iterator[Item]:
     """The conversation's last answer is the chosen one."""
     if "messages" not in row and "query" not in row:
         raise other_shape(row, "messages or query")
@@ -36,16 +36,16 @@ def read(row: Row, place: Place, row_id: str) -> Iterator[Item]:
     if has(row, "rejected_messages"):
         other = with_system(row, messages(row["rejected_messages"], "rejected_messages"))
         prompt, chosen, rejected = shared_prefix(whole, other)
-        yield Pair(prompt, chosen, rejected, place.source, row_id, place.line, meta=meta)
+        yield at.pair(prompt, chosen, rejected, meta)
         return
     prompt, answer = last_answer(whole, "messages")
     if has(row, "rejected_response"):
         rejected = answer_in(row, "rejected_response")
-        yield Pair(prompt, answer, rejected, place.source, row_id, place.line, meta=meta)
+        yield at.pair(prompt, answer, rejected, meta)
         return
     if not isinstance(field(row, "label"), bool):
         raise RowFault("wrong_shape", "`label` is not true or false, so this is a row for classification")
-    yield thumb(prompt, answer, row["label"], place, row_id, meta)
+    yield at.thumb(prompt, answer, row["label"], meta)
 
 
 def _conversation(row: Row) -> list[Message]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from dpo_assets.feedback.pair import Message
-from dpo_assets.feedback.readers import Format, Item, Place, Row, RowFault, has
+from dpo_assets.feedback.readers import Format, Item, Row, RowFault, has
 from dpo_assets.feedback.readers.hh_rlhf import turns_of
 from dpo_assets.feedback.readers.shapes import (
+    At,
     assistant,
     by_row,
     listed,
@@ -15,13 +16,12 @@ from dpo_assets.feedback.readers.shapes import (
     needed_number,
     needed_text,
     other_shape,
-    two_or_more,
     user,
 )
 
 
 @by_row("id")
-def read(row: Row, place: Place, row_id: str) -> Iterator[Item]:
+def read(row: Row, at: At) -> Iterator[Item]:
     """The prompt is plain text, or a transcript that ends with an empty turn of the assistant."""
     if not has(row, "prompt", "answers"):
         raise other_shape(row, "prompt and answers")
@@ -31,7 +31,7 @@ def read(row: Row, place: Place, row_id: str) -> Iterator[Item]:
         model = {"model": one["model"]} if isinstance(one.get("model"), str) else {}
         answer = [assistant(needed_text(one, "answer", f"answers[{n}]."))]
         scored.append((answer, 0.0 - needed_number(one, "rank"), model))
-    yield from two_or_more(prompt, scored, place, row_id, "judge_rating", {})
+    yield from at.ranking(prompt, scored, "judge_rating", {})
 
 
 def _prompt(text: str) -> list[Message]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dpo_assets.feedback.readers import Format, Item, Place, Row, has
+from dpo_assets.feedback.readers import Format, Item, Row, has
 from dpo_assets.feedback.readers.shapes import (
+    At,
     Scored,
     by_row,
     field,
@@ -15,13 +16,12 @@ from dpo_assets.feedback.readers.shapes import (
     needed_number,
     other_shape,
     others,
-    two_or_more,
 )
 
 
 @by_row("id")
-def read(row: Row, place: Place, row_id: str) -> Iterator[Item]:
-    """Two completions are a pair; more of them are ranked answers."""
+def read(row: Row, at: At) -> Iterator[Item]:
+    """Of two completions the lower rank is chosen; of more the recipe's policy makes the pairs."""
     if "context" not in row and "completions" not in row:
         raise other_shape(row, "context and completions")
     prompt = messages(field(row, "context"), "context")
@@ -32,7 +32,7 @@ def read(row: Row, place: Place, row_id: str) -> Iterator[Item]:
         answer = messages(field(one, "completion", f"{where}."), f"{where}.completion")
         scored.append((answer, 0.0 - needed_number(one, "rank"), {}))
     meta = others(row, "id", "context", "completions")
-    yield from two_or_more(prompt, scored, place, row_id, "human_ranking", meta)
+    yield from at.ranking(prompt, scored, "human_ranking", meta)
 
 
 FORMAT = Format(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from dpo_assets.feedback.readers import Format, Item, Place, Row, RowFault
+from dpo_assets.feedback.readers import Format, Item, Row, RowFault
 from dpo_assets.feedback.readers.shapes import (
+    At,
     Scored,
     assistant,
     by_row,
@@ -17,7 +18,6 @@ from dpo_assets.feedback.readers.shapes import (
     other_shape,
     others,
     text_of,
-    two_or_more,
     with_system,
 )
 
@@ -25,7 +25,7 @@ _LABELS = {"preferred": 1.0, "non-preferred": 0.0}
 
 
 @by_row("id")
-def read(row: Row, place: Place, row_id: str) -> Iterator[Item]:
+def read(row: Row, at: At) -> Iterator[Item]:
     """All messages but the last are the prompt."""
     if _candidates(row) is None:
         raise other_shape(row, "messages whose last one holds candidates")
@@ -41,7 +41,7 @@ def read(row: Row, place: Place, row_id: str) -> Iterator[Item]:
         text = text_of(field(candidate, "content", f"{where}."), f"{where}.content")
         scored.append(([assistant(text)], _LABELS[label], {}))
     meta = others(row, "id", "messages", "system", "schemaVersion")
-    yield from two_or_more(prompt, scored, place, row_id, "human_pair", meta)
+    yield from at.ranking(prompt, scored, "human_pair", meta)
 
 
 def _candidates(row: Row) -> Any:

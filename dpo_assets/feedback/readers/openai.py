@@ -5,27 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dpo_assets.feedback.pair import Pair
-from dpo_assets.feedback.readers import Format, Place, Row, has
-from dpo_assets.feedback.readers.shapes import answer_in, by_row, field, mapping, messages, other_shape, others
+from dpo_assets.feedback.readers import Format, Row, has
+from dpo_assets.feedback.readers.shapes import At, answer_in, by_row, field, mapping, messages, other_shape, others
 
 _PARTS = ("input", "preferred_output", "non_preferred_output")
 
 
 @by_row("id")
-def read(row: Row, place: Place, row_id: str) -> Iterator[Pair]:
+def read(row: Row, at: At) -> Iterator[Pair]:
     """`input.messages` is the prompt; both outputs are lists of messages. Tools of the input are kept in `meta`."""
     if not any(name in row for name in _PARTS):
         raise other_shape(row, "input, preferred_output and non_preferred_output")
     given = mapping(field(row, "input"), "input", "{messages}")
-    yield Pair(
-        prompt=messages(field(given, "messages", "input."), "input.messages"),
-        chosen=answer_in(row, "preferred_output"),
-        rejected=answer_in(row, "non_preferred_output"),
-        source=place.source,
-        row=row_id,
-        line=place.line,
-        meta=others(row, "id", *_PARTS) | ({"tools": given["tools"]} if given.get("tools") else {}),
-    )
+    prompt = messages(field(given, "messages", "input."), "input.messages")
+    chosen, rejected = answer_in(row, "preferred_output"), answer_in(row, "non_preferred_output")
+    tools = {"tools": given["tools"]} if given.get("tools") else {}
+    yield at.pair(prompt, chosen, rejected, others(row, "id", *_PARTS) | tools)
 
 
 FORMAT = Format(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dpo_assets.feedback.pair import Pair
-from dpo_assets.feedback.readers import Format, Place, Row, has
+from dpo_assets.feedback.readers import Format, Row, has
 from dpo_assets.feedback.readers.shapes import (
+    At,
     answer_in,
     by_row,
     field,
@@ -18,14 +19,14 @@ from dpo_assets.feedback.readers.shapes import (
 
 
 @by_row("id")
-def read(row: Row, place: Place, row_id: str) -> Iterator[Pair]:
+def read(row: Row, at: At) -> Iterator[Pair]:
     """`messages` ends with the preferred answer."""
     if "messages" not in row and "rejected_message" not in row:
         raise other_shape(row, "messages and rejected_message")
     prompt, chosen = last_answer(messages(field(row, "messages"), "messages"), "messages")
     rejected = answer_in(row, "rejected_message")
     meta = others(row, "id", "messages", "rejected_message")
-    yield Pair(prompt, chosen, rejected, source=place.source, row=row_id, line=place.line, meta=meta)
+    yield at.pair(prompt, chosen, rejected, meta)
 
 
 FORMAT = Format(

@@ -9,9 +9,10 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpo_assets.feedback.pair import ROLES, JudgedAnswer, LabelKind, Message, Pair
+from dpo_assets.feedback.pairing import proposed
 from dpo_assets.feedback.readers import Item, Place, Read, ReadOptions, Row, RowFault, keys_of
 
 # What formats call the three roles. A name that is not here stays as it is, and the dataset's rules name it.
@@ -30,17 +31,87 @@ _MILLISECONDS = 1e11  # Seconds of the year 5138, milliseconds of 1973.
 _YES, _NO = ("true", "1", "yes"), ("false", "0", "no")
 
 
-def by_row(*ids: str) -> Callable[[Callable[[Row, Place, str], Iterable[Item]]], Read]:
-    """A `read` from a generator `(row, place, row id) -> items` that raises its faults; a row's id stands in `ids`."""
+class At(NamedTuple):
+    """One row as its reader sees it: where it stands, what it is called, and the choices of the recipe."""
 
-    def decorate(body: Callable[[Row, Place, str], Iterable[Item]]) -> Read:
+    place: Place
+    row: str
+    options: ReadOptions
+
+    def pair(
+        self,
+        prompt: list[Message],
+        chosen: list[Message],
+        rejected: list[Message],
+        meta: dict[str, Any],
+        kind: LabelKind = "human_pair",
+        margin: float | None = None,
+        row: str = "",
+    ) -> Pair:
+        """The pair that the row holds, or one of them, which `row` then names."""
+        return Pair(
+            prompt=prompt,
+            chosen=chosen,
+            rejected=rejected,
+            source=self.place.source,
+            row=row or self.row,
+            line=self.place.line,
+            label_kind=kind,
+            margin=margin,
+            meta=meta,
+        )
+
+    def judged(
+        self, prompt: list[Message], answer: list[Message], score: float, kind: LabelKind, meta: dict[str, Any]
+    ) -> JudgedAnswer:
+        """The one answer that the row judges. What it is held against is a policy's choice among other rows."""
+        source, line = self.place.source, self.place.line
+        return JudgedAnswer(prompt, answer, score, source, self.row, line, label_kind=kind, meta=meta)
+
+    def thumb(self, prompt: list[Message], answer: list[Message], liked: bool, meta: dict[str, Any]) -> JudgedAnswer:
+        return self.judged(prompt, answer, 1.0 if liked else -1.0, "human_thumb", meta)
+
+    def ranking(
+        self, prompt: list[Message], scored: Sequence[Scored], kind: LabelKind, meta: dict[str, Any]
+    ) -> Iterator[Pair | RowFault]:
+        """The pairs of a row that ranks several answers itself, as the recipe's policy chooses them.
+
+        They are made here and not with other rows' answers: a rank, or a judge's score, says nothing outside its row.
+
+        Raises:
+            RowFault: `no_comparison` for fewer than two answers.
+        """
+        if len(scored) < 2:
+            raise RowFault("no_comparison", f"{len(scored)} judged answers; a comparison needs two")
+        for a, b in proposed([score for _, score, _ in scored], self.options.pairing):
+            (chosen, high, of_chosen), (rejected, low, of_rejected) = scored[a], scored[b]
+            row = self.row if len(scored) == 2 else f"{self.row}.{a}>{b}"
+            sides = {"chosen": of_chosen, "rejected": of_rejected} if of_chosen or of_rejected else {}
+            labels = kind == "human_pair"  # Which one is better, not by how much.
+            if high == low:
+                yield RowFault("tie", "both answers were judged alike", row)
+            elif not labels and high - low < self.options.min_margin:
+                yield RowFault("tie", f"the answers lie {high - low:g} apart, less than min_margin", row)
+            else:
+                margin = None if labels else high - low
+                yield self.pair(prompt, chosen, rejected, meta | sides, kind, margin, row)
+
+
+def by_row(*ids: str) -> Callable[[Callable[[Row, At], Iterable[Item]]], Read]:
+    """A `read` from a generator of items that raises its faults; a row's id stands under the first of `ids` it has."""
+
+    def decorate(body: Callable[[Row, At], Iterable[Item]]) -> Read:
         @wraps(body)
         def read(row: Row, place: Place, options: ReadOptions) -> Iterator[Item]:
-            row_id = place.row_id(next((row[name] for name in ids if row.get(name) is not None), None))
+            given = None
+            for name in ids:
+                if (given := row.get(name)) is not None:
+                    break
+            at = At(place, place.row_id(given), options)
             try:
-                yield from body(row, place, row_id)
+                yield from body(row, at)
             except RowFault as fault:
-                yield RowFault(fault.reason, fault.message, fault.row or row_id)
+                yield RowFault(fault.reason, fault.message, fault.row or at.row)
 
         return read
 
@@ -191,10 +262,14 @@ def message(value: Any, where: str, role: str = "role", content: str = "content"
 
 def messages(value: Any, where: str, role: str = "role", content: str = "content") -> list[Message]:
     """A list of messages."""
-    return [
-        message(item, f"{where}[{n}]", role, content)
-        for n, item in enumerate(listed(value, where, "a list of messages"))
-    ]
+    found: list[Message] = []
+    for n, item in enumerate(listed(value, where, "a list of messages")):
+        # The usual message first and without a call: a million rows have several each.
+        if type(item) is dict and item.get(role) in ROLES and type(item.get(content)) is str and len(item) == 2:
+            found.append({"role": item[role], "content": item[content]})
+        else:
+            found.append(message(item, f"{where}[{n}]", role, content))
+    return found
 
 
 def turns(value: Any, where: str, speaker: str) -> list[Message]:
@@ -300,9 +375,7 @@ def strength(row: Row, chosen: str, rejected: str) -> float | None:
     return better - worse
 
 
-def rated_pair(
-    row: Row, place: Place, row_id: str, chosen_score: str, rejected_score: str, left_out: tuple[str, ...] = ()
-) -> Pair:
+def rated_pair(row: Row, at: At, chosen_score: str, rejected_score: str, left_out: tuple[str, ...] = ()) -> Pair:
     """`chosen` and `rejected` as answers to `prompt` or as whole conversations, with a judge's score each."""
     margin = strength(row, chosen_score, rejected_score)
     chosen, rejected = answer_in(row, "chosen"), answer_in(row, "rejected")
@@ -311,17 +384,7 @@ def rated_pair(
     else:
         prompt = turns(field(row, "prompt"), "prompt", "user")
     meta = others(row, "id", "prompt", "chosen", "rejected", chosen_score, rejected_score, *left_out)
-    return Pair(
-        prompt=prompt,
-        chosen=chosen,
-        rejected=rejected,
-        source=place.source,
-        row=row_id,
-        line=place.line,
-        label_kind="judge_rating",
-        margin=margin,
-        meta=meta,
-    )
+    return at.pair(prompt, chosen, rejected, meta, "judge_rating", margin)
 
 
 def stronger(first: Message, second: Message, told: float, name: str) -> tuple[list[Message], list[Message], float]:
@@ -333,64 +396,6 @@ def stronger(first: Message, second: Message, told: float, name: str) -> tuple[l
     if told == 0:
         raise RowFault("tie", f"`{name}` is 0: neither response was preferred")
     return ([first], [second], -told) if told < 0 else ([second], [first], told)
-
-
-def thumb(
-    prompt: list[Message], answer: list[Message], liked: bool, place: Place, row_id: str, meta: dict[str, Any]
-) -> JudgedAnswer:
-    """One answer with a thumb up or down."""
-    score = 1.0 if liked else -1.0
-    return JudgedAnswer(prompt, answer, score, place.source, row_id, place.line, label_kind="human_thumb", meta=meta)
-
-
-def judged(
-    prompt: list[Message],
-    scored: Sequence[Scored],
-    place: Place,
-    row_id: str,
-    kind: LabelKind,
-) -> Iterator[JudgedAnswer]:
-    """One judged answer for each (answer, score, meta) of a row."""
-    for n, (answer, score, meta) in enumerate(scored):
-        row = f"{row_id}.{n}"
-        yield JudgedAnswer(prompt, answer, score, place.source, row, place.line, label_kind=kind, meta=meta)
-
-
-def two_or_more(
-    prompt: list[Message],
-    scored: Sequence[Scored],
-    place: Place,
-    row_id: str,
-    kind: LabelKind,
-    meta: dict[str, Any],
-) -> Iterator[Item]:
-    """A row's own comparison: two answers are a pair, more of them are left to the pairing policy.
-
-    Ranks say nothing outside their row, so `meta["ranking"]` names it.
-
-    Raises:
-        RowFault: `no_comparison` for fewer than two, `tie` for two that are equal.
-    """
-    if len(scored) < 2:
-        raise RowFault("no_comparison", f"{len(scored)} answers; a comparison needs two")
-    if len(scored) > 2:
-        yield from judged(prompt, [(a, s, {**meta, **m, "ranking": row_id}) for a, s, m in scored], place, row_id, kind)
-        return
-    (worse, low, of_worse), (better, high, of_better) = sorted(scored, key=lambda item: item[1])
-    if low == high:
-        raise RowFault("tie", "both answers were judged alike")
-    sides = {"chosen": of_better, "rejected": of_worse} if of_better or of_worse else {}
-    yield Pair(
-        prompt=prompt,
-        chosen=better,
-        rejected=worse,
-        source=place.source,
-        row=row_id,
-        line=place.line,
-        label_kind=kind,
-        margin=high - low if kind != "human_pair" else None,
-        meta=meta | sides,
-    )
 
 
 def _owner(inside: str) -> str:

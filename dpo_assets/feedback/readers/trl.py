@@ -5,54 +5,59 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dpo_assets.feedback.pair import JudgedAnswer, Pair
-from dpo_assets.feedback.readers import Format, Item, Place, Row, RowFault, has
+from dpo_assets.feedback.readers import Format, Item, Place, ReadOptions, Row, RowFault, has
 from dpo_assets.feedback.readers.shapes import (
-    by_row,
+    At,
     field,
+    is_whole,
     number,
     others,
     prompt_and_answers,
     shared_prefix,
-    thumb,
     truth,
     turns,
 )
 
+_PARTS = frozenset({"prompt", "chosen", "rejected", "id", "margin"})
 
-@by_row("id")
-def read(row: Row, place: Place, row_id: str) -> Iterator[Item]:
+
+def read(row: Row, place: Place, options: ReadOptions) -> Iterator[Item]:
     """`{prompt, chosen, rejected}`, `{chosen, rejected}` with one prefix, or `{prompt, completion, label}`."""
-    if has(row, "completion", "label") and not has(row, "chosen"):
-        yield _judged(row, place, row_id)
-        return
-    for name in ("chosen", "rejected"):
-        field(row, name)
-    chosen, rejected = turns(row["chosen"], "chosen", "assistant"), turns(row["rejected"], "rejected", "assistant")
-    if row.get("prompt") is not None:
-        prompt = turns(row["prompt"], "prompt", "user")
-        prompt, chosen, rejected = prompt_and_answers(prompt, chosen, rejected)
-    else:
-        prompt, chosen, rejected = shared_prefix(chosen, rejected)
-    yield Pair(
-        prompt=prompt,
-        chosen=chosen,
-        rejected=rejected,
-        source=place.source,
-        row=row_id,
-        line=place.line,
-        margin=number(row.get("margin")),
-        meta={k: v for k, v in row.items() if k not in ("prompt", "chosen", "rejected", "id", "margin")},
-    )
+    row_id = place.row_id(row.get("id"))  # Not `by_row`: rows of this format come by the million.
+    try:
+        if row.get("chosen") is None and has(row, "completion", "label"):
+            yield _judged(row, At(place, row_id, options))
+            return
+        chosen = turns(field(row, "chosen"), "chosen", "assistant")
+        rejected = turns(field(row, "rejected"), "rejected", "assistant")
+        if row.get("prompt") is None:
+            prompt, chosen, rejected = shared_prefix(chosen, rejected)
+        else:
+            prompt = turns(row["prompt"], "prompt", "user")
+            if is_whole(chosen):
+                prompt, chosen, rejected = prompt_and_answers(prompt, chosen, rejected)
+        yield Pair(
+            prompt=prompt,
+            chosen=chosen,
+            rejected=rejected,
+            source=place.source,
+            row=row_id,
+            line=place.line,
+            margin=number(row.get("margin")),
+            meta={k: v for k, v in row.items() if k not in _PARTS},
+        )
+    except RowFault as fault:
+        yield RowFault(fault.reason, fault.message, row_id)
 
 
-def _judged(row: Row, place: Place, row_id: str) -> JudgedAnswer:
+def _judged(row: Row, at: At) -> JudgedAnswer:
     """An unpaired row: the label is a thumb. Pairing it with others of the same prompt is a policy's work."""
     liked = truth(row["label"])
     if liked is None:
         raise RowFault("wrong_type", f"`label` is {type(row['label']).__name__}; expected true or false")
     prompt = turns(field(row, "prompt"), "prompt", "user")
     answer = turns(row["completion"], "completion", "assistant")
-    return thumb(prompt, answer, liked, place, row_id, others(row, "prompt", "completion", "label", "id"))
+    return at.thumb(prompt, answer, liked, others(row, "prompt", "completion", "label", "id"))
 
 
 def _fits(row: Row) -> float:

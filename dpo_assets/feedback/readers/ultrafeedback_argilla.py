@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dpo_assets.feedback.pair import Pair
-from dpo_assets.feedback.readers import Format, Place, Row, has
-from dpo_assets.feedback.readers.shapes import by_row, other_shape, rated_pair
+from dpo_assets.feedback.readers import Format, Row, has
+from dpo_assets.feedback.readers.shapes import At, by_row, other_shape, rated_pair
 
 
 @by_row("id")
-def read(row: Row, place: Place, row_id: str) -> Iterator[Pair]:
+def read(row: Row, at: At) -> Iterator[Pair]:
     """`chosen` and `rejected` are whole conversations, or texts after `prompt`; the margin is that of the ratings."""
     if not has(row, "chosen", "rejected"):
         raise other_shape(row, "prompt, chosen, chosen-rating, rejected and rejected-rating")
-    yield rated_pair(row, place, row_id, "chosen-rating", "rejected-rating")
+    yield rated_pair(row, at, "chosen-rating", "rejected-rating")
 
 
 FORMAT = Format(

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dpo_assets.feedback.pair import Pair
-from dpo_assets.feedback.readers import Format, Place, Row, has
-from dpo_assets.feedback.readers.shapes import by_row, other_shape, rated_pair
+from dpo_assets.feedback.readers import Format, Row, has
+from dpo_assets.feedback.readers.shapes import At, by_row, other_shape, rated_pair
 
 
 @by_row("id", "prompt_id")
-def read(row: Row, place: Place, row_id: str) -> Iterator[Pair]:
+def read(row: Row, at: At) -> Iterator[Pair]:
     """The margin is the difference of the scores; `messages` repeats the chosen conversation and is left out."""
     if not has(row, "chosen", "rejected"):
         raise other_shape(row, "chosen, rejected, score_chosen and score_rejected")
-    yield rated_pair(row, place, row_id, "score_chosen", "score_rejected", left_out=("prompt_id", "messages"))
+    yield rated_pair(row, at, "score_chosen", "score_rejected", left_out=("prompt_id", "messages"))
 
 
 FORMAT = Format(

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from statistics import fmean
 
-from dpo_assets.feedback.readers import Format, Item, Place, Row, RowFault
+from dpo_assets.feedback.readers import Format, Item, Row, RowFault
 from dpo_assets.feedback.readers.shapes import (
+    At,
     Scored,
     assistant,
     by_row,
-    judged,
     listed,
     mapping,
     needed_text,
@@ -23,8 +23,8 @@ _ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
 
 
 @by_row("id")
-def read(row: Row, place: Place, row_id: str) -> Iterator[Item]:
-    """A judged answer for each completion; one without a rating becomes a fault of its own.
+def read(row: Row, at: At) -> Iterator[Item]:
+    """The completions ranked by their ratings; one without a rating becomes a fault of its own.
 
     The score is the mean of the aspects' ratings (1 to 5), as in Argilla's cleaned version: `overall_score` (1 to 10)
     is known to mark some of the worst answers 10. It is used where a row has nothing else, never beside ratings.
@@ -44,9 +44,9 @@ def read(row: Row, place: Place, row_id: str) -> Iterator[Item]:
                 raise RowFault("missing_field", f"`{where}` has no rating that is a number")
             scored.append((answer, score, {name: one[name] for name in ("model",) if isinstance(one.get(name), str)}))
         except RowFault as fault:
-            yield RowFault(fault.reason, fault.message, f"{row_id}.{n}")
+            yield RowFault(fault.reason, fault.message, f"{at.row}.{n}")
     meta = {"source": row["source"]} if isinstance(row.get("source"), str) else {}
-    yield from judged(prompt, [(a, s, {**meta, **m}) for a, s, m in scored], place, row_id, "judge_rating")
+    yield from at.ranking(prompt, scored, "judge_rating", meta)
 
 
 def _mean(completion: Row) -> float | None:

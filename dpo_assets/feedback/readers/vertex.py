@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dpo_assets.feedback.pair import Message
-from dpo_assets.feedback.readers import Format, Item, Place, Row, RowFault, has
+from dpo_assets.feedback.readers import Format, Item, Row, RowFault, has
 from dpo_assets.feedback.readers.shapes import (
+    At,
     Scored,
     by_row,
     field,
@@ -18,12 +19,11 @@ from dpo_assets.feedback.readers.shapes import (
     other_shape,
     others,
     text_of,
-    two_or_more,
 )
 
 
 @by_row("id")
-def read(row: Row, place: Place, row_id: str) -> Iterator[Item]:
+def read(row: Row, at: At) -> Iterator[Item]:
     """Score 1 marks the preferred completion, 0 the other: "the value of the score itself" says no more."""
     if "contents" not in row and "completions" not in row:
         raise other_shape(row, "contents and completions")
@@ -37,7 +37,7 @@ def read(row: Row, place: Place, row_id: str) -> Iterator[Item]:
     if len(scored) != 2:
         raise RowFault("wrong_shape", f"`completions` has {len(scored)} entries; the format has one pair")
     meta = others(row, "id", "contents", "completions", "system_instruction", "systemInstruction")
-    yield from two_or_more(prompt, scored, place, row_id, "human_pair", meta)
+    yield from at.ranking(prompt, scored, "human_pair", meta)
 
 
 def _system(row: Row) -> list[Message]:
