@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 
 from dpo_assets.feedback.pair import Message
 from dpo_assets.feedback.readers import Format, Item, Row, RowFault, has
-from dpo_assets.feedback.readers.ms_swift import two_texts
 from dpo_assets.feedback.readers.shapes import (
     At,
     answer_in,
     assistant,
     by_row,
     field,
+    history,
     last_answer,
     listed,
     mapping,
@@ -53,13 +53,8 @@ def _prompt(row: Row) -> list[Message]:
         given = listed(row["conversations"], "conversations", "a list of messages")
         keys = _keys(given[0]) if given else ("from", "value")
         return with_system(row, messages(given, "conversations", *keys))
-    before = []
-    for n, turn in enumerate(listed(row.get("history") or [], "history")):
-        asked, said = two_texts(turn, f"history[{n}]")
-        before += [user(asked), assistant(said)]
-    more = row.get("input")
-    asked = needed_text(row, "instruction") + (f"\n{needed_text(row, 'input')}" if more else "")
-    return with_system(row, [*before, user(asked)])
+    asked = needed_text(row, "instruction") + (f"\n{needed_text(row, 'input')}" if row.get("input") else "")
+    return with_system(row, [*history(row), user(asked)])
 
 
 def _answer(row: Row, name: str) -> list[Message]:

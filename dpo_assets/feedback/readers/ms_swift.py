@@ -12,8 +12,8 @@ from dpo_assets.feedback.readers.shapes import (
     assistant,
     by_row,
     field,
+    history,
     last_answer,
-    listed,
     messages,
     needed_text,
     other_shape,
@@ -51,18 +51,8 @@ def read(row: Row, at: At) -> Iterator[Item]:
 def _conversation(row: Row) -> list[Message]:
     if row.get("messages") is not None:
         return with_system(row, messages(row["messages"], "messages"))
-    before = []
-    for n, turn in enumerate(listed(row.get("history") or [], "history")):
-        asked, said = two_texts(turn, f"history[{n}]")
-        before += [user(asked), assistant(said)]
-    return with_system(row, [*before, user(needed_text(row, "query")), assistant(needed_text(row, "response"))])
-
-
-def two_texts(turn: object, where: str) -> tuple[str, str]:
-    """One turn of a history: what was asked and what was said."""
-    if isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn):
-        return turn[0], turn[1]
-    raise RowFault("wrong_type", f"`{where}` is not a question and an answer as text")
+    asked, said = user(needed_text(row, "query")), assistant(needed_text(row, "response"))
+    return with_system(row, [*history(row), asked, said])
 
 
 def _fits(row: Row) -> float:

@@ -312,6 +312,16 @@ def with_system(row: Row, prompt: list[Message], name: str = "system") -> list[M
     return [{"role": "system", "content": text_of(said, name)}, *prompt]
 
 
+def history(row: Row) -> list[Message]:
+    """Earlier turns under `history`, each a question and an answer (alpaca's fashion)."""
+    found = []
+    for n, turn in enumerate(listed(row.get("history") or [], "history")):
+        if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise RowFault("wrong_type", f"`history[{n}]` is not a question and an answer as text")
+        found += [user(turn[0]), assistant(turn[1])]
+    return found
+
+
 def last_answer(conversation: list[Message], where: str) -> tuple[list[Message], list[Message]]:
     """A conversation as its prompt and its last message, which must be the assistant's."""
     if len(conversation) < 2 or conversation[-1]["role"] != "assistant":
