@@ -133,6 +133,12 @@ READERS: tuple[str, ...] = (
     "trl",
     "oasst_tree",
     "hh_rlhf",
+    "open_webui",
+    "label_studio",
+    "argilla",
+    "langfuse",
+    "langsmith",
+    "librechat",
 )
 
 
