@@ -66,6 +66,12 @@ def test_open_webui_sibling_s_own_vote_outweighs_an_older_snapshot() -> None:
     assert judged(items[2]) == ([BREAD], [DEPENDS], 1.0)
 
 
+def test_open_webui_temporary_chats_share_an_id_and_nothing_else() -> None:
+    row = changed(rows_of("open_webui")[2], "meta.chat_id", "local")
+    other = changed(row, "meta.message_id", "m3") | {"id": "f9"}
+    assert [isinstance(item, Pair) for _, item in read("open_webui", [row, other])] == [True, True]
+
+
 def test_open_webui_recipe_says_which_siblings_count() -> None:
     row = rows_of("open_webui")[2]
     opposed = changed(row, "snapshot.chat.chat.history.messages.m3.annotation", {"rating": "-1"})

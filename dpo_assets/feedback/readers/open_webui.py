@@ -43,6 +43,8 @@ def open_reader(options: ReadOptions) -> FileReader:
 def _identify(row: Row) -> Identity:
     meta = row.get("meta")
     chat = identifier(meta.get("chat_id")) if isinstance(meta, Mapping) else None
+    if chat is not None and chat.split(":")[0] == "local":
+        chat = None  # Every temporary chat has this id, so it joins nothing.
     return Identity(identifier(row.get("id")), version(row.get("updated_at"), row.get("created_at")), chat)
 
 

@@ -103,9 +103,11 @@ def text(value: Any, where: str) -> str:
         raise RowFault("wrong_type", f"{where} is {type(value).__name__}, expected text")
     if not value or not value.strip():
         raise RowFault("missing_text", f"{where} holds no text")
-    if any("\ud800" <= letter <= "\udfff" for letter in ("" if value.isascii() else value)):
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
         # JSON inside a string field can hold one although the line itself was valid; it would break Parquet later.
-        raise RowFault("invalid_utf8", f"{where} holds a lone surrogate escape, which is not text")
+        raise RowFault("invalid_utf8", f"{where} holds a lone surrogate escape, which is not text") from None
     return value
 
 
