@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dpo_assets.feedback.pair import hashed_user
+from dpo_assets.feedback.pair import Pair, hashed_user
 from dpo_assets_tests.feedback.tool_exports import (
     changed,
     judged,
@@ -88,8 +88,8 @@ def test_label_studio_asks_which_of_several_questions_counts() -> None:
     assert the("label_studio", task, question="style").score == 1.0
     assert the("label_studio", task, question="quality").score == 4.5
     assert reason(the("label_studio", task, question="tone")) == (
-        "unjudged",
-        "no annotation holds a pairwise, rating or choices result of `tone`",
+        "no_feedback",
+        "no annotation holds a comparison, rating or choice of `tone`",
     )
 
 
@@ -97,12 +97,12 @@ def test_label_studio_asks_which_of_several_questions_counts() -> None:
     ("path", "value", "expected", "says"),
     [
         ("annotations", None, "wrong_shape", "the task has: annotations, cancelled_annotations, created_at"),
-        ("annotations", [], "unjudged", "no annotation"),
+        ("annotations", [], "no_feedback", "no annotation"),
         ("annotations", ["x"], "wrong_type", "not an annotation"),
         ("data", "x", "wrong_type", "`data` is str"),
         ("data.answer2", None, "missing_text", "`data.answer2`"),
         ("data.prompt", "  ", "missing_text", "`data.prompt`"),
-        ("annotations.0.result", [], "unjudged", "no annotation holds"),
+        ("annotations.0.result", [], "no_feedback", "no annotation holds"),
         ("annotations.0.result.0.value", {"selected": "up"}, "wrong_shape", "'up'"),
     ],
 )
@@ -141,6 +141,12 @@ def test_argilla_ranking_follows_the_recipe_s_pairing_and_reports_ties() -> None
     items = [item for _, item in read("argilla", [rows_of("argilla")[1]], pairing="adjacent")]
     assert sides(items[0])[1:] == ([assistant("Oslo")], [assistant("Bergen")])
     assert reason(items[1]) == ("tie", "response_2 and response_3 have rank 2.5")
+    every = [item for _, item in read("argilla", [rows_of("argilla")[0]], pairing="all_above_margin")]
+    assert [item.row for item in every if isinstance(item, Pair)] == [
+        "r1:response_1>response_2",
+        "r1:response_1>response_3",
+        "r1:response_2>response_3",
+    ]
 
 
 def test_argilla_last_response_of_a_user_counts() -> None:
@@ -193,7 +199,7 @@ def test_argilla_corrected_text_becomes_an_edit() -> None:
         ("ranking.responses", [["response_1"]], "no_comparison", "fewer than two"),
         ("ranking.responses", "response_1", "wrong_type", "is str"),
         ("ranking.responses", [["response_1", "response_2"]] * 2, "wrong_shape", "of one length"),
-        ("ranking.responses", None, "unjudged", "no response"),
+        ("ranking.responses", None, "no_feedback", "no response"),
         ("other.responses", ["x"], "several_questions", "other, ranking"),
         ("response_1", None, "missing_text", "`response_1`"),
     ],

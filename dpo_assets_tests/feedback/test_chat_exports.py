@@ -93,9 +93,9 @@ def test_open_webui_stopped_or_failed_sibling_is_not_compared() -> None:
 @pytest.mark.parametrize(
     ("path", "value", "expected", "says"),
     [
-        ("type", "comment", "unjudged", "comment"),
-        ("data.rating", None, "unjudged", "None"),
-        ("data.rating", 7, "unjudged", "7"),
+        ("type", "comment", "no_feedback", "comment"),
+        ("data.rating", None, "no_feedback", "None"),
+        ("data.rating", 7, "no_feedback", "7"),
         ("data.rating", 0, "tie", "draw"),
         ("data", None, "missing_field", "no `data`; the row has: created_at, data, id, meta, snapshot"),
         ("snapshot", [], "wrong_type", "`snapshot` is list"),
@@ -118,7 +118,7 @@ def test_open_webui_says_what_is_wrong_with_a_row(path: str, value: Any, expecte
 def test_librechat_export_becomes_judged_answers() -> None:
     items = read_export("librechat")
     night = [user("Translate: bonne nuit")]
-    assert reason(only(items[1])) == ("unjudged", "a message without a thumb")
+    assert reason(only(items[1])) == ("no_feedback", "a message without a thumb")
     down = only(items[2])
     assert judged(down) == (night, [assistant("Good day")], -1.0)
     assert (down.label_kind, down.user, down.row) == ("human_thumb", hashed_user("u42"), "a1")
@@ -126,7 +126,7 @@ def test_librechat_export_becomes_judged_answers() -> None:
     up = only(items[4])  # Its sibling: one prompt. Reasoning parts are no part of the answer.
     assert judged(up) == (night, [assistant("Good night")], 1.0)
     assert (up.meta["tag"], up.created_at) == ("accurate_reliable", "2025-02-01T12:30:00+00:00")
-    assert reason(only(items[5]))[0] == "unjudged"
+    assert reason(only(items[5]))[0] == "no_feedback"
     assert reason(only(items[6]))[0] == "unfinished"
     assert reason(only(items[7])) == ("excluded_tag", "the thumb is about 'missing_image', not about the text")
     assert reason(only(items[8]))[0] == "no_counterpart"

@@ -41,7 +41,7 @@ def test_langfuse_export_becomes_edits_and_judged_answers() -> None:
     assert judge.label_kind == "judge_rating"
     missing = "observation missing is not in the companion file `langfuse_observations.jsonl`"
     assert reason(only(items[5])) == ("no_counterpart", missing)
-    assert reason(only(items[6]))[0] == "unjudged"
+    assert reason(only(items[6]))[0] == "no_feedback"
 
 
 def langfuse(**changes: Any) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def test_langsmith_feedback_of_several_keys_is_not_mixed() -> None:
 @pytest.mark.parametrize(
     ("changes", "expected", "says"),
     [
-        ({"score": None}, "unjudged", "the row has: comment"),
+        ({"score": None}, "no_feedback", "the row has: comment"),
         ({"score": "high"}, "wrong_shape", "'high'"),
         ({"run_id": None}, "wrong_shape", "no `run_id`"),
         ({"correction": {"score": "x"}}, "wrong_shape", "'x'"),

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from dpo_assets.feedback.pair import JudgedAnswer, LabelKind, Message, Pair, hashed_user
@@ -36,7 +35,7 @@ from dpo_assets.feedback.readers.values import (
     text,
     timestamp,
 )
-from dpo_assets.feedback.readers.votes import majority, mean_ranks
+from dpo_assets.feedback.readers.votes import compared, majority, mean_ranks
 
 HIGHEST_RANK = 10_000  # A question has a handful of options; a larger number is no rank.
 _FLAT = ".responses"
@@ -114,7 +113,7 @@ def _record(row: Row, row_id: str, place: Place, options: ReadOptions) -> _Recor
         raise RowFault("several_questions", message)
     question = question or (names[0] if names else None)
     if question not in names or question is None:
-        raise RowFault("unjudged", f"no response to `{question}`" if question else "no response")
+        raise RowFault("no_feedback", f"no response to `{question}`" if question else "no response")
     by_user: dict[str, Any] = {}
     responses = list(_nested(nested, question, row) if isinstance(nested, Mapping) else _flat(row, question))
     for n, (value, user, status) in enumerate(responses):
@@ -165,8 +164,7 @@ def _ranking(record: _Record, prompt: list[Message], options: ReadOptions) -> It
     order = sorted(ranks, key=lambda name: (ranks[name], name))
     if len(order) < 2:
         raise RowFault("no_comparison", "fewer than two answers are ranked by everyone")
-    compared = [(order[0], order[-1])] if options.pairing == "best_worst" else list(pairwise(order))
-    for better, worse in compared:
+    for better, worse in compared(order, options.pairing):
         if ranks[better] == ranks[worse]:
             yield RowFault("tie", f"{better} and {worse} have rank {ranks[better]:g}", f"{record.id}:{better}>{worse}")
             continue

@@ -76,7 +76,7 @@ def _verdicts(row: Row, options: ReadOptions) -> list[_Verdict]:
     counted = [a for a in given if not a.get("was_cancelled")]
     if not counted:
         raise RowFault(
-            "cancelled" if given else "unjudged", "every annotation was cancelled" if given else "no annotation"
+            "cancelled" if given else "no_feedback", "every annotation was cancelled" if given else "no annotation"
         )
     latest: dict[str, Mapping[str, Any]] = {}
     for n, annotation in enumerate(counted):
@@ -91,7 +91,7 @@ def _verdicts(row: Row, options: ReadOptions) -> list[_Verdict]:
             "several_questions", f"the task asks several: {tags}; say which counts: `fields: {{question: ...}}`"
         )
     if not found:
-        raise RowFault("unjudged", "no annotation holds a pairwise, rating or choices result" + _of_question(options))
+        raise RowFault("no_feedback", "no annotation holds a comparison, rating or choice" + _of_question(options))
     return found
 
 

@@ -72,7 +72,7 @@ class ScoreReader(GroupedReader):
         if kind not in _TYPES:
             raise RowFault("wrong_shape", f"no known `data_type` of a score; the row has: {keys_of(row)}")
         if kind == "TEXT":
-            raise RowFault("unjudged", "a TEXT score is a comment, not a verdict")
+            raise RowFault("no_feedback", "a TEXT score is a comment, not a verdict")
         if kind != "CORRECTION":
             self._check_name(name, options)
         observation = self._observed(row)

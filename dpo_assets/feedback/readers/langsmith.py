@@ -19,7 +19,6 @@ comparison at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 from dpo_assets.feedback.pair import JudgedAnswer, LabelKind, Pair, hashed_user
@@ -27,6 +26,7 @@ from dpo_assets.feedback.readers import Format, Item, Place, ReadOptions, Row, R
 from dpo_assets.feedback.readers.logged import answer_of, prompt_of
 from dpo_assets.feedback.readers.store import Companion, GroupedReader, Identity, Stored
 from dpo_assets.feedback.readers.values import choice_score, identifier, number, timestamp, version
+from dpo_assets.feedback.readers.votes import compared
 
 _MACHINES = ("model", "auto_eval")
 
@@ -120,9 +120,8 @@ class FeedbackReader(GroupedReader):
             yield place, RowFault("no_comparison", "no other row of its comparison can be used", row_id)
         if len(scored) < 2:
             return
-        sides = [(scored[0], scored[-1])] if options.pairing == "best_worst" else list(pairwise(scored))
         spoken = set()
-        for better, worse in sides:
+        for better, worse in compared(scored, options.pairing):
             spoken.add(better[1].place.line)
             yield better[1].place, self._pair(better, worse, options)
         for _, stored in scored:
@@ -209,7 +208,7 @@ def _score(row: Row, options: ReadOptions) -> tuple[float, LabelKind]:
         worth = choice_score(options, category)
     if worth is None:
         found = f"`score` is {str(score)[:40]!r}" if score is not None else f"no `score`; the row has: {keys_of(row)}"
-        raise RowFault("unjudged" if "score" in row and score is None else "wrong_shape", found)
+        raise RowFault("no_feedback" if "score" in row and score is None else "wrong_shape", found)
     return worth, "judge_rating" if machine else "human_rating"
 
 

@@ -49,7 +49,7 @@ def _item(stored: Stored, row_id: str, messages: Mapping[str, Row], excluded: se
         raise RowFault("wrong_shape", f"no message of LibreChat; the row has: {keys_of(row)}")
     feedback = row.get("feedback")
     if feedback is None or row["isCreatedByUser"]:
-        raise RowFault("unjudged", "a message without a thumb")
+        raise RowFault("no_feedback", "a message without a thumb")
     if not isinstance(feedback, Mapping):
         raise RowFault("wrong_type", f"`feedback` is {type(feedback).__name__}, expected an object")
     rating, tag = feedback.get("rating"), _tag(feedback)

@@ -74,11 +74,11 @@ def _read(stored: Stored, row_id: str, votes: Mapping[str, int], options: ReadOp
     row, place = stored.row, stored.place
     kind = row.get("type")
     if kind is not None and kind != "rating":
-        raise RowFault("unjudged", f"feedback of type {kind!r} holds no vote")
+        raise RowFault("no_feedback", f"feedback of type {kind!r} holds no vote")
     data, meta = section(row, "data"), section(row, "meta")
     vote = _vote(data.get("rating"))
     if vote is None:
-        raise RowFault("unjudged", f"`data.rating` is {str(data.get('rating'))[:40]!r}, expected 1 or -1")
+        raise RowFault("no_feedback", f"`data.rating` is {str(data.get('rating'))[:40]!r}, expected 1 or -1")
     if vote == 0:
         raise RowFault("tie", "the vote is a draw")
     messages, system = _history(row)

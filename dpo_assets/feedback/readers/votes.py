@@ -1,22 +1,35 @@
-"""Several annotators' verdicts on one comparison: the majority's, with their agreement as its strength."""
+"""Several verdicts on one comparison: the majority, mean ranks, and which answers of a ranking to compare."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import combinations, pairwise
+from typing import TypeVar
 
 from dpo_assets.feedback.readers import RowFault
+
+Ranked = TypeVar("Ranked")
+
+
+def compared(order: Sequence[Ranked], pairing: str) -> list[tuple[Ranked, Ranked]]:
+    """(better, worse) of a ranking, best first: its ends, its neighbours (`adjacent`), or all (`all_above_margin`)."""
+    if len(order) < 2:
+        return []
+    if pairing == "adjacent":
+        return list(pairwise(order))
+    return list(combinations(order, 2)) if pairing == "all_above_margin" else [(order[0], order[-1])]
 
 
 def majority(votes: Sequence[str]) -> tuple[str, float]:
     """The verdict that most annotators gave, and the share of them who gave it (above 0, at most 1).
 
     Raises:
-        RowFault: `tie` where two verdicts have equally many votes, `unjudged` where there is none.
+        RowFault: `tie` where two verdicts have equally many votes, `no_feedback` where there is none.
     """
     ranked = Counter(votes).most_common(2)
     if not ranked:
-        raise RowFault("unjudged", "nobody has judged it")
+        raise RowFault("no_feedback", "nobody has judged it")
     if len(ranked) == 2 and ranked[0][1] == ranked[1][1]:
         raise RowFault("tie", f"{ranked[0][0]} and {ranked[1][0]} have equally many votes ({ranked[0][1]})")
     return ranked[0][0], ranked[0][1] / len(votes)
