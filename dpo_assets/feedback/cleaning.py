@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 NOT_DAMAGE = frozenset(
     {
         "synthetic", "no_comparison", "tie", "unpaired", "not_compared", "not_judged", "no_feedback", "superseded",
-        "near_duplicate", "over_prompt_cap", "evaluation_overlap", "personal_data", "secret", "prompt_too_long",
+        "cancelled", "unsubmitted", "other_question", "other_side", "excluded_tag", "unfinished", "not_anonymous",
+        "leaked_identity", "error_answer", "near_duplicate", "over_prompt_cap", "evaluation_overlap", "personal_data", "secret", "prompt_too_long",
         "identical_after_truncation",
     }
 )  # fmt: skip

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 ItemT = TypeVar("ItemT", Pair, JudgedAnswer)
 
+MONGO_VERSION = "__v"  # Of every document that Mongoose writes, as LibreChat's.
 EMPTY_FILE, NO_ROWS = "empty_file", "no_rows"
 EMPTY = frozenset({EMPTY_FILE, NO_ROWS})  # Refusals of a file that holds nothing.
 PAIRS, KEYS, ANSWERS, QUARANTINE = "pairs.parquet", "keys.parquet", "answers.parquet", "quarantine.parquet"
@@ -146,7 +147,7 @@ class _Sorting:
     def shape_of(self, row: Row) -> None:
         """Counts the row's keys; a key that is kept for this package's own is a fault of the row."""
         keys = ",".join(map(str, row))
-        if "__" in keys and any(str(key).startswith("__") for key in row):
+        if "__" in keys and any(str(key).startswith("__") and key != MONGO_VERSION for key in row):
             raise RowFault("reserved_name", f"keys that begin with two underscores are reserved; the row has: {keys}")
         shapes = self.batch.shapes
         shapes[keys if keys in shapes or len(shapes) < SHAPES else "other"] += 1
