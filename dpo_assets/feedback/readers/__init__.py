@@ -135,6 +135,22 @@ READERS: tuple[str, ...] = (
     "trl",
     "oasst_tree",
     "hh_rlhf",
+    "openai",
+    "openpipe",
+    "vertex",
+    "nova",
+    "ms_swift",
+    "nemo_rl",
+    "llama_factory",
+    "axolotl",
+    "ultrafeedback_raw",
+    "ultrafeedback_binarized",
+    "ultrafeedback_argilla",
+    "distilabel",
+    "nectar",
+    "helpsteer2",
+    "helpsteer3",
+    "arena",
 )
 
 
