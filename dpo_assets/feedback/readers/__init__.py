@@ -151,6 +151,12 @@ READERS: tuple[str, ...] = (
     "helpsteer2",
     "helpsteer3",
     "arena",
+    "open_webui",
+    "label_studio",
+    "argilla",
+    "langfuse",
+    "langsmith",
+    "librechat",
 )
 
 
