@@ -22,7 +22,7 @@ from dpo_assets.feedback.overlap import EvaluationSets, read_prompts
 from dpo_assets.feedback.pair import PAIR_COLUMNS, QUARANTINE_COLUMNS, Pair, pandera_schema, polars_schema
 from dpo_assets.feedback.pool import PART, LoadedBatch, Pool
 from dpo_assets.feedback.rules import pair_fault
-from dpo_assets.feedback.scan import PERSONAL, SECRET, TEMPLATE, escaped, marks_in, redacted
+from dpo_assets.feedback.scan import PERSONAL, SECRET, TEMPLATE, escaped, marks_in, redacted, rows_with, unusual_marks
 from dpo_assets.feedback.tables import CONVERSATIONS, with_new_content
 from dpo_assets.recipe import CleaningSection, ReleaseRule
 
@@ -149,6 +149,10 @@ class Screening:
         if not kinds:
             return live
         flagged = live.filter(pl.any_horizontal(_has_flag(kind) for kind in kinds))
+        unusual = unusual_marks(self.marks) if TEMPLATE in kinds else []
+        if unusual:
+            more = [self._rows_with(live.sort("b", "n").slice(n, PART), unusual) for n in range(0, live.height, PART)]
+            flagged = pl.concat([flagged, *more]).unique(["b", "n"]).sort("b", "n")
         changed: list[dict[str, Any]] = []
         gone: list[tuple[int, int]] = []
         marked: list[tuple[int, int]] = []
@@ -189,12 +193,16 @@ class Screening:
         keys = batch.keys(columns).with_row_index("n").with_columns(pl.lit(number, dtype=pl.UInt32).alias("b"))
         return pl.concat([kept, keys.select(kept.columns)])
 
+    def _rows_with(self, names: pl.DataFrame, marks: Sequence[str]) -> pl.DataFrame:
+        part = self.pool.take(names)
+        return names.join(part[rows_with(part, marks)].select("b", "n"), on=["b", "n"], how="semi")
+
     def _new_texts(
         self, record: dict[str, Any], masked: Sequence[str], flags: Sequence[str]
     ) -> tuple[dict[str, Any], bool]:
         """(conversations as the policy wants them, whether they held marks of a chat template)."""
         kinds = [kind for kind in masked if kind in flags]
-        looks = TEMPLATE in flags and self.policy.template_marks != "keep"
+        looks = self.policy.template_marks != "keep"
         found = False
         result: dict[str, Any] = {}
         for name in CONVERSATIONS:

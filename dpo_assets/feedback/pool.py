@@ -54,6 +54,8 @@ class StoredBatch:
         import polars as pl
         import pyarrow.parquet as pq
 
+        if not rows:
+            return pl.read_parquet(self._folder / PAIRS, n_rows=0)
         with pq.ParquetFile(self._folder / PAIRS) as file:
             if not self._starts:
                 sizes = [file.metadata.row_group(n).num_rows for n in range(file.metadata.num_row_groups)]

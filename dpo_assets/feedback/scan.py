@@ -7,7 +7,7 @@ Patterns run over a column at once, in Rust; only what they hit is looked at aga
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dpo_assets.secret_shapes import PATTERNS
@@ -87,6 +87,11 @@ def escaped(text: str, own: Iterable[str] = ()) -> str:
     return text
 
 
+def unusual_marks(own: Iterable[str]) -> list[str]:
+    """Marks of a model that TEMPLATE does not flag: they are not like those of any other model."""
+    return [mark for mark in own if mark not in AMBIGUOUS_MARKS and not TEMPLATE_MARK.search(mark)]
+
+
 # What a Rust pattern hits first, and what decides then. `\b` and look-arounds are left to the second.
 _FIRST: dict[str, tuple[str, Callable[[str], bool]]] = {
     EMAIL: (r"[A-Za-z0-9]@[A-Za-z0-9]", lambda text: _EMAIL.search(text) is not None),
@@ -98,7 +103,7 @@ _FIRST: dict[str, tuple[str, Callable[[str], bool]]] = {
     ),
     TEMPLATE: (
         r"<\||<｜|\[/?[A-Z_]{4,16}\]|<</?SYS>>|<(?:start|end)_of_turn>|</?(?:s|bos|eos|pad|unk)>",
-        lambda _: True,
+        lambda text: bool(TEMPLATE_MARK.search(text)) or any(mark in text for mark in AMBIGUOUS_MARKS),
     ),
 }
 
@@ -127,6 +132,17 @@ def contents_of(column: pl.Series) -> pl.DataFrame:
     ).to_series()
     text = column.list.explode(keep_nulls=False, empty_as_null=False).struct.field("content")
     return pl.DataFrame({"n": rows, "text": text})
+
+
+def rows_with(pairs: pl.DataFrame, marks: Sequence[str]) -> list[int]:
+    """Rows of a table of pairs whose texts hold one of `marks`."""
+    import polars as pl
+
+    found: set[int] = set()
+    for column in ("prompt", "chosen", "rejected"):
+        texts = contents_of(pairs[column])
+        found.update(texts.filter(pl.col("text").str.contains_any(list(marks)))["n"])
+    return sorted(found)
 
 
 def with_flags(pairs: pl.DataFrame) -> pl.DataFrame:
