@@ -1,13 +1,13 @@
 """How the bands follow from published cases, so that they can be derived again without any one source.
 
-Three statistics are read off the good cases, each source with one voice, whatever its number of rows:
+Four statistics are read off the good cases, each source with one voice, whatever its number of rows:
 
 - rate: the median, over sources, of the highest learning rate, brought to full fine-tuning of 3 to 20B;
 - low beta: the same of rates at a beta below 0.05, over that rate;
-- dose: the upper quartile, over sources, of the highest `training_dose`.
+- dose: the upper quartile, over sources, of the highest `training_dose`;
 - beta: the median, over sources, of the median beta of each unit.
 
-`Procedure` holds what is set by hand. Bad cases are not used: what they decide is whether the bands are any good.
+`Procedure` holds what is set by hand, with all cases in view, the bad ones too.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from statistics import median, quantiles
 
 from benchmarks.collapse.published import Case
 from dpo_assets.checks.bands import Bands, BetaBand, LearningRateBand, Limit
-from dpo_assets.checks.configuration import Configuration, rate_ceilings, significant
+from dpo_assets.checks.configuration import Configuration, rate_ceilings, significant, weakly_restrained
 
-# Losses whose beta scales the log-ratio of a whole answer, and those where it scales one per token. `ipo`, where it sets
-# the gap aimed at, and `sppo_hard` stand in no case: their bands rest on papers.
+# Losses whose beta scales the log-ratio of a whole answer, and those where it scales one per token. `ipo`, where it
+# sets the gap aimed at, and `sppo_hard` stand in no case: their bands rest on papers.
 WHOLE_ANSWER = (
     "sigmoid", "cdpo", "robust", "hinge", "exo_pair", "nca_pair", "bco_pair", "apo_zero", "apo_down", "discopop", "aot",
     "aot_unpaired", "kto", "orpo", "cpo",
@@ -36,11 +36,12 @@ class Procedure:
     """What is set by hand, each with its reason.
 
     lora: TRL's documentation and "LoRA Without Regret" name ten; twice that is taken, since good LoRA runs are known up
-    to 5e-5 (NeuralHermes) and 1e-4 (neural-chat). small: OLMo 2 and NeMo-RL train 1B at 5 times the rate of 7 and 8B,
-    half of that (in logarithms) is taken. large: Tulu 3 trains 70B at 0.4 times the rate of 8B. blocked: half a decade
-    above a ceiling that is itself the highest rate of the middle source. undertrained: handbook 39 and 68, LoRA at 5e-7.
-    dose_warned, dose_blocked: between 4.2 times, the highest known dose of a good run that is no guess, and 25 times, the
-    lowest of a bad one that is.
+    to 5e-5 (NeuralHermes) and 1e-4 (neural-chat). small: OLMo 2 trains 1B at 5 times the rate of 7B, NeMo-RL 1B at 10
+    times that of 8B; less is taken. large: Tulu 3 trains 70B at 0.4 times the rate of 8B. blocked: full fine-tuning is
+    known as good at 5e-6 (NeMo-RL, 1B), and as incoherent at 1e-5 (SimPO). undertrained: handbook 39 and 68, LoRA at
+    5e-7. dose_warned: above 1.33 times the quartile, the highest good run whose epochs and batch are known (NeMo-RL
+    12B). dose_blocked: between 6.7 times (neural-chat, good, epochs and batch guessed) and 8.3 times (LLaMA-Factory
+    2984, gibberish).
     """
 
     lora: float = 20
@@ -51,20 +52,23 @@ class Procedure:
     dose_warned: float = 2
     dose_blocked: float = 8
     # ok_low, ok_high, error_below, error_above over the typical beta. Whole answers: good ones from 0.01 (handbook,
-    # SimPO's baselines) to 0.5 (SmolLM2, LLM Engineer's Handbook); Nemotron-4 340B searched 3e-4 to 3e-3, and 0 is dead.
+    # SimPO's baselines) to 0.5 (SmolLM2, LLM Engineer's Handbook); only 0 is known to be dead (TRL 1627).
     # Per token: SimPO 2 to 10, Tulu 3 and OLMo 5.
     whole_answer: tuple[float, float, float, float] = (0.1, 5, 0.001, 30)
-    per_token: tuple[float, float, float, float] = (0.2, 2, 0.1, 4)
+    per_token: tuple[float, float, float, float] = (0.4, 2, 0.1, 4)
 
 
-def derive(cases: Iterable[Case], shipped: Bands, procedure: Procedure = Procedure()) -> Bands:
+BY_HAND = Procedure()
+
+
+def derive(cases: Iterable[Case], shipped: Bands, procedure: Procedure = BY_HAND) -> Bands:
     """The bands that the good ones of `cases` give. What no case decides is taken from `shipped`."""
     good = [case for case in cases if case.label == "good"]
     bands = _with_rates(shipped, 1.0, procedure)
     # In units of these bands, whose ceiling for full fine-tuning of 3 to 20B is 1; a low beta does not count yet.
     plain = _with_limit(bands, "low_beta", factor=1.0)
     rate = median(_highest(good, lambda case: _relative(case.configuration, plain)).values())
-    weak = [case for case in good if case.configuration.beta is not None and _is_low(case.configuration, shipped)]
+    weak = [case for case in good if weakly_restrained(case.configuration, shipped)]
     factor = median(_highest(weak, lambda case: _relative(case.configuration, plain)).values()) / rate if weak else 1.0
     bands = _with_rates(shipped, significant(rate), procedure)
     bands = _with_limit(bands, "low_beta", factor=significant(factor, 3))
@@ -116,14 +120,6 @@ def _with_limit(bands: Bands, check: str, **numbers: float) -> Bands:
 
 def _relative(configuration: Configuration, bands: Bands) -> float:
     return configuration.learning_rate / rate_ceilings(configuration, bands).ok_high
-
-
-def _is_low(configuration: Configuration, bands: Bands) -> bool:
-    lowered = _with_limit(bands, "low_beta", factor=0.5)
-    return (
-        rate_ceilings(configuration, lowered).ok_high
-        < rate_ceilings(configuration, _with_limit(bands, "low_beta", factor=1.0)).ok_high
-    )
 
 
 def _dose(configuration: Configuration, bands: Bands) -> float:

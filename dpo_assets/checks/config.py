@@ -194,7 +194,8 @@ def schedule_and_precision(configuration: Configuration, bands: Bands) -> Verdic
         "schedule_and_precision",
         "warn" if faults else "pass",
         ", ".join(part for part in parts if part) or "not known",
-        f"warm-up {100 * low:g}% to {100 * high:g}%, max_grad_norm 1 (warned above {limit['grad_norm_warn']:g}), no fp16",
+        f"warm-up {100 * low:g}% to {100 * high:g}%, max_grad_norm 1 (warned above {limit['grad_norm_warn']:g}), "
+        "no fp16",
         limit.source,
         "; ".join(faults),
     )

@@ -1,4 +1,4 @@
-"""What a run is judged by before it starts, whether it is a plan of this pipeline or a configuration someone published."""
+"""What a run is judged by before it starts: a plan of this pipeline, or a configuration that someone published."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _UNIT_OF_SIGMOID = frozenset({"sigmoid", "cdpo", "robust", "hinge", "kto"})
 class Configuration:
     """The numbers of one DPO run. None: not known, and not judged.
 
-    `billions`: parameters in 1e9. `learning_rate`: peak, of AdamW. `batch`: pairs per optimizer step. `warmup`: share of
-    the steps. `sft_weight`: weight of the likelihood term beside the preference losses, 0 where there is none.
+    `billions`: parameters in 1e9. `learning_rate`: peak, of AdamW. `batch`: pairs per optimizer step. `warmup`: share
+    of the steps. `sft_weight`: weight of the likelihood term beside the preference losses, 0 where there is none.
     `sft_learning_rate`: of the SFT run that trained the same adapter before, None where there was none.
     """
 
@@ -90,16 +90,19 @@ def rate_ceilings(configuration: Configuration, bands: Bands) -> RateCeilings:
     band = bands.learning_rate(configuration.method, configuration.billions)
     low, term = bands.limit("low_beta"), bands.limit("sft_term")
     ok_high, error_above, moved = band.ok_high, band.error_above, []
-    restrained_by_beta = _UNIT_OF_SIGMOID & set(configuration.losses)
-    if restrained_by_beta and configuration.beta is not None and configuration.beta < low["below"]:
+    if weakly_restrained(configuration, bands):
         ok_high *= low["factor"]
-        moved.append(
-            f"beta {configuration.beta:g} is below {low['below']:g}: the ok ceiling is {low['factor']:g} times"
-        )
+        moved.append(f"beta is below {low['below']:g}: the ok ceiling is {low['factor']:g} times as high")
     if configuration.sft_weight >= term["weight"] or _LIKELIHOOD_INSIDE & set(configuration.losses):
         ok_high, error_above = ok_high * term["factor"], error_above * term["factor"]
         moved.append(f"a likelihood term holds the chosen answers: both ceilings are {term['factor']:g} times as high")
     return RateCeilings(band, significant(ok_high), significant(error_above), tuple(moved))
+
+
+def weakly_restrained(configuration: Configuration, bands: Bands) -> bool:
+    """Whether beta is so low, for a loss in sigmoid's unit, that the pull towards the reference is weak."""
+    beta, below = configuration.beta, bands.limit("low_beta")["below"]
+    return beta is not None and beta < below and bool(_UNIT_OF_SIGMOID & set(configuration.losses))
 
 
 def significant(value: float, digits: int = 6) -> float:

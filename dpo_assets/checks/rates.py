@@ -1,4 +1,4 @@
-"""Verdicts on how far training may move the weights: the learning rate alone, with epochs and batch, and beside SFT's."""
+"""How far training may move the weights: the learning rate alone, with epochs and batch, and beside that of SFT."""
 
 from __future__ import annotations
 
@@ -51,11 +51,8 @@ def training_dose(configuration: Configuration, bands: Bands) -> Verdict:
     epochs / batch is the number of steps for each pair. It blocks only above the ok ceiling: at an ok rate neither
     epochs nor a small batch is known to ruin a model.
     """
-    rate, ceilings, limit = (
-        configuration.learning_rate,
-        rate_ceilings(configuration, bands),
-        bands.limit("training_dose"),
-    )
+    rate, limit = configuration.learning_rate, bands.limit("training_dose")
+    ceilings = rate_ceilings(configuration, bands)
     updates = configuration.updates_per_pair
     band = f"at most {limit.warn:g}; blocked above {limit.error:g} where the rate is above its ok ceiling"
     if updates is None or configuration.epochs is None or configuration.batch is None:
@@ -73,7 +70,7 @@ def training_dose(configuration: Configuration, bands: Bands) -> Verdict:
     ]
     rows = "\n".join(f"| {name} | {value} | {meaning} |" for name, value, meaning in causes)
     note = (
-        f"{relative:.3g} x the rate's ok ceiling, {configuration.epochs:g} epochs, {configuration.batch:g} pairs a step"
+        f"{relative:.3g} x the ok learning rate, {configuration.epochs:g} epochs, {configuration.batch:g} pairs a step"
     )
     return Verdict(
         "training_dose",
@@ -115,23 +112,23 @@ def _floor(value: float) -> float:
 def dpo_rate_against_sft(configuration: Configuration, bands: Bands) -> Verdict:
     """The DPO learning rate over that of the SFT run that trained the same adapter.
 
-    It sees a rate copied from SFT for a model whose band is wrong too. A DPO rate inside its own ok band is never
-    blocked: there the SFT rate is low, and that is no fault.
+    It sees a rate copied from SFT, also for a model whose band is wrong. A DPO rate that is not above its own ok ceiling
+    is never blocked: there the SFT rate is low, and that is no fault.
     """
     rate, sft, limit = configuration.learning_rate, configuration.sft_learning_rate, bands.limit("dpo_rate_against_sft")
     band = f"at most {limit['ok']:g} of SFT's; warned above {limit.warn:g}, blocked from {limit.error:g} on"
     if sft is None:
         return Verdict("dpo_rate_against_sft", "pass", "no SFT here", band, limit.source)
     share = rate / sft if sft > 0 else math.nan
-    level: Level = upper_limit(share, limit.warn, limit.error)
-    if share == limit.error:
-        level = "error"
-    ceilings = rate_ceilings(configuration, bands)
-    inside = ceilings.band.ok_low <= rate <= ceilings.ok_high
-    note = ""
-    if level == "error" and inside and math.isfinite(share):
-        level, note = "warn", "the DPO rate is inside its own band, so this does not block"
-    fix = "" if level == "pass" else f"set dpo.learning_rate to {_floor(sft * limit['ok']):g} or less, a tenth of SFT's"
-    if level != "pass" and inside:
-        fix = f"raise sft.learning_rate to {rate / limit['ok']:g} (2e-4 is usual for LoRA), or {fix}"
+    if not math.isfinite(share):
+        fix = "set dpo.learning_rate and sft.learning_rate to positive numbers"
+        return Verdict("dpo_rate_against_sft", "error", share, band, limit.source, fix)
+    level: Level = "error" if share >= limit.error else upper_limit(share, limit.warn, limit.error)
+    fix, note, ok_high = "", "", rate_ceilings(configuration, bands).ok_high
+    if level != "pass":
+        fix = f"set dpo.learning_rate to {_floor(sft * limit['ok']):g} or less"
+        if rate <= ok_high:
+            fix = f"{fix}, or raise sft.learning_rate to {rate / limit['ok']:.3g} (2e-4 is usual for LoRA)"
+    if level == "error" and rate <= ok_high:
+        level, note = "warn", "the DPO rate is not above its own ok ceiling, so this does not block"
     return Verdict("dpo_rate_against_sft", level, share, band, limit.source, fix, note)
