@@ -48,7 +48,7 @@ def project_of(source: str) -> str:
     text = re.sub(r"https?://(www\.)?(github\.com|huggingface\.co|hf\.co)/", "", source)
     paper = re.search(r"arxiv\D{0,20}(\d{4}\.\d{4,5})", text, re.IGNORECASE)
     repository = re.search(r"[\w.-]+/[\w.-]+", text)
-    if paper and (repository is None or paper.start() < repository.start()):
+    if paper and (repository is None or paper.start() <= repository.start()):
         return f"arxiv:{paper[1]}"
     found = repository[0] if repository else text.split(" (")[0]
     # One project under two spellings of its name.

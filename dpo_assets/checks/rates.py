@@ -112,7 +112,7 @@ def _floor(value: float) -> float:
 def dpo_rate_against_sft(configuration: Configuration, bands: Bands) -> Verdict:
     """The DPO learning rate over that of the SFT run that trained the same adapter.
 
-    It sees a rate copied from SFT, also for a model whose band is wrong. A DPO rate that is not above its own ok ceiling
+    It sees a rate copied from SFT, also for a model whose band is wrong. A rate that is not above its own ok ceiling
     is never blocked: there the SFT rate is low, and that is no fault.
     """
     rate, sft, limit = configuration.learning_rate, configuration.sft_learning_rate, bands.limit("dpo_rate_against_sft")
