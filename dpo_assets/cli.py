@@ -154,12 +154,14 @@ def _plan(args: argparse.Namespace) -> int:
         from rich.table import Table
         from rich.text import Text
 
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(style="bold", no_wrap=True)
-        grid.add_column()
-        for label, sentence in (*plan_rows(plan, size, device), *verdict_rows(verdicts, bands.reasons)):
-            grid.add_row(label, Text(sentence))
-        _console().print(grid)
+        console = _console()
+        for rows in (plan_rows(plan, size, device), verdict_rows(verdicts, bands.reasons)):
+            grid = Table.grid(padding=(0, 2))
+            grid.add_column(style="bold", no_wrap=True)
+            grid.add_column()
+            for label, sentence in rows:
+                grid.add_row(label, Text(sentence))
+            console.print(grid)
     return 1 if not plan.fits or any(verdict.level == "error" for verdict in verdicts) else 0
 
 

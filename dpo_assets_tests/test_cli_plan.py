@@ -189,7 +189,7 @@ def test_the_table_tells_level_value_band_source_and_fix(capsys: pytest.CaptureF
     assert main(["plan", "--gpu", "l4", "--model", "8b", "--beta", "5", "--batch-size", "4"]) == 1
     table = " ".join(capsys.readouterr().out.split())
     for said in (
-        "beta_for_loss BLOCKED: 5 (0.01 to 0.5, blocked outside",
+        "beta_for_loss BLOCKED: 5; band: 0.01 to 0.5, blocked outside",
         "source: DPO repository",
         "what to change: set dpo.beta between 0.01 and 0.5",
         "budget warning: 4 pairs, 1 epochs",

@@ -40,7 +40,7 @@ class Procedure:
     times that of 8B; less is taken. large: Tulu 3 trains 70B at 0.4 times the rate of 8B. blocked: full fine-tuning is
     known as good at 5e-6 (NeMo-RL, 1B), and as incoherent at 1e-5 (SimPO). undertrained: handbook 39 and 68, LoRA at
     5e-7. dose_warned: above 1.33 times the quartile, the highest good run whose epochs and batch are known (NeMo-RL
-    12B). dose_blocked: between 6.7 times (neural-chat, good, epochs and batch guessed) and 8.3 times (LLaMA-Factory
+    12B). dose_blocked: between 6.6 times (neural-chat, good, epochs and batch guessed) and 8.3 times (LLaMA-Factory
     2984, gibberish).
     """
 
@@ -66,15 +66,15 @@ def derive(cases: Iterable[Case], shipped: Bands, procedure: Procedure = BY_HAND
     good = [case for case in cases if case.label == "good"]
     bands = _with_rates(shipped, 1.0, procedure)
     # In units of these bands, whose ceiling for full fine-tuning of 3 to 20B is 1; a low beta does not count yet.
-    plain = _with_limit(bands, "low_beta", factor=1.0)
+    plain = with_limit(bands, "low_beta", factor=1.0)
     rate = median(_highest(good, lambda case: _relative(case.configuration, plain)).values())
     weak = [case for case in good if weakly_restrained(case.configuration, shipped)]
     factor = median(_highest(weak, lambda case: _relative(case.configuration, plain)).values()) / rate if weak else 1.0
     bands = _with_rates(shipped, significant(rate), procedure)
-    bands = _with_limit(bands, "low_beta", factor=significant(factor, 3))
+    bands = with_limit(bands, "low_beta", factor=significant(factor, 3))
     doses = _highest(good, lambda case: _dose(case.configuration, bands))
     quartile = quantiles(doses.values(), n=4, method="inclusive")[2]
-    bands = _with_limit(
+    bands = with_limit(
         bands,
         "training_dose",
         warn=significant(procedure.dose_warned * quartile, 4),
@@ -113,7 +113,8 @@ def round_down(value: float) -> float:
     return significant(max(step for step in (1, 2, 5) if step * power <= value * (1 + 1e-9)) * power)
 
 
-def _with_limit(bands: Bands, check: str, **numbers: float) -> Bands:
+def with_limit(bands: Bands, check: str, **numbers: float) -> Bands:
+    """The bands with other numbers of one check."""
     limit = bands.limit(check)
     return replace(bands, limits={**bands.limits, check: Limit({**limit.numbers, **numbers}, limit.source)})
 

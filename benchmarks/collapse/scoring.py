@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from datetime import date
 from pathlib import Path
 
-from benchmarks.collapse.derive import BY_HAND, Procedure, derive
+from benchmarks.collapse.derive import BY_HAND, Procedure, derive, with_limit
 from benchmarks.collapse.published import SHIPPED, Case, judge, level_of, read_cases
 from dpo_assets.checks.bands import Bands, default_bands
 from dpo_assets.checks.statistics import Proportion, wilson
@@ -72,6 +72,10 @@ def sensitivity(cases: Sequence[Case], shipped: Bands) -> list[tuple[str, Score]
         for factor in (0.5, 2.0):
             changed = replace(BY_HAND, **{name: getattr(BY_HAND, name) * factor})
             found.append((f"{name} x {factor:g}", score(cases, derive(cases, shipped, changed))))
+    for check, name in (("low_beta", "below"), ("sft_term", "factor")):
+        for factor in (0.5, 2.0):
+            bands = with_limit(shipped, check, **{name: shipped.limit(check)[name] * factor})
+            found.append((f"{check} {name} x {factor:g}", score(cases, derive(cases, bands))))
     return found
 
 

@@ -17,7 +17,7 @@ def verdict_rows(verdicts: Sequence[Verdict], reasons: Mapping[str, str] = {}) -
     `reasons`: check -> why its pipeline changed its band.
     """
     for verdict in verdicts:
-        yield verdict.check, f"{WORD[verdict.level]}: {_value(verdict)} ({verdict.band})"
+        yield verdict.check, f"{WORD[verdict.level]}: {_value(verdict)}; band: {verdict.band}"
         if verdict.source:
             yield "", f"source: {verdict.source}"
         if verdict.check in reasons:
