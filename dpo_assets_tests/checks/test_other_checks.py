@@ -26,7 +26,7 @@ from dpo_assets.checks.verdict import Level, Verdict, upper_limit, worst
 from dpo_assets.planning.model_folder import ModelFolder
 from dpo_assets.planning.plan import ModelShape
 from dpo_assets.publishing.commit import stage
-from dpo_assets.recipe import BaseModelSection
+from dpo_assets.recipe import BaseModelSection, LoraSection
 from dpo_assets_tests.samples import SHA, answers, dataset_report, evaluation_report, plan, recipe, score
 
 BANDS = default_bands()
@@ -384,7 +384,8 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
     bad_plan = plan(
         parameters=10**10,
         memory_gib=99.0,
-        dpo={"learning_rate": 1.0, "beta": 0.0, "label_smoothing": 0.1, "batch_size": 1},
+        lora=LoraSection(rank=16, alpha=64),
+        dpo={"learning_rate": 1.0, "beta": 0.0, "label_smoothing": 0.1, "batch_size": 1, "warmup_ratio": 0.0},
     )
     bad_scores = evaluation_report(
         implicit_reward_accuracy=score(0.2, 0.1, 0.3), generation={"sft": answers(), "policy": answers(no_eos=1.0)}
