@@ -86,6 +86,7 @@ def test_token_ids_of_any_size_are_told_apart() -> None:
     cut = with_cut_answers(pairs_of([(odd, [*odd[:-1], 7]), (odd, odd)]), 100)
     measured = distances(cut, answer_texts(cut))
     assert measured["bins"] == {"0": 1, str(100 // 6): 1}
+    assert measured["shared_prefix"] == pytest.approx((5 / 6 + 1) / 2, abs=1e-6)
     surrogates = with_cut_answers(pairs_of([([0xD800], [0xDFFF])]), 100)
     assert distances(surrogates, answer_texts(surrogates))["bins"] == {"99": 1}
 
@@ -95,7 +96,6 @@ def test_a_distance_on_the_edge_of_a_bin_is_counted_in_it(steps: int) -> None:
     # As floats, 0.29 * 100 is a little less than 29.
     cut = with_cut_answers(pairs_of([([1] * 100, [1] * (100 - steps) + [2] * steps)]), 200)
     assert distances(cut, answer_texts(cut))["bins"] == {str(steps): 1}
-    assert measured["shared_prefix"] == pytest.approx((5 / 6 + 1) / 2, abs=1e-6)
 
 
 def test_the_nearest_pairs_are_shown_from_their_first_difference() -> None:
