@@ -59,7 +59,6 @@ class CollapseLimits(BaseModel):
     entropy_low: float
     entropy_high: float
     answers_rise: float
-    answers_rise_sign: float
     kl_per_token: float
     kl_per_token_sign: float
     tasks_fall: float
@@ -68,7 +67,7 @@ class CollapseLimits(BaseModel):
 
     @classmethod
     def of(cls, bands: Bands, *, beta: float, warmup_steps: int = 0) -> CollapseLimits:
-        """The limits for a run. At a low beta a healthy policy may go further: zephyr-7b-dpo-full, 0.01, reached 1.40."""
+        """The limits for a run. At a low beta a healthy policy may go further: zephyr-7b-dpo-full, at 0.01, reached 1.40."""
         numbers: dict[str, Any] = dict(bands.limit(CHECK).numbers)
         below, ratio, rising = (numbers.pop(n) for n in ("low_beta", "low_beta_nll_ratio", "low_beta_nll_ratio_rising"))
         if beta <= below:
@@ -185,7 +184,7 @@ def _likelihood(rows: Sequence[Row], limits: CollapseLimits) -> Trigger | None:
 
 
 def _accuracy(rows: Sequence[Row], limits: CollapseLimits) -> Trigger | None:
-    """Token accuracy on chosen answers. Logs of other pairs differ; that the NLL rose too shows that it is the policy."""
+    """Token accuracy on chosen answers. Other pairs have another one; that the NLL rose too shows the policy in it."""
     fall, window = _accuracy_fall(rows, limits), rows[-limits.window :]
     ratio, nats = _mean(window, NLL), _mean(window, NATS)
     if ratio is not None and ratio <= 1:

@@ -80,7 +80,7 @@ def significant_fall(lost: int, gained: int, confidence: float = 0.95) -> bool:
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
-    """(mean, low, high) of independent values, by the normal approximation; one value has no interval but everything."""
+    """(mean, low, high) of independent values, by the normal approximation; one value alone bounds nothing."""
     n = len(values)
     if n == 0:
         return math.nan, -math.inf, math.inf
