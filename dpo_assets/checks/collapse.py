@@ -62,12 +62,13 @@ class CollapseLimits(BaseModel):
     kl_per_token: float
     kl_per_token_sign: float
     tasks_fall: float
+    near_identical: float
     confidence: float
     warmup_steps: int = 0
 
     @classmethod
     def of(cls, bands: Bands, *, beta: float, warmup_steps: int = 0) -> CollapseLimits:
-        """The limits for a run. At a low beta a healthy policy may go further: zephyr-7b-dpo-full, at 0.01, reached 1.40."""
+        """The limits for a run. A healthy policy goes further at a low beta: zephyr-7b-dpo-full, at 0.01, had 1.40."""
         numbers: dict[str, Any] = dict(bands.limit(CHECK).numbers)
         below, ratio, rising = (numbers.pop(n) for n in ("low_beta", "low_beta_nll_ratio", "low_beta_nll_ratio_rising"))
         if beta <= below:
