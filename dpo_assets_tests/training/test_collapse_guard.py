@@ -37,9 +37,9 @@ from dpo_assets_tests.training.conftest import Log, PlanMaker, SpecMaker
 from dpo_assets_tests.training.dpo_runs import ROW, Run, largest_difference, run_dpo, short_plan, write_pairs
 from dpo_assets_tests.training.trl_dense_scoring import dense_scoring
 
-STEPS, PAIRS = 16, 4
+STEPS, PAIRS = 12, 4
 RUINOUS = 0.1
-CHECKS = ChecksSection(probe_prompts=2, probe_every=0.125, probe_tokens=8, held_out_pairs=4, sampled_answers=3)
+CHECKS = ChecksSection(probe_prompts=2, probe_every=0.17, probe_tokens=8, held_out_pairs=4, sampled_answers=3)
 QUIET = CHECKS.model_copy(update={"probe_prompts": 0, "sampled_answers": 0, "held_out_pairs": 0})
 
 
@@ -76,6 +76,12 @@ def ruined(spec_of: Any) -> Run:
     return run_dpo(spec_of(RUINOUS))
 
 
+@pytest.fixture(scope="module")
+def noted(spec_of: Any) -> Run:
+    """The same ruinous rate where `collapse` only warns."""
+    return run_dpo(spec_of(RUINOUS, CHECKS.model_copy(update={"severity": {"collapse": "warn"}, "sampled_answers": 8})))
+
+
 def start_factors(spec: TrainSpec) -> dict[str, torch.Tensor]:
     policy = load_policy(spec.base_model, spec.plan, None, seed=spec.plan.dpo.seed, dropout=0.0)
     return AdapterState(policy.model).factors
@@ -102,7 +108,7 @@ def test_every_log_says_how_far_the_answers_moved(healthy: Run) -> None:
 
 def test_answers_are_probed_as_often_as_the_recipe_says_and_not_after_the_last_step(healthy: Run) -> None:
     probed = [row["step"] for row in healthy.rows if "probe/repetition" in row]
-    assert probed == [2, 4, 6, 8, 10, 12, 14]
+    assert probed == [2, 4, 6, 8, 10]
     row = healthy.rows[1]
     assert row["probe/answers"] == 2
     assert 0 <= row["probe/no_eos"] <= 1
@@ -165,10 +171,10 @@ def test_the_adapter_is_that_of_the_last_healthy_step(ruined: Run, spec_of: Any)
 
 
 def test_a_state_in_the_middle_of_a_run_is_put_back_whole(spec_of: Any) -> None:
-    # Healthy until step 8, by the limits; then a limit that anything breaks.
+    # Healthy until step 4, by the limits; then a limit that anything breaks.
     class Late(CollapseGuard):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 9:
+            if state.global_step == 5:
                 self.guard = self.guard.model_copy(
                     update={"limits": self.guard.limits.model_copy(update={"kl_per_token": -9.0})}
                 )
@@ -178,14 +184,13 @@ def test_a_state_in_the_middle_of_a_run_is_put_back_whole(spec_of: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dpo, "CollapseGuard", Late)
         run = run_dpo(spec)
-    assert (run.report["stopped"]["kept_step"], run.report["stopped"]["step"]) == (8, 10)
+    assert (run.report["stopped"]["kept_step"], run.report["stopped"]["step"]) == (4, 6)
     assert run.report["stopped"]["rule"] == "kl"
-    expected = run_dpo(spec_of(1e-3, None, steps=8)).adapter
+    expected = run_dpo(spec_of(1e-3, None, steps=4)).adapter
     assert largest_difference(run.adapter, expected) == 0.0
 
 
-def test_with_severity_warn_it_is_recorded_and_training_goes_on(ruined: Run, spec_of: Any) -> None:
-    noted = run_dpo(spec_of(RUINOUS, CHECKS.model_copy(update={"severity": {"collapse": "warn"}})))
+def test_with_severity_warn_it_is_recorded_and_training_goes_on(ruined: Run, noted: Run) -> None:
     assert noted.report["stopped"] is None
     assert noted.report["steps"] == STEPS
     assert noted.report["trigger"]["step"] == ruined.report["stopped"]["step"]
@@ -197,7 +202,7 @@ def test_a_pipelines_own_limits_decide(spec_of: Any) -> None:
     far = dict.fromkeys(("nll_ratio", "nll_ratio_rising", "accuracy_fall", "chosen_fall", "kl_per_token"), 1e9)
     far |= {"entropy_low": 0.0, "entropy_high": 1e9, "answers_rise": 2.0}
     bands = {"collapse": BandOverride(numbers=far, reason="a run that is meant to collapse")}
-    spec = spec_of(RUINOUS, QUIET.model_copy(update={"bands": bands}), steps=10)
+    spec = spec_of(RUINOUS, QUIET.model_copy(update={"bands": bands}), steps=7)
     assert "meant to collapse" in spec.guard.source
     assert run_dpo(spec).report["stopped"] is None
 
@@ -216,9 +221,8 @@ def test_the_parts_of_the_report_are_numbers_of_policy_and_reference(healthy: Ru
     assert 0 < healthy.report["adapter_norm"]["largest"] < 0.05
 
 
-def test_a_policy_that_was_ruined_is_seen_in_every_part(spec_of: Any) -> None:
-    checks = CHECKS.model_copy(update={"severity": {"collapse": "warn"}, "sampled_answers": 8})
-    report = run_dpo(spec_of(RUINOUS, checks)).report
+def test_a_policy_that_was_ruined_is_seen_in_every_part(noted: Run) -> None:
+    report = noted.report
     assert report["held_out"]["nll_ratio"] > 1.5
     assert report["answers"]["kl"]["per_token"] > 0.5
     assert report["capability"]["policy"] < report["capability"]["reference"]
@@ -289,7 +293,7 @@ def test_the_adapters_norm_is_that_of_the_whole_product(watched: Watched) -> Non
     found, layers = adapter_norm(watched.model, watched.start), []
     for name, layer in watched.model.named_modules():
         if hasattr(layer, "lora_A") and hasattr(layer, "get_base_layer"):
-            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            a, b = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
             scale = layer.scaling["default"]
             layers.append((float((scale * b @ a).norm() / layer.get_base_layer().weight.norm()), name))
     expected, where = max(layers)  # B is zero at the start, so the start's product is too.
@@ -335,10 +339,17 @@ def test_the_users_tasks_are_answered_at_every_probe_and_afterwards(spec_of: Any
         {"prompt": "Hi", "answers": ["no model of stories says this"]},
     )
     checks = QUIET.model_copy(update={"capability_probe": str(tasks)})
-    report = run_dpo(spec := spec_of(1e-4, checks, steps=8)).report
+    report = run_dpo(spec := spec_of(1e-4, checks, steps=4)).report
     rows = [json.loads(line) for line in (spec.output_dir / "metrics.jsonl").read_text().splitlines()]
-    assert [row["probe/capability"] for row in rows if "probe/capability" in row] == [0.5] * 7
-    assert report["capability"] == {"kind": "tasks", "tasks": 2, "reference": 0.5, "policy": 0.5, "lost": 0, "gained": 0}
+    assert [row["probe/capability"] for row in rows if "probe/capability" in row] == [0.5] * 3
+    assert report["capability"] == {
+        "kind": "tasks",
+        "tasks": 2,
+        "reference": 0.5,
+        "policy": 0.5,
+        "lost": 0,
+        "gained": 0,
+    }
     assert spec.guard.tasks_digest
 
 
@@ -365,7 +376,9 @@ def test_trls_own_trainer_is_watched_too(
     section = {"trainer": "trl", "learning_rate": 1e-3, "warmup_ratio": 0.0}
     plan = plan_for(dpo=section)
     model = attach_adapter(load_base(model_folder, plan, packed=False), plan, None, seed=0, dropout=0.0)
-    trainer = classic_trainer(model, tokenizer, load_split(dataset, "train", ["prompt", "chosen", "rejected"]), plan, tmp_path)
+    trainer = classic_trainer(
+        model, tokenizer, load_split(dataset, "train", ["prompt", "chosen", "rejected"]), plan, tmp_path
+    )
     limits = CollapseLimits.of(default_bands(), beta=0.1)
     guard_spec = GuardSpec(limits=limits, source="-", probe_prompts=2, probe_every=0.34, probe_tokens=8)
     watched = Watched(model, AdapterState(model), tokenizer, plan, "transformers", packed=False)
