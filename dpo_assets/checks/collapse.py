@@ -176,7 +176,9 @@ def _likelihood(rows: Sequence[Row], limits: CollapseLimits) -> Trigger | None:
     if ratio is None or not _far_enough(nats, limits):
         return None
     if ratio > limits.nll_ratio:
-        band = f"NLL of chosen answers, policy over reference, at most {limits.nll_ratio:g} (median of {limits.window} logs)"
+        band = (
+            f"NLL of chosen answers over the reference's, at most {limits.nll_ratio:g} (median of {limits.window} logs)"
+        )
         return _trigger("likelihood", NLL, rows, ratio, limits.nll_ratio, band)
     earlier = _middle(before, NLL) if len(before) == limits.window else None
     if earlier is not None and ratio > limits.nll_ratio_rising and ratio - earlier > limits.rising_by:
