@@ -67,10 +67,18 @@ CHECKS: tuple[CheckInfo, ...] = (
     ),
     CheckInfo("finite", "dpo_adapter", "Every logged value of the DPO run is finite."),
     CheckInfo("displacement", "dpo_adapter", "Chosen answers did not lose their likelihood.", blocking=False),
+    CheckInfo("collapse", "dpo_adapter", "No rule of the collapse guard fired while DPO ran."),
+    CheckInfo(
+        "learned", "dpo_adapter", "Held-out pairs are ranked better than by chance, and not the wrong way round."
+    ),
+    CheckInfo("kl_budget", "dpo_adapter", "The policy's own answers stay near the reference (KL per token)."),
+    CheckInfo("generation_health", "dpo_adapter", "Sampled answers still end, and do not repeat themselves."),
+    CheckInfo("capability_retention", "dpo_adapter", "What the reference could do, the policy still can."),
+    CheckInfo("adapter_norm", "dpo_adapter", "The adapter changes no layer out of proportion.", blocking=False),
     CheckInfo("fidelity", "merged_model", "The merged model scores pairs as base + adapter did."),
     CheckInfo("all_finite", "merged_model", "Every merged weight is finite."),
     CheckInfo("promotion_verdict", "eval_scores", "The policy beats its start on held-out pairs, beyond chance."),
-    CheckInfo("generation_health", "eval_scores", "Answers still end, and do not repeat themselves.", blocking=False),
+    CheckInfo("greedy_health", "eval_scores", "The release's greedy answers end, and do not repeat.", blocking=False),
     CheckInfo("release_verified", "published_model", "The release is complete, free of secrets, and reads back equal."),
 )
 
