@@ -12,18 +12,16 @@ WORD = {"pass": "pass", "warn": "warning", "error": "BLOCKED"}
 
 
 def verdict_rows(verdicts: Sequence[Verdict], reasons: Mapping[str, str] = {}) -> Iterator[tuple[str, str]]:
-    """(label, sentence) pairs: level, value, band and source of each verdict, and the way out where it does not pass.
+    """(label, sentence) pairs: level, value and band of each verdict; source and way out where it does not pass.
 
     `reasons`: check -> why its pipeline changed its band.
     """
     for verdict in verdicts:
         yield verdict.check, f"{WORD[verdict.level]}: {_value(verdict)}; band: {verdict.band}"
-        if verdict.source:
-            yield "", f"source: {verdict.source}"
         if verdict.check in reasons:
             yield "", f"band {reasons[verdict.check]}"
         if not verdict.passed:
-            for label, text in (("note", verdict.note), ("what to change", verdict.fix)):
+            for label, text in (("source", verdict.source), ("note", verdict.note), ("what to change", verdict.fix)):
                 if text:
                     yield "", f"{label}: {text}"
 
