@@ -104,8 +104,12 @@ class GuardSpec(BaseModel):
         )
 
     def identity(self) -> dict[str, object]:
-        """What an adapter's identity takes from it. Where the task file lies does not count, what it says does."""
-        return self.model_dump(mode="json", exclude={"tasks", "source", "highest_rate", "low_beta"})
+        """What an adapter's identity takes from it: what is measured, and on which tasks, wherever their file lies.
+
+        Limits are no part of it: a run that was not stopped is the same under any, and the checks can be asked again.
+        """
+        kept = {"probe_prompts", "probe_every", "probe_tokens", "held_out_pairs", "sampled_answers", "tasks_digest"}
+        return self.model_dump(mode="json", include=kept)
 
 
 def warmup_steps(plan: TrainingPlan) -> int:

@@ -60,7 +60,10 @@ def materialise(step: Step) -> Events:
             ),
         )
 
-    artifact, reused = step.build("dpo_adapter", plan.dpo_part() | {"guard": guard.identity()}, inputs, make)
+    config = plan.dpo_part() | {"guard": guard.identity()}
+    if _would_go_on(step.found("dpo_adapter", config, inputs), guard):
+        config |= {"limits": guard.limits.model_dump(), "stops": guard.stops}
+    artifact, reused = step.build("dpo_adapter", config, inputs, make)
     report, metrics = artifact.json("report.json"), artifact.path / "metrics.jsonl"
     margins = {"rewards/margins": "margin", "rewards/chosen": "chosen", "rewards/rejected": "rejected"}
     verdicts = [*dpo_verdicts(report, step.bands), collapse(report, metrics, guard, step.bands)]
@@ -84,9 +87,21 @@ def materialise(step: Step) -> Events:
     )
 
 
+def _would_go_on(stopped: Artifact | None, guard: GuardSpec) -> bool:
+    """Whether an earlier run was stopped that under the limits of now would train on."""
+    if stopped is None or not stopped.json("report.json").get("stopped"):
+        return False
+    return not guard.stops or first_trigger(metric_rows(stopped.path / "metrics.jsonl"), guard.limits) is None
+
+
+def metric_rows(metrics: Path) -> list[dict[str, Any]]:
+    """The rows of a metric log."""
+    return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+
+
 def collapse(report: Mapping[str, Any], metrics: Path, guard: GuardSpec, bands: Bands) -> Verdict:
     """The check `collapse`, with the curve of the metric that fired, its limit and the stop."""
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    rows = metric_rows(metrics)
     verdict = collapse_verdict(report, rows, guard.limits, bands)
     fired = report.get("stopped") or first_trigger(rows, guard.limits)
     if verdict.passed or not fired:
