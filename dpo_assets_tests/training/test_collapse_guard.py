@@ -426,7 +426,7 @@ def test_the_fix_names_the_likely_knob(plan_for: PlanMaker, section: dict[str, A
 
 def test_the_advised_rate_lies_in_its_band(plan_for: PlanMaker) -> None:
     plan = plan_for(dpo={"learning_rate": 1e-3, "beta": 0.01})
-    assert "to 6e-06 or below" in advice(plan, GuardSpec.of(plan, default_bands(), CHECKS), False)
+    assert "to 3e-05 or below" in advice(plan, GuardSpec.of(plan, default_bands(), CHECKS), False)
 
 
 def test_near_identical_pairs_are_told_from_others(pairs: Path) -> None:
