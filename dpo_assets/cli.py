@@ -9,13 +9,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from dpo_assets.errors import DpoAssetsError
+from dpo_assets.errors import ConfigError, DpoAssetsError
 from dpo_assets.recipe import (
     DpoSection,
     FeedbackSection,
     HardwareSection,
     LoraSection,
     Recipe,
+    SftSection,
     parse_recipe,
 )
 from dpo_assets.section import Section
@@ -40,9 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument(
         "--chat", action="store_true", help="with SmolLM2-135M-Instruct, a real assistant (make demo-chat)"
     )
-    _plan_arguments(
-        commands.add_parser("plan", help="what a run would do on a card: precision, kernels, memory, and why")
-    )
+    _plan_arguments(commands.add_parser("plan", help="what a run would do on a card, and what the checks say of it"))
     commands.add_parser("recipe", help="print every field of a recipe with its default and meaning, as YAML")
     args = parser.parse_args(argv)
     try:
@@ -82,65 +81,120 @@ def _console(*, stderr: bool = False) -> Console:
     return console if console.is_terminal else Console(stderr=stderr, width=PIPED_WIDTH)
 
 
+# Option of `plan` -> section and field of the recipe that it sets.
+_PLAN_OPTIONS: dict[str, tuple[type[Section], str, str]] = {
+    "max_length": (FeedbackSection, "feedback", "tokens of prompt + answer"),
+    "rank": (LoraSection, "lora", "LoRA rank"),
+    "learning_rate": (DpoSection, "dpo", "peak DPO learning rate"),
+    "beta": (DpoSection, "dpo", "DPO's beta"),
+    "loss": (DpoSection, "dpo", "DPO loss, or several with commas between them"),
+    "epochs": (DpoSection, "dpo", "passes over the pairs"),
+    "batch_size": (DpoSection, "dpo", "pairs per optimizer step"),
+    "sft_learning_rate": (SftSection, "sft", "peak SFT learning rate"),
+    "precision": (HardwareSection, "hardware", "how weights are held; auto says why"),
+    "kernels": (HardwareSection, "hardware", "who computes the layers"),
+    "memory_gib": (HardwareSection, "hardware", "plan with less memory than the card has"),
+}
+
+
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
-    choices = {name: get_args(HardwareSection.model_fields[name].annotation) for name in ("precision", "kernels")}
-    default = {
-        "max_length": FeedbackSection.model_fields["max_length"].default,
-        "batch_size": DpoSection.model_fields["batch_size"].default,
-        "rank": LoraSection.model_fields["rank"].default,
-    }
     parser.add_argument(
         "--gpu", required=True, metavar="NAME", help="a card such as t4, rtx4090, a100-80, h200; or cpu, this machine's"
     )
     parser.add_argument(
         "--model", required=True, metavar="SIZE", help="a size such as 0.5b, 8b, 70b, or a local model folder"
     )
-    parser.add_argument("--precision", choices=choices["precision"], default="auto", help="default: auto, with reason")
-    parser.add_argument("--kernels", choices=choices["kernels"], default="auto", help="who computes the layers")
     parser.add_argument(
-        "--max-length", type=int, default=default["max_length"], help="tokens of prompt + answer (default: %(default)s)"
+        "--recipe", type=Path, metavar="FILE", help="a defs.yaml to start from; options below change it"
     )
-    parser.add_argument(
-        "--batch-size", type=int, default=default["batch_size"], help="pairs per optimizer step (default: %(default)s)"
-    )
-    parser.add_argument("--rank", type=int, default=default["rank"], help="LoRA rank (default: %(default)s)")
-    parser.add_argument("--memory-gib", type=float, help="plan with less memory than the card has")
-    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    for option, (section, name, meaning) in _PLAN_OPTIONS.items():
+        info = section.model_fields[_field_of(option, name)]
+        choices = get_args(info.annotation) if option in ("precision", "kernels") else None
+        kind = {"max_length": int, "rank": int, "batch_size": int}.get(option, str if choices else float)
+        default = "" if info.default is None else f" (default: {info.default})"
+        parser.add_argument(
+            f"--{option.replace('_', '-')}",
+            type=str if option == "loss" else kind,
+            choices=choices,
+            help=meaning + default,
+        )
+    parser.add_argument("--json", action="store_true", help="print plan and checks as JSON")
+
+
+def _field_of(option: str, section: str) -> str:
+    return option.removeprefix(f"{section}_")
 
 
 def _plan(args: argparse.Namespace) -> int:
-    """Exit status 0 for a plan that fits, 1 for one that does not; neither Dagster nor torch is imported."""
+    """Exit status 0 for a plan that fits and that no check blocks, else 1; neither Dagster nor torch is imported."""
+    from dpo_assets.checks.bands import default_bands
+    from dpo_assets.checks.catalog import severity_of, validate_severities
+    from dpo_assets.checks.config import plan_verdicts
+    from dpo_assets.checks.verdict import with_severity
     from dpo_assets.planning.cards import device_of
     from dpo_assets.planning.describe import plan_json, plan_rows, supposed_pairs
     from dpo_assets.planning.plan import make_plan
     from dpo_assets.planning.sizes import find_model
+    from dpo_assets.report.verdicts import verdict_json, verdict_rows
 
-    hardware = {"precision": args.precision, "kernels": args.kernels, "memory_gib": args.memory_gib}
-    recipe = parse_recipe(
-        {
-            "base_model": {"source": "builtin:stories260k"},
-            "feedback": {"sources": [{"path": "builtin:oasst"}], "max_length": args.max_length},
-            "lora": {"rank": args.rank},
-            "dpo": {"batch_size": args.batch_size},
-            "hardware": hardware,
-        }
-    )
+    recipe = parse_recipe(_planned_recipe(args))
+    validate_severities(recipe.checks.severity)
+    bands = default_bands().with_overrides(recipe.checks.bands)
     size = find_model(args.model)
     gpu, device = device_of(args.gpu)
     plan = make_plan(recipe, size.shape, supposed_pairs(recipe.feedback.max_length), device)
+    verdicts = [
+        with_severity(verdict, severity_of(verdict.check, recipe.checks.severity))
+        for verdict in plan_verdicts(plan, bands, pairs_known=False)
+    ]
     if args.json:
-        print(json.dumps(plan_json(plan, size, gpu), indent=1))
+        checks = [verdict_json(verdict, bands.reasons) for verdict in verdicts]
+        print(json.dumps(plan_json(plan, size, gpu) | {"checks": checks}, indent=1))
     else:
         from rich.table import Table
         from rich.text import Text
 
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(style="bold", no_wrap=True)
-        grid.add_column()
-        for label, sentence in plan_rows(plan, size, device):
-            grid.add_row(label, Text(sentence))
-        _console().print(grid)
-    return 0 if plan.fits else 1
+        console = _console()
+        for rows in (plan_rows(plan, size, device), verdict_rows(verdicts, bands.reasons)):
+            grid = Table.grid(padding=(0, 2))
+            grid.add_column(style="bold", no_wrap=True)
+            grid.add_column()
+            for label, sentence in rows:
+                grid.add_row(label, Text(sentence))
+            console.print(grid)
+    return 1 if not plan.fits or any(verdict.level == "error" for verdict in verdicts) else 0
+
+
+def _planned_recipe(args: argparse.Namespace) -> dict[str, Any]:
+    """The recipe that `plan` judges: that of a file, or defaults, with what the options say."""
+    values = {"base_model": {"source": "builtin:stories260k"}, "feedback": {"sources": [{"path": "builtin:oasst"}]}}
+    if args.recipe is not None:
+        values = _declared(args.recipe)
+    for option, (_, section, _) in _PLAN_OPTIONS.items():
+        if (value := getattr(args, option)) is not None:
+            # A section that is no mapping is left to the recipe, which says what is wrong with it.
+            written = values.get(section) or {}
+            if isinstance(written, dict):
+                values[section] = {**written, _field_of(option, section): value}
+    return values
+
+
+def _declared(path: Path) -> dict[str, Any]:
+    """The recipe of the one pipeline in a defs.yaml.
+
+    Raises:
+        ConfigError: when the file cannot be read, or holds no pipeline or several.
+    """
+    import yaml
+
+    try:
+        documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--recipe {path}: {error}") from None
+    found = [d["attributes"] for d in documents if isinstance(d, dict) and isinstance(d.get("attributes"), dict)]
+    if len(found) != 1:
+        raise ConfigError(f"--recipe {path}: {len(found)} pipelines; give a file with one, with its `attributes`.")
+    return {key: value for key, value in found[0].items() if key != "name"}
 
 
 def _recipe(_: argparse.Namespace) -> int:

@@ -5,13 +5,20 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from dpo_assets.artifact import file_sha256
+from dpo_assets.checks.bands import Bands
+from dpo_assets.checks.catalog import severity_of
+from dpo_assets.checks.collapse import CHECK, CollapseLimits
+from dpo_assets.checks.configuration import Configuration, rate_ceilings
 from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.recipe import ChecksSection
 
 Stage = Literal["tokenize", "sft", "dpo", "merge", "evaluate"]
 FAILURE_FILE = "failure.json"
@@ -60,6 +67,56 @@ class PlannedSpec(Spec):
         return {"token_budget_used": self.plan.token_budget, "out_of_memory_retries": self.out_of_memory_retries}
 
 
+class GuardSpec(BaseModel):
+    """What stops a DPO run, and what is measured on its adapter: the recipe's numbers, resolved for this run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    limits: CollapseLimits
+    source: str = Field(description="Where the limits come from; with the pipeline's reason where it changed some.")
+    stops: bool = Field(default=True, description="False: the first trigger is recorded, and training goes on.")
+    highest_rate: float = Field(
+        default=0.0, description="Upper end of the learning rate's ok band, for advice; 0: unknown."
+    )
+    low_beta: float = Field(default=0.0, description="A beta below it is advised against.")
+    probe_prompts: int = 8
+    probe_every: float = 0.1
+    probe_tokens: int = 48
+    held_out_pairs: int = 256
+    sampled_answers: int = 32
+    tasks: Path | None = Field(default=None, description="JSONL file of the user's capability probe.")
+    tasks_digest: str = ""
+
+    @classmethod
+    def of(cls, plan: TrainingPlan, bands: Bands, checks: ChecksSection) -> GuardSpec:
+        """The guard of a run. `severity: {collapse: warn}` records and goes on."""
+        tasks = Path(checks.capability_probe) if checks.capability_probe else None
+        ceilings = rate_ceilings(Configuration.of_plan(plan), bands)
+        fields = ("probe_prompts", "probe_every", "probe_tokens", "held_out_pairs", "sampled_answers")
+        return cls(
+            limits=CollapseLimits.of(bands, beta=plan.dpo.beta, warmup_steps=warmup_steps(plan)),
+            source="; ".join(filter(None, (bands.limit(CHECK).source, bands.reasons.get(CHECK)))),
+            stops=severity_of(CHECK, checks.severity) != "warn",
+            highest_rate=ceilings.ok_high,
+            low_beta=bands.limit("low_beta")["below"],
+            tasks=tasks,
+            tasks_digest=file_sha256(tasks) if tasks and tasks.is_file() else "",
+            **{name: getattr(checks, name) for name in fields},
+        )
+
+    def identity(self) -> dict[str, object]:
+        """What an adapter's identity takes from it: what is measured, and on which tasks, wherever their file lies.
+
+        Limits are no part of it: a run that was not stopped is the same under any, and the checks can be asked again.
+        """
+        kept = {"probe_prompts", "probe_every", "probe_tokens", "held_out_pairs", "sampled_answers", "tasks_digest"}
+        return self.model_dump(mode="json", include=kept)
+
+
+def warmup_steps(plan: TrainingPlan) -> int:
+    """DPO steps whose learning rate still rises. The first has rate zero: a run of one step would train nothing."""
+    return min(math.ceil(plan.dpo.warmup_ratio * plan.dpo_steps), plan.dpo_steps - 1)
+
+
 class TrainSpec(PlannedSpec):
     """One training stage on a prepared dataset."""
 
@@ -68,6 +125,7 @@ class TrainSpec(PlannedSpec):
     reference_cache: Path | None = None
     base_digest: str = ""
     tokenizer_digest: str = ""
+    guard: GuardSpec | None = Field(default=None, description="For stage `dpo`; without one nothing is probed.")
 
 
 class MergeSpec(PlannedSpec):

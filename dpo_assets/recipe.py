@@ -468,6 +468,30 @@ class ChecksSection(Section):
             {"learning_rate_band": {"numbers": {"error_above": 3e-4}, "reason": "our sweep of 2026-10, 6 seeds"}}
         ],
     )
+    probe_prompts: int = Field(
+        default=8,
+        ge=0,
+        le=64,
+        description="Prompts that the policy answers at each probe while DPO runs; 0 switches the sampled probe off.",
+    )
+    probe_every: float = Field(
+        default=0.1, gt=0.0, le=1.0, description="Steps from probe to probe, as a share of all DPO steps."
+    )
+    probe_tokens: int = Field(default=48, ge=8, le=512, description="Longest sampled answer of a probe, in tokens.")
+    held_out_pairs: int = Field(
+        default=256, ge=0, description="Held-out pairs that judge the adapter after training, at most; 0: none."
+    )
+    sampled_answers: int = Field(
+        default=32, ge=0, le=512, description="Prompts that policy and reference answer after training; 0: none."
+    )
+    capability_probe: str | None = Field(
+        default=None,
+        description=(
+            "JSONL file of tasks that training must not unlearn, a row each: `prompt` (text or messages), `answers` "
+            "(accepted texts), `match` (`contains` or `exact`). Empty: token accuracy on held-out answers is compared."
+        ),
+        examples=["./probes/facts.jsonl"],
+    )
 
 
 class RefreshSection(Section):
@@ -618,6 +642,8 @@ def resolve_paths(recipe: Recipe, base_dir: Path) -> Recipe:
         changes["source"] = absolute(model.source)
     if model.chat_template is not None:
         changes["chat_template"] = absolute(model.chat_template)
+    probe = recipe.checks.capability_probe
+    checks = recipe.checks.model_copy(update={"capability_probe": probe and absolute(probe)})
     # The folder is a name, not a pattern: brackets in it must not be read as one.
     folder = Path(glob.escape(str(base_dir)))
     sources = [_absolute_source(s, lambda path: absolute(path, folder), absolute) for s in recipe.feedback.sources]
@@ -627,5 +653,6 @@ def resolve_paths(recipe: Recipe, base_dir: Path) -> Recipe:
         update={
             "base_model": model.model_copy(update=changes),
             "feedback": recipe.feedback.model_copy(update={"sources": sources, "cleaning": cleaning}),
+            "checks": checks,
         }
     )

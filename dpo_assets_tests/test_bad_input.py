@@ -127,7 +127,10 @@ def test_a_red_upstream_is_refused_also_outside_its_run(instance: dg.DagsterInst
     config = {"ops": {"demo__dpo_plan": {"config": {"dpo": {"learning_rate": 1e-3}}}}}
     assert not materialize(recipe, instance, ["dpo_plan"], run_config=config).success
     result = materialize(recipe, instance, ["sft_checkpoint"])
-    assert failures(result) == ["`demo/dpo_plan` did not pass learning_rate_band; mend it before going on from it."]
+    assert failures(result) == [
+        "`demo/dpo_plan` did not pass dpo_rate_against_sft, learning_rate_band, training_dose; mend it before going on "
+        "from it."
+    ]
 
 
 def test_an_asset_before_its_upstream_says_what_to_materialise(instance: dg.DagsterInstance) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from dpo_assets.checks.catalog import checks_of
 from dpo_assets.cli import main
 from dpo_assets.planning.cards import CARDS
 from dpo_assets.planning.sizes import SIZES
@@ -17,6 +18,7 @@ from dpo_assets_tests.pipelines import STORIES
 
 PROBE = """
 import json, sys
+from dpo_assets.checks.catalog import checks_of
 from dpo_assets.cli import main
 main(sys.argv[1:])
 print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
@@ -142,3 +144,119 @@ def test_a_plan_is_made_without_dagster_and_without_torch(tmp_path: Path) -> Non
     imported = set(json.loads(done.stdout.splitlines()[-1]))
     assert "dpo_assets" in imported
     assert not imported & {"dagster", "dagster_pipes", "torch", "transformers", "peft", "trl", "polars", "pandera"}
+
+
+# The checks
+
+
+def levels(plan: dict[str, Any]) -> dict[str, str]:
+    return {check["check"]: check["level"] for check in plan["checks"]}
+
+
+def test_a_plan_tells_every_check_of_the_asset_with_band_and_source(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = plan_json(capsys, "--gpu", "l4", "--model", "1b")
+    assert [check["check"] for check in plan["checks"]] == [check.name for check in checks_of("dpo_plan")]
+    assert set(levels(plan).values()) == {"pass"}
+    assert all(check["band"] and check["source"] and not check["fix"] for check in plan["checks"])
+
+
+@pytest.mark.parametrize(
+    ("options", "blocked"),
+    [
+        (("--learning-rate", "2e-4"), ["learning_rate_band", "dpo_rate_against_sft"]),
+        (("--learning-rate", "1e-4", "--epochs", "3", "--batch-size", "4", "--sft-learning-rate", "1e-3"),
+         ["training_dose"]),
+        (("--beta", "5"), ["beta_for_loss"]),
+        (("--loss", "kto_pair"), ["loss_supported"]),
+        (("--loss", "sigmoid_norm"), ["beta_for_loss"]),
+    ],
+)  # fmt: skip
+def test_a_plan_that_a_check_blocks_exits_1_and_says_what_to_change(
+    capsys: pytest.CaptureFixture[str], options: tuple[str, ...], blocked: list[str]
+) -> None:
+    plan = plan_json(capsys, "--gpu", "l4", "--model", "8b", *options, status=1)
+    assert plan["fits"]
+    assert [name for name, level in levels(plan).items() if level == "error"] == blocked
+    assert all(check["fix"] for check in plan["checks"] if check["level"] == "error")
+
+
+def test_a_plan_that_is_only_warned_of_exits_0(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = plan_json(capsys, "--gpu", "l4", "--model", "8b", "--epochs", "9", "--batch-size", "1")
+    assert {name for name, level in levels(plan).items() if level == "warn"} == {"training_dose", "budget"}
+
+
+def test_the_table_tells_level_value_band_source_and_fix(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--gpu", "l4", "--model", "8b", "--beta", "5", "--batch-size", "4"]) == 1
+    table = " ".join(capsys.readouterr().out.split())
+    for said in (
+        "beta_for_loss BLOCKED: 5; band: 0.01 to 0.5, blocked outside",
+        "source: DPO repository",
+        "what to change: set dpo.beta between 0.01 and 0.5",
+        "budget warning: 4 pairs, 1 epochs",
+        "learning_rate_band pass: 5e-06",
+    ):
+        assert said in table
+
+
+def declared(folder: Path, text: str) -> Path:
+    path = folder / "defs.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+RECIPE = """
+type: dpo_assets.DpoPipeline
+attributes:
+  name: bot
+  base_model: {source: ./base}
+  feedback: {sources: [{path: pairs.jsonl}], max_length: 256}
+  dpo: {learning_rate: 2.0e-4, batch_size: 32}
+  sft: {strategy: adopt}
+"""
+
+
+def test_a_recipe_is_judged_with_its_own_bands_and_severities(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = ("--gpu", "l4", "--model", "8b", "--recipe")
+    hot = declared(tmp_path, RECIPE)
+    plan = plan_json(capsys, *arguments, str(hot), status=1)
+    assert (plan["max_length"], plan["batch_size"]) == (256, 32)
+    assert [name for name, level in levels(plan).items() if level == "error"] == ["learning_rate_band"]
+    # An option changes what the file says, and nothing beside it.
+    mild = plan_json(capsys, *arguments, str(hot), "--learning-rate", "5e-6")
+    assert (mild["batch_size"], levels(mild)["learning_rate_band"]) == (32, "pass")
+    raised = (
+        "  checks: {bands: {learning_rate_band: {numbers: {error_above: 1.0e-3}, reason: our sweep of six seeds}}}\n"
+    )
+    plan = plan_json(capsys, *arguments, str(declared(tmp_path, RECIPE + raised)))
+    [check] = [check for check in plan["checks"] if check["check"] == "learning_rate_band"]
+    assert (check["level"], "our sweep of six seeds" in check["band_changed"]) == ("warn", True)
+    lowered = declared(tmp_path, RECIPE + "  checks: {severity: {learning_rate_band: warn}}\n")
+    assert levels(plan_json(capsys, *arguments, str(lowered)))["learning_rate_band"] == "warn"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("type: dpo_assets.DpoPipeline\n", "0 pipelines"),
+        (RECIPE + "---" + RECIPE, "2 pipelines"),
+        ("attributes: {dpo: [", "defs.yaml"),
+        (RECIPE.replace("learning_rate", "learing_rate"), "did you mean `learning_rate`?"),
+        (RECIPE.replace("dpo: {learning_rate: 2.0e-4, batch_size: 32}", "dpo: 7"), "dpo"),
+        (RECIPE + "  checks: {severity: {learning_rate: warn}}\n", "there is no check `learning_rate`"),
+    ],
+)
+def test_a_recipe_that_cannot_be_read_is_refused_with_the_place(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, message: str
+) -> None:
+    path = declared(tmp_path, text)
+    assert main(["plan", "--gpu", "l4", "--model", "8b", "--recipe", str(path), "--beta", "0.1"]) == 1
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.out == ""
+
+
+def test_a_recipe_file_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["plan", "--gpu", "l4", "--model", "8b", "--recipe", str(tmp_path / "none.yaml")]) == 1
+    assert "none.yaml" in capsys.readouterr().err

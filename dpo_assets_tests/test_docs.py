@@ -12,7 +12,7 @@ import yaml
 
 from dpo_assets.assets.graph import NODES
 from dpo_assets.checks.bands import default_bands
-from dpo_assets.checks.catalog import CHECKS
+from dpo_assets.checks.catalog import CHECKS, validate_severities
 from dpo_assets.cli import main
 from dpo_assets.recipe import DpoSection, HardwareSection, parse_recipe
 from dpo_assets_tests.pipelines import PACKAGE
@@ -119,7 +119,11 @@ def test_every_example_is_a_valid_recipe(example: Path) -> None:
 
 
 def test_the_recipe_in_the_readme_is_valid() -> None:
-    [block] = re.findall(r"```yaml\n(.*?)```", text_of(README), re.DOTALL)
-    attributes = dict(yaml.safe_load(block)["attributes"])
-    assert attributes.pop("name")
-    parse_recipe(attributes)
+    """A block that is a part of a recipe is laid over the whole one."""
+    blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text_of(README), re.DOTALL)]
+    [whole] = [dict(block["attributes"]) for block in blocks if "attributes" in block]
+    assert whole.pop("name")
+    for part in [{}, *(block for block in blocks if "attributes" not in block)]:
+        checks = parse_recipe(whole | part).checks
+        validate_severities(checks.severity)
+        default_bands().with_overrides(checks.bands)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 
@@ -12,11 +16,18 @@ from dpo_assets.assets.dpo_plan import read_plan
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.sft_checkpoint import start_adapter
 from dpo_assets.assets.step import Events, Step, memory_record
+from dpo_assets.checks.aftermath import aftermath_verdicts, collapse_verdict
+from dpo_assets.checks.bands import Bands
+from dpo_assets.checks.collapse import ACCURACY, ENTROPY, first_trigger
+from dpo_assets.checks.tasks import read_tasks
 from dpo_assets.checks.training import dpo_verdicts
-from dpo_assets.contract import TrainSpec
+from dpo_assets.checks.verdict import Verdict
+from dpo_assets.contract import GuardSpec, TrainSpec
 from dpo_assets.report.plots import line_plot
+from dpo_assets.report.tables import table
 
 UPSTREAM = ("sft_checkpoint", "dpo_dataset", "base_model")
+RELATIVE = (ACCURACY, ENTROPY)  # Judged against the first logs, so that a limit in their own unit would mislead.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 
 
@@ -25,6 +36,9 @@ def materialise(step: Step) -> Events:
     plan = read_plan(step.upstream("dpo_plan"))
     inputs = {name: step.upstream(name) for name in UPSTREAM}
     base = inputs["base_model"]
+    guard = GuardSpec.of(plan, step.bands, step.recipe.checks)
+    if guard.tasks is not None and not step.only_checks:
+        read_tasks(guard.tasks)  # A damaged probe must end here, not after the training.
 
     def make(folder: Path, print_: str) -> None:
         step.launch(
@@ -42,19 +56,25 @@ def materialise(step: Step) -> Events:
                 reference_cache=step.tree.root / "cache" / "reference.sqlite",
                 base_digest=base.digest,
                 tokenizer_digest=tokenizer_digest(base),
+                guard=guard,
             ),
         )
 
-    artifact, reused = step.build("dpo_adapter", plan.dpo_part(), inputs, make)
+    config = plan.dpo_part() | {"guard": guard.identity()}
+    if _would_go_on(step.found("dpo_adapter", config, inputs), guard):
+        config |= {"limits": guard.limits.model_dump(), "stops": guard.stops}
+    artifact, reused = step.build("dpo_adapter", config, inputs, make)
     report, metrics = artifact.json("report.json"), artifact.path / "metrics.jsonl"
     margins = {"rewards/margins": "margin", "rewards/chosen": "chosen", "rewards/rejected": "rejected"}
+    verdicts = [*dpo_verdicts(report, step.bands), collapse(report, metrics, guard, step.bands)]
+    verdicts += [_with_answers(v, report) for v in aftermath_verdicts(report, step.bands)]
     yield from step.result(
         "dpo_adapter",
         artifact,
         reused,
-        dpo_verdicts(report, step.bands),
+        verdicts,
         {
-            **report,
+            **{name: value for name, value in report.items() if not isinstance(value, dict)},
             **memory_record(artifact),
             "reference_pairs_from_cache": artifact.json(VOLATILE)["reference_pairs_from_cache"],
             "loss": dg.MetadataValue.md(
@@ -65,6 +85,44 @@ def materialise(step: Step) -> Events:
             ),
         },
     )
+
+
+def _would_go_on(stopped: Artifact | None, guard: GuardSpec) -> bool:
+    """Whether an earlier run was stopped that under the limits of now would train on."""
+    if stopped is None or not stopped.json("report.json").get("stopped"):
+        return False
+    return not guard.stops or first_trigger(metric_rows(stopped.path / "metrics.jsonl"), guard.limits) is None
+
+
+def metric_rows(metrics: Path) -> list[dict[str, Any]]:
+    """The rows of a metric log."""
+    return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+
+
+def collapse(report: Mapping[str, Any], metrics: Path, guard: GuardSpec, bands: Bands) -> Verdict:
+    """The check `collapse`, with the curve of the metric that fired, its limit and the stop."""
+    rows = metric_rows(metrics)
+    verdict = collapse_verdict(report, rows, guard.limits, bands)
+    fired = report.get("stopped") or first_trigger(rows, guard.limits)
+    if verdict.passed or not fired:
+        return verdict
+    told = fired if isinstance(fired, Mapping) else asdict(fired)
+    title = f"{told['metric']}: limit and stop" if report["stopped"] else f"{told['metric']}: limit, and where it fired"
+    return replace(verdict, shown={"curve": collapse_plot(metrics, told, title)})
+
+
+def collapse_plot(metrics: Path, fired: Mapping[str, Any], title: str) -> str:
+    """The curve of the metric that fired. Falls and ratios are drawn as they are logged, without the limit."""
+    level = fired["limit"] if fired["metric"] not in RELATIVE else None
+    return line_plot(metrics, {fired["metric"]: fired["metric"]}, title, level=level, mark=fired["step"])
+
+
+def _with_answers(verdict: Verdict, report: Mapping[str, Any]) -> Verdict:
+    """`generation_health` with some answers side by side: a share says little about what went wrong."""
+    examples = report.get("answers", {}).get("examples")
+    if verdict.check != "generation_health" or not examples:
+        return verdict
+    return replace(verdict, shown={"answers": table(["prompt (its end)", "reference", "policy"], examples)})
 
 
 def tokenizer_digest(base: Artifact) -> str:

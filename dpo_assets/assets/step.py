@@ -125,9 +125,12 @@ class Step:
         """
         if self.only_checks:
             return self._materialised(node), True
-        digests = {name: artifact.digest for name, artifact in inputs.items()}
-        print_ = fingerprint(node, config, digests)
+        digests, print_ = _identity(node, config, inputs)
         return self.tree.find_or_build(node, print_, lambda folder: make(folder, print_), digests)
+
+    def found(self, node: str, config: Any, inputs: Mapping[str, Artifact]) -> Artifact | None:
+        """The artefact that `build` would reuse, if there is one."""
+        return self.tree.find(node, _identity(node, config, inputs)[1])
 
     def launch(self, stage: Stage, spec: Spec) -> None:
         """Runs a worker stage to its end.
@@ -230,6 +233,11 @@ class Step:
             return []
         levels: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
         return sorted(name for name, level in levels.items() if level == "error")
+
+
+def _identity(node: str, config: Any, inputs: Mapping[str, Artifact]) -> tuple[dict[str, str], str]:
+    digests = {name: artifact.digest for name, artifact in inputs.items()}
+    return digests, fingerprint(node, config, digests)
 
 
 def memory_record(artifact: Artifact) -> dict[str, int]:

@@ -3,56 +3,45 @@
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import dataclass
 
 from dpo_assets.checks import losses
-from dpo_assets.checks.bands import Bands, BetaBand, Method
-from dpo_assets.checks.verdict import Level, Verdict, upper_limit, worst
+from dpo_assets.checks.bands import Bands, BetaBand
+from dpo_assets.checks.catalog import checks_of
+from dpo_assets.checks.configuration import Configuration
+from dpo_assets.checks.rates import dpo_rate_against_sft, learning_rate_band, training_dose
+from dpo_assets.checks.verdict import Level, Verdict, worst
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.recipe import DpoSection
 
 
-def plan_verdicts(plan: TrainingPlan, bands: Bands) -> list[Verdict]:
-    """All checks of `dpo_plan`."""
+def verdicts(configuration: Configuration, bands: Bands) -> list[Verdict]:
+    """The checks that need nothing but the configuration, in the order of the catalog."""
     return [
-        learning_rate_band(plan, bands),
-        beta_for_loss(plan, bands),
-        loss_supported(plan),
-        budget(plan, bands),
-        memory_fits(plan),
+        learning_rate_band(configuration, bands),
+        training_dose(configuration, bands),
+        dpo_rate_against_sft(configuration, bands),
+        beta_for_loss(configuration, bands),
+        budget(configuration, bands),
+        schedule_and_precision(configuration, bands),
+        lora_scale(configuration, bands),
     ]
 
 
-def learning_rate_band(plan: TrainingPlan, bands: Bands) -> Verdict:
-    """The DPO learning rate against the band of its method and model size."""
-    dpo, billions = plan.dpo, plan.parameters / 1e9
-    method: Method = "lora"
-    band, low_beta, much = bands.learning_rate(method, billions), bands.limit("low_beta"), bands.limit("heavy")
-    ok_high = band.ok_high
-    if dpo.beta < low_beta["below"] and {"sigmoid", "cdpo", "robust", "hinge"} & set(dpo.losses):
-        ok_high = min(ok_high, low_beta[method])
-    heavy = dpo.epochs >= much["epochs"] or dpo.batch_size < much["batch"]
-    level: Level = upper_limit(dpo.learning_rate, ok_high, ok_high if heavy else band.error_above)
-    fix = "" if level == "pass" else f"set dpo.learning_rate to {ok_high:g} or less (5e-6 is the usual start)"
-    if level == "pass" and dpo.learning_rate < band.ok_low:
-        level, fix = "warn", f"raise dpo.learning_rate to {band.ok_low:g} or more: below it a run hardly moves"
-    size = "under 1B" if billions < 1 else "of 1B or more"
-    note = "epochs >= 3 or batch < 8: above the ok band is an error" if heavy else ""
-    return Verdict(
-        "learning_rate_band",
-        level,
-        dpo.learning_rate,
-        f"{band.ok_low:g} to {ok_high:g}, blocked above {ok_high if heavy else band.error_above:g} "
-        f"(LoRA, model {size})",
-        band.source,
-        fix,
-        note,
-    )
+def plan_verdicts(plan: TrainingPlan, bands: Bands, *, pairs_known: bool = True) -> list[Verdict]:
+    """All checks of `dpo_plan`. Without `pairs_known` the number of steps is supposed, and not judged."""
+    configuration = Configuration.of_plan(plan, pairs_known=pairs_known)
+    found = [*verdicts(configuration, bands), loss_supported(plan), memory_fits(plan)]
+    order = [check.name for check in checks_of("dpo_plan")]
+    return sorted(found, key=lambda verdict: order.index(verdict.check))
 
 
-def beta_for_loss(plan: TrainingPlan, bands: Bands) -> Verdict:
+def beta_for_loss(configuration: Configuration, bands: Bands) -> Verdict:
     """Beta against the band of its loss; of several losses the worst verdict counts. `sft` has no beta."""
-    beta, names = plan.dpo.beta, [name for name in plan.dpo.losses if name != "sft"]
+    beta, names = configuration.beta, [name for name in configuration.losses if name != "sft"]
+    if beta is None:
+        return Verdict("beta_for_loss", "pass", "not known", "not judged")
     known = [(name, bands.betas[name]) for name in names if name in bands.betas]
     if not names or len(known) < len(names):
         return Verdict("beta_for_loss", "warn", beta, "none known for this loss", "", "see loss_supported")
@@ -155,31 +144,82 @@ def loss_supported(plan: TrainingPlan) -> Verdict:
     return Verdict("loss_supported", "pass", shown, known, losses.LOSS_SOURCE)
 
 
-def budget(plan: TrainingPlan, bands: Bands) -> Verdict:
-    """Effective batch, epochs and number of steps."""
-    dpo, limit = plan.dpo, bands.limit("budget")
-    batch: Level = (
-        "error" if dpo.batch_size < limit["batch_error"] else "warn" if dpo.batch_size < limit["batch_warn"] else "pass"
-    )
-    epochs = upper_limit(dpo.epochs, limit["epochs_warn"], limit["epochs_error"])
-    steps: Level = "warn" if plan.dpo_steps < limit["steps_warn"] else "pass"
-    fixes = [
-        text
-        for level, text in (
-            (batch, f"raise dpo.batch_size to {limit['batch_warn']:g} or more"),
-            (epochs, f"lower dpo.epochs to {limit['epochs_warn']:g} or less"),
-            (steps, f"collect more pairs: {plan.dpo_steps} steps are too few to judge a run by"),
-        )
-        if level != "pass"
+def budget(configuration: Configuration, bands: Bands) -> Verdict:
+    """Effective batch, epochs and number of steps. They warn: what they do to a model depends on the learning rate.
+
+    `training_dose` is where they block.
+    """
+    limit = bands.limit("budget")
+    batch, epochs, steps = configuration.batch, configuration.epochs, configuration.steps
+    faults = []
+    if batch is not None and not batch >= limit["batch_warn"]:
+        faults.append(f"raise dpo.batch_size to {limit['batch_warn']:g} or more")
+    if epochs is not None and not epochs <= limit["epochs_warn"]:
+        faults.append(f"lower dpo.epochs to {limit['epochs_warn']:g} or less")
+    if steps is not None and steps < limit["steps_warn"]:
+        faults.append(f"collect more pairs: {steps} steps are too few to judge a run by")
+    unfinished = any(x is not None and not math.isfinite(x) for x in (batch, epochs))
+    parts = [
+        "" if batch is None else f"{batch:g} pairs" + ("" if steps is None else f" x {steps} steps"),
+        "" if epochs is None else f"{epochs:g} epochs",
     ]
     return Verdict(
         "budget",
-        worst(batch, epochs, steps),
-        f"{dpo.batch_size} pairs x {plan.dpo_steps} steps, {dpo.epochs:g} epochs",
-        f"batch >= {limit['batch_warn']:g} (blocked below {limit['batch_error']:g}), epochs <= "
-        f"{limit['epochs_warn']:g} (blocked above {limit['epochs_error']:g}), steps >= {limit['steps_warn']:g}",
+        "error" if unfinished else "warn" if faults else "pass",
+        ", ".join(part for part in parts if part) or "not known",
+        f"batch >= {limit['batch_warn']:g}, epochs <= {limit['epochs_warn']:g}, steps >= {limit['steps_warn']:g}",
         limit.source,
-        "; ".join(fixes),
+        "; ".join(faults),
+    )
+
+
+def schedule_and_precision(configuration: Configuration, bands: Bands) -> Verdict:
+    """Warm-up, gradient clipping and number format: each alone warns."""
+    limit = bands.limit("schedule_and_precision")
+    warmup, norm, precision = configuration.warmup, configuration.max_grad_norm, configuration.precision
+    low, high = limit["warmup_low"], limit["warmup_high"]
+    faults = []
+    if warmup is not None and not low <= warmup <= high:
+        faults.append(f"set dpo.warmup_ratio between {low:g} and {high:g} (0.1 is usual)")
+    if norm is not None and not norm <= limit["grad_norm_warn"]:
+        faults.append("set dpo.max_grad_norm to 1")
+    if precision == "fp16":
+        faults.append("set hardware.precision to bf16 on a card from Ampere on, or to fp32 where that fits")
+    parts = [
+        "" if warmup is None else f"warm-up {100 * warmup:.3g}%",
+        "" if norm is None else f"max_grad_norm {norm:g}",
+        precision or "",
+    ]
+    return Verdict(
+        "schedule_and_precision",
+        "warn" if faults else "pass",
+        ", ".join(part for part in parts if part) or "not known",
+        f"warm-up {100 * low:g}% to {100 * high:g}%, max_grad_norm 1 (warned above {limit['grad_norm_warn']:g}), "
+        "no fp16",
+        limit.source,
+        "; ".join(faults),
+    )
+
+
+def lora_scale(configuration: Configuration, bands: Bands) -> Verdict:
+    """alpha / rank, which multiplies the update, and the learning rate of a large rank. rsLoRA is not offered here."""
+    limit, rank, alpha = bands.limit("lora_scale"), configuration.rank, configuration.alpha
+    most, wide, rate = limit["alpha_over_rank"], limit["rank"], limit["learning_rate"]
+    band = f"alpha / rank <= {most:g}; from rank {wide:g} on a learning rate of {rate:g} or less"
+    if rank is None or alpha is None:
+        return Verdict("lora_scale", "pass", "not known", band, limit.source)
+    faults = []
+    if not alpha / rank <= most:
+        faults.append(f"set lora.alpha to {most * rank:g} or less")
+    if rank >= wide and not configuration.learning_rate <= rate:
+        faults.append(f"set dpo.learning_rate to {rate:g} or less, or lora.rank below {wide:g}")
+    return Verdict(
+        "lora_scale",
+        "warn" if faults else "pass",
+        f"rank {rank}, alpha {alpha}: scale {alpha / rank:g}",
+        band,
+        limit.source,
+        "; ".join(faults),
     )
 
 

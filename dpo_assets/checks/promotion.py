@@ -48,7 +48,7 @@ def decide(report: Mapping[str, Any], min_prompts: int) -> tuple[Decision, str]:
 
 def evaluation_verdicts(report: Mapping[str, Any], recipe: Recipe, bands: Bands) -> list[Verdict]:
     """All checks of `eval_scores`."""
-    return [promotion_verdict(report, recipe), generation_health(report, bands)]
+    return [promotion_verdict(report, recipe), greedy_health(report, bands)]
 
 
 def promotion_verdict(report: Mapping[str, Any], recipe: Recipe) -> Verdict:
@@ -75,18 +75,18 @@ def promotion_verdict(report: Mapping[str, Any], recipe: Recipe) -> Verdict:
     )
 
 
-def generation_health(report: Mapping[str, Any], bands: Bands) -> Verdict:
-    """Rise over SFT in the shares of answers that repeat themselves, and that never end."""
-    limit = bands.limit("generation_health")
+def greedy_health(report: Mapping[str, Any], bands: Bands) -> Verdict:
+    """Rise over SFT in the shares of the merged model's greedy answers that repeat themselves, and that never end."""
+    limit = bands.limit("greedy_health")
     sft, policy = report["generation"]["sft"], report["generation"]["policy"]
     if not policy["answers"]:
-        return Verdict("generation_health", "pass", "no answers sampled", "-", limit.source)
+        return Verdict("greedy_health", "pass", "no answers sampled", "-", limit.source)
     rises = {name: policy[name] - sft[name] for name in ("repetition", "no_eos", "empty")}
     levels = {name: upper_limit(rise, limit.warn, limit.error) for name, rise in rises.items()}
     level = worst(*levels.values())
     shown = max(rises, key=lambda name: (levels[name] == level, math.isnan(rises[name]), rises[name]))
     return Verdict(
-        "generation_health",
+        "greedy_health",
         level,
         f"{shown} {rises[shown]:+.3f}",
         f"at most +{limit.warn:g} over SFT, blocked above +{limit.error:g}",

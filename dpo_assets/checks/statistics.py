@@ -54,3 +54,39 @@ def pick_the_longer(chosen: Sequence[int], rejected: Sequence[int], confidence: 
     """How often the longer answer is the chosen one: what a score must beat to be more than a taste for length."""
     margins = [float(c - r) for c, r in zip(chosen, rejected, strict=True)]
     return tie_aware_accuracy(margins, confidence)
+
+
+def significant_rise(share: float, before: float, n: int, confidence: float = 0.95) -> bool:
+    """Whether a share of `n` answers lies above the share of `n` others beyond chance, at a one-sided level.
+
+    The lower end of Newcombe's interval for a difference of two shares (1998, method 10: from the Wilson intervals of
+    both) lies above zero. NaN is a rise: it must never pass.
+    """
+    if math.isnan(share) or math.isnan(before):
+        return True
+    level = 2 * confidence - 1  # Two-sided intervals whose one end has the level that was asked for.
+    now, then = wilson(share * n, n, level), wilson(before * n, n, level)
+    return now.value - then.value > math.hypot(now.value - now.low, then.high - then.value)
+
+
+def significant_fall(lost: int, gained: int, confidence: float = 0.95) -> bool:
+    """Exact McNemar test, one-sided: more things were lost than gained, beyond chance. Pairs that agree say nothing.
+
+    Under chance each discordant pair is a fair coin: p = P(X >= lost), X binomial of lost + gained at one half.
+    """
+    n = lost + gained
+    tail = sum(math.comb(n, k) for k in range(lost, n + 1))
+    return lost > gained and tail <= (1 - confidence) * 2**n
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """(mean, low, high) of independent values, by the normal approximation; one value alone bounds nothing."""
+    n = len(values)
+    if n == 0:
+        return math.nan, -math.inf, math.inf
+    mean = math.fsum(values) / n
+    if n == 1:
+        return mean, -math.inf, math.inf
+    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    half = NormalDist().inv_cdf(0.5 + confidence / 2) * spread
+    return mean, mean - half, mean + half

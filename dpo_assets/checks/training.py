@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dpo_assets.checks.aftermath import displacement
 from dpo_assets.checks.bands import Bands, first_loss_tolerance
 from dpo_assets.checks.verdict import Verdict, upper_limit
 
@@ -41,11 +42,9 @@ def sft_verdicts(report: Mapping[str, Any], bands: Bands) -> list[Verdict]:
 
 
 def dpo_verdicts(report: Mapping[str, Any], bands: Bands) -> list[Verdict]:
-    """All checks of `dpo_adapter`."""
+    """The checks of `dpo_adapter` on its metric log. `checks.aftermath` has those on what was measured afterwards."""
     off = abs(report["first_loss"] - report["expected_first_loss"])
     tolerance = first_loss_tolerance(report["expected_first_loss"], report.get("first_loss_tokens", 0.0), bands)
-    ratio, limit = report["nll_ratio"], bands.limit("displacement")
-    level = upper_limit(ratio, limit.warn, limit.error)
     return [
         Verdict(
             "reference_is_start",
@@ -56,14 +55,7 @@ def dpo_verdicts(report: Mapping[str, Any], bands: Bands) -> list[Verdict]:
             "" if off <= tolerance else "set dpo.reference to `sft`, or delete the reference cache",
         ),
         _finite("finite", report),
-        Verdict(
-            "displacement",
-            level,
-            round(ratio, 4),
-            f"NLL of chosen answers, policy over reference, at most {limit.warn}",
-            limit.source,
-            "" if level == "pass" else "lower dpo.learning_rate 5 to 10 times, or raise dpo.beta",
-        ),
+        displacement(report, bands),
     ]
 
 

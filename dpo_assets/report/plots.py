@@ -13,21 +13,30 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 POINTS = 400
+FEW = 20  # So few points need dots: one alone makes no line.
 
 
-def line_plot(metrics: Path, series: Mapping[str, str], title: str, level: float | None = None) -> str:
-    """One curve per key of `series` over the steps of a metrics.jsonl; `level` is drawn as a dashed line."""
+def line_plot(
+    metrics: Path, series: Mapping[str, str], title: str, level: float | None = None, mark: float | None = None
+) -> str:
+    """One curve per key of `series` over the steps of a metrics.jsonl.
+
+    `level` is drawn as a dashed line, `mark` as an upright one at that step.
+    """
     from matplotlib.figure import Figure
 
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    rows = rows[:: max(1, len(rows) // POINTS)]
     figure = Figure(figsize=(6, 3), dpi=80, layout="constrained")
     axes = figure.subplots()
     for key, label in series.items():
         points = [(row["step"], row[key]) for row in rows if key in row]
-        axes.plot([x for x, _ in points], [y for _, y in points], label=label, linewidth=1.2)
+        points = points[:: max(1, len(points) // POINTS)]
+        dots = "." if len(points) < FEW else ""
+        axes.plot([x for x, _ in points], [y for _, y in points], label=label, linewidth=1.2, marker=dots)
     if level is not None:
         axes.axhline(level, linestyle="--", linewidth=0.8, color="grey")
+    if mark is not None:
+        axes.axvline(mark, linewidth=0.8, color="red")
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("step", fontsize=9)
     if len(series) > 1:

@@ -8,13 +8,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from transformers import TrainerCallback
 from trl import DPOConfig
 
 from dpo_assets.artifact import VOLATILE, write_json
-from dpo_assets.contract import TrainSpec
+from dpo_assets.checks.tasks import read_tasks
+from dpo_assets.contract import GuardSpec, TrainSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.training.aftermath import measure
 from dpo_assets.training.classic import ClassicDPOTrainer, classic_trainer
+from dpo_assets.training.collapse import CollapseGuard
 from dpo_assets.training.data import dpo_group, load_split
 from dpo_assets.training.dpo_trainer import REFERENCE_COLUMNS, PackedDPOTrainer
 from dpo_assets.training.guards import StopOnNonFinite
@@ -23,8 +27,10 @@ from dpo_assets.training.logprobs import assert_packing_is_exact
 from dpo_assets.training.losses import DpoLoss
 from dpo_assets.training.packed import PackedCollator, end_quietly, packed_arguments, trainer_arguments
 from dpo_assets.training.reporting import ProgressLines, Reporter, all_finite, write_metrics
+from dpo_assets.training.sampling import AdapterState, Watched, first_prompts
 from dpo_assets.training.strategies import Start, join_adapters, load_start, score_reference, step_reference
 
+CLOSING = ("loss", "logps/chosen", "rewards/chosen", "rewards/margins", "rewards/accuracies")
 LAST_LOGS = 5  # Closing values are means over this many logs: one batch of a small run is noise.
 
 
@@ -60,20 +66,37 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     else:
         rows = load_split(spec.dataset, "train", ["prompt", "chosen", "rejected"], spec.scratch)
         trainer = classic_trainer(policy.model, tokenizer, rows, plan, spec.scratch)
+    guard, watched = None, None
+    if spec.guard is not None:
+        watched = Watched(policy.model, AdapterState(policy.model), tokenizer, plan, policy.kernels, packed)
+        guard = collapse_guard(watched, spec.guard, spec, reporter)
     reporter.log(
         f"dpo: {plan.train_pairs} pairs, {plan.dpo_steps} steps, lr {plan.dpo.learning_rate:g}, "
         f"beta {plan.dpo.beta:g}, {plan.dpo.trainer} trainer on {policy.kernels} kernels"
     )
     keys = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
-    end_quietly(trainer, [StopOnNonFinite("finite"), ProgressLines(reporter, "dpo", keys)])
+    watchers: list[TrainerCallback] = [] if guard is None else [guard]
+    end_quietly(trainer, [StopOnNonFinite("finite"), *watchers, ProgressLines(reporter, "dpo", keys)])
+    measured: dict[str, Any] = {}
     with policy.computing(plan):
         trainer.train()
+        trained = time.perf_counter()
+        if guard is not None and watched is not None and spec.guard is not None:
+            reporter.log("dpo: measuring the adapter against its start")
+            measured = measure(watched, spec.guard, held_out_rows(spec), guard.tasks)
 
     save_adapter(trainer.accelerator.unwrap_model(trainer.model), out / "adapter")
     if start.folded is not None:
         join_adapters(out / "adapter", start.folded)
-    write_report(trainer, spec, policy.kernels)
-    timings = {"seconds": time.perf_counter() - started, "reference_pairs_from_cache": reused}
+    record = guard.record(load_split(spec.dataset, "train", scratch=spec.scratch)) if guard is not None else None
+    stopped = guard is not None and guard.stopped
+    write_report(trainer, spec, policy.kernels, measured | {"stopped": record if stopped else None, "trigger": record})
+    timings = {
+        "seconds": time.perf_counter() - started,
+        "reference_pairs_from_cache": reused,
+        "seconds_measuring": time.perf_counter() - trained,
+        "seconds_probing": guard.seconds if guard is not None else 0.0,
+    }
     write_json(out / VOLATILE, timings | spec.memory_record())
 
 
@@ -107,11 +130,47 @@ def packed_trainer(start: Start, tokenizer: Any, spec: TrainSpec, reporter: Repo
     return trainer, reused
 
 
-def write_report(trainer: PackedDPOTrainer | ClassicDPOTrainer, spec: TrainSpec, kernels: str) -> None:
+def held_out_rows(spec: TrainSpec) -> Any:
+    """The held-out split with its token ids, or None where the dataset has none."""
+    if not (spec.dataset / "eval.parquet").is_file():
+        return None
+    return load_split(spec.dataset, "eval", scratch=spec.scratch)
+
+
+def collapse_guard(watched: Watched, guard: GuardSpec, spec: TrainSpec, reporter: Reporter) -> CollapseGuard:
+    """The guard of this run. Half of its prompts are of training pairs and half are held out, where there are any."""
+    plan = watched.plan
+    room, train = plan.max_length - guard.probe_tokens, load_split(spec.dataset, "train", scratch=spec.scratch)
+    prompts: list[list[int]] = []
+    if guard.probe_prompts and watched.why_no_answers:
+        reporter.log(f"dpo: no answers are sampled while it trains: {watched.why_no_answers}")
+    elif guard.probe_prompts:
+        held_out = held_out_rows(spec)
+        theirs = [] if held_out is None else first_prompts(held_out, guard.probe_prompts // 2, room)
+        prompts = [*first_prompts(train, guard.probe_prompts - len(theirs), room), *theirs]
+    tasks = []
+    if guard.tasks is not None:
+        for task in read_tasks(guard.tasks):
+            ids = watched.tokenizer.apply_chat_template(
+                task.messages, tokenize=True, add_generation_prompt=True, return_dict=True
+            )["input_ids"]
+            if len(ids) > room:
+                raise ConfigError(
+                    f"checks.capability_probe: a prompt of {len(ids)} tokens leaves no room for an answer"
+                )
+            tasks.append((task, ids))
+    lengths = [[len(ids) for ids in train[name]] for name in ("chosen_ids", "rejected_ids")]
+    chosen, rejected = (fmean(max(1, n) for n in column) for column in lengths)
+    return CollapseGuard(watched, guard, reporter, prompts, tasks, (chosen, rejected))
+
+
+def write_report(
+    trainer: PackedDPOTrainer | ClassicDPOTrainer, spec: TrainSpec, kernels: str, measured: dict[str, Any]
+) -> None:
     """`metrics.jsonl`, and what the checks judge the run by."""
     plan = spec.plan
     rows = write_metrics(trainer.state.log_history, spec.output_dir / "metrics.jsonl")
-    last = {key: fmean(row[key] for row in rows[-LAST_LOGS:]) for key in rows[-1]}
+    last = {key: fmean(row[key] for row in rows[-LAST_LOGS:]) for key in CLOSING}
     reference_logp = last["logps/chosen"] - last["rewards/chosen"] / plan.dpo.beta if plan.dpo.beta else float("nan")
     first_loss = rows[0]["loss"]
     expected = getattr(trainer, "expected_first_loss", None) or DpoLoss.of(plan.dpo).at_zero_margin() or first_loss
@@ -127,5 +186,6 @@ def write_report(trainer: PackedDPOTrainer | ClassicDPOTrainer, spec: TrainSpec,
         "finite": all_finite(rows),
         "trainer": plan.dpo.trainer,
         "kernels": kernels,
+        **measured,
     }
     write_json(spec.output_dir / "report.json", report)

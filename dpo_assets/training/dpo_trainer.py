@@ -137,6 +137,10 @@ class PackedDPOTrainer(PackedSteps, trl.DPOTrainer):
         add("rewards/rejected", rewards_rejected.sum(), number)
         add("rewards/accuracies", (rewards_chosen > rewards_rejected).sum(), number)
         add("rewards/margins", (rewards_chosen - rewards_rejected).sum(), number)
+        # Ratios of sums: a mean of ratios would let the shortest answers decide.
+        add("nll_ratio", pairs.chosen.sum(), pairs.ref_chosen.sum())
+        add("chosen_nats_per_token", (pairs.chosen - pairs.ref_chosen).sum(), chosen_count)
+        add("rejected_nats_per_token", (pairs.rejected - pairs.ref_rejected).sum(), count - chosen_count)
         add("logps/chosen", pairs.chosen.sum(), number)
         add("logps/rejected", pairs.rejected.sum(), number)
         self._tokens += batch["logical"]

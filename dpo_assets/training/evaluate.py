@@ -148,11 +148,21 @@ def _first_of_each(held_out: Any, count: int, longest: int) -> list[dict[str, An
 
 
 @torch.no_grad()
-def generate(model: Any, prompts: list[list[int]], tokenizer: Any, max_new_tokens: int) -> list[dict[str, Any]]:
-    """Greedy answers: `ids` without EOS, `text`, and whether the answer ended by itself."""
+def generate(
+    model: Any, prompts: list[list[int]], tokenizer: Any, max_new_tokens: int, *, seed: int | None = None
+) -> list[dict[str, Any]]:
+    """Answers: `ids` without EOS, `text`, and whether the answer ended by itself.
+
+    Greedy; with a `seed` sampled at temperature 1 from the whole distribution, and the state of torch's generators is
+    put back afterwards: a run that is watched must train as one that is not.
+    """
     answers = []
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    with plain_attention(model):
+    # Every value set: a model's own generation defaults (top-k, penalties) would make it another distribution.
+    sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 0} if seed is not None else {}
+    with plain_attention(model), torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
         for start in range(0, len(prompts), GENERATION_BATCH):
             batch = prompts[start : start + GENERATION_BATCH]
             width = max(len(ids) for ids in batch)
@@ -162,9 +172,11 @@ def generate(model: Any, prompts: list[list[int]], tokenizer: Any, max_new_token
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
+                do_sample=seed is not None,
                 num_beams=1,
                 repetition_penalty=1.0,
+                use_cache=True,
+                **sampling,
                 eos_token_id=eos,
                 pad_token_id=pad,
             )

@@ -82,7 +82,6 @@ def to_device(batch: PackedBatch, device: Any) -> PackedBatch:
     return {name: move(value) for name, value in batch.items()}
 
 
-@torch.no_grad()
 def score_groups(
     model: Any,
     groups: Sequence[Group],
@@ -94,14 +93,29 @@ def score_groups(
 
     `recorded` may switch gradients on for layers that compute differently without (`speedups.comparable`).
     """
-    logps = []
+    logps, _ = score_hits(model, groups, budget, autocast, recorded)
+    return logps, [len(c) for g in groups for c in g.completions]
+
+
+@torch.no_grad()
+def score_hits(
+    model: Any,
+    groups: Sequence[Group],
+    budget: int,
+    autocast: AbstractContextManager[Any] | None = None,
+    recorded: AbstractContextManager[Any] | None = None,
+) -> tuple[list[float], list[int]]:
+    """(summed log-probability, tokens that greedy decoding would pick) of every completion, in `pack`'s order."""
+    logps, hits = [], []
     renew_fused(causal_lm(model))
     for run in under_budget(groups, [g.tokens for g in groups], budget):
         batch = to_device(pack(run), causal_lm(model).device)
         with recorded or nullcontext():
-            logps.append(sequence_logps(score_tokens(model, batch, autocast), batch).detach())
+            scores = score_tokens(model, batch, autocast)
+            logps.append(sequence_logps(scores, batch).detach())
+        hits.append(torch.zeros_like(batch["lengths"]).index_add(0, batch["owner"], scores.top1.long()))
     # Read once at the end: a read per forward would wait for the device each time.
-    return torch.cat(logps).tolist() if logps else [], [len(c) for g in groups for c in g.completions]
+    return (torch.cat(logps).tolist(), torch.cat(hits).tolist()) if logps else ([], [])
 
 
 @contextmanager

@@ -87,6 +87,15 @@ def test_token_ids_of_any_size_are_told_apart() -> None:
     measured = distances(cut, answer_texts(cut))
     assert measured["bins"] == {"0": 1, str(100 // 6): 1}
     assert measured["shared_prefix"] == pytest.approx((5 / 6 + 1) / 2, abs=1e-6)
+    surrogates = with_cut_answers(pairs_of([([0xD800], [0xDFFF])]), 100)
+    assert distances(surrogates, answer_texts(surrogates))["bins"] == {"99": 1}
+
+
+@pytest.mark.parametrize("steps", [7, 14, 28, 29, 55, 57, 58])
+def test_a_distance_on_the_edge_of_a_bin_is_counted_in_it(steps: int) -> None:
+    # As floats, 0.29 * 100 is a little less than 29.
+    cut = with_cut_answers(pairs_of([([1] * 100, [1] * (100 - steps) + [2] * steps)]), 200)
+    assert distances(cut, answer_texts(cut))["bins"] == {str(steps): 1}
 
 
 def test_the_nearest_pairs_are_shown_from_their_first_difference() -> None:
@@ -187,6 +196,11 @@ def test_an_answer_that_only_repeats_itself_is_all_loop(text: str) -> None:
 )
 def test_short_answers_and_rules_of_signs_are_no_loops(text: str) -> None:
     assert loop_share(text) == 0.0
+
+
+def test_three_times_a_few_words_inside_an_answer_is_no_loop() -> None:
+    assert loop_share("yes we can " * 3 + " ".join(WORDS)) == 0.0
+    assert loop_share("yes we can " * 4 + " ".join(WORDS)) > 0.0
 
 
 def test_code_tables_and_lists_of_this_project_are_no_loops() -> None:
@@ -381,5 +395,6 @@ def test_of_very_many_pairs_a_sample_is_read_and_lengths_are_of_all(
     monkeypatch.setattr(quality, "SAMPLE", 30)
     measured = measure(*oasst, 400, 512, MARKERS)
     assert (measured["sample"], measured["pairs"]) == (30, oasst[0].height)
+    assert measure(oasst[0].sample(fraction=1, shuffle=True, seed=3), oasst[1], 400, 512, MARKERS) == measured
     assert sum(measured["distance"]["bins"].values()) == 30
     assert sum(measured["lengths"]["grid"].values()) == oasst[0].height
