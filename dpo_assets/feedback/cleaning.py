@@ -33,7 +33,12 @@ if TYPE_CHECKING:
 # an export is broken, so the quarantine-rate gate does not count them.
 NOT_DAMAGE = frozenset(
     {
-        "synthetic", "no_comparison", "tie", "unpaired", "not_compared", "not_judged", "no_feedback", "superseded",
+        # Nobody compared or judged it, or it is the other half of what was.
+        "synthetic", "no_comparison", "tie", "unpaired", "not_compared", "no_feedback", "superseded", "other_side",
+        "unsubmitted", "unfinished", "other_question",
+        # What its format leaves out by its own rules.
+        "not_anonymous", "leaked_identity", "excluded_tag", "error_answer",
+        # The recipe's choice, and the model's size.
         "near_duplicate", "over_prompt_cap", "evaluation_overlap", "personal_data", "secret", "prompt_too_long",
         "identical_after_truncation",
     }

@@ -15,18 +15,23 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pandera.polars  # noqa: F401  Imported here, so that no single test pays for it.
+import polars as pl
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dpo_assets.errors import FeedbackError
-from dpo_assets.feedback.cleaning import screen
+from dpo_assets.feedback.cleaning import Screening, screen
 from dpo_assets.feedback.ingest import (
     NO_ROWS,
+    QUARANTINE,
     Batch,
     read_file,
+    write_batch,
 )
 from dpo_assets.feedback.pair import PAIR_COLUMNS, QUARANTINE_COLUMNS, Rejected
+from dpo_assets.feedback.pool import stored
 from dpo_assets.feedback.readers import ReadOptions, RowByRow
 from dpo_assets.feedback.sources import FeedbackFile, files_of
 from dpo_assets.feedback.tables import pairs_frame, quarantine_frame
@@ -112,6 +117,31 @@ def test_any_bytes_are_read_without_raising_and_every_row_is_accounted_for(forma
 @given(contents=st.lists(damaged_files(), min_size=1, max_size=3))
 def test_what_is_read_from_a_file_does_not_depend_on_what_was_read_before(contents: list[bytes]) -> None:
     assert [read(content) for content in contents] == [read(content) for content in reversed(contents)][::-1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(contents=st.lists(st.one_of(st.binary(max_size=200), damaged_files()), min_size=1, max_size=3), data=st.data())
+def test_any_files_end_as_accepted_quarantined_or_duplicate_rows_the_same_in_any_order(
+    contents: list[bytes], data: st.DataObject
+) -> None:
+    def outcome(names: list[int]) -> tuple[list[Any], list[Any], int, int]:
+        with tempfile.TemporaryDirectory() as work:
+            folders, rows = [], 0
+            for n in names:
+                path, folder = Path(work) / f"{n}.jsonl", Path(work) / str(n)
+                path.write_bytes(contents[n])
+                folder.mkdir()
+                rows += write_batch(read_file(FeedbackFile(path, path.name, FORMATS[n]), OPTIONS), folder)["rows_in"]
+                folders.append(folder)
+            screening = Screening(stored(folders))
+            kept = [row for part, _ in screening.parts() for row in part.rows()]
+            faults = pl.concat([*(pl.read_parquet(f / QUARANTINE) for f in folders), screening.quarantine()])
+            return kept, sorted(faults.filter(faults["line"] > 0).rows()), screening.duplicates, rows
+
+    names = list(range(len(contents)))
+    accepted, quarantined, duplicates, rows_in = outcome(names)
+    assert rows_in == len(accepted) + len(quarantined) + duplicates
+    assert outcome(data.draw(st.permutations(names))) == (accepted, quarantined, duplicates, rows_in)
 
 
 # Damaged rows among good ones
