@@ -27,12 +27,12 @@ def matches(pattern: str) -> tuple[Path, list[Path]]:
     Raises:
         FeedbackError: when that is nothing.
     """
-    literal = Path(os.path.abspath(pattern))
-    if os.path.lexists(literal) and not literal.is_dir():  # Also a name that holds brackets, like those of patterns.
-        return literal.parent, [literal]
     root = _fixed_part(pattern)
     if ".." in Path(pattern).parts[len(root.parts) :]:
         raise FeedbackError(f"feedback source `{pattern}` climbs out of its folder by `..` behind a wildcard.")
+    literal = Path(os.path.abspath(pattern))
+    if os.path.lexists(literal) and not literal.is_dir():  # Also a name that holds brackets, like those of patterns.
+        return literal.parent, [literal]
     found = {Path(os.path.abspath(p)) for p in glob.glob(pattern, recursive=True)}
     paths = sorted(p for p in found if not p.is_dir())
     if paths:
