@@ -89,10 +89,12 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
             for path, name in zip(paths, names, strict=True)
         ]
     counts = Counter(names)
-    return [
+    names = [
         f"{name} ({hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]})" if counts[name] > 1 else name
         for path, name in zip(paths, names, strict=True)
     ]
+    # What is left has one path in two file systems.
+    return [f"{name} #{names[:n].count(name) + 1}" if name in names[:n] else name for n, name in enumerate(names)]
 
 
 def open_inside(path: Path, root: Path | None) -> BufferedReader:

@@ -144,5 +144,5 @@ def test_without_patterns_several_splits_configs_or_kinds_are_refused(listed: li
 
 
 def test_a_dataset_without_data_files_is_refused_with_the_kinds_it_has() -> None:
-    with pytest.raises(FeedbackError, match=r"no JSON, CSV or Parquet file \(its files end in: .md, .tar\)"):
+    with pytest.raises(FeedbackError, match=r"no JSON, CSV or Parquet file \(its files end in: \.json, \.md, \.tar\)"):
         choose(REPO, ["README.md", "data.tar", "state.json"], [])
