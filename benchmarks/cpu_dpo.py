@@ -41,8 +41,10 @@ from benchmarks.throughput.peers import TrlArm
 from benchmarks.throughput.shapes import work_of
 from dpo_assets.contract import TokenizeSpec
 from dpo_assets.feedback.cleaning import fit_to_model, screen
-from dpo_assets.feedback.ingest import find_files, pairs_frame, quarantine_frame, read_file
+from dpo_assets.feedback.ingest import read_file
 from dpo_assets.feedback.readers import ReadOptions
+from dpo_assets.feedback.sources import files_of
+from dpo_assets.feedback.tables import pairs_frame, quarantine_frame
 from dpo_assets.recipe import FeedbackSource
 from dpo_assets.training import tokenize
 
@@ -63,7 +65,7 @@ class Silent:
 def oasst_rows() -> list[Row]:
     """Token ids of the package's OpenAssistant sample, read and screened as the pipeline does it."""
     options = ReadOptions(pairing="best_worst", include_synthetic=False)
-    batches = [read_file(f, options) for f in find_files([FeedbackSource(path="builtin:oasst", format="oasst_tree")])]
+    batches = [read_file(f, options) for f in files_of([FeedbackSource(path="builtin:oasst", format="oasst_tree")])]
     pairs = [pair for batch in batches for pair in batch.pairs]
     rejected = [row for batch in batches for row in batch.rejected]
     screened = screen(pairs_frame(pairs), quarantine_frame(rejected)).pairs

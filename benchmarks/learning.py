@@ -130,14 +130,16 @@ def prepare(model: Path, data: Path, max_length: int) -> None:
 
     from dpo_assets.contract import TokenizeSpec
     from dpo_assets.feedback.cleaning import fit_to_model, screen, split
-    from dpo_assets.feedback.ingest import find_files, pairs_frame, quarantine_frame, read_file
+    from dpo_assets.feedback.ingest import read_file
     from dpo_assets.feedback.readers import ReadOptions
+    from dpo_assets.feedback.sources import files_of
+    from dpo_assets.feedback.tables import pairs_frame, quarantine_frame
     from dpo_assets.recipe import FeedbackSource
     from dpo_assets.training import tokenize
 
     options = ReadOptions(pairing="best_worst", include_synthetic=False)
     sources = [FeedbackSource(path="builtin:oasst", format="oasst_tree")]
-    batches = [read_file(file, options) for file in find_files(sources)]
+    batches = [read_file(file, options) for file in files_of(sources)]
     pairs = pairs_frame([pair for batch in batches for pair in batch.pairs])
     screened = screen(pairs, quarantine_frame([row for batch in batches for row in batch.rejected])).pairs
     data.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from dpo_assets.artifact import file_sha256
 from dpo_assets.assets.graph import NODES
 from dpo_assets.assets.step import Pipeline
 from dpo_assets.errors import FeedbackError
-from dpo_assets.feedback.ingest import FeedbackFile, find_files
+from dpo_assets.feedback.sources import FeedbackFile, files_of
 
 SETTLE_SECONDS = 5.0  # A file touched more recently than this may still be written.
 
@@ -50,7 +50,7 @@ def new_feedback_sensor(pipeline: Pipeline, job: dg.UnresolvedAssetJobDefinition
     )
     def sense(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
         try:
-            files = find_files(pipeline.recipe.feedback.sources)
+            files = files_of(pipeline.recipe.feedback.sources)
             listing = _listing(files)
         except (FeedbackError, OSError) as error:
             return dg.SkipReason(f"feedback cannot be read: {error}")

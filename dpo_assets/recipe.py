@@ -191,13 +191,67 @@ class FeedbackSource(Section):
         return f"hub:{self.hub}@{str(self.revision)[:8]}" if self.hub is not None else str(self.path)
 
 
+ContentAction = Literal["flag", "redact", "quarantine"]
+
+
+class CleaningSection(Section):
+    """What is done about pairs that are sound one by one, and still not good to train on."""
+
+    near_duplicates: Literal["quarantine", "drop", "keep"] = Field(
+        default="quarantine",
+        description="Pairs that say nearly what another pair says: set aside, counted and dropped, or kept.",
+    )
+    near_duplicate_similarity: float = Field(
+        default=0.85,
+        ge=0.5,
+        le=1.0,
+        description="Share of runs of three words that prompt, chosen and rejected answers must each have in common.",
+    )
+    max_pairs_per_prompt: int = Field(
+        default=0, ge=0, description="More pairs of one prompt than this are set aside; 0: no limit."
+    )
+    template_marks: Literal["quarantine", "escape", "keep"] = Field(
+        default="quarantine",
+        description="Texts that hold marks of a chat template (`<|im_end|>`), which would end a turn in training.",
+    )
+    personal_data: ContentAction = Field(
+        default="flag",
+        description="E-mail addresses, card and phone numbers: flag the pair, mask them, or set it aside.",
+    )
+    secrets: ContentAction = Field(
+        default="flag", description="Keys and tokens: flag the pair, mask them, or set it aside."
+    )
+    evaluation_sets: list[str] = Field(
+        default=[],
+        description="Files of prompts that models are judged by (JSONL or lines); pairs that ask them are set aside.",
+        examples=[["evaluation/mt_bench.jsonl"]],
+    )
+
+
+class ReleaseRule(Section):
+    """Rows that are taken out of quarantine, and why."""
+
+    reason: Literal[
+        "near_duplicate", "over_prompt_cap", "template_marks", "personal_data", "secret", "conflict",
+        "evaluation_overlap",
+    ] = Field(description="What they are in quarantine for; what is no sound pair cannot be released.")  # fmt: skip
+    source: str = Field(default="*", description="Name of their file, or a pattern.", examples=["export-2026-*"])
+    note: str = Field(min_length=10, description="Why they may be trained on; kept in the dataset's report.")
+
+
 class FeedbackSection(Section):
     """Where preferences come from, and what a pair must satisfy."""
 
     sources: list[FeedbackSource] = Field(min_length=1, description="Feedback files, read in this order.")
-    pairing: Literal["best_worst", "adjacent"] = Field(
+    pairing: Literal["best_worst", "adjacent", "all_above_margin"] = Field(
         default="best_worst",
-        description="How ranked replies become pairs: best against worst, or each against the next in rank.",
+        description=(
+            "How ranked, rated or thumbed answers to one prompt become pairs: best against worst, each against the "
+            "next, or every two that lie `min_margin` apart."
+        ),
+    )
+    min_margin: float = Field(
+        default=0.0, ge=0.0, description="Least difference of two scores or ranks; equal ones are always a tie."
     )
     include_synthetic: bool = Field(default=False, description="Keep OpenAssistant pairs with a machine-written side.")
     max_length: int = Field(
@@ -211,6 +265,8 @@ class FeedbackSection(Section):
         default=0.2, ge=0.0, le=1.0, description="A larger share of rejected rows blocks the run; single rows never do."
     )
     seed: int = Field(default=0, ge=0, description="Seed of the train/eval split.")
+    cleaning: CleaningSection = Field(default_factory=CleaningSection, description="What is done about unfit pairs.")
+    release: list[ReleaseRule] = Field(default=[], description="What is taken out of quarantine, by rule.")
 
 
 class LoraSection(Section):
@@ -566,9 +622,11 @@ def resolve_paths(recipe: Recipe, base_dir: Path) -> Recipe:
     # The folder is a name, not a pattern: brackets in it must not be read as one.
     folder = Path(glob.escape(str(base_dir)))
     sources = [_absolute_source(s, lambda path: absolute(path, folder), absolute) for s in recipe.feedback.sources]
+    sets = [absolute(path) for path in recipe.feedback.cleaning.evaluation_sets]
+    cleaning = recipe.feedback.cleaning.model_copy(update={"evaluation_sets": sets})
     return recipe.model_copy(
         update={
             "base_model": model.model_copy(update=changes),
-            "feedback": recipe.feedback.model_copy(update={"sources": sources}),
+            "feedback": recipe.feedback.model_copy(update={"sources": sources, "cleaning": cleaning}),
         }
     )

@@ -6,23 +6,34 @@ already on the screen.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from dpo_assets.artifact import Artifact, fingerprint, write_json
+from dpo_assets.artifact import Artifact, file_sha256, fingerprint, write_json
 from dpo_assets.assets.base_model import FACTS
 from dpo_assets.assets.node import Node
-from dpo_assets.assets.raw_preferences import BATCH_KIND, INDEX
+from dpo_assets.assets.raw_preferences import batches_of
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.dataset import dataset_verdicts
 from dpo_assets.contract import TokenizeSpec
 from dpo_assets.errors import ConfigError
-from dpo_assets.feedback.cleaning import NOT_DAMAGE, fit_to_model, screen, split
+from dpo_assets.feedback.cleaning import NOT_DAMAGE, Screening, fit_to_model, split
+from dpo_assets.feedback.ingest import COUNTS, QUARANTINE, PairWriter
 from dpo_assets.feedback.pair import PAIR_COLUMNS, QUARANTINE_COLUMNS, TOKEN_COLUMNS, polars_schema
+from dpo_assets.feedback.pool import PART, stored
+from dpo_assets.feedback.quality import QUALITY_VERSION, measure, token_stats
+from dpo_assets.feedback.quality_conflicts import contradictions
+from dpo_assets.feedback.quality_sources import source_report
+from dpo_assets.feedback.quality_tokens import Markers, read_markers
 from dpo_assets.planning.plan import DatasetStats
+from dpo_assets.recipe import FeedbackSection, Recipe
+from dpo_assets.report.feedback import released_table, source_views, trend_table
+from dpo_assets.report.quality import quality_views
 from dpo_assets.report.tables import counts_table, quarantine_table, sample_table
 
 if TYPE_CHECKING:
@@ -38,21 +49,30 @@ def materialise(step: Step) -> Events:
             f"feedback.max_length is {feedback.max_length}, but {step.recipe.base_model.source} has a context of "
             f"{context_length} tokens; set it to {context_length} or less."
         )
-    config = feedback.model_dump(include={"max_length", "eval_fraction", "seed"})
+    config = feedback.model_dump(include={"max_length", "eval_fraction", "seed", "cleaning", "release"})
+    config |= {"quality": QUALITY_VERSION, "evaluation_sets": [file_sha256(path) for path in _sets(feedback)]}
 
     def make(folder: Path, print_: str) -> None:
-        pairs, quarantine = _read_batches(step, raw)
-        rows_in = pairs.height + quarantine.filter(quarantine["line"] > 0).height
-        screened = screen(pairs, quarantine)
-        tokens = _tokenize(step, base, screened.pairs)
-        accepted, faults = fit_to_model(screened.pairs, tokens, feedback.max_length)
-        _write(
-            folder, feedback.model_dump(), accepted, _with(screened.quarantine, faults), screened.duplicates, rows_in
+        batches = batches_of(step, raw)
+        markers = read_markers(base.path / "model")
+        screening = Screening(
+            stored([batch.path for batch in batches]), feedback.cleaning, feedback.release, markers.texts
         )
+        screened = folder.parent / f"{folder.name}.screened.parquet"
+        try:
+            with PairWriter(screened) as writer:
+                for part, _ in screening.parts():
+                    writer.write(part)
+            tokens = _tokenize(step, base, screened)
+            _write(folder, step.recipe, batches, screening, screened, tokens, (context_length, markers))
+        finally:
+            screened.unlink(missing_ok=True)
 
     artifact, reused = step.build("dpo_dataset", config, {"raw_preferences": raw, "base_model": base}, make)
     report = artifact.json("report.json")
+    views = quality_views(report, step.bands)
     rejected = artifact.path / "quarantine.parquet"
+    trend = _trend(step, report)
     yield from step.result(
         "quarantined_preferences",
         artifact,
@@ -60,6 +80,11 @@ def materialise(step: Step) -> Events:
         metadata={
             "dagster/row_count": report["quarantined"],
             "by_reason": dg.MetadataValue.md(counts_table("reason", report["reasons"])),
+            REASONS: dg.MetadataValue.json(report["reasons"]),
+            # Numbers are plotted over runs by the UI.
+            **{f"reason/{reason}": count for reason, count in sorted(report["reasons"].items())[:MOST_REASONS]},
+            "trend": dg.MetadataValue.md(trend),
+            **({"released": dg.MetadataValue.md(released_table(report["released"]))} if report["released"] else {}),
             "sample": dg.MetadataValue.md(quarantine_table(rejected)),
         },
     )
@@ -67,15 +92,35 @@ def materialise(step: Step) -> Events:
         "dpo_dataset",
         artifact,
         reused,
-        dataset_verdicts(report, feedback, step.bands),
+        [replace(v, shown=views.get(v.check, {})) for v in dataset_verdicts(report, step.recipe, step.bands)],
         {
             "dagster/row_count": report["train_pairs"] + report["eval_pairs"],
             **{k: report[k] for k in ("rows_in", "accepted", "quarantined", "duplicates", "train_pairs", "eval_pairs")},
             "longest_pair_tokens": report["longest_pair"],
             "answers_truncated": report["truncated_answers"],
+            "flagged": dg.MetadataValue.md(counts_table("seen in texts", report["flagged"])),
+            **{title: dg.MetadataValue.md(text) for title, text in source_views(report["sources"]).items()},
             "sample": dg.MetadataValue.md(sample_table(artifact.path / "train.parquet")),
+            **{title: dg.MetadataValue.md(text) for view in views.values() for title, text in view.items()},
         },
     )
+
+
+REASONS, MOST_REASONS, RECENT = "dpo_assets/reasons", 30, 10
+
+
+def _trend(step: Step, report: Mapping[str, Any]) -> str:
+    """Rows in quarantine by reason, in this run and those before it."""
+    key = step.pipeline.key("quarantined_preferences")
+    records = step.context.instance.fetch_materializations(key, limit=RECENT - 1).records
+    runs: list[tuple[str, Mapping[str, int]]] = [("this run", report["reasons"])]
+    for record in records:
+        event = record.asset_materialization
+        value = event.metadata.get(REASONS) if event is not None else None
+        if value is not None and isinstance(value.value, Mapping):
+            at = datetime.fromtimestamp(record.timestamp, UTC)
+            runs.append((f"{at:%Y-%m-%d %H:%M}", value.value))
+    return trend_table(runs)
 
 
 def dataset_stats(dataset: Artifact) -> DatasetStats:
@@ -83,105 +128,121 @@ def dataset_stats(dataset: Artifact) -> DatasetStats:
     return DatasetStats.model_validate(dataset.json("report.json"))
 
 
-def _read_batches(step: Step, raw: Artifact) -> tuple[pl.DataFrame, pl.DataFrame]:
+def _sets(feedback: FeedbackSection) -> list[Path]:
+    paths = [Path(path) for path in feedback.cleaning.evaluation_sets]
+    if missing := [str(path) for path in paths if not path.is_file()]:
+        raise ConfigError(f"feedback.cleaning.evaluation_sets: no such file: {', '.join(missing)}")
+    return paths
+
+
+def _tokenize(step: Step, base: Artifact, screened: Path) -> Path | None:
+    """Token ids of the screened pairs, by the worker: the Dagster process loads no tokenizer library.
+
+    They are in the order of the pairs. None where there is no pair.
+    """
     import polars as pl
 
-    pairs, quarantine = [], []
-    for row in raw.json(INDEX):
-        batch = step.tree.find(BATCH_KIND, row["batch"])
-        if batch is None or batch.digest != row["digest"]:
-            raise ConfigError(f"the batch of {row['file']} is missing or damaged; materialise raw_preferences again.")
-        pairs.append(pl.read_parquet(batch.path / "pairs.parquet"))
-        quarantine.append(pl.read_parquet(batch.path / "quarantine.parquet"))
-    return pl.concat(pairs), pl.concat(quarantine)
-
-
-def _tokenize(step: Step, base: Artifact, pairs: pl.DataFrame) -> pl.DataFrame:
-    """Token ids of the screened pairs, by the worker: the Dagster process loads no tokenizer library."""
-    import polars as pl
-
-    inputs = {"base_model": base}
-    identity = sorted(pairs["pair_id"])
+    identity = pl.read_parquet(screened, columns=["pair_id"])["pair_id"].to_list()
+    if not identity:
+        return None
 
     def make(folder: Path, print_: str) -> None:
-        source = folder.parent / f"{folder.name}.pairs.parquet"
-        pairs.write_parquet(source)
-        try:
-            step.launch(
-                "tokenize",
-                TokenizeSpec(
-                    kind="tokens",
-                    output_dir=folder,
-                    fingerprint=print_,
-                    inputs={"base_model": base.digest},
-                    base_model=base.path / "model",
-                    threads=step.recipe.hardware.threads,
-                    pairs=source,
-                    max_length=step.recipe.feedback.max_length,
-                ),
-            )
-        finally:
-            source.unlink(missing_ok=True)
+        step.launch(
+            "tokenize",
+            TokenizeSpec(
+                kind="tokens",
+                output_dir=folder,
+                fingerprint=print_,
+                inputs={"base_model": base.digest},
+                base_model=base.path / "model",
+                threads=step.recipe.hardware.threads,
+                pairs=screened,
+                max_length=step.recipe.feedback.max_length,
+            ),
+        )
 
-    if pairs.is_empty():
-        ids = polars_schema(TOKEN_COLUMNS)
-        return pl.DataFrame(schema={"pair_id": pl.String, **ids, "boundary_fault": pl.Boolean})
-    artifact, _ = step.build("tokens", fingerprint("pairs", identity, {}), inputs, make)
-    return pl.read_parquet(artifact.path / "tokens.parquet")
-
-
-def _with(quarantine: pl.DataFrame, faults: list[dict[str, Any]]) -> pl.DataFrame:
-    import polars as pl
-
-    return pl.concat([quarantine, pl.DataFrame(faults, schema=polars_schema(QUARANTINE_COLUMNS))])
+    artifact, _ = step.build("tokens", fingerprint("pairs in this order", identity, {}), {"base_model": base}, make)
+    return artifact.path / "tokens.parquet"
 
 
 def _write(
     folder: Path,
-    feedback: Mapping[str, Any],
-    accepted: pl.DataFrame,
-    quarantine: pl.DataFrame,
-    duplicates: int,
-    rows_in: int,
+    recipe: Recipe,
+    batches: Sequence[Artifact],
+    screening: Screening,
+    screened: Path,
+    tokens: Path | None,
+    model: tuple[int, Markers],
 ) -> None:
-    train, held_out = split(accepted, feedback["eval_fraction"], feedback["seed"])
-    train.write_parquet(folder / "train.parquet")
-    held_out.write_parquet(folder / "eval.parquet")
+    """Both splits, part by part, the quarantine, and the report."""
+    import polars as pl
+
+    feedback = recipe.feedback
+    faults: list[dict[str, Any]] = []
+    schema = polars_schema((*PAIR_COLUMNS, *TOKEN_COLUMNS))
+    leaks: list[set[str]] = [set(), set()]
+    with PairWriter(folder / "train.parquet", schema) as train, PairWriter(folder / "eval.parquet", schema) as held_out:
+        for part, ids in _parts(screened, tokens):
+            accepted, unfit = fit_to_model(part, ids, feedback.max_length)
+            faults += unfit
+            for writer, prompts, side in zip(
+                (train, held_out), leaks, split(accepted, feedback.eval_fraction, feedback.seed), strict=True
+            ):
+                writer.write(side)
+                prompts.update(side["prompt_id"])
+    read = [pl.read_parquet(batch.path / QUARANTINE) for batch in batches]
+    unfit_rows = pl.DataFrame(faults, schema=polars_schema(QUARANTINE_COLUMNS))
+    quarantine = pl.concat([*read, screening.quarantine(), unfit_rows])
     # Sorted, so that the artefact does not depend on the order of files.
-    quarantine.sort("source", "line", "row", "reason").write_parquet(folder / "quarantine.parquet")
+    quarantine.sort("source", "line", "row", "reason", "raw").write_parquet(folder / "quarantine.parquet")
     reasons = dict(quarantine["reason"].value_counts(sort=True).iter_rows())
+    rows = quarantine.filter(quarantine["line"] > 0).height
+    counted = [batch.json(COUNTS) for batch in batches]
+    rejected = sum(one["rejected"] for one in counted)
+    accepted = pl.concat([pl.read_parquet(folder / name) for name in ("train.parquet", "eval.parquet")])
+    whole = pl.read_parquet(tokens) if tokens is not None else pl.DataFrame(schema=_token_schema())
+    context, markers = model
+    quality = measure(accepted, whole.filter(~pl.col("boundary_fault")), feedback.max_length, context, markers)
     write_json(
         folder / "report.json",
         {
-            "rows_in": rows_in,
+            "rows_in": sum(one["pairs"] for one in counted) + rejected,
             "accepted": accepted.height,
-            "duplicates": duplicates,
-            "quarantined": quarantine.filter(quarantine["line"] > 0).height,
+            "duplicates": screening.duplicates,
+            "near_duplicates_dropped": screening.near_dropped,
+            "quarantined": rows,
             "reasons": dict(sorted(reasons.items())),
             "damaged": sum(count for reason, count in reasons.items() if reason not in NOT_DAMAGE),
-            "train_pairs": train.height,
-            "eval_pairs": held_out.height,
-            "leaked_prompts": len(set(train["prompt_id"]) & set(held_out["prompt_id"])),
-            **_token_stats(accepted, feedback["max_length"]),
+            "train_pairs": train.rows,
+            "eval_pairs": held_out.rows,
+            "leaked_prompts": len(leaks[0] & leaks[1]),
+            "flagged": dict(sorted(screening.counts.items())),
+            "released": [
+                {**rule.model_dump(), "rows": screening.released[n]} for n, rule in enumerate(feedback.release)
+            ],
+            **token_stats(accepted, feedback.max_length),
+            "quality": quality | {"contradictions": contradictions(pl.read_parquet(screened))},
+            "sources": source_report(accepted),
         },
     )
 
 
-def _token_stats(accepted: pl.DataFrame, max_length: int) -> dict[str, Any]:
-    pairs, truncated, identical = [0], 0, 0
-    for row in accepted.iter_rows(named=True):
-        room = max_length - len(row["prompt_ids"])
-        chosen, rejected = row["chosen_ids"][:room], row["rejected_ids"][:room]
-        pairs.append(len(row["prompt_ids"]) + len(chosen) + len(rejected))
-        truncated += (len(chosen) < len(row["chosen_ids"])) + (len(rejected) < len(row["rejected_ids"]))
-        identical += chosen == rejected
-    return {
-        "max_length": max_length,
-        "longest_pair": max(pairs),
-        "mean_pair": sum(pairs) / max(1, len(pairs) - 1),
-        "truncated_answers": truncated,
-        "identical_after_truncation": identical,
-    }
+def _parts(screened: Path, tokens: Path | None) -> Iterator[tuple[pl.DataFrame, pl.DataFrame]]:
+    """Screened pairs and their token ids, PART rows at a time."""
+    import polars as pl
+
+    if tokens is None:
+        yield pl.read_parquet(screened), pl.DataFrame(schema=_token_schema())
+        return
+    for start in range(0, pl.scan_parquet(screened).select(pl.len()).collect().item(), PART):
+        pairs, ids = (pl.scan_parquet(path).slice(start, PART).collect() for path in (screened, tokens))
+        yield pairs, ids
+
+
+def _token_schema() -> dict[str, Any]:
+    import polars as pl
+
+    return {"pair_id": pl.String, **polars_schema(TOKEN_COLUMNS), "boundary_fault": pl.Boolean}
 
 
 QUARANTINE_NODE = Node(

@@ -1,32 +1,28 @@
-"""`raw_preferences`: every feedback file as one content-addressed batch of canonical pairs and rejected rows."""
+"""`raw_preferences`: every feedback file as content-addressed batches of pairs, judged answers and rejected rows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 from pydantic import Field
 
-from dpo_assets.artifact import Artifact, file_sha256, write_json
+from dpo_assets.artifact import Artifact, write_json
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.verdict import Verdict
-from dpo_assets.errors import FeedbackError
-from dpo_assets.feedback.ingest import (
-    EMPTY_FILE,
-    FeedbackFile,
-    find_files,
-    pairs_frame,
-    quarantine_frame,
-    read_file,
-)
+from dpo_assets.errors import ConfigError, FeedbackError
+from dpo_assets.feedback.ingest import COUNTS, EMPTY, EMPTY_FILE, PAIRS, QUARANTINE
+from dpo_assets.feedback.library import BATCH_KIND, PAIRED_KIND, FileBatches, pair_into, read_into
 from dpo_assets.feedback.pair import PAIR_COLUMNS
 from dpo_assets.feedback.readers import ReadOptions
+from dpo_assets.feedback.sources import files_of
 from dpo_assets.recipe import FeedbackSource, Recipe
-from dpo_assets.report.tables import counts_table, sample_table
+from dpo_assets.report.tables import counts_table, sample_table, table
 
-BATCH_KIND, INDEX = "raw_batches", "batches.json"
+INDEX = "batches.json"
 
 
 class ReadConfig(dg.Config):
@@ -39,50 +35,72 @@ class ReadConfig(dg.Config):
 
 
 def materialise(step: Step) -> Events:
-    """Reads what is new; a file that was read before costs a hash."""
+    """Reads what is new; what was read before costs a hash."""
+    if step.only_checks:
+        found, reused = step.build("raw_preferences", None, {}, lambda folder, _: None)
+        yield from step.result("raw_preferences", found, reused, [accounting(found.json(INDEX))])
+        return
+    landing = step.tree.root / "landing"
     feedback = step.recipe.feedback
-    options = ReadOptions(feedback.pairing, feedback.include_synthetic)
-    files = find_files(_sources(step))
-    batches = [_batch(step, file, options) for file in files]
-    rows = [_row(file, batch) for file, (batch, _) in zip(files, batches, strict=True)]
-    if all(row["rows_in"] == 0 for row in rows):
-        names = ", ".join(str(file.path) for file in files)
-        raise FeedbackError(f"{EMPTY_FILE}: no feedback row in {names}; the export is empty or was cut off.")
+    options = ReadOptions(feedback.pairing, feedback.include_synthetic, min_margin=feedback.min_margin)
+    read = [read_into(step.tree, file, options) for file in files_of(_sources(step), landing)]
+    index: dict[str, Any] = {"files": sorted((one.row() for one in read), key=lambda row: row["file"]), "paired": None}
+    if all(row["rows_in"] == 0 for row in index["files"]):
+        raise FeedbackError(_nothing(read))
+    paired = pair_into(step.tree, [batch for one in read for batch in one.batches], options)
+    if paired is not None:
+        index["paired"] = {"batch": paired.fingerprint, "digest": paired.digest, **paired.json(COUNTS)}
 
     def make(folder: Path, _: str) -> None:
-        write_json(folder / INDEX, rows)
+        write_json(folder / INDEX, index)
 
-    index, reused = step.build("raw_preferences", rows, {}, make)
-    reasons = _reasons([batch for batch, _ in batches])
-    yield from step.result(
-        "raw_preferences",
-        index,
-        reused,
-        [accounting(rows)],
-        {
-            "dagster/row_count": sum(int(row["pairs"]) for row in rows),
-            "rows_in": sum(int(row["rows_in"]) for row in rows),
-            "rejected": sum(int(row["rejected"]) for row in rows),
-            "files_read_now": sum(not found for _, found in batches),
-            "files": dg.MetadataValue.md(_files_table(rows)),
-            "rejected_by_reason": dg.MetadataValue.md(counts_table("reason", reasons)),
-            "sample": dg.MetadataValue.md(sample_table(batches[0][0].path / "pairs.parquet")),
-        },
-    )
+    artifact, reused = step.build("raw_preferences", index, {}, make)
+    batches = batches_of(step, artifact)
+    shown = _metadata(index, batches, [one.new for one in read])
+    yield from step.result("raw_preferences", artifact, reused, [accounting(index)], shown)
 
 
-def accounting(rows: Sequence[dict[str, str | int]]) -> Verdict:
-    """rows in = pairs + rejected, for every file."""
-    wrong = [str(row["file"]) for row in rows if row["rows_in"] != int(row["pairs"]) + int(row["rejected"])]
-    total = sum(int(row["rows_in"]) for row in rows)
+def batches_of(step: Step, raw: Artifact) -> list[Artifact]:
+    """The verified batches of `raw_preferences`, that of paired answers last.
+
+    Raises:
+        ConfigError: when one is gone or damaged.
+    """
+    index = raw.json(INDEX)
+    named = [(BATCH_KIND, row["file"], one) for row in index["files"] for one in row["batches"]]
+    if index["paired"] is not None:
+        named.append((PAIRED_KIND, "paired answers", index["paired"]))
+    found = []
+    for kind, name, one in named:
+        batch = step.tree.find(kind, one["batch"])
+        if batch is None or batch.digest != one["digest"]:
+            raise ConfigError(f"the batch of {name} is missing or damaged; materialise raw_preferences again.")
+        found.append(batch)
+    return found
+
+
+def accounting(index: Mapping[str, Any]) -> Verdict:
+    """Every row of every file is a pair, a judged answer or a rejected row; every answer is in a pair, or rejected."""
+    files = index["files"]
+    wrong = [
+        row["file"] for row in files if row["lost"] or row["rows_in"] != _given(row) or row["rows_in"] < row["rows"]
+    ]
+    answers, paired = sum(row["answers"] for row in files), index["paired"] or {"used": 0, "rejected": 0}
+    if answers != paired["used"] + paired["rejected"]:
+        wrong.append("paired answers")
+    total = sum(row["rows_in"] for row in files)
     return Verdict(
         "every_row_accounted_for",
         "error" if wrong else "pass",
-        f"{total} rows in {len(rows)} files",
-        "rows in = pairs + rejected, file by file",
+        f"{total} rows in {len(files)} files",
+        "rows in = pairs + judged answers + rejected, file by file; answers = in a pair + rejected",
         "nothing is lost (docs/design.md, rules)",
         f"report a bug with these files: {', '.join(wrong)}" if wrong else "",
     )
+
+
+def _given(row: Mapping[str, Any]) -> int:
+    return int(row["pairs"] + row["answers"] + row["rejected"])
 
 
 def _sources(step: Step) -> list[FeedbackSource]:
@@ -91,45 +109,76 @@ def _sources(step: Step) -> list[FeedbackSource]:
     return [FeedbackSource(path=path, format=declared[0].format) for path in given] or declared
 
 
-def _batch(step: Step, file: FeedbackFile, options: ReadOptions) -> tuple[Artifact, bool]:
-    identity = {
-        "sha256": file_sha256(file.path),
-        "name": file.name,
-        "format": file.format,
-        "pairing": options.pairing,
-        "include_synthetic": options.include_synthetic,
+def _nothing(read: Sequence[FileBatches]) -> str:
+    import polars as pl
+
+    names, reasons = [], []
+    for one in read:
+        rows = pl.read_parquet(one.batches[0].path / QUARANTINE, columns=["reason", "message"])
+        reason, message = rows.row(0) if rows.height else (EMPTY_FILE, "")
+        names.append(str(one.file.path))
+        if reason not in EMPTY:
+            reasons.append(f"{one.file.name}: {reason}: {message}")
+    why = "; ".join(reasons) or "the export is empty or was cut off."
+    return f"{EMPTY_FILE}: no feedback row in {', '.join(names)}; {why}"
+
+
+def _metadata(index: Mapping[str, Any], batches: Sequence[Artifact], new: Sequence[int]) -> dict[str, Any]:
+    files, paired = index["files"], index["paired"]
+    made = paired["pairs"] if paired else 0
+    drifted = [row for row in files if len(row["shapes"]) > 1]
+    shown: dict[str, Any] = {
+        "dagster/row_count": sum(row["pairs"] for row in files) + made,
+        "rows_in": sum(row["rows_in"] for row in files),
+        "rejected": sum(row["rejected"] for row in files),
+        "files_read_now": sum(one > 0 for one in new),
+        "batches_read_now": sum(new),
+        "files": dg.MetadataValue.md(_files_table(files)),
+        "rejected_by_reason": dg.MetadataValue.md(counts_table("reason", _reasons(batches))),
+        "sample": dg.MetadataValue.md(sample_table(_first_with_pairs(batches) / PAIRS)),
     }
-
-    def make(folder: Path, _: str) -> None:
-        batch = read_file(file, options)
-        if file_sha256(file.path) != identity["sha256"]:
-            raise FeedbackError(f"{file.path} changed while it was read; run again once its writer is done.")
-        pairs_frame(batch.pairs).write_parquet(folder / "pairs.parquet")
-        quarantine_frame(batch.rejected).write_parquet(folder / "quarantine.parquet")
-        rejected = [r for r in batch.rejected if r.reason != EMPTY_FILE]
-        counts = {"rows_in": batch.rows_in - (len(batch.rejected) - len(rejected)), "pairs": len(batch.pairs)}
-        write_json(folder / "counts.json", counts | {"rejected": len(rejected)})
-
-    return step.build(BATCH_KIND, identity, {}, make)
+    if paired:
+        shown["pairing"] = dg.MetadataValue.md(_pairing_table(paired["policies"]))
+    if drifted:
+        shown["shapes_of_rows"] = dg.MetadataValue.md(_shapes_table(drifted))
+    return shown
 
 
-def _row(file: FeedbackFile, batch: Artifact) -> dict[str, str | int]:
-    return {"file": file.name, "batch": batch.fingerprint, "digest": batch.digest, **batch.json("counts.json")}
+def _first_with_pairs(batches: Sequence[Artifact]) -> Path:
+    return next((batch.path for batch in batches if batch.json(COUNTS)["pairs"]), batches[0].path)
 
 
 def _reasons(batches: Sequence[Artifact]) -> dict[str, int]:
     import polars as pl
 
-    table = pl.concat([pl.read_parquet(b.path / "quarantine.parquet", columns=["reason"]) for b in batches])
-    return dict(table["reason"].value_counts(sort=True).iter_rows())
+    rows = pl.concat([pl.read_parquet(batch.path / QUARANTINE, columns=["reason"]) for batch in batches])
+    return dict(rows["reason"].value_counts(sort=True).iter_rows())
 
 
-def _files_table(rows: Sequence[dict[str, str | int]]) -> str:
-    lines = ["| file | rows | pairs | rejected | batch |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {r['file']} | {r['rows_in']} | {r['pairs']} | {r['rejected']} | `{str(r['batch'])[:12]}` |" for r in rows
-    ]
-    return "\n".join(lines)
+def _files_table(files: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        [
+            row["file"], row["format"] + (f" ({row['seen']})" if row["seen"] else ""), row["rows"], row["pairs"],
+            row["answers"], row["rejected"], ", ".join(f"{k} {v}" for k, v in row["flags"].items()) or "-",
+            ", ".join(one["batch"][:12] for one in row["batches"][:3]) + (" ..." if len(row["batches"]) > 3 else ""),
+        ]
+        for row in files
+    ]  # fmt: skip
+    return table(["file", "format", "rows", "pairs", "judged answers", "rejected", "normalised", "batch"], rows)
+
+
+def _pairing_table(policies: Mapping[str, Mapping[str, int]]) -> str:
+    """What the policy made of each kind of judgement, and what it left."""
+    names = sorted({name for counts in policies.values() for name in counts})
+    return table(
+        ["judged by", *names], [[kind, *(counts.get(n, 0) for n in names)] for kind, counts in policies.items()]
+    )
+
+
+def _shapes_table(files: Sequence[Mapping[str, Any]]) -> str:
+    """Files whose rows have different keys: an export whose form changed under way."""
+    rows = [[row["file"], keys, count] for row in files for keys, count in sorted(row["shapes"].items())]
+    return table(["file", "keys", "rows"], rows)
 
 
 def read_config(recipe: Recipe) -> type[dg.Config]:
@@ -138,7 +187,7 @@ def read_config(recipe: Recipe) -> type[dg.Config]:
 
 NODE = Node(
     name="raw_preferences",
-    description="Preference pairs as read, one immutable Parquet batch per feedback file; rejected rows are kept.",
+    description="Preference pairs as read, in immutable Parquet batches; judged answers and rejected rows are kept.",
     phase="data",
     kinds=frozenset({"parquet", "polars"}),
     body=materialise,

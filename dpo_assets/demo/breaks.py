@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from dpo_assets.feedback.ingest import BUILTIN_FEEDBACK
+from dpo_assets.feedback.sources.finding import BUILTIN_FEEDBACK
 
 EVERY = 2  # Every second line of the export is cut in half: the disk was full.
 

@@ -1,115 +1,363 @@
-"""From batches to a dataset: what a pair must satisfy, duplicates, conflicts, fit to the model, the split.
+"""From batches to a dataset: what other rows, the recipe and the model say about a pair; then the split.
 
-The accounting identity holds at every step: rows in = accepted + quarantined + duplicates.
+Everything but the texts of a part of the pairs stays on disk: rules across rows work on keys (`ingest.keys_frame`), and
+texts are read where a rule names rows, and once more, part by part, for the result. The accounting identity holds at
+every step: rows in = accepted + quarantined + duplicates.
 """
 
 from __future__ import annotations
 
 import base64
+import fnmatch
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_assets.feedback.pair import (
-    PAIR_COLUMNS,
-    QUARANTINE_COLUMNS,
-    ROLES,
-    Message,
-    Pair,
-    fold,
-    pandera_schema,
-    polars_schema,
-)
+from dpo_assets.feedback.near import BAND_COLUMNS, candidates, similarity
+from dpo_assets.feedback.overlap import EvaluationSets, read_prompts
+from dpo_assets.feedback.pair import PAIR_COLUMNS, QUARANTINE_COLUMNS, Pair, pandera_schema, polars_schema
+from dpo_assets.feedback.pool import PART, LoadedBatch, Pool
+from dpo_assets.feedback.rules import pair_fault
+from dpo_assets.feedback.scan import PERSONAL, SECRET, TEMPLATE, escaped, marks_in, redacted, rows_with, unusual_marks
+from dpo_assets.feedback.tables import CONVERSATIONS, with_new_content
+from dpo_assets.recipe import CleaningSection, ReleaseRule
 
 if TYPE_CHECKING:
     import polars as pl
 
 # Rows left out by a choice of the recipe or by the model's size. They are quarantined too, but they do not say that
 # an export is broken, so the quarantine-rate gate does not count them.
-NOT_DAMAGE = frozenset({"synthetic", "no_comparison", "tie", "prompt_too_long", "identical_after_truncation"})
+NOT_DAMAGE = frozenset(
+    {
+        # Nobody compared or judged it, or it is the other half of what was.
+        "synthetic", "no_comparison", "tie", "unpaired", "not_compared", "no_feedback", "superseded", "other_side",
+        "unsubmitted", "unfinished", "other_question",
+        # What its format leaves out by its own rules.
+        "not_anonymous", "leaked_identity", "excluded_tag", "error_answer",
+        # The recipe's choice, and the model's size.
+        "near_duplicate", "over_prompt_cap", "evaluation_overlap", "personal_data", "secret", "prompt_too_long",
+        "identical_after_truncation",
+    }
+)  # fmt: skip
+DEFAULT_CLEANING = CleaningSection()
+COMPARED_AT_ONCE = 50_000  # Candidates for near duplicates whose texts are held at once.
 
 
 @dataclass(frozen=True)
 class Screened:
-    """Tables of accepted pairs and quarantined rows, and how many exact duplicates were dropped."""
+    """Tables of accepted pairs and quarantined rows, and how many duplicates were dropped."""
 
     pairs: pl.DataFrame
     quarantine: pl.DataFrame
     duplicates: int
+    near_duplicates: int = 0  # Of them, those that are not equal.
 
 
 def fault_of(pair: Pair) -> tuple[str, str] | None:
     """(reason, message) of the first rule a pair breaks, or None."""
-    if not pair.prompt:
-        return "empty_prompt", "the prompt has no message"
-    for name, messages in (("prompt", pair.prompt), ("chosen", pair.chosen), ("rejected", pair.rejected)):
-        for message in messages:
-            if message["role"] not in ROLES:
-                return "unknown_role", f"{name}: role {message['role']!r}; known: {', '.join(ROLES)}"
-            if "\x00" in message["content"]:
-                return "nul_character", f"{name}: NUL character in the text"
-            if not message["content"].strip():
-                return f"empty_{name}", f"{name}: a message without text"
-    if not pair.chosen or not pair.rejected:
-        return "empty_answer", "an answer has no message"
-    for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        if problem := _order_fault(pair.prompt, answer):
-            return "bad_role_order", f"{name}: {problem}"
-    if _folded(pair.chosen) == _folded(pair.rejected):
-        return "no_preference", "chosen and rejected are the same text after NFC and white-space folding"
-    return None
+    return pair_fault(pair)
 
 
-def _order_fault(prompt: Sequence[Message], answer: Sequence[Message]) -> str | None:
-    if prompt[-1]["role"] != "user":
-        return f"the prompt ends with a {prompt[-1]['role']} message, expected user"
-    if answer[-1]["role"] != "assistant":
-        return f"it ends with a {answer[-1]['role']} message, expected assistant"
-    turns = [m["role"] for m in [*prompt, *answer]]
-    if turns[0] == "system":
-        turns = turns[1:]
-    expected = ["user" if n % 2 == 0 else "assistant" for n in range(len(turns))]
-    if turns != expected:
-        return f"roles do not alternate: {' '.join(turns)}"
-    return None
-
-
-def _folded(messages: Sequence[Message]) -> list[tuple[str, str]]:
-    return [(m["role"], fold(m["content"])) for m in messages]
-
-
-def _flipped_id(record: dict[str, Any]) -> str:
-    flipped = [record["prompt"], record["rejected"], record["chosen"]]
-    return hashlib.sha256(json.dumps(flipped, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
-
-
-def screen(pairs: pl.DataFrame, quarantine: pl.DataFrame) -> Screened:
-    """Applies every rule that needs no tokenizer, then the pandera schema as the contract of what is left."""
+def screen(
+    pairs: pl.DataFrame,
+    quarantine: pl.DataFrame,
+    policy: CleaningSection = DEFAULT_CLEANING,
+    release: Sequence[ReleaseRule] = (),
+) -> Screened:
+    """Every rule that needs no tokenizer, for pairs in memory, whether ingestion has seen them or not."""
     import polars as pl
 
-    kept: dict[str, dict[str, Any]] = {}
-    rejected: list[dict[str, Any]] = []
-    duplicates = 0
-    # In an order of their own: which of two equal pairs stays must not depend on the order of files.
-    for record in pairs.sort("source", "line", "row").iter_rows(named=True):
-        fault = fault_of(_as_pair(record))
-        if fault is not None:
-            rejected.append(quarantine_record(record, *fault))
-        elif record["pair_id"] in kept:
-            duplicates += 1
+    faults, sound = [], []
+    for n, record in enumerate(pairs.iter_rows(named=True)):
+        if fault := fault_of(_as_pair(record)):
+            faults.append(quarantine_record(record, *fault))
         else:
-            kept[record["pair_id"]] = record
-    conflicts = {pair_id for pair_id, record in kept.items() if _flipped_id(record) in kept}
-    message = "another row prefers the rejected answer of this one"
-    rejected += [quarantine_record(kept[pair_id], "conflict", message) for pair_id in sorted(conflicts)]
-    accepted = [record for pair_id, record in kept.items() if pair_id not in conflicts]
-    table = pl.DataFrame(accepted, schema=polars_schema(PAIR_COLUMNS))
-    table, schema_faults = _apply_schema(table)
-    rejected += schema_faults
-    more = pl.DataFrame(rejected, schema=polars_schema(QUARANTINE_COLUMNS))
-    return Screened(table, pl.concat([quarantine, more]), duplicates)
+            sound.append(n)
+    screening = Screening(Pool([LoadedBatch(pairs[sound])]), policy, release)
+    kept = [part for part, _ in screening.parts()]
+    table = pl.concat(kept) if kept else pl.DataFrame(schema=polars_schema(PAIR_COLUMNS))
+    more = pl.DataFrame(faults, schema=polars_schema(QUARANTINE_COLUMNS))
+    table = table.sort("source", "line", "row")
+    return Screened(
+        table, pl.concat([quarantine, more, screening.quarantine()]), screening.duplicates, screening.near_dropped
+    )
+
+
+@dataclass
+class Screening:
+    """Screens the pairs of a pool. What it finds does not depend on the order of batches, nor on their size.
+
+    Args:
+        pool: pairs that satisfy `rules.pair_fault`.
+        policy: of the recipe.
+        release: of the recipe.
+        marks: special tokens of the base model.
+    """
+
+    pool: Pool
+    policy: CleaningSection = DEFAULT_CLEANING
+    release: Sequence[ReleaseRule] = ()
+    marks: Sequence[str] = ()
+    duplicates: int = 0
+    near_dropped: int = 0
+    released: Counter[int] = field(default_factory=Counter)  # Rows by number of the rule.
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self._faults: list[dict[str, Any]] = []  # Quarantine rows.
+        self._flags: dict[tuple[int, int], list[str]] = {}  # To be added to a pair's flags.
+        self._live = self._screened()
+
+    def _screened(self) -> pl.DataFrame:
+        columns = ["pair_id", "flipped_id", "prompt_id", "source", "line", "row", "flags"]
+        live = self.pool.keys(columns)
+        live = self._content(live)
+        live = self._duplicates(live)
+        live = self._conflicts(live)
+        live = self._overlap(live)
+        live = self._near_duplicates(live.select("b", "n", "pair_id", "prompt_id", "source"))
+        return self._cap(live)
+
+    # One row's content
+
+    def _content(self, live: pl.DataFrame) -> pl.DataFrame:
+        """Template marks, personal data and secrets, by the flags that ingestion set."""
+        import polars as pl
+
+        policy = self.policy
+        flagged = live.filter(pl.col("flags") != "")
+        for kind in (*PERSONAL, SECRET):
+            self.counts[kind] = flagged.filter(_has_flag(kind)).height
+        for kinds, action, reason in (
+            (PERSONAL, policy.personal_data, "personal_data"),
+            ((SECRET,), policy.secrets, "secret"),
+        ):
+            if action == "quarantine":
+                hit = live.filter(pl.any_horizontal(_has_flag(kind) for kind in kinds))
+                live = self._reject(live, hit, reason, f"the text seems to hold: {' or '.join(kinds)}")
+        masked = [
+            *(PERSONAL if policy.personal_data == "redact" else ()),
+            *([SECRET] if policy.secrets == "redact" else []),
+        ]
+        return self._rewritten(live, masked)
+
+    def _rewritten(self, live: pl.DataFrame, masked: Sequence[str]) -> pl.DataFrame:
+        """Pairs whose texts are masked or escaped become a batch of their own, in place of what they were."""
+        import polars as pl
+
+        kinds = [*masked, *([TEMPLATE] if self.policy.template_marks != "keep" else [])]
+        if not kinds:
+            return live
+        flagged = live.filter(pl.any_horizontal(_has_flag(kind) for kind in kinds))
+        unusual = unusual_marks(self.marks) if TEMPLATE in kinds else []
+        if unusual:
+            more = [self._rows_with(live.sort("b", "n").slice(n, PART), unusual) for n in range(0, live.height, PART)]
+            flagged = pl.concat([flagged, *more]).unique(["b", "n"]).sort("b", "n")
+        changed: list[dict[str, Any]] = []
+        gone: list[tuple[int, int]] = []
+        marked: list[tuple[int, int]] = []
+        for start in range(0, flagged.height, PART):
+            for record in self.pool.take(flagged.slice(start, PART)).iter_rows(named=True):
+                name = (record.pop("b"), record.pop("n"))
+                flags = record["flags"].split(",")
+                now, found = self._new_texts(record, masked, flags)
+                if found and self.policy.template_marks == "quarantine":
+                    marked.append(name)
+                if now != {c: record[c] for c in CONVERSATIONS}:
+                    changed.append(record | now)
+                    gone.append(name)
+        self.counts["rewritten"] = len(changed)
+        before = live
+        if marked:
+            hit = live.join(_names(marked), on=["b", "n"], how="semi")
+            live = self._reject(
+                live, hit, "template_marks", "the text holds marks of a chat template, which end a turn"
+            )
+        if not changed:
+            return live
+        kept = live.join(_names(gone), on=["b", "n"], how="anti")
+        still = {(b, n) for b, n in live.select("b", "n").iter_rows()} if marked else None
+        fresh = [r for r, name in zip(changed, gone, strict=True) if still is None or name in still]
+        rows, again = [], []
+        for record in with_new_content(fresh):
+            fault = pair_fault(_as_pair(record))
+            if fault:
+                again.append(quarantine_record(record, *fault))
+            else:
+                rows.append(record | {"flags": ",".join([*filter(None, record["flags"].split(",")), "rewritten"])})
+        self._faults += again
+        batch = LoadedBatch(pl.DataFrame(rows, schema=polars_schema(PAIR_COLUMNS)))
+        self.pool.batches.append(batch)
+        number = len(self.pool.batches) - 1
+        columns = [c for c in before.columns if c not in ("b", "n")]
+        keys = batch.keys(columns).with_row_index("n").with_columns(pl.lit(number, dtype=pl.UInt32).alias("b"))
+        return pl.concat([kept, keys.select(kept.columns)])
+
+    def _rows_with(self, names: pl.DataFrame, marks: Sequence[str]) -> pl.DataFrame:
+        part = self.pool.take(names)
+        return names.join(part[rows_with(part, marks)].select("b", "n"), on=["b", "n"], how="semi")
+
+    def _new_texts(
+        self, record: dict[str, Any], masked: Sequence[str], flags: Sequence[str]
+    ) -> tuple[dict[str, Any], bool]:
+        """(conversations as the policy wants them, whether they held marks of a chat template)."""
+        kinds = [kind for kind in masked if kind in flags]
+        looks = self.policy.template_marks != "keep"
+        found = False
+        result: dict[str, Any] = {}
+        for name in CONVERSATIONS:
+            messages = []
+            for message in record[name]:
+                text = redacted(message["content"], kinds) if kinds else message["content"]
+                if looks and marks_in(text, self.marks):
+                    found = True
+                    text = escaped(text, self.marks) if self.policy.template_marks == "escape" else text
+                messages.append({"role": message["role"], "content": text})
+            result[name] = messages
+        return result, found
+
+    # Rows among each other
+
+    def _duplicates(self, live: pl.DataFrame) -> pl.DataFrame:
+        # In an order of their own: which of two equal pairs stays must not depend on the order of files.
+        ordered = live.sort("source", "line", "row", "b", "n")
+        once = ordered.unique("pair_id", keep="first", maintain_order=True)
+        self.duplicates += ordered.height - once.height
+        return once
+
+    def _conflicts(self, live: pl.DataFrame) -> pl.DataFrame:
+        turned = live.select(pair_id="flipped_id")
+        hit = live.join(turned, on="pair_id", how="semi")
+        return self._reject(live, hit, "conflict", "another row prefers the rejected answer of this one")
+
+    def _overlap(self, live: pl.DataFrame) -> pl.DataFrame:
+        """Pairs that ask what models are judged by."""
+        import polars as pl
+
+        if not self.policy.evaluation_sets:
+            return live
+        sets = EvaluationSets(read_prompts(Path(path) for path in self.policy.evaluation_sets))
+        found: list[pl.DataFrame] = []
+        for start in range(0, live.height, PART):
+            names = live.sort("b", "n").slice(start, PART).select("b", "n")
+            part = self.pool.take(names).select("b", "n", "prompt")
+            found.append(part[sets.overlapping(part["prompt"])].select("b", "n"))
+        hit = live.join(pl.concat(found), on=["b", "n"], how="semi") if found else live.clear()
+        return self._reject(live, hit, "evaluation_overlap", "an evaluation set asks this prompt")
+
+    def _near_duplicates(self, live: pl.DataFrame) -> pl.DataFrame:
+        import polars as pl
+
+        if self.policy.near_duplicates == "keep" or live.height < 2:
+            return live
+        numbered = live.with_row_index("g")
+        bands = _bands(self.pool, numbered)
+        pairs = candidates(bands)
+        del bands
+        least = self.policy.near_duplicate_similarity
+        near: dict[int, int] = {}
+        names = numbered.select("g", "b", "n")
+        for start in range(0, pairs.height, COMPARED_AT_ONCE):
+            block = pairs.slice(start, COMPARED_AT_ONCE)
+            wanted = names.join(pl.concat([block.select(g="n"), block.select(g="other")]).unique(), on="g", how="semi")
+            taken = self.pool.take(wanted).join(wanted, on=["b", "n"], how="left")
+            texts = {r["g"]: r for r in taken.select("g", *CONVERSATIONS).iter_rows(named=True)}
+            for n, other in block.iter_rows():
+                # What a near duplicate is near to must stay: a chain of small steps is not dropped as a whole.
+                if n not in near and other not in near and similarity(texts[n], texts[other], least) >= least:
+                    near[n] = other
+        if not near:
+            return live
+        hit = numbered.filter(pl.col("g").is_in(list(near))).drop("g")
+        self.counts["near_duplicates"] = hit.height
+        if self.policy.near_duplicates == "drop":
+            self.duplicates += hit.height
+            self.near_dropped = hit.height
+            return live.join(hit, on=["b", "n"], how="anti")
+        message = f"prompt and both answers say nearly what another pair says (similarity {least:g} or more)"
+        return self._reject(live, hit, "near_duplicate", message)
+
+    def _cap(self, live: pl.DataFrame) -> pl.DataFrame:
+        import polars as pl
+
+        most = self.policy.max_pairs_per_prompt
+        if not most:
+            return live
+        hit = live.sort("pair_id").filter(pl.int_range(pl.len()).over("prompt_id") >= most)
+        return self._reject(live, hit, "over_prompt_cap", f"{most} other pairs of this prompt were kept")
+
+    # Results
+
+    def _reject(self, live: pl.DataFrame, hit: pl.DataFrame, reason: str, message: str) -> pl.DataFrame:
+        """`live` without the rows of `hit`, which are quarantined unless a rule of the recipe releases them."""
+        import polars as pl
+
+        if hit.is_empty():
+            return live
+        rules = [(n, rule) for n, rule in enumerate(self.release) if rule.reason == reason]
+        if rules:
+            free: dict[str, int] = {}
+            for source in hit["source"].unique().sort():
+                rule = next((n for n, rule in rules if fnmatch.fnmatchcase(source, rule.source)), None)
+                if rule is not None:
+                    free[source] = rule
+            out = hit.filter(pl.col("source").is_in(list(free)))
+            for b, n, source in out.select("b", "n", "source").iter_rows():
+                self.released[free[source]] += 1
+                self._flags.setdefault((b, n), []).append(f"released:{reason}")
+            hit = hit.filter(~pl.col("source").is_in(list(free)))
+        for start in range(0, hit.height, PART):
+            for record in self.pool.take(hit.slice(start, PART)).iter_rows(named=True):
+                self._faults.append(quarantine_record(record, reason, message))
+        return live.join(hit.select("b", "n"), on=["b", "n"], how="anti")
+
+    def parts(self, size: int = PART) -> Iterator[tuple[pl.DataFrame, int]]:
+        """(accepted pairs in the order of their ids, how many the schema refused), `size` rows at a time."""
+        for part in self.pool.parts(self._live.select("b", "n", "pair_id"), size):
+            table, faults = _apply_schema(self._with_flags(part))
+            self._faults += faults
+            yield table, len(faults)
+
+    def _with_flags(self, part: pl.DataFrame) -> pl.DataFrame:
+        import polars as pl
+
+        names, part = part.select("b", "n"), part.drop("b", "n")
+        if not self._flags:
+            return part
+        flags = [
+            ",".join([*filter(None, old.split(",")), *self._flags.get(name, ())])
+            for name, old in zip(names.iter_rows(), part["flags"], strict=True)
+        ]
+        return part.with_columns(pl.Series("flags", flags, dtype=pl.String))
+
+    def quarantine(self) -> pl.DataFrame:
+        """What was refused; complete once `parts` has been exhausted."""
+        import polars as pl
+
+        return pl.DataFrame(self._faults, schema=polars_schema(QUARANTINE_COLUMNS))
+
+
+def _bands(pool: Pool, numbered: pl.DataFrame) -> pl.DataFrame:
+    """(n, pair_id, bands) of the rows in `numbered`, under their numbers there."""
+    bands = pool.keys(list(BAND_COLUMNS))
+    joined = numbered.select("g", "b", "n", "pair_id").join(bands, on=["b", "n"], how="left")
+    return joined.select("pair_id", *BAND_COLUMNS, n="g")
+
+
+def _has_flag(kind: str) -> pl.Expr:
+    import polars as pl
+
+    return pl.col("flags").str.contains(f"(?:^|,){kind}(?:,|$)")
+
+
+def _names(names: Iterable[tuple[int, int]]) -> pl.DataFrame:
+    import polars as pl
+
+    return pl.DataFrame(list(names), schema={"b": pl.UInt32, "n": pl.UInt32}, orient="row")
 
 
 def _apply_schema(table: pl.DataFrame) -> tuple[pl.DataFrame, list[dict[str, Any]]]:
@@ -127,8 +375,11 @@ def _apply_schema(table: pl.DataFrame) -> tuple[pl.DataFrame, list[dict[str, Any
         reasons: dict[int, str] = {}
         for case in cases.iter_rows(named=True):
             reasons.setdefault(case["index"], f"{case['column']}: {case['check']}")
-    records = table.to_dicts()
-    faults = [quarantine_record(records[n], "schema", message) for n, message in sorted(reasons.items())]
+    records = table[sorted(reasons)].to_dicts()
+    faults = [
+        quarantine_record(record, "schema", message)
+        for record, (_, message) in zip(records, sorted(reasons.items()), strict=True)
+    ]
     keep = [n for n in range(table.height) if n not in reasons]
     return table[keep], faults
 
@@ -141,22 +392,33 @@ def fit_to_model(
     TRL drops a prompt that fills `max_length` silently and trains on pairs that truncation made equal; here both go to
     quarantine, and so does a pair whose rendered prompt is not the beginning of its rendered conversation.
     """
-    joined = pairs.join(tokens, on="pair_id", how="left", validate="1:1")
-    faults, keep = [], []
-    for n, record in enumerate(joined.iter_rows(named=True)):
-        room = max_length - len(record["prompt_ids"])
-        if record["boundary_fault"]:
-            message = "the chat template renders the prompt differently once an answer follows it"
-            faults.append(quarantine_record(record, "template_boundary", message))
-        elif room < 1:
-            message = f"the prompt has {len(record['prompt_ids'])} tokens, max_length is {max_length}"
-            faults.append(quarantine_record(record, "prompt_too_long", message))
-        elif record["chosen_ids"][:room] == record["rejected_ids"][:room]:
-            message = f"chosen and rejected are equal in the {room} tokens that max_length leaves them"
-            faults.append(quarantine_record(record, "identical_after_truncation", message))
-        else:
-            keep.append(n)
-    return joined[keep].drop("boundary_fault"), faults
+    import polars as pl
+
+    joined = pairs.join(tokens, on="pair_id", how="left", validate="1:1", maintain_order="left")
+    size = pl.col("prompt_ids").list.len().cast(pl.Int64)
+    room = (max_length - size).clip(lower_bound=0)
+    cut = [pl.col(f"{side}_ids").list.head(room) for side in ("chosen", "rejected")]
+    judged = joined.with_columns(
+        pl.when("boundary_fault")
+        .then(pl.lit("template_boundary"))
+        .when(size >= max_length)
+        .then(pl.lit("prompt_too_long"))
+        .when(cut[0] == cut[1])
+        .then(pl.lit("identical_after_truncation"))
+        .alias("reason")
+    )
+    faults = []
+    for record in judged.filter(pl.col("reason").is_not_null()).iter_rows(named=True):
+        length = len(record["prompt_ids"])
+        messages = {
+            "template_boundary": "the chat template renders the prompt differently once an answer follows it",
+            "prompt_too_long": f"the prompt has {length} tokens, max_length is {max_length}",
+            "identical_after_truncation": (
+                f"chosen and rejected are equal in the {max_length - length} tokens that max_length leaves them"
+            ),
+        }
+        faults.append(quarantine_record(record, record["reason"], messages[record["reason"]]))
+    return judged.filter(pl.col("reason").is_null()).drop("boundary_fault", "reason"), faults
 
 
 def in_eval_split(group_id: str, fraction: float, seed: int) -> bool:
@@ -178,7 +440,7 @@ def split(pairs: pl.DataFrame, fraction: float, seed: int) -> tuple[pl.DataFrame
 
 def quarantine_record(record: dict[str, Any], reason: str, message: str) -> dict[str, Any]:
     """A quarantine row for a pair that was read well but cannot be used."""
-    content = {k: record[k] for k in ("prompt", "chosen", "rejected")}
+    content = {k: record[k] for k in CONVERSATIONS}
     raw = json.dumps(content, ensure_ascii=False).encode()
     return {
         "reason": reason,

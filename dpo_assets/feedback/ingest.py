@@ -1,155 +1,369 @@
-"""Files to batches: each feedback file becomes one batch of pairs and rejected rows, keyed by its content."""
+"""Files to batches: the rows of each feedback file, or of one span of it, become one batch, keyed by its content.
+
+A batch is a folder of tables: `pairs`, their `keys` (what duplicates and contradictions are found by, without reading a
+text), judged `answers`, and the `quarantine`. Rules that look at one row alone are applied here, where the row's own
+bytes are at hand; what needs other rows, the recipe or the model is `cleaning`.
+"""
 
 from __future__ import annotations
 
-import base64
-import glob
+import re
+import unicodedata
+import zlib
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from importlib.resources import files
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from dpo_assets.errors import FeedbackError
-from dpo_assets.feedback.lines import parse_line, read_lines
+from dpo_assets.artifact import write_json
+from dpo_assets.feedback.near import band_frame
 from dpo_assets.feedback.pair import (
     PAIR_COLUMNS,
-    QUARANTINE_COLUMNS,
+    JudgedAnswer,
+    Message,
     Pair,
     Rejected,
-    pair_record,
+    conversations_id,
+    digest,
     polars_schema,
 )
-from dpo_assets.feedback.readers import Item, Place, ReadOptions, RowFault, format_named
-from dpo_assets.recipe import BUILTIN, FeedbackSource
+from dpo_assets.feedback.pairing import Paired
+from dpo_assets.feedback.readers import Item, Place, ReadOptions, Row, RowByRow, RowFault, format_named
+from dpo_assets.feedback.rules import answer_fault, pair_fault
+from dpo_assets.feedback.scan import with_flags
+from dpo_assets.feedback.sources import FeedbackFile, FileRefused, SourceRow, Span, rows_of
+from dpo_assets.feedback.tables import answers_frame, pairs_frame, quarantine_frame
 
 if TYPE_CHECKING:
     import polars as pl
 
-BUILTIN_FEEDBACK = {"oasst": "data/oasst/oasst_en_100_tree.jsonl"}
-EMPTY_FILE = "empty_file"
+ItemT = TypeVar("ItemT", Pair, JudgedAnswer)
+
+EMPTY_FILE, NO_ROWS = "empty_file", "no_rows"
+EMPTY = frozenset({EMPTY_FILE, NO_ROWS})  # Refusals of a file that holds nothing.
+PAIRS, KEYS, ANSWERS, QUARANTINE = "pairs.parquet", "keys.parquet", "answers.parquet", "quarantine.parquet"
+COUNTS = "counts.json"
+ROW_GROUP = 4096  # Rows; a part of the dataset reads the groups that hold its ids.
+SHAPES = 20  # Different sets of keys that are counted by name.
 
 
-@dataclass(frozen=True)
-class FeedbackFile:
-    """One file to read. `name` is how people and quarantine rows refer to it."""
-
-    path: Path
-    name: str
-    format: str
-
-
-def find_files(sources: Sequence[FeedbackSource]) -> list[FeedbackFile]:
-    """The files that `sources` name, in order, each once.
-
-    Raises:
-        FeedbackError: when a source matches no file.
-    """
-    found: dict[Path, FeedbackFile] = {}
-    for source in sources:
-        for path in _matches(source):
-            found.setdefault(path, FeedbackFile(path, path.name, source.format))
-    names = _distinct_names(list(found))
-    return [replace(file, name=name) for file, name in zip(found.values(), names, strict=True)]
-
-
-def _distinct_names(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of paths that tell them apart: they must not depend on where the project lies."""
-    names = [path.name for path in paths]
-    for depth in range(2, max((len(path.parts) for path in paths), default=0) + 1):
-        counts = Counter(names)
-        if max(counts.values()) == 1:
-            break
-        names = [
-            "/".join(path.parts[-depth:]) if counts[name] > 1 else name for path, name in zip(paths, names, strict=True)
-        ]
-    return names
-
-
-def _matches(source: FeedbackSource) -> list[Path]:
-    if source.path.startswith(BUILTIN):
-        name = source.path.removeprefix(BUILTIN)
-        if name not in BUILTIN_FEEDBACK:
-            raise FeedbackError(f"there is no `{source.path}`; built in are: {', '.join(BUILTIN_FEEDBACK)}")
-        return [Path(str(files("dpo_assets") / BUILTIN_FEEDBACK[name]))]
-    if Path(source.path).is_file():  # Also a name that holds brackets, which a pattern would read otherwise.
-        return [Path(source.path)]
-    paths = sorted(Path(p) for p in glob.glob(source.path, recursive=True))
-    paths = [p for p in paths if p.is_file()]
-    if not paths:
-        raise FeedbackError(
-            f"feedback source `{source.path}` matches no file; relative paths start at the folder of the YAML file."
-        )
-    return paths
-
-
-@dataclass(frozen=True)
+@dataclass
 class Batch:
-    """What one file held."""
+    """What one file, or one span of it, held."""
 
-    pairs: list[Pair]
-    rejected: list[Rejected]
+    pairs: list[Pair] = field(default_factory=list)
+    answers: list[JudgedAnswer] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+    rows: int = 0  # Rows read. Each is the row of one pair, answer or rejected row at least.
+    lost: int = 0  # Rows of which there is none: always 0, and counted on its own so that a check can say so.
+    shapes: Counter[str] = field(default_factory=Counter)  # Rows by the keys that they have.
+    flags: Counter[str] = field(default_factory=Counter)  # What the source normalised.
 
     @property
     def rows_in(self) -> int:
-        return len(self.pairs) + len(self.rejected)
+        return len(self.pairs) + len(self.answers) + len(self.rejected)
 
 
 def read_file(file: FeedbackFile, options: ReadOptions) -> Batch:
-    """Every row of a file, as a pair or as a rejected row. Never raises for what is in the file."""
+    """Every row of a file, as a pair, a judged answer or a rejected row. Never raises for what is in the file."""
+    try:
+        return read_span(file, options, None)
+    except FileRefused as refused:
+        return refused_file(file, refused)
+
+
+def refused_file(file: FeedbackFile, refused: FileRefused) -> Batch:
+    """The batch of a file of which no row may be used."""
+    return Batch(rejected=[Rejected(refused.reason, refused.message, file.name, "", 0, b"")])
+
+
+def read_span(file: FeedbackFile, options: ReadOptions, span: Span | None) -> Batch:
+    """`read_file` for one span of a file.
+
+    Raises:
+        FileRefused: the file as a whole may not be used.
+    """
+    if file.refused is not None:
+        raise file.refused
+    rows = rows_of(file, span)
+    batch = read_rows(rows, file, replace(options, fields=file.fields, companion=file.companion))
+    batch.flags.update(rows.flags)
+    return batch
+
+
+def read_rows(rows: Iterable[SourceRow], file: FeedbackFile, options: ReadOptions) -> Batch:
+    """Every row as a pair, a judged answer or a rejected row."""
     reader = format_named(file.format).reader(options)
-    pairs: list[Pair] = []
-    rejected: list[Rejected] = []
-
-    def sort(item: Item, place: Place, line: bytes) -> None:
-        if isinstance(item, Pair):
-            pairs.append(item)
-        elif isinstance(item, RowFault):
-            rejected.append(_reject(item, place, line))
-
-    for number, line in read_lines(file.path):
+    sorting = _Sorting(file, keeps_rows=not isinstance(reader, RowByRow))
+    for number, raw, value, flags in rows:
         place = Place(file.name, number)
+        sorting.begin(number, raw, flags)
         try:
-            for at, item in reader.read(parse_line(line), place):
-                sort(item, at, line)
-        except RowFault as fault:
-            rejected.append(_reject(fault, place, line))
-        except RecursionError:
-            rejected.append(_reject(RowFault("too_deep", "nested too deeply"), place, line))
+            if isinstance(value, RowFault):
+                raise value
+            sorting.shape_of(value)
+            for at, item in reader.read(value, place):
+                sorting.add(item, at)
         except Exception as error:  # A reader's own fault must cost the row that showed it, not the file.
-            message = f"the {file.format} reader failed on it: {type(error).__name__}: {error}"
-            rejected.append(_reject(RowFault("reader_failed", message), place, line))
-    if not pairs and not rejected:
-        rejected.append(Rejected(EMPTY_FILE, "the file holds no row", file.name, "", 0, b""))
-    return Batch(pairs, rejected)
+            sorting.add(_fault_of(error, file.format), place)
+    sorting.finish(reader.finish(), file.format)
+    return sorting.batch
 
 
-def _reject(fault: RowFault, place: Place, raw: bytes) -> Rejected:
-    row = fault.row or f"line-{place.line}"
-    return Rejected(fault.reason, fault.message, place.source, row, place.line, raw)
+def _fault_of(error: Exception, format_: str) -> RowFault:
+    if isinstance(error, RowFault):
+        return error
+    if isinstance(error, RecursionError):
+        return RowFault("too_deep", "nested too deeply")
+    return RowFault("reader_failed", f"the {format_} reader failed on it: {type(error).__name__}: {error}")
 
 
-def pairs_frame(pairs: Sequence[Pair]) -> pl.DataFrame:
-    """Pairs as a table of PAIR_COLUMNS."""
+class _Sorting:
+    """Where items go, and which rows have led to one."""
+
+    def __init__(self, file: FeedbackFile, keeps_rows: bool) -> None:
+        self.batch = Batch()
+        self._name = file.name
+        # A format that joins rows may speak of any of them at the end, so all of them are kept, compressed.
+        self._kept: dict[int, bytes] | None = {} if keeps_rows else None
+        self._open: dict[int, None] = {}  # Rows without an item so far, in order.
+        self._number, self._raw = 0, b""
+        self._flags: tuple[str, ...] = ()
+        self._odd = False
+
+    def begin(self, number: int, raw: bytes, flags: tuple[str, ...]) -> None:
+        self.batch.rows += 1
+        if self._kept is not None:
+            self._kept[number] = zlib.compress(raw, 1)
+        elif self._open:
+            self._close_rows()
+        self._open[number] = None
+        self._number, self._raw, self._flags = number, raw, flags
+        escapes = b"\\" in raw and any(escape in raw for escape in _ODD_ESCAPES)
+        self._odd = escapes or not raw.isascii() or b"\r" in raw
+
+    def shape_of(self, row: Row) -> None:
+        """Counts the row's keys; a key that is kept for this package's own is a fault of the row."""
+        keys = ",".join(map(str, row))
+        if "__" in keys and any(str(key).startswith("__") for key in row):
+            raise RowFault("reserved_name", f"keys that begin with two underscores are reserved; the row has: {keys}")
+        shapes = self.batch.shapes
+        shapes[keys if keys in shapes or len(shapes) < SHAPES else "other"] += 1
+
+    def add(self, item: Item, at: Place) -> None:
+        self._open.pop(at.line, None)
+        raw = self._raw if at.line == self._number else self._row(at.line)
+        if isinstance(item, RowFault):
+            self._reject(item, at, raw)
+            return
+        try:
+            odd = self._odd or at.line != self._number
+            if isinstance(item, Pair):
+                self._add_pair(item, at, raw, odd)
+            else:
+                self._add_answer(item, at, raw, odd)
+        except RowFault as fault:
+            self._reject(RowFault(fault.reason, fault.message, str(item.row)), at, raw)
+        except Exception as error:  # What a reader of another package gave is no pair at all.
+            self._reject(_fault_of(error, self._name), at, raw)
+
+    def _add_pair(self, pair: Pair, at: Place, raw: bytes, odd: bool) -> None:
+        prompt, chosen, rejected, flags = _at_the_door((pair.prompt, pair.chosen, pair.rejected), odd)
+        pair = _copy(
+            pair, prompt=prompt, chosen=chosen, rejected=rejected,
+            flags=(*pair.flags, *self._flags, *flags), row_hash=digest(raw), line=at.line, source=self._name,
+        )  # fmt: skip
+        if fault := pair_fault(pair):
+            raise RowFault(*fault)
+        self.batch.pairs.append(pair)
+
+    def _add_answer(self, answer: JudgedAnswer, at: Place, raw: bytes, odd: bool) -> None:
+        prompt, text, _, flags = _at_the_door((answer.prompt, answer.answer, []), odd)
+        answer = _copy(
+            answer, prompt=prompt, answer=text, flags=(*answer.flags, *self._flags, *flags), raw=raw, line=at.line,
+            source=self._name,
+        )  # fmt: skip
+        if fault := answer_fault(answer):
+            raise RowFault(*fault)
+        self.batch.answers.append(answer)
+
+    def _reject(self, fault: RowFault, at: Place, raw: bytes) -> None:
+        row = fault.row or f"line-{at.line}"
+        self.batch.rejected.append(Rejected(fault.reason, fault.message, self._name, row, at.line, raw))
+
+    def _row(self, line: int) -> bytes:
+        return zlib.decompress(self._kept[line]) if self._kept is not None and line in self._kept else b""
+
+    def _close_rows(self) -> None:
+        """Rows that led to nothing are rejected rows: none is lost, whatever a reader does."""
+        for number in list(self._open):
+            self.add(RowFault("not_used", "the reader made nothing of this row"), Place(self._name, number))
+
+    def finish(self, last: Iterator[tuple[Place, Item]], format_: str) -> None:
+        """Takes what only the end decides."""
+        try:
+            for at, item in last:
+                self.add(item, at)
+        except Exception as error:
+            fault = _fault_of(error, format_)
+            for number in list(self._open) or [self._number]:
+                self.add(fault, Place(self._name, number))
+        self._close_rows()
+        self.batch.lost = len(self._open)
+
+
+# An ASCII row without these holds no carriage return, control character or letter to compose. (A control character as
+# it is, is no JSON, and the sources take it out of everything else.)
+_ODD_ESCAPES = (b"\\u", b"\\r", b"\\b", b"\\f")
+_CONTROL = re.compile(r"[\x01-\x08\x0b\x0c\x0e-\x1f]")
+
+
+def _copy(item: ItemT, **changes: Any) -> ItemT:
+    """`dataclasses.replace`, at a fifth of its cost."""
+    made = object.__new__(type(item))
+    made.__dict__.update(item.__dict__, **changes)
+    return made
+
+
+Conversations = tuple[Sequence[Message], Sequence[Message], Sequence[Message]]
+
+
+def _at_the_door(
+    conversations: Conversations, odd: bool
+) -> tuple[list[Message], list[Message], list[Message], tuple[str, ...]]:
+    """The conversations in NFC, with line feeds as line ends and without control characters; and what was changed.
+
+    NUL stays: it is a fault of the row, not a slip.
+    """
+    flags: dict[str, None] = {}
+    if not odd:
+        one, two, three = conversations
+        return list(one), list(two), list(three), ()
+    one, two, three = ([_clean(m, flags) for m in c] for c in conversations)
+    return one, two, three, tuple(flags)
+
+
+def _clean(message: Message, flags: dict[str, None]) -> Message:
+    text = message["content"]
+    if not isinstance(text, str):
+        return message
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+        flags["line_ends"] = None
+    if _CONTROL.search(text):
+        text = _CONTROL.sub("", text)
+        flags["controls"] = None
+    if not text.isascii() and not unicodedata.is_normalized("NFC", text):
+        text = unicodedata.normalize("NFC", text)
+        flags["nfc"] = None
+    return message if text is message["content"] else {"role": message["role"], "content": text}
+
+
+def keys_frame(pairs: pl.DataFrame, flipped: Sequence[str] | None = None) -> pl.DataFrame:
+    """What cross-row rules need of pairs, without their texts; row for row.
+
+    Args:
+        pairs: a table of PAIR_COLUMNS.
+        flipped: the ids that the pairs would have with their answers exchanged, where they are known already.
+    """
     import polars as pl
 
-    return pl.DataFrame([pair_record(p) for p in pairs], schema=polars_schema(PAIR_COLUMNS))
+    if flipped is None:
+        turned = zip(*(pairs[c].to_list() for c in ("prompt", "rejected", "chosen")), strict=True)
+        flipped = [conversations_id(*one) for one in turned]
+    own = pairs.select("pair_id", "prompt_id", "group_id", "source", "line", "row", "label_kind", "flags")
+    own = own.with_columns(pl.Series("flipped_id", flipped, dtype=pl.String))
+    return pl.concat([own, band_frame(pairs)], how="horizontal")
 
 
-def quarantine_frame(rejected: Sequence[Rejected]) -> pl.DataFrame:
-    """Rejected rows as a table of QUARANTINE_COLUMNS."""
-    import polars as pl
-
-    return pl.DataFrame([_quarantine_record(r) for r in rejected], schema=polars_schema(QUARANTINE_COLUMNS))
-
-
-def _quarantine_record(row: Rejected) -> dict[str, Any]:
-    return {
-        "reason": row.reason,
-        "message": row.message,
-        "source": row.source,
-        "row": row.row,
-        "line": row.line,
-        "raw": base64.b64encode(row.raw).decode("ascii"),
+def write_batch(batch: Batch, folder: Path) -> dict[str, Any]:
+    """The tables of a batch, and its counts, which are returned too."""
+    pairs = with_flags(pairs_frame(batch.pairs))
+    write_pairs(pairs, folder, flipped=[conversations_id(p.prompt, p.rejected, p.chosen) for p in batch.pairs])
+    answers_frame(batch.answers).write_parquet(folder / ANSWERS, compression="zstd", compression_level=1)
+    quarantine_frame(batch.rejected).write_parquet(folder / QUARANTINE, compression="zstd", compression_level=1)
+    whole = sum(row.line == 0 for row in batch.rejected)  # A file that is refused as a whole is no row.
+    counts = {
+        "rows": batch.rows,
+        "rows_in": batch.rows_in - whole,
+        "pairs": len(batch.pairs),
+        "answers": len(batch.answers),
+        "rejected": len(batch.rejected) - whole,
+        "lost": batch.lost,
+        "shapes": dict(sorted(batch.shapes.items())),
+        "flags": dict(sorted(batch.flags.items())),
     }
+    write_json(folder / COUNTS, counts)
+    return counts
+
+
+def write_paired(paired: Paired, folder: Path) -> dict[str, Any]:
+    """The batch of what a pairing policy made of judged answers, and its counts."""
+    made = Batch(rejected=list(paired.rejected))
+    for pair in paired.pairs:
+        # Answers were sound one by one; whether two of them are a pair is seen only now.
+        if fault := pair_fault(pair):
+            made.rejected.append(Rejected(*fault, pair.source, pair.row, pair.line, b""))
+        else:
+            made.pairs.append(pair)
+    write_batch(made, folder)
+    counts = {
+        "pairs": len(made.pairs),
+        "used": sum(count["used"] for count in paired.counts.values()),
+        "rejected": len(paired.rejected),
+        "policies": paired.counts,
+        "answers": 0,
+    }
+    write_json(folder / COUNTS, counts)
+    return counts
+
+
+def write_pairs(pairs: pl.DataFrame, folder: Path, flipped: Sequence[str] | None = None) -> None:
+    """`pairs` and their `keys`, in the order of ids."""
+    import polars as pl
+
+    keys = keys_frame(pairs, flipped)
+    order = pairs.select(pl.arg_sort_by("pair_id", "source", "line", "row")).to_series()
+    write_table(pairs[order], folder / PAIRS)
+    write_table(keys[order], folder / KEYS)
+
+
+def write_table(frame: pl.DataFrame, path: Path) -> None:
+    """One Parquet file in row groups of ROW_GROUP. Equal tables give equal bytes."""
+    import polars as pl
+    import pyarrow.parquet as pq
+
+    pq.write_table(frame.to_arrow(compat_level=pl.CompatLevel.oldest()), path, row_group_size=ROW_GROUP, **PARQUET)
+
+
+PARQUET: dict[str, Any] = {"compression": "zstd", "compression_level": 1, "use_dictionary": ["source", "label_kind"]}
+
+
+class PairWriter:
+    """A Parquet file of pairs, written part by part. `rows` counts them."""
+
+    def __init__(self, path: Path, schema: pl.Schema | None = None) -> None:
+        self.rows = 0
+        self._path, self._schema = path, schema if schema is not None else polars_schema(PAIR_COLUMNS)
+        self._writer: Any = None
+
+    def __enter__(self) -> PairWriter:
+        return self
+
+    def write(self, part: pl.DataFrame) -> None:
+        import polars as pl
+        import pyarrow.parquet as pq
+
+        rows = part.select(list(self._schema)).cast(dict(self._schema)).to_arrow(compat_level=pl.CompatLevel.oldest())
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self._path, rows.schema, **PARQUET)
+        self._writer.write_table(rows, row_group_size=ROW_GROUP)
+        self.rows += part.height
+
+    def __exit__(self, *_: object) -> None:
+        import polars as pl
+
+        if self._writer is None:
+            self.write(pl.DataFrame(schema=self._schema))
+        self._writer.close()

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from json.encoder import encode_basestring as _quoted
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 if TYPE_CHECKING:
@@ -47,16 +48,18 @@ class Pair:
     meta: dict[str, Any] = field(default_factory=dict)
     created_at: str | None = None  # ISO 8601, UTC.
     user: str | None = None  # `hashed_user` of whoever judged; the name itself is never kept.
+    flags: tuple[str, ...] = ()  # What ingestion saw or changed in the text.
+    row_hash: str | None = None  # `digest` of the row's bytes as they were read, before anything was changed.
 
     @property
     def pair_id(self) -> str:
         """sha256 of the three conversations, 32 hex digits: equal content, equal id, wherever it came from."""
-        return _digest([self.prompt, self.chosen, self.rejected])
+        return conversations_id(self.prompt, self.chosen, self.rejected)
 
     @property
     def prompt_id(self) -> str:
         """Digest of the prompt after NFC and white-space folding; what a split leak is looked for with."""
-        return _digest([[m["role"], fold(m["content"])] for m in self.prompt])
+        return prompt_ids(self.prompt)[0]
 
     @property
     def group_id(self) -> str:
@@ -64,8 +67,7 @@ class Pair:
 
         One OpenAssistant tree is one group, and no prompt can land in both splits, whatever file it came from.
         """
-        opening = next((m["content"] for m in self.prompt if m["role"] == "user"), "")
-        return _digest([fold(opening)])
+        return prompt_ids(self.prompt)[1]
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ class JudgedAnswer:
     meta: dict[str, Any] = field(default_factory=dict)
     created_at: str | None = None
     user: str | None = None
+    flags: tuple[str, ...] = ()
+    raw: bytes = b""  # The row as read: an answer that pairs with none is quarantined with it.
 
 
 @dataclass(frozen=True)
@@ -103,11 +107,32 @@ def hashed_user(name: str | int | None) -> str | None:
 
 def fold(text: str) -> str:
     """NFC, white space folded to single spaces, ends stripped. Never NFKC: that changes code and mathematics."""
-    return re.sub(r"\s+", " ", unicodedata.normalize("NFC", text)).strip()
+    return " ".join((text if text.isascii() else unicodedata.normalize("NFC", text)).split())
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
+def digest(data: bytes) -> str:
+    """The first 32 hex digits of sha256."""
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def conversations_id(*conversations: Sequence[Message]) -> str:
+    """Digest of message lists, as of their JSON with sorted keys.
+
+    The JSON is put together by hand: a million pairs are hashed twice, and `json.dumps` would take most of that time.
+    """
+    parts = []
+    for messages in conversations:
+        inner = [f'{{"content": {_quoted(m["content"])}, "role": {_quoted(m["role"])}}}' for m in messages]
+        parts.append(f"[{', '.join(inner)}]")
+    return digest(f"[{', '.join(parts)}]".encode())
+
+
+def prompt_ids(prompt: Sequence[Message]) -> tuple[str, str]:
+    """(`prompt_id`, `group_id`) of a prompt."""
+    folded = [(m["role"], fold(m["content"])) for m in prompt]
+    opening = next((text for role, text in folded if role == "user"), "")
+    turns = [f"[{_quoted(role)}, {_quoted(text)}]" for role, text in folded]
+    return digest(f"[{', '.join(turns)}]".encode()), digest(f"[{_quoted(opening)}]".encode())
 
 
 @dataclass(frozen=True)
@@ -137,6 +162,8 @@ PAIR_COLUMNS: tuple[Column, ...] = (
     Column("created_at", "string", "When the preference was given, ISO 8601 in UTC.", nullable=True),
     Column("user", "string", "Digest of who gave it.", nullable=True),
     Column("meta", "string", "What else the source said, as JSON."),
+    Column("flags", "string", "What was seen or changed in the text, comma-separated; empty: nothing."),
+    Column("row_hash", "string", "Digest of the row's bytes as read.", nullable=True, rules=("32 hex digits",)),
 )
 
 TOKEN_COLUMNS: tuple[Column, ...] = (
@@ -197,7 +224,7 @@ def pandera_schema() -> pa.DataFrameSchema:
         "line": [pa.Check.ge(1, name="at least 1")],
         "label_kind": [pa.Check.isin(LABEL_KINDS, name=" or ".join(LABEL_KINDS))],
     }
-    for name in ("pair_id", "prompt_id", "group_id"):
+    for name in ("pair_id", "prompt_id", "group_id", "row_hash"):
         checks[name] = [pa.Check.str_matches(r"^[0-9a-f]{32}$", name="32 hex digits")]
     types = polars_schema(PAIR_COLUMNS)
     return pa.DataFrameSchema(
@@ -225,5 +252,15 @@ def pair_record(pair: Pair) -> dict[str, Any]:
         "margin": pair.margin,
         "created_at": pair.created_at,
         "user": pair.user,
-        "meta": json.dumps(pair.meta, sort_keys=True, ensure_ascii=False),
+        "meta": as_json(pair.meta),
+        "flags": ",".join(pair.flags),
+        "row_hash": pair.row_hash,
     }
+
+
+def as_json(value: Any) -> str:
+    """JSON with sorted keys; what JSON does not know becomes text."""
+    return _ENCODER.encode(value) if value else "{}"
+
+
+_ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=False, default=str)

@@ -25,9 +25,11 @@ from dpo_assets.feedback.cleaning import (
     screen,
     split,
 )
-from dpo_assets.feedback.ingest import find_files, pairs_frame, quarantine_frame, read_file
-from dpo_assets.feedback.pair import PAIR_COLUMNS, Message, Pair, Rejected, fold, pair_record
+from dpo_assets.feedback.ingest import read_file
+from dpo_assets.feedback.pair import LABEL_KINDS, PAIR_COLUMNS, Message, Pair, Rejected, fold, pair_record
 from dpo_assets.feedback.readers import ReadOptions
+from dpo_assets.feedback.sources import files_of
+from dpo_assets.feedback.tables import pairs_frame, quarantine_frame
 from dpo_assets.recipe import FeedbackSource
 from dpo_assets_tests.samples import assistant, pair, system, user
 
@@ -203,9 +205,10 @@ AGAINST_SCHEMA: list[tuple[str, str, Any]] = [
     ("prompt_id", "32 hex digits", "ab"),
     ("group_id", "32 hex digits", "A" * 32),
     ("line", "at least 1", 0),
-    ("label_kind", "human_pair or human_ranking", "guess"),
+    ("label_kind", " or ".join(LABEL_KINDS), "guess"),
     ("source", "no null", None),
     ("meta", "no null", None),
+    ("row_hash", "32 hex digits", "z"),
 ]
 
 
@@ -396,7 +399,7 @@ def test_the_held_out_share_is_about_the_fraction_and_another_seed_draws_another
 
 
 def test_no_tree_of_the_embedded_sample_stands_in_both_splits() -> None:
-    [file] = find_files([FeedbackSource(path="builtin:oasst", format="oasst_tree")])
+    [file] = files_of([FeedbackSource(path="builtin:oasst", format="oasst_tree")])
     table = pairs_frame(read_file(file, ReadOptions("adjacent", True)).pairs)
     train, held_out = split(table, 0.3, 0)
     trees = [{json.loads(meta)["tree"] for meta in part["meta"]} for part in (train, held_out)]

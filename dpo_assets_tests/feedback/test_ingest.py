@@ -15,23 +15,26 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pandera.polars  # noqa: F401  Imported here, so that no single test pays for it.
+import polars as pl
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dpo_assets.errors import FeedbackError
-from dpo_assets.feedback.cleaning import screen
+from dpo_assets.feedback.cleaning import Screening, screen
 from dpo_assets.feedback.ingest import (
-    EMPTY_FILE,
+    NO_ROWS,
+    QUARANTINE,
     Batch,
-    FeedbackFile,
-    find_files,
-    pairs_frame,
-    quarantine_frame,
     read_file,
+    write_batch,
 )
 from dpo_assets.feedback.pair import PAIR_COLUMNS, QUARANTINE_COLUMNS, Rejected
+from dpo_assets.feedback.pool import stored
 from dpo_assets.feedback.readers import ReadOptions, RowByRow
+from dpo_assets.feedback.sources import FeedbackFile, files_of
+from dpo_assets.feedback.tables import pairs_frame, quarantine_frame
 from dpo_assets.recipe import FeedbackSource, resolve_paths
 from dpo_assets_tests.samples import assistant, pair, recipe, user
 
@@ -94,7 +97,11 @@ def test_any_bytes_are_read_without_raising_and_every_row_is_accounted_for(forma
     expected = rows_of(content)
     assert batch.rows_in == len(batch.pairs) + len(batch.rejected)
     if not expected:
-        assert [(r.reason, r.line, r.raw) for r in batch.rejected] == [(EMPTY_FILE, 0, b"")]
+        assert [(r.reason, r.line, r.raw) for r in batch.rejected] == [(NO_ROWS, 0, b"")]
+        return
+    if any(rejected.line == 0 for rejected in batch.rejected):
+        # Refused as a whole, by its first bytes: an archive, say. Then nothing else is said about it.
+        assert batch.rows_in == 1
         return
     lines = [pair.line for pair in batch.pairs] + [rejected.line for rejected in batch.rejected]
     # A tree may hold several comparisons; a row of the other formats is one pair or one rejected row.
@@ -110,6 +117,31 @@ def test_any_bytes_are_read_without_raising_and_every_row_is_accounted_for(forma
 @given(contents=st.lists(damaged_files(), min_size=1, max_size=3))
 def test_what_is_read_from_a_file_does_not_depend_on_what_was_read_before(contents: list[bytes]) -> None:
     assert [read(content) for content in contents] == [read(content) for content in reversed(contents)][::-1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(contents=st.lists(st.one_of(st.binary(max_size=200), damaged_files()), min_size=1, max_size=3), data=st.data())
+def test_any_files_end_as_accepted_quarantined_or_duplicate_rows_the_same_in_any_order(
+    contents: list[bytes], data: st.DataObject
+) -> None:
+    def outcome(names: list[int]) -> tuple[list[Any], list[Any], int, int]:
+        with tempfile.TemporaryDirectory() as work:
+            folders, rows = [], 0
+            for n in names:
+                path, folder = Path(work) / f"{n}.jsonl", Path(work) / str(n)
+                path.write_bytes(contents[n])
+                folder.mkdir()
+                rows += write_batch(read_file(FeedbackFile(path, path.name, FORMATS[n]), OPTIONS), folder)["rows_in"]
+                folders.append(folder)
+            screening = Screening(stored(folders))
+            kept = [row for part, _ in screening.parts() for row in part.rows()]
+            faults = pl.concat([*(pl.read_parquet(f / QUARANTINE) for f in folders), screening.quarantine()])
+            return kept, sorted(faults.filter(faults["line"] > 0).rows()), screening.duplicates, rows
+
+    names = list(range(len(contents)))
+    accepted, quarantined, duplicates, rows_in = outcome(names)
+    assert rows_in == len(accepted) + len(quarantined) + duplicates
+    assert outcome(data.draw(st.permutations(names))) == (accepted, quarantined, duplicates, rows_in)
 
 
 # Damaged rows among good ones
@@ -164,7 +196,7 @@ def test_a_row_too_large_is_quarantined_with_its_beginning_and_the_rest_goes_on(
 def test_a_file_without_a_row_is_one_rejected_file(content: bytes, format: str) -> None:
     batch = read(content, format)
     assert batch.pairs == []
-    assert batch.rejected == [Rejected(EMPTY_FILE, "the file holds no row", "export.jsonl", "", 0, b"")]
+    assert batch.rejected == [Rejected(NO_ROWS, "it holds no row", "export.jsonl", "", 0, b"")]
 
 
 def test_byte_order_mark_windows_line_ends_and_odd_separators_change_no_text() -> None:
@@ -262,7 +294,7 @@ def counted_by_hand(pairing: str) -> tuple[int, int]:
 def test_the_embedded_oasst_sample_gives_the_pairs_that_a_count_by_hand_gives(
     pairing: str, expected: tuple[int, int]
 ) -> None:
-    [file] = find_files([FeedbackSource(path="builtin:oasst", format="oasst_tree")])
+    [file] = files_of([FeedbackSource(path="builtin:oasst", format="oasst_tree")])
     assert counted_by_hand(pairing) == expected
     human, synthetic = expected
     without = read_file(file, ReadOptions(pairing, include_synthetic=False))
@@ -273,7 +305,7 @@ def test_the_embedded_oasst_sample_gives_the_pairs_that_a_count_by_hand_gives(
 
 
 def test_every_pair_of_the_embedded_sample_passes_every_rule() -> None:
-    [file] = find_files([FeedbackSource(path="builtin:oasst", format="oasst_tree")])
+    [file] = files_of([FeedbackSource(path="builtin:oasst", format="oasst_tree")])
     batch = read_file(file, OPTIONS)
     screened = screen(pairs_frame(batch.pairs), quarantine_frame(batch.rejected))
     assert screened.pairs.height + screened.duplicates == 207
@@ -295,7 +327,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def names(*patterns: str) -> list[str]:
-    return [file.name for file in find_files([FeedbackSource(path=pattern) for pattern in patterns])]
+    return [file.name for file in files_of([FeedbackSource(path=pattern) for pattern in patterns])]
 
 
 def test_a_glob_finds_files_in_order_of_their_names_and_no_folders(folder: Path) -> None:
@@ -306,7 +338,7 @@ def test_a_glob_finds_files_in_order_of_their_names_and_no_folders(folder: Path)
 def test_files_come_in_the_order_of_the_sources_each_once(folder: Path) -> None:
     assert names("b.jsonl", "*.jsonl", "./a.jsonl") == ["b.jsonl", "a.jsonl"]
     two = [FeedbackSource(path="a.jsonl", format="hh_rlhf"), FeedbackSource(path="*.jsonl")]
-    assert [file.format for file in find_files(two)] == ["hh_rlhf", "trl"]
+    assert [file.format for file in files_of(two)] == ["hh_rlhf", "trl"]
 
 
 @pytest.mark.parametrize("pattern", ["missing.jsonl", "*.csv", "d.jsonl", "deep"])
@@ -326,14 +358,14 @@ def test_a_file_whose_path_holds_brackets_is_found(tmp_path: Path, name: str) ->
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(row())
-    assert [file.path for file in find_files([FeedbackSource(path=str(path))])] == [path]
+    assert [file.path for file in files_of([FeedbackSource(path=str(path))])] == [path]
 
 
 def test_two_files_of_one_name_are_named_apart(tmp_path: Path) -> None:
     for part in ("monday", "tuesday"):
         (tmp_path / part).mkdir()
         (tmp_path / part / "export.jsonl").write_bytes(b"broken")
-    found = find_files([FeedbackSource(path=str(tmp_path / "*" / "export.jsonl"))])
+    found = files_of([FeedbackSource(path=str(tmp_path / "*" / "export.jsonl"))])
     assert len({read_file(file, OPTIONS).rejected[0].source for file in found}) == 2
 
 
@@ -342,7 +374,7 @@ def test_a_pattern_is_found_in_a_folder_whose_name_holds_brackets(tmp_path: Path
     folder.mkdir()
     (folder / "a.jsonl").write_bytes(row())
     resolved = resolve_paths(recipe(feedback={"sources": [{"path": "*.jsonl"}]}), folder)
-    assert [file.path for file in find_files(resolved.feedback.sources)] == [folder / "a.jsonl"]
+    assert [file.path for file in files_of(resolved.feedback.sources)] == [folder / "a.jsonl"]
 
 
 def test_the_names_of_files_do_not_depend_on_where_the_project_lies(tmp_path: Path) -> None:
@@ -352,7 +384,7 @@ def test_the_names_of_files_do_not_depend_on_where_the_project_lies(tmp_path: Pa
             (tmp_path / project / part).mkdir(parents=True)
             (tmp_path / project / part / "export.jsonl").write_bytes(row())
         pattern = str(tmp_path / project / "*" / "export.jsonl")
-        found.append([file.name for file in find_files([FeedbackSource(path=pattern)])])
+        found.append([file.name for file in files_of([FeedbackSource(path=pattern)])])
     assert found[0] == found[1]
 
 
@@ -360,5 +392,5 @@ def test_the_names_of_files_do_not_depend_on_where_the_project_lies(tmp_path: Pa
 def test_a_link_to_a_file_is_read_like_the_file(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(row())
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "a.jsonl")
-    found = find_files([FeedbackSource(path=str(tmp_path / "link.jsonl"))])
+    found = files_of([FeedbackSource(path=str(tmp_path / "link.jsonl"))])
     assert read_file(found[0], OPTIONS).pairs[0].prompt == [user("q0")]

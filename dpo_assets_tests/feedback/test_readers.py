@@ -114,7 +114,11 @@ GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
         ({"rejected": {"role": "assistant", "content": "x"}}, "wrong_type", "`rejected` is dict"),
         ({"chosen": ["text"]}, "wrong_type", "`chosen[0]` is str; expected {role, content}"),
         ({"chosen": [assistant("x"), {"role": "user"}]}, "wrong_type", "`chosen[1]` needs text"),
-        ({"chosen": [{"role": "assistant", "content": [{"type": "text"}]}]}, "wrong_type", "`chosen[0]` needs text"),
+        (
+            {"chosen": [{"role": "assistant", "content": [{"type": "text"}]}]},
+            "wrong_type",
+            "`chosen[0].content[0]` needs",
+        ),
         ({"chosen": [{"role": None, "content": "x"}]}, "wrong_type", "it has: ['content', 'role']"),
         ({"prompt": None}, "no_shared_prompt", "begin with different messages"),
         ({"prompt": None, "rejected": "a"}, "no_preference", "the same conversation"),

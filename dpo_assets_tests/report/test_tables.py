@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_assets.feedback.ingest import pairs_frame, quarantine_frame
 from dpo_assets.feedback.pair import Pair, Rejected
+from dpo_assets.feedback.tables import pairs_frame, quarantine_frame
 from dpo_assets.report.tables import CELL, ROWS, cell, counts_table, quarantine_table, sample_table, table
 from dpo_assets_tests.samples import assistant, pair, user
 

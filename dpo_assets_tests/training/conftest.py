@@ -15,8 +15,10 @@ from transformers import AutoTokenizer
 
 from dpo_assets.contract import TokenizeSpec, TrainSpec
 from dpo_assets.feedback.cleaning import Screened, fit_to_model, screen, split
-from dpo_assets.feedback.ingest import find_files, pairs_frame, quarantine_frame, read_file
+from dpo_assets.feedback.ingest import read_file
 from dpo_assets.feedback.readers import ReadOptions
+from dpo_assets.feedback.sources import files_of
+from dpo_assets.feedback.tables import pairs_frame, quarantine_frame
 from dpo_assets.planning.model_folder import inspect_model
 from dpo_assets.planning.plan import DatasetStats, TrainingPlan, make_plan
 from dpo_assets.planning.precision import Device
@@ -67,7 +69,7 @@ def tokenizer(model_folder: Path) -> Any:
 def screened() -> Screened:
     """Real OpenAssistant pairs, read and screened as the pipeline does it."""
     options = ReadOptions(pairing="best_worst", include_synthetic=False)
-    batches = [read_file(f, options) for f in find_files([FeedbackSource(path="builtin:oasst", format="oasst_tree")])]
+    batches = [read_file(f, options) for f in files_of([FeedbackSource(path="builtin:oasst", format="oasst_tree")])]
     pairs = [pair for batch in batches for pair in batch.pairs]
     rejected = [row for batch in batches for row in batch.rejected]
     return screen(pairs_frame(pairs), quarantine_frame(rejected))

@@ -49,7 +49,8 @@ class ReadOptions:
     """The choices of the recipe that a reader follows.
 
     Args:
-        pairing: `best_worst` or `adjacent`, for a row that holds a ranking of its own.
+        pairing: a policy of `feedback.pairing`, for a row that holds a ranking of its own.
+        min_margin: the least difference of ranks or scores that makes a pair.
         include_synthetic: keep pairs with a machine-written side, where a format says so.
         fields: names in the row for what a format leaves to its users' configuration (Label Studio, Argilla).
         companion: a second file that a format joins with (the observations of Langfuse, the runs of LangSmith).
@@ -59,6 +60,7 @@ class ReadOptions:
     include_synthetic: bool = False
     fields: Mapping[str, str] = field(default_factory=dict)
     companion: Path | None = None
+    min_margin: float = 0.0
 
 
 Item = Pair | JudgedAnswer | RowFault
@@ -133,6 +135,28 @@ READERS: tuple[str, ...] = (
     "trl",
     "oasst_tree",
     "hh_rlhf",
+    "openai",
+    "openpipe",
+    "vertex",
+    "nova",
+    "ms_swift",
+    "nemo_rl",
+    "llama_factory",
+    "axolotl",
+    "ultrafeedback_raw",
+    "ultrafeedback_binarized",
+    "ultrafeedback_argilla",
+    "distilabel",
+    "nectar",
+    "helpsteer2",
+    "helpsteer3",
+    "arena",
+    "open_webui",
+    "label_studio",
+    "argilla",
+    "langfuse",
+    "langsmith",
+    "librechat",
 )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from dpo_assets.feedback.pair import Message, Pair
 from dpo_assets.feedback.readers import Format, Place, ReadOptions, Row, RowFault
-from dpo_assets.feedback.readers.trl import shared_prefix
+from dpo_assets.feedback.readers.shapes import shared_prefix
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -32,6 +32,11 @@ def _turns(row: Mapping[str, Any], name: str) -> list[Message]:
         raise RowFault("missing_field", f"no `{name}`; the row has: {', '.join(sorted(row)) or 'no keys'}")
     if not isinstance(text, str):
         raise RowFault("wrong_type", f"`{name}` is {type(text).__name__}; expected a transcript")
+    return turns_of(text, name)
+
+
+def turns_of(text: str, name: str) -> list[Message]:
+    """The turns of a transcript."""
     before, *rest = _TURN.split(text)
     if not rest or before.strip():
         raise RowFault("wrong_shape", f"`{name}` does not open with a Human: or Assistant: turn")

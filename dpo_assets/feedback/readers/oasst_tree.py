@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import pairwise
 from typing import Any
 
 from dpo_assets.feedback.pair import Message, Pair
+from dpo_assets.feedback.pairing import proposed
 from dpo_assets.feedback.readers import Format, Place, ReadOptions, RowFault
 
 HIGHEST_RANK = 10_000  # A tree has a handful of replies; a larger number is no rank.
@@ -42,7 +42,7 @@ def _comparisons(
     if node.get("role") == "prompter":
         # A reply without a rank was not compared with its siblings, so it belongs to no pair.
         ranked = sorted((r for r in replies if _is_rank(r.get("rank"))), key=lambda r: r["rank"])
-        for best, worst in _pairs(ranked, options.pairing):
+        for best, worst in _pairs(ranked, options):
             yield _pair(path, best, worst, tree, place, options)
     for reply in replies:
         yield from _comparisons(reply, path, tree, place, options)
@@ -52,10 +52,9 @@ def _is_rank(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= HIGHEST_RANK
 
 
-def _pairs(ranked: list[Mapping[str, Any]], pairing: str) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    if len(ranked) < 2:
-        return []
-    return [(ranked[0], ranked[-1])] if pairing == "best_worst" else list(pairwise(ranked))
+def _pairs(ranked: list[Mapping[str, Any]], options: ReadOptions) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    scores = [-float(reply["rank"]) for reply in ranked]
+    return [(ranked[a], ranked[b]) for a, b in proposed(scores, options.pairing)]
 
 
 def _pair(
@@ -69,6 +68,8 @@ def _pair(
     row = f"{best.get('message_id')}>{worst.get('message_id')}"
     if best["rank"] == worst["rank"]:
         return RowFault("tie", f"both replies have rank {best['rank']}", row)
+    if worst["rank"] - best["rank"] < options.min_margin:
+        return RowFault("tie", f"the ranks {best['rank']} and {worst['rank']} lie less than min_margin apart", row)
     if not options.include_synthetic and (best.get("synthetic") or worst.get("synthetic")):
         return RowFault("synthetic", "one side was written by a machine; keep such pairs with include_synthetic", row)
     return Pair(

@@ -1,0 +1,312 @@
+"""A million pairs from raw JSONL to a validated dataset, against the same rules written with `datasets`.
+
+    python -m benchmarks.ingest [--rows 1000000] [--work FOLDER] [--only ours|datasets|scaling|again]
+
+Prints one JSON object, and writes benchmarks/results/ingest.json and ingest.png beside it. Every arm runs in a process
+of its own, so that peak memory is its own: the highest sum of proportional memory (PSS) of the process and its
+children, measured every 200 ms. Seconds are wall time; `cpu` is user + system of the whole tree.
+
+The rules of both arms: strict JSON, alternating roles, no blank message, no NUL, NFC, chosen unlike rejected after
+folding, exact duplicates, contradictions, personal data and template marks flagged, near duplicates, a split by opening
+message. The `datasets` arm has them as Python functions in `map` and `filter` with `num_proc=2`, as a user would write
+them; its near duplicates are those of equal folded text, which is less work than ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import shutil
+import string
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROWS = 1_000_000
+RESULTS = Path(__file__).parent / "results"
+SEED = 7
+WORDS = 30_000
+SCALES = (10_000, 30_000, 100_000, 300_000, 1_000_000)
+
+
+def words() -> list[str]:
+    draw = random.Random(SEED)
+    return ["".join(draw.choices(string.ascii_lowercase, k=draw.randint(2, 10))) for _ in range(WORDS)]
+
+
+def write_rows(path: Path, rows: int, start: int = 0) -> None:
+    """About 1 KB a row. One in 100 repeats an earlier row, one in 200 nearly so, one in 500 turns one round; one in
+    200 is damaged, one in 20 has letters outside ASCII, one in 100 an e-mail address."""
+    vocabulary = words()
+    draw = random.Random(f"{SEED}:{start}")
+    earlier: list[dict[str, Any]] = []
+
+    def text(least: int, most: int) -> str:
+        return " ".join(draw.choices(vocabulary, k=draw.randint(least, most))) + "."
+
+    with path.open("w", encoding="utf-8") as handle:
+        for n in range(start, start + rows):
+            kind = draw.random()
+            if earlier and kind < 0.01:
+                row = {**draw.choice(earlier), "id": f"row-{n}"}
+            elif earlier and kind < 0.015:
+                row = {**draw.choice(earlier), "id": f"row-{n}"}
+                row["chosen"] += " ok"
+            elif earlier and kind < 0.017:
+                old = draw.choice(earlier)
+                row = {**old, "chosen": old["rejected"], "rejected": old["chosen"], "id": f"row-{n}"}
+            else:
+                row = {"id": f"row-{n}", "prompt": text(10, 40), "chosen": text(30, 90), "rejected": text(20, 80)}
+                if kind > 0.95:
+                    row["chosen"] += " café naïve 日本語"
+                if kind > 0.99:
+                    row["prompt"] += f" write to user{n}@example.com"
+                if len(earlier) < 20_000:
+                    earlier.append(row)
+            line = json.dumps(row, ensure_ascii=False)
+            if 0.5 < kind < 0.505:
+                line = line[: len(line) // 2]
+            handle.write(line + "\n")
+
+
+def ours(source: Path, work: Path) -> dict[str, Any]:
+    """Raw file to train and eval Parquet, by the functions that the assets call, artefacts included."""
+    import polars as pl
+
+    from dpo_assets.artifact import ArtifactTree, fingerprint
+    from dpo_assets.feedback.cleaning import Screening, split
+    from dpo_assets.feedback.ingest import COUNTS, QUARANTINE, PairWriter
+    from dpo_assets.feedback.library import read_into
+    from dpo_assets.feedback.pool import stored
+    from dpo_assets.feedback.readers import ReadOptions
+    from dpo_assets.feedback.sources import files_of
+    from dpo_assets.recipe import FeedbackSource
+
+    tree = ArtifactTree(work)
+    started = time.perf_counter()
+    files = files_of([FeedbackSource(path=str(source / "*.jsonl"), format="trl")])
+    read = [read_into(tree, file, ReadOptions()) for file in files]
+    batches = [batch for one in read for batch in one.batches]
+    read_seconds = time.perf_counter() - started
+
+    def build(folder: Path) -> None:
+        screening = Screening(stored([batch.path for batch in batches]))
+        with PairWriter(folder / "train.parquet") as train, PairWriter(folder / "eval.parquet") as held_out:
+            for part, _ in screening.parts():
+                for writer, side in zip((train, held_out), split(part, 0.1, 0), strict=True):
+                    writer.write(side)
+        rejected = pl.concat([*(pl.read_parquet(b.path / QUARANTINE) for b in batches), screening.quarantine()])
+        rejected.sort("source", "line", "row", "reason").write_parquet(folder / "quarantine.parquet")
+        counts = {
+            "rows_in": sum(b.json(COUNTS)["rows_in"] for b in batches),
+            "accepted": train.rows + held_out.rows,
+            "quarantined": rejected.height,
+            "duplicates": screening.duplicates,
+            "reasons": dict(rejected["reason"].value_counts().sort("reason").iter_rows()),
+        }
+        (folder / "counts.json").write_text(json.dumps(counts))
+
+    found, reused = tree.find_or_build(
+        "validated", fingerprint("validated", [b.digest for b in batches], {}), build, {}
+    )
+    counts = json.loads((found.path / "counts.json").read_text())
+    assert counts["rows_in"] == counts["accepted"] + counts["quarantined"] + counts["duplicates"], counts
+    return {
+        "read_seconds": read_seconds,
+        "batches_read": sum(one.new for one in read),
+        "reused": reused,
+        "digest": found.digest,
+        **counts,
+    }
+
+
+def with_datasets(source: Path, work: Path) -> dict[str, Any]:
+    """The same rules as a user writes them with `datasets.map` and `filter`."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    from benchmarks import ingest_rules as rules
+
+    started = time.perf_counter()
+    lines = datasets.load_dataset(
+        "text", data_files=str(source / "*.jsonl"), split="train", cache_dir=str(work / "cache"), keep_linebreaks=False
+    )
+    rows_in = lines.num_rows
+    parsed = lines.map(rules.parse, num_proc=2, remove_columns=["text"])
+    read_seconds = time.perf_counter() - started
+    quarantine = parsed.filter(rules.is_faulty, num_proc=2)
+    sound = parsed.filter(rules.is_sound, num_proc=2)
+    duplicates, conflicts, near = rules.across(sound)
+    kept = sound.filter(rules.is_kept, with_indices=True, num_proc=2, fn_kwargs={"out": duplicates | conflicts | near})
+    train = kept.filter(rules.is_train, num_proc=2)
+    held_out = kept.filter(rules.is_eval, num_proc=2)
+    train.to_parquet(work / "train.parquet")
+    held_out.to_parquet(work / "eval.parquet")
+    quarantine.to_parquet(work / "quarantine.parquet")
+    accepted = train.num_rows + held_out.num_rows
+    return {
+        "read_seconds": read_seconds,
+        "rows_in": rows_in,
+        "accepted": accepted,
+        "quarantined": quarantine.num_rows + len(conflicts) + len(near),
+        "duplicates": len(duplicates),
+    }
+
+
+ARMS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {"ours": ours, "datasets": with_datasets}
+
+
+def child(arm: str, source: Path, work: Path) -> None:
+    """One arm, in this process: result, seconds, processor time."""
+    started = time.perf_counter()
+    result = ARMS[arm](source, work)
+    seconds = time.perf_counter() - started
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    cpu = sum(u.ru_utime + u.ru_stime for u in usage)
+    print(json.dumps({"arm": arm, "seconds": seconds, "cpu": cpu, **result}))
+
+
+def measured(arm: str, source: Path, work: Path) -> dict[str, Any]:
+    """One arm, in a process of its own, with the peak memory of its whole tree."""
+    import psutil
+
+    command = [sys.executable, "-m", "benchmarks.ingest", "--child", arm, "--source", str(source), "--work", str(work)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    peak, done = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        root = psutil.Process(process.pid)
+        while not done.wait(0.2):
+            total = 0
+            try:
+                for one in [root, *root.children(recursive=True)]:
+                    try:
+                        memory = one.memory_full_info()
+                        total += memory.pss
+                    except (psutil.NoSuchProcess, psutil.AccessDenied):
+                        continue
+            except psutil.NoSuchProcess:
+                break
+            peak = max(peak, total)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    out, _ = process.communicate()
+    done.set()
+    thread.join()
+    if process.returncode:
+        raise SystemExit(f"{arm} ended with {process.returncode}")
+    result: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
+    size = sum(path.stat().st_size for path in source.glob("*.jsonl"))
+    return {
+        **result,
+        "peak_gib": round(peak / 2**30, 3),
+        "raw_gib": round(size / 2**30, 3),
+        "rows_per_second": round(result["rows_in"] / result["seconds"]),
+    }
+
+
+def plot(points: list[dict[str, Any]], path: Path) -> None:
+    """Seconds against rows, both logarithmic, with the line of constant cost per row through the last point."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.4), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    rows, cpu = [p["rows_in"] for p in points], [p["cpu"] for p in points]
+    axes.plot(rows, cpu, "o-", label="processor seconds")
+    axes.plot(rows, [p["seconds"] for p in points], "s-", label="wall seconds")
+    axes.plot(rows, [cpu[-1] * r / rows[-1] for r in rows], "--", color="grey", label="linear")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("rows")
+    axes.legend()
+    figure.savefig(path)
+
+
+def again(source: Path, work: Path, rows: int) -> dict[str, Any]:
+    """First ingest, the same files again, and 1 % more rows: in a file of their own, and at the end of the first."""
+    first = measured("ours", source, work)
+    second = measured("ours", source, work)
+    write_rows(source / "more.jsonl", rows // 100, start=10_000_000)
+    more = measured("ours", source, work)
+    (source / "more.jsonl").unlink()
+    path = source / "pairs.jsonl"
+    size = path.stat().st_size
+    extra = source / "extra.part"
+    write_rows(extra, rows // 100, start=20_000_000)
+    with path.open("ab") as handle, extra.open("rb") as more_rows:
+        shutil.copyfileobj(more_rows, handle)
+    extra.unlink()
+    appended = measured("ours", source, work)
+    with path.open("ab") as handle:
+        handle.truncate(size)
+    assert second["digest"] == first["digest"]
+    assert second["reused"]
+    assert second["batches_read"] == 0
+    return {"first": first, "second": second, "new_file": more, "appended": appended}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=ROWS)
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--only", choices=["ours", "datasets", "scaling", "again"])
+    parser.add_argument("--child", choices=sorted(ARMS))
+    parser.add_argument("--source", type=Path)
+    given = parser.parse_args()
+    if given.child:
+        child(given.child, given.source, given.work)
+        return
+    base = given.work or Path(tempfile.mkdtemp(prefix="ingest-"))
+    report: dict[str, Any] = {}
+    try:
+        source = base / f"raw-{given.rows}"
+        if not (source / "pairs.jsonl").exists():
+            source.mkdir(parents=True, exist_ok=True)
+            write_rows(source / "pairs.jsonl", given.rows)
+        for arm in ("ours", "datasets"):
+            if given.only in (None, arm):
+                report[arm] = measured(arm, source, _fresh(base / f"work-{arm}"))
+                print(json.dumps(report[arm]), file=sys.stderr)
+        if "ours" in report and "datasets" in report:
+            report["times_faster"] = report["datasets"]["seconds"] / report["ours"]["seconds"]
+            report["times_less_cpu"] = report["datasets"]["cpu"] / report["ours"]["cpu"]
+        if given.only in (None, "again"):
+            report["again"] = again(source, _fresh(base / "work-again"), given.rows)
+        if given.only in (None, "scaling"):
+            report["scaling"] = [_scale(base, rows) for rows in SCALES if rows <= given.rows]
+            RESULTS.mkdir(exist_ok=True)
+            plot(report["scaling"], RESULTS / "ingest.png")
+    finally:
+        if given.work is None:
+            shutil.rmtree(base, ignore_errors=True)
+    text = json.dumps(report, indent=1)
+    if given.only is None:
+        (RESULTS / "ingest.json").write_text(text + "\n")
+    print(text)
+
+
+def _scale(base: Path, rows: int) -> dict[str, Any]:
+    source = _fresh(base / "raw-scale")
+    write_rows(source / "pairs.jsonl", rows)
+    result = measured("ours", source, _fresh(base / "work-scale"))
+    print(json.dumps(result), file=sys.stderr)
+    return result
+
+
+def _fresh(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Batches as one set of pairs that is larger than memory: keys of all, texts of those that are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from dpo_assets.feedback.ingest import KEYS, PAIRS, keys_frame
+
+if TYPE_CHECKING:
+    import polars as pl
+
+PART = 1 << 16  # Pairs that are held at once with their texts.
+
+
+class PairBatch(Protocol):
+    """A table of pairs whose rows are known by number."""
+
+    def keys(self, columns: Sequence[str]) -> pl.DataFrame: ...
+
+    def take(self, rows: Sequence[int]) -> pl.DataFrame:
+        """These rows, given in ascending order."""
+        ...
+
+
+class LoadedBatch:
+    """A batch in memory."""
+
+    def __init__(self, pairs: pl.DataFrame) -> None:
+        self._pairs, self._keys = pairs, keys_frame(pairs)
+
+    def keys(self, columns: Sequence[str]) -> pl.DataFrame:
+        return self._keys.select(columns)
+
+    def take(self, rows: Sequence[int]) -> pl.DataFrame:
+        return self._pairs[list(rows)]
+
+
+class StoredBatch:
+    """A batch on disk, of which only the row groups that are needed are read."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._starts: list[int] = []
+
+    def keys(self, columns: Sequence[str]) -> pl.DataFrame:
+        import polars as pl
+
+        return pl.read_parquet(self._folder / KEYS, columns=list(columns))
+
+    def take(self, rows: Sequence[int]) -> pl.DataFrame:
+        import numpy as np
+        import polars as pl
+        import pyarrow.parquet as pq
+
+        if not rows:
+            return pl.read_parquet(self._folder / PAIRS, n_rows=0)
+        with pq.ParquetFile(self._folder / PAIRS) as file:
+            if not self._starts:
+                sizes = [file.metadata.row_group(n).num_rows for n in range(file.metadata.num_row_groups)]
+                self._starts = [0, *np.cumsum(sizes).tolist()]
+            wanted = np.asarray(rows, dtype=np.int64)
+            group = np.searchsorted(self._starts, wanted, side="right") - 1
+            groups, first = np.unique(group, return_index=True)
+            bounds = [*first.tolist(), wanted.size]
+            parts = []
+            for n, number in enumerate(groups.tolist()):
+                local = wanted[bounds[n] : bounds[n + 1]] - self._starts[number]
+                part = pl.from_arrow(file.read_row_group(number))
+                assert isinstance(part, pl.DataFrame)
+                parts.append(part[local.tolist()])
+        return pl.concat(parts)
+
+
+class Pool:
+    """All pairs of several batches. A pair is named by `b`, its batch, and `n`, its row there."""
+
+    def __init__(self, batches: Sequence[PairBatch]) -> None:
+        self.batches = list(batches)
+
+    def keys(self, columns: Sequence[str]) -> pl.DataFrame:
+        """These key columns of every pair, with `b` and `n`."""
+        import polars as pl
+
+        parts = [
+            batch.keys(columns).with_row_index("n").with_columns(pl.lit(b, dtype=pl.UInt32).alias("b"))
+            for b, batch in enumerate(self.batches)
+        ]
+        return pl.concat(parts)
+
+    def take(self, names: pl.DataFrame) -> pl.DataFrame:
+        """The pairs that `names` (with `b` and `n`) names, with these two, by batch and row."""
+        import polars as pl
+
+        parts = []
+        for (b,), rows in sorted(names.select("b", "n").partition_by("b", as_dict=True).items()):
+            numbers = rows["n"].sort()
+            part = self.batches[b].take(numbers.to_list())
+            parts.append(part.with_columns(pl.lit(b, dtype=pl.UInt32).alias("b"), numbers.alias("n")))
+        if not parts:
+            return self.batches[0].take([]).with_columns(b=pl.lit(0, dtype=pl.UInt32), n=pl.lit(0, dtype=pl.UInt32))
+        return pl.concat(parts)
+
+    def parts(self, names: pl.DataFrame, size: int = PART) -> Iterator[pl.DataFrame]:
+        """The pairs of `names`, which has `pair_id` too, in the order of their ids, `size` at a time."""
+        ordered = names.sort("pair_id")
+        for start in range(0, ordered.height, size):
+            yield self.take(ordered.slice(start, size)).sort("pair_id", "b", "n")
+
+
+def stored(folders: Iterable[Path]) -> Pool:
+    """The pairs of batches on disk."""
+    return Pool([StoredBatch(folder) for folder in folders])

@@ -1,0 +1,60 @@
+"""Amazon Nova DPO data: the last message holds two candidates with a preference label."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from dpo_assets.feedback.readers import Format, Item, Row, RowFault
+from dpo_assets.feedback.readers.shapes import (
+    At,
+    Scored,
+    assistant,
+    by_row,
+    field,
+    listed,
+    mapping,
+    messages,
+    other_shape,
+    others,
+    text_of,
+    with_system,
+)
+
+_LABELS = {"preferred": 1.0, "non-preferred": 0.0}
+
+
+@by_row("id")
+def read(row: Row, at: At) -> Iterator[Item]:
+    """All messages but the last are the prompt."""
+    if _candidates(row) is None:
+        raise other_shape(row, "messages whose last one holds candidates")
+    *before, last = row["messages"]
+    prompt = with_system(row, messages(before, "messages"))
+    scored: list[Scored] = []
+    for n, item in enumerate(listed(last["candidates"], "candidates")):
+        where = f"candidates[{n}]"
+        candidate = mapping(item, where, "{content, preferenceLabel}")
+        label = field(candidate, "preferenceLabel", f"{where}.")
+        if not isinstance(label, str) or label not in _LABELS:
+            raise RowFault("wrong_type", f"`{where}.preferenceLabel` is none of: {', '.join(_LABELS)}")
+        text = text_of(field(candidate, "content", f"{where}."), f"{where}.content")
+        scored.append(([assistant(text)], _LABELS[label], {}))
+    meta = others(row, "id", "messages", "system", "schemaVersion")
+    yield from at.ranking(prompt, scored, "human_pair", meta)
+
+
+def _candidates(row: Row) -> Any:
+    turns = row.get("messages")
+    last = turns[-1] if isinstance(turns, list) and turns else None
+    return last.get("candidates") if isinstance(last, dict) else None
+
+
+FORMAT = Format(
+    name="nova",
+    title="Amazon Nova DPO data",
+    example='{"messages": [..., {"role": "assistant", "candidates": [{"preferenceLabel": "preferred", ...}, ...]}]}',
+    documented="Amazon Nova user guide, Direct preference optimization (DPO), Data format requirements",
+    fits=lambda row: 1.0 if _candidates(row) is not None else 0.0,
+    read=read,
+)

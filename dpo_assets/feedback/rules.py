@@ -1,0 +1,93 @@
+"""What a pair or a judged answer must satisfy by itself."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+from dpo_assets.feedback.pair import ROLES, JudgedAnswer, Message, Pair, fold
+
+Fault = tuple[str, str]
+
+
+def pair_fault(pair: Pair) -> Fault | None:
+    """(reason, message) of the first rule a pair breaks, or None."""
+    if fault := _text_faults((("prompt", pair.prompt), ("chosen", pair.chosen), ("rejected", pair.rejected))):
+        return fault
+    if not pair.chosen or not pair.rejected:
+        return "empty_answer", "an answer has no message"
+    for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        if problem := _order_fault(pair.prompt, answer):
+            return "bad_role_order", f"{name}: {problem}"
+    if _same(pair.chosen, pair.rejected):
+        return "no_preference", "chosen and rejected are the same text after NFC and white-space folding"
+    return None
+
+
+def answer_fault(answer: JudgedAnswer) -> Fault | None:
+    """(reason, message) of the first rule a judged answer breaks, or None."""
+    if fault := _text_faults((("prompt", answer.prompt), ("answer", answer.answer))):
+        return fault
+    if not answer.answer:
+        return "empty_answer", "the answer has no message"
+    if problem := _order_fault(answer.prompt, answer.answer):
+        return "bad_role_order", f"answer: {problem}"
+    score = answer.score
+    if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) <= HIGHEST_SCORE:
+        return "bad_score", f"the score {score!r} is no number that a judgement has"
+    return None
+
+
+HIGHEST_SCORE = 1e9
+
+
+def _text_faults(named: Iterable[tuple[str, Sequence[Message]]]) -> Fault | None:
+    for name, messages in named:
+        if name == "prompt" and not messages:
+            return "empty_prompt", "the prompt has no message"
+        for message in messages:
+            text = message["content"]
+            if message["role"] not in ROLES:
+                return "unknown_role", f"{name}: role {message['role']!r}; known: {', '.join(ROLES)}"
+            if not isinstance(text, str):
+                return "wrong_type", f"{name}: a message's content is {type(text).__name__}, expected text"
+            if "\x00" in text:
+                return "nul_character", f"{name}: NUL character in the text"
+            if not text or text.isspace():
+                return f"empty_{name}", f"{name}: a message without text"
+    return None
+
+
+def _order_fault(prompt: Sequence[Message], answer: Sequence[Message]) -> str | None:
+    if prompt[-1]["role"] != "user":
+        return f"the prompt ends with a {prompt[-1]['role']} message, expected user"
+    if answer[-1]["role"] != "assistant":
+        return f"it ends with a {answer[-1]['role']} message, expected assistant"
+    if len(prompt) == len(answer) == 1:
+        return None
+    turns = [m["role"] for m in [*prompt, *answer]]
+    if turns[0] == "system":
+        turns = turns[1:]
+    expected = ["user" if n % 2 == 0 else "assistant" for n in range(len(turns))]
+    if turns != expected:
+        return f"roles do not alternate: {' '.join(turns)}"
+    return None
+
+
+def _same(one: Sequence[Message], other: Sequence[Message]) -> bool:
+    if len(one) != len(other):
+        return False
+    return all(
+        a["role"] == b["role"] and _same_text(a["content"], b["content"]) for a, b in zip(one, other, strict=True)
+    )
+
+
+def _same_text(one: str, other: str) -> bool:
+    """Whether two texts are equal once folded. Most differ in their first words, which is found out without folding."""
+    if _is_composed(one) and _is_composed(other) and one.split(None, 3)[:3] != other.split(None, 3)[:3]:
+        return False
+    return fold(one) == fold(other)
+
+
+def _is_composed(text: str) -> bool:
+    return text.isascii() or unicodedata.is_normalized("NFC", text)

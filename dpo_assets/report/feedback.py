@@ -1,0 +1,42 @@
+"""Tables of where preferences come from and what is in quarantine, for the asset pages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dpo_assets.report.tables import table
+
+
+def trend_table(runs: Sequence[tuple[str, Mapping[str, int]]]) -> str:
+    """Rows in quarantine by reason, one column a run, the newest first."""
+    reasons = sorted({reason for _, counts in runs for reason in counts}, key=lambda r: (-runs[0][1].get(r, 0), r))
+    if not reasons:
+        return "none in any of these runs"
+    rows = [[reason, *(counts.get(reason, 0) for _, counts in runs)] for reason in reasons]
+    rows.append(["all", *(sum(counts.values()) for _, counts in runs)])
+    return table(["reason", *(name for name, _ in runs)], rows)
+
+
+def released_table(released: Sequence[Mapping[str, Any]]) -> str:
+    """What the recipe takes out of quarantine, and why."""
+    return table(
+        ["reason", "source", "rows", "note"], [[r["reason"], r["source"], r["rows"], r["note"]] for r in released]
+    )
+
+
+def source_views(report: Mapping[str, Any]) -> dict[str, str]:
+    """Pairs by source, user, label kind and model; views without a row are left out."""
+    views = {}
+    for key, title in (("by_source", "sources"), ("by_user", "users"), ("by_label_kind", "label kinds")):
+        rows = [[r["name"], r["pairs"], _number(r["longer_won"]), _number(r["margin"])] for r in report[key]]
+        if rows:
+            views[title] = table([title, "pairs", "the longer answer won", "mean margin"], rows)
+    if report["models"]:
+        rows = [[r["name"], r["pairs"], _number(r["win_rate"])] for r in report["models"]]
+        views["win rate by model"] = table(["model", "pairs", "win rate"], rows)
+    return views
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
