@@ -186,7 +186,8 @@ class FeedbackSource(Section):
     def shown(self) -> str:
         """The source for people: no secret can be in it."""
         if self.sql is not None:
-            return f"sql:{Path(self.sql.database).name if self.sql.database else self.sql.url_env}:{self.sql.table or 'query'}"
+            database = Path(self.sql.database).name if self.sql.database else self.sql.url_env
+            return f"sql:{database}:{self.sql.table or 'query'}"
         return f"hub:{self.hub}@{str(self.revision)[:8]}" if self.hub is not None else str(self.path)
 
 

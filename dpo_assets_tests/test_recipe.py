@@ -127,7 +127,7 @@ def test_an_empty_recipe_names_the_two_sections_it_needs() -> None:
 
 OUT_OF_DOMAIN: list[tuple[str, Any]] = [
     ("feedback.sources", []),
-    ("feedback.sources.0.format", "csv"),
+    ("feedback.sources.0.format", ""),
     ("feedback.pairing", "all"),
     ("feedback.max_length", 15),
     ("feedback.eval_fraction", 0.0),
@@ -280,7 +280,20 @@ def test_the_values_of_whoever_declares_nothing_are_these() -> None:
     linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     assert recipe().model_dump(exclude={"base_model"}) == {
         "feedback": {
-            "sources": [{"path": "builtin:oasst", "format": "oasst_tree"}],
+            "sources": [
+                {
+                    "path": "builtin:oasst",
+                    "hub": None,
+                    "revision": None,
+                    "files": [],
+                    "sql": None,
+                    "format": "oasst_tree",
+                    "columns": {},
+                    "json_columns": [],
+                    "fields": {},
+                    "companion": None,
+                }
+            ],
             "pairing": "best_worst",
             "include_synthetic": False,
             "max_length": 1024,
@@ -544,3 +557,67 @@ def test_the_home_folder_is_found_and_hub_ids_and_builtin_names_stay(
     assert resolve_paths(recipe(), tmp_path) == recipe()
     pinned = recipe(base_model={"source": "org/name", "revision": SHA})
     assert resolve_paths(pinned, tmp_path) == pinned
+
+
+# Feedback sources
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ({}, "there is none"),
+        ({"format": "trl"}, "there is none"),
+        ({"path": "a.jsonl", "hub": "org/data", "revision": SHA}, "there are `path` and `hub`"),
+        ({"hub": "org/data"}, "needs `revision`: the 40-digit commit sha"),
+        ({"hub": "org/data", "revision": "main"}, "a branch such as `main` can change under you"),
+        ({"hub": "data", "revision": SHA}, "hub: String should match pattern"),
+        ({"path": "a.jsonl", "revision": SHA}, "`revision` and `files` belong to `hub`"),
+        ({"path": "a.jsonl", "files": "x"}, "`revision` and `files` belong to `hub`"),
+        ({"path": "https://me:secret@host/a.jsonl"}, "`path` holds credentials"),
+        ({"sql": {"id": "id", "table": "t"}}, "name one database"),
+        ({"sql": {"id": "id", "table": "t", "database": "a.db", "url_env": "URL"}}, "name one database"),
+        ({"sql": {"id": "id", "database": "a.db"}}, "name one of `table` and `query`"),
+        (
+            {"sql": {"id": "id", "database": "a.db", "table": "t", "query": "SELECT 1"}},
+            "name one of `table` and `query`",
+        ),
+        ({"sql": {"id": "id", "database": "a.db", "query": "DELETE FROM t"}}, "feedback is only read"),
+        ({"sql": {"id": "id", "database": "postgresql://host/db", "table": "t"}}, "its name in `url_env`"),
+        ({"sql": {"id": "id", "url_env": "postgresql://host", "table": "t"}}, "url_env: String should match pattern"),
+        ({"sql": {"database": "a.db", "table": "t"}}, "sql.id: Field required"),
+        ({"path": "a.jsonl", "column": {"prompt": "q"}}, "did you mean `columns`?"),
+    ],
+)
+def test_a_source_that_cannot_be_is_refused_with_the_way_out(source: dict[str, Any], said: str) -> None:
+    assert said in refusal(with_value("feedback.sources", [source]))
+
+
+def test_the_password_of_a_url_is_not_repeated() -> None:
+    told = refusal(with_value("feedback.sources", [{"path": "s3://key:hunter2@bucket/a.jsonl"}]))
+    assert "hunter2" not in told
+
+
+def test_sources_of_every_kind_are_taken_and_made_absolute(tmp_path: Path) -> None:
+    sources = [
+        {"path": "feedback/*.jsonl", "companion": "runs.jsonl", "columns": {"prompt": "question"}},
+        {"path": "s3://bucket/feedback/*.jsonl.gz", "format": "auto"},
+        {"path": "file:///data/a.jsonl"},
+        {"hub": "org/data", "revision": SHA, "files": "data/train-*.parquet"},
+        {"sql": {"database": "feedback.db", "table": "votes", "id": "id", "watermark": "updated_at"}},
+        {"sql": {"url_env": "FEEDBACK_URL", "query": "SELECT * FROM votes", "id": "id"}},
+    ]
+    declared = recipe(feedback={"sources": sources})
+    files, bucket, url, hub, sqlite, postgres = resolve_paths(declared, tmp_path).feedback.sources
+    assert files.path == f"{tmp_path}/feedback/*.jsonl"
+    assert files.companion == f"{tmp_path}/runs.jsonl"
+    assert bucket.path == "s3://bucket/feedback/*.jsonl.gz"
+    assert url.path == "/data/a.jsonl"
+    assert hub.files == ["data/train-*.parquet"]
+    assert sqlite.sql is not None
+    assert sqlite.sql.database == f"{tmp_path}/feedback.db"
+    assert postgres == declared.feedback.sources[-1]
+    assert [source.shown for source in (hub, sqlite, postgres)] == [
+        f"hub:org/data@{SHA[:8]}",
+        "sql:feedback.db:votes",
+        "sql:FEEDBACK_URL:query",
+    ]

@@ -33,9 +33,10 @@ if TYPE_CHECKING:
 # an export is broken, so the quarantine-rate gate does not count them.
 NOT_DAMAGE = frozenset(
     {
-        "synthetic", "no_comparison", "tie", "unpaired", "not_compared", "not_judged", "no_feedback", "superseded",
-        "cancelled", "unsubmitted", "other_question", "other_side", "excluded_tag", "unfinished", "not_anonymous",
-        "leaked_identity", "error_answer", "near_duplicate", "over_prompt_cap", "evaluation_overlap", "personal_data", "secret", "prompt_too_long",
+        "cancelled", "error_answer", "evaluation_overlap", "excluded_tag", "leaked_identity", "near_duplicate",
+        "no_comparison", "no_feedback", "not_anonymous", "not_compared", "not_judged", "other_question",
+        "other_side", "over_prompt_cap", "personal_data", "prompt_too_long", "secret", "superseded", "synthetic",
+        "tie", "unfinished", "unpaired", "unsubmitted",
         "identical_after_truncation",
     }
 )  # fmt: skip

@@ -15,20 +15,26 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pandera.polars  # noqa: F401  Imported here, so that no single test pays for it.
+import polars as pl
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dpo_assets.errors import FeedbackError
-from dpo_assets.feedback.cleaning import screen
+from dpo_assets.feedback.cleaning import Screening, screen
 from dpo_assets.feedback.ingest import (
     NO_ROWS,
+    QUARANTINE,
     Batch,
     read_file,
+    write_batch,
 )
 from dpo_assets.feedback.pair import PAIR_COLUMNS, QUARANTINE_COLUMNS, Rejected
+from dpo_assets.feedback.pool import stored
 from dpo_assets.feedback.readers import ReadOptions, RowByRow
-from dpo_assets.feedback.sources import FeedbackFile, files_of
+from dpo_assets.feedback.sources import FeedbackFile, SourceRow, files_of
+from dpo_assets.feedback.sources import rows_of as rows_of_file
 from dpo_assets.feedback.tables import pairs_frame, quarantine_frame
 from dpo_assets.recipe import FeedbackSource, resolve_paths
 from dpo_assets_tests.samples import assistant, pair, recipe, user
@@ -47,6 +53,13 @@ def read(content: bytes, format: str = "trl", options: ReadOptions = OPTIONS) ->
 def rows_of(content: bytes) -> list[bytes]:
     """The rows of a file, counted without the package: what stands between line feeds and is not blank."""
     return [line.rstrip(b"\r") for line in content.removeprefix(codecs.BOM_UTF8).split(b"\n") if line.strip()]
+
+
+def cut_by_the_sources(content: bytes) -> list[SourceRow]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "export.jsonl"
+        path.write_bytes(content)
+        return list(rows_of_file(FeedbackFile(path, path.name, "trl")))
 
 
 def row(number: int = 0, **changes: Any) -> bytes:
@@ -98,11 +111,14 @@ def test_any_bytes_are_read_without_raising_and_every_row_is_accounted_for(forma
         # Refused as a whole, by its first bytes: an archive, say. Then nothing else is said about it.
         assert batch.rows_in == 1
         return
+    # A file that is no JSONL (values over several lines, say) is cut by the sources: their rows count then.
+    given = {row.number: row.raw for row in cut_by_the_sources(content)}
+    assert batch.rows == len(given)
     lines = [pair.line for pair in batch.pairs] + [rejected.line for rejected in batch.rejected]
     # A tree may hold several comparisons; a row of the other formats is one pair or one rejected row.
-    assert len(set(lines)) == len(expected)
-    assert len(lines) == len(expected) or format == "oasst_tree"
-    assert all(rejected.reason and rejected.raw in expected for rejected in batch.rejected)
+    assert set(lines) == set(given)
+    assert len(lines) == len(given) or format == "oasst_tree"
+    assert all(rejected.reason and rejected.raw == given[rejected.line] for rejected in batch.rejected)
     assert pairs_frame(batch.pairs).height == len(batch.pairs)
     raw = quarantine_frame(batch.rejected)["raw"].to_list()
     assert [base64.b64decode(text) for text in raw] == [rejected.raw for rejected in batch.rejected]
@@ -112,6 +128,31 @@ def test_any_bytes_are_read_without_raising_and_every_row_is_accounted_for(forma
 @given(contents=st.lists(damaged_files(), min_size=1, max_size=3))
 def test_what_is_read_from_a_file_does_not_depend_on_what_was_read_before(contents: list[bytes]) -> None:
     assert [read(content) for content in contents] == [read(content) for content in reversed(contents)][::-1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(contents=st.lists(st.one_of(st.binary(max_size=200), damaged_files()), min_size=1, max_size=3), data=st.data())
+def test_any_files_end_as_accepted_quarantined_or_duplicate_rows_the_same_in_any_order(
+    contents: list[bytes], data: st.DataObject
+) -> None:
+    def outcome(names: list[int]) -> tuple[list[Any], list[Any], int, int]:
+        with tempfile.TemporaryDirectory() as work:
+            folders, rows = [], 0
+            for n in names:
+                path, folder = Path(work) / f"{n}.jsonl", Path(work) / str(n)
+                path.write_bytes(contents[n])
+                folder.mkdir()
+                rows += write_batch(read_file(FeedbackFile(path, path.name, FORMATS[n]), OPTIONS), folder)["rows_in"]
+                folders.append(folder)
+            screening = Screening(stored(folders))
+            kept = [row for part, _ in screening.parts() for row in part.rows()]
+            faults = pl.concat([*(pl.read_parquet(f / QUARANTINE) for f in folders), screening.quarantine()])
+            return kept, sorted(faults.filter(faults["line"] > 0).rows()), screening.duplicates, rows
+
+    names = list(range(len(contents)))
+    accepted, quarantined, duplicates, rows_in = outcome(names)
+    assert rows_in == len(accepted) + len(quarantined) + duplicates
+    assert outcome(data.draw(st.permutations(names))) == (accepted, quarantined, duplicates, rows_in)
 
 
 # Damaged rows among good ones

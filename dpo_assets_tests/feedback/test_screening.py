@@ -222,7 +222,9 @@ _many = st.lists(
             lambda n, source, line, changes: pair(n, source=source, line=line, row=f"{source}{line}", **changes),
             st.integers(0, 3), st.sampled_from("ab"), st.integers(1, 9), _changes,
         ),
-        st.builds(lambda n, word: near(n, word, source="c", line=ord(word[0])), st.integers(0, 1), st.sampled_from(["x", "y", "z"])),
+        st.builds(
+            lambda n, word: near(n, word, source="c", line=ord(word)), st.integers(0, 1), st.sampled_from("xyz")
+        ),
     ),
     max_size=12,
 )  # fmt: skip

@@ -27,12 +27,12 @@ def matches(pattern: str) -> tuple[Path, list[Path]]:
     Raises:
         FeedbackError: when that is nothing.
     """
-    literal = Path(os.path.abspath(pattern))
-    if os.path.lexists(literal) and not literal.is_dir():  # Also a name that holds brackets, like those of patterns.
-        return literal.parent, [literal]
     root = _fixed_part(pattern)
     if ".." in Path(pattern).parts[len(root.parts) :]:
         raise FeedbackError(f"feedback source `{pattern}` climbs out of its folder by `..` behind a wildcard.")
+    literal = Path(os.path.abspath(pattern))
+    if os.path.lexists(literal) and not literal.is_dir():  # Also a name that holds brackets, like those of patterns.
+        return literal.parent, [literal]
     found = {Path(os.path.abspath(p)) for p in glob.glob(pattern, recursive=True)}
     paths = sorted(p for p in found if not p.is_dir())
     if paths:
@@ -89,10 +89,12 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
             for path, name in zip(paths, names, strict=True)
         ]
     counts = Counter(names)
-    return [
+    names = [
         f"{name} ({hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]})" if counts[name] > 1 else name
         for path, name in zip(paths, names, strict=True)
     ]
+    # What is left has one path in two file systems.
+    return [f"{name} #{names[:n].count(name) + 1}" if name in names[:n] else name for n, name in enumerate(names)]
 
 
 def open_inside(path: Path, root: Path | None) -> BufferedReader:

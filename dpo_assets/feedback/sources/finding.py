@@ -32,11 +32,15 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class _Found:
-    """A local file of a source. `name` is empty where it follows from the paths of all files."""
+    """A local file of a source.
+
+    `name` is empty where it follows from the paths of all files: from `named`, where the file lies elsewhere than here.
+    """
 
     path: Path
     root: Path | None
     name: str = ""
+    named: Path | None = None
     refused: FileRefused | None = None
     facts: tuple[tuple[str, str], ...] = ()
 
@@ -52,8 +56,8 @@ def find(
     for source in sources:
         for file in _of_source(source, landing, hub, limits):
             found.setdefault(file.path, (file, source))
-    local = [path for path, (file, _) in found.items() if not file.name]
-    names = dict(zip(local, distinct_names(local), strict=True))
+    unnamed = {path: file.named or path for path, (file, _) in found.items() if not file.name}
+    names = dict(zip(unnamed, distinct_names(list(unnamed.values())), strict=True))
     return [_described(file, source, names.get(path, file.name), limits) for path, (file, source) in found.items()]
 
 
@@ -112,7 +116,7 @@ def _of_source(
         from dpo_assets.feedback.sources import remote
 
         for file in remote.fetch(str(source.path), landing, limits):
-            yield _Found(file.path, landing, "", file.refused, (("url", file.url),))
+            yield _Found(file.path, landing, "", Path(file.url), file.refused, (("url", file.url),))
 
 
 def _local(path: str) -> Iterator[_Found]:

@@ -14,14 +14,15 @@ from collections.abc import Iterator
 from dpo_assets.feedback.sources import FileRefused
 
 PIECE = 64 * 1024
+MOST_OPEN = 10_000  # Brackets of one value; one that opens more is no row, and has no end worth looking for.
 MOST_PIECES = 100_000  # Of one value; one with more lines is taken for one that is too long.
 # What reading again behind damaged values may cost, a piece counting for its bytes and some more.
-READ_AGAIN, OF_A_PIECE = 256 * 2**20, 64
+READ_AGAIN, OF_A_PIECE = 64 * 2**20, 64
 _BETWEEN = re.compile(rb"[\s,]*+")
-_BRACKET = re.compile(rb'"[^"\\\n]*+(?:\\[^\n][^"\\\n]*+)*+"|["{}\[\]]')
+_BRACKET = re.compile(rb'"[^"\\\n]*+(?:\\[^\n][^"\\\n]*+)*+"|[{\[]++|[}\]]++|"')
 _IN_STRING = re.compile(rb'["\\\n]')
 _SCALAR = re.compile(rb'"[^"\\\n]*+(?:\\[^\n][^"\\\n]*+)*+"|[}\]]++|[^\s,{}\[\]]++')
-_OPENED_BY_BRACE, _OPENED_BY_BRACKET = b"{["
+_OPENED_BY = {ord("}"): ord("{"), ord("]"): ord("[")}
 _INDENT = re.compile(rb"[ \t]*+")
 
 
@@ -80,19 +81,20 @@ class JsonValues:
 
     def _scalar(self) -> bytes:
         """A number, a word, a string or stray brackets: no row, but it is accounted for."""
-        scalar = _SCALAR.match(self._piece, self._at)
-        if scalar is not None and not scalar[0].startswith(b'"') and scalar.end() < len(self._piece):
-            self._at = scalar.end()
-            return scalar[0]
-        if scalar is not None and scalar[0].startswith(b'"') and len(scalar[0]) > 1 and scalar[0].endswith(b'"'):
-            self._at = scalar.end()
-            return scalar[0]
-        # It does not end where it should or in this piece: all of its line is one.
-        value = bytearray(self._piece[self._at :])
+        while True:
+            scalar = _SCALAR.match(self._piece, self._at)
+            if scalar is not None and (scalar.end() < len(self._piece) or scalar[0].endswith(b'"')):
+                self._at = scalar.end()
+                return scalar[0][: self._limit + 1]
+            rest = self._piece[self._at :]
+            if rest.endswith(b"\n") or len(rest) > self._limit or not self._next_piece():
+                break
+            self._piece, self._begins_line = rest + self._piece, False
+        # It does not end where it should: all of its line is one.
         while not self._piece.endswith(b"\n") and self._next_piece():
-            value += self._piece[: max(0, self._limit + 1 - len(value))]
+            pass
         self._at = len(self._piece)
-        return bytes(value[: self._limit + 1]).rstrip()
+        return self._trimmed(rest[: self._limit + 1])
 
     def _value(self) -> bytes:
         """An object or an array, to its closing bracket."""
@@ -127,18 +129,22 @@ class JsonValues:
                     raise FileRefused("damaged_file", message)
                 self._later += reversed(seen[n:])
                 self._piece, self._at, self.unfinished = b"", 0, False
-                return self._joined(seen[:n]).rstrip()
+                return self._trimmed(self._joined(seen[:n]))
         value = bytearray(self._joined(seen))
         while self._next_piece():
             if self._begins_line and next_line.match(self._piece):
-                return bytes(value).rstrip()
+                return self._trimmed(bytes(value))
             if len(value) <= self._limit:
                 value += self._piece[: self._limit + 1 - len(value)]
             elif not brackets.broken and (end := brackets.close(self._piece, 0)) is not None:
                 self._at = end
                 return bytes(value)
         self.unfinished = True
-        return bytes(value).rstrip()
+        return self._trimmed(bytes(value))
+
+    def _trimmed(self, value: bytes) -> bytes:
+        """Without white space behind it, unless it was cut: its length says so."""
+        return value if len(value) > self._limit else value.rstrip()
 
     def _joined(self, pieces: list[tuple[bytes, bool]]) -> bytes:
         return b"".join(piece for piece, _ in pieces)[: self._limit + 1]
@@ -162,20 +168,22 @@ class _Brackets:
                 return None
             text, at = token[0], token.end()
             if self._in_string:
-                if text == b"\n":
-                    self.broken = True
-                    return None
+                self.broken = text == b"\n"
                 self._in_string = self._escaped = text == b"\\"
             elif text == b'"':
                 self._in_string = True
-            elif text in b"{[":
+            elif text[0] in b"{[":
                 self._open += text
-            elif text in b"}]":
-                if self._open.pop() != (_OPENED_BY_BRACE if text == b"}" else _OPENED_BY_BRACKET):
-                    self.broken = True
-                    return None
-                if not self._open:
-                    return at
+                self.broken = len(self._open) > MOST_OPEN
+            elif text[0] in b"}]":
+                for n, bracket in enumerate(text, 1):
+                    if self._open.pop() != _OPENED_BY[bracket]:
+                        self.broken = True
+                        break
+                    if not self._open:
+                        return token.start() + n
+            if self.broken:
+                return None
 
 
 # What shares its line with a bracket tells no indentation; in an array its neighbours have one or two steps of it.

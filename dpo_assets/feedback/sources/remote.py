@@ -11,7 +11,7 @@ from typing import Any
 
 from dpo_assets.errors import ConfigError, FeedbackError, InfrastructureError
 from dpo_assets.feedback.sources import FileRefused, Limits
-from dpo_assets.feedback.sources.files import CHANGED, shown
+from dpo_assets.feedback.sources.files import CHANGED
 
 # What pip installs for a protocol; fsspec's own message names the module.
 PACKAGES = {
@@ -26,8 +26,9 @@ _STAMPS = ("ETag", "etag", "checksum", "md5Hash", "generation", "mtime", "LastMo
 class RemoteFile:
     """A file of a URL and where its copy lies."""
 
-    def __init__(self, url: str, path: Path, name: str, refused: FileRefused | None = None) -> None:
-        self.url, self.path, self.name, self.refused = url, path, name, refused
+    def __init__(self, url: str, path: Path) -> None:
+        self.url, self.path = url, path
+        self.refused: FileRefused | None = None
 
 
 def fetch(url: str, landing: Path, limits: Limits) -> list[RemoteFile]:
@@ -44,7 +45,7 @@ def fetch(url: str, landing: Path, limits: Limits) -> list[RemoteFile]:
         name = PurePosixPath(remote).name or "file"
         # Its own name may be anything; only its end says what it is.
         local = folder / f"content{''.join(PurePosixPath(name).suffixes[-2:])}"
-        file = RemoteFile(remote, local, shown(name))
+        file = RemoteFile(remote, local)
         try:
             _copy(filesystem, remote, local, limits)
         except FileRefused as refused:

@@ -1,0 +1,1 @@
+"""Sources: what can be read, and how its bytes become rows."""

@@ -1,0 +1,212 @@
+"""Which files sources name, and what they are called; URLs through fsspec."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from dpo_assets.errors import ConfigError, FeedbackError, InfrastructureError
+from dpo_assets.feedback.sources import DEFAULT_LIMITS, FeedbackFile, Limits, files_of
+from dpo_assets.feedback.sources.finding import glance
+from dpo_assets.recipe import FeedbackSource
+from dpo_assets_tests.feedback.sources.reading import ROWS, found, jsonl, outcome, row
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("b.jsonl", "a.jsonl", "deep/er/c.jsonl", "notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(jsonl())
+    (tmp_path / "d.jsonl").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def names(*patterns: str) -> list[str]:
+    return [file.name for file in files_of([FeedbackSource(path=pattern) for pattern in patterns])]
+
+
+def test_a_pattern_finds_files_in_order_of_their_names_and_no_folders(folder: Path) -> None:
+    assert names("*.jsonl") == ["a.jsonl", "b.jsonl"]
+    assert names("**/*.jsonl") == ["a.jsonl", "b.jsonl", "c.jsonl"]
+
+
+def test_files_come_in_the_order_of_the_sources_each_once(folder: Path) -> None:
+    assert names("b.jsonl", "*.jsonl", "./a.jsonl") == ["b.jsonl", "a.jsonl"]
+    two = [FeedbackSource(path="a.jsonl", format="hh_rlhf"), FeedbackSource(path="*.jsonl")]
+    assert [file.format for file in files_of(two)] == ["hh_rlhf", "trl"]
+
+
+@pytest.mark.parametrize("pattern", ["missing.jsonl", "*.csv", "d.jsonl", "deep"])
+def test_a_source_that_matches_no_file_is_named(folder: Path, pattern: str) -> None:
+    with pytest.raises(FeedbackError, match="matches no file") as refused:
+        names("a.jsonl", pattern)
+    assert f"`{pattern}`" in str(refused.value)
+    assert ("it is a folder" in str(refused.value)) == (pattern in ("d.jsonl", "deep"))
+
+
+def test_an_unknown_builtin_or_format_is_told_those_that_exist() -> None:
+    with pytest.raises(FeedbackError, match="there is no `builtin:oast`; built in are: oasst"):
+        names("builtin:oast")
+    with pytest.raises(ConfigError, match=r"there is no feedback format `csv`; there are: .*trl"):
+        files_of([FeedbackSource(path="builtin:oasst", format="csv")])
+
+
+def test_the_builtin_sample_is_read_wherever_the_package_lies() -> None:
+    result = outcome(found("builtin:oasst", format="oasst_tree"))
+    assert len(result.values) == 100
+    assert result.file.root is None
+
+
+@pytest.mark.parametrize("name", ["run[1]/a.jsonl", "feedback [final].jsonl", "*.jsonl"])
+def test_a_file_whose_path_holds_wildcards_is_found(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(jsonl())
+    assert found(path).path == path
+
+
+def test_files_of_one_name_are_named_apart_and_free_of_where_the_project_lies(tmp_path: Path) -> None:
+    seen = []
+    for project in ("here", "there"):
+        for part in ("monday", "tuesday"):
+            (tmp_path / project / part).mkdir(parents=True)
+            (tmp_path / project / part / "export.jsonl").write_bytes(jsonl())
+        seen.append(names(str(tmp_path / project / "*" / "export.jsonl")))
+    assert seen[0] == seen[1] == ["monday/export.jsonl", "tuesday/export.jsonl"]
+
+
+def test_a_file_says_where_it_is_from_and_what_it_weighs(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl())
+    (tmp_path / "runs.jsonl").write_bytes(b"{}")
+    source: dict[str, Any] = {"columns": {"prompt": "question"}, "fields": {"winner": "best"}, "json_columns": ["x"]}
+    file = found(tmp_path / "a.jsonl", companion=str(tmp_path / "runs.jsonl"), **source)
+    assert (file.size, len(file.sha256), file.root) == (len(jsonl()), 64, tmp_path)
+    assert (dict(file.columns), dict(file.fields), file.json_columns) == (source["columns"], source["fields"], ("x",))
+    assert file.companion == tmp_path / "runs.jsonl"
+    assert len(file.companion_sha256) == 64
+    assert file.origin == str(tmp_path / "a.jsonl")
+    with pytest.raises(ConfigError, match="there is no companion file"):
+        found(tmp_path / "a.jsonl", companion=str(tmp_path / "missing.jsonl"))
+
+
+def test_a_glance_sees_changes_without_reading(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl())
+    sources = [FeedbackSource(path=str(tmp_path / "*.jsonl")), FeedbackSource(path="builtin:oasst")]
+    before = glance(sources)
+    assert before == glance(sources)
+    (tmp_path / "b.jsonl").symlink_to("nowhere")
+    assert len(glance(sources)) == len(before) + 1
+
+
+# URLs
+
+
+@pytest.fixture
+def bucket() -> Iterator[Any]:
+    """A file system that fsspec has in memory, as a bucket is one far away."""
+    memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    memory.pseudo_dirs[:] = [""]
+    yield memory
+    memory.store.clear()
+
+
+def fetched(landing: Path, url: str, limits: Limits = DEFAULT_LIMITS, **source: Any) -> list[FeedbackFile]:
+    return files_of([FeedbackSource(path=url, **source)], landing, limits=limits)
+
+
+def test_a_pattern_of_a_url_is_copied_and_read_like_local_files(tmp_path: Path, bucket: Any) -> None:
+    bucket.pipe("/exports/a.jsonl", jsonl())
+    bucket.pipe("/exports/b.jsonl.gz", gzip.compress(jsonl()))
+    bucket.pipe("/exports/readme.md", b"hello")
+    files = fetched(tmp_path, "memory://exports/*.jsonl*")
+    assert [file.name for file in files] == ["a.jsonl", "b.jsonl.gz"]
+    assert [outcome(file).values for file in files] == [ROWS, ROWS]
+    assert all(file.path.is_relative_to(tmp_path) for file in files)
+    assert files[0].facts == {"url": "/exports/a.jsonl"}
+
+
+def test_a_file_of_a_url_is_copied_again_only_when_it_changed(
+    tmp_path: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket.pipe("/a.jsonl", jsonl())
+    opened = []
+    real = type(bucket).open
+    monkeypatch.setattr(
+        type(bucket), "open", lambda self, path, *a, **k: opened.append(path) or real(self, path, *a, **k)
+    )
+    first, again = fetched(tmp_path, "memory://a.jsonl"), fetched(tmp_path, "memory://a.jsonl")
+    assert first == again
+    assert len(opened) == 1
+    bucket.pipe("/a.jsonl", row(7))
+    [changed] = fetched(tmp_path, "memory://a.jsonl")
+    assert changed.sha256 != first[0].sha256
+    assert outcome(changed).values[0]["prompt"] == "q7"
+
+
+def test_what_a_url_cannot_give_is_told_apart(tmp_path: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FeedbackError, match=r"`memory://none/\*.jsonl` matches no file"):
+        fetched(tmp_path, "memory://none/*.jsonl")
+    with pytest.raises(ConfigError, match="gs:// needs a package: pip install gcsfs"):
+        fetched(tmp_path, "gs://bucket/a.jsonl")
+    with pytest.raises(ConfigError, match="nosuch"):
+        fetched(tmp_path, "nosuch://bucket/a.jsonl")
+    with pytest.raises(ConfigError, match="needs a folder"):
+        files_of([FeedbackSource(path="memory://a.jsonl")])
+    bucket.pipe("/a.jsonl", jsonl())
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise TimeoutError("the other side is silent")
+
+    monkeypatch.setattr(type(bucket), "open", fail)
+    with pytest.raises(InfrastructureError, match="TimeoutError: the other side is silent"):
+        fetched(tmp_path, "memory://a.jsonl")
+
+
+def test_a_file_of_a_url_that_is_too_large_or_changes_is_refused_and_the_others_go_on(
+    tmp_path: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket.pipe("/a.jsonl", b"x" * 1_000)
+    bucket.pipe("/b.jsonl", jsonl())
+    large, small = fetched(tmp_path, "memory://*.jsonl", Limits(file_bytes=500))
+    assert (outcome(large).reason, outcome(small).values) == ("file_too_large", ROWS)
+    states = iter(range(100))
+    real = type(bucket).info
+    monkeypatch.setattr(type(bucket), "info", lambda self, path, **k: {**real(self, path, **k), "ETag": next(states)})
+    assert {outcome(file).reason for file in fetched(tmp_path / "other", "memory://*.jsonl")} == {"changed_while_read"}
+
+
+def test_a_glance_at_a_url_sees_changes(tmp_path: Path, bucket: Any) -> None:
+    bucket.pipe("/a.jsonl", jsonl())
+    source = [FeedbackSource(path="memory://*.jsonl")]
+    before = glance(source)
+    assert before == glance(source)
+    bucket.pipe("/a.jsonl", jsonl() + b"\n")
+    assert glance(source) != before
+
+
+def test_a_real_http_server_is_read(tmp_path: Path) -> None:
+    import threading
+    from functools import partial
+    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+    pytest.importorskip("aiohttp")
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: Any) -> None:
+            """Stay silent."""
+
+    (tmp_path / "www").mkdir()
+    (tmp_path / "www" / "a.json").write_text(json.dumps(ROWS))
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path / "www"))) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        [file] = fetched(tmp_path / "landing", f"http://127.0.0.1:{server.server_address[1]}/a.json")
+        server.shutdown()
+    assert outcome(file).values == ROWS
