@@ -33,10 +33,13 @@ if TYPE_CHECKING:
 # an export is broken, so the quarantine-rate gate does not count them.
 NOT_DAMAGE = frozenset(
     {
-        "cancelled", "error_answer", "evaluation_overlap", "excluded_tag", "leaked_identity", "near_duplicate",
-        "no_comparison", "no_feedback", "not_anonymous", "not_compared", "not_judged", "other_question",
-        "other_side", "over_prompt_cap", "personal_data", "prompt_too_long", "secret", "superseded", "synthetic",
-        "tie", "unfinished", "unpaired", "unsubmitted",
+        # Nobody compared or judged it, or it is the other half of what was.
+        "synthetic", "no_comparison", "tie", "unpaired", "not_compared", "no_feedback", "superseded", "other_side",
+        "cancelled", "unsubmitted", "unfinished", "other_question",
+        # What its format leaves out by its own rules.
+        "not_anonymous", "leaked_identity", "excluded_tag", "error_answer",
+        # The recipe's choice, and the model's size.
+        "near_duplicate", "over_prompt_cap", "evaluation_overlap", "personal_data", "secret", "prompt_too_long",
         "identical_after_truncation",
     }
 )  # fmt: skip
