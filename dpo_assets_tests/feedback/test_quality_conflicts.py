@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_assets.feedback.ingest import pairs_frame
 from dpo_assets.feedback.quality_conflicts import contradictions, in_circles
+from dpo_assets.feedback.tables import pairs_frame
 from dpo_assets_tests.samples import assistant, pair, user
 
 edges = st.lists(st.tuples(st.sampled_from("abcdef"), st.sampled_from("abcdef")), max_size=14)
