@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from dpo_assets.feedback.readers import Item, Place, ReadOptions, RowFault, form
 
 EXPORTS = Path(__file__).parent / "exports"
 PLACE = Place("export.jsonl", 7)
+# The second file of formats that join two.
+COMPANIONS = {"langfuse": EXPORTS / "langfuse_observations.jsonl", "langsmith": EXPORTS / "langsmith_runs.jsonl"}
 
 
 def rows_of(format: str) -> list[dict[str, Any]]:
@@ -20,7 +23,8 @@ def rows_of(format: str) -> list[dict[str, Any]]:
 
 def items_of(format: str, row: Any, options: ReadOptions | None = None) -> list[Item]:
     """What one row, alone in a file, leads to."""
-    reader = format_named(format).reader(options or ReadOptions())
+    joined = replace(options or ReadOptions(), companion=COMPANIONS.get(format))
+    reader = format_named(format).reader(joined)
     return [item for _, item in [*reader.read(row, PLACE), *reader.finish()]]
 
 
