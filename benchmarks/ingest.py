@@ -145,9 +145,7 @@ def with_datasets(source: Path, work: Path) -> dict[str, Any]:
     sound = parsed.filter(rules.is_sound, input_columns=["fault"], num_proc=2)
     duplicates, conflicts, near = rules.across(sound)
     out = duplicates | conflicts | near
-    kept = sound.filter(
-        rules.is_kept, input_columns=["fault"], with_indices=True, num_proc=2, fn_kwargs={"out": out}
-    )
+    kept = sound.filter(rules.is_kept, input_columns=["fault"], with_indices=True, num_proc=2, fn_kwargs={"out": out})
     train = kept.filter(rules.is_train, input_columns=["group_id"], num_proc=2)
     held_out = kept.filter(rules.is_eval, input_columns=["group_id"], num_proc=2)
     train.to_parquet(work / "train.parquet")

@@ -19,7 +19,6 @@ from dpo_assets.feedback.library import BATCH_KIND, PAIRED_KIND, FileBatches, pa
 from dpo_assets.feedback.pair import PAIR_COLUMNS
 from dpo_assets.feedback.readers import ReadOptions
 from dpo_assets.feedback.sources import files_of
-from dpo_assets.feedback.sources.hub import HubAccess
 from dpo_assets.recipe import FeedbackSource, Recipe
 from dpo_assets.report.tables import counts_table, sample_table, table
 
@@ -42,9 +41,9 @@ def materialise(step: Step) -> Events:
         yield from step.result("raw_preferences", found, reused, [accounting(found.json(INDEX))])
         return
     landing = step.tree.root / "landing"
-    feedback, access = step.recipe.feedback, HubAccess(step.hub.endpoint, step.hub.token_variable)
+    feedback = step.recipe.feedback
     options = ReadOptions(feedback.pairing, feedback.include_synthetic, min_margin=feedback.min_margin)
-    read = [read_into(step.tree, file, options) for file in files_of(_sources(step), landing, hub=access)]
+    read = [read_into(step.tree, file, options) for file in files_of(_sources(step), landing, hub=step.hub.api)]
     index: dict[str, Any] = {"files": sorted((one.row() for one in read), key=lambda row: row["file"]), "paired": None}
     if all(row["rows_in"] == 0 for row in index["files"]):
         raise FeedbackError(_nothing(read))
