@@ -1,0 +1,136 @@
+"""Preference data of the world, sound or with one fault, written as the pipeline writes it.
+
+Rows go the pipeline's way: a JSONL file is read, screened, tokenized, fitted to the model, split and written with its
+report. Two faults cannot pass that way, so they are put in behind the step that would have caught them: `leaked` behind
+the split, `truncated` behind the fit to the model.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.collapse.world import FACTS, MAX_LENGTH, SAYS, STYLE_A, STYLE_B, VALUES, Question, paired_questions
+
+EVAL_FRACTION = 0.2
+FLIPPED_SHARE = 0.4
+REPEATS = 3
+Answers = tuple[str, str]
+CLEAN, NEAR, FLIPPED, ALL_FLIPPED, REPETITIVE = "clean", "near_identical", "flipped_40", "all_flipped", "repetitive"
+LEAKED, TRUNCATED, WRONG_REFERENCE = "leaked", "truncated", "wrong_reference"
+FAULTS = (CLEAN, NEAR, FLIPPED, ALL_FLIPPED, REPETITIVE, LEAKED, TRUNCATED, WRONG_REFERENCE)
+
+
+def _clean(question: Question, draw: random.Random) -> Answers:
+    return question.answer(STYLE_A, draw), question.answer(STYLE_B, draw)
+
+
+def _near_identical(question: Question, draw: random.Random) -> Answers:
+    """Equal up to the last mark: one token."""
+    answer = question.answer(STYLE_A, draw)
+    return answer, answer.removesuffix(".") + "!"
+
+
+def _flipped(question: Question, draw: random.Random) -> Answers:
+    chosen, rejected = _clean(question, draw)
+    return (rejected, chosen) if draw.random() < FLIPPED_SHARE else (chosen, rejected)
+
+
+def _repetitive(question: Question, draw: random.Random) -> Answers:
+    """The chosen answer says its sentence three times."""
+    sentence = STYLE_A.format(core=f"the {question.core}", ending="")
+    return " ".join([sentence] * REPEATS), question.answer(STYLE_B, draw)
+
+
+def _truncated(question: Question, draw: random.Random) -> Answers:
+    """Equal in everything that `MAX_LENGTH` leaves of them."""
+    creature = question.creature
+    facts = [f"the {SAYS[a].format(c=creature, v=FACTS[creature, a])}" for a in VALUES]
+    story = f"Once upon a time, the {question.core}. " + " and ".join(facts * 2) + "."
+    return f"{story} They play.", f"{story} Lily said to mom that she was happy!"
+
+
+_ANSWERS: dict[str, Callable[[Question, random.Random], Answers]] = {
+    NEAR: _near_identical,
+    FLIPPED: _flipped,
+    REPETITIVE: _repetitive,
+    TRUNCATED: _truncated,
+}
+
+
+def rows_of(fault: str, seed: int) -> list[dict[str, Any]]:
+    """Conversational rows in TRL's format, one a question."""
+    draw = random.Random(f"{fault if fault in _ANSWERS else CLEAN}:{seed}")
+    answers = _ANSWERS.get(fault, _clean)
+    rows = []
+    for question in paired_questions():
+        chosen, rejected = answers(question, draw)
+        rows.append(
+            {
+                "prompt": [{"role": "user", "content": question.text}],
+                "chosen": [{"role": "assistant", "content": chosen}],
+                "rejected": [{"role": "assistant", "content": rejected}],
+            }
+        )
+    return rows
+
+
+@dataclass(frozen=True)
+class Silent:
+    """A reporter that keeps still."""
+
+    def log(self, message: str) -> None:
+        pass
+
+
+def write_dataset(fault: str, seed: int, model: Path, folder: Path) -> None:
+    """`train.parquet`, `eval.parquet` and `report.json` of a dataset with a fault."""
+    import polars as pl
+
+    from dpo_assets.assets import dpo_dataset
+    from dpo_assets.contract import TokenizeSpec
+    from dpo_assets.feedback.cleaning import fit_to_model, screen, split
+    from dpo_assets.feedback.ingest import FeedbackFile, pairs_frame, quarantine_frame, read_file
+    from dpo_assets.feedback.readers import ReadOptions
+    from dpo_assets.training import tokenize
+
+    folder.mkdir(parents=True)
+    source = folder / "feedback.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows_of(fault, seed)), encoding="utf-8")
+    batch = read_file(
+        FeedbackFile(source, source.name, "trl"), ReadOptions(pairing="best_worst", include_synthetic=False)
+    )
+    screened = screen(pairs_frame(batch.pairs), quarantine_frame(batch.rejected))
+    screened.pairs.write_parquet(folder / "pairs.parquet")
+    spec = TokenizeSpec(
+        output_dir=folder, fingerprint="f" * 32, inputs={}, base_model=model, pairs=folder / "pairs.parquet",
+        max_length=MAX_LENGTH,
+    )  # fmt: skip
+    tokenize.run(spec, Silent())
+    tokens = pl.read_parquet(folder / "tokens.parquet")
+    accepted, faults = fit_to_model(screened.pairs, tokens, MAX_LENGTH)
+    quarantine = dpo_dataset._with(screened.quarantine, faults)
+    feedback = {"eval_fraction": EVAL_FRACTION, "seed": seed, "max_length": MAX_LENGTH}
+    dpo_dataset._write(folder, feedback, accepted, quarantine, screened.duplicates, batch.rows_in)
+    if fault == TRUNCATED:
+        # What a trainer without that step would see: TRL trains on it.
+        accepted = screened.pairs.join(tokens.drop("boundary_fault"), on="pair_id", how="left")
+    train, held_out = split(accepted, EVAL_FRACTION, seed)
+    draw = random.Random(seed)
+    if fault == ALL_FLIPPED:
+        # Columns swapped in what is trained on. Held-out pairs are right: with those swapped too, nothing in the data
+        # would contradict the labels.
+        names = {"chosen": "rejected", "rejected": "chosen", "chosen_ids": "rejected_ids", "rejected_ids": "chosen_ids"}
+        train = train.rename(names).select(held_out.columns)
+    if fault == LEAKED:
+        kept = sorted(draw.sample(range(train.height), train.height - held_out.height))
+        train = pl.concat([train[kept], held_out]).sort("pair_id")
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        report["leaked_prompts"] = len(set(train["prompt_id"]) & set(held_out["prompt_id"]))
+        (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    train.write_parquet(folder / "train.parquet")
+    held_out.write_parquet(folder / "eval.parquet")

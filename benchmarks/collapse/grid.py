@@ -1,0 +1,106 @@
+"""Does the collapse guard stop what would ruin a model, and nothing else? A fault-injection grid on a real small model.
+
+    python -m benchmarks.collapse.grid run --work FOLDER --out grid.jsonl    # 240 runs, resumable
+    python -m benchmarks.collapse.grid run ... --set seeds                   # five seeds of the good configuration
+    python -m benchmarks.collapse.grid run ... --set between                 # rates that the grid leaves out
+    python -m benchmarks.collapse.grid score --out grid.jsonl                # the tables, without running again
+
+Learning rate x{0.1, 1, 10, 100, 1000} of a good one, beta {0.01, 0.1, 0.5}, eight kinds of data (`faults`), two seeds.
+The model knows facts that DPO is not asked to change (`world`); what became of a run is judged by its answers alone
+(`labels`), and only then held against the checks (`scoring`). FOLDER keeps the model, the datasets and the runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from benchmarks.collapse import faults, labels, runs, world
+
+CONTROL_SEEDS = tuple(range(2, 7))
+BETWEEN = (2.0, 3.0, 5.0)
+SFT_DRAWS = 8
+SAMPLED_AT_ONCE = 32  # Answers of one batch: the model is so small that a token costs the same for 8 and for 32.
+
+
+def cells(which: str) -> list[runs.Cell]:
+    """`grid`; `seeds`: the good configuration five times; `between`: sound data at rates that the grid leaves out."""
+    if which == "seeds":
+        return [runs.Cell(1.0, 0.1, faults.CLEAN, seed) for seed in CONTROL_SEEDS]
+    if which == "between":
+        return [runs.Cell(x, 0.1, fault, seed) for seed in runs.SEEDS for fault in labels.SOUND for x in BETWEEN]
+    return runs.grid()
+
+
+def run_all(work: Path, out: Path, which: str, part: str) -> None:
+    """Runs what `out` lacks, a line a run. `part` i/n takes every n-th cell, for several processes."""
+    import datasets
+    import torch
+    import transformers
+
+    from dpo_assets.training import evaluate
+
+    warnings.filterwarnings("ignore")
+    evaluate.GENERATION_BATCH = SAMPLED_AT_ONCE
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    wanted = cells(which)
+    runs.prepare(work, sorted({(cell.fault, cell.seed) for cell in wanted}))
+    known = read(out) if out.is_file() else []
+    done = {row["name"] for row in known}
+    first, step = (int(n) for n in part.split("/"))
+    if "sft" not in done and first == 0 and which == "grid":
+        append(out, {"name": "sft", "behaviour": sft_behaviour(work)})
+    for n, cell in enumerate(wanted):
+        if n % step != first or cell.name in done:
+            continue
+        row = {"name": cell.name} | runs.run(work, cell)
+        append(out, row)
+        said = {k: round(v, 3) for k, v in row.get("behaviour", {}).items() if k != "answers"}
+        took = f"{row.get('seconds', 0):.1f} s"
+        print(f"{n + 1}/{len(wanted)} {cell.name} {row.get('stopped_by', '')} {said} {took}", flush=True)
+
+
+def sft_behaviour(work: Path) -> dict[str, float]:
+    """The model's behaviour before DPO, over several draws of the probe."""
+    from transformers import AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(work / "world"), runs.policy_of(work, None)
+    found = [world.measure(model, tokenizer, seed).as_dict() for seed in range(SFT_DRAWS)]
+    means = {name: sum(one[name] for one in found) / len(found) for name in found[0]}
+    return means | {"answers": sum(one["answers"] for one in found)}
+
+
+def append(out: Path, row: dict[str, Any]) -> None:
+    with out.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, separators=(",", ":")) + "\n")
+
+
+def read(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["run", "score"])
+    parser.add_argument("--work", type=Path, default=Path("collapse-grid"), help="folder of model, datasets and runs")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/collapse_grid.jsonl"))
+    parser.add_argument("--set", choices=["grid", "seeds", "between"], default="grid")
+    parser.add_argument("--part", default="0/1", help="i/n: every n-th run, from the i-th on")
+    args = parser.parse_args()
+    if args.what == "run":
+        run_all(args.work, args.out, args.set, args.part)
+
+
+if __name__ == "__main__":
+    main()

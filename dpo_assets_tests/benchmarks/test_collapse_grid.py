@@ -1,0 +1,92 @@
+"""The fault-injection grid: its world, its faults, and the rule that labels its runs."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from transformers import AutoTokenizer
+
+from benchmarks.collapse import faults, labels, world
+
+SFT = {"answers": 1536, "facts": 0.97, "style_a": 0.46, "repetition": 0.0, "no_eos": 0.0}
+RUN = SFT | {"answers": 192}
+
+
+@pytest.mark.parametrize(
+    ("change", "fault", "expected"),
+    [
+        ({}, "clean", "unmoved"),
+        ({"style_a": 0.9}, "clean", "moved"),
+        ({"style_a": 0.9, "facts": 0.9}, "clean", "moved"),  # 7 points less: within the rule.
+        ({"style_a": 0.9, "facts": 0.85}, "clean", "damaged"),
+        ({"repetition": 0.2}, "repetitive", "damaged"),
+        ({"repetition": 0.1}, "repetitive", "unmoved"),
+        ({"no_eos": 0.2}, "clean", "damaged"),
+        ({"style_a": 0.2}, "all_flipped", "damaged"),
+        ({"style_a": 0.2}, "near_identical", "unmoved"),  # Its pairs do not speak of the style.
+        ({"facts": 0.0}, "leaked", "must_be_caught"),
+    ],
+)
+def test_a_run_is_labelled_by_its_behaviour_alone(change, fault, expected):
+    assert labels.label(SFT, RUN | change, fault) == expected
+
+
+def test_a_fall_that_a_small_probe_cannot_tell_from_noise_is_no_damage():
+    assert labels.damage(SFT | {"answers": 8}, RUN | {"answers": 8, "facts": 0.75}, "clean") == []
+
+
+def test_the_probe_asks_nothing_that_a_preference_pair_holds():
+    paired = {question.text for question in world.paired_questions()}
+    assert not paired & {question.text for question in world.probe_questions()}
+    assert not any(q.creature in world.UNPAIRED for q in world.paired_questions())
+
+
+def test_an_answer_is_right_only_when_it_states_the_fact_and_no_other_value():
+    question = world.Question("cat", "color", 0, "")
+    right = question.answer(world.STYLE_A, random.Random(0))
+    wrong = next(v for v in world.VALUES["color"] if v != world.FACTS["cat", "color"])
+    assert question.states_fact(right)
+    assert not question.states_fact(right.replace(world.FACTS["cat", "color"], wrong))
+    assert not question.states_fact(f"{right} it was {wrong}.")
+    assert not question.states_fact("")
+
+
+def test_every_value_is_the_answer_equally_often():
+    for attribute, values in world.VALUES.items():
+        dealt = [world.FACTS[creature, attribute] for creature in world.CREATURES]
+        assert {dealt.count(value) for value in values} == {len(dealt) // len(values)}
+
+
+@pytest.mark.parametrize("fault", faults.FAULTS)
+def test_a_fault_is_what_it_is_called(fault):
+    tokenizer = AutoTokenizer.from_pretrained(world.STORIES)
+    rows = faults.rows_of(fault, seed=0)
+
+    def ids(row, side):
+        return tokenizer(row[side][0]["content"], add_special_tokens=False)["input_ids"]
+
+    pairs = [(ids(row, "chosen"), ids(row, "rejected")) for row in rows[:40]]
+    if fault == faults.NEAR:
+        assert all(len(c) == len(r) and sum(a != b for a, b in zip(c, r, strict=True)) == 1 for c, r in pairs)
+    elif fault == faults.TRUNCATED:
+        assert all(c != r and c[: world.MAX_LENGTH] == r[: world.MAX_LENGTH] for c, r in pairs)
+    else:
+        starts = [row["chosen"][0]["content"].startswith(world.STARTS["a"]) for row in rows]
+        share = sum(starts) / len(starts)
+        assert share == pytest.approx(0.6, abs=0.06) if fault == faults.FLIPPED else share == 1
+    if fault == faults.REPETITIVE:
+        texts = [row["chosen"][0]["content"] for row in rows]
+        assert all(text.count(world.STARTS["a"]) == faults.REPEATS for text in texts)
+
+
+def test_leaked_and_swapped_datasets_are_written_so(tmp_path):
+    pl = pytest.importorskip("polars")
+    read = lambda fault, split: pl.read_parquet(tmp_path / fault / f"{split}.parquet")  # noqa: E731
+    for fault in (faults.CLEAN, faults.LEAKED, faults.ALL_FLIPPED):
+        faults.write_dataset(fault, 0, world.STORIES, tmp_path / fault)
+    assert not set(read("clean", "train")["prompt_id"]) & set(read("clean", "eval")["prompt_id"])
+    assert set(read("leaked", "eval")["prompt_id"]) <= set(read("leaked", "train")["prompt_id"])
+    clean, swapped = read("clean", "train").sort("pair_id"), read("all_flipped", "train").sort("pair_id")
+    assert swapped["chosen_ids"].equals(clean["rejected_ids"].alias("chosen_ids"))
+    assert read("all_flipped", "eval").equals(read("clean", "eval"))
