@@ -84,7 +84,31 @@ def dataset_report(**changes: Any) -> dict[str, Any]:
         "eval_pairs": 120,
         "leaked_prompts": 0,
         "identical_after_truncation": 0,
+        "quality": quality(),
     } | changes
+
+
+def quality(**changes: Any) -> dict[str, Any]:
+    """The measures of 1120 good pairs; each change replaces keys of one measure."""
+    measures: dict[str, Any] = {
+        "pairs": 1120,
+        "sample": 1120,
+        "lengths": {
+            "chosen_mean": 110.0, "rejected_mean": 100.0, "ratio": 1.1, "chosen_longer": 0.55, "auc": 0.56,
+            "grid": {"13,13": 1120},
+        },
+        "truncation": {"share": 0.0, "context": 2048, "needed": {"90": 400, "95": 500, "99": 900, "100": 1000}},
+        "distance": {"median": 0.8, "shared_prefix": 0.02, "bins": {"5": 10, "80": 1110}, "nearest": []},
+        "degenerate": {
+            "blank": 0, "no_end": 0, "template": 0, "others": 0, "ends_known": True, "examples": [],
+            "loops": {"0": 1120}, "other_loops": {"0": 1120},
+        },
+        "surface": {"auc": 0.7, "features": {"letters": 0.65, "digits": 0.5}},
+        "contradictions": {"compared": 40, "pairs": 0, "examples": []},
+    }  # fmt: skip
+    for name, change in changes.items():
+        measures[name] = measures[name] | change if isinstance(change, dict) else change
+    return measures
 
 
 def score(value: float, low: float, high: float, n: int = 120) -> dict[str, float]:

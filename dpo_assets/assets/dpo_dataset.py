@@ -7,6 +7,7 @@ already on the screen.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,11 @@ from dpo_assets.contract import TokenizeSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.cleaning import NOT_DAMAGE, fit_to_model, screen, split
 from dpo_assets.feedback.pair import PAIR_COLUMNS, QUARANTINE_COLUMNS, TOKEN_COLUMNS, polars_schema
+from dpo_assets.feedback.quality import QUALITY_VERSION, measure, token_stats
+from dpo_assets.feedback.quality_conflicts import contradictions
+from dpo_assets.feedback.quality_tokens import read_markers
 from dpo_assets.planning.plan import DatasetStats
+from dpo_assets.report.quality import quality_views
 from dpo_assets.report.tables import counts_table, quarantine_table, sample_table
 
 if TYPE_CHECKING:
@@ -38,7 +43,7 @@ def materialise(step: Step) -> Events:
             f"feedback.max_length is {feedback.max_length}, but {step.recipe.base_model.source} has a context of "
             f"{context_length} tokens; set it to {context_length} or less."
         )
-    config = feedback.model_dump(include={"max_length", "eval_fraction", "seed"})
+    config = feedback.model_dump(include={"max_length", "eval_fraction", "seed"}) | {"quality": QUALITY_VERSION}
 
     def make(folder: Path, print_: str) -> None:
         pairs, quarantine = _read_batches(step, raw)
@@ -46,12 +51,15 @@ def materialise(step: Step) -> Events:
         screened = screen(pairs, quarantine)
         tokens = _tokenize(step, base, screened.pairs)
         accepted, faults = fit_to_model(screened.pairs, tokens, feedback.max_length)
-        _write(
-            folder, feedback.model_dump(), accepted, _with(screened.quarantine, faults), screened.duplicates, rows_in
-        )
+        sound = tokens.filter(~tokens["boundary_fault"])
+        quality = measure(accepted, sound, feedback.max_length, context_length, read_markers(base.path / "model"))
+        measured = {"quality": quality | {"contradictions": contradictions(screened.pairs)}}
+        quarantine = _with(screened.quarantine, faults)
+        _write(folder, feedback.model_dump(), accepted, quarantine, screened.duplicates, rows_in, measured)
 
     artifact, reused = step.build("dpo_dataset", config, {"raw_preferences": raw, "base_model": base}, make)
     report = artifact.json("report.json")
+    views = quality_views(report, step.bands)
     rejected = artifact.path / "quarantine.parquet"
     yield from step.result(
         "quarantined_preferences",
@@ -67,13 +75,14 @@ def materialise(step: Step) -> Events:
         "dpo_dataset",
         artifact,
         reused,
-        dataset_verdicts(report, feedback, step.bands),
+        [replace(v, shown=views.get(v.check, {})) for v in dataset_verdicts(report, step.recipe, step.bands)],
         {
             "dagster/row_count": report["train_pairs"] + report["eval_pairs"],
             **{k: report[k] for k in ("rows_in", "accepted", "quarantined", "duplicates", "train_pairs", "eval_pairs")},
             "longest_pair_tokens": report["longest_pair"],
             "answers_truncated": report["truncated_answers"],
             "sample": dg.MetadataValue.md(sample_table(artifact.path / "train.parquet")),
+            **{title: dg.MetadataValue.md(text) for view in views.values() for title, text in view.items()},
         },
     )
 
@@ -143,6 +152,7 @@ def _write(
     quarantine: pl.DataFrame,
     duplicates: int,
     rows_in: int,
+    measured: Mapping[str, Any],
 ) -> None:
     train, held_out = split(accepted, feedback["eval_fraction"], feedback["seed"])
     train.write_parquet(folder / "train.parquet")
@@ -162,26 +172,10 @@ def _write(
             "train_pairs": train.height,
             "eval_pairs": held_out.height,
             "leaked_prompts": len(set(train["prompt_id"]) & set(held_out["prompt_id"])),
-            **_token_stats(accepted, feedback["max_length"]),
+            **token_stats(accepted, feedback["max_length"]),
+            **measured,
         },
     )
-
-
-def _token_stats(accepted: pl.DataFrame, max_length: int) -> dict[str, Any]:
-    pairs, truncated, identical = [0], 0, 0
-    for row in accepted.iter_rows(named=True):
-        room = max_length - len(row["prompt_ids"])
-        chosen, rejected = row["chosen_ids"][:room], row["rejected_ids"][:room]
-        pairs.append(len(row["prompt_ids"]) + len(chosen) + len(rejected))
-        truncated += (len(chosen) < len(row["chosen_ids"])) + (len(rejected) < len(row["rejected_ids"]))
-        identical += chosen == rejected
-    return {
-        "max_length": max_length,
-        "longest_pair": max(pairs),
-        "mean_pair": sum(pairs) / max(1, len(pairs) - 1),
-        "truncated_answers": truncated,
-        "identical_after_truncation": identical,
-    }
 
 
 QUARANTINE_NODE = Node(

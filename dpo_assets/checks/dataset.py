@@ -6,20 +6,27 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpo_assets.checks.bands import Bands
-from dpo_assets.checks.verdict import Verdict
-from dpo_assets.recipe import FeedbackSection
+from dpo_assets.checks.dataset_quality import quality_verdicts
+from dpo_assets.checks.verdict import Level, Verdict
+from dpo_assets.recipe import FeedbackSection, Recipe
 
 MIN_EVAL_PAIRS = 1
 
 
-def dataset_verdicts(report: Mapping[str, Any], feedback: FeedbackSection, bands: Bands) -> list[Verdict]:
-    """All checks of `dpo_dataset`."""
+def dataset_verdicts(report: Mapping[str, Any], recipe: Recipe, bands: Bands) -> list[Verdict]:
+    """All checks of `dpo_dataset`. The recipe is the declared one: what the launchpad changes comes after the data.
+
+    Raises:
+        ConfigError: for a dataset whose pairs were not measured.
+    """
+    feedback = recipe.feedback
     return [
         schema(report),
         split_leak(report),
         distinct_after_truncation(report),
         quarantine_rate(report, feedback),
-        enough_pairs(report, feedback),
+        enough_pairs(report, feedback, bands),
+        *quality_verdicts(report, recipe.dpo, bands),
     ]
 
 
@@ -80,16 +87,24 @@ def quarantine_rate(report: Mapping[str, Any], feedback: FeedbackSection) -> Ver
     )
 
 
-def enough_pairs(report: Mapping[str, Any], feedback: FeedbackSection) -> Verdict:
-    """Enough to train on, and something to judge by."""
+def enough_pairs(report: Mapping[str, Any], feedback: FeedbackSection, bands: Bands) -> Verdict:
+    """Enough to train on, and something to judge by. How many steps they make, `budget` judges."""
     train, held_out = report["train_pairs"], report["eval_pairs"]
+    few = bands.limit("enough_pairs")
     enough = train >= feedback.min_pairs and held_out >= MIN_EVAL_PAIRS
+    level: Level = "error" if not enough else "warn" if train < few.warn else "pass"
     reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(report["reasons"].items())) or "none"
+    ways = {
+        "pass": "",
+        "warn": f"collect feedback until {few.warn:g} pairs train; rows left out: {reasons}",
+        "error": f"collect more feedback, or lower feedback.min_pairs; rows left out: {reasons}",
+    }
     return Verdict(
         "enough_pairs",
-        "pass" if enough else "error",
+        level,
         f"{train} train, {held_out} eval",
-        f"at least {feedback.min_pairs} train, {MIN_EVAL_PAIRS} eval",
-        "feedback.min_pairs of the recipe",
-        "" if enough else f"collect more feedback, or lower feedback.min_pairs; rows left out: {reasons}",
+        f"at least {max(few.warn, feedback.min_pairs):g} train; an error below {feedback.min_pairs} train, "
+        f"{MIN_EVAL_PAIRS} eval",
+        f"feedback.min_pairs of the recipe; {few.source}",
+        ways[level],
     )

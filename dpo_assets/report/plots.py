@@ -7,6 +7,10 @@ import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 POINTS = 400
 FEW = 20  # So few points need dots: one alone makes no line.
@@ -37,6 +41,11 @@ def line_plot(
     axes.set_xlabel("step", fontsize=9)
     if len(series) > 1:
         axes.legend(fontsize=8)
+    return as_markdown(figure, title)
+
+
+def as_markdown(figure: Figure, title: str) -> str:
+    """A figure as an image inside Markdown."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return f"![{title}](data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')})"

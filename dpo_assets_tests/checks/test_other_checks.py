@@ -27,7 +27,7 @@ from dpo_assets.planning.model_folder import ModelFolder
 from dpo_assets.planning.plan import ModelShape
 from dpo_assets.publishing.commit import stage
 from dpo_assets.recipe import BaseModelSection
-from dpo_assets_tests.samples import SHA, answers, dataset_report, evaluation_report, plan, recipe, score
+from dpo_assets_tests.samples import SHA, answers, dataset_report, evaluation_report, plan, quality, recipe, score
 
 BANDS = default_bands()
 
@@ -99,29 +99,31 @@ def test_a_verdict_passes_only_without_a_warning_and_says_its_value_and_band() -
         ("quarantine_rate", {"rows_in": 0, "damaged": 0}, "pass"),
         ("quarantine_rate", {"rows_in": 0, "damaged": 1}, "error"),
         ("enough_pairs", {}, "pass"),
-        ("enough_pairs", {"train_pairs": 50, "eval_pairs": 1}, "pass"),
+        ("enough_pairs", {"train_pairs": 500, "eval_pairs": 1}, "pass"),
+        ("enough_pairs", {"train_pairs": 499}, "warn"),
+        ("enough_pairs", {"train_pairs": 50}, "warn"),
         ("enough_pairs", {"train_pairs": 49}, "error"),
         ("enough_pairs", {"eval_pairs": 0}, "error"),
     ],
 )
 def test_a_dataset_is_held_against_its_report(check: str, changes: Report, level: str) -> None:
-    verdicts = dataset_verdicts(dataset_report(**changes), recipe().feedback, BANDS)
+    verdicts = dataset_verdicts(dataset_report(**changes), recipe(), BANDS)
     verdict = named(check, verdicts)
     assert (verdict.level, bool(verdict.fix)) == (level, level != "pass")
 
 
 def test_the_limits_of_a_dataset_are_the_recipes() -> None:
-    feedback = recipe(feedback={"sources": [{"path": "x"}], "max_quarantine_rate": 0.0, "min_pairs": 2000}).feedback
-    failed = {v.check for v in dataset_verdicts(dataset_report(), feedback, BANDS) if not v.passed}
+    strict = recipe(feedback={"sources": [{"path": "x"}], "max_quarantine_rate": 0.0, "min_pairs": 2000})
+    failed = {v.check for v in dataset_verdicts(dataset_report(), strict, BANDS) if not v.passed}
     assert failed == {"quarantine_rate", "enough_pairs"}
-    lenient = recipe(feedback={"sources": [{"path": "x"}], "max_quarantine_rate": 1.0, "min_pairs": 1}).feedback
+    lenient = recipe(feedback={"sources": [{"path": "x"}], "max_quarantine_rate": 1.0, "min_pairs": 1})
     poor = dataset_report(damaged=1200, train_pairs=1)
-    assert all(v.passed for v in dataset_verdicts(poor, lenient, BANDS))
+    assert [v.check for v in dataset_verdicts(poor, lenient, BANDS) if v.level == "error"] == []
 
 
 def test_a_broken_export_is_told_its_reasons() -> None:
     report = dataset_report(damaged=900, reasons={"invalid_json": 800, "duplicate_key": 100})
-    verdict = named("quarantine_rate", dataset_verdicts(report, recipe().feedback, BANDS))
+    verdict = named("quarantine_rate", dataset_verdicts(report, recipe(), BANDS))
     assert "duplicate_key 100, invalid_json 800" in verdict.fix
     assert verdict.value == 0.75
 
@@ -390,8 +392,12 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
         implicit_reward_accuracy=score(0.2, 0.1, 0.3), generation={"sft": answers(), "policy": answers(no_eos=1.0)}
     )
     bad_dataset = dataset_report(
-        damaged=1200, reasons={"schema": 1}, leaked_prompts=1, identical_after_truncation=1, train_pairs=0
-    )
+        damaged=1200, reasons={"schema": 1}, leaked_prompts=1, identical_after_truncation=1, train_pairs=0,
+        quality=quality(
+            truncation={"share": 0.2}, distance={"median": 0.1}, lengths={"ratio": 3.0}, degenerate={"others": 1120},
+            contradictions={"pairs": 600}, surface={"auc": 0.99},
+        ),
+    )  # fmt: skip
     bad_sft = SFT | {"finite": False, "held_out_nll_after": 9.0, "ends_with_eos": 0.0}
     bad_dpo = DPO | {"finite": False, "first_loss": 1.0, "nll_ratio": 9.0}
     unpinned = BaseModelSection(source="org/name")
@@ -399,7 +405,7 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
     return {
         "base_model": base_model_verdicts(unpinned if fail else LOCAL, bad_facts if fail else model_folder()),
         "raw_preferences": [accounting([counted(rows_in=11 if fail else 10)])],
-        "dpo_dataset": dataset_verdicts(bad_dataset if fail else dataset_report(), recipe().feedback, BANDS),
+        "dpo_dataset": dataset_verdicts(bad_dataset if fail else dataset_report(), recipe(), BANDS),
         "dpo_plan": plan_verdicts(bad_plan if fail else plan(), BANDS),
         "sft_checkpoint": sft_verdicts(bad_sft if fail else SFT, BANDS),
         "dpo_adapter": dpo_verdicts(bad_dpo if fail else DPO, BANDS),
