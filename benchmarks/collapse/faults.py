@@ -1,8 +1,7 @@
 """Preference data of the world, sound or with one fault, written as the pipeline writes it.
 
 Rows go the pipeline's way: a JSONL file is read, screened, tokenized, fitted to the model, split and written with its
-report. Two faults cannot pass that way, so they are put in behind the step that would have caught them: `leaked` behind
-the split, `truncated` behind the fit to the model.
+report. `leaked` cannot pass that way, so it is put in behind the split that would have kept it out.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from benchmarks.collapse.world import FACTS, MAX_LENGTH, SAYS, STYLE_A, STYLE_B,
 EVAL_FRACTION = 0.2
 FLIPPED_SHARE = 0.4
 REPEATS = 3
+CONTEXT = 512  # Tokens that the world's model reads.
 Answers = tuple[str, str]
 CLEAN, NEAR, FLIPPED, ALL_FLIPPED, REPETITIVE = "clean", "near_identical", "flipped_40", "all_flipped", "repetitive"
 LEAKED, TRUNCATED, WRONG_REFERENCE = "leaked", "truncated", "wrong_reference"
@@ -93,17 +93,19 @@ def write_dataset(fault: str, seed: int, model: Path, folder: Path) -> None:
 
     from dpo_assets.assets import dpo_dataset
     from dpo_assets.contract import TokenizeSpec
-    from dpo_assets.feedback.cleaning import fit_to_model, screen, split
+    from dpo_assets.feedback.cleaning import fit_to_model, in_eval_split, screen, split
     from dpo_assets.feedback.ingest import FeedbackFile, pairs_frame, quarantine_frame, read_file
+    from dpo_assets.feedback.quality import measure
+    from dpo_assets.feedback.quality_conflicts import contradictions
+    from dpo_assets.feedback.quality_tokens import read_markers
     from dpo_assets.feedback.readers import ReadOptions
     from dpo_assets.training import tokenize
 
     folder.mkdir(parents=True)
     source = folder / "feedback.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows_of(fault, seed)), encoding="utf-8")
-    batch = read_file(
-        FeedbackFile(source, source.name, "trl"), ReadOptions(pairing="best_worst", include_synthetic=False)
-    )
+    options = ReadOptions(pairing="best_worst", include_synthetic=False)
+    batch = read_file(FeedbackFile(source, source.name, "trl"), options)
     screened = screen(pairs_frame(batch.pairs), quarantine_frame(batch.rejected))
     screened.pairs.write_parquet(folder / "pairs.parquet")
     spec = TokenizeSpec(
@@ -113,24 +115,23 @@ def write_dataset(fault: str, seed: int, model: Path, folder: Path) -> None:
     tokenize.run(spec, Silent())
     tokens = pl.read_parquet(folder / "tokens.parquet")
     accepted, faults = fit_to_model(screened.pairs, tokens, MAX_LENGTH)
-    quarantine = dpo_dataset._with(screened.quarantine, faults)
-    feedback = {"eval_fraction": EVAL_FRACTION, "seed": seed, "max_length": MAX_LENGTH}
-    dpo_dataset._write(folder, feedback, accepted, quarantine, screened.duplicates, batch.rows_in)
-    if fault == TRUNCATED:
-        # What a trainer without that step would see: TRL trains on it.
-        accepted = screened.pairs.join(tokens.drop("boundary_fault"), on="pair_id", how="left")
-    train, held_out = split(accepted, EVAL_FRACTION, seed)
-    draw = random.Random(seed)
     if fault == ALL_FLIPPED:
         # Columns swapped in what is trained on. Held-out pairs are right: with those swapped too, nothing in the data
         # would contradict the labels.
+        held_out = pl.Series([in_eval_split(group, EVAL_FRACTION, seed) for group in accepted["group_id"]])
         names = {"chosen": "rejected", "rejected": "chosen", "chosen_ids": "rejected_ids", "rejected_ids": "chosen_ids"}
-        train = train.rename(names).select(held_out.columns)
+        swapped = accepted.filter(~held_out).rename(names).select(accepted.columns)
+        accepted = pl.concat([swapped, accepted.filter(held_out)])
+    quality = measure(accepted, tokens, MAX_LENGTH, CONTEXT, read_markers(model))
+    measured = {"quality": quality | {"contradictions": contradictions(screened.pairs)}}
+    quarantine = dpo_dataset._with(screened.quarantine, faults)
+    feedback = {"eval_fraction": EVAL_FRACTION, "seed": seed, "max_length": MAX_LENGTH}
+    dpo_dataset._write(folder, feedback, accepted, quarantine, screened.duplicates, batch.rows_in, measured)
     if fault == LEAKED:
-        kept = sorted(draw.sample(range(train.height), train.height - held_out.height))
-        train = pl.concat([train[kept], held_out]).sort("pair_id")
+        train, held = split(accepted, EVAL_FRACTION, seed)
+        kept = sorted(random.Random(seed).sample(range(train.height), train.height - held.height))
+        train = pl.concat([train[kept], held]).sort("pair_id")
+        train.write_parquet(folder / "train.parquet")
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        report["leaked_prompts"] = len(set(train["prompt_id"]) & set(held_out["prompt_id"]))
+        report["leaked_prompts"] = len(set(train["prompt_id"]) & set(held["prompt_id"]))
         (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
-    train.write_parquet(folder / "train.parquet")
-    held_out.write_parquet(folder / "eval.parquet")

@@ -3,6 +3,7 @@
     python -m benchmarks.collapse.grid run --work FOLDER --out grid.jsonl    # 240 runs, resumable
     python -m benchmarks.collapse.grid run ... --set seeds                   # five seeds of the good configuration
     python -m benchmarks.collapse.grid run ... --set between                 # rates that the grid leaves out
+    python -m benchmarks.collapse.grid measure --work ... --out grid.jsonl   # datasets, and states that a stop keeps
     python -m benchmarks.collapse.grid score --out grid.jsonl                # the tables, without running again
 
 Learning rate x{0.1, 1, 10, 100, 1000} of a good one, beta {0.01, 0.1, 0.5}, eight kinds of data (`faults`), two seeds.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from benchmarks.collapse import faults, labels, runs, world
+from benchmarks.collapse import faults, labels, report, runs, scoring, world
 
 CONTROL_SEEDS = tuple(range(2, 7))
 BETWEEN = (2.0, 3.0, 5.0)
@@ -40,8 +42,8 @@ def cells(which: str) -> list[runs.Cell]:
     return runs.grid()
 
 
-def run_all(work: Path, out: Path, which: str, part: str) -> None:
-    """Runs what `out` lacks, a line a run. `part` i/n takes every n-th cell, for several processes."""
+def quiet() -> None:
+    """One thread, no progress bars, answers in batches that suit a tiny model."""
     import datasets
     import torch
     import transformers
@@ -49,26 +51,55 @@ def run_all(work: Path, out: Path, which: str, part: str) -> None:
     from dpo_assets.training import evaluate
 
     warnings.filterwarnings("ignore")
-    evaluate.GENERATION_BATCH = SAMPLED_AT_ONCE
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    evaluate.GENERATION_BATCH = SAMPLED_AT_ONCE
+
+
+def run_all(work: Path, out: Path, which: str, part: str) -> None:
+    """Runs what `out` lacks, a line a run. `part` i/n takes every n-th cell, for several processes."""
     wanted = cells(which)
     runs.prepare(work, sorted({(cell.fault, cell.seed) for cell in wanted}))
-    known = read(out) if out.is_file() else []
-    done = {row["name"] for row in known}
+    done = {row["name"] for row in read(out)}
     first, step = (int(n) for n in part.split("/"))
     if "sft" not in done and first == 0 and which == "grid":
         append(out, {"name": "sft", "behaviour": sft_behaviour(work)})
     for n, cell in enumerate(wanted):
         if n % step != first or cell.name in done:
             continue
-        row = {"name": cell.name} | runs.run(work, cell)
+        row = {"name": cell.name, "set": which} | runs.run(work, cell)
         append(out, row)
         said = {k: round(v, 3) for k, v in row.get("behaviour", {}).items() if k != "answers"}
         took = f"{row.get('seconds', 0):.1f} s"
         print(f"{n + 1}/{len(wanted)} {cell.name} {row.get('stopped_by', '')} {said} {took}", flush=True)
+
+
+def measure(work: Path, out: Path) -> None:
+    """What scoring needs beside the runs: reports of the datasets, tasks before DPO, states that a stop keeps."""
+    from transformers import AutoTokenizer
+
+    rows = read(out)
+    done = {row["name"] for row in rows}
+    if "sft-tasks" not in done:
+        tokenizer = AutoTokenizer.from_pretrained(work / "world")
+        append(out, {"name": "sft-tasks", "tasks": runs.tasks_met(runs.policy_of(work, None), tokenizer)})
+    for fault, seed in sorted({(row["fault"], row["seed"]) for row in rows if "fault" in row}):
+        if f"data:{fault}-{seed}" not in done:
+            with tempfile.TemporaryDirectory() as folder:
+                faults.write_dataset(fault, seed, work / "world", Path(folder) / "data")
+                report = json.loads((Path(folder) / "data" / "report.json").read_text(encoding="utf-8"))
+            append(out, {"name": f"data:{fault}-{seed}", "report": report})
+    for cells_of in ("grid", "between"):
+        for one in scoring.score(read(out), cells=cells_of):
+            name = f"kept:{one.row['name']}@{one.kept_step}"
+            if one.trigger is None or name in done:
+                continue
+            cell = runs.Cell(one.row["times"], one.row["beta"], one.fault, one.row["seed"])
+            found = runs.state_behaviour(work, cell, one.kept_step)
+            append(out, {"name": name, "kept_step": one.kept_step, "behaviour": found})
+            print(name, f"facts {found['facts']:.3f}", flush=True)
 
 
 def sft_behaviour(work: Path) -> dict[str, float]:
@@ -87,19 +118,25 @@ def append(out: Path, row: dict[str, Any]) -> None:
 
 
 def read(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    """The rows of a results file; none where there is no file yet."""
+    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] if out.is_file() else []
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["run", "score"])
+    parser.add_argument("what", choices=["run", "measure", "score"])
     parser.add_argument("--work", type=Path, default=Path("collapse-grid"), help="folder of model, datasets and runs")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/collapse_grid.jsonl"))
     parser.add_argument("--set", choices=["grid", "seeds", "between"], default="grid")
     parser.add_argument("--part", default="0/1", help="i/n: every n-th run, from the i-th on")
     args = parser.parse_args()
+    quiet()
     if args.what == "run":
         run_all(args.work, args.out, args.set, args.part)
+    elif args.what == "measure":
+        measure(args.work, args.out)
+    else:
+        print(report.report(read(args.out)))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ question (192). They are held against the same model before DPO (eight draws, 1,
   `near_identical`, whose two answers are both in style A),
 
 each only where the difference is beyond noise (one-sided two-proportion z above 2.326, level 0.01). Everything else is
-undamaged: **moved** when style A rose by more than 10 points beyond noise, else **unmoved**. No loss, reward,
-likelihood or KL is looked at, nor whether any check fired.
+undamaged: **moved** when style A rose by more than 10 points beyond noise, else **unmoved**. A run that ended in a
+number that is not finite left no model to ask and is damaged. No loss, reward, likelihood or KL is looked at, nor
+whether any check fired.
 
 Three faults make a run's own evaluation meaningless, whatever its behaviour: `leaked`, `truncated`, `wrong_reference`.
 They **must be caught** by the check of that very fault, and count in a column of their own, neither as damaged nor as
@@ -72,12 +73,10 @@ def damage(before: Shares, after: Shares, fault: str) -> list[str]:
 
 
 def label(before: Shares, after: Shares | None, fault: str) -> Label:
-    """The label of a run. `after` is None where the run could not start."""
+    """The label of a run. `after` is None where it left no model."""
     if fault in MUST_BE_CAUGHT:
         return "must_be_caught"
-    if after is None:
-        raise ValueError(f"a run on `{fault}` data has no behaviour to label it by")
-    if damage(before, after, fault):
+    if after is None or damage(before, after, fault):
         return "damaged"
     risen = after["style_a"] - before["style_a"] > FALL and beyond_noise(
         before["style_a"], after["style_a"], int(before["answers"]), int(after["answers"])

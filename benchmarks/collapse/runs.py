@@ -18,6 +18,7 @@ from unittest import mock
 
 from benchmarks.collapse import faults, world
 
+ANY_FOLDER = Path("collapse-grid")  # Where no file is read.
 BATCH, EPOCHS = 16, 1.25
 RANK = 8
 SNAPSHOT_EVERY = 4
@@ -181,6 +182,21 @@ def run(work: Path, cell: Cell, rate: float = REFERENCE_RATE, keep: bool = True,
     if not keep:
         shutil.rmtree(out)
     return row | {"seconds": time.perf_counter() - begun}
+
+
+def state_behaviour(work: Path, cell: Cell, step: int) -> dict[str, float]:
+    """The behaviour of a kept snapshot; step 0 is the start."""
+    from safetensors.torch import load_file
+    from transformers import AutoTokenizer
+
+    folder = work / "runs" / cell.name
+    tokenizer = AutoTokenizer.from_pretrained(work / "world")
+    policy = policy_of(work, folder / "adapter" if step else None)
+    if step:
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(policy, load_file(folder / "states" / f"step-{step}.safetensors"))
+    return world.measure(policy, tokenizer, seed=100 + cell.seed).as_dict()
 
 
 def tasks_met(policy: Any, tokenizer: Any) -> str:
