@@ -25,7 +25,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from benchmarks.collapse import faults, labels, report, runs, scoring, world
+from benchmarks.collapse import faults, figures, labels, report, runs, scoring, world
 
 CONTROL_SEEDS = tuple(range(2, 7))
 BETWEEN = (2.0, 3.0, 5.0)
@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("collapse-grid"), help="folder of model, datasets and runs")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/collapse_grid.jsonl"))
     parser.add_argument("--set", choices=["grid", "seeds", "between"], default="grid")
+    parser.add_argument("--figures", type=Path, help="folder for the figures of `score`")
     parser.add_argument("--part", default="0/1", help="i/n: every n-th run, from the i-th on")
     args = parser.parse_args()
     quiet()
@@ -137,6 +138,8 @@ def main() -> None:
         measure(args.work, args.out)
     else:
         print(report.report(read(args.out)))
+        if args.figures:
+            figures.draw(scoring.score(read(args.out)), args.figures)
 
 
 if __name__ == "__main__":
