@@ -22,6 +22,7 @@ ANY_FOLDER = Path("collapse-grid")  # Where no file is read.
 BATCH, EPOCHS = 16, 1.25
 RANK = 8
 SNAPSHOT_EVERY = 4
+PROBES_AFTER = 2
 RATES = (0.1, 1.0, 10.0, 100.0, 1000.0)
 BETAS = (0.1, 0.01, 0.5)
 SEEDS = (0, 1)
@@ -112,6 +113,7 @@ def snapshots(folder: Path) -> Iterator[None]:
     from safetensors.torch import save_file
     from transformers import TrainerCallback
 
+    from dpo_assets.training.collapse import CollapseGuard
     from dpo_assets.training.dpo_trainer import PackedDPOTrainer
 
     class Keep(TrainerCallback):  # type: ignore[misc]
@@ -120,14 +122,19 @@ def snapshots(folder: Path) -> Iterator[None]:
                 tensors = {k: v.detach().clone() for k, v in get_peft_model_state_dict(model).items()}
                 save_file(tensors, folder / f"step-{state.global_step}.safetensors")
 
-    train = PackedDPOTrainer.train
+    train, probe = PackedDPOTrainer.train, CollapseGuard._probe
+
+    def few(self: Any) -> dict[str, float]:
+        """Probes until a rule has fired, and two more: what follows would cost most and decide nothing."""
+        after = [row for row in self.rows if self.first and row["step"] >= self.first.step and "probe/answers" in row]
+        return {} if len(after) > PROBES_AFTER else probe(self)
 
     def keeping(self: Any, *args: Any, **kwargs: Any) -> Any:
         self.add_callback(Keep())
         return train(self, *args, **kwargs)
 
     folder.mkdir(parents=True, exist_ok=True)
-    with mock.patch.object(PackedDPOTrainer, "train", keeping):
+    with mock.patch.object(PackedDPOTrainer, "train", keeping), mock.patch.object(CollapseGuard, "_probe", few):
         yield
 
 
