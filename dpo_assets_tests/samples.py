@@ -132,3 +132,39 @@ def evaluation_report(**changes: Any) -> dict[str, Any]:
         "nll_ratio_chosen": 1.05,
         "generation": {"sft": answers(), "policy": answers()},
     } | changes
+
+
+def aftermath_report() -> dict[str, Any]:
+    """What stage `dpo` measured on an adapter that every check passes."""
+    said = {"answers": 32, "repetition": 0.0, "no_eos": 0.1, "empty": 0.0, "distinct_2": 0.9, "mean_tokens": 40.0}
+    return {
+        "stopped": None,
+        "trigger": None,
+        "held_out": {
+            "pairs": 100,
+            "accuracy": score(0.7, 0.6, 0.78, 100),
+            "margin_nats": 4.0,
+            "nll_ratio": 1.05,
+            "chosen_nats_per_token": -0.05,
+            "rejected_nats_per_token": -0.2,
+        },
+        "answers": {
+            "prompts": 32,
+            "most_tokens": 48,
+            "reference": dict(said),
+            "policy": dict(said),
+            "longer": 10,
+            "shorter": 9,
+            "kl": {"per_token": 0.05, "low": 0.04, "high": 0.06},
+            "examples": [["a question", "an answer", "another answer"]],
+        },
+        "capability": {
+            "kind": "token_accuracy",
+            "tasks": 100,
+            "reference": 0.6,
+            "policy": 0.6,
+            "lost": 20,
+            "gained": 20,
+        },
+        "adapter_norm": {"largest": 0.01, "layer": "model.layers.0.mlp.up_proj", "layers": 35},
+    }

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -40,7 +40,7 @@ JUDGED = (NLL, NATS, ACCURACY, ENTROPY, REPETITION, NO_EOS, KL, CAPABILITY, "los
 class CollapseLimits(BaseModel):
     """The numbers of `collapse` in `bands.yaml`, with what depends on the run resolved.
 
-    Logs are averaged over `window`; the level of a run is the mean of its first `base_logs`. Rules over logs are silent
+    Logs are smoothed over `window`; the level of a run is the mean of its first `base_logs`. Rules over logs are silent
     until `window` logs and `warmup_steps` have passed. `..._sign` numbers never stop a run by themselves: they decide
     whether a state is worth keeping, and lend weight to another sign.
     """
@@ -143,6 +143,12 @@ def _mean(rows: Sequence[Row], name: str) -> float | None:
     return fmean(values) if values else None
 
 
+def _middle(rows: Sequence[Row], name: str) -> float | None:
+    """The median, for ratios: one batch of odd pairs must not stop a run."""
+    values = [row[name] for row in rows if name in row]
+    return median(values) if values else None
+
+
 def _far_enough(nats: float | None, limits: CollapseLimits) -> bool:
     """Where a model is sure of its answers (0.09 nats a token), a ratio moves far on very little. Unknown counts."""
     return nats is None or -nats >= limits.least_fall
@@ -166,15 +172,15 @@ def _entropy_outside(rows: Sequence[Row], limits: CollapseLimits) -> float | Non
 def _likelihood(rows: Sequence[Row], limits: CollapseLimits) -> Trigger | None:
     """Likelihood displacement (Razin et al., arXiv 2410.08847): chosen answers become unlikely, all of them."""
     window, before = rows[-limits.window :], rows[-2 * limits.window : -limits.window]
-    ratio, nats = _mean(window, NLL), _mean(window, NATS)
+    ratio, nats = _middle(window, NLL), _middle(window, NATS)
     if ratio is None or not _far_enough(nats, limits):
         return None
     if ratio > limits.nll_ratio:
         band = (
-            f"NLL of chosen answers, policy over reference, at most {limits.nll_ratio:g} (mean of {limits.window} logs)"
+            f"NLL of chosen answers over the reference's, at most {limits.nll_ratio:g} (median of {limits.window} logs)"
         )
         return _trigger("likelihood", NLL, rows, ratio, limits.nll_ratio, band)
-    earlier = _mean(before, NLL) if len(before) == limits.window else None
+    earlier = _middle(before, NLL) if len(before) == limits.window else None
     if earlier is not None and ratio > limits.nll_ratio_rising and ratio - earlier > limits.rising_by:
         band = (
             f"NLL of chosen answers, policy over reference, at most {limits.nll_ratio_rising:g} while it still rises "
@@ -187,7 +193,7 @@ def _likelihood(rows: Sequence[Row], limits: CollapseLimits) -> Trigger | None:
 def _accuracy(rows: Sequence[Row], limits: CollapseLimits) -> Trigger | None:
     """Token accuracy on chosen answers. Other pairs have another one; that the NLL rose too shows the policy in it."""
     fall, window = _accuracy_fall(rows, limits), rows[-limits.window :]
-    ratio, nats = _mean(window, NLL), _mean(window, NATS)
+    ratio, nats = _middle(window, NLL), _middle(window, NATS)
     if ratio is not None and ratio <= 1:
         return None
     if fall > limits.accuracy_fall:
@@ -207,7 +213,7 @@ def _entropy(rows: Sequence[Row], limits: CollapseLimits) -> Trigger | None:
     times, window = _entropy_outside(rows, limits), rows[-limits.window :]
     if times is None:
         return None
-    ratio, nats = _mean(window, NLL), _mean(window, NATS)
+    ratio, nats = _middle(window, NLL), _middle(window, NATS)
     signs = (
         ratio is not None and ratio > limits.nll_ratio_rising and _far_enough(nats, limits),
         nats is not None and -nats > limits.chosen_fall_sign,

@@ -16,18 +16,30 @@ from dpo_assets.assets.base_model import verdicts as base_model_verdicts
 from dpo_assets.assets.published_model import RELEASE
 from dpo_assets.assets.published_model import verify as release_verified
 from dpo_assets.assets.raw_preferences import accounting
+from dpo_assets.checks.aftermath import aftermath_verdicts, collapse_verdict
 from dpo_assets.checks.bands import default_bands
 from dpo_assets.checks.catalog import CHECKS, checks_of
+from dpo_assets.checks.collapse import CollapseLimits
 from dpo_assets.checks.config import plan_verdicts
 from dpo_assets.checks.dataset import dataset_verdicts
-from dpo_assets.checks.promotion import decide, evaluation_verdicts, generation_health, promotion_verdict
+from dpo_assets.checks.promotion import decide, evaluation_verdicts, greedy_health, promotion_verdict
 from dpo_assets.checks.training import dpo_verdicts, merge_verdicts, sft_verdicts
 from dpo_assets.checks.verdict import Level, Verdict, upper_limit, worst
 from dpo_assets.planning.model_folder import ModelFolder
 from dpo_assets.planning.plan import ModelShape
 from dpo_assets.publishing.commit import stage
 from dpo_assets.recipe import BaseModelSection
-from dpo_assets_tests.samples import SHA, answers, dataset_report, evaluation_report, plan, quality, recipe, score
+from dpo_assets_tests.samples import (
+    SHA,
+    aftermath_report,
+    answers,
+    dataset_report,
+    evaluation_report,
+    plan,
+    quality,
+    recipe,
+    score,
+)
 
 BANDS = default_bands()
 
@@ -41,6 +53,29 @@ DPO: Report = {
     "nll_ratio": 1.1,
 }
 MERGE: Report = {"finite": True, "probe_pairs": 32, "mean_difference_per_token": 0.005}
+
+
+def adapter_verdicts(report: Report) -> list[Verdict]:
+    """All checks of `dpo_adapter`, in the order in which its asset returns them."""
+    limits = CollapseLimits.of(BANDS, beta=0.1)
+    return [
+        *dpo_verdicts(report, BANDS),
+        collapse_verdict(report, [], limits, BANDS),
+        *aftermath_verdicts(report, BANDS),
+    ]
+
+
+def ruined_report() -> Report:
+    """What is measured on an adapter that every check fails."""
+    report = aftermath_report()
+    report["held_out"] |= {"accuracy": score(0.2, 0.1, 0.3), "nll_ratio": 9.0, "chosen_nats_per_token": -4.0}
+    report["answers"] |= {"kl": {"per_token": 2.0, "low": 1.5, "high": 2.5}}
+    report["answers"]["policy"] = report["answers"]["policy"] | {"repetition": 1.0}
+    report["capability"] |= {"policy": 0.1, "lost": 90, "gained": 0}
+    report["adapter_norm"] |= {"largest": 2.0}
+    said = {"rule": "kl", "metric": "probe/kl_per_token", "step": 12, "value": 0.9, "limit": 0.5, "band": "at most 0.5"}
+    told = {"source": "a paper", "fix": "lower the rate", "kept_step": 6, "steps_saved": 48, "of_steps": 60}
+    return report | {"stopped": said | told, "trigger": said | told}
 
 
 def named(check: str, verdicts: list[Verdict]) -> Verdict:
@@ -279,15 +314,15 @@ def test_how_many_prompts_are_enough_is_the_recipes() -> None:
 )
 def test_answers_are_compared_with_those_of_the_start(sft: Report, policy: Report, level: str) -> None:
     report = evaluation_report(generation={"sft": answers(**sft), "policy": answers(**policy)})
-    verdict = generation_health(report, BANDS)
+    verdict = greedy_health(report, BANDS)
     assert (verdict.level, bool(verdict.fix)) == (level, level != "pass")
 
 
 def test_the_largest_rise_is_the_one_that_is_shown() -> None:
     policy = answers(repetition=0.2, no_eos=0.5, empty=0.1)
-    verdict = generation_health(evaluation_report(generation={"sft": answers(), "policy": policy}), BANDS)
+    verdict = greedy_health(evaluation_report(generation={"sft": answers(), "policy": policy}), BANDS)
     assert verdict.value == "no_eos +0.500"
-    broken = generation_health(
+    broken = greedy_health(
         evaluation_report(generation={"sft": answers(), "policy": policy | {"empty": math.nan}}), BANDS
     )
     assert str(broken.value).startswith("empty ")
@@ -296,7 +331,7 @@ def test_the_largest_rise_is_the_one_that_is_shown() -> None:
 @pytest.mark.parametrize("name", ["no_eos", "empty"])
 def test_a_share_of_answers_that_is_no_number_does_not_pass(name: str) -> None:
     report = evaluation_report(generation={"sft": answers(), "policy": answers(**{name: math.nan})})
-    assert not generation_health(report, BANDS).passed
+    assert not greedy_health(report, BANDS).passed
 
 
 # base_model, raw_preferences, published_model: their verdicts are pure, though they stand beside their assets
@@ -399,7 +434,7 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
         ),
     )  # fmt: skip
     bad_sft = SFT | {"finite": False, "held_out_nll_after": 9.0, "ends_with_eos": 0.0}
-    bad_dpo = DPO | {"finite": False, "first_loss": 1.0, "nll_ratio": 9.0}
+    bad_dpo = DPO | {"finite": False, "first_loss": 1.0, "nll_ratio": 9.0, **ruined_report()}
     unpinned = BaseModelSection(source="org/name")
     bad_facts = model_folder(safetensors=(), licence=None)
     return {
@@ -408,7 +443,7 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
         "dpo_dataset": dataset_verdicts(bad_dataset if fail else dataset_report(), recipe(), BANDS),
         "dpo_plan": plan_verdicts(bad_plan if fail else plan(), BANDS),
         "sft_checkpoint": sft_verdicts(bad_sft if fail else SFT, BANDS),
-        "dpo_adapter": dpo_verdicts(bad_dpo if fail else DPO, BANDS),
+        "dpo_adapter": adapter_verdicts(bad_dpo if fail else DPO | aftermath_report()),
         "merged_model": merge_verdicts(
             MERGE | ({"finite": False, "mean_difference_per_token": 1.0} if fail else {}), BANDS
         ),

@@ -8,7 +8,17 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dpo_assets.checks.statistics import TIE_NATS, Proportion, percent, pick_the_longer, tie_aware_accuracy, wilson
+from dpo_assets.checks.statistics import (
+    TIE_NATS,
+    Proportion,
+    mean_interval,
+    percent,
+    pick_the_longer,
+    significant_fall,
+    significant_rise,
+    tie_aware_accuracy,
+    wilson,
+)
 
 _levels = st.sampled_from([0.51, 0.8, 0.9, 0.95, 0.99, 0.999])
 
@@ -130,3 +140,47 @@ def test_the_length_baseline_is_how_often_the_longer_answer_was_chosen() -> None
     assert pick_the_longer([10], [5], confidence=0.5).low > pick_the_longer([10], [5], confidence=0.99).low
     with pytest.raises(ValueError, match="shorter"):
         pick_the_longer([1, 2], [1])
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "significant"),
+    [
+        (0, 0, False),
+        (4, 0, False),
+        (5, 0, True),
+        (8, 1, True),
+        (7, 1, True),
+        (6, 1, False),
+        (1, 8, False),
+        (5, 5, False),
+    ],
+)
+def test_a_paired_fall_is_significant_where_the_binomial_tail_says_so(
+    lost: int, gained: int, significant: bool
+) -> None:
+    # p of 5:0 is 1/32, of 4:0 1/16, of 7:1 9/256, of 6:1 8/128.
+    assert significant_fall(lost, gained) is significant
+
+
+@pytest.mark.parametrize(
+    ("after", "before", "n", "significant"),
+    [(0.0, 0.0, 32, False), (1.0, 0.0, 8, True), (0.25, 0.0, 4, False), (0.5, 0.0, 8, True), (0.5, 0.5, 99, False)],
+)
+def test_a_rise_of_a_share_needs_enough_answers(after: float, before: float, n: int, significant: bool) -> None:
+    assert significant_rise(after, before, n) is significant
+    assert significant_rise(math.nan, before, n)
+
+
+@given(after=st.integers(0, 20), before=st.integers(0, 20))
+def test_a_rise_is_one_sided_and_grows_with_the_number_of_answers(after: int, before: int) -> None:
+    few, many = (significant_rise(after / 20, before / 20, n) for n in (20, 2000))
+    assert not few or after > before
+    assert many or not few
+
+
+def test_the_interval_of_a_mean_by_hand() -> None:
+    mean, low, high = mean_interval([1.0, 2.0, 3.0])
+    assert (mean, high - mean) == pytest.approx((2.0, 1.959964 / 3**0.5))
+    assert mean - low == pytest.approx(high - mean)
+    assert mean_interval([4.0]) == (4.0, -math.inf, math.inf)
+    assert math.isnan(mean_interval([])[0])

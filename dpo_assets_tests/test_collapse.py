@@ -1,0 +1,68 @@
+"""A collapse as a user meets it: a pipeline whose DPO run is stopped, with the reason on the screen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from dpo_assets import build_dpo_defs
+from dpo_assets_tests.pipelines import failed_checks, failures, materialize, metadata, trl_feedback, trl_recipe
+
+UP_TO_MERGE = (
+    "base_model", "raw_preferences", "quarantined_preferences", "dpo_dataset", "dpo_plan", "sft_checkpoint",
+    "dpo_adapter", "merged_model",
+)  # fmt: skip
+# The lint of the rate is lowered, as whoever is sure of it would; what it warned of then happens.
+CHECKS: dict[str, Any] = {
+    "severity": {"learning_rate_band": "warn", "budget": "warn"},
+    "probe_prompts": 2, "probe_every": 0.2, "probe_tokens": 8, "sampled_answers": 4, "held_out_pairs": 8,
+}  # fmt: skip
+
+
+@pytest.fixture
+def ruinous(tmp_path: Path) -> dict[str, Any]:
+    recipe = trl_recipe(trl_feedback(tmp_path / "pairs.jsonl"), min_pairs=20, eval_fraction=0.5)
+    return recipe | {
+        "sft": {"strategy": "adopt"},
+        "dpo": {"learning_rate": 0.1, "batch_size": 4, "epochs": 3.0, "schedule": "constant"},
+        "checks": CHECKS,
+    }
+
+
+def test_a_collapsing_run_is_stopped_shown_and_blocks_what_follows(
+    ruinous: dict[str, Any], instance: dg.DagsterInstance, tmp_path: Path
+) -> None:
+    result = materialize(ruinous, instance, UP_TO_MERGE)
+    assert not result.success
+    # The stage did not fail: the asset is there, and its check blocks.
+    assert "demo/dpo_adapter: collapse" in failures(result)[0]
+    shown = metadata(result, "dpo_adapter")
+    assert shown["steps"] < 20
+    check = failed_checks(result)["collapse"]
+    assert "at step" in check["value"]
+    assert check["band"]
+    assert "arXiv" in check["source"]
+    assert check["what to change"].startswith("lower dpo.learning_rate from 0.1")
+    assert check["curve"].startswith("![")
+    assert len(check["curve"]) < 64_000
+    made = {e.asset_key.path[-1] for e in result.get_asset_materialization_events() if e.asset_key}
+    assert made == set(UP_TO_MERGE) - {"merged_model"}
+
+    # Asked again by itself, with no worker to train: it still fails, and the artefact is still refused.
+    key = dg.AssetCheckKey(dg.AssetKey(["demo", "dpo_adapter"]), "collapse")
+    job = dg.define_asset_job("only_checks", selection=dg.AssetSelection.checks(key))
+    defs = dg.Definitions.merge(build_dpo_defs("demo", ruinous), dg.Definitions(jobs=[job]))
+    again = defs.resolve_job_def("only_checks").execute_in_process(instance=instance, raise_on_error=False)
+    [evaluation] = again.get_asset_check_evaluations()
+    assert (evaluation.passed, evaluation.severity) == (False, dg.AssetCheckSeverity.ERROR)
+    merge = materialize(ruinous, instance, ["merged_model"])
+    assert "did not pass collapse" in failures(merge)[0]
+
+    # A damaged probe file ends the next run before it trains.
+    (tmp_path / "tasks.jsonl").write_text('{"prompt": "a"}\n', encoding="utf-8")
+    probe = {**CHECKS, "capability_probe": str(tmp_path / "tasks.jsonl")}
+    refused = materialize(ruinous | {"checks": probe}, instance, ["dpo_adapter"])
+    assert "tasks.jsonl, line 1" in failures(refused)[0]
