@@ -323,6 +323,16 @@ def test_what_cannot_be_measured_says_why(watched: Watched, spec_of: Any) -> Non
     assert "no packed scorer" in on_unsloth.why_no_scores
 
 
+@pytest.mark.parametrize("strategy", ["adapter", "merged", "model"])
+def test_every_reference_strategy_is_measured_against_its_start(spec_of: Any, sft_adapter: Path, strategy: str) -> None:
+    checks = QUIET.model_copy(update={"held_out_pairs": 2})
+    spec = spec_of(1e-12, checks, steps=1, dpo={"reference_strategy": strategy}, start_adapter=sft_adapter)
+    report = run_dpo(spec).report
+    assert report["held_out"]["nll_ratio"] == pytest.approx(1.0, abs=1e-5)
+    assert report["capability"]["reference"] == report["capability"]["policy"]
+    assert report["adapter_norm"]["largest"] < 1e-6
+
+
 # The user's own tasks
 
 
