@@ -96,9 +96,26 @@ def counts(rows: Sequence[Row], scored: Sequence[Scored]) -> str:
                 ]
             )
     lines += [mapped_line(scored, at) for at in MAPPED]
+    lines.append(clustered_line(scored))
     caught = share(scoring.by_construction(scored))
     head = ["gates", "runs", "damaged runs stopped", "undamaged runs blocked", "of these, on sound data"]
     return f"{table(head, lines)}\n\nRuns that must be caught, by the check of their own fault: {caught}."
+
+
+def clustered_line(scored: Sequence[Scored]) -> list[str]:
+    """All gates, counting runs that differ in beta alone once, by the worst of them: they hardly differ otherwise."""
+    groups: dict[tuple[object, ...], list[Scored]] = {}
+    for one in scored:
+        groups.setdefault((one.fault, one.row["times"], one.row["seed"]), []).append(one)
+    damaged = [[one for one in group if one.label == "damaged"] for group in groups.values()]
+    sound = [[one for one in group if one.label in ("moved", "unmoved")] for group in groups.values()]
+    return [
+        "data, while, after training; betas counted as one",
+        "all",
+        share(of(all(one.caught for one in group) for group in damaged if group)),
+        share(of(any(one.caught for one in group) for group in sound if group)),
+        share(of(any(one.caught for one in group) for group in sound if group and group[0].sound)),
+    ]
 
 
 def mapped_line(scored: Sequence[Scored], at: float) -> list[str]:
