@@ -91,14 +91,20 @@ def measure(work: Path, out: Path) -> None:
                 faults.write_dataset(fault, seed, work / "world", Path(folder) / "data")
                 report = json.loads((Path(folder) / "data" / "report.json").read_text(encoding="utf-8"))
             append(out, {"name": f"data:{fault}-{seed}", "report": report})
-    for cells_of in ("grid", "between"):
-        for one in scoring.score(read(out), cells=cells_of):
+    for sign in scoring.TRIED["kl_per_token_sign"]:
+        bands = scoring.with_numbers({"kl_per_token_sign": sign})
+        for one in scoring.score(rows := read(out), bands):
             name = f"kept:{one.row['name']}@{one.kept_step}"
-            if one.trigger is None or name in done:
+            if one.trigger is None or one.label == "must_be_caught" or any(row["name"] == name for row in rows):
                 continue
             cell = runs.Cell(one.row["times"], one.row["beta"], one.fault, one.row["seed"])
-            found = runs.state_behaviour(work, cell, one.kept_step)
-            append(out, {"name": name, "kept_step": one.kept_step, "behaviour": found})
+            # The start is the same for every run of a seed.
+            start = [row for row in rows if row.get("kept_step") == 0 and row["seed"] == cell.seed]
+            known = start[0]["behaviour"] if start and not one.kept_step else None
+            found = known or runs.state_behaviour(work, cell, one.kept_step)
+            row = {"name": name, "kept_step": one.kept_step, "seed": cell.seed, "behaviour": found}
+            append(out, row)
+            rows.append(row)
             print(name, f"facts {found['facts']:.3f}", flush=True)
 
 

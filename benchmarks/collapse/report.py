@@ -27,7 +27,7 @@ def report(rows: Sequence[Row]) -> str:
         "#### Which check", by_check(scored),
         "#### Undamaged runs that were blocked, damaged ones that were not", exceptions(scored),
         "#### One number alone", single_numbers(rows, scored),
-        "#### Early stop", early_stop(rows, scored),
+        "#### Early stop", early_stop(rows),
         "#### Five seeds of the good configuration", controls(rows),
         "#### Between the rates", between(rows),
     ]  # fmt: skip
@@ -68,6 +68,9 @@ def outcomes(scored: Sequence[Scored]) -> str:
 def counts(rows: Sequence[Row], scored: Sequence[Scored]) -> str:
     """Detection and false alarms, by gate and by half."""
     probed = scoring.score(rows, user_probe=True)
+    numbers = scoring.tune(rows)
+    tuned = scoring.score(rows, scoring.with_numbers(numbers))
+    said = ", ".join(f"{name} {value:g}" for name, value in numbers.items())
     halves = {
         "all": lambda one: True,
         f"seed {labels.TUNED_ON}": lambda one: one.row["seed"] == labels.TUNED_ON,
@@ -76,6 +79,7 @@ def counts(rows: Sequence[Row], scored: Sequence[Scored]) -> str:
     gates = {
         "data, while, after training": (scored, scoring.GATES),
         "the same, with a user's own capability probe": (probed, scoring.GATES),
+        f"tuned on seed {labels.TUNED_ON} ({said})": (tuned, scoring.GATES),
         "while training alone": (scored, ("start", "while")),
         "after training alone": (scored, ("after",)),
         "data alone": (scored, ("data",)),
@@ -234,37 +238,43 @@ def best_limit(valued: Sequence[tuple[float, bool]]) -> float:
     return best[len(best) // 2]
 
 
-def early_stop(rows: Sequence[Row], scored: Sequence[Scored]) -> str:
-    """What the guard would have kept of the runs that it stops."""
+def early_stop(rows: Sequence[Row]) -> str:
+    """What the guard would have kept of the runs that it stops, for each `kl_per_token_sign` that was tried."""
     sft = next(row for row in rows if row["name"] == "sft")["behaviour"]
     kept = {row["name"]: row for row in rows if "kept_step" in row}
     lines = []
-    for what, wanted in (("damaged", ("damaged",)), ("all labelled", ("damaged", "moved", "unmoved"))):
-        stopped = [one for one in scored if one.trigger is not None and one.label in wanted]
-        found = [
-            (one, kept[name]["behaviour"])
-            for one in stopped
-            if (name := f"kept:{one.row['name']}@{one.kept_step}") in kept
-        ]
-        if not found:
-            continue
-        near = of(found_at["facts"] >= sft["facts"] - WITHIN for _, found_at in found)
-        saved = [1 - one.trigger.step / one.row["steps"] for one, _ in found if one.trigger]
-        moved = [one for one, _ in found if one.kept_step]
-        lines.append(
-            [
-                what,
-                len(stopped),
-                share(near),
-                f"{fmean(found_at['facts'] for _, found_at in found):.3f}",
-                f"{fmean(saved):.3f} ({min(saved):.3f} to {max(saved):.3f})",
-                f"{median(one.trigger.step for one, _ in found if one.trigger):g}",
-                f"{len(found) - len(moved)}",
+    for sign in scoring.TRIED["kl_per_token_sign"]:
+        scored = scoring.score(rows, scoring.with_numbers({"kl_per_token_sign": sign}))
+        for half in ("all", labels.TUNED_ON, labels.REPORTED_ON):
+            stopped = [
+                one
+                for one in scored
+                if one.trigger and one.label != "must_be_caught" and half in ("all", one.row["seed"])
             ]
-        )
+            found = [
+                (one, one.trigger, kept[name]["behaviour"])
+                for one in stopped
+                if one.trigger and (name := f"kept:{one.row['name']}@{one.kept_step}") in kept
+            ]
+            if not found:
+                continue
+            saved = [1 - trigger.step / one.row["steps"] for one, trigger, _ in found]
+            lines.append(
+                [
+                    f"{sign:g}",
+                    half if half == "all" else f"seed {half}",
+                    len(stopped),
+                    share(of(state["facts"] >= sft["facts"] - WITHIN for _, _, state in found)),
+                    f"{fmean(state['facts'] for _, _, state in found):.3f}",
+                    f"{min(state['facts'] for _, _, state in found):.3f}",
+                    f"{fmean(saved):.3f} ({min(saved):.3f} to {max(saved):.3f})",
+                    f"{median(trigger.step for _, trigger, _ in found):g}",
+                    sum(one.kept_step == 0 for one, _, _ in found),
+                ]
+            )
     head = [
-        "runs", "stopped", f"kept facts within {100 * WITHIN:g} points of SFT's", "mean kept facts",
-        "share of steps saved", "median step of the stop", "kept the start itself",
+        "kl_per_token_sign", "runs", "stopped", f"kept facts within {100 * WITHIN:g} points of SFT's",
+        "mean kept facts", "lowest", "share of steps saved", "median step of the stop", "kept the start itself",
     ]  # fmt: skip
     return f"Facts of the SFT model: {sft['facts']:.3f}.\n\n{table(head, lines)}" if lines else "Not measured."
 
