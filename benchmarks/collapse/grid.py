@@ -25,7 +25,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from benchmarks.collapse import faults, figures, labels, report, runs, scoring, world
+from benchmarks.collapse import grid_faults as faults
+from benchmarks.collapse import grid_figures as figures
+from benchmarks.collapse import grid_labels as labels
+from benchmarks.collapse import grid_report as report
+from benchmarks.collapse import grid_runs as runs
+from benchmarks.collapse import grid_scoring as scoring
+from benchmarks.collapse import world
 
 CONTROL_SEEDS = tuple(range(2, 7))
 BETWEEN = (2.0, 3.0, 5.0)
@@ -128,25 +134,32 @@ def read(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] if out.is_file() else []
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=["run", "measure", "score"])
     parser.add_argument("--work", type=Path, default=Path("collapse-grid"), help="folder of model, datasets and runs")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/collapse_grid.jsonl"))
     parser.add_argument("--set", choices=["grid", "seeds", "between"], default="grid")
     parser.add_argument("--figures", type=Path, help="folder for the figures of `score`")
     parser.add_argument("--part", default="0/1", help="i/n: every n-th run, from the i-th on")
-    args = parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs, measures or scores, as the arguments say; the exit status."""
+    if args.what == "score":
+        rows = read(args.out)
+        print(report.report(rows))
+        if args.figures:
+            figures.draw(scoring.score(rows), args.figures)
+        return 0
     quiet()
     if args.what == "run":
         run_all(args.work, args.out, args.set, args.part)
-    elif args.what == "measure":
-        measure(args.work, args.out)
     else:
-        print(report.report(read(args.out)))
-        if args.figures:
-            figures.draw(scoring.score(read(args.out)), args.figures)
+        measure(args.work, args.out)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(arguments)
+    raise SystemExit(run(arguments.parse_args()))

@@ -7,7 +7,9 @@ import random
 import pytest
 from transformers import AutoTokenizer
 
-from benchmarks.collapse import faults, labels, world
+from benchmarks.collapse import grid_faults as faults
+from benchmarks.collapse import grid_labels as labels
+from benchmarks.collapse import world
 
 SFT = {"answers": 1536, "facts": 0.97, "style_a": 0.46, "repetition": 0.0, "no_eos": 0.0}
 RUN = SFT | {"answers": 192}

@@ -36,7 +36,7 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
-from benchmarks.collapse.faults import CLEAN, FLIPPED, LEAKED, NEAR, TRUNCATED, WRONG_REFERENCE
+from benchmarks.collapse.grid_faults import CLEAN, FLIPPED, LEAKED, NEAR, TRUNCATED, WRONG_REFERENCE
 
 Label = Literal["damaged", "moved", "unmoved", "must_be_caught"]
 MUST_BE_CAUGHT = (LEAKED, TRUNCATED, WRONG_REFERENCE)

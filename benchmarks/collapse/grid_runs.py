@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from benchmarks.collapse import faults, world
+from benchmarks.collapse import grid_faults as faults
+from benchmarks.collapse import world
 
 ANY_FOLDER = Path("collapse-grid")  # Where no file is read.
 BATCH, EPOCHS = 16, 1.25

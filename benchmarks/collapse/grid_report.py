@@ -8,8 +8,11 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from statistics import fmean, median
 
-from benchmarks.collapse import faults, labels, runs, scoring
-from benchmarks.collapse.scoring import Row, Scored
+from benchmarks.collapse import grid_faults as faults
+from benchmarks.collapse import grid_labels as labels
+from benchmarks.collapse import grid_runs as runs
+from benchmarks.collapse import grid_scoring as scoring
+from benchmarks.collapse.grid_scoring import Row, Scored
 from dpo_assets.checks.statistics import Proportion, wilson
 from dpo_assets.report.tables import table
 

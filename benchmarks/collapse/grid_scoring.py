@@ -10,20 +10,23 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
-from benchmarks.collapse import faults, labels, runs
+from benchmarks.collapse import grid_faults as faults
+from benchmarks.collapse import grid_labels as labels
+from benchmarks.collapse import grid_runs as runs
 from dpo_assets.checks.aftermath import aftermath_verdicts
 from dpo_assets.checks.bands import Bands, default_bands
 from dpo_assets.checks.catalog import severity_of
 from dpo_assets.checks.collapse import CollapseLimits, Trigger, first_trigger, healthy
-from dpo_assets.checks.config import learning_rate_band
+from dpo_assets.checks.config import plan_verdicts
 from dpo_assets.checks.dataset import dataset_verdicts
 from dpo_assets.checks.statistics import Proportion, wilson
 from dpo_assets.checks.training import dpo_verdicts
 from dpo_assets.checks.verdict import Verdict, with_severity
-from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.planning.plan import DatasetStats, make_plan
+from dpo_assets.planning.precision import Device
+from dpo_assets.planning.sizes import find_model
 from dpo_assets.recipe import BandOverride, DpoSection, Severity
 
 Row = dict[str, Any]
@@ -182,14 +185,16 @@ def by_construction(scored: Iterable[Scored]) -> Proportion:
 
 
 def plan_blocks(row: Row, at: float, bands: Bands | None = None) -> bool:
-    """Whether the plan's learning-rate band blocks a run, were the grid's x1 the rate `at` for a 7B model's adapter.
+    """Whether the plan's checks of the rate block a run, were x1 the rate `at` for the adapter of a 7B model.
 
-    A band for models of billions of parameters cannot judge a rate for 260,000 literally.
+    Bands for models of billions of parameters cannot judge a rate for 260,000 literally.
     """
     cell = runs.Cell(row["times"], row["beta"], row["fault"], row["seed"])
-    dpo = runs.recipe_of(runs.ANY_FOLDER, cell, at).dpo
-    plan = cast(TrainingPlan, SimpleNamespace(parameters=7_000_000_000, dpo=dpo))
-    return learning_rate_band(plan, bands or default_bands()).level == "error"
+    stats = DatasetStats(train_pairs=514, eval_pairs=126, max_length=72, longest_pair=67, mean_pair=58.0)
+    device = Device("cuda", "any card", 80.0, (9, 0))
+    plan = make_plan(runs.recipe_of(runs.ANY_FOLDER, cell, at), find_model("7b").shape, stats, device)
+    found = errors(plan_verdicts(plan, bands or default_bands()), {})
+    return bool({"learning_rate_band", "training_dose"} & set(found))
 
 
 # Numbers of `collapse` that are tuned, each with the values tried; the first is the shipped one.

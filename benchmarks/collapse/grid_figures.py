@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.collapse import faults, labels, runs
-from benchmarks.collapse.scoring import Scored
+from benchmarks.collapse import grid_faults as faults
+from benchmarks.collapse import grid_labels as labels
+from benchmarks.collapse import grid_runs as runs
+from benchmarks.collapse.grid_scoring import Scored
 
 DAMAGED, SOUND, CAUGHT = "#c44e52", "#55a868", "#8172b2"
 
