@@ -3,6 +3,7 @@
     python -m benchmarks.collapse.grid run --work FOLDER --out grid.jsonl    # 240 runs, resumable
     python -m benchmarks.collapse.grid run ... --set seeds                   # five seeds of the good configuration
     python -m benchmarks.collapse.grid run ... --set between                 # rates that the grid leaves out
+    python -m benchmarks.collapse.grid run ... --set stopped                 # a few runs that the guard does stop
     python -m benchmarks.collapse.grid measure --work ... --out grid.jsonl   # datasets, and states that a stop keeps
     python -m benchmarks.collapse.grid score --out grid.jsonl                # the tables, without running again
 
@@ -35,16 +36,23 @@ from benchmarks.collapse import world
 
 CONTROL_SEEDS = tuple(range(2, 7))
 BETWEEN = (2.0, 3.0, 5.0)
+STOPPED = (faults.CLEAN, faults.NEAR, faults.ALL_FLIPPED)
 SFT_DRAWS = 8
 SAMPLED_AT_ONCE = 32  # Answers of one batch: the model is so small that a token costs the same for 8 and for 32.
 
 
 def cells(which: str) -> list[runs.Cell]:
-    """`grid`; `seeds`: the good configuration five times; `between`: sound data at rates that the grid leaves out."""
+    """The runs of a set.
+
+    `grid`; `seeds`: the good configuration five times; `between`: sound data at rates that the grid leaves out;
+    `stopped`: a few runs of the grid where the guard does stop, to hold against what was computed from the recorded ones.
+    """
     if which == "seeds":
         return [runs.Cell(1.0, 0.1, faults.CLEAN, seed) for seed in CONTROL_SEEDS]
     if which == "between":
         return [runs.Cell(x, 0.1, fault, seed) for seed in runs.SEEDS for fault in labels.SOUND for x in BETWEEN]
+    if which == "stopped":
+        return [runs.Cell(10.0, 0.1, fault, seed) for seed in runs.SEEDS for fault in STOPPED]
     return runs.grid()
 
 
@@ -73,13 +81,14 @@ def run_all(work: Path, out: Path, which: str, part: str) -> None:
     if "sft" not in done and first == 0 and which == "grid":
         append(out, {"name": "sft", "behaviour": sft_behaviour(work)})
     for n, cell in enumerate(wanted):
-        if n % step != first or cell.name in done:
+        name = f"stopped:{cell.name}" if which == "stopped" else cell.name
+        if n % step != first or name in done:
             continue
-        row = {"name": cell.name, "set": which} | runs.run(work, cell)
+        row = {"name": name, "set": which} | runs.run(work, cell, stops=which == "stopped")
         append(out, row)
         said = {k: round(v, 3) for k, v in row.get("behaviour", {}).items() if k != "answers"}
         took = f"{row.get('seconds', 0):.1f} s"
-        print(f"{n + 1}/{len(wanted)} {cell.name} {row.get('stopped_by', '')} {said} {took}", flush=True)
+        print(f"{n + 1}/{len(wanted)} {name} {row.get('stopped_by', '')} {said} {took}", flush=True)
 
 
 def measure(work: Path, out: Path) -> None:
@@ -138,7 +147,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=["run", "measure", "score"])
     parser.add_argument("--work", type=Path, default=Path("collapse-grid"), help="folder of model, datasets and runs")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/collapse_grid.jsonl"))
-    parser.add_argument("--set", choices=["grid", "seeds", "between"], default="grid")
+    parser.add_argument("--set", choices=["grid", "seeds", "between", "stopped"], default="grid")
     parser.add_argument("--figures", type=Path, help="folder for the figures of `score`")
     parser.add_argument("--part", default="0/1", help="i/n: every n-th run, from the i-th on")
 

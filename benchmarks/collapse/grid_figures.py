@@ -63,9 +63,7 @@ def checks(scored: Sequence[Scored], path: Path) -> None:
     names = sorted(count, key=lambda name: count[name])
     figure, axes = plt.subplots(figsize=(7.2, 0.5 + 0.28 * max(4, len(names))), dpi=100)
     left = [0] * len(names)
-    for n, (label, colour) in enumerate(
-        (("damaged", DAMAGED), ("undamaged", SOUND), ("broken by construction", CAUGHT))
-    ):
+    for n, (label, colour) in enumerate((("damaged", DAMAGED), ("undamaged", SOUND), ("must be caught", CAUGHT))):
         values = [count[name][n] for name in names]
         axes.barh(names, values, left=left, color=colour, label=label)
         left = [a + b for a, b in zip(left, values, strict=True)]

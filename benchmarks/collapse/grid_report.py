@@ -31,6 +31,7 @@ def report(rows: Sequence[Row]) -> str:
         "#### Undamaged runs that were blocked, damaged ones that were not", exceptions(scored),
         "#### One number alone", single_numbers(rows, scored),
         "#### Early stop", early_stop(rows),
+        "#### Stopped for good", stopped(rows, scored),
         "#### Five seeds of the good configuration", controls(rows),
         "#### Between the rates", between(rows),
     ]  # fmt: skip
@@ -74,19 +75,19 @@ def counts(rows: Sequence[Row], scored: Sequence[Scored]) -> str:
     numbers = scoring.tune(rows)
     tuned = scoring.score(rows, scoring.with_numbers(numbers))
     said = ", ".join(f"{name} {value:g}" for name, value in numbers.items())
-    halves = {
+    halves: dict[str, Callable[[Scored], bool]] = {
         "all": lambda one: True,
         f"seed {labels.TUNED_ON}": lambda one: one.row["seed"] == labels.TUNED_ON,
         f"seed {labels.REPORTED_ON}": lambda one: one.row["seed"] == labels.REPORTED_ON,
-    }  # type: dict[str, Callable[[Scored], bool]]
-    gates = {
+    }
+    gates: dict[str, tuple[Sequence[Scored], Sequence[str]]] = {
         "data, while, after training": (scored, scoring.GATES),
         "the same, with a user's own capability probe": (probed, scoring.GATES),
         f"tuned on seed {labels.TUNED_ON} ({said})": (tuned, scoring.GATES),
         "while training alone": (scored, ("start", "while")),
         "after training alone": (scored, ("after",)),
         "data alone": (scored, ("data",)),
-    }  # type: dict[str, tuple[Sequence[Scored], Sequence[str]]]
+    }
     lines = []
     for what, (source, names) in gates.items():
         for half, inside in halves.items():
@@ -182,7 +183,7 @@ def _last_mean(name: str) -> Callable[[Scored], float]:
     """Largest mean of `WINDOW` logs in a row."""
 
     def value(one: Scored) -> float:
-        found = [v for v in one.row["metrics"].get(name, []) if v is not None]
+        found = one.row["metrics"].get(name, [])
         means = [fmean(found[n : n + WINDOW]) for n in range(max(1, len(found) - WINDOW + 1))]
         return max((v for v in means if not math.isnan(v)), default=math.inf)
 
@@ -190,7 +191,7 @@ def _last_mean(name: str) -> Callable[[Scored], float]:
 
 
 def _largest(name: str, sign: float = 1.0) -> Callable[[Scored], float]:
-    return lambda one: max((sign * v for v in one.row["metrics"].get(name, []) if v is not None), default=0.0)
+    return lambda one: max((sign * v for v in one.row["metrics"].get(name, [])), default=0.0)
 
 
 NUMBERS: dict[str, Callable[[Scored], float]] = {
@@ -280,6 +281,29 @@ def early_stop(rows: Sequence[Row]) -> str:
         "mean kept facts", "lowest", "share of steps saved", "median step of the stop", "kept the start itself",
     ]  # fmt: skip
     return f"Facts of the SFT model: {sft['facts']:.3f}.\n\n{table(head, lines)}" if lines else "Not measured."
+
+
+def stopped(rows: Sequence[Row], scored: Sequence[Scored]) -> str:
+    """Runs that the guard did stop, beside what was computed for the same run from its recorded metrics."""
+    computed = {one.row["name"]: one for one in scored}
+    kept = {row["name"]: row["behaviour"] for row in rows if "kept_step" in row}
+    lines = []
+    for row in rows:
+        if row.get("set") != "stopped":
+            continue
+        one, real = computed[row["name"].removeprefix("stopped:")], row["report"]["stopped"]
+        state = kept.get(f"kept:{one.row['name']}@{one.kept_step}", {})
+        lines.append(
+            [
+                one.row["name"],
+                f"{one.trigger.step}, {one.kept_step}" if one.trigger else "none",
+                f"{real['step']}, {real['kept_step']}" if real else "none",
+                f"{state['facts']:.3f}" if state else "not measured",
+                f"{row['behaviour']['facts']:.3f}",
+            ]
+        )
+    head = ["run", "computed: stop, kept", "stopped: stop, kept", "facts of the snapshot", "facts of the adapter"]
+    return table(head, lines) if lines else "Not run."
 
 
 def controls(rows: Sequence[Row]) -> str:

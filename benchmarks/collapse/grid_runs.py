@@ -159,7 +159,7 @@ def run(work: Path, cell: Cell, rate: float = REFERENCE_RATE, keep: bool = True,
 
     if cell.fault in UNTRAINED:
         return asdict(cell)
-    out = work / "runs" / cell.name
+    out = work / ("stopped" if stops else "runs") / cell.name
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     begun = time.perf_counter()
@@ -182,6 +182,8 @@ def run(work: Path, cell: Cell, rate: float = REFERENCE_RATE, keep: bool = True,
         shutil.rmtree(spec.scratch, ignore_errors=True)
     row["report"] = json.loads((out / "report.json").read_text(encoding="utf-8"))
     row["report"].get("answers", {}).pop("examples", None)
+    for name in ("source", "band", "fix"):
+        (row["report"].get("trigger") or {}).pop(name, None)
     tokenizer = AutoTokenizer.from_pretrained(work / "world")
     policy = policy_of(work, out / "adapter")
     row["behaviour"] = world.measure(policy, tokenizer, seed=100 + cell.seed).as_dict()
@@ -218,11 +220,18 @@ def tasks_met(policy: Any, tokenizer: Any) -> str:
     return "".join(str(int(q.core in answer["text"])) for q, answer in zip(questions, answers, strict=True))
 
 
-def columns(path: Path) -> dict[str, list[float | None]]:
-    """The metric log by name, at three digits; None where a step has no value."""
+def columns(path: Path) -> dict[str, list[float]]:
+    """The metric log by name, at three digits. `probe/` names have a value a probe, at the steps of `probe/step`."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    names = sorted({name for row in rows for name in row if name in KEPT or name.startswith("probe/")})
-    return {name: [None if name not in row else float(f"{row[name]:.3g}") for row in rows] for name in names}
+    probes = [{"probe/step": row["step"]} | row for row in rows if "probe/answers" in row]
+    names = sorted({name for row in probes for name in row if name.startswith("probe/")})
+    return {name: [_short(row[name]) for row in rows] for name in sorted(KEPT) if name in rows[0]} | {
+        name: [_short(row[name]) for row in probes] for name in names
+    }
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.3g}")
 
 
 def sft_adapter(work: Path, seed: int) -> Path:

@@ -74,11 +74,15 @@ def errors(verdicts: Iterable[Verdict], severity: Mapping[str, Severity]) -> tup
 
 
 def metric_rows(row: Row) -> list[dict[str, float]]:
-    """The metric log of a run, a dictionary a step."""
+    """The metric log of a run, a dictionary a step (`grid_runs.columns` the other way round)."""
     names = row["metrics"]
+    probes = {
+        step: {name: float(names[name][n]) for name in names if name.startswith("probe/") and name != "probe/step"}
+        for n, step in enumerate(names.get("probe/step", []))
+    }
+    logs = [name for name in names if not name.startswith("probe/")]
     return [
-        {name: float(values[n]) for name, values in names.items() if values[n] is not None}
-        for n in range(len(names["step"]))
+        {name: float(names[name][n]) for name in logs} | probes.get(step, {}) for n, step in enumerate(names["step"])
     ]
 
 
