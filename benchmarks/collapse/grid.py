@@ -45,7 +45,7 @@ def cells(which: str) -> list[runs.Cell]:
     """The runs of a set.
 
     `grid`; `seeds`: the good configuration five times; `between`: sound data at rates that the grid leaves out;
-    `stopped`: a few runs of the grid where the guard does stop, to hold against what was computed from the recorded ones.
+    `stopped`: a few runs of the grid that the guard does stop, beside what was computed from the recorded ones.
     """
     if which == "seeds":
         return [runs.Cell(1.0, 0.1, faults.CLEAN, seed) for seed in CONTROL_SEEDS]
