@@ -15,14 +15,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.collapse import scoring
+from benchmarks.collapse import grid, scoring
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     # A subcommand is a module of benchmarks.collapse with `add_arguments(parser)` and `run(args) -> exit status`.
-    for name, module, summary in (("cases", scoring, "verdicts before training, on published runs"),):
+    for name, module, summary in (
+        ("cases", scoring, "verdicts before training, on published runs"),
+        ("grid", grid, "all checks, on a fault-injection grid of really trained runs"),
+    ):
         command = commands.add_parser(name, help=summary, description=summary)
         module.add_arguments(command)
         command.set_defaults(run=module.run)

@@ -99,7 +99,7 @@ def test_a_stopped_run_is_trained_again_only_where_it_would_now_go_on(tmp_path: 
     stopped = adapter(tmp_path, {"step": 7})
     assert not _would_go_on(stopped, guard())
     assert not _would_go_on(stopped, guard(nll_ratio=1.9))
-    assert _would_go_on(stopped, guard(nll_ratio=50.0, nll_ratio_rising=50.0))
+    assert _would_go_on(stopped, guard(nll_ratio=50.0))
     assert _would_go_on(stopped, guard(stops=False))
 
 

@@ -49,8 +49,7 @@ class CollapseLimits(BaseModel):
     window: int
     base_logs: int
     nll_ratio: float
-    nll_ratio_rising: float
-    rising_by: float
+    nll_ratio_sign: float
     least_fall: float
     chosen_fall: float
     chosen_fall_sign: float
@@ -70,9 +69,9 @@ class CollapseLimits(BaseModel):
     def of(cls, bands: Bands, *, beta: float, warmup_steps: int = 0) -> CollapseLimits:
         """The limits for a run. A healthy policy goes further at a low beta: zephyr-7b-dpo-full, at 0.01, had 1.40."""
         numbers: dict[str, Any] = dict(bands.limit(CHECK).numbers)
-        below, ratio, rising = (numbers.pop(n) for n in ("low_beta", "low_beta_nll_ratio", "low_beta_nll_ratio_rising"))
+        below, ratio, sign = (numbers.pop(n) for n in ("low_beta", "low_beta_nll_ratio", "low_beta_nll_ratio_sign"))
         if beta <= below:
-            numbers |= {"nll_ratio": ratio, "nll_ratio_rising": rising}
+            numbers |= {"nll_ratio": ratio, "nll_ratio_sign": sign}
         return cls(**numbers, warmup_steps=warmup_steps)
 
 
@@ -118,7 +117,7 @@ def healthy(rows: Sequence[Row], limits: CollapseLimits) -> bool:
     row = rows[-1]
     if trigger_at(rows, limits) is not None:
         return False
-    lost_likelihood = row.get(NLL, 1.0) > limits.nll_ratio_rising and _far_enough(row.get(NATS), limits)
+    lost_likelihood = row.get(NLL, 1.0) > limits.nll_ratio_sign and _far_enough(row.get(NATS), limits)
     rises = (
         row[share] - row[reference]
         for share, reference in ((REPETITION, REFERENCE_REPETITION), (NO_EOS, REFERENCE_NO_EOS))
@@ -171,23 +170,12 @@ def _entropy_outside(rows: Sequence[Row], limits: CollapseLimits) -> float | Non
 
 def _likelihood(rows: Sequence[Row], limits: CollapseLimits) -> Trigger | None:
     """Likelihood displacement (Razin et al., arXiv 2410.08847): chosen answers become unlikely, all of them."""
-    window, before = rows[-limits.window :], rows[-2 * limits.window : -limits.window]
+    window = rows[-limits.window :]
     ratio, nats = _middle(window, NLL), _middle(window, NATS)
-    if ratio is None or not _far_enough(nats, limits):
+    if ratio is None or ratio <= limits.nll_ratio or not _far_enough(nats, limits):
         return None
-    if ratio > limits.nll_ratio:
-        band = (
-            f"NLL of chosen answers over the reference's, at most {limits.nll_ratio:g} (median of {limits.window} logs)"
-        )
-        return _trigger("likelihood", NLL, rows, ratio, limits.nll_ratio, band)
-    earlier = _middle(before, NLL) if len(before) == limits.window else None
-    if earlier is not None and ratio > limits.nll_ratio_rising and ratio - earlier > limits.rising_by:
-        band = (
-            f"NLL of chosen answers, policy over reference, at most {limits.nll_ratio_rising:g} while it still rises "
-            f"by more than {limits.rising_by:g} in {limits.window} logs"
-        )
-        return _trigger("likelihood_rising", NLL, rows, ratio, limits.nll_ratio_rising, band)
-    return None
+    band = f"NLL of chosen answers over the reference's, at most {limits.nll_ratio:g} (median of {limits.window} logs)"
+    return _trigger("likelihood", NLL, rows, ratio, limits.nll_ratio, band)
 
 
 def _accuracy(rows: Sequence[Row], limits: CollapseLimits) -> Trigger | None:
@@ -215,7 +203,7 @@ def _entropy(rows: Sequence[Row], limits: CollapseLimits) -> Trigger | None:
         return None
     ratio, nats = _middle(window, NLL), _middle(window, NATS)
     signs = (
-        ratio is not None and ratio > limits.nll_ratio_rising and _far_enough(nats, limits),
+        ratio is not None and ratio > limits.nll_ratio_sign and _far_enough(nats, limits),
         nats is not None and -nats > limits.chosen_fall_sign,
         _accuracy_fall(rows, limits) > limits.accuracy_fall_sign,
     )

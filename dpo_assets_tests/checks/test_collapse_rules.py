@@ -44,7 +44,7 @@ def test_a_run_that_is_well_goes_on() -> None:
 @pytest.mark.parametrize(
     ("rule", "changes"),
     [
-        ("likelihood_rising", {"nll_ratio": 1.9, "chosen_nats_per_token": -0.4}),
+        ("likelihood", {"nll_ratio": 2.1, "chosen_nats_per_token": -0.4}),
         ("token_accuracy", {"mean_token_accuracy": 0.49, "nll_ratio": 1.2}),
         ("chosen_nats", {"chosen_nats_per_token": -0.6, "mean_token_accuracy": 0.54, "nll_ratio": 1.3}),
         ("entropy", {"entropy": 4.0, "chosen_nats_per_token": -0.3, "nll_ratio": 1.3}),
@@ -101,9 +101,11 @@ def test_the_rules_over_logs_wait_for_the_warm_up() -> None:
     assert fired(bad, LIMITS.model_copy(update={"warmup_steps": 10})).step == 11
 
 
-def test_a_level_that_is_reached_and_kept_is_not_rising() -> None:
-    rows = run(steps=60, since=1, nll_ratio=1.6, chosen_nats_per_token=-0.5)
+def test_a_ratio_that_is_a_sign_stops_no_run_and_is_not_kept() -> None:
+    """With 40% of the labels wrong, chosen answers of the other style do become unlikely, in a run that is well."""
+    rows = run(steps=60, since=1, nll_ratio=1.6, chosen_nats_per_token=-0.4)
     assert first_trigger(rows, LIMITS) is None
+    assert not healthy(rows, LIMITS)
 
 
 def test_a_low_beta_lets_the_policy_go_further() -> None:

@@ -199,7 +199,7 @@ def test_with_severity_warn_it_is_recorded_and_training_goes_on(ruined: Run, not
 
 
 def test_a_pipelines_own_limits_decide(spec_of: Any) -> None:
-    far = dict.fromkeys(("nll_ratio", "nll_ratio_rising", "accuracy_fall", "chosen_fall", "kl_per_token"), 1e9)
+    far = dict.fromkeys(("nll_ratio", "accuracy_fall", "chosen_fall", "kl_per_token"), 1e9)
     far |= {"entropy_low": 0.0, "entropy_high": 1e9, "answers_rise": 2.0}
     bands = {"collapse": BandOverride(numbers=far, reason="a run that is meant to collapse")}
     spec = spec_of(RUINOUS, QUIET.model_copy(update={"bands": bands}), steps=7)
