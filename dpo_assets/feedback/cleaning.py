@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpo_assets.feedback.ingest import FLIPPED_ID, PAIR_ID, PROMPT_ID
 from dpo_assets.feedback.near import BAND_COLUMNS, candidates, similarity
 from dpo_assets.feedback.overlap import EvaluationSets, read_prompts
 from dpo_assets.feedback.pair import PAIR_COLUMNS, QUARANTINE_COLUMNS, Pair, pandera_schema, polars_schema
@@ -44,7 +45,7 @@ NOT_DAMAGE = frozenset(
     }
 )  # fmt: skip
 DEFAULT_CLEANING = CleaningSection()
-COMPARED_AT_ONCE = 50_000  # Candidates for near duplicates whose texts are held at once.
+COMPARED_AT_ONCE = 20_000  # Candidates for near duplicates whose texts are held at once.
 
 
 @dataclass(frozen=True)
@@ -113,14 +114,13 @@ class Screening:
         self._live = self._screened()
 
     def _screened(self) -> pl.DataFrame:
-        columns = ["pair_id", "flipped_id", "prompt_id", "source", "line", "row", "flags"]
-        live = self.pool.keys(columns)
+        live = self.pool.keys([*PAIR_ID, *FLIPPED_ID, *PROMPT_ID])
         live = self._content(live)
         live = self._duplicates(live)
-        live = self._conflicts(live)
+        live = self._conflicts(live).drop(FLIPPED_ID)
         live = self._overlap(live)
-        live = self._near_duplicates(live.select("b", "n", "pair_id", "prompt_id", "source"))
-        return self._cap(live)
+        live = self._near_duplicates(live)
+        return self._cap(live).drop(PROMPT_ID)
 
     # One row's content
 
@@ -129,7 +129,7 @@ class Screening:
         import polars as pl
 
         policy = self.policy
-        flagged = live.filter(pl.col("flags") != "")
+        flagged = self.pool.keys(["flags"]).filter(pl.col("flags") != "")
         for kind in (*PERSONAL, SECRET):
             self.counts[kind] = flagged.filter(_has_flag(kind)).height
         for kinds, action, reason in (
@@ -137,25 +137,27 @@ class Screening:
             ((SECRET,), policy.secrets, "secret"),
         ):
             if action == "quarantine":
-                hit = live.filter(pl.any_horizontal(_has_flag(kind) for kind in kinds))
+                hit = flagged.filter(pl.any_horizontal(_has_flag(kind) for kind in kinds))
+                hit = live.join(hit, on=["b", "n"], how="semi")
                 live = self._reject(live, hit, reason, f"the text seems to hold: {' or '.join(kinds)}")
         masked = [
             *(PERSONAL if policy.personal_data == "redact" else ()),
             *([SECRET] if policy.secrets == "redact" else []),
         ]
-        return self._rewritten(live, masked)
+        return self._rewritten(live, flagged, masked)
 
-    def _rewritten(self, live: pl.DataFrame, masked: Sequence[str]) -> pl.DataFrame:
+    def _rewritten(self, live: pl.DataFrame, flagged: pl.DataFrame, masked: Sequence[str]) -> pl.DataFrame:
         """Pairs whose texts are masked or escaped become a batch of their own, in place of what they were."""
         import polars as pl
 
         kinds = [*masked, *([TEMPLATE] if self.policy.template_marks != "keep" else [])]
         if not kinds:
             return live
-        flagged = live.filter(pl.any_horizontal(_has_flag(kind) for kind in kinds))
+        flagged = flagged.filter(pl.any_horizontal(_has_flag(kind) for kind in kinds))
+        flagged = live.select("b", "n").join(flagged, on=["b", "n"], how="semi")
         unusual = unusual_marks(self.marks) if TEMPLATE in kinds else []
         if unusual:
-            more = [self._rows_with(live.sort("b", "n").slice(n, PART), unusual) for n in range(0, live.height, PART)]
+            more = [self._rows_with(live.select("b", "n").slice(n, PART), unusual) for n in range(0, live.height, PART)]
             flagged = pl.concat([flagged, *more]).unique(["b", "n"]).sort("b", "n")
         changed: list[dict[str, Any]] = []
         gone: list[tuple[int, int]] = []
@@ -223,15 +225,20 @@ class Screening:
     # Rows among each other
 
     def _duplicates(self, live: pl.DataFrame) -> pl.DataFrame:
+        import polars as pl
+
+        several = live.filter(pl.struct(PAIR_ID).is_duplicated()).select("b", "n", *PAIR_ID)
+        if several.is_empty():
+            return live
+        places = self.pool.keys(["source", "line", "row"]).join(several, on=["b", "n"], how="inner")
         # In an order of their own: which of two equal pairs stays must not depend on the order of files.
-        ordered = live.sort("source", "line", "row", "b", "n")
-        once = ordered.unique("pair_id", keep="first", maintain_order=True)
-        self.duplicates += ordered.height - once.height
-        return once
+        places = places.sort("source", "line", "row", "b", "n")
+        stay = places.unique(PAIR_ID, keep="first", maintain_order=True)
+        self.duplicates += places.height - stay.height
+        return live.join(places.join(stay, on=["b", "n"], how="anti"), on=["b", "n"], how="anti")
 
     def _conflicts(self, live: pl.DataFrame) -> pl.DataFrame:
-        turned = live.select(pair_id="flipped_id")
-        hit = live.join(turned, on="pair_id", how="semi")
+        hit = live.join(live.select(FLIPPED_ID), left_on=PAIR_ID, right_on=FLIPPED_ID, how="semi")
         return self._reject(live, hit, "conflict", "another row prefers the rejected answer of this one")
 
     def _overlap(self, live: pl.DataFrame) -> pl.DataFrame:
@@ -254,13 +261,13 @@ class Screening:
 
         if self.policy.near_duplicates == "keep" or live.height < 2:
             return live
-        numbered = live.with_row_index("g")
-        bands = _bands(self.pool, numbered)
-        pairs = candidates(bands)
-        del bands
+        # The place in the order of ids: a near duplicate of an earlier pair is the one that goes.
+        rank = live.select(pl.struct(PAIR_ID).rank("ordinal")).to_series().cast(pl.UInt32) - 1
+        names = live.select("b", "n")
+        pairs = candidates((self._band(names, column) for column in BAND_COLUMNS), rank)
+        names = names.with_row_index("g")
         least = self.policy.near_duplicate_similarity
         near: dict[int, int] = {}
-        names = numbered.select("g", "b", "n")
         for start in range(0, pairs.height, COMPARED_AT_ONCE):
             block = pairs.slice(start, COMPARED_AT_ONCE)
             wanted = names.join(pl.concat([block.select(g="n"), block.select(g="other")]).unique(), on="g", how="semi")
@@ -272,7 +279,7 @@ class Screening:
                     near[n] = other
         if not near:
             return live
-        hit = numbered.filter(pl.col("g").is_in(list(near))).drop("g")
+        hit = live[sorted(near)]
         self.counts["near_duplicates"] = hit.height
         if self.policy.near_duplicates == "drop":
             self.duplicates += hit.height
@@ -281,13 +288,16 @@ class Screening:
         message = f"prompt and both answers say nearly what another pair says (similarity {least:g} or more)"
         return self._reject(live, hit, "near_duplicate", message)
 
+    def _band(self, names: pl.DataFrame, column: str) -> pl.Series:
+        return names.join(self.pool.keys([column]), on=["b", "n"], how="left", maintain_order="left")[column]
+
     def _cap(self, live: pl.DataFrame) -> pl.DataFrame:
         import polars as pl
 
         most = self.policy.max_pairs_per_prompt
         if not most:
             return live
-        hit = live.sort("pair_id").filter(pl.int_range(pl.len()).over("prompt_id") >= most)
+        hit = live.sort(*PAIR_ID).filter(pl.int_range(pl.len()).over(PROMPT_ID) >= most)
         return self._reject(live, hit, "over_prompt_cap", f"{most} other pairs of this prompt were kept")
 
     # Results
@@ -300,6 +310,7 @@ class Screening:
             return live
         rules = [(n, rule) for n, rule in enumerate(self.release) if rule.reason == reason]
         if rules:
+            hit = self.pool.keys(["source"]).join(hit, on=["b", "n"], how="semi")
             free: dict[str, int] = {}
             for source in hit["source"].unique().sort():
                 rule = next((n for n, rule in rules if fnmatch.fnmatchcase(source, rule.source)), None)
@@ -317,7 +328,7 @@ class Screening:
 
     def parts(self, size: int = PART) -> Iterator[tuple[pl.DataFrame, int]]:
         """(accepted pairs in the order of their ids, how many the schema refused), `size` rows at a time."""
-        for part in self.pool.parts(self._live.select("b", "n", "pair_id"), size):
+        for part in self.pool.parts(self._live, size):
             table, faults = _apply_schema(self._with_flags(part))
             self._faults += faults
             yield table, len(faults)
@@ -339,13 +350,6 @@ class Screening:
         import polars as pl
 
         return pl.DataFrame(self._faults, schema=polars_schema(QUARANTINE_COLUMNS))
-
-
-def _bands(pool: Pool, numbered: pl.DataFrame) -> pl.DataFrame:
-    """(n, pair_id, bands) of the rows in `numbered`, under their numbers there."""
-    bands = pool.keys(list(BAND_COLUMNS))
-    joined = numbered.select("g", "b", "n", "pair_id").join(bands, on=["b", "n"], how="left")
-    return joined.select("pair_id", *BAND_COLUMNS, n="g")
 
 
 def _has_flag(kind: str) -> pl.Expr:

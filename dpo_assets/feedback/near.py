@@ -11,7 +11,7 @@ The cost is bounded: per pair one signature, and at most COMPARED comparisons, w
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -207,30 +207,29 @@ def _mixed(values: Words) -> Words:
     return values ^ (values >> np.uint64(33))
 
 
-def candidates(keys: pl.DataFrame) -> pl.DataFrame:
-    """(n, other): pairs to compare, `other` the one that stays. `keys` has `n`, `pair_id` and BAND_COLUMNS.
+def candidates(bands: Iterable[pl.Series], rank: pl.Series) -> pl.DataFrame:
+    """(n, other): rows to compare, `other` the one that stays, in the order of `n`'s rank.
 
-    In each band a pair is held against the first of those that share its value, in the order of ids, so that nothing
+    In each band a pair is held against the first of those that share its value, in the order of ranks, so that nothing
     depends on the order of rows.
+
+    Args:
+        bands: the BAND_COLUMNS, one after the other.
+        rank: the place of each row in an order that depends on content alone.
     """
     import polars as pl
 
-    ordered = keys.sort("pair_id").with_row_index("rank")
     found = []
-    for name in BAND_COLUMNS:
-        band = ordered.select("rank", value=name).drop_nulls()
+    for values in bands:
+        band = pl.DataFrame({"value": values, "rank": rank}).drop_nulls()
         band = band.filter(pl.col("value").is_duplicated())
         band = band.with_columns(first=pl.col("rank").min().over("value")).filter(pl.col("rank") > pl.col("first"))
         found.append(band.select("rank", "first"))
-    shared = (
-        pl.concat(found).group_by("rank", "first").len().sort("rank", "len", "first", descending=[False, True, False])
-    )
-    best = shared.group_by("rank", maintain_order=True).head(COMPARED)
-    names = ordered.select("rank", "n")
-    best = best.join(names, on="rank", how="left").join(
-        names.rename({"n": "other", "rank": "first"}), on="first", how="left"
-    )
-    return best.select("n", "other", "rank").sort("rank").select("n", "other")
+    shared = pl.concat(found).group_by("rank", "first").len()
+    best = shared.sort("rank", "len", "first", descending=[False, True, False])
+    best = best.group_by("rank", maintain_order=True).head(COMPARED)
+    row = rank.arg_sort()
+    return pl.DataFrame({"n": row.gather(best["rank"]), "other": row.gather(best["first"])})
 
 
 def similarity(one: dict[str, Any], other: dict[str, Any], at_least: float = 0.0) -> float:

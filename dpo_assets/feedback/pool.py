@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from dpo_assets.feedback.ingest import KEYS, PAIRS, keys_frame
+from dpo_assets.feedback.ingest import KEYS, PAIR_ID, PAIRS, keys_frame
 
 if TYPE_CHECKING:
     import polars as pl
 
-PART = 1 << 16  # Pairs that are held at once with their texts.
+PART = 1 << 15  # Pairs that are held at once with their texts.
 
 
 class PairBatch(Protocol):
@@ -103,8 +103,8 @@ class Pool:
         return pl.concat(parts)
 
     def parts(self, names: pl.DataFrame, size: int = PART) -> Iterator[pl.DataFrame]:
-        """The pairs of `names`, which has `pair_id` too, in the order of their ids, `size` at a time."""
-        ordered = names.sort("pair_id")
+        """The pairs of `names`, which has the columns PAIR_ID too, in the order of their ids, `size` at a time."""
+        ordered = names.sort(*PAIR_ID)
         for start in range(0, ordered.height, size):
             yield self.take(ordered.slice(start, size)).sort("pair_id", "b", "n")
 

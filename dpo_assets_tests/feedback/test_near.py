@@ -60,13 +60,14 @@ def long_pair(number: int, **changes: Any) -> Pair:
     return pair(number, **values | changes)
 
 
-def keys(*pairs: Pair) -> pl.DataFrame:
+def compared(*pairs: Pair) -> pl.DataFrame:
     table = pairs_frame(pairs)
-    return pl.concat([table.select("pair_id").with_row_index("n"), band_frame(table)], how="horizontal")
+    rank = table["pair_id"].rank("ordinal").cast(pl.UInt32) - 1
+    return candidates(band_frame(table).get_columns(), rank)
 
 
 def proposals(*pairs: Pair) -> set[frozenset[int]]:
-    return {frozenset(row) for row in candidates(keys(*pairs)).rows()}
+    return {frozenset(row) for row in compared(*pairs).rows()}
 
 
 @settings(max_examples=100, deadline=None)
@@ -141,7 +142,7 @@ def test_the_number_of_comparisons_is_bounded_even_when_all_pairs_are_alike() ->
         words = list(base)
         words[n % 80] = f"word{n}"
         many.append(long_pair(0, chosen=[assistant(" ".join(words))], row=f"r{n}"))
-    assert candidates(keys(*many)).height <= COMPARED * len(many)
+    assert compared(*many).height <= COMPARED * len(many)
 
 
 def test_what_is_proposed_does_not_depend_on_the_order_of_rows() -> None:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.cleaning import Screened, Screening, screen
-from dpo_assets.feedback.ingest import Batch, write_batch
+from dpo_assets.feedback.ingest import PAIR_ID, Batch, write_batch
 from dpo_assets.feedback.pair import Pair, digest
 from dpo_assets.feedback.pool import LoadedBatch, Pool, stored
 from dpo_assets.feedback.tables import pairs_frame, quarantine_frame
@@ -248,11 +248,11 @@ def test_no_order_of_rows_no_cut_into_batches_and_no_size_of_parts_changes_the_r
 def test_rows_are_taken_from_the_groups_that_hold_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dpo_assets.feedback.ingest.ROW_GROUP", 3)
     pool = write(tmp_path, [[pair(n) for n in range(10)], [pair(n) for n in range(10, 14)]])
-    keys = pool.keys(["pair_id"])
+    keys = pool.keys(list(PAIR_ID))
     for wanted in ([0], [2, 3], [9], [0, 5, 9, 10, 13], list(range(14))):
         names = keys[wanted]
         taken = pool.take(names)
-        assert taken["pair_id"].to_list() == names["pair_id"].to_list()
+        assert [int(one[:16], 16) for one in taken["pair_id"]] == names[PAIR_ID[0]].to_list()
         assert taken.select("b", "n").rows() == names.select("b", "n").rows()
     assert pool.take(keys.clear()).height == 0
 
