@@ -43,7 +43,7 @@ def materialise(step: Step) -> Events:
     landing = step.tree.root / "landing"
     feedback = step.recipe.feedback
     options = ReadOptions(feedback.pairing, feedback.include_synthetic, min_margin=feedback.min_margin)
-    read = [read_into(step.tree, file, options) for file in files_of(_sources(step), landing)]
+    read = [read_into(step.tree, file, options) for file in files_of(_sources(step), landing, hub=step.hub.api)]
     index: dict[str, Any] = {"files": sorted((one.row() for one in read), key=lambda row: row["file"]), "paired": None}
     if all(row["rows_in"] == 0 for row in index["files"]):
         raise FeedbackError(_nothing(read))
