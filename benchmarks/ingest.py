@@ -141,12 +141,13 @@ def with_datasets(source: Path, work: Path) -> dict[str, Any]:
     rows_in = lines.num_rows
     parsed = lines.map(rules.parse, num_proc=2, remove_columns=["text"])
     read_seconds = time.perf_counter() - started
-    quarantine = parsed.filter(rules.is_faulty, num_proc=2)
-    sound = parsed.filter(rules.is_sound, num_proc=2)
+    quarantine = parsed.filter(rules.is_faulty, input_columns=["fault"], num_proc=2)
+    sound = parsed.filter(rules.is_sound, input_columns=["fault"], num_proc=2)
     duplicates, conflicts, near = rules.across(sound)
-    kept = sound.filter(rules.is_kept, with_indices=True, num_proc=2, fn_kwargs={"out": duplicates | conflicts | near})
-    train = kept.filter(rules.is_train, num_proc=2)
-    held_out = kept.filter(rules.is_eval, num_proc=2)
+    out = duplicates | conflicts | near
+    kept = sound.filter(rules.is_kept, input_columns=["fault"], with_indices=True, num_proc=2, fn_kwargs={"out": out})
+    train = kept.filter(rules.is_train, input_columns=["group_id"], num_proc=2)
+    held_out = kept.filter(rules.is_eval, input_columns=["group_id"], num_proc=2)
     train.to_parquet(work / "train.parquet")
     held_out.to_parquet(work / "eval.parquet")
     quarantine.to_parquet(work / "quarantine.parquet")

@@ -14,7 +14,17 @@ from dpo_assets.assets.graph import NODES
 from dpo_assets.checks.bands import default_bands
 from dpo_assets.checks.catalog import CHECKS
 from dpo_assets.cli import main
-from dpo_assets.recipe import DpoSection, HardwareSection, parse_recipe
+from dpo_assets.feedback.pairing import POLICIES
+from dpo_assets.feedback.readers import READERS, formats
+from dpo_assets.recipe import (
+    CleaningSection,
+    DpoSection,
+    FeedbackSource,
+    HardwareSection,
+    ReleaseRule,
+    parse_recipe,
+)
+from dpo_assets.report.formats import updated, yaml_line
 from dpo_assets_tests.pipelines import PACKAGE
 
 ROOT = PACKAGE.parent
@@ -42,6 +52,24 @@ def test_every_check_and_every_band_stands_in_the_document() -> None:
 def test_every_asset_stands_in_the_design_and_in_the_readme() -> None:
     for document in (DOCS / "design.md", README):
         assert [node.name for node in NODES if node.name not in text_of(document)] == []
+
+
+def test_every_format_stands_in_the_feedback_page_with_a_line_that_is_a_valid_source() -> None:
+    text = text_of(DOCS / "feedback.md")
+    assert updated(text) == text, "run: python -m dpo_assets.report.formats"
+    for name in READERS:
+        [source] = yaml.safe_load(yaml_line(formats()[name]))
+        assert FeedbackSource(**source).format == name
+        assert f"`{name}`" in text_of(README)
+
+
+def test_every_policy_every_cleaning_setting_and_every_reason_stands_in_the_feedback_page() -> None:
+    text = text_of(DOCS / "feedback.md")
+    assert [policy for policy in POLICIES if f"`{policy}`" not in text] == []
+    assert [name for name in CleaningSection.model_fields if f"`{name}:" not in text] == []
+    assert [
+        reason for reason in get_args(ReleaseRule.model_fields["reason"].annotation) if f"`{reason}`" not in text
+    ] == []
 
 
 def test_the_notice_names_what_is_shipped() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import codecs
-import io
 import json
 import os
 import tempfile
@@ -34,8 +33,8 @@ from dpo_assets.feedback.ingest import (
 from dpo_assets.feedback.pair import PAIR_COLUMNS, QUARANTINE_COLUMNS, Rejected
 from dpo_assets.feedback.pool import stored
 from dpo_assets.feedback.readers import ReadOptions, RowByRow
-from dpo_assets.feedback.sources import FeedbackFile, files_of
-from dpo_assets.feedback.sources.containers import kind_of
+from dpo_assets.feedback.sources import FeedbackFile, SourceRow, files_of
+from dpo_assets.feedback.sources import rows_of as rows_of_file
 from dpo_assets.feedback.tables import pairs_frame, quarantine_frame
 from dpo_assets.recipe import FeedbackSource, resolve_paths
 from dpo_assets_tests.samples import assistant, pair, recipe, user
@@ -54,6 +53,13 @@ def read(content: bytes, format: str = "trl", options: ReadOptions = OPTIONS) ->
 def rows_of(content: bytes) -> list[bytes]:
     """The rows of a file, counted without the package: what stands between line feeds and is not blank."""
     return [line.rstrip(b"\r") for line in content.removeprefix(codecs.BOM_UTF8).split(b"\n") if line.strip()]
+
+
+def cut_by_the_sources(content: bytes) -> list[SourceRow]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "export.jsonl"
+        path.write_bytes(content)
+        return list(rows_of_file(FeedbackFile(path, path.name, "trl")))
 
 
 def row(number: int = 0, **changes: Any) -> bytes:
@@ -105,13 +111,14 @@ def test_any_bytes_are_read_without_raising_and_every_row_is_accounted_for(forma
         # Refused as a whole, by its first bytes: an archive, say. Then nothing else is said about it.
         assert batch.rows_in == 1
         return
-    if kind_of("export.jsonl", io.BufferedReader(io.BytesIO(content.removeprefix(codecs.BOM_UTF8)))) != "lines":
-        return  # One array, or objects over several lines: its rows are not its lines.
+    # A file that is no JSONL (values over several lines, say) is cut by the sources: their rows count then.
+    given = {row.number: row.raw for row in cut_by_the_sources(content)}
+    assert batch.rows == len(given)
     lines = [pair.line for pair in batch.pairs] + [rejected.line for rejected in batch.rejected]
     # A tree may hold several comparisons; a row of the other formats is one pair or one rejected row.
-    assert len(set(lines)) == len(expected)
-    assert len(lines) == len(expected) or format == "oasst_tree"
-    assert all(rejected.reason and rejected.raw in expected for rejected in batch.rejected)
+    assert set(lines) == set(given)
+    assert len(lines) == len(given) or format == "oasst_tree"
+    assert all(rejected.reason and rejected.raw == given[rejected.line] for rejected in batch.rejected)
     assert pairs_frame(batch.pairs).height == len(batch.pairs)
     raw = quarantine_frame(batch.rejected)["raw"].to_list()
     assert [base64.b64decode(text) for text in raw] == [rejected.raw for rejected in batch.rejected]

@@ -1,0 +1,224 @@
+"""Batches in a store: what was read before is found, a file that grew costs its end, processes change nothing."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from dpo_assets.artifact import ArtifactTree
+from dpo_assets.errors import InfrastructureError
+from dpo_assets.feedback import reading
+from dpo_assets.feedback.ingest import COUNTS, PAIRS, QUARANTINE
+from dpo_assets.feedback.library import FileBatches, pair_into, read_into
+from dpo_assets.feedback.pair import JudgedAnswer
+from dpo_assets.feedback.readers import Format, Place, ReadOptions, Row, RowFault
+from dpo_assets.feedback.sources import FeedbackFile, FileRefused, files_of
+from dpo_assets.recipe import FeedbackSource
+from dpo_assets_tests.samples import assistant, user
+
+
+def line(number: int) -> bytes:
+    return json.dumps({"prompt": f"question {number}?", "chosen": "yes " * 20, "rejected": f"no {number}"}).encode()
+
+
+def write(path: Path, numbers: range) -> Path:
+    path.write_bytes(b"".join(line(n) + b"\n" for n in numbers))
+    return path
+
+
+@pytest.fixture
+def small_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dpo_assets.feedback.library.cut", lambda file: reading.cut(file, 2_000))
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> ArtifactTree:
+    return ArtifactTree(tmp_path / "store")
+
+
+def found(path: Path, format: str = "trl") -> FeedbackFile:
+    [file] = files_of([FeedbackSource(path=str(path), format=format)])
+    return file
+
+
+def ingest(tree: ArtifactTree, path: Path) -> FileBatches:
+    return read_into(tree, found(path), ReadOptions())
+
+
+def lines(read: FileBatches) -> list[int]:
+    return sorted(n for batch in read.batches for n in pl.read_parquet(batch.path / PAIRS)["line"])
+
+
+def test_the_same_file_is_read_once(tree: ArtifactTree, tmp_path: Path, small_spans: None) -> None:
+    path = write(tmp_path / "a.jsonl", range(100))
+    first, second = ingest(tree, path), ingest(tree, path)
+    assert len(first.batches) > 3
+    assert (first.new, second.new) == (len(first.batches), 0)
+    assert [b.digest for b in second.batches] == [b.digest for b in first.batches]
+    assert lines(first) == list(range(1, 101))
+
+
+def test_of_a_file_that_grew_only_the_end_is_read(tree: ArtifactTree, tmp_path: Path, small_spans: None) -> None:
+    path = write(tmp_path / "a.jsonl", range(100))
+    first = ingest(tree, path)
+    with path.open("ab") as handle:
+        handle.write(line(100) + b"\n")
+    second = ingest(tree, path)
+    assert second.new == 1
+    assert [b.digest for b in second.batches[:-1]] == [b.digest for b in first.batches[:-1]]
+    assert lines(second) == list(range(1, 102))
+
+
+def test_a_file_that_is_cut_or_not_holds_the_same_pairs(
+    tree: ArtifactTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.jsonl", range(60))
+    whole = ingest(tree, path)
+    monkeypatch.setattr("dpo_assets.feedback.library.cut", lambda file: reading.cut(file, 2_000))
+    parts = ingest(ArtifactTree(tmp_path / "other"), path)
+    tables = [
+        pl.concat([pl.read_parquet(b.path / PAIRS) for b in read.batches]).sort("pair_id") for read in (whole, parts)
+    ]
+    assert len(parts.batches) > len(whole.batches) == 1
+    assert tables[0].equals(tables[1])
+
+
+def test_two_processes_read_what_one_reads(
+    tree: ArtifactTree, tmp_path: Path, small_spans: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.jsonl", range(100))
+    alone = ingest(tree, path)
+    monkeypatch.setattr(reading, "WORTH_A_PROCESS", 0)
+    started = []
+    start = reading._Process.__enter__
+    monkeypatch.setattr(reading._Process, "__enter__", lambda self: (started.append(1), start(self))[1])
+    both = ingest(ArtifactTree(tmp_path / "other"), path)
+    assert len(started) == 2
+    assert [b.digest for b in both.batches] == [b.digest for b in alone.batches]
+
+
+def test_a_process_that_dies_is_named_and_worth_another_try(
+    tree: ArtifactTree, tmp_path: Path, small_spans: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "WORTH_A_PROCESS", 0)
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with pytest.raises(InfrastructureError, match=r"the process that read a\.jsonl died"):
+        ingest(tree, write(tmp_path / "a.jsonl", range(100)))
+    assert not list((tree.root / "_reading").iterdir())
+
+
+def test_what_a_worker_prints_does_not_disturb_its_outcomes() -> None:
+    jobs, outcomes = io.BytesIO(), io.BytesIO()
+    file = FeedbackFile(Path("a.jsonl"), "a.jsonl", "trl")
+    for name in ("one", "two"):
+        pickle.dump(reading.Job(file, None, ReadOptions(), Path(name)), jobs)
+    jobs.seek(0)
+
+    def do(job: reading.Job) -> dict[str, str]:
+        if job.folder.name == "two":
+            raise ZeroDivisionError("a bug")
+        return {"job": job.folder.name}
+
+    reading.serve(jobs, outcomes, do)
+    outcomes.seek(0)
+    assert pickle.load(outcomes) == {"job": "one"}
+    assert isinstance(pickle.load(outcomes), ZeroDivisionError)
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused_and_nothing_of_it_is_kept(
+    tree: ArtifactTree, tmp_path: Path, small_spans: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.jsonl", range(100))
+    file = found(path)
+    run = reading.run_job
+
+    def touched(job: reading.Job) -> reading.Outcome:
+        path.write_bytes(path.read_bytes().replace(b"question 3?", b"question 4?"))
+        return run(job)
+
+    monkeypatch.setattr(reading, "run_job", touched)
+    read = read_into(tree, file, ReadOptions())
+    [batch] = read.batches
+    assert batch.json(COUNTS)["pairs"] == 0
+    assert pl.read_parquet(batch.path / QUARANTINE)["reason"].to_list() == ["changed_while_read"]
+    assert len(list((tree.root / "raw_batches").glob("*/"))) == 1
+
+
+def test_a_refused_file_is_a_batch_that_says_why(tree: ArtifactTree, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"")
+    read = ingest(tree, tmp_path / "a.jsonl")
+    [row] = pl.read_parquet(read.batches[0].path / QUARANTINE).to_dicts()
+    assert (row["reason"], row["line"], row["source"]) == ("empty_file", 0, "a.jsonl")
+    assert read.row()["rows_in"] == 0
+    assert ingest(tree, tmp_path / "a.jsonl").new == 0
+
+
+def test_options_that_change_rows_read_again(tree: ArtifactTree, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", range(3))
+    assert ingest(tree, path).new == 1
+    assert read_into(tree, found(path), ReadOptions(pairing="adjacent")).new == 1
+    assert read_into(tree, replace(found(path), columns={"prompt": "q"}), ReadOptions()).new == 1
+
+
+# Judged answers
+
+
+def votes(row: Row, place: Place, options: ReadOptions) -> Iterator[JudgedAnswer | RowFault]:
+    yield JudgedAnswer(
+        [user(row["q"])], [assistant(row["a"])], row["vote"], place.source, place.row_id(None), place.line,
+        label_kind="human_thumb",
+    )  # fmt: skip
+
+
+def test_answers_of_two_files_are_paired_and_those_left_are_quarantined_with_their_bytes(
+    tree: ArtifactTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Format("votes", "votes", "{}", "here", lambda row: 0.0, read=votes)
+    monkeypatch.setattr("dpo_assets.feedback.readers.formats", lambda: {"votes": made})
+    rows = {
+        "monday": [{"q": "one", "a": "good", "vote": 1}, {"q": "two", "a": "alone", "vote": 1}],
+        "tuesday": [{"q": "one", "a": "bad", "vote": -1}],
+    }
+    for name, values in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(v) + "\n" for v in values))
+    batches = [
+        batch
+        for name in rows
+        for batch in read_into(tree, found(tmp_path / f"{name}.jsonl", "votes"), ReadOptions()).batches
+    ]
+    paired = pair_into(tree, batches, ReadOptions())
+    assert paired is not None
+    [pair] = pl.read_parquet(paired.path / PAIRS).to_dicts()
+    assert (pair["chosen"], pair["rejected"]) == ([assistant("good")], [assistant("bad")])
+    [left] = pl.read_parquet(paired.path / QUARANTINE).to_dicts()
+    assert (left["reason"], left["source"], left["line"]) == ("unpaired", "monday.jsonl", 2)
+    counts = paired.json(COUNTS)
+    assert (counts["used"], counts["rejected"], counts["pairs"]) == (2, 1, 1)
+    again = pair_into(tree, batches[::-1], ReadOptions())
+    assert again is not None
+    assert again.digest == paired.digest
+    assert pair_into(tree, [], ReadOptions()) is None
+
+
+def test_the_worker_needs_no_main_module_and_ends_with_its_parent(tmp_path: Path) -> None:
+    with reading._Process() as process:
+        file = found(write(tmp_path / "a.jsonl", range(2)))
+        (tmp_path / "out").mkdir()
+        outcome = process.run(reading.Job(file, None, ReadOptions(), tmp_path / "out"))
+        assert isinstance(outcome, dict)
+        assert outcome["pairs"] == 2
+        refused = process.run(
+            reading.Job(replace(file, refused=FileRefused("x", "y")), None, ReadOptions(), tmp_path / "out")
+        )
+        assert isinstance(refused, FileRefused)
+        number = process._process.pid
+    with pytest.raises(ProcessLookupError):
+        os.kill(number, 0)
