@@ -1,0 +1,70 @@
+"""The recipe: one typed description of a pipeline, shared by YAML, launchpad, command line and worker.
+
+Nothing here knows Dagster or torch. Every cross-field rule says what is wrong and what would pass; how a key that does
+not exist is refused is in `section`.
+"""
+
+from dpo_assets.recipe.feedback import (
+    CleaningSection,
+    ContentAction,
+    FeedbackSection,
+    FeedbackSource,
+    ReleaseRule,
+    SqlSource,
+    is_url,
+)
+from dpo_assets.recipe.model import BUILTIN, BaseModelSection, looks_like_hub_id
+from dpo_assets.recipe.running import (
+    BandOverride,
+    ChecksSection,
+    EvaluationSection,
+    HardwareSection,
+    PublishingSection,
+    RefreshSection,
+    Severity,
+    Speedup,
+)
+from dpo_assets.recipe.training import (
+    ALL_LINEAR,
+    DpoSection,
+    FDivergence,
+    LoraSection,
+    LoraTarget,
+    OptimSection,
+    SftSection,
+)
+from dpo_assets.recipe.whole import OVERRIDABLE, Overrides, Recipe, apply_overrides, parse_recipe, resolve_paths
+
+__all__ = [
+    "ALL_LINEAR",
+    "BUILTIN",
+    "OVERRIDABLE",
+    "BandOverride",
+    "BaseModelSection",
+    "ChecksSection",
+    "CleaningSection",
+    "ContentAction",
+    "DpoSection",
+    "EvaluationSection",
+    "FDivergence",
+    "FeedbackSection",
+    "FeedbackSource",
+    "HardwareSection",
+    "LoraSection",
+    "LoraTarget",
+    "OptimSection",
+    "Overrides",
+    "PublishingSection",
+    "Recipe",
+    "RefreshSection",
+    "ReleaseRule",
+    "Severity",
+    "SftSection",
+    "Speedup",
+    "SqlSource",
+    "apply_overrides",
+    "is_url",
+    "looks_like_hub_id",
+    "parse_recipe",
+    "resolve_paths",
+]

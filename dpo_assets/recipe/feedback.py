@@ -1,0 +1,234 @@
+"""Where preferences come from, and what is done about pairs that are not fit."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from dpo_assets.recipe.model import _is_commit
+from dpo_assets.section import Section
+
+
+class SqlSource(Section):
+    """A table or query whose rows are feedback. What is new since the last ingest is read; nothing is written."""
+
+    database: str | None = Field(
+        default=None,
+        description="An SQLite file, relative to the folder of the YAML file.",
+        examples=["./feedback.db"],
+    )
+    url_env: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description="Environment variable with the URL (`postgresql://user:password@host/db` or `sqlite:///file.db`).",
+        examples=["FEEDBACK_DATABASE_URL"],
+    )
+    table: str | None = Field(default=None, description="Table or view, also `schema.table`.", examples=["votes"])
+    query: str | None = Field(
+        default=None,
+        description="One SELECT instead of a table.",
+        examples=["SELECT id, prompt, chosen, rejected, updated_at FROM votes WHERE deleted = false"],
+    )
+    id: str = Field(description="Column that tells rows apart: it orders them, and tells what was read before.")
+    watermark: str | None = Field(
+        default=None,
+        description=(
+            "Column that grows with every new or changed row, such as `updated_at`: only rows at or above the highest "
+            "value read so far are asked for. Without one, the whole table is read again when it changed."
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _one_database_and_one_table(self) -> SqlSource:
+        if (self.database is None) == (self.url_env is None):
+            raise ValueError(
+                "name one database: `database: ./feedback.db` for an SQLite file, or `url_env` with the name of the "
+                "environment variable that holds the URL."
+            )
+        if self.database is not None and "://" in self.database:
+            raise ValueError("`database` is a file; put a URL into an environment variable and its name in `url_env`.")
+        if (self.table is None) == (self.query is None):
+            raise ValueError("name one of `table` and `query`.")
+        if self.query is not None and not self.query.lstrip().lower().startswith(("select", "with")):
+            raise ValueError("`query` is one SELECT (or WITH ... SELECT): feedback is only read.")
+        return self
+
+
+class FeedbackSource(Section):
+    """One set of feedback rows of one format: files, a dataset of the Hub, or a SQL table."""
+
+    path: str | None = Field(
+        default=None,
+        description=(
+            "File or glob (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`; all but the last also with `.gz` or `.zst` "
+            "behind), relative to the folder of the YAML file, or a URL such as `s3://bucket/feedback/*.jsonl.gz`; "
+            "`builtin:oasst` is a real sample."
+        ),
+        examples=["feedback/*.jsonl", "builtin:oasst"],
+    )
+    hub: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9][\w.-]*/[\w.-]+$",
+        description="A dataset of the Hugging Face Hub (`org/name`), instead of `path`.",
+        examples=["trl-lib/ultrafeedback_binarized"],
+    )
+    revision: str | None = Field(
+        default=None, description="With `hub`: the commit sha (40 hex digits). A branch name can move."
+    )
+    files: list[str] = Field(
+        default=[],
+        description="With `hub`: files or patterns in the repository, which is how a config or a split is chosen.",
+        examples=[["data/train-*.parquet"]],
+    )
+    sql: SqlSource | None = Field(default=None, description="A SQL table or query, instead of `path`.")
+    # Any name: formats can come from other packages, so the component decides, with the names that there are.
+    format: str = Field(
+        default="trl",
+        min_length=1,
+        description=(
+            "The reader: `trl` (prompt/chosen/rejected as text or messages), `oasst_tree`, `hh_rlhf` and the others of "
+            "docs/feedback.md; `auto` looks at the first rows and says what it saw, or refuses."
+        ),
+        examples=["trl", "auto", "hh_rlhf"],
+    )
+    columns: dict[str, str] = Field(
+        default={},
+        description="Column map: what the reader knows a column as -> its name in the file, or a path (`input.text`).",
+        examples=[{"prompt": "question", "chosen": "best", "rejected": "worst"}],
+    )
+    json_columns: list[str] = Field(
+        default=[], description="Columns whose text is JSON, as CSV and SQL have it for lists of messages."
+    )
+    fields: dict[str, str] = Field(
+        default={}, description="Names that a format leaves to its users' configuration (Label Studio, Argilla)."
+    )
+    companion: str | None = Field(
+        default=None,
+        description="A second file that the format joins with (Langfuse's observations, LangSmith's runs).",
+    )
+
+    @field_validator("files", mode="before")
+    @classmethod
+    def _one_file_or_several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_source(self) -> FeedbackSource:
+        given = [name for name in ("path", "hub", "sql") if getattr(self, name) is not None]
+        if len(given) != 1:
+            said = f"there are {' and '.join(f'`{name}`' for name in given)}" if given else "there is none"
+            raise ValueError(
+                f"a source has one of `path` (files or a URL), `hub` (a dataset) and `sql` (a table); {said}. Write "
+                "further ones as further sources."
+            )
+        if self.hub is not None and not _is_commit(self.revision):
+            raise ValueError(
+                f"the dataset `{self.hub}` needs `revision`: the 40-digit commit sha from its page (a branch such as "
+                "`main` can change under you)."
+            )
+        if self.hub is None and (self.revision is not None or self.files):
+            raise ValueError("`revision` and `files` belong to `hub`; name files on disk in `path`.")
+        if self.path is not None and _has_credentials(self.path):
+            raise ValueError(
+                "`path` holds credentials, which would be kept in every run's record; set them in the environment, "
+                "where the file system's package looks for them."
+            )
+        return self
+
+    @property
+    def shown(self) -> str:
+        """The source for people: no secret can be in it."""
+        if self.sql is not None:
+            database = Path(self.sql.database).name if self.sql.database else self.sql.url_env
+            return f"sql:{database}:{self.sql.table or 'query'}"
+        return f"hub:{self.hub}@{str(self.revision)[:8]}" if self.hub is not None else str(self.path)
+
+
+ContentAction = Literal["flag", "redact", "quarantine"]
+
+
+class CleaningSection(Section):
+    """What is done about pairs that are sound one by one, and still not good to train on."""
+
+    near_duplicates: Literal["quarantine", "drop", "keep"] = Field(
+        default="quarantine",
+        description="Pairs that say nearly what another pair says: set aside, counted and dropped, or kept.",
+    )
+    near_duplicate_similarity: float = Field(
+        default=0.85,
+        ge=0.5,
+        le=1.0,
+        description="Share of runs of three words that prompt, chosen and rejected answers must each have in common.",
+    )
+    max_pairs_per_prompt: int = Field(
+        default=0, ge=0, description="More pairs of one prompt than this are set aside; 0: no limit."
+    )
+    template_marks: Literal["quarantine", "escape", "keep"] = Field(
+        default="quarantine",
+        description="Texts that hold marks of a chat template (`<|im_end|>`), which would end a turn in training.",
+    )
+    personal_data: ContentAction = Field(
+        default="flag",
+        description="E-mail addresses, card and phone numbers: flag the pair, mask them, or set it aside.",
+    )
+    secrets: ContentAction = Field(
+        default="flag", description="Keys and tokens: flag the pair, mask them, or set it aside."
+    )
+    evaluation_sets: list[str] = Field(
+        default=[],
+        description="Files of prompts that models are judged by (JSONL or lines); pairs that ask them are set aside.",
+        examples=[["evaluation/mt_bench.jsonl"]],
+    )
+
+
+class ReleaseRule(Section):
+    """Rows that are taken out of quarantine, and why."""
+
+    reason: Literal[
+        "near_duplicate", "over_prompt_cap", "template_marks", "personal_data", "secret", "conflict",
+        "evaluation_overlap",
+    ] = Field(description="What they are in quarantine for; what is no sound pair cannot be released.")  # fmt: skip
+    source: str = Field(default="*", description="Name of their file, or a pattern.", examples=["export-2026-*"])
+    note: str = Field(min_length=10, description="Why they may be trained on; kept in the dataset's report.")
+
+
+class FeedbackSection(Section):
+    """Where preferences come from, and what a pair must satisfy."""
+
+    sources: list[FeedbackSource] = Field(min_length=1, description="Feedback files, read in this order.")
+    pairing: Literal["best_worst", "adjacent", "all_above_margin"] = Field(
+        default="best_worst",
+        description=(
+            "How ranked, rated or thumbed answers to one prompt become pairs: best against worst, each against the "
+            "next, or every two that lie `min_margin` apart."
+        ),
+    )
+    min_margin: float = Field(
+        default=0.0, ge=0.0, description="Least difference of two scores or ranks; equal ones are always a tie."
+    )
+    include_synthetic: bool = Field(default=False, description="Keep OpenAssistant pairs with a machine-written side.")
+    max_length: int = Field(
+        default=1024, ge=16, description="Tokens of prompt + answer; longer answers lose their end (TRL keep_start)."
+    )
+    eval_fraction: float = Field(
+        default=0.1, gt=0.0, lt=0.9, description="Share of prompt groups held out for evaluation, never trained on."
+    )
+    min_pairs: int = Field(default=50, ge=1, description="Fewer training pairs than this block the run.")
+    max_quarantine_rate: float = Field(
+        default=0.2, ge=0.0, le=1.0, description="A larger share of rejected rows blocks the run; single rows never do."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the train/eval split.")
+    cleaning: CleaningSection = Field(default_factory=CleaningSection, description="What is done about unfit pairs.")
+    release: list[ReleaseRule] = Field(default=[], description="What is taken out of quarantine, by rule.")
+
+
+def is_url(path: str) -> bool:
+    """Whether a path is a URL of a file system (`s3://...`) rather than a local file. One letter is a drive."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path) is not None and not path.lower().startswith("file://")
+
+
+def _has_credentials(path: str) -> bool:
+    return is_url(path) and "@" in path.split("://", 1)[1].split("/", 1)[0] and not path.startswith(("abfs", "hf:"))

@@ -1,0 +1,135 @@
+"""How a pipeline is judged, published, refreshed and run."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from dpo_assets.section import Section
+
+Speedup = Literal["liger", "compile"]
+
+
+class EvaluationSection(Section):
+    """How the policy is judged on held-out pairs."""
+
+    confidence: float = Field(default=0.95, gt=0.5, lt=1.0, description="Level of every interval.")
+    min_pairs: int = Field(
+        default=50, ge=1, description="Fewer held-out prompt groups than this: `insufficient_evidence`, no release."
+    )
+    generations: int = Field(default=16, ge=0, description="Held-out prompts that SFT and policy answer.")
+    max_new_tokens: int = Field(default=64, ge=1, description="Length limit of those answers.")
+
+
+class PublishingSection(Section):
+    """What a release is, and where it goes. The token comes from the environment (`HF_TOKEN`), never from here."""
+
+    repo_id: str | None = Field(default=None, description="Hub repository (`org/name`) of the release.")
+    dry_run: bool = Field(
+        default=True, description="Write the exact folder, card and operation list, and send nothing."
+    )
+    artifact: Literal["merged", "adapter"] = Field(default="merged", description="What is released.")
+    private: bool = Field(default=True, description="Create the repository as private.")
+    endpoint: str | None = Field(default=None, description="Hub address; default: huggingface_hub's own.")
+
+    @model_validator(mode="after")
+    def _a_release_needs_a_repository(self) -> PublishingSection:
+        if not self.dry_run and not self.repo_id:
+            raise ValueError("`dry_run: false` needs `repo_id` (for example `my-org/my-bot-dpo`).")
+        return self
+
+
+Severity = Literal["warn", "error", "strict"]
+
+
+class BandOverride(Section):
+    """Numbers of one check that this pipeline sets itself, and why."""
+
+    numbers: dict[str, float] = Field(min_length=1, description="Name and value of each number that changes.")
+    reason: str = Field(min_length=10, description="Why; every verdict of the check shows it.")
+
+
+class ChecksSection(Section):
+    """How the checks judge this pipeline."""
+
+    severity: dict[str, Severity] = Field(
+        default={},
+        description=(
+            "By name of a check: `warn` shows and never blocks, `error` blocks what crosses its error limit, `strict` "
+            "blocks warnings too."
+        ),
+        examples=[{"length_bias": "error", "displacement": "warn"}],
+    )
+    bands: dict[str, BandOverride] = Field(
+        default={},
+        description="By name of a check: numbers that this pipeline changes, with a reason; docs/checks.md has them.",
+        examples=[
+            {"learning_rate_band": {"numbers": {"error_above": 3e-4}, "reason": "our sweep of 2026-10, 6 seeds"}}
+        ],
+    )
+    probe_prompts: int = Field(
+        default=8,
+        ge=0,
+        le=64,
+        description="Prompts that the policy answers at each probe while DPO runs; 0 switches the sampled probe off.",
+    )
+    probe_every: float = Field(
+        default=0.1, gt=0.0, le=1.0, description="Steps from probe to probe, as a share of all DPO steps."
+    )
+    probe_tokens: int = Field(default=48, ge=8, le=512, description="Longest sampled answer of a probe, in tokens.")
+    held_out_pairs: int = Field(
+        default=256, ge=0, description="Held-out pairs that judge the adapter after training, at most; 0: none."
+    )
+    sampled_answers: int = Field(
+        default=32, ge=0, le=512, description="Prompts that policy and reference answer after training; 0: none."
+    )
+    capability_probe: str | None = Field(
+        default=None,
+        description=(
+            "JSONL file of tasks that training must not unlearn, a row each: `prompt` (text or messages), `answers` "
+            "(accepted texts), `match` (`contains` or `exact`). Empty: token accuracy on held-out answers is compared."
+        ),
+        examples=["./probes/facts.jsonl"],
+    )
+
+
+class RefreshSection(Section):
+    """When the pipeline runs by itself. Schedule and sensor exist, and are stopped until someone starts them."""
+
+    schedule: str = Field(default="0 3 * * *", description="Cron expression of the refresh job.")
+    sensor_interval_seconds: int = Field(default=60, ge=30, description="How often new feedback is looked for.")
+
+
+class HardwareSection(Section):
+    """What the training runs on."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Where the worker trains; `auto`: the GPU if there is one, else the CPU."
+    )
+    precision: Literal["auto", "4bit", "8bit", "fp8", "bf16", "fp16", "fp32"] = Field(
+        default="auto", description="`auto`: the GPU resource chooses and says why. A choice wins or fails early."
+    )
+    kernels: Literal["auto", "fused", "transformers", "unsloth"] = Field(
+        default="auto",
+        description=(
+            "Who computes the layers. `fused`: this project's own (Llama, Mistral, Qwen2); `transformers`: the model's "
+            "own, with PEFT; `unsloth`: FastLanguageModel (extra `unsloth`). `auto`: fused on a GPU where the model "
+            "allows it, else transformers."
+        ),
+    )
+    speedups: list[Speedup] = Field(
+        default=[],
+        description=(
+            "For kernels `transformers`, which `auto` then takes. `liger`: Liger's norms, rotary embedding and SwiGLU "
+            "(extra `liger`, needs a GPU). `compile`: torch.compile of each layer, which costs minutes at the start."
+        ),
+    )
+    memory_gib: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="GiB that the plan may use; empty: a GPU's free memory, or a CPU's total.",
+    )
+    threads: int = Field(default=1, ge=1, description="CPU threads of the worker.")
+    pool: str = Field(default="gpu", description="Dagster pool that the training assets share.")
+    timeout_minutes: float = Field(default=24 * 60.0, gt=0.0, description="A worker stage that takes longer is ended.")

@@ -1,0 +1,126 @@
+"""The recipe as a whole: its rules between sections, overrides of one run, and paths."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import ValidationError, model_validator
+
+from dpo_assets.errors import ConfigError
+from dpo_assets.recipe.feedback import FeedbackSection, FeedbackSource, is_url
+from dpo_assets.recipe.model import BUILTIN, BaseModelSection, _is_commit, looks_like_hub_id
+from dpo_assets.recipe.running import (
+    ChecksSection,
+    EvaluationSection,
+    HardwareSection,
+    PublishingSection,
+    RefreshSection,
+)
+from dpo_assets.recipe.training import DpoSection, LoraSection, SftSection
+from dpo_assets.section import Section, describe_validation_error
+
+
+class Recipe(Section):
+    """Everything that decides what a pipeline produces."""
+
+    base_model: BaseModelSection
+    feedback: FeedbackSection
+    lora: LoraSection = LoraSection()
+    sft: SftSection = SftSection()
+    dpo: DpoSection = DpoSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    checks: ChecksSection = ChecksSection()
+    publishing: PublishingSection = PublishingSection()
+    refresh: RefreshSection = RefreshSection()
+    hardware: HardwareSection = HardwareSection()
+
+    @model_validator(mode="after")
+    def _rules_between_sections(self) -> Recipe:
+        source, revision = self.base_model.source, self.base_model.revision
+        if looks_like_hub_id(source) and not _is_commit(revision):
+            raise ValueError(
+                f"base_model.source `{source}` is a Hub id and needs `revision`: the 40-digit commit sha from the "
+                "model page (a branch such as `main` can change under you). For a local folder write `./` in front."
+            )
+        if self.hardware.device == "cpu" and self.hardware.precision not in ("auto", "fp32"):
+            raise ValueError(
+                f"hardware.precision `{self.hardware.precision}` needs a GPU; with `device: cpu` use `fp32` or `auto`."
+            )
+        return self
+
+
+def _absolute_source(
+    source: FeedbackSource, pattern: Callable[[str], str], file: Callable[[str], str]
+) -> FeedbackSource:
+    """A source with absolute paths. `pattern` makes one that may hold wildcards absolute, `file` one that does not."""
+    changes: dict[str, Any] = {}
+    if source.path is not None and not is_url(source.path):
+        changes["path"] = pattern(source.path.removeprefix("file://"))
+    if source.companion is not None:
+        changes["companion"] = file(source.companion)
+    if source.sql is not None and source.sql.database is not None:
+        changes["sql"] = source.sql.model_copy(update={"database": file(source.sql.database)})
+    return source.model_copy(update=changes)
+
+
+# The sections that the launchpad may override for one run, in the order a reader meets them.
+OVERRIDABLE: tuple[str, ...] = ("lora", "sft", "dpo")
+
+Overrides = Annotated[Mapping[str, Mapping[str, Any]], "section -> field -> value"]
+
+
+def apply_overrides(recipe: Recipe, overrides: Overrides) -> Recipe:
+    """The recipe of one run: the declared one with `overrides` laid over it, validated as a whole.
+
+    Raises:
+        ConfigError: when a section may not be overridden, or a value is out of its domain.
+    """
+    values = recipe.model_dump()
+    for section, fields in overrides.items():
+        if section not in OVERRIDABLE:
+            raise ConfigError(f"section `{section}` cannot be overridden per run; these can: {', '.join(OVERRIDABLE)}")
+        values[section] |= fields
+    return parse_recipe(values)
+
+
+def parse_recipe(values: Mapping[str, Any]) -> Recipe:
+    """A recipe from plain values.
+
+    Raises:
+        ConfigError: with one line per fault: where, what is wrong, and a suggestion.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(describe_validation_error(error)) from None
+
+
+def resolve_paths(recipe: Recipe, base_dir: Path) -> Recipe:
+    """The same recipe with relative folders and files made absolute, against the folder of the YAML file."""
+
+    def absolute(path: str, folder: Path = base_dir) -> str:
+        return path if path.startswith(BUILTIN) else str((folder / Path(path).expanduser()).absolute())
+
+    model = recipe.base_model
+    changes: dict[str, Any] = {}
+    if not looks_like_hub_id(model.source):
+        changes["source"] = absolute(model.source)
+    if model.chat_template is not None:
+        changes["chat_template"] = absolute(model.chat_template)
+    probe = recipe.checks.capability_probe
+    checks = recipe.checks.model_copy(update={"capability_probe": probe and absolute(probe)})
+    # The folder is a name, not a pattern: brackets in it must not be read as one.
+    folder = Path(glob.escape(str(base_dir)))
+    sources = [_absolute_source(s, lambda path: absolute(path, folder), absolute) for s in recipe.feedback.sources]
+    sets = [absolute(path) for path in recipe.feedback.cleaning.evaluation_sets]
+    cleaning = recipe.feedback.cleaning.model_copy(update={"evaluation_sets": sets})
+    return recipe.model_copy(
+        update={
+            "base_model": model.model_copy(update=changes),
+            "feedback": recipe.feedback.model_copy(update={"sources": sources, "cleaning": cleaning}),
+            "checks": checks,
+        }
+    )
