@@ -49,6 +49,16 @@ def test_every_check_and_every_band_stands_in_the_document() -> None:
     assert [n for n, b in bands.betas.items() if f"| {n} | {b.ok_low:g} to {b.ok_high:g}" not in text] == []
 
 
+def test_every_check_has_a_section_or_a_row_that_says_what_to_do() -> None:
+    text = text_of(DOCS / "checks.md")
+    headings = " ".join(line for line in text.splitlines() if line.startswith("## "))
+    rest = [
+        row.split(" | ") for row in text.partition("## The rest")[2].partition("## ")[0].splitlines() if row[:1] == "|"
+    ]
+    told = {name for row in rest if len(row) == 4 for name in re.findall(r"`(\w+)`", row[0])}
+    assert [check.name for check in CHECKS if f"`{check.name}`" not in headings and check.name not in told] == []
+
+
 def test_every_asset_stands_in_the_design_and_in_the_readme() -> None:
     for document in (DOCS / "design.md", README):
         assert [node.name for node in NODES if node.name not in text_of(document)] == []
