@@ -199,7 +199,7 @@ def test_case_14_a_nul_in_a_csv_cell_costs_its_row(tmp_path: Path) -> None:
 def test_case_15_a_json_array_becomes_rows(tmp_path: Path, indent: Any, name: str) -> None:
     rows = [*ROWS, {"prompt": [{"role": "user", "content": 'a "]}[{" \\ \n b'}], "meta": {"x": [{}, []]}}]
     content = json.dumps(rows, indent=indent).encode()
-    result = read(tmp_path, gzip.compress(content) if name.endswith("gz") else content, name)
+    result = read(tmp_path, gzip.compress(content, mtime=0) if name.endswith("gz") else content, name)
     assert result.values == rows
     assert [one.number for one in result.rows] == [1, 2, 3, 4]
 
@@ -238,8 +238,8 @@ def test_case_20_a_row_over_the_limit_costs_itself(tmp_path: Path, name: str) ->
         ("a.zip", b"PK\x03\x04....", "zip archive"),
         ("a.jsonl", b"PK\x03\x04....", "zip archive"),
         ("a.tar", b"\0" * 257 + b"ustar\0" + b"\0" * 300, "tar archive"),
-        ("a.jsonl.gz", gzip.compress(b"\0" * 257 + b"ustar\0" + b"\0" * 300), "tar archive"),
-        ("a.jsonl", gzip.compress(jsonl()), "let its name end in `.gz`"),
+        ("a.jsonl.gz", gzip.compress(b"\0" * 257 + b"ustar\0" + b"\0" * 300, mtime=0), "tar archive"),
+        ("a.jsonl", gzip.compress(jsonl(), mtime=0), "let its name end in `.gz`"),
         ("a.jsonl.bz2", b"BZh91AY&SY", "bzip2"),
         ("a.jsonl.xz", b"\xfd7zXZ\x00", "xz"),
     ],
@@ -264,8 +264,8 @@ def test_case_21_gzip_and_zstd_are_read_when_named_so(tmp_path: Path, packed: st
 
 
 def test_case_21_padding_behind_a_gzip_member_is_allowed_and_other_bytes_are_not(tmp_path: Path) -> None:
-    assert read(tmp_path, gzip.compress(jsonl()) + b"\0" * 100_000, "a.jsonl.gz").values == ROWS
-    assert read(tmp_path, gzip.compress(jsonl()) + b"tail", "a.jsonl.gz").reason == "damaged_file"
+    assert read(tmp_path, gzip.compress(jsonl(), mtime=0) + b"\0" * 100_000, "a.jsonl.gz").values == ROWS
+    assert read(tmp_path, gzip.compress(jsonl(), mtime=0) + b"tail", "a.jsonl.gz").reason == "damaged_file"
 
 
 @pytest.mark.parametrize("packed", ["gz", "zst"])
@@ -292,7 +292,7 @@ def test_case_21_zstd_without_its_package_is_refused_with_the_way_out(
 def test_case_22_a_truncated_file_is_refused_whole_with_its_hash(tmp_path: Path, packed: str, keep: float) -> None:
     zstandard = pytest.importorskip("zstandard")
     rows = [{"prompt": os.urandom(200).hex()} for _ in range(2_000)]
-    whole = gzip.compress(jsonl(rows)) if packed == "gz" else zstandard.compress(jsonl(rows))
+    whole = gzip.compress(jsonl(rows), mtime=0) if packed == "gz" else zstandard.compress(jsonl(rows))
     content = whole[: int(len(whole) * keep)]
     result = read(tmp_path, content, f"a.jsonl.{packed}")
     assert result.reason == "truncated_file"
@@ -301,7 +301,7 @@ def test_case_22_a_truncated_file_is_refused_whole_with_its_hash(tmp_path: Path,
 
 
 def test_case_22_a_damaged_gzip_file_is_refused_whole(tmp_path: Path) -> None:
-    content = bytearray(gzip.compress(jsonl([{"prompt": os.urandom(50).hex()} for _ in range(500)])))
+    content = bytearray(gzip.compress(jsonl([{"prompt": os.urandom(50).hex()} for _ in range(500)]), mtime=0))
     content[-6] ^= 0xFF  # The checksum.
     assert read(tmp_path, bytes(content), "a.jsonl.gz").reason == "damaged_file"
 
@@ -315,8 +315,8 @@ def test_case_22_a_damaged_gzip_file_is_refused_whole(tmp_path: Path) -> None:
         ("a.csv", jsonl()),
         ("a.csv", json.dumps(ROWS).encode()),
         ("a.jsonl.gz", jsonl()),
-        ("a.jsonl.zst", gzip.compress(jsonl())),
-        ("a.parquet.gz", gzip.compress(b"PAR1....PAR1")),
+        ("a.jsonl.zst", gzip.compress(jsonl(), mtime=0)),
+        ("a.parquet.gz", gzip.compress(b"PAR1....PAR1", mtime=0)),
         ("a.jsonl", b"SQLite format 3\x00...."),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n"),
         ("a.jsonl", b"<!DOCTYPE html><html>"),
@@ -595,7 +595,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, name: s
         parquet(tmp_path, pa.Table.from_pylist(rows))
     else:
         text = {"a.json": json.dumps(rows).encode(), "a.csv": _csv(rows).encode()}.get(name, jsonl(rows))
-        path.write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+        path.write_bytes(gzip.compress(text, mtime=0) if name.endswith("gz") else text)
     file = found(path)
     reading = iter(rows_of(file))
     next(reading)
