@@ -116,7 +116,7 @@ def _slug(heading: str) -> str:
 @pytest.mark.parametrize("document", ["design.md", "engine.md"])
 def test_every_module_that_a_document_names_exists(document: str) -> None:
     modules = re.findall(r"`([\w/]+(?:\.py|/))`", text_of(DOCS / document))
-    homes = (ROOT, PACKAGE, PACKAGE / "training", PACKAGE / "checks")
+    homes = (ROOT, PACKAGE, PACKAGE / "training", PACKAGE / "checks", PACKAGE / "feedback")
     assert modules
     assert [name for name in modules if not any((home / name).exists() for home in homes)] == []
 
