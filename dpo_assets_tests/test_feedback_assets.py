@@ -23,7 +23,7 @@ def report(result: dg.ExecuteInProcessResult) -> dict[str, Any]:
 def test_the_quarantine_is_shown_over_runs_and_a_rule_takes_rows_out_of_it(
     instance: dg.DagsterInstance, tmp_path: Path
 ) -> None:
-    path = trl_feedback(tmp_path / "votes.jsonl", pairs=60)
+    path = trl_feedback(tmp_path / "votes.jsonl", pairs=150)
     marked = {
         "prompt": "How does a chat template end a turn?",
         "chosen": "With <|im_end|>.",
@@ -41,13 +41,13 @@ def test_the_quarantine_is_shown_over_runs_and_a_rule_takes_rows_out_of_it(
     first = materialize(trl_recipe(path), instance, DATA)
     assert first.success, failures(first)
     raw = metadata(first, "raw_preferences")
-    assert (raw["rows_in"], raw["dagster/row_count"]) == (65, 63)
+    assert (raw["rows_in"], raw["dagster/row_count"]) == (155, 153)
     assert "human_thumb" in raw["pairing"]
     assert "completion" in raw["shapes_of_rows"]
     quarantine = metadata(first, "quarantined_preferences")
     assert (quarantine["reason/template_marks"], quarantine["reason/unpaired"]) == (1, 1)
     said = report(first)
-    assert said["rows_in"] == said["accepted"] + said["quarantined"] + said["duplicates"] == 64
+    assert said["rows_in"] == said["accepted"] + said["quarantined"] + said["duplicates"] == 154
     assert said["damaged"] == 1
     assert said["flagged"]["email"] == 1
     kinds = {row["name"]: row["pairs"] for row in said["sources"]["by_label_kind"]}
