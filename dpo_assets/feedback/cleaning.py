@@ -110,6 +110,8 @@ class Screening:
 
     def __post_init__(self) -> None:
         self._faults: list[dict[str, Any]] = []  # Quarantine rows.
+        self._hits: list[pl.DataFrame] = []  # Pairs that are to become quarantine rows, by number of their reason.
+        self._reasons: list[tuple[str, str]] = []
         self._flags: dict[tuple[int, int], list[str]] = {}  # To be added to a pair's flags.
         self._live = self._screened()
 
@@ -200,7 +202,7 @@ class Screening:
         return pl.concat([kept, keys.select(kept.columns)])
 
     def _rows_with(self, names: pl.DataFrame, marks: Sequence[str]) -> pl.DataFrame:
-        part = self.pool.take(names)
+        part = self.pool.take(names, CONVERSATIONS)
         return names.join(part[rows_with(part, marks)].select("b", "n"), on=["b", "n"], how="semi")
 
     def _new_texts(
@@ -251,7 +253,7 @@ class Screening:
         found: list[pl.DataFrame] = []
         for start in range(0, live.height, PART):
             names = live.sort("b", "n").slice(start, PART).select("b", "n")
-            part = self.pool.take(names).select("b", "n", "prompt")
+            part = self.pool.take(names, ["prompt"])
             found.append(part[sets.overlapping(part["prompt"])].select("b", "n"))
         hit = live.join(pl.concat(found), on=["b", "n"], how="semi") if found else live.clear()
         return self._reject(live, hit, "evaluation_overlap", "an evaluation set asks this prompt")
@@ -271,7 +273,7 @@ class Screening:
         for start in range(0, pairs.height, COMPARED_AT_ONCE):
             block = pairs.slice(start, COMPARED_AT_ONCE)
             wanted = names.join(pl.concat([block.select(g="n"), block.select(g="other")]).unique(), on="g", how="semi")
-            taken = self.pool.take(wanted).join(wanted, on=["b", "n"], how="left")
+            taken = self.pool.take(wanted, CONVERSATIONS).join(wanted, on=["b", "n"], how="left")
             texts = {r["g"]: r for r in taken.select("g", *CONVERSATIONS).iter_rows(named=True)}
             for n, other in block.iter_rows():
                 # What a near duplicate is near to must stay: a chain of small steps is not dropped as a whole.
@@ -310,7 +312,7 @@ class Screening:
             return live
         rules = [(n, rule) for n, rule in enumerate(self.release) if rule.reason == reason]
         if rules:
-            hit = self.pool.keys(["source"]).join(hit, on=["b", "n"], how="semi")
+            hit = hit.join(self.pool.keys(["source"]), on=["b", "n"], how="left")
             free: dict[str, int] = {}
             for source in hit["source"].unique().sort():
                 rule = next((n for n, rule in rules if fnmatch.fnmatchcase(source, rule.source)), None)
@@ -321,15 +323,22 @@ class Screening:
                 self.released[free[source]] += 1
                 self._flags.setdefault((b, n), []).append(f"released:{reason}")
             hit = hit.filter(~pl.col("source").is_in(list(free)))
-        for start in range(0, hit.height, PART):
-            for record in self.pool.take(hit.slice(start, PART)).iter_rows(named=True):
-                self._faults.append(quarantine_record(record, reason, message))
+        # Their texts are read with those of the accepted pairs: every text is read once for the result.
+        self._hits.append(hit.select("b", "n", *PAIR_ID, fault=pl.lit(len(self._reasons), dtype=pl.UInt32)))
+        self._reasons.append((reason, message))
         return live.join(hit.select("b", "n"), on=["b", "n"], how="anti")
 
     def parts(self, size: int = PART) -> Iterator[tuple[pl.DataFrame, int]]:
         """(accepted pairs in the order of their ids, how many the schema refused), `size` rows at a time."""
-        for part in self.pool.parts(self._live, size):
-            table, faults = _apply_schema(self._with_flags(part))
+        import polars as pl
+
+        live = self._live.select("b", "n", *PAIR_ID, fault=pl.lit(None, dtype=pl.UInt32))
+        for part in self.pool.parts(pl.concat([live, *self._hits]), size):
+            out = part.filter(pl.col("fault").is_not_null())
+            for record in out.iter_rows(named=True):
+                self._faults.append(quarantine_record(record, *self._reasons[record["fault"]]))
+            accepted = part.filter(pl.col("fault").is_null()).drop("fault")
+            table, faults = _apply_schema(self._with_flags(accepted))
             self._faults += faults
             yield table, len(faults)
 

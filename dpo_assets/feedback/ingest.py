@@ -45,7 +45,8 @@ EMPTY_FILE, NO_ROWS = "empty_file", "no_rows"
 EMPTY = frozenset({EMPTY_FILE, NO_ROWS})  # Refusals of a file that holds nothing.
 PAIRS, KEYS, ANSWERS, QUARANTINE = "pairs.parquet", "keys.parquet", "answers.parquet", "quarantine.parquet"
 COUNTS = "counts.json"
-ROW_GROUP = 4096  # Rows; a part of the dataset reads the groups that hold its ids.
+ROW_GROUP = 1024  # Rows of a batch; a part of the dataset reads the groups that hold its ids.
+SPLIT_GROUP = 8192  # Rows of a split.
 SHAPES = 20  # Different sets of keys that are counted by name.
 
 
@@ -381,7 +382,7 @@ class PairWriter:
         rows = part.select(list(self._schema)).cast(dict(self._schema)).to_arrow(compat_level=pl.CompatLevel.oldest())
         if self._writer is None:
             self._writer = pq.ParquetWriter(self._path, rows.schema, **PARQUET)
-        self._writer.write_table(rows, row_group_size=ROW_GROUP)
+        self._writer.write_table(rows, row_group_size=SPLIT_GROUP)
         self.rows += part.height
 
     def __exit__(self, *_: object) -> None:

@@ -19,8 +19,8 @@ class PairBatch(Protocol):
 
     def keys(self, columns: Sequence[str]) -> pl.DataFrame: ...
 
-    def take(self, rows: Sequence[int]) -> pl.DataFrame:
-        """These rows, given in ascending order."""
+    def take(self, rows: Sequence[int], columns: Sequence[str] | None = None) -> pl.DataFrame:
+        """These rows, given in ascending order; of them these columns, or all."""
         ...
 
 
@@ -33,8 +33,8 @@ class LoadedBatch:
     def keys(self, columns: Sequence[str]) -> pl.DataFrame:
         return self._keys.select(columns)
 
-    def take(self, rows: Sequence[int]) -> pl.DataFrame:
-        return self._pairs[list(rows)]
+    def take(self, rows: Sequence[int], columns: Sequence[str] | None = None) -> pl.DataFrame:
+        return (self._pairs.select(columns) if columns else self._pairs)[list(rows)]
 
 
 class StoredBatch:
@@ -49,13 +49,14 @@ class StoredBatch:
 
         return pl.read_parquet(self._folder / KEYS, columns=list(columns))
 
-    def take(self, rows: Sequence[int]) -> pl.DataFrame:
+    def take(self, rows: Sequence[int], columns: Sequence[str] | None = None) -> pl.DataFrame:
         import numpy as np
         import polars as pl
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         if not rows:
-            return pl.read_parquet(self._folder / PAIRS, n_rows=0)
+            return pl.read_parquet(self._folder / PAIRS, n_rows=0, columns=list(columns) if columns else None)
         with pq.ParquetFile(self._folder / PAIRS) as file:
             if not self._starts:
                 sizes = [file.metadata.row_group(n).num_rows for n in range(file.metadata.num_row_groups)]
@@ -67,10 +68,11 @@ class StoredBatch:
             parts = []
             for n, number in enumerate(groups.tolist()):
                 local = wanted[bounds[n] : bounds[n + 1]] - self._starts[number]
-                part = pl.from_arrow(file.read_row_group(number))
-                assert isinstance(part, pl.DataFrame)
-                parts.append(part[local.tolist()])
-        return pl.concat(parts)
+                # Taken by Arrow, which copies the rows: Polars would keep the whole group for one of them.
+                parts.append(file.read_row_group(number, columns=columns).take(pa.array(local)))
+        taken = pl.from_arrow(pa.concat_tables(parts))
+        assert isinstance(taken, pl.DataFrame)
+        return taken
 
 
 class Pool:
@@ -89,24 +91,33 @@ class Pool:
         ]
         return pl.concat(parts)
 
-    def take(self, names: pl.DataFrame) -> pl.DataFrame:
-        """The pairs that `names` (with `b` and `n`) names, with these two, by batch and row."""
+    def take(self, names: pl.DataFrame, columns: Sequence[str] | None = None) -> pl.DataFrame:
+        """The pairs that `names` (with `b` and `n`) names, with these two, by batch and row; of them these columns."""
         import polars as pl
 
         parts = []
         for (b,), rows in sorted(names.select("b", "n").partition_by("b", as_dict=True).items()):
             numbers = rows["n"].sort()
-            part = self.batches[b].take(numbers.to_list())
+            part = self.batches[b].take(numbers.to_list(), columns)
             parts.append(part.with_columns(pl.lit(b, dtype=pl.UInt32).alias("b"), numbers.alias("n")))
         if not parts:
-            return self.batches[0].take([]).with_columns(b=pl.lit(0, dtype=pl.UInt32), n=pl.lit(0, dtype=pl.UInt32))
+            return (
+                self.batches[0]
+                .take([], columns)
+                .with_columns(b=pl.lit(0, dtype=pl.UInt32), n=pl.lit(0, dtype=pl.UInt32))
+            )
         return pl.concat(parts)
 
     def parts(self, names: pl.DataFrame, size: int = PART) -> Iterator[pl.DataFrame]:
-        """The pairs of `names`, which has the columns PAIR_ID too, in the order of their ids, `size` at a time."""
-        ordered = names.sort(*PAIR_ID)
+        """The pairs of `names` in the order of their ids, `size` at a time, with the other columns of `names`.
+
+        `names` has the columns PAIR_ID too.
+        """
+        ordered = names.sort(*PAIR_ID, "b", "n")
         for start in range(0, ordered.height, size):
-            yield self.take(ordered.slice(start, size)).sort("pair_id", "b", "n")
+            wanted = ordered.slice(start, size).drop(PAIR_ID)
+            part = self.take(wanted).join(wanted, on=["b", "n"], how="left", maintain_order="left")
+            yield part.sort("pair_id", "b", "n")
 
 
 def stored(folders: Iterable[Path]) -> Pool:

@@ -19,7 +19,8 @@ EMAIL, CARD, PHONE, SECRET, TEMPLATE = "email", "card", "phone", "secret", "temp
 PERSONAL = (EMAIL, CARD, PHONE)
 
 _EMAIL = re.compile(r"\b[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){0,4}\.[A-Za-z]{2,24}\b")
-_CARD = re.compile(r"(?<![0-9])[0-9](?:[ -]?[0-9]){12,18}(?![0-9])")
+# From the first digits that issuers have; not the decimals of a number.
+_CARD = re.compile(r"(?<![0-9.,])[2-6](?:[ -]?[0-9]){12,18}(?![0-9])")
 # With a plus and a country, or three groups as in North America: any other run of digits may be anything.
 _PHONE = re.compile(
     r"(?<![0-9A-Za-z+])(?:\+[1-9][0-9]{0,3}[ .-]?(?:\([0-9]{1,4}\)[ .-]?)?[0-9](?:[ .-]?[0-9]){6,12}"
@@ -95,7 +96,7 @@ def unusual_marks(own: Iterable[str]) -> list[str]:
 # What a Rust pattern hits first, and what decides then. `\b` and look-arounds are left to the second.
 _FIRST: dict[str, tuple[str, Callable[[str], bool]]] = {
     EMAIL: (r"[A-Za-z0-9]@[A-Za-z0-9]", lambda text: _EMAIL.search(text) is not None),
-    CARD: (r"[0-9](?:[ -]?[0-9]){12}", lambda text: any(_is_card(m) for m in _CARD.findall(text))),
+    CARD: (r"[2-6](?:[ -]?[0-9]){12}", lambda text: any(_is_card(m) for m in _CARD.findall(text))),
     PHONE: (r"\+[1-9][0-9 .()-]{7}|[0-9]{3}(?:[.-]|\) ?)[0-9]{3}[.-][0-9]{4}", lambda text: bool(_PHONE.search(text))),
     SECRET: (
         r"hf_[A-Za-z0-9]{20}|sk-[A-Za-z0-9]|AKIA|ASIA|gh[pousr]_[A-Za-z0-9]|github_pat_|PRIVATE KEY",

@@ -1,0 +1,80 @@
+"""Preferences through the assets: pairing, cleaning, the quarantine over runs, and rows released by rule."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import polars as pl
+
+from dpo_assets_tests.pipelines import failures, materialize, metadata, trl_feedback, trl_recipe
+
+DATA = ["base_model", "raw_preferences", "quarantined_preferences", "dpo_dataset"]
+
+
+def report(result: dg.ExecuteInProcessResult) -> dict[str, Any]:
+    path = Path(str(metadata(result, "dpo_dataset")["path"])) / "report.json"
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def test_the_quarantine_is_shown_over_runs_and_a_rule_takes_rows_out_of_it(
+    instance: dg.DagsterInstance, tmp_path: Path
+) -> None:
+    path = trl_feedback(tmp_path / "votes.jsonl", pairs=150)
+    marked = {
+        "prompt": "How does a chat template end a turn?",
+        "chosen": "With <|im_end|>.",
+        "rejected": "It does not.",
+    }
+    rows = [
+        marked,
+        {"prompt": "Who?", "chosen": "Write to ann@example.com.", "rejected": "Nobody."},
+        {"prompt": "thumbs", "completion": "a good answer", "label": True, "id": "up"},
+        {"prompt": "thumbs", "completion": "a bad one", "label": False, "id": "down"},
+        {"prompt": "alone", "completion": "only one", "label": True, "id": "alone"},
+    ]
+    with path.open("a", encoding="utf-8") as handle:
+        handle.write("".join(json.dumps(row) + "\n" for row in rows))
+    first = materialize(trl_recipe(path), instance, DATA)
+    assert first.success, failures(first)
+    raw = metadata(first, "raw_preferences")
+    assert (raw["rows_in"], raw["dagster/row_count"]) == (155, 153)
+    assert "human_thumb" in raw["pairing"]
+    assert "completion" in raw["shapes_of_rows"]
+    quarantine = metadata(first, "quarantined_preferences")
+    assert (quarantine["reason/template_marks"], quarantine["reason/unpaired"]) == (1, 1)
+    said = report(first)
+    assert said["rows_in"] == said["accepted"] + said["quarantined"] + said["duplicates"] == 154
+    assert said["damaged"] == 1
+    assert said["flagged"]["email"] == 1
+    kinds = {row["name"]: row["pairs"] for row in said["sources"]["by_label_kind"]}
+    assert kinds["human_thumb"] == 1
+
+    note = "a tutorial on chat templates, looked through"
+    release = [{"reason": "template_marks", "source": "votes*", "note": note}]
+    second = materialize(trl_recipe(path, release=release), instance, DATA)
+    assert second.success
+    assert metadata(second, "raw_preferences")["files_read_now"] == 0
+    assert report(second)["released"] == [{**release[0], "rows": 1}]
+    after = metadata(second, "quarantined_preferences")
+    assert note in after["released"]
+    assert [line.split("|")[1].strip() for line in after["trend"].splitlines()[2:]] == [
+        "unpaired",
+        "template_marks",
+        "all",
+    ]
+    assert after["trend"].splitlines()[0].count("|") == 4
+    folder = Path(str(metadata(second, "dpo_dataset")["path"]))
+    pairs = pl.concat([pl.read_parquet(folder / f"{side}.parquet") for side in ("train", "eval")])
+    assert pairs.filter(pl.col("flags").str.contains("released:template_marks")).height == 1
+
+
+def test_an_evaluation_set_that_is_not_there_is_named(instance: dg.DagsterInstance, tmp_path: Path) -> None:
+    path = trl_feedback(tmp_path / "votes.jsonl", pairs=5)
+    missing = str(tmp_path / "judged_by.jsonl")
+    result = materialize(trl_recipe(path, cleaning={"evaluation_sets": [missing]}), instance, DATA)
+    assert not result.success
+    assert any(missing in str(event.event_specific_data) for event in result.all_events if event.is_failure)
