@@ -23,7 +23,6 @@ import dpo_assets.assets.step as step_module
 from dpo_assets import LocalLauncher
 from dpo_assets.artifact import VOLATILE, ArtifactTree, open_artifact
 from dpo_assets.assets.dpo_plan import PLAN
-from dpo_assets.checks.bands import default_bands
 from dpo_assets.contract import Failure, TokenizeSpec, TrainSpec, memory_failure
 from dpo_assets_tests.pipelines import demo_recipe, failures, materialize, metadata
 from dpo_assets_tests.samples import plan
@@ -165,7 +164,7 @@ def test_after_the_last_halving_the_run_says_what_to_change(
 def test_forwards_never_get_smaller_than_the_longest_pair(instance: dg.DagsterInstance, tmp_path: Path) -> None:
     small = recipe() | {
         "dpo": {
-            "batch_size": int(default_bands().limit("budget")["batch_error"]),
+            "batch_size": 4,
             "epochs": 0.1,
             "learning_rate": 5e-5,
         },

@@ -283,7 +283,6 @@ from pathlib import Path
 from safetensors.torch import load_file
 from dpo_assets.training.merging import plan_merge, stream_merge
 
-BANDS = default_bands()
 
 def status(field):
     # Not getrusage: a child's ru_maxrss starts at the resident size of the process that started it.
@@ -537,9 +536,8 @@ def test_a_head_that_shares_the_changed_embeddings_does_not_pass_as_the_same_pol
     """PEFT merges into the shared weight, so the head changes too, which the adapter had left alone."""
     tied = make_adapter(model_folder, tmp_path / "tied", OTHER_KINDS["embeddings"]())
     _, report, _ = run_stage(model_folder, tied, "of-tied")
-    assert [verdict.level for verdict in merge_verdicts(report, default_bands()) if verdict.check == "fidelity"] == [
-        "error"
-    ]
+    verdicts = merge_verdicts(report, default_bands())
+    assert [verdict.level for verdict in verdicts if verdict.check == "fidelity"] == ["error"]
     own = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, tie_word_embeddings=False)
     own.lm_head.weight.data = own.model.embed_tokens.weight.data.clone()
     shutil.copytree(model_folder, tmp_path / "base")
