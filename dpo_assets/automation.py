@@ -9,11 +9,12 @@ from collections.abc import Sequence
 
 import dagster as dg
 
-from dpo_assets.artifact import file_sha256
 from dpo_assets.assets.graph import NODES
 from dpo_assets.assets.step import Pipeline
-from dpo_assets.errors import FeedbackError
+from dpo_assets.errors import ConfigError, InfrastructureError
 from dpo_assets.feedback.sources import FeedbackFile, files_of
+from dpo_assets.feedback.sources.finding import glance
+from dpo_assets.recipe import FeedbackSource, is_url
 
 SETTLE_SECONDS = 5.0  # A file touched more recently than this may still be written.
 
@@ -49,17 +50,18 @@ def new_feedback_sensor(pipeline: Pipeline, job: dg.UnresolvedAssetJobDefinition
         description="Requests a refresh when feedback files have new content.",
     )
     def sense(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
+        local, others = _apart(pipeline.recipe.feedback.sources)
         try:
-            files = files_of(pipeline.recipe.feedback.sources)
-            listing = _listing(files)
-        except (FeedbackError, OSError) as error:
+            # What the sources look like from outside: no file is read and nothing is fetched, tick after tick.
+            here, elsewhere = glance(local), glance(others)
+        except (ConfigError, InfrastructureError, OSError) as error:
             return dg.SkipReason(f"feedback cannot be read: {error}")
-        seen = json.loads(context.cursor) if context.cursor else {}
+        seen, listing = json.loads(context.cursor) if context.cursor else {}, here + elsewhere
         if seen.get("listing") == listing:
-            return dg.SkipReason(f"nothing new in {len(files)} files")
-        if any(time.time() - file.path.stat().st_mtime < SETTLE_SECONDS for file in files):
+            return dg.SkipReason(f"nothing new in {len(listing)} files")
+        if any(time.time() - int(touched) / 1e9 < SETTLE_SECONDS for _, _, touched in here):
             return dg.SkipReason("a feedback file is still being written")
-        digest = _content_digest(files)
+        digest = _content_digest(files_of(local), elsewhere)
         cursor = json.dumps({"listing": listing, "digest": digest})
         requests = [] if seen.get("digest") == digest else [dg.RunRequest(run_key=digest)]
         return dg.SensorResult(run_requests=requests, cursor=cursor)
@@ -67,12 +69,13 @@ def new_feedback_sensor(pipeline: Pipeline, job: dg.UnresolvedAssetJobDefinition
     return sense
 
 
-def _listing(files: Sequence[FeedbackFile]) -> list[list[str | int]]:
-    """Path, size and time of every file: cheap enough for every tick."""
-    return [[str(f.path), f.path.stat().st_size, f.path.stat().st_mtime_ns] for f in files]
+def _apart(sources: Sequence[FeedbackSource]) -> tuple[list[FeedbackSource], list[FeedbackSource]]:
+    """Files on this machine, and what lies elsewhere: URLs, Hub datasets, SQL tables."""
+    local = [source for source in sources if source.path is not None and not is_url(source.path)]
+    return local, [source for source in sources if source not in local]
 
 
-def _content_digest(files: Sequence[FeedbackFile]) -> str:
-    """Digest of names and contents; a file that was only touched gives the same."""
-    rows = [[file.name, file_sha256(file.path)] for file in files]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:32]
+def _content_digest(files: Sequence[FeedbackFile], elsewhere: Sequence[Sequence[str | int]]) -> str:
+    """Digest of names and contents; a file that was only touched gives the same. What lies elsewhere is not read."""
+    rows = [[file.name, file.sha256] for file in files]
+    return hashlib.sha256(json.dumps([*rows, *elsewhere]).encode()).hexdigest()[:32]

@@ -17,6 +17,8 @@ from dpo_assets.automation import new_feedback_sensor, refresh_job, refresh_sche
 from dpo_assets.checks.bands import default_bands
 from dpo_assets.checks.catalog import checks_of, severity_of, validate_severities
 from dpo_assets.errors import ConfigError
+from dpo_assets.feedback.readers import READERS, format_named
+from dpo_assets.feedback.sources import AUTO
 from dpo_assets.recipe import Recipe, parse_recipe, resolve_paths
 from dpo_assets.resources.artifacts import ArtifactStore
 from dpo_assets.resources.gpu import GpuResource
@@ -77,6 +79,9 @@ class DpoPipeline(dg.Component):
             )
         validate_severities(recipe.checks.severity)
         default_bands().with_overrides(recipe.checks.bands)
+        for source in recipe.feedback.sources:
+            if source.format not in (AUTO, *READERS):  # Only a name of another package's is looked for among all.
+                format_named(source.format)
         self.pipeline = Pipeline(name, recipe)
         self.resources = {**self._default_resources(), **(resources or {})}
 

@@ -11,8 +11,8 @@ from dpo_assets.feedback.sources import DEFAULT_LIMITS, FeedbackFile, FileRefuse
 
 ROWS = 20  # Sound rows that are looked at.
 MOST_READ = 1_000  # Rows read to find them.
-LEAST = 0.5  # Mean fit below which a format is no answer.
-APART = 0.2  # By how much the best has to lead.
+LEAST = 0.6  # Mean fit below which a format is no answer.
+APART = 0.05  # By how much the best has to lead: a format with columns of its own says 1, a general one at most 0.9.
 _MOST_KEYS = 3
 
 
@@ -26,7 +26,7 @@ class Sniffed:
 
 
 def sniff(file: FeedbackFile, limits: Limits = DEFAULT_LIMITS) -> Sniffed:
-    """The format of a file, from its first rows; formats that need a companion only count when one is given.
+    """The format of a file, from its first rows; one that needs a companion says so when it is opened.
 
     Raises:
         FileRefused: `unknown_format` when none fits, with the keys that were found; `ambiguous_format` when two do,
@@ -58,7 +58,7 @@ def judge(rows: Sequence[Mapping[str, Any]], known: Sequence[Format]) -> Sniffed
         near = f"; nearest is `{scores[0][1]}` ({scores[0][0]:.0%})" if scores and scores[0][0] > 0 else ""
         message = f"no format fits {saw}{near}. Name one under `format`, if need be with a column map under `columns`"
         raise FileRefused("unknown_format", message)
-    rivals = [(fit, name) for fit, name in fitting if fitting[0][0] - fit < APART]
+    rivals = [(fit, name) for fit, name in fitting if round(fitting[0][0] - fit, 3) <= APART]
     if len(rivals) > 1:
         names = " and ".join(f"`{name}` ({fit:.0%})" for fit, name in rivals)
         raise FileRefused("ambiguous_format", f"{names} both fit {saw}. Write the one that it is under `format`")

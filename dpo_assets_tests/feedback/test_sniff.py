@@ -12,6 +12,7 @@ import pytest
 from dpo_assets.feedback.readers import Format, Row, formats
 from dpo_assets.feedback.sniff import judge, sniff
 from dpo_assets.feedback.sources import FileRefused
+from dpo_assets_tests.feedback.exported import EXPORTS
 from dpo_assets_tests.feedback.sources.reading import found, jsonl, outcome, row
 
 
@@ -31,10 +32,10 @@ def test_the_best_of_the_formats_is_taken_with_what_was_seen_and_how_sure_it_is(
 
 def test_two_that_fit_are_both_named_and_neither_is_taken() -> None:
     with pytest.raises(FileRefused) as refused:
-        judge([{"a": 1}], [sure("one", 0.9), sure("other", 0.8), sure("third", 0.2)])
+        judge([{"a": 1}], [sure("one", 0.9), sure("other", 0.85), sure("third", 0.2)])
     assert refused.value.reason == "ambiguous_format"
     assert refused.value.message == (
-        "`one` (90%) and `other` (80%) both fit 1 row with the keys: a. Write the one that it is under `format`"
+        "`one` (90%) and `other` (85%) both fit 1 row with the keys: a. Write the one that it is under `format`"
     )
 
 
@@ -66,7 +67,7 @@ def test_a_format_whose_look_fails_or_lies_takes_nothing_from_the_others() -> No
 
 
 def test_the_order_of_formats_does_not_matter() -> None:
-    known = [sure("one", 0.9), sure("other", 0.5), sure("third", 0.6)]
+    known = [sure("one", 0.9), sure("other", 0.6), sure("third", 0.7)]
     assert judge([{"a": 1}], known) == judge([{"a": 1}], known[::-1])
 
 
@@ -108,15 +109,13 @@ def test_only_the_first_rows_are_read(tmp_path: Path, monkeypatch: pytest.Monkey
     assert sniff(file).format == "trl"
 
 
-@pytest.mark.parametrize("name", sorted(formats()))
-def test_every_format_takes_its_own_example_or_is_not_sure(name: str) -> None:
-    """Its example may be shortened with dots; where it is a whole row, no other format may be taken for it."""
-    try:
-        given = json.loads(formats()[name].example)
-    except ValueError:
-        pytest.skip("the example is not a whole row")
-    try:
-        sniffed = judge([given], list(formats().values()))
-    except FileRefused:
-        return
-    assert sniffed.format == name
+@pytest.mark.parametrize("name", sorted(path.stem for path in EXPORTS.glob("*.jsonl") if path.stem in formats()))
+def test_the_documented_export_of_every_format_is_recognised(name: str) -> None:
+    file = found(EXPORTS / f"{name}.jsonl", format="auto")
+    assert file.format == name
+    assert file.sniffed.startswith(f"`{name}`, ")
+
+
+def test_rows_of_two_formats_in_one_file_are_refused(tmp_path: Path) -> None:
+    both = b"\n".join((EXPORTS / f"{name}.jsonl").read_bytes().splitlines()[0] for name in ("openai", "vertex"))
+    assert outcome(auto(tmp_path, both)).reason == "unknown_format"

@@ -136,6 +136,7 @@ class Limits:
 
 
 DEFAULT_LIMITS = Limits()
+AUTO = "auto"  # The format of a source whose files are looked at to tell it.
 
 
 def files_of(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from dpo_assets.errors import ConfigError, FeedbackError
 from dpo_assets.feedback.readers import format_named
-from dpo_assets.feedback.sources import FeedbackFile, FileRefused, Limits
+from dpo_assets.feedback.sources import AUTO, FeedbackFile, FileRefused, Limits
 from dpo_assets.feedback.sources.files import (
     digest_of,
     distinct_names,
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from dpo_assets.feedback.sources.hub import HubAccess
 
 BUILTIN_FEEDBACK = {"oasst": "data/oasst/oasst_en_100_tree.jsonl"}
-AUTO = "auto"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dpo_assets.feedback.readers import RowFault, keys_of
 
 # What may stand for a control character in JSON; a raw one is no JSON. Looked for before anything is walked through.
 _ESCAPED = re.compile(rb"\\(?:[rbf]|u00[018][0-9a-fA-F]|u007[fF])")
-_RAW = re.compile(rb"[\x00-\x08\x0b-\x1f\x7f]")
+_RAW = bytes([*range(9), *range(0x0B, 0x20), 0x7F])
 _LINE_ENDS = re.compile("\r\n?")
 _CONTROLS = re.compile("[\x01-\x08\x0b\x0c\x0e-\x1f\x7f]")
 LINE_ENDS, CONTROLS = "line_ends_in_text", "controls_removed"
@@ -18,7 +18,9 @@ LINE_ENDS, CONTROLS = "line_ends_in_text", "controls_removed"
 
 def may_hold_controls(raw: bytes, is_json: bool) -> bool:
     """Whether a row's text can hold a control character, so that it has to be walked through."""
-    return (b"\\" in raw and _ESCAPED.search(raw) is not None) or (not is_json and _RAW.search(raw) is not None)
+    return (b"\\" in raw and _ESCAPED.search(raw) is not None) or (
+        not is_json and len(raw.translate(None, _RAW)) < len(raw)
+    )
 
 
 def clean(value: Any, flags: set[str]) -> Any:
