@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 
 from dpo_assets.feedback import quality
 from dpo_assets.feedback.cleaning import fit_to_model, screen
-from dpo_assets.feedback.ingest import find_files, pairs_frame, quarantine_frame, read_file
+from dpo_assets.feedback.ingest import read_file
 from dpo_assets.feedback.quality import distances, lengths, measure, token_stats, truncation, with_cut_answers
 from dpo_assets.feedback.quality_numbers import EXAMPLES, SNIPPET, paired_auc
 from dpo_assets.feedback.quality_text import answer_texts, degenerate, loop_share, surface
 from dpo_assets.feedback.quality_tokens import TEMPLATE_MARKS, Markers, read_markers
 from dpo_assets.feedback.readers import ReadOptions
+from dpo_assets.feedback.sources import files_of
+from dpo_assets.feedback.tables import pairs_frame, quarantine_frame
 from dpo_assets.recipe import FeedbackSource
 from dpo_assets_tests.pipelines import PACKAGE, STORIES
 from dpo_assets_tests.samples import assistant, pair, user
@@ -325,7 +327,7 @@ def test_too_little_is_not_measured() -> None:
 @pytest.fixture(scope="module")
 def oasst() -> tuple[pl.DataFrame, pl.DataFrame]:
     """Real pairs of the embedded sample, with token ids that stand for words."""
-    [file] = find_files([FeedbackSource(path="builtin:oasst", format="oasst_tree")])
+    [file] = files_of([FeedbackSource(path="builtin:oasst", format="oasst_tree")])
     pairs = screen(pairs_frame(read_file(file, ReadOptions("best_worst", False)).pairs), quarantine_frame([])).pairs
     vocabulary: dict[str, int] = {}
 
