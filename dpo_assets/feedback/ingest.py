@@ -26,6 +26,7 @@ from dpo_assets.feedback.pair import (
     Rejected,
     conversations_id,
     digest,
+    pair_and_flipped_id,
     polars_schema,
 )
 from dpo_assets.feedback.pairing import Paired
@@ -303,8 +304,9 @@ _HEX = re.compile(r"[0-9a-f]{32}")
 
 def write_batch(batch: Batch, folder: Path) -> dict[str, Any]:
     """The tables of a batch, and its counts, which are returned too."""
-    pairs = with_flags(pairs_frame(batch.pairs))
-    write_pairs(pairs, folder, flipped=[conversations_id(p.prompt, p.rejected, p.chosen) for p in batch.pairs])
+    ids = [pair_and_flipped_id(pair) for pair in batch.pairs]
+    pairs = with_flags(pairs_frame(batch.pairs, [pair_id for pair_id, _ in ids]))
+    write_pairs(pairs, folder, flipped=[flipped for _, flipped in ids])
     answers_frame(batch.answers).write_parquet(folder / ANSWERS, compression="zstd", compression_level=1)
     quarantine_frame(batch.rejected).write_parquet(folder / QUARANTINE, compression="zstd", compression_level=1)
     whole = sum(row.line == 0 for row in batch.rejected)  # A file that is refused as a whole is no row.

@@ -120,11 +120,21 @@ def conversations_id(*conversations: Sequence[Message]) -> str:
 
     The JSON is put together by hand: a million pairs are hashed twice, and `json.dumps` would take most of that time.
     """
-    parts = []
-    for messages in conversations:
-        inner = [f'{{"content": {_quoted(m["content"])}, "role": {_quoted(m["role"])}}}' for m in messages]
-        parts.append(f"[{', '.join(inner)}]")
-    return digest(f"[{', '.join(parts)}]".encode())
+    return digest(f"[{', '.join(map(_messages_json, conversations))}]".encode())
+
+
+def pair_and_flipped_id(pair: Pair) -> tuple[str, str]:
+    """The pair's id, and that of the same pair with its answers exchanged."""
+    prompt, chosen, rejected = map(_messages_json, (pair.prompt, pair.chosen, pair.rejected))
+    return digest(f"[{prompt}, {chosen}, {rejected}]".encode()), digest(f"[{prompt}, {rejected}, {chosen}]".encode())
+
+
+def _messages_json(messages: Sequence[Message]) -> str:
+    if len(messages) == 1:
+        [m] = messages
+        return f'[{{"content": {_quoted(m["content"])}, "role": {_quoted(m["role"])}}}]'
+    inner = [f'{{"content": {_quoted(m["content"])}, "role": {_quoted(m["role"])}}}' for m in messages]
+    return f"[{', '.join(inner)}]"
 
 
 def prompt_ids(prompt: Sequence[Message]) -> tuple[str, str]:

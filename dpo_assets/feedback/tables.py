@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 CONVERSATIONS = ("prompt", "chosen", "rejected")
 
 
-def pairs_frame(pairs: Sequence[Pair]) -> pl.DataFrame:
-    """Pairs as a table of PAIR_COLUMNS."""
+def pairs_frame(pairs: Sequence[Pair], ids: Sequence[str] | None = None) -> pl.DataFrame:
+    """Pairs as a table of PAIR_COLUMNS. `ids` are their pair_ids, where they are known already."""
     import polars as pl
 
     schema = polars_schema(PAIR_COLUMNS)
     prompts = [prompt_ids(p.prompt) for p in pairs]
     columns: dict[str, Any] = {
-        "pair_id": [p.pair_id for p in pairs],
+        "pair_id": [p.pair_id for p in pairs] if ids is None else ids,
         "prompt_id": [prompt for prompt, _ in prompts],
         "group_id": [group for _, group in prompts],
         "meta": [as_json(p.meta) for p in pairs],

@@ -377,30 +377,41 @@ def test_a_base_model_is_held_against_what_its_folder_holds(
 
 def counted(**changes: str | int) -> dict[str, str | int]:
     row: dict[str, str | int] = {
-        "file": "a.jsonl", "rows": 10, "rows_in": 10, "pairs": 7, "answers": 0, "rejected": 3, "lost": 0,
+        "file": "a.jsonl", "rows": 10, "rows_in": 10, "pairs": 5, "answers": 2, "rejected": 3, "lost": 0,
     }  # fmt: skip
     return row | changes
 
 
-def index(*rows: dict[str, str | int], **paired: int) -> dict[str, Any]:
-    return {"files": list(rows), "paired": paired or None}
+def indexed(*files: dict[str, str | int], used: int = 2, left: int = 0) -> dict[str, Any]:
+    """What `raw_preferences` knows of these files, whose answers are in a pair (`used`) or were left."""
+    return {"files": list(files), "paired": {"used": used, "rejected": left}}
 
 
 def test_a_row_that_is_neither_pair_nor_rejected_is_missed_and_its_file_named() -> None:
-    assert accounting(index(counted(), counted(file="b.jsonl"))).level == "pass"
+    assert accounting(indexed(counted(), counted(file="b.jsonl"), used=3, left=1)).level == "pass"
     # Two files that are wrong by one in opposite directions are still wrong.
-    rows = [counted(file="good.jsonl"), counted(rows_in=11), counted(file="b.jsonl", rows_in=9)]
-    verdict = accounting(index(*rows))
+    verdict = accounting(
+        indexed(counted(file="good.jsonl"), counted(rows_in=11), counted(file="b.jsonl", rows_in=9), used=6)
+    )
     assert verdict.level == "error"
     assert "a.jsonl, b.jsonl" in verdict.fix
     assert "good" not in verdict.fix
 
 
-def test_a_row_that_a_reader_lost_and_an_answer_that_is_in_no_pair_are_missed() -> None:
-    assert not accounting(index(counted(lost=1))).passed
-    judged = counted(pairs=3, answers=4)
-    assert accounting(index(judged, used=3, rejected=1)).passed
-    assert not accounting(index(judged, used=3, rejected=0)).passed
+@pytest.mark.parametrize(
+    ("index", "named"),
+    [
+        (indexed(counted(lost=1)), "a.jsonl"),
+        (indexed(counted(rows=11)), "a.jsonl"),
+        (indexed(counted(), used=1), "paired answers"),
+        ({"files": [counted()], "paired": None}, "paired answers"),
+    ],
+    ids=["a row without an item", "fewer items than rows", "an answer without a place", "answers never paired"],
+)
+def test_a_row_or_an_answer_that_led_to_nothing_is_missed(index: dict[str, Any], named: str) -> None:
+    verdict = accounting(index)
+    assert verdict.level == "error"
+    assert named in verdict.fix
 
 
 def released(folder: Path) -> tuple[Artifact, list[Any]]:
@@ -454,7 +465,7 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
     bad_facts = model_folder(safetensors=(), licence=None)
     return {
         "base_model": base_model_verdicts(unpinned if fail else LOCAL, bad_facts if fail else model_folder()),
-        "raw_preferences": [accounting(index(counted(rows_in=11 if fail else 10)))],
+        "raw_preferences": [accounting(indexed(counted(rows_in=11 if fail else 10)))],
         "dpo_dataset": dataset_verdicts(bad_dataset if fail else dataset_report(), recipe(), BANDS),
         "dpo_plan": plan_verdicts(bad_plan if fail else plan(), BANDS),
         "sft_checkpoint": sft_verdicts(bad_sft if fail else SFT, BANDS),

@@ -24,7 +24,7 @@ ROWS = {name: rows_of(name) for name in formats() if (EXPORTS / f"{name}.jsonl")
 ROW_BY_ROW = sorted(name for name, format in formats().items() if format.read is not None)
 
 
-@pytest.mark.parametrize("name", [name for name in sorted(ROWS) if not formats()[name].companion])
+@pytest.mark.parametrize("name", sorted(ROWS))
 def test_the_rows_of_an_export_fit_their_own_format_best(name: str) -> None:
     for row in ROWS[name]:
         fits = {other.name: other.fits(row) for other in formats().values()}
