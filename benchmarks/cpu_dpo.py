@@ -40,10 +40,11 @@ from benchmarks.throughput.ours import OursArm
 from benchmarks.throughput.peers import TrlArm
 from benchmarks.throughput.shapes import work_of
 from dpo_assets.contract import TokenizeSpec
-from dpo_assets.feedback.cleaning import fit_to_model, screen
 from dpo_assets.feedback.ingest import read_file
 from dpo_assets.feedback.readers import ReadOptions
+from dpo_assets.feedback.screening import screen
 from dpo_assets.feedback.sources import files_of
+from dpo_assets.feedback.splits import fit_to_model
 from dpo_assets.feedback.tables import pairs_frame, quarantine_frame
 from dpo_assets.recipe import FeedbackSource
 from dpo_assets.training import tokenize
@@ -75,7 +76,7 @@ def oasst_rows() -> list[Row]:
         tokenize.run(
             TokenizeSpec(
                 output_dir=out, fingerprint="f" * 32, inputs={}, base_model=MODEL,
-                pairs=out / "pairs.parquet", max_length=MAX_LENGTH,
+                pairs=out / "pairs.parquet",
             ),
             Silent(),
         )  # fmt: skip

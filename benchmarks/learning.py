@@ -129,10 +129,11 @@ def prepare(model: Path, data: Path, max_length: int) -> None:
     import polars as pl
 
     from dpo_assets.contract import TokenizeSpec
-    from dpo_assets.feedback.cleaning import fit_to_model, screen, split
     from dpo_assets.feedback.ingest import read_file
     from dpo_assets.feedback.readers import ReadOptions
+    from dpo_assets.feedback.screening import screen
     from dpo_assets.feedback.sources import files_of
+    from dpo_assets.feedback.splits import fit_to_model, split
     from dpo_assets.feedback.tables import pairs_frame, quarantine_frame
     from dpo_assets.recipe import FeedbackSource
     from dpo_assets.training import tokenize
@@ -147,7 +148,7 @@ def prepare(model: Path, data: Path, max_length: int) -> None:
         out = Path(scratch)
         screened.write_parquet(out / "pairs.parquet")
         common: dict[str, Any] = {"fingerprint": "f" * 32, "inputs": {}, "base_model": model}
-        spec = TokenizeSpec(output_dir=out, pairs=out / "pairs.parquet", max_length=max_length, **common)
+        spec = TokenizeSpec(output_dir=out, pairs=out / "pairs.parquet", **common)
         tokenize.run(spec, Terminal())
         accepted, _ = fit_to_model(screened, pl.read_parquet(out / "tokens.parquet"), max_length)
     for name, part in zip(("train", "eval"), split(accepted, EVAL_FRACTION, 0), strict=True):

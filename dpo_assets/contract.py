@@ -47,7 +47,6 @@ class TokenizeSpec(Spec):
     """Token ids of prompt, chosen and rejected for each pair of a Parquet file."""
 
     pairs: Path
-    max_length: int
 
 
 class PlannedSpec(Spec):

@@ -53,7 +53,7 @@ def test_a_spec_reads_back_from_the_json_that_the_worker_is_given() -> None:
     train = TrainSpec.model_validate(SPEC | {"dataset": "/data", "plan": plan()})
     assert TrainSpec.model_validate_json(train.model_dump_json()) == train
     assert train.plan == plan()
-    tokenize = TokenizeSpec.model_validate(SPEC | {"pairs": "/pairs.parquet", "max_length": 8})
+    tokenize = TokenizeSpec.model_validate(SPEC | {"pairs": "/pairs.parquet"})
     assert TokenizeSpec.model_validate_json(tokenize.model_dump_json()).pairs == Path("/pairs.parquet")
 
 

@@ -94,13 +94,15 @@ def write_dataset(fault: str, seed: int, model: Path, folder: Path) -> None:
 
     from dpo_assets.artifact import write_json
     from dpo_assets.contract import TokenizeSpec
-    from dpo_assets.feedback.cleaning import NOT_DAMAGE, fit_to_model, in_eval_split, screen, split
     from dpo_assets.feedback.ingest import read_file
     from dpo_assets.feedback.quality import measure, token_stats
     from dpo_assets.feedback.quality_conflicts import contradictions
     from dpo_assets.feedback.quality_tokens import read_markers
     from dpo_assets.feedback.readers import ReadOptions
+    from dpo_assets.feedback.rules import NOT_DAMAGE
+    from dpo_assets.feedback.screening import screen
     from dpo_assets.feedback.sources import files_of
+    from dpo_assets.feedback.splits import fit_to_model, in_eval_split, split
     from dpo_assets.feedback.tables import pairs_frame, quarantine_frame
     from dpo_assets.recipe import CleaningSection, FeedbackSource
     from dpo_assets.training import tokenize
@@ -117,7 +119,6 @@ def write_dataset(fault: str, seed: int, model: Path, folder: Path) -> None:
     screened.pairs.write_parquet(folder / "pairs.parquet")
     spec = TokenizeSpec(
         output_dir=folder, fingerprint="f" * 32, inputs={}, base_model=model, pairs=folder / "pairs.parquet",
-        max_length=MAX_LENGTH,
     )  # fmt: skip
     tokenize.run(spec, Silent())
     tokens = pl.read_parquet(folder / "tokens.parquet")

@@ -6,7 +6,7 @@ already on the screen.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,14 +22,16 @@ from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.dataset import dataset_verdicts
 from dpo_assets.contract import TokenizeSpec
 from dpo_assets.errors import ConfigError
-from dpo_assets.feedback.cleaning import NOT_DAMAGE, Screening, fit_to_model, split
 from dpo_assets.feedback.ingest import COUNTS, QUARANTINE, PairWriter
 from dpo_assets.feedback.pair import PAIR_COLUMNS, QUARANTINE_COLUMNS, TOKEN_COLUMNS, polars_schema
-from dpo_assets.feedback.pool import PART, stored
+from dpo_assets.feedback.pool import parts_with_tokens, stored, token_schema
 from dpo_assets.feedback.quality import QUALITY_VERSION, measure, token_stats
 from dpo_assets.feedback.quality_conflicts import contradictions
 from dpo_assets.feedback.quality_sources import source_report
 from dpo_assets.feedback.quality_tokens import Markers, read_markers
+from dpo_assets.feedback.rules import NOT_DAMAGE
+from dpo_assets.feedback.screening import Screening
+from dpo_assets.feedback.splits import fit_to_model, split
 from dpo_assets.planning.plan import DatasetStats
 from dpo_assets.recipe import FeedbackSection, Recipe
 from dpo_assets.report.feedback import released_table, source_views, trend_table
@@ -37,7 +39,7 @@ from dpo_assets.report.quality import quality_views
 from dpo_assets.report.tables import counts_table, quarantine_table, sample_table
 
 if TYPE_CHECKING:
-    import polars as pl
+    pass
 
 
 def materialise(step: Step) -> Events:
@@ -157,7 +159,6 @@ def _tokenize(step: Step, base: Artifact, screened: Path) -> Path | None:
                 base_model=base.path / "model",
                 threads=step.recipe.hardware.threads,
                 pairs=screened,
-                max_length=step.recipe.feedback.max_length,
             ),
         )
 
@@ -182,7 +183,7 @@ def _write(
     schema = polars_schema((*PAIR_COLUMNS, *TOKEN_COLUMNS))
     leaks: list[set[str]] = [set(), set()]
     with PairWriter(folder / "train.parquet", schema) as train, PairWriter(folder / "eval.parquet", schema) as held_out:
-        for part, ids in _parts(screened, tokens):
+        for part, ids in parts_with_tokens(screened, tokens):
             accepted, unfit = fit_to_model(part, ids, feedback.max_length)
             faults += unfit
             for writer, prompts, side in zip(
@@ -200,7 +201,7 @@ def _write(
     counted = [batch.json(COUNTS) for batch in batches]
     rejected = sum(one["rejected"] for one in counted)
     accepted = pl.concat([pl.read_parquet(folder / name) for name in ("train.parquet", "eval.parquet")])
-    whole = pl.read_parquet(tokens) if tokens is not None else pl.DataFrame(schema=_token_schema())
+    whole = pl.read_parquet(tokens) if tokens is not None else pl.DataFrame(schema=token_schema())
     context, markers = model
     quality = measure(accepted, whole.filter(~pl.col("boundary_fault")), feedback.max_length, context, markers)
     write_json(
@@ -225,24 +226,6 @@ def _write(
             "sources": source_report(accepted),
         },
     )
-
-
-def _parts(screened: Path, tokens: Path | None) -> Iterator[tuple[pl.DataFrame, pl.DataFrame]]:
-    """Screened pairs and their token ids, PART rows at a time."""
-    import polars as pl
-
-    if tokens is None:
-        yield pl.read_parquet(screened), pl.DataFrame(schema=_token_schema())
-        return
-    for start in range(0, pl.scan_parquet(screened).select(pl.len()).collect().item(), PART):
-        pairs, ids = (pl.scan_parquet(path).slice(start, PART).collect() for path in (screened, tokens))
-        yield pairs, ids
-
-
-def _token_schema() -> dict[str, Any]:
-    import polars as pl
-
-    return {"pair_id": pl.String, **polars_schema(TOKEN_COLUMNS), "boundary_fault": pl.Boolean}
 
 
 QUARANTINE_NODE = Node(

@@ -2,7 +2,7 @@
 
 A batch is a folder of tables: `pairs`, their `keys` (what duplicates and contradictions are found by, without reading a
 text), judged `answers`, and the `quarantine`. Rules that look at one row alone are applied here, where the row's own
-bytes are at hand; what needs other rows, the recipe or the model is `cleaning`.
+bytes are at hand; what needs other rows, the recipe or the model is `screening` and `splits`.
 """
 
 from __future__ import annotations

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dpo_assets.feedback.ingest import KEYS, PAIR_ID, PAIRS, keys_frame
+from dpo_assets.feedback.pair import TOKEN_COLUMNS, polars_schema
 
 if TYPE_CHECKING:
     import polars as pl
@@ -123,3 +124,22 @@ class Pool:
 def stored(folders: Iterable[Path]) -> Pool:
     """The pairs of batches on disk."""
     return Pool([StoredBatch(folder) for folder in folders])
+
+
+def parts_with_tokens(pairs: Path, tokens: Path | None) -> Iterator[tuple[pl.DataFrame, pl.DataFrame]]:
+    """Pairs of a file and their token ids, which another has in the same order, PART at a time; None: no pair."""
+    import polars as pl
+
+    if tokens is None:
+        yield pl.read_parquet(pairs), pl.DataFrame(schema=token_schema())
+        return
+    for start in range(0, pl.scan_parquet(pairs).select(pl.len()).collect().item(), PART):
+        one, ids = (pl.scan_parquet(path).slice(start, PART).collect() for path in (pairs, tokens))
+        yield one, ids
+
+
+def token_schema() -> dict[str, Any]:
+    """What the worker's `tokenize` stage writes."""
+    import polars as pl
+
+    return {"pair_id": pl.String, **polars_schema(TOKEN_COLUMNS), "boundary_fault": pl.Boolean}

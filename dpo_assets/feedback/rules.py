@@ -91,3 +91,19 @@ def _same_text(one: str, other: str) -> bool:
 
 def _is_composed(text: str) -> bool:
     return text.isascii() or unicodedata.is_normalized("NFC", text)
+
+
+# Rows left out by a choice of the recipe or by the model's size. They are quarantined too, but they do not say that
+# an export is broken, so the quarantine-rate gate does not count them.
+NOT_DAMAGE = frozenset(
+    {
+        # Nobody compared or judged it, or it is the other half of what was.
+        "synthetic", "no_comparison", "tie", "unpaired", "not_compared", "no_feedback", "superseded", "other_side",
+        "cancelled", "unsubmitted", "unfinished", "other_question",
+        # What its format leaves out by its own rules.
+        "not_anonymous", "leaked_identity", "excluded_tag", "error_answer",
+        # The recipe's choice, and the model's size.
+        "near_duplicate", "over_prompt_cap", "evaluation_overlap", "personal_data", "secret", "prompt_too_long",
+        "identical_after_truncation",
+    }
+)  # fmt: skip

@@ -7,6 +7,7 @@ dictionaries, and those into a table, would take longer than everything else tha
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -123,6 +124,20 @@ def quarantined(row: Rejected) -> dict[str, Any]:
         "row": row.row,
         "line": row.line,
         "raw": base64.b64encode(row.raw).decode("ascii"),
+    }
+
+
+def quarantine_record(record: dict[str, Any], reason: str, message: str) -> dict[str, Any]:
+    """A quarantine row for a pair that was read well but cannot be used."""
+    content = {k: record[k] for k in CONVERSATIONS}
+    raw = json.dumps(content, ensure_ascii=False).encode()
+    return {
+        "reason": reason,
+        "message": message,
+        "source": record["source"],
+        "row": record["row"],
+        "line": record["line"],
+        "raw": base64.b64encode(raw).decode("ascii"),
     }
 
 

@@ -15,10 +15,10 @@ from typing import Any
 import pandera.polars  # noqa: F401  Imported here, so that no single test pays for it.
 import pytest
 
-from dpo_assets.feedback.cleaning import Screening
 from dpo_assets.feedback.ingest import QUARANTINE, Batch, read_file, write_batch
 from dpo_assets.feedback.pool import stored
 from dpo_assets.feedback.readers import ReadOptions
+from dpo_assets.feedback.screening import Screening
 from dpo_assets.feedback.sources import FeedbackFile
 from dpo_assets.recipe import CleaningSection
 from dpo_assets_tests.samples import assistant, system, user
@@ -295,8 +295,8 @@ def test_case_49_when_every_row_is_bad_every_row_is_in_quarantine(tmp_path: Path
 def test_case_46_a_pair_beyond_the_length_is_cut_or_quarantined_and_an_answer_keeps_a_token(tmp_path: Path) -> None:
     import polars as pl
 
-    from dpo_assets.feedback.cleaning import fit_to_model
     from dpo_assets.feedback.pair import PAIR_COLUMNS
+    from dpo_assets.feedback.splits import fit_to_model
     from dpo_assets.feedback.tables import pairs_frame
 
     found = Outcome(tmp_path, [row(), row(prompt="long?"), row(prompt="alike?")])

@@ -13,14 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_assets.feedback import quality
-from dpo_assets.feedback.cleaning import fit_to_model, screen
 from dpo_assets.feedback.ingest import read_file
 from dpo_assets.feedback.quality import distances, lengths, measure, token_stats, truncation, with_cut_answers
 from dpo_assets.feedback.quality_numbers import EXAMPLES, SNIPPET, paired_auc
 from dpo_assets.feedback.quality_text import answer_texts, degenerate, loop_share, surface
 from dpo_assets.feedback.quality_tokens import TEMPLATE_MARKS, Markers, read_markers
 from dpo_assets.feedback.readers import ReadOptions
+from dpo_assets.feedback.screening import screen
 from dpo_assets.feedback.sources import files_of
+from dpo_assets.feedback.splits import fit_to_model
 from dpo_assets.feedback.tables import pairs_frame, quarantine_frame
 from dpo_assets.recipe import FeedbackSource
 from dpo_assets_tests.pipelines import PACKAGE, STORIES

@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_assets.errors import ConfigError
-from dpo_assets.feedback.cleaning import Screened, Screening, screen
 from dpo_assets.feedback.ingest import PAIR_ID, Batch, write_batch
 from dpo_assets.feedback.pair import Pair, digest
 from dpo_assets.feedback.pool import LoadedBatch, Pool, stored
+from dpo_assets.feedback.screening import Screened, Screening, screen
 from dpo_assets.feedback.tables import pairs_frame, quarantine_frame
 from dpo_assets.recipe import CleaningSection, ReleaseRule
 from dpo_assets_tests.feedback.test_near import long_pair, text
@@ -262,7 +262,8 @@ def test_rows_are_taken_from_the_groups_that_hold_them(tmp_path: Path, monkeypat
 SCRIPT = """
 import sys
 from pathlib import Path
-from dpo_assets.feedback.cleaning import Screening, split
+from dpo_assets.feedback.screening import Screening
+from dpo_assets.feedback.splits import split
 from dpo_assets.feedback.ingest import PairWriter
 from dpo_assets.feedback.pool import stored
 from dpo_assets.feedback.reading import Job, cut, run_jobs

@@ -14,10 +14,11 @@ import transformers
 from transformers import AutoTokenizer
 
 from dpo_assets.contract import TokenizeSpec, TrainSpec
-from dpo_assets.feedback.cleaning import Screened, fit_to_model, screen, split
 from dpo_assets.feedback.ingest import read_file
 from dpo_assets.feedback.readers import ReadOptions
+from dpo_assets.feedback.screening import Screened, screen
 from dpo_assets.feedback.sources import files_of
+from dpo_assets.feedback.splits import fit_to_model, split
 from dpo_assets.feedback.tables import pairs_frame, quarantine_frame
 from dpo_assets.planning.model_folder import inspect_model
 from dpo_assets.planning.plan import DatasetStats, TrainingPlan, make_plan
@@ -84,7 +85,7 @@ def prepared(
     source = out / "pairs.parquet"
     screened.pairs.write_parquet(source)
     common: dict[str, Any] = {"output_dir": out, "fingerprint": "f" * 32, "inputs": {}, "base_model": model_folder}
-    tokenize.run(TokenizeSpec(**common, pairs=source, max_length=MAX_LENGTH), Log())
+    tokenize.run(TokenizeSpec(**common, pairs=source), Log())
     accepted, _ = fit_to_model(screened.pairs, pl.read_parquet(out / "tokens.parquet"), MAX_LENGTH)
     return split(accepted, 0.3, 0)
 

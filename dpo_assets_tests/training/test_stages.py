@@ -32,7 +32,7 @@ from dpo_assets.contract import (
     parse_progress,
 )
 from dpo_assets.errors import CorruptArtifact
-from dpo_assets.feedback.cleaning import Screened
+from dpo_assets.feedback.screening import Screened
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.__main__ import main
 from dpo_assets.training.data import dpo_group, load_split
@@ -120,7 +120,7 @@ def pipeline(
     def train_spec(name: str, **more: Any) -> TrainSpec:
         return TrainSpec(**common(name, dpo_dataset="d" * 64), dataset=dataset, plan=plan, **more)
 
-    tokens = bench.make("tokenize", TokenizeSpec(**common("tokens"), pairs=pairs, max_length=MAX_LENGTH))
+    tokens = bench.make("tokenize", TokenizeSpec(**common("tokens"), pairs=pairs))
     sft = bench.make("sft", train_spec("sft"))
     # In this process, so with other hash seeds and a random state that other tests have left behind.
     again = command("sft", train_spec("sft-again"), bench.root / "specs" / "sft-again")[3:]
@@ -408,7 +408,7 @@ def test_an_output_folder_that_was_used_before_is_refused_and_kept(
     screened.pairs.head(3).write_parquet(tmp_path / "pairs.parquet")
     out = tmp_path / "out"
     out.mkdir()
-    common = {"output_dir": out, "inputs": {}, "base_model": model_folder, "max_length": MAX_LENGTH}
+    common = {"output_dir": out, "inputs": {}, "base_model": model_folder}
     spec = TokenizeSpec(**common, fingerprint="f", pairs=tmp_path / "pairs.parquet")
     line = command("tokenize", spec, tmp_path / "spec")[3:]
     assert main(line) == 0

@@ -15,20 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pandera.errors import SchemaErrors
 
-from dpo_assets.feedback.cleaning import (
-    NOT_DAMAGE,
-    Screened,
-    _apply_schema,
-    fault_of,
-    fit_to_model,
-    in_eval_split,
-    screen,
-    split,
-)
 from dpo_assets.feedback.ingest import read_file
 from dpo_assets.feedback.pair import LABEL_KINDS, PAIR_COLUMNS, Message, Pair, Rejected, fold, pair_record
 from dpo_assets.feedback.readers import ReadOptions
+from dpo_assets.feedback.rules import NOT_DAMAGE, pair_fault
+from dpo_assets.feedback.screening import Screened, _apply_schema, screen
 from dpo_assets.feedback.sources import files_of
+from dpo_assets.feedback.splits import fit_to_model, in_eval_split, split
 from dpo_assets.feedback.tables import pairs_frame, quarantine_frame
 from dpo_assets.recipe import FeedbackSource
 from dpo_assets_tests.samples import assistant, pair, system, user
@@ -92,7 +85,7 @@ SOUND: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize(("reason", "changes"), FAULTY, ids=[f"{n}-{r}" for n, (r, _) in enumerate(FAULTY)])
 def test_a_pair_that_breaks_a_rule_is_quarantined_under_its_reason(reason: str, changes: dict[str, Any]) -> None:
-    found = fault_of(pair(1, **changes))
+    found = pair_fault(pair(1, **changes))
     assert found is not None
     assert found[0] == reason
     result = screened(pair(0), pair(1, **changes), pair(2))
@@ -106,7 +99,7 @@ def test_a_pair_that_breaks_a_rule_is_quarantined_under_its_reason(reason: str, 
 
 @pytest.mark.parametrize("changes", SOUND, ids=repr)
 def test_a_pair_that_breaks_no_rule_is_accepted_as_it_is(changes: dict[str, Any]) -> None:
-    assert fault_of(pair(1, **changes)) is None
+    assert pair_fault(pair(1, **changes)) is None
     [record] = screened(pair(1, **changes)).pairs.to_dicts()
     expected = pair(1, **changes)
     assert (record["prompt"], record["chosen"], record["rejected"]) == (
@@ -181,8 +174,8 @@ def test_every_pair_is_accepted_quarantined_or_a_duplicate_in_whatever_order_it_
     assert len(pairs) == result.pairs.height + result.quarantine.height + result.duplicates
     assert result.pairs["pair_id"].is_unique().all()
     accepted = set(result.pairs["pair_id"])
-    assert accepted <= {one.pair_id for one in pairs if fault_of(one) is None}
-    assert not accepted & {flipped(one).pair_id for one in pairs if fault_of(one) is None}
+    assert accepted <= {one.pair_id for one in pairs if pair_fault(one) is None}
+    assert not accepted & {flipped(one).pair_id for one in pairs if pair_fault(one) is None}
     assert outcome(screened(*data.draw(st.permutations(pairs)))) == outcome(result)
 
 

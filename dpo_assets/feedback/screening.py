@@ -1,4 +1,4 @@
-"""From batches to a dataset: what other rows, the recipe and the model say about a pair; then the split.
+"""From batches to sound pairs: what other rows, the recipe and the schema say about a pair.
 
 Everything but the texts of a part of the pairs stays on disk: rules across rows work on keys (`ingest.keys_frame`), and
 texts are read where a rule names rows, and once more, part by part, for the result. The accounting identity holds at
@@ -7,10 +7,7 @@ every step: rows in = accepted + quarantined + duplicates.
 
 from __future__ import annotations
 
-import base64
 import fnmatch
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,26 +21,12 @@ from dpo_assets.feedback.pair import PAIR_COLUMNS, QUARANTINE_COLUMNS, Pair, pan
 from dpo_assets.feedback.pool import PART, LoadedBatch, Pool
 from dpo_assets.feedback.rules import pair_fault
 from dpo_assets.feedback.scan import PERSONAL, SECRET, TEMPLATE, escaped, marks_in, redacted, rows_with, unusual_marks
-from dpo_assets.feedback.tables import CONVERSATIONS, with_new_content
+from dpo_assets.feedback.tables import CONVERSATIONS, quarantine_record, with_new_content
 from dpo_assets.recipe import CleaningSection, ReleaseRule
 
 if TYPE_CHECKING:
     import polars as pl
 
-# Rows left out by a choice of the recipe or by the model's size. They are quarantined too, but they do not say that
-# an export is broken, so the quarantine-rate gate does not count them.
-NOT_DAMAGE = frozenset(
-    {
-        # Nobody compared or judged it, or it is the other half of what was.
-        "synthetic", "no_comparison", "tie", "unpaired", "not_compared", "no_feedback", "superseded", "other_side",
-        "cancelled", "unsubmitted", "unfinished", "other_question",
-        # What its format leaves out by its own rules.
-        "not_anonymous", "leaked_identity", "excluded_tag", "error_answer",
-        # The recipe's choice, and the model's size.
-        "near_duplicate", "over_prompt_cap", "evaluation_overlap", "personal_data", "secret", "prompt_too_long",
-        "identical_after_truncation",
-    }
-)  # fmt: skip
 DEFAULT_CLEANING = CleaningSection()
 COMPARED_AT_ONCE = 20_000  # Candidates for near duplicates whose texts are held at once.
 
@@ -58,11 +41,6 @@ class Screened:
     near_duplicates: int = 0  # Of them, those that are not equal.
 
 
-def fault_of(pair: Pair) -> tuple[str, str] | None:
-    """(reason, message) of the first rule a pair breaks, or None."""
-    return pair_fault(pair)
-
-
 def screen(
     pairs: pl.DataFrame,
     quarantine: pl.DataFrame,
@@ -74,7 +52,7 @@ def screen(
 
     faults, sound = [], []
     for n, record in enumerate(pairs.iter_rows(named=True)):
-        if fault := fault_of(_as_pair(record)):
+        if fault := pair_fault(_as_pair(record)):
             faults.append(quarantine_record(record, *fault))
         else:
             sound.append(n)
@@ -395,74 +373,6 @@ def _apply_schema(table: pl.DataFrame) -> tuple[pl.DataFrame, list[dict[str, Any
     ]
     keep = [n for n in range(table.height) if n not in reasons]
     return table[keep], faults
-
-
-def fit_to_model(
-    pairs: pl.DataFrame, tokens: pl.DataFrame, max_length: int
-) -> tuple[pl.DataFrame, list[dict[str, Any]]]:
-    """Joins token ids to pairs and sets aside what the model could not learn from.
-
-    TRL drops a prompt that fills `max_length` silently and trains on pairs that truncation made equal; here both go to
-    quarantine, and so does a pair whose rendered prompt is not the beginning of its rendered conversation.
-    """
-    import polars as pl
-
-    joined = pairs.join(tokens, on="pair_id", how="left", validate="1:1", maintain_order="left")
-    size = pl.col("prompt_ids").list.len().cast(pl.Int64)
-    room = (max_length - size).clip(lower_bound=0)
-    cut = [pl.col(f"{side}_ids").list.head(room) for side in ("chosen", "rejected")]
-    judged = joined.with_columns(
-        pl.when("boundary_fault")
-        .then(pl.lit("template_boundary"))
-        .when(size >= max_length)
-        .then(pl.lit("prompt_too_long"))
-        .when(cut[0] == cut[1])
-        .then(pl.lit("identical_after_truncation"))
-        .alias("reason")
-    )
-    faults = []
-    for record in judged.filter(pl.col("reason").is_not_null()).iter_rows(named=True):
-        length = len(record["prompt_ids"])
-        messages = {
-            "template_boundary": "the chat template renders the prompt differently once an answer follows it",
-            "prompt_too_long": f"the prompt has {length} tokens, max_length is {max_length}",
-            "identical_after_truncation": (
-                f"chosen and rejected are equal in the {max_length - length} tokens that max_length leaves them"
-            ),
-        }
-        faults.append(quarantine_record(record, record["reason"], messages[record["reason"]]))
-    return judged.filter(pl.col("reason").is_null()).drop("boundary_fault", "reason"), faults
-
-
-def in_eval_split(group_id: str, fraction: float, seed: int) -> bool:
-    """Whether a group is held out. Depends on the group alone, so a group never changes sides as feedback grows."""
-    draw = int.from_bytes(hashlib.sha256(f"{seed}:{group_id}".encode()).digest()[:8], "big") / 2**64
-    return draw < fraction
-
-
-def split(pairs: pl.DataFrame, fraction: float, seed: int) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """(train, eval), by group, each in pair_id order so that file order does not matter."""
-    import polars as pl
-
-    held_out = [in_eval_split(g, fraction, seed) for g in pairs["group_id"]]
-    mask = pl.Series("held_out", held_out, dtype=pl.Boolean)
-    ordered = pairs.with_columns(mask).sort("pair_id")
-    train = ordered.filter(~pl.col("held_out")).drop("held_out")
-    return train, ordered.filter(pl.col("held_out")).drop("held_out")
-
-
-def quarantine_record(record: dict[str, Any], reason: str, message: str) -> dict[str, Any]:
-    """A quarantine row for a pair that was read well but cannot be used."""
-    content = {k: record[k] for k in CONVERSATIONS}
-    raw = json.dumps(content, ensure_ascii=False).encode()
-    return {
-        "reason": reason,
-        "message": message,
-        "source": record["source"],
-        "row": record["row"],
-        "line": record["line"],
-        "raw": base64.b64encode(raw).decode("ascii"),
-    }
 
 
 def _as_pair(record: dict[str, Any]) -> Pair:

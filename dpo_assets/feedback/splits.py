@@ -1,0 +1,65 @@
+"""From sound pairs to train and eval: what the model can hold, and which side a pair is on."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+from dpo_assets.feedback.tables import quarantine_record
+
+if TYPE_CHECKING:
+    import polars as pl
+
+
+def fit_to_model(
+    pairs: pl.DataFrame, tokens: pl.DataFrame, max_length: int
+) -> tuple[pl.DataFrame, list[dict[str, Any]]]:
+    """Joins token ids to pairs and sets aside what the model could not learn from.
+
+    TRL drops a prompt that fills `max_length` silently and trains on pairs that truncation made equal; here both go to
+    quarantine, and so does a pair whose rendered prompt is not the beginning of its rendered conversation.
+    """
+    import polars as pl
+
+    joined = pairs.join(tokens, on="pair_id", how="left", validate="1:1", maintain_order="left")
+    size = pl.col("prompt_ids").list.len().cast(pl.Int64)
+    room = (max_length - size).clip(lower_bound=0)
+    cut = [pl.col(f"{side}_ids").list.head(room) for side in ("chosen", "rejected")]
+    judged = joined.with_columns(
+        pl.when("boundary_fault")
+        .then(pl.lit("template_boundary"))
+        .when(size >= max_length)
+        .then(pl.lit("prompt_too_long"))
+        .when(cut[0] == cut[1])
+        .then(pl.lit("identical_after_truncation"))
+        .alias("reason")
+    )
+    faults = []
+    for record in judged.filter(pl.col("reason").is_not_null()).iter_rows(named=True):
+        length = len(record["prompt_ids"])
+        messages = {
+            "template_boundary": "the chat template renders the prompt differently once an answer follows it",
+            "prompt_too_long": f"the prompt has {length} tokens, max_length is {max_length}",
+            "identical_after_truncation": (
+                f"chosen and rejected are equal in the {max_length - length} tokens that max_length leaves them"
+            ),
+        }
+        faults.append(quarantine_record(record, record["reason"], messages[record["reason"]]))
+    return judged.filter(pl.col("reason").is_null()).drop("boundary_fault", "reason"), faults
+
+
+def in_eval_split(group_id: str, fraction: float, seed: int) -> bool:
+    """Whether a group is held out. Depends on the group alone, so a group never changes sides as feedback grows."""
+    draw = int.from_bytes(hashlib.sha256(f"{seed}:{group_id}".encode()).digest()[:8], "big") / 2**64
+    return draw < fraction
+
+
+def split(pairs: pl.DataFrame, fraction: float, seed: int) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """(train, eval), by group, each in pair_id order so that file order does not matter."""
+    import polars as pl
+
+    held_out = [in_eval_split(g, fraction, seed) for g in pairs["group_id"]]
+    mask = pl.Series("held_out", held_out, dtype=pl.Boolean)
+    ordered = pairs.with_columns(mask).sort("pair_id")
+    train = ordered.filter(~pl.col("held_out")).drop("held_out")
+    return train, ordered.filter(pl.col("held_out")).drop("held_out")
