@@ -77,6 +77,19 @@ def test_of_a_file_that_grew_only_the_end_is_read(tree: ArtifactTree, tmp_path: 
     assert lines(second) == list(range(1, 102))
 
 
+def test_of_a_file_whose_row_was_given_again_since_only_the_part_that_holds_it_is_read(
+    tree: ArtifactTree, tmp_path: Path, small_spans: None
+) -> None:
+    path = write(tmp_path / "a.jsonl", range(100))
+    first = ingest(tree, path)
+    for number in (1, 50, 100):
+        now = read_into(tree, replace(found(path), superseded=(number,)), ReadOptions())
+        assert now.new == 1
+        assert lines(now) == sorted({*range(1, 101)} - {number})
+        assert now.row()["rejected"] == 1
+    assert len(first.batches) > 3
+
+
 def test_a_file_that_is_cut_or_not_holds_the_same_pairs(
     tree: ArtifactTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

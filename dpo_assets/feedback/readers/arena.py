@@ -9,22 +9,18 @@ from typing import Any
 
 from dpo_assets.feedback.pair import Message, Pair, hashed_user
 from dpo_assets.feedback.readers import Format, Row, RowFault, has
-from dpo_assets.feedback.readers.shapes import (
-    At,
-    assistant,
-    by_row,
+from dpo_assets.feedback.readers.conversations import assistant, messages, shared_prefix, user
+from dpo_assets.feedback.readers.shapes import At, by_row
+from dpo_assets.feedback.readers.values import (
     field,
     from_json,
     listed,
     mapping,
-    messages,
     needed_text,
     number,
     other_shape,
-    shared_prefix,
+    timestamp,
     truth,
-    user,
-    utc,
 )
 
 _VOTES = {"leftvote": "model_a", "rightvote": "model_b", "tievote": "tie", "bothbad_vote": "both_bad"}
@@ -71,7 +67,7 @@ def read(row: Row, at: At) -> Iterator[Pair]:
     when, judge = row.get("tstamp", row.get("timestamp")), row.get("judge_hash", row.get("judge", row.get("ip")))
     who = hashed_user(judge if isinstance(judge, str | int) else None)
     pair = at.pair(prompt, chosen, rejected, {"winner": winner} | about, "arena")
-    yield replace(pair, created_at=utc(when), user=who)
+    yield replace(pair, created_at=timestamp(when), user=who)
 
 
 Vote = tuple[list[Message], list[Message], str, dict[str, Any]]

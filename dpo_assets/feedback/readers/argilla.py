@@ -24,17 +24,10 @@ from typing import Any
 
 from dpo_assets.feedback.pair import JudgedAnswer, LabelKind, Message, Pair, hashed_user
 from dpo_assets.feedback.readers import Format, Place, ReadOptions, Row, RowFault, keys_of
+from dpo_assets.feedback.readers.choices import choice_score, chosen_field, entries
+from dpo_assets.feedback.readers.conversations import said, text
 from dpo_assets.feedback.readers.logged import conversation
-from dpo_assets.feedback.readers.values import (
-    choice_score,
-    chosen_field,
-    identifier,
-    listed,
-    number,
-    said,
-    text,
-    timestamp,
-)
+from dpo_assets.feedback.readers.values import identifier, number, timestamp
 from dpo_assets.feedback.readers.votes import compared, majority, mean_ranks
 
 HIGHEST_RANK = 10_000  # A question has a handful of options; a larger number is no rank.
@@ -191,7 +184,7 @@ def _label(record: _Record, prompt: list[Message], options: ReadOptions) -> Iter
     if all(number(worth) is not None for worth in meant):
         yield _rating(record, prompt, [choice_score(options, label) for label in record.values], options)
         return
-    candidates = listed(options, "candidates")
+    candidates = entries(options, "candidates")
     if len(candidates) < 2:
         message = f'`{record.question}` names {meant[0]!r}; say what is compared: `fields: {{candidates: "a, b"}}`'
         raise RowFault("unknown_choice", message)

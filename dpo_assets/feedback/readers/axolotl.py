@@ -6,18 +6,9 @@ from collections.abc import Iterator, Mapping
 
 from dpo_assets.feedback.pair import Message, Pair
 from dpo_assets.feedback.readers import Format, Row, has
-from dpo_assets.feedback.readers.shapes import (
-    At,
-    answer_in,
-    by_row,
-    messages,
-    needed_text,
-    other_shape,
-    others,
-    prompt_and_answers,
-    user,
-    with_system,
-)
+from dpo_assets.feedback.readers.conversations import answer_in, messages, prompt_and_answers, user, with_system
+from dpo_assets.feedback.readers.shapes import At, by_row
+from dpo_assets.feedback.readers.values import needed_text, other_shape, others
 
 _QUESTIONS = ("question", "instruction", "input", "prompt")
 _ANSWERS = (("chosen_response", "rejected_response"), ("chosen", "rejected"))

@@ -7,20 +7,9 @@ from typing import Any
 
 from dpo_assets.feedback.pair import Message
 from dpo_assets.feedback.readers import Format, Item, Row, RowFault, has
-from dpo_assets.feedback.readers.shapes import (
-    At,
-    by_row,
-    field,
-    listed,
-    messages,
-    needed_text,
-    number,
-    other_shape,
-    rated_pair,
-    turns,
-    user,
-    with_system,
-)
+from dpo_assets.feedback.readers.conversations import messages, turns, user, with_system
+from dpo_assets.feedback.readers.shapes import At, by_row, rated_pair
+from dpo_assets.feedback.readers.values import field, listed, needed_text, number, other_shape
 
 # Besides what the pair takes. `distilabel_metadata` repeats the raw prompts and outputs of the judge.
 _HEAVY = ("generations", "ratings", "rationales", "rationales-for-ratings", "types", "distilabel_metadata", "messages")

@@ -8,18 +8,9 @@ from typing import Any
 
 from dpo_assets.feedback.pair import Message, Pair
 from dpo_assets.feedback.readers import Format, Item, Row, has
-from dpo_assets.feedback.readers.shapes import (
-    At,
-    assistant,
-    by_row,
-    needed_number,
-    needed_text,
-    number,
-    other_shape,
-    others,
-    stronger,
-    user,
-)
+from dpo_assets.feedback.readers.conversations import assistant, user
+from dpo_assets.feedback.readers.shapes import At, by_row, stronger
+from dpo_assets.feedback.readers.values import needed_number, needed_text, number, other_shape, others
 
 _RATINGS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 _TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")  # Between the turns of a prompt of several.

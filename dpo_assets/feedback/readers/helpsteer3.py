@@ -6,18 +6,9 @@ from collections.abc import Iterator
 
 from dpo_assets.feedback.pair import Pair
 from dpo_assets.feedback.readers import Format, Row, has
-from dpo_assets.feedback.readers.shapes import (
-    At,
-    assistant,
-    by_row,
-    field,
-    needed_number,
-    needed_text,
-    other_shape,
-    others,
-    stronger,
-    turns,
-)
+from dpo_assets.feedback.readers.conversations import assistant, turns
+from dpo_assets.feedback.readers.shapes import At, by_row, stronger
+from dpo_assets.feedback.readers.values import field, needed_number, needed_text, other_shape, others
 
 _PARTS = ("id", "context", "response1", "response2", "overall_preference", "individual_preference")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from dpo_assets.feedback.pair import Message, Pair
 from dpo_assets.feedback.readers import Format, Place, ReadOptions, Row, RowFault
-from dpo_assets.feedback.readers.shapes import shared_prefix
+from dpo_assets.feedback.readers.conversations import shared_prefix
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}

@@ -20,18 +20,10 @@ from typing import Any
 
 from dpo_assets.feedback.pair import JudgedAnswer, Message, Pair, hashed_user
 from dpo_assets.feedback.readers import Format, Place, ReadOptions, Row, RowFault, keys_of
+from dpo_assets.feedback.readers.choices import choice_score, chosen_field
+from dpo_assets.feedback.readers.conversations import said, text
 from dpo_assets.feedback.readers.logged import conversation
-from dpo_assets.feedback.readers.values import (
-    choice_score,
-    chosen_field,
-    identifier,
-    number,
-    said,
-    section,
-    text,
-    timestamp,
-    version,
-)
+from dpo_assets.feedback.readers.values import identifier, number, section, timestamp, version
 from dpo_assets.feedback.readers.votes import majority
 
 _PROMPTS = ("prompt", "instruction", "question", "text")

@@ -23,9 +23,10 @@ from typing import Any
 
 from dpo_assets.feedback.pair import JudgedAnswer, LabelKind, Pair, hashed_user
 from dpo_assets.feedback.readers import Format, Item, Place, ReadOptions, Row, RowFault, keys_of
+from dpo_assets.feedback.readers.choices import choice_score
 from dpo_assets.feedback.readers.logged import answer_of, prompt_of
 from dpo_assets.feedback.readers.store import Companion, GroupedReader, Identity, Stored
-from dpo_assets.feedback.readers.values import choice_score, identifier, number, timestamp, version
+from dpo_assets.feedback.readers.values import identifier, number, timestamp, version
 from dpo_assets.feedback.readers.votes import compared
 
 _MACHINES = ("model", "auto_eval")

@@ -15,8 +15,10 @@ from typing import Any
 
 from dpo_assets.feedback.pair import JudgedAnswer, Message, hashed_user
 from dpo_assets.feedback.readers import FileReader, Format, Item, Place, ReadOptions, Row, RowFault, keys_of
+from dpo_assets.feedback.readers.choices import entries
+from dpo_assets.feedback.readers.conversations import said, text
 from dpo_assets.feedback.readers.store import GroupedReader, Identity, Stored
-from dpo_assets.feedback.readers.values import identifier, listed, said, text, timestamp, version
+from dpo_assets.feedback.readers.values import identifier, timestamp, version
 
 NO_PARENT = "00000000-0000-0000-0000-000000000000"  # What the first message of a conversation has.
 _THUMBS = {"thumbsUp": 1.0, "thumbsDown": -1.0}
@@ -34,7 +36,7 @@ def _identify(row: Row) -> Identity:
 
 def _read_conversation(rows: Sequence[Stored], options: ReadOptions) -> Iterator[tuple[Place, Item]]:
     messages = {key: s.row for s in rows if (key := identifier(s.row.get("messageId"))) is not None}
-    excluded = {"missing_image", *listed(options, "exclude_tags")}
+    excluded = {"missing_image", *entries(options, "exclude_tags")}
     for stored in rows:
         row_id = stored.place.row_id(stored.row.get("messageId"))
         try:

@@ -6,23 +6,17 @@ from collections.abc import Iterator, Mapping
 
 from dpo_assets.feedback.pair import Message
 from dpo_assets.feedback.readers import Format, Item, Row, RowFault, has
-from dpo_assets.feedback.readers.shapes import (
-    At,
+from dpo_assets.feedback.readers.conversations import (
     answer_in,
     assistant,
-    by_row,
-    field,
     history,
     last_answer,
-    listed,
-    mapping,
     messages,
-    needed_text,
-    other_shape,
-    others,
     user,
     with_system,
 )
+from dpo_assets.feedback.readers.shapes import At, by_row
+from dpo_assets.feedback.readers.values import field, listed, mapping, needed_text, other_shape, others
 
 _PARTS = (
     *("id", "conversations", "chosen", "rejected", "system"),

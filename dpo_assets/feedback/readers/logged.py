@@ -12,7 +12,7 @@ from typing import Any
 
 from dpo_assets.feedback.pair import Message
 from dpo_assets.feedback.readers import RowFault, keys_of
-from dpo_assets.feedback.readers.values import said, text
+from dpo_assets.feedback.readers.conversations import said, text
 
 _ROLES = {
     "system": "system",

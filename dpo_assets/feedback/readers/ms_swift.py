@@ -6,22 +6,18 @@ from collections.abc import Iterator
 
 from dpo_assets.feedback.pair import Message
 from dpo_assets.feedback.readers import Format, Item, Row, RowFault, has
-from dpo_assets.feedback.readers.shapes import (
-    At,
+from dpo_assets.feedback.readers.conversations import (
     answer_in,
     assistant,
-    by_row,
-    field,
     history,
     last_answer,
     messages,
-    needed_text,
-    other_shape,
-    others,
     shared_prefix,
     user,
     with_system,
 )
+from dpo_assets.feedback.readers.shapes import At, by_row
+from dpo_assets.feedback.readers.values import field, needed_text, other_shape, others
 
 _PARTS = ("id", "messages", "rejected_response", "rejected_messages", "query", "response", "history", "system", "label")
 

@@ -6,18 +6,10 @@ from collections.abc import Iterator, Mapping
 
 from dpo_assets.feedback.pair import Message
 from dpo_assets.feedback.readers import Format, Item, Row, RowFault, has
+from dpo_assets.feedback.readers.conversations import assistant, user
 from dpo_assets.feedback.readers.hh_rlhf import turns_of
-from dpo_assets.feedback.readers.shapes import (
-    At,
-    assistant,
-    by_row,
-    listed,
-    mapping,
-    needed_number,
-    needed_text,
-    other_shape,
-    user,
-)
+from dpo_assets.feedback.readers.shapes import At, by_row
+from dpo_assets.feedback.readers.values import listed, mapping, needed_number, needed_text, other_shape
 
 
 @by_row("id")

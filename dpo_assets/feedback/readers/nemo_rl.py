@@ -5,18 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dpo_assets.feedback.readers import Format, Item, Row, has
-from dpo_assets.feedback.readers.shapes import (
-    At,
-    Scored,
-    by_row,
-    field,
-    listed,
-    mapping,
-    messages,
-    needed_number,
-    other_shape,
-    others,
-)
+from dpo_assets.feedback.readers.conversations import messages
+from dpo_assets.feedback.readers.shapes import At, Scored, by_row
+from dpo_assets.feedback.readers.values import field, listed, mapping, needed_number, other_shape, others
 
 
 @by_row("id")

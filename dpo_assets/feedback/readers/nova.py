@@ -6,20 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from dpo_assets.feedback.readers import Format, Item, Row, RowFault
-from dpo_assets.feedback.readers.shapes import (
-    At,
-    Scored,
-    assistant,
-    by_row,
-    field,
-    listed,
-    mapping,
-    messages,
-    other_shape,
-    others,
-    text_of,
-    with_system,
-)
+from dpo_assets.feedback.readers.conversations import assistant, messages, text_of, with_system
+from dpo_assets.feedback.readers.shapes import At, Scored, by_row
+from dpo_assets.feedback.readers.values import field, listed, mapping, other_shape, others
 
 _LABELS = {"preferred": 1.0, "non-preferred": 0.0}
 

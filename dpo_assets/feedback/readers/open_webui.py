@@ -22,8 +22,9 @@ from typing import Any
 from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.pair import JudgedAnswer, LabelKind, Message, Pair, hashed_user
 from dpo_assets.feedback.readers import FileReader, Format, Item, Place, ReadOptions, Row, RowFault
+from dpo_assets.feedback.readers.conversations import said, text
 from dpo_assets.feedback.readers.store import GroupedReader, Identity, Stored
-from dpo_assets.feedback.readers.values import identifier, number, said, section, text, timestamp, version
+from dpo_assets.feedback.readers.values import identifier, number, section, timestamp, version
 
 SIBLINGS = ("unrated", "opposite", "arena")
 _ROLES = ("system", "user", "assistant")

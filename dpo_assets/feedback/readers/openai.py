@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 from dpo_assets.feedback.pair import Pair
 from dpo_assets.feedback.readers import Format, Row, has
-from dpo_assets.feedback.readers.shapes import At, answer_in, by_row, field, mapping, messages, other_shape, others
+from dpo_assets.feedback.readers.conversations import answer_in, messages
+from dpo_assets.feedback.readers.shapes import At, by_row
+from dpo_assets.feedback.readers.values import field, mapping, other_shape, others
 
 _PARTS = ("input", "preferred_output", "non_preferred_output")
 

@@ -6,16 +6,9 @@ from collections.abc import Iterator
 
 from dpo_assets.feedback.pair import Pair
 from dpo_assets.feedback.readers import Format, Row, has
-from dpo_assets.feedback.readers.shapes import (
-    At,
-    answer_in,
-    by_row,
-    field,
-    last_answer,
-    messages,
-    other_shape,
-    others,
-)
+from dpo_assets.feedback.readers.conversations import answer_in, last_answer, messages
+from dpo_assets.feedback.readers.shapes import At, by_row
+from dpo_assets.feedback.readers.values import field, other_shape, others
 
 
 @by_row("id")

@@ -6,17 +6,9 @@ from collections.abc import Iterator
 
 from dpo_assets.feedback.pair import JudgedAnswer, Pair
 from dpo_assets.feedback.readers import Format, Item, Place, ReadOptions, Row, RowFault, has
-from dpo_assets.feedback.readers.shapes import (
-    At,
-    field,
-    is_whole,
-    number,
-    others,
-    prompt_and_answers,
-    shared_prefix,
-    truth,
-    turns,
-)
+from dpo_assets.feedback.readers.conversations import is_whole, prompt_and_answers, shared_prefix, turns
+from dpo_assets.feedback.readers.shapes import At
+from dpo_assets.feedback.readers.values import field, number, others, truth
 
 _PARTS = frozenset({"prompt", "chosen", "rejected", "id", "margin"})
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from dpo_assets.feedback.pair import Pair
 from dpo_assets.feedback.readers import Format, Row, has
-from dpo_assets.feedback.readers.shapes import At, by_row, other_shape, rated_pair
+from dpo_assets.feedback.readers.shapes import At, by_row, rated_pair
+from dpo_assets.feedback.readers.values import other_shape
 
 
 @by_row("id")

@@ -6,18 +6,9 @@ from collections.abc import Iterator, Mapping
 from statistics import fmean
 
 from dpo_assets.feedback.readers import Format, Item, Row, RowFault
-from dpo_assets.feedback.readers.shapes import (
-    At,
-    Scored,
-    assistant,
-    by_row,
-    listed,
-    mapping,
-    needed_text,
-    number,
-    other_shape,
-    user,
-)
+from dpo_assets.feedback.readers.conversations import assistant, user
+from dpo_assets.feedback.readers.shapes import At, Scored, by_row
+from dpo_assets.feedback.readers.values import listed, mapping, needed_text, number, other_shape
 
 _ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
 

@@ -6,20 +6,9 @@ from collections.abc import Iterator
 
 from dpo_assets.feedback.pair import Message
 from dpo_assets.feedback.readers import Format, Item, Row, RowFault, has
-from dpo_assets.feedback.readers.shapes import (
-    At,
-    Scored,
-    by_row,
-    field,
-    listed,
-    mapping,
-    message,
-    messages,
-    needed_number,
-    other_shape,
-    others,
-    text_of,
-)
+from dpo_assets.feedback.readers.conversations import message, messages, text_of
+from dpo_assets.feedback.readers.shapes import At, Scored, by_row
+from dpo_assets.feedback.readers.values import field, listed, mapping, needed_number, other_shape, others
 
 
 @by_row("id")

@@ -117,8 +117,20 @@ def test_a_changed_row_with_a_new_watermark_comes_again(table: Table, tmp_path: 
     table.add((1, "2026-01-01"), (2, "2026-01-02"))
     files_of([table.source()], tmp_path)
     table.execute("UPDATE votes SET chosen = ?, at = ? WHERE id = 1", ("better", "2026-01-03"))
-    changed = files_of([table.source()], tmp_path)[-1]
+    earlier, changed = files_of([table.source()], tmp_path)
     assert [(value["id"], value["chosen"]) for value in outcome(changed).values] == [(1, "better")]
+    assert outcome(earlier).faults == [(1, "superseded")]
+    assert ids(earlier) == [2]
+
+
+def test_of_a_row_that_changed_twice_the_newest_version_counts(table: Table, tmp_path: Path) -> None:
+    table.add((1, "2026-01-01"), (2, "2026-01-01"), (3, "2026-01-01"))
+    files_of([table.source()], tmp_path)
+    for day in (2, 3):
+        table.execute("UPDATE votes SET chosen = ?, at = ? WHERE id = 2", (f"day {day}", f"2026-01-0{day}"))
+        found = files_of([table.source()], tmp_path)
+    assert [outcome(file).faults for file in found] == [[(2, "superseded")], [(1, "superseded")], []]
+    assert outcome(found[-1]).values[0]["chosen"] == "day 3"
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
