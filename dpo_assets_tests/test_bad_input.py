@@ -93,6 +93,8 @@ def test_feedback_with_no_valid_pair_is_blocked_and_its_rows_are_on_the_screen(
     assert gates["enough_pairs"]["value"] == "0 train, 0 eval"
     assert "no_preference 1" in gates["enough_pairs"]["what to change"]
     assert gates["quarantine_rate"]["value"] == 1.0
+    assert gates["pair_distance"]["value"] == "no pair to measure"
+    assert gates["pair_distance"]["what to change"] == "see enough_pairs"
     quarantine = metadata(result, "quarantined_preferences")
     assert quarantine["dagster/row_count"] == 1
     assert "no_preference" in quarantine["by_reason"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from dpo_assets.checks.bands import Bands
@@ -30,7 +31,7 @@ def quality_of(report: Mapping[str, Any]) -> Mapping[str, Any]:
 def quality_verdicts(report: Mapping[str, Any], dpo: DpoSection, bands: Bands) -> list[Verdict]:
     """The checks of `dpo_dataset` that judge its pairs, in the order of the catalogue."""
     quality = quality_of(report)
-    return [
+    verdicts = [
         answers_truncated(quality, bands),
         pair_distance(quality, dpo, bands),
         length_bias(quality, bands),
@@ -38,6 +39,10 @@ def quality_verdicts(report: Mapping[str, Any], dpo: DpoSection, bands: Bands) -
         degenerate_chosen(quality, bands),
         too_easy(quality, bands),
     ]
+    if quality["pairs"]:
+        return verdicts
+    # Nothing was measured, so nothing passed; `enough_pairs` says what to do about it.
+    return [v if v.passed else replace(v, value="no pair to measure", fix="see enough_pairs") for v in verdicts]
 
 
 def answers_truncated(quality: Mapping[str, Any], bands: Bands) -> Verdict:
