@@ -14,6 +14,8 @@ from dpo_assets import build_dpo_defs
 from dpo_assets.errors import ConfigError
 from dpo_assets_tests.pipelines import demo_recipe, failures, materialize, metadata
 
+TO_DATASET = ["base_model", "raw_preferences", "quarantined_preferences", "dpo_dataset"]
+
 
 def add(path: Path, numbers: range, at: str) -> None:
     with closing(sqlite3.connect(path)) as connection, connection:
@@ -40,6 +42,23 @@ def test_a_run_reads_the_new_rows_of_a_table_and_keeps_the_earlier_ones(tmp_path
             told = metadata(result, "raw_preferences")
             seen.append((told["rows_in"], told["dagster/row_count"]))
         assert seen == [(10, 10), (10, 10), (13, 13)]
+
+
+def test_a_vote_that_was_turned_round_in_its_table_replaces_the_earlier_one(tmp_path: Path) -> None:
+    path = tmp_path / "feedback.db"
+    recipe = sql_recipe(path)
+    (tmp_path / "home").mkdir()
+    with dg.DagsterInstance.local_temp(str(tmp_path / "home")) as instance:
+        add(path, range(60), "2026-01-01")
+        assert failures(materialize(recipe, instance, ["raw_preferences"])) == []
+        with closing(sqlite3.connect(path)) as connection, connection:
+            connection.execute("UPDATE votes SET chosen = rejected, rejected = chosen, at = '2026-01-02' WHERE id = 7")
+        result = materialize(recipe, instance, TO_DATASET)
+    report = metadata(result, "dpo_dataset")
+    assert report
+    reasons = metadata(result, "quarantined_preferences")
+    assert reasons["reason/superseded"] == 1
+    assert "reason/conflict" not in reasons
 
 
 def test_the_sensor_sees_new_rows_of_a_table(tmp_path: Path) -> None:

@@ -122,10 +122,11 @@ def _read_spans(
 
 
 def _identity(file: FeedbackFile, span: Span | None) -> dict[str, Any]:
-    """What decides the rows of a batch: of a span its own bytes, not those of the whole file."""
+    """What decides the rows of a batch: of a span its own bytes and rows, not those of the whole file."""
     if span is None:
         return file.identity()
-    return {**file.identity(), "sha256": span_sha256(file, span), "line": span.line}
+    superseded = [number for number in file.superseded if span.line <= number < span.end]
+    return {**file.identity(), "sha256": span_sha256(file, span), "line": span.line, "superseded": superseded}
 
 
 def _move(source: Path, target: Path) -> None:

@@ -62,6 +62,7 @@ class FeedbackFile:
         companion_sha256: its hash, empty without one.
         sniffed: what `format: auto` saw and how sure it is; empty for a format that the recipe names.
         facts: what else its source says of it: revision, URL, watermarks.
+        superseded: numbers of rows that its source has given again since, as they are now: rows of no use.
         refused: why the file as a whole is refused, or None.
     """
 
@@ -79,6 +80,7 @@ class FeedbackFile:
     companion_sha256: str = ""
     sniffed: str = ""
     facts: Mapping[str, str] = field(default_factory=dict)
+    superseded: tuple[int, ...] = ()
     refused: FileRefused | None = None
 
     def identity(self) -> dict[str, Any]:
@@ -91,6 +93,7 @@ class FeedbackFile:
             "json_columns": list(self.json_columns),
             "fields": dict(self.fields),
             "companion_sha256": self.companion_sha256,
+            "superseded": list(self.superseded),
         }
 
 
@@ -109,11 +112,12 @@ class SourceRow(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A part of a file's bytes that starts and ends between rows. `line` is the number of its first line."""
+    """A part of a file's bytes that starts and ends between rows: lines from `line` to before `end`."""
 
     start: int
     stop: int
     line: int
+    end: int
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ class _Found:
     named: Path | None = None
     refused: FileRefused | None = None
     facts: tuple[tuple[str, str], ...] = ()
+    superseded: tuple[int, ...] = ()
 
 
 def find(
@@ -105,7 +106,8 @@ def _of_source(
             raise FeedbackError(f"feedback source `{source.shown}` has no row.")
         for part in parts:
             between = (("watermark from", part.since), ("watermark to", part.until), ("rows", str(part.rows)))
-            yield _Found(part.path, landing, shown(f"{source.shown}#{part.number}"), facts=between)
+            name = shown(f"{source.shown}#{part.number}")
+            yield _Found(part.path, landing, name, facts=between, superseded=part.superseded)
     elif source.hub is not None:
         from dpo_assets.feedback.sources import hub
 
@@ -142,6 +144,7 @@ def _described(found: _Found, source: FeedbackSource, name: str, limits: Limits)
         fields=source.fields,
         companion=Path(source.companion) if source.companion else None,
         facts=dict(found.facts),
+        superseded=found.superseded,
         refused=found.refused,
     )
     if file.refused is None:

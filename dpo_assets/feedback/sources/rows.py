@@ -40,6 +40,7 @@ class Rows:
         self.flags: Counter[str] = Counter()
         self._last_is_whole = True
         self._file, self._span, self._parse, self._limits = file, span, parse or parse_line, limits
+        self._superseded = frozenset(file.superseded)
 
     def __iter__(self) -> Iterator[SourceRow]:
         if self._file.refused is not None:
@@ -116,6 +117,8 @@ class Rows:
         """The row with its value parsed where it is JSON, then mapped and cleaned."""
         if isinstance(value, RowFault):
             return SourceRow(number, raw, value)
+        if number in self._superseded:
+            return SourceRow(number, raw, RowFault("superseded", "its source has given the same row again since"))
         flags: set[str] = set()
         try:
             if value is None and too_deep(raw, self._limits.depth):
@@ -182,7 +185,7 @@ def cut(file: FeedbackFile, size: int, limits: Limits) -> list[Span] | None:
         spans = _spans(handle, size, text)
         if not text.sound:
             rows = bad = 0
-            for _, raw, _ in Rows(file, Span(first, spans[-1].stop, 1), None, limits).raw_rows(handle):
+            for _, raw, _ in Rows(file, Span(first, spans[-1].stop, 1, spans[-1].end), None, limits).raw_rows(handle):
                 rows, bad = rows + 1, bad + (not _is_utf8(raw))
             refuse_encoding(bad, rows, limits)
         return spans or None
@@ -213,12 +216,12 @@ def _spans(stream: io.BufferedReader, size: int, text: _TextCheck) -> list[Span]
         while (end := block.find(b"\n", max(begin, start + size - at))) >= 0:
             line += block.count(b"\n", begin, end + 1)
             begin = end + 1
-            spans.append(Span(start, at + begin, first_line))
+            spans.append(Span(start, at + begin, first_line, line))
             start, first_line = at + begin, line
         line += block.count(b"\n", begin)
         at += len(block)
     text.feed(b"")
-    return [*spans, Span(start, at, first_line)] if at > start else spans
+    return [*spans, Span(start, at, first_line, line + 1)] if at > start else spans
 
 
 def _is_utf8(content: bytes) -> bool:

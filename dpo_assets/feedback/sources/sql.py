@@ -2,7 +2,8 @@
 
 With a watermark each ingest asks for the rows at or above the highest value seen so far, and leaves out those of that
 very value that are in an earlier file. Beside each file lies what it covers; the newest of these notes is the state, so
-that a file and the state that led to it cannot come apart.
+that a file and the state that led to it cannot come apart. A row that comes again, because somebody changed their vote,
+stands in two files; the ids beside each file tell which lines of the earlier one no longer hold.
 
 Rows come in the order of watermark and id, so the same table gives the same bytes.
 """
@@ -17,7 +18,7 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -34,13 +35,14 @@ _ALIAS = "dpo_assets_feedback"
 
 @dataclass(frozen=True)
 class Extract:
-    """A file of rows, and the watermarks between which they lie."""
+    """A file of rows, the watermarks between which they lie, and the lines of rows that a later extract has again."""
 
     path: Path
     number: int
     since: str
     until: str
     rows: int
+    superseded: tuple[int, ...] = ()
 
 
 class _Database(Protocol):
@@ -71,7 +73,8 @@ def extracts(source: SqlSource, landing: Path) -> list[Extract]:
         if source.watermark is None:
             # The whole table each time: the newest extract is the table, earlier ones are what it was.
             known = [] if new else known[-1:]
-        return [note["extract"] for note in ([*known, new] if new else known)]
+        found = [note["extract"] for note in ([*known, new] if new else known)]
+    return _without_superseded(found) if len(found) > 1 else found
 
 
 def glance(source: SqlSource) -> list[str]:
@@ -80,6 +83,26 @@ def glance(source: SqlSource) -> list[str]:
     with closing(_open(source)) as database:
         [row] = database.rows(f"SELECT COUNT(*) AS n, {highest} AS highest FROM {_relation(source)}", [])
     return [str(row["n"]), str(row["highest"])]
+
+
+def _without_superseded(found: Sequence[Extract]) -> list[Extract]:
+    """The same, each with the lines whose row a later one has again."""
+    import polars as pl
+
+    rows = pl.concat(
+        pl.read_parquet(_ids_of(one.path)).with_columns(
+            pl.lit(one.number).alias("extract"), pl.int_range(1, pl.len() + 1).alias("line")
+        )
+        for one in found
+    )
+    old = rows.filter(pl.col("extract") < pl.col("extract").max().over("id"))
+    lines = {number: part["line"].to_list() for (number,), part in old.partition_by("extract", as_dict=True).items()}
+    return [replace(one, superseded=tuple(lines.get(one.number, ()))) for one in found]
+
+
+def _ids_of(rows: Path) -> Path:
+    """Where the ids of an extract's rows lie, in the order of its lines."""
+    return rows.with_suffix(".ids.parquet")
 
 
 def _key(source: SqlSource) -> str:
@@ -104,6 +127,8 @@ def _extract(
     source: SqlSource, database: _Database, folder: Path, known: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any] | None:
     """Writes what is new as one more extract; None when nothing is."""
+    import polars as pl
+
     last = known[-1] if known else None
     number = last["number"] + 1 if last else 1
     part = folder / "rows.part"
@@ -131,6 +156,8 @@ def _extract(
         "query": source.query,
     }
     path = folder / f"{number:06d}.jsonl"
+    if source.watermark is not None:
+        pl.DataFrame({"id": state.all_ids}, schema={"id": pl.String}).write_parquet(_ids_of(path))
     os.replace(part, path)
     unfinished = folder / "note.part"
     unfinished.write_text(json.dumps(note, indent=1), "utf-8")
@@ -143,6 +170,7 @@ class _State:
 
     def __init__(self, source: SqlSource, last: Mapping[str, Any] | None) -> None:
         self.rows = 0
+        self.all_ids: list[str] = []  # Of rows that were not read before, in their order.
         self.watermark: Any = last["watermark"] if last else None
         self.ids: list[str] = list(last["ids_at_watermark"]) if last and source.watermark else []
         self._seen, self._source = set(self.ids), source
@@ -158,6 +186,7 @@ class _State:
                 return False
             self.ids.append(name)
             self._seen.add(name)
+            self.all_ids.append(name)
         self.rows += 1
         return True
 
