@@ -1,6 +1,7 @@
 """A million pairs from raw JSONL to a validated dataset, against the same rules written with `datasets`.
 
-    python -m benchmarks.ingest [--rows 1000000] [--work FOLDER] [--only ours|datasets|scaling|again]
+    python -m benchmarks.ingest [--rows 1000000] [--work FOLDER] [--only rules|tokens|scaling|again]
+                                [--tokenizer FOLDER] [--token-rows 200000]
 
 Prints one JSON object, and writes benchmarks/results/ingest.json and ingest.png beside it. Every arm runs in a process
 of its own, so that peak memory is its own: the highest sum of proportional memory (PSS) of the process and its
@@ -8,8 +9,11 @@ children, measured every 200 ms. Seconds are wall time; `cpu` is user + system o
 
 The rules of both arms: strict JSON, alternating roles, no blank message, no NUL, NFC, chosen unlike rejected after
 folding, exact duplicates, contradictions, personal data and template marks flagged, near duplicates, a split by opening
-message. The `datasets` arm has them as Python functions in `map` and `filter` with `num_proc=2`, as a user would write
-them; its near duplicates are those of equal folded text, which is less work than ours.
+message; with `tokens`, the chat template, prompts that fill `max_length` and answers that are equal once cut, too. The
+`datasets` arm has them as Python functions in `map` and `filter` with `num_proc=2`, as a user would write them; its
+near duplicates are those of equal folded text, which is less work than ours, and it tokenizes as TRL's trainers do.
+
+The rows are words of the built-in OpenAssistant conversations, as often as they stand there, in random order.
 """
 
 from __future__ import annotations
@@ -19,26 +23,39 @@ import json
 import random
 import resource
 import shutil
-import string
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
+
+from dpo_assets.assets.base_model import BUILTIN_MODELS
+from dpo_assets.feedback.sources.finding import BUILTIN_FEEDBACK
 
 ROWS = 1_000_000
 RESULTS = Path(__file__).parent / "results"
 SEED = 7
-WORDS = 30_000
+MAX_LENGTH = 1024  # Tokens of a pair.
 SCALES = (10_000, 30_000, 100_000, 300_000, 1_000_000)
 
 
 def words() -> list[str]:
-    draw = random.Random(SEED)
-    return ["".join(draw.choices(string.ascii_lowercase, k=draw.randint(2, 10))) for _ in range(WORDS)]
+    """The words of the built-in OpenAssistant conversations, each as often as it stands there."""
+    texts: list[str] = []
+
+    def walk(message: dict[str, Any]) -> None:
+        texts.append(message["text"])
+        for reply in message.get("replies", []):
+            walk(reply)
+
+    source = resources.files("dpo_assets") / BUILTIN_FEEDBACK["oasst"]
+    for line in source.read_text("utf-8").splitlines():
+        walk(json.loads(line)["prompt"])
+    return [word for text in texts for word in text.split()]
 
 
 def write_rows(path: Path, rows: int, start: int = 0) -> None:
@@ -63,7 +80,7 @@ def write_rows(path: Path, rows: int, start: int = 0) -> None:
                 old = draw.choice(earlier)
                 row = {**old, "chosen": old["rejected"], "rejected": old["chosen"], "id": f"row-{n}"}
             else:
-                row = {"id": f"row-{n}", "prompt": text(10, 40), "chosen": text(30, 90), "rejected": text(20, 80)}
+                row = {"id": f"row-{n}", "prompt": text(12, 45), "chosen": text(35, 100), "rejected": text(25, 90)}
                 if kind > 0.95:
                     row["chosen"] += " café naïve 日本語"
                 if kind > 0.99:
@@ -76,17 +93,19 @@ def write_rows(path: Path, rows: int, start: int = 0) -> None:
             handle.write(line + "\n")
 
 
-def ours(source: Path, work: Path) -> dict[str, Any]:
+def ours(source: Path, work: Path, tokenizer: Path | None) -> dict[str, Any]:
     """Raw file to train and eval Parquet, by the functions that the assets call, artefacts included."""
     import polars as pl
 
     from dpo_assets.artifact import ArtifactTree, fingerprint
-    from dpo_assets.feedback.cleaning import Screening, split
     from dpo_assets.feedback.ingest import COUNTS, QUARANTINE, PairWriter
     from dpo_assets.feedback.library import read_into
-    from dpo_assets.feedback.pool import stored
+    from dpo_assets.feedback.pair import PAIR_COLUMNS, QUARANTINE_COLUMNS, TOKEN_COLUMNS, polars_schema
+    from dpo_assets.feedback.pool import parts_with_tokens, stored
     from dpo_assets.feedback.readers import ReadOptions
+    from dpo_assets.feedback.screening import Screening
     from dpo_assets.feedback.sources import files_of
+    from dpo_assets.feedback.splits import fit_to_model, split
     from dpo_assets.recipe import FeedbackSource
 
     tree = ArtifactTree(work)
@@ -98,11 +117,32 @@ def ours(source: Path, work: Path) -> dict[str, Any]:
 
     def build(folder: Path) -> None:
         screening = Screening(stored([batch.path for batch in batches]))
-        with PairWriter(folder / "train.parquet") as train, PairWriter(folder / "eval.parquet") as held_out:
-            for part, _ in screening.parts():
+        faults: list[dict[str, Any]] = []
+
+        def fitted() -> Iterator[pl.DataFrame]:
+            if tokenizer is None:
+                yield from (part for part, _ in screening.parts())
+                return
+            screened = work / "screened.parquet"
+            with PairWriter(screened) as writer:
+                for part, _ in screening.parts():
+                    writer.write(part)
+            for part, ids in parts_with_tokens(screened, tokenize(screened, tokenizer, _fresh(work / "tokens"))):
+                accepted, unfit = fit_to_model(part, ids, MAX_LENGTH)
+                faults.extend(unfit)
+                yield accepted
+
+        schema = polars_schema(PAIR_COLUMNS if tokenizer is None else (*PAIR_COLUMNS, *TOKEN_COLUMNS))
+        with (
+            PairWriter(folder / "train.parquet", schema) as train,
+            PairWriter(folder / "eval.parquet", schema) as held_out,
+        ):
+            for part in fitted():
                 for writer, side in zip((train, held_out), split(part, 0.1, 0), strict=True):
                     writer.write(side)
-        rejected = pl.concat([*(pl.read_parquet(b.path / QUARANTINE) for b in batches), screening.quarantine()])
+        unfit_rows = pl.DataFrame(faults, schema=polars_schema(QUARANTINE_COLUMNS))
+        read_rows = [pl.read_parquet(b.path / QUARANTINE) for b in batches]
+        rejected = pl.concat([*read_rows, screening.quarantine(), unfit_rows])
         rejected.sort("source", "line", "row", "reason").write_parquet(folder / "quarantine.parquet")
         counts = {
             "rows_in": sum(b.json(COUNTS)["rows_in"] for b in batches),
@@ -127,7 +167,22 @@ def ours(source: Path, work: Path) -> dict[str, Any]:
     }
 
 
-def with_datasets(source: Path, work: Path) -> dict[str, Any]:
+def tokenize(pairs: Path, tokenizer: Path, folder: Path) -> Path:
+    """The worker's stage, as the asset starts it."""
+    from dpo_assets.contract import TokenizeSpec
+
+    spec = TokenizeSpec(
+        kind="tokens", output_dir=folder / "artefact", fingerprint="none", inputs={}, base_model=tokenizer, pairs=pairs
+    )
+    spec.output_dir.mkdir()
+    path = folder / "spec.json"
+    path.write_text(spec.model_dump_json())
+    command = [sys.executable, "-m", "dpo_assets.training", "tokenize", "--spec", str(path)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return spec.output_dir / "tokens.parquet"
+
+
+def with_datasets(source: Path, work: Path, tokenizer: Path | None) -> dict[str, Any]:
     """The same rules as a user writes them with `datasets.map` and `filter`."""
     import datasets
 
@@ -146,6 +201,12 @@ def with_datasets(source: Path, work: Path) -> dict[str, Any]:
     duplicates, conflicts, near = rules.across(sound)
     out = duplicates | conflicts | near
     kept = sound.filter(rules.is_kept, input_columns=["fault"], with_indices=True, num_proc=2, fn_kwargs={"out": out})
+    if tokenizer is not None:
+        own = {"folder": str(tokenizer), "max_length": MAX_LENGTH}
+        tokens = kept.map(rules.tokenize, num_proc=2, fn_kwargs=own)
+        unfit = tokens.filter(rules.is_faulty, input_columns=["fault"], num_proc=2)
+        kept = tokens.filter(rules.is_sound, input_columns=["fault"], num_proc=2)
+        unfit.to_parquet(work / "unfit.parquet")
     train = kept.filter(rules.is_train, input_columns=["group_id"], num_proc=2)
     held_out = kept.filter(rules.is_eval, input_columns=["group_id"], num_proc=2)
     train.to_parquet(work / "train.parquet")
@@ -156,29 +217,30 @@ def with_datasets(source: Path, work: Path) -> dict[str, Any]:
         "read_seconds": read_seconds,
         "rows_in": rows_in,
         "accepted": accepted,
-        "quarantined": quarantine.num_rows + len(conflicts) + len(near),
+        "quarantined": quarantine.num_rows + len(conflicts) + len(near) + (unfit.num_rows if tokenizer else 0),
         "duplicates": len(duplicates),
     }
 
 
-ARMS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {"ours": ours, "datasets": with_datasets}
+ARMS: dict[str, Callable[[Path, Path, Path | None], dict[str, Any]]] = {"ours": ours, "datasets": with_datasets}
 
 
-def child(arm: str, source: Path, work: Path) -> None:
+def child(arm: str, source: Path, work: Path, tokenizer: Path | None) -> None:
     """One arm, in this process: result, seconds, processor time."""
     started = time.perf_counter()
-    result = ARMS[arm](source, work)
+    result = ARMS[arm](source, work, tokenizer)
     seconds = time.perf_counter() - started
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     cpu = sum(u.ru_utime + u.ru_stime for u in usage)
     print(json.dumps({"arm": arm, "seconds": seconds, "cpu": cpu, **result}))
 
 
-def measured(arm: str, source: Path, work: Path) -> dict[str, Any]:
+def measured(arm: str, source: Path, work: Path, tokenizer: Path | None = None) -> dict[str, Any]:
     """One arm, in a process of its own, with the peak memory of its whole tree."""
     import psutil
 
     command = [sys.executable, "-m", "benchmarks.ingest", "--child", arm, "--source", str(source), "--work", str(work)]
+    command += ["--tokenizer", str(tokenizer)] if tokenizer else []
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     peak, done = 0, threading.Event()
 
@@ -255,33 +317,53 @@ def again(source: Path, work: Path, rows: int) -> dict[str, Any]:
     return {"first": first, "second": second, "new_file": more, "appended": appended}
 
 
+def against(source: Path, base: Path, tokenizer: Path | None = None) -> dict[str, Any]:
+    """Both arms over the same rows, one after the other."""
+    arms: dict[str, Any] = {}
+    for arm in ARMS:
+        work = _fresh(base / f"work-{arm}")
+        arms[arm] = measured(arm, source, work, tokenizer)
+        shutil.rmtree(work)
+        print(json.dumps(arms[arm]), file=sys.stderr)
+    ours, theirs = arms["ours"], arms["datasets"]
+    return arms | {
+        "times_faster": round(theirs["seconds"] / ours["seconds"], 2),
+        "times_less_cpu": round(theirs["cpu"] / ours["cpu"], 2),
+    }
+
+
+def rows_in(base: Path, rows: int) -> Path:
+    """A folder with one file of so many rows."""
+    source = base / f"raw-{rows}"
+    if not (source / "pairs.jsonl").exists():
+        write_rows(_fresh(source) / "part", rows)
+        (source / "part").rename(source / "pairs.jsonl")
+    return source
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=ROWS)
+    parser.add_argument("--token-rows", type=int, default=ROWS // 5)
+    parser.add_argument("--tokenizer", type=Path, help="folder of a model; default: the built-in one")
     parser.add_argument("--work", type=Path)
-    parser.add_argument("--only", choices=["ours", "datasets", "scaling", "again"])
+    parser.add_argument("--only", choices=["rules", "tokens", "scaling", "again"])
     parser.add_argument("--child", choices=sorted(ARMS))
     parser.add_argument("--source", type=Path)
     given = parser.parse_args()
     if given.child:
-        child(given.child, given.source, given.work)
+        child(given.child, given.source, given.work, given.tokenizer)
         return
     base = given.work or Path(tempfile.mkdtemp(prefix="ingest-"))
     report: dict[str, Any] = {}
     try:
-        source = base / f"raw-{given.rows}"
-        if not (source / "pairs.jsonl").exists():
-            source.mkdir(parents=True, exist_ok=True)
-            write_rows(source / "pairs.jsonl", given.rows)
-        for arm in ("ours", "datasets"):
-            if given.only in (None, arm):
-                report[arm] = measured(arm, source, _fresh(base / f"work-{arm}"))
-                print(json.dumps(report[arm]), file=sys.stderr)
-        if "ours" in report and "datasets" in report:
-            report["times_faster"] = report["datasets"]["seconds"] / report["ours"]["seconds"]
-            report["times_less_cpu"] = report["datasets"]["cpu"] / report["ours"]["cpu"]
+        if given.only in (None, "rules"):
+            report["rules"] = against(rows_in(base, given.rows), base)
+        if given.only in (None, "tokens"):
+            model = given.tokenizer or Path(str(resources.files("dpo_assets") / BUILTIN_MODELS["stories260k"][0]))
+            report["tokens"] = against(rows_in(base, given.token_rows), base, model)
         if given.only in (None, "again"):
-            report["again"] = again(source, _fresh(base / "work-again"), given.rows)
+            report["again"] = again(rows_in(base, given.rows), _fresh(base / "work-again"), given.rows)
         if given.only in (None, "scaling"):
             report["scaling"] = [_scale(base, rows) for rows in SCALES if rows <= given.rows]
             RESULTS.mkdir(exist_ok=True)
@@ -296,9 +378,7 @@ def main() -> None:
 
 
 def _scale(base: Path, rows: int) -> dict[str, Any]:
-    source = _fresh(base / "raw-scale")
-    write_rows(source / "pairs.jsonl", rows)
-    result = measured("ours", source, _fresh(base / "work-scale"))
+    result = measured("ours", rows_in(base, rows), _fresh(base / "work-scale"))
     print(json.dumps(result), file=sys.stderr)
     return result
 
