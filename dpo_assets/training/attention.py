@@ -64,6 +64,7 @@ def has_flash(device: torch.device, dtype: torch.dtype, dim: int = 8) -> bool:
     return bool(torch.cuda.get_device_capability(device) >= (8, 0))
 
 
+@torch.compiler.disable
 def packed_rows(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -75,7 +76,11 @@ def packed_rows(
     packed: PackedBatch | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Transformers attention interface: query [1, heads, T, dim] over the stream; returns [1, T, heads, dim]."""
+    """Transformers attention interface: query [1, heads, T, dim] over the stream; returns [1, T, heads, dim].
+
+    Never part of a compiled layer: its tables differ in every batch, so that a layer would be compiled for each, up to
+    a limit, and computed as it is from then on. The kernel is what takes the time here, and it is compiled already.
+    """
     if packed is None:
         plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)  # type: ignore[no-any-return]

@@ -20,6 +20,9 @@ from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
 
 BACKEND = "inductor"
+# Round where the plain layers do: by default what is fused stays in fp32, so that rounding depends on what a graph
+# happens to fuse, and two graphs of one layer part.
+OPTIONS = {"emulate_precision_casts": True}
 
 
 def speed_up(model: Any, plan: TrainingPlan) -> None:
@@ -34,7 +37,7 @@ def speed_up(model: Any, plan: TrainingPlan) -> None:
     if "compile" in plan.speedups:
         for layer in lm.get_decoder().layers:
             # Packed forwards differ in length; static shapes would compile each one anew.
-            layer.compile(backend=BACKEND, dynamic=True)
+            layer.compile(backend=BACKEND, dynamic=True, options=OPTIONS if BACKEND == "inductor" else None)
 
 
 def comparable(plan: TrainingPlan) -> AbstractContextManager[Any]:

@@ -160,7 +160,7 @@ def score_reference(policy: Policy, groups: Sequence[Group], spec: TrainSpec, re
 
         def score(part: Sequence[Group]) -> Scores:
             nonlocal done
-            with autocast_of(plan):
+            with autocast_of(plan), policy.computing(plan):
                 logps, _ = score_groups(model, part, plan.token_budget, recorded=comparable(plan))
             done += len(part)
             reporter.log(Progress(stage="reference", done=done, total=len(groups)).line())
