@@ -17,6 +17,14 @@ from dpo_assets.training.packing import PackedBatch
 NAME = "packed_rows"
 
 
+class Tables:
+    """A packed batch on its way through the layers: a compiled layer that was given the tables themselves would be
+    compiled for every number of groups."""
+
+    def __init__(self, batch: PackedBatch) -> None:
+        self.batch = batch
+
+
 class _Unshare(torch.autograd.Function):
     """Stream [T, ...] to rows [R, W, ...].
 
@@ -73,7 +81,7 @@ def packed_rows(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    packed: PackedBatch | None = None,
+    packed: Tables | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Transformers attention interface: query [1, heads, T, dim] over the stream; returns [1, T, heads, dim].
@@ -84,9 +92,10 @@ def packed_rows(
     if packed is None:
         plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)  # type: ignore[no-any-return]
-    q, k, v = (unshare(x[0].transpose(0, 1), packed).transpose(1, 2) for x in (query, key, value))
+    batch = packed.batch
+    q, k, v = (unshare(x[0].transpose(0, 1), batch).transpose(1, 2) for x in (query, key, value))
     out = causal_rows(q, k, v, scaling, dropout)
-    return out.transpose(1, 2).flatten(0, 1).index_select(0, packed["home"])[None], None
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, batch["home"])[None], None
 
 
 def register() -> None:

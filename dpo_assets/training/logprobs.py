@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.memory import head_chunk
+from dpo_assets.training.attention import Tables
 from dpo_assets.training.fused.decoder import fused_decoder, renew_fused
 from dpo_assets.training.head import Head, ScoredHead
 from dpo_assets.training.loading import plain_attention
@@ -58,7 +59,7 @@ def score_tokens(model: Any, batch: PackedBatch, autocast: AbstractContextManage
                 hidden = unsloth_packed_hidden(lm, batch)
             else:
                 hidden = lm.get_decoder()(
-                    input_ids=batch["ids"][None], position_ids=batch["pos"][None], use_cache=False, packed=batch
+                    input_ids=batch["ids"][None], position_ids=batch["pos"][None], use_cache=False, packed=Tables(batch)
                 ).last_hidden_state[0]
             picked = hidden.index_select(0, batch["predict"])
     chunk = head_chunk(len(batch["ids"]), "cuda" if picked.is_cuda else "cpu")
