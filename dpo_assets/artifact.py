@@ -165,6 +165,16 @@ class ArtifactTree:
             self._set_aside(directory)
             return None
 
+    def latest(self, kind: str, inputs: Mapping[str, str]) -> Artifact | None:
+        """The newest artefact of a kind that this version of the package made from these inputs, verified, or None."""
+        manifests = (self.root / kind).glob(f"*/{MANIFEST}")
+        for path in sorted(manifests, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+            told = json.loads(path.read_text("utf-8"))
+            same = told["inputs"] == dict(inputs) and told["versions"].get("dpo_assets") == __version__
+            if same and (found := self.find(kind, path.parent.name)):
+                return found
+        return None
+
     def _open(self, directory: Path, kind: str, fingerprint: str) -> Artifact:
         """The verified artefact, which must be the one that was asked for."""
         found = open_artifact(directory)

@@ -21,6 +21,7 @@ from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.recipe import ChecksSection
 
 Stage = Literal["tokenize", "sft", "dpo", "merge", "evaluate"]
+TOKENS = "tokens.parquet"  # What the stage `tokenize` writes.
 FAILURE_FILE = "failure.json"
 # Exit status of a worker that explains itself in FAILURE_FILE. Any other non-zero status is an infrastructure failure.
 EXPLAINED_EXIT = 65
@@ -47,6 +48,9 @@ class TokenizeSpec(Spec):
     """Token ids of prompt, chosen and rejected for each pair of a Parquet file."""
 
     pairs: Path
+    known: Path | None = Field(
+        default=None, description="Token ids by the same tokenizer: pairs that stand in it are not tokenized again."
+    )
 
 
 class PlannedSpec(Spec):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -225,6 +226,31 @@ def test_an_artefact_is_built_once_and_then_reused(tree: ArtifactTree) -> None:
     assert (first.manifest.kind, first.fingerprint) == (KIND, PRINT)
     assert first.manifest.inputs == {"base_model": "d"}
     assert entries(tree) == {PRINT}
+
+
+def test_the_newest_artefact_of_equal_inputs_is_found_unless_it_is_damaged(tree: ArtifactTree) -> None:
+    for number, inputs in (("1", {"base_model": "d"}), ("2", {"base_model": "d"}), ("3", {"base_model": "other"})):
+        made, _ = tree.find_or_build(
+            KIND, number * 32, lambda folder, n=number: write(folder, {"a": n.encode()}), inputs
+        )
+        os.utime(made.path / MANIFEST, (int(number), int(number)))
+    newest = tree.latest(KIND, {"base_model": "d"})
+    assert newest is not None
+    assert newest.fingerprint == "2" * 32
+    assert tree.latest(KIND, {"base_model": "third"}) is None
+    assert tree.latest("other", {"base_model": "d"}) is None
+    (newest.path / "a").write_bytes(b"?")
+    older = tree.latest(KIND, {"base_model": "d"})
+    assert older is not None
+    assert older.fingerprint == "1" * 32
+
+
+def test_artefacts_of_another_version_of_the_package_are_not_taken_up(
+    tree: ArtifactTree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree.find_or_build(KIND, PRINT, lambda folder: write(folder, {"a": b""}), {"base_model": "d"})
+    monkeypatch.setattr("dpo_assets.artifact.__version__", "another")
+    assert tree.latest(KIND, {"base_model": "d"}) is None
 
 
 def test_what_was_never_built_is_not_found(tree: ArtifactTree) -> None:

@@ -78,3 +78,15 @@ def test_an_evaluation_set_that_is_not_there_is_named(instance: dg.DagsterInstan
     result = materialize(trl_recipe(path, cleaning={"evaluation_sets": [missing]}), instance, DATA)
     assert not result.success
     assert any(missing in str(event.event_specific_data) for event in result.all_events if event.is_failure)
+
+
+def test_a_refresh_tokenizes_new_pairs_only(instance: dg.DagsterInstance, tmp_path: Path) -> None:
+    trl_feedback(tmp_path / "monday.jsonl", pairs=150)
+    recipe = trl_recipe(tmp_path / "*.jsonl")
+    assert materialize(recipe, instance, DATA).success
+    row = {"prompt": "What is new?", "chosen": "One pair, on Tuesday.", "rejected": "Nothing at all."}
+    (tmp_path / "tuesday.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    second = materialize(recipe, instance, DATA)
+    assert second.success, failures(second)
+    logged = [event.message for event in instance.all_logs(second.run_id)]
+    assert any("150 of 151 pairs were tokenized before" in message for message in logged), logged

@@ -20,7 +20,7 @@ from dpo_assets.assets.node import Node
 from dpo_assets.assets.raw_preferences import batches_of
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.dataset import dataset_verdicts
-from dpo_assets.contract import TokenizeSpec
+from dpo_assets.contract import TOKENS, TokenizeSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.ingest import COUNTS, QUARANTINE, PairWriter
 from dpo_assets.feedback.pair import PAIR_COLUMNS, QUARANTINE_COLUMNS, TOKEN_COLUMNS, polars_schema
@@ -140,13 +140,15 @@ def _sets(feedback: FeedbackSection) -> list[Path]:
 def _tokenize(step: Step, base: Artifact, screened: Path) -> Path | None:
     """Token ids of the screened pairs, by the worker: the Dagster process loads no tokenizer library.
 
-    They are in the order of the pairs. None where there is no pair.
+    They are in the order of the pairs. None where there is no pair. Pairs that were tokenized before are not again.
     """
     import polars as pl
 
     identity = pl.read_parquet(screened, columns=["pair_id"])["pair_id"].to_list()
     if not identity:
         return None
+    inputs = {"base_model": base}
+    earlier = step.latest("tokens", inputs)
 
     def make(folder: Path, print_: str) -> None:
         step.launch(
@@ -159,11 +161,12 @@ def _tokenize(step: Step, base: Artifact, screened: Path) -> Path | None:
                 base_model=base.path / "model",
                 threads=step.recipe.hardware.threads,
                 pairs=screened,
+                known=earlier.path / TOKENS if earlier else None,
             ),
         )
 
-    artifact, _ = step.build("tokens", fingerprint("pairs in this order", identity, {}), {"base_model": base}, make)
-    return artifact.path / "tokens.parquet"
+    artifact, _ = step.build("tokens", fingerprint("pairs in this order", identity, {}), inputs, make)
+    return artifact.path / TOKENS
 
 
 def _write(

@@ -132,6 +132,10 @@ class Step:
         """The artefact that `build` would reuse, if there is one."""
         return self.tree.find(node, _identity(node, config, inputs)[1])
 
+    def latest(self, node: str, inputs: Mapping[str, Artifact]) -> Artifact | None:
+        """The newest artefact of `node` made from `inputs`, whatever its config was."""
+        return self.tree.latest(node, {name: artifact.digest for name, artifact in inputs.items()})
+
     def launch(self, stage: Stage, spec: Spec) -> None:
         """Runs a worker stage to its end.
 

@@ -39,11 +39,15 @@ class LoadedBatch:
 
 
 class StoredBatch:
-    """A batch on disk, of which only the row groups that are needed are read."""
+    """A batch on disk, of which only the row groups that are needed are read.
+
+    The last one is kept: a batch is read from its beginning to its end, and one part of it ends where the next begins.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._starts: list[int] = []
+        self._last: tuple[int, Sequence[str] | None, Any] = (-1, None, None)  # Row group, columns, table.
 
     def keys(self, columns: Sequence[str]) -> pl.DataFrame:
         import polars as pl
@@ -69,8 +73,10 @@ class StoredBatch:
             parts = []
             for n, number in enumerate(groups.tolist()):
                 local = wanted[bounds[n] : bounds[n + 1]] - self._starts[number]
+                if self._last[:2] != (number, columns):
+                    self._last = (number, columns, file.read_row_group(number, columns=columns))
                 # Taken by Arrow, which copies the rows: Polars would keep the whole group for one of them.
-                parts.append(file.read_row_group(number, columns=columns).take(pa.array(local)))
+                parts.append(self._last[2].take(pa.array(local)))
         taken = pl.from_arrow(pa.concat_tables(parts))
         assert isinstance(taken, pl.DataFrame)
         return taken

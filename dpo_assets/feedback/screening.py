@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpo_assets.ahead import ahead
 from dpo_assets.feedback.ingest import FLIPPED_ID, PAIR_ID, PROMPT_ID
 from dpo_assets.feedback.near import BAND_COLUMNS, candidates, similarity
 from dpo_assets.feedback.overlap import EvaluationSets, read_prompts
@@ -311,7 +312,7 @@ class Screening:
         import polars as pl
 
         live = self._live.select("b", "n", *PAIR_ID, fault=pl.lit(None, dtype=pl.UInt32))
-        for part in self.pool.parts(pl.concat([live, *self._hits]), size):
+        for part in ahead(self.pool.parts(pl.concat([live, *self._hits]), size)):
             out = part.filter(pl.col("fault").is_not_null())
             for record in out.iter_rows(named=True):
                 self._faults.append(quarantine_record(record, *self._reasons[record["fault"]]))

@@ -5,20 +5,20 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dpo_assets.ahead import ahead
 from dpo_assets.artifact import VOLATILE, write_json
-from dpo_assets.contract import Progress, TokenizeSpec
+from dpo_assets.contract import TOKENS, Progress, TokenizeSpec
 from dpo_assets.training.reporting import Reporter
 
 PART = 2048  # Pairs rendered and tokenized at once, which is what is held in memory.
@@ -33,11 +33,13 @@ SCHEMA = {
 
 Conversation = list[dict[str, str]]
 Ids = list[int]
-ItemT = TypeVar("ItemT")
 
 
 def run(spec: TokenizeSpec, reporter: Reporter) -> None:
-    """Writes `tokens.parquet`: pair_id, prompt_ids, chosen_ids, rejected_ids, boundary_fault."""
+    """Writes `tokens.parquet`: pair_id, prompt_ids, chosen_ids, rejected_ids, boundary_fault.
+
+    What it writes does not depend on what was known before.
+    """
     # Not through `loading`, which would add PEFT; AutoTokenizer alone imports torch already, so this saves little.
     from transformers import AutoTokenizer
 
@@ -45,13 +47,21 @@ def run(spec: TokenizeSpec, reporter: Reporter) -> None:
     # Nothing forks here, which is what it is off for elsewhere.
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     pairs = PairTokenizer(AutoTokenizer.from_pretrained(spec.base_model, local_files_only=True))
+    known = KnownTokens(spec.known)
     total = pq.read_metadata(spec.pairs).num_rows
-    done = 0
-    with pq.ParquetWriter(spec.output_dir / "tokens.parquet", _arrow(pl.DataFrame(schema=SCHEMA)).schema) as writer:
-        for part in _ahead(map(pairs.rendered, _parts(spec.pairs))):
-            writer.write_table(_arrow(pairs.encoded(part)))
-            done += len(part.pair_ids)
+    done = reused = 0
+
+    def prepared(part: pl.DataFrame) -> tuple[pl.Series, pl.DataFrame, Rendered]:
+        have = known.of(part["pair_id"])
+        return part["pair_id"], have, pairs.rendered(part.join(have, on="pair_id", how="anti", maintain_order="left"))
+
+    with pq.ParquetWriter(spec.output_dir / TOKENS, _arrow(pl.DataFrame(schema=SCHEMA)).schema) as writer:
+        for identity, have, fresh in ahead(map(prepared, _parts(spec.pairs))):
+            rows = pl.concat([have, pairs.encoded(fresh)])
+            writer.write_table(_arrow(identity.to_frame().join(rows, on="pair_id", how="left", maintain_order="left")))
+            done, reused = done + len(identity), reused + have.height
             reporter.log(Progress(stage="tokenize", done=done, total=total).line())
+    reporter.log(f"tokenize: {reused} of {total} pairs were tokenized before")
     write_json(spec.output_dir / VOLATILE, {"seconds": time.perf_counter() - started})
 
 
@@ -61,15 +71,6 @@ def _parts(path: Path) -> Iterator[pl.DataFrame]:
             part = pl.from_arrow(batch)
             assert isinstance(part, pl.DataFrame)
             yield part
-
-
-def _ahead(items: Iterator[ItemT]) -> Iterator[ItemT]:
-    """The items, each made by a thread while the one before is in use: tokenizers work beside Python, not in it."""
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(next, items, None)
-        while (item := future.result()) is not None:
-            future = pool.submit(next, items, None)
-            yield item
 
 
 def _arrow(table: pl.DataFrame) -> Any:
@@ -83,6 +84,29 @@ class Rendered:
 
     pair_ids: pl.Series
     pieces: list[str]
+
+
+class KnownTokens:
+    """Token ids that an earlier run has made, of which only the rows that are asked for are read."""
+
+    def __init__(self, path: Path | None) -> None:
+        ids = (
+            pl.Series("pair_id", [], dtype=pl.String)
+            if path is None
+            else pl.read_parquet(path, columns=["pair_id"])["pair_id"]
+        )
+        # In the order of ids, as the pipeline asks for them: what belongs to a part lies together.
+        self._path, self._ids = path, ids if ids.is_sorted() else ids.clear()
+
+    def of(self, pair_ids: pl.Series) -> pl.DataFrame:
+        """The rows of those that are known."""
+        nothing = pl.DataFrame(schema=SCHEMA)
+        if self._path is None or self._ids.is_empty() or pair_ids.is_empty():
+            return nothing
+        start = self._ids.search_sorted(pair_ids.min(), side="left")
+        stop = self._ids.search_sorted(pair_ids.max(), side="right")
+        rows = pl.scan_parquet(self._path).slice(start, stop - start).collect()
+        return rows.select(list(SCHEMA)).join(pair_ids.to_frame(), on="pair_id", how="semi")
 
 
 class PairTokenizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -11,8 +12,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from dpo_assets.contract import TOKENS, TokenizeSpec
 from dpo_assets.feedback.pair import PAIR_COLUMNS, polars_schema
 from dpo_assets.feedback.screening import Screened
+from dpo_assets.training import tokenize
 from dpo_assets.training.tokenize import PairTokenizer
 
 CHATML = (
@@ -131,6 +134,49 @@ def test_whole_parts_get_the_ids_that_trl_gives_row_by_row(name: str, rows: list
 def test_real_pairs_get_the_ids_that_trl_gives_row_by_row(screened: Screened, tokenizer: Any) -> None:
     made = PairTokenizer(tokenizer).table(screened.pairs)
     assert made.to_dicts() == [as_trl_does(tokenizer, row) for row in screened.pairs.iter_rows(named=True)]
+
+
+class Log:
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def log(self, message: str) -> None:
+        self.lines.append(message)
+
+
+def made_of(pairs: pl.DataFrame, model_folder: Path, folder: Path, known: Path | None = None) -> tuple[Path, str]:
+    folder.mkdir()
+    pairs.write_parquet(folder / "pairs.parquet")
+    common: dict[str, Any] = {"output_dir": folder, "fingerprint": "f" * 32, "inputs": {}, "base_model": model_folder}
+    log = Log()
+    tokenize.run(TokenizeSpec(**common, pairs=folder / "pairs.parquet", known=known), log)
+    return folder / TOKENS, log.lines[-1]
+
+
+def test_pairs_that_were_tokenized_before_are_not_again_and_the_table_is_the_same(
+    screened: Screened, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenize, "PART", 16)
+    pairs = screened.pairs.sort("pair_id")
+    fresh, _ = made_of(pairs, model_folder, tmp_path / "fresh")
+    earlier, _ = made_of(pairs.gather_every(3), model_folder, tmp_path / "earlier")
+    again, said = made_of(pairs, model_folder, tmp_path / "again", known=earlier)
+    assert said == f"tokenize: {pairs.gather_every(3).height} of {pairs.height} pairs were tokenized before"
+    assert again.read_bytes() == fresh.read_bytes()
+
+
+@pytest.mark.parametrize("order", ["shuffled", "others", "empty"])
+def test_what_is_known_of_other_pairs_or_in_no_order_changes_nothing(
+    screened: Screened, model_folder: Path, tmp_path: Path, order: str
+) -> None:
+    pairs = screened.pairs.sort("pair_id")
+    known = {
+        "shuffled": pairs.sample(fraction=1, shuffle=True, seed=1), "others": pairs[:10], "empty": pairs.clear(),
+    }[order]  # fmt: skip
+    earlier, _ = made_of(known, model_folder, tmp_path / "earlier")
+    now, said = made_of(pairs[10:40], model_folder, tmp_path / "now", known=earlier)
+    assert said == "tokenize: 0 of 30 pairs were tokenized before"
+    assert pl.read_parquet(now)["pair_id"].to_list() == pairs[10:40]["pair_id"].to_list()
 
 
 @pytest.mark.parametrize("name", ["bytes-chatml", "bytes-thinking", "first-chatml"])

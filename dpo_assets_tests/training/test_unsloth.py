@@ -153,6 +153,27 @@ def test_a_packed_batch_names_the_lengths_of_its_groups(groups: list[tuple[int, 
     assert batch["groups"] == groups
 
 
+sizes = st.integers(1, 300)
+
+
+@given(st.lists(st.tuples(sizes, st.lists(sizes, min_size=1, max_size=3)), min_size=1, max_size=5))
+def test_every_group_begins_on_a_block_of_attention_with_its_tokens_in_order(
+    groups: list[tuple[int, list[int]]],
+) -> None:
+    laid, place = unsloth_kernels.on_blocks(groups)
+    begins, at = [], 0
+    for prompt, completions in laid:
+        if completions:
+            begins.append(at)
+        else:
+            assert 0 < prompt < unsloth_kernels.ATTENTION_BLOCK
+        at += prompt + sum(completions)
+    assert [one for one in laid if one[1]] == groups
+    assert all(begin % unsloth_kernels.ATTENTION_BLOCK == 0 for begin in begins)
+    spans = [range(begin, begin + p + sum(c)) for begin, (p, c) in zip(begins, groups, strict=True)]
+    assert place.tolist() == [n for span in spans for n in span]
+
+
 def test_a_model_that_would_ignore_shared_prefixes_is_refused(model_folder: Path, plan_for: PlanMaker) -> None:
     """Unknown arguments vanish in Transformers' forwards, and every completion would see the others."""
     with pytest.raises(ConfigError, match="not on Unsloth's own forward"):

@@ -101,13 +101,15 @@ def shared_prefix(request: Request) -> Answer:
     import torch
     from unsloth.utils import prefix_grouper_kernel as kernel
 
-    from dpo_assets.training.attention import packed_rows
+    from dpo_assets.training.attention import Tables, packed_rows
     from dpo_assets.training.packing import Group, pack
+    from dpo_assets.training.unsloth_kernels import on_blocks
 
     worst = 0.0
     for n, groups in enumerate(request["groups"]):
         batch = pack([Group(range(prompt), tuple(range(c) for c in lengths)) for prompt, lengths in groups])
-        table, _ = kernel.build_seg_info_multigroup(batch["groups"], torch.device("cpu"))
+        laid, place = on_blocks(batch["groups"])
+        table, _ = kernel.build_seg_info_multigroup(laid, torch.device("cpu"))
         generator = torch.Generator().manual_seed(n)
         query, key, value = (
             torch.randn(1, heads, table.T, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)
@@ -115,8 +117,9 @@ def shared_prefix(request: Request) -> Answer:
         theirs = kernel.flex_shared_prefix_attention(
             *(x.transpose(1, 2) for x in (query, key, value)), table, compiled=False
         )
-        ours, _ = packed_rows(torch.nn.Module(), query, key, value, None, packed=batch)
-        worst = max(worst, float((ours - theirs).abs().max()))
+        query, key, value = (x[:, :, place] for x in (query, key, value))
+        ours, _ = packed_rows(torch.nn.Module(), query, key, value, None, packed=Tables(batch))
+        worst = max(worst, float((ours - theirs[:, place]).abs().max()))
     return {"largest_difference": worst}
 
 
