@@ -3,7 +3,7 @@
     python -m benchmarks.ingest [--rows 1000000] [--work FOLDER] [--only rules|tokens|scaling|again]
                                 [--tokenizer FOLDER] [--token-rows 200000]
 
-Prints one JSON object, and writes benchmarks/results/ingest.json and ingest.png beside it. Every arm runs in a process
+Prints one JSON object, and writes benchmarks/results/ingest.json and docs/images/ingest.png. Every arm runs in a process
 of its own, so that peak memory is its own: the highest sum of proportional memory (PSS) of the process and its
 children, measured every 200 ms. Seconds are wall time; `cpu` is user + system of the whole tree.
 
@@ -33,11 +33,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from dpo_assets.artifact import ArtifactTree, file_sha256
 from dpo_assets.assets.base_model import BUILTIN_MODELS
 from dpo_assets.feedback.sources.finding import BUILTIN_FEEDBACK
 
 ROWS = 1_000_000
-RESULTS = Path(__file__).parent / "results"
+RESULT = Path(__file__).parent / "results" / "ingest.json"
+PLOT = Path(__file__).parent.parent / "docs" / "images" / "ingest.png"
 SEED = 7
 MAX_LENGTH = 1024  # Tokens of a pair.
 SCALES = (10_000, 30_000, 100_000, 300_000, 1_000_000)
@@ -97,7 +99,7 @@ def ours(source: Path, work: Path, tokenizer: Path | None) -> dict[str, Any]:
     """Raw file to train and eval Parquet, by the functions that the assets call, artefacts included."""
     import polars as pl
 
-    from dpo_assets.artifact import ArtifactTree, fingerprint
+    from dpo_assets.artifact import fingerprint
     from dpo_assets.feedback.ingest import COUNTS, QUARANTINE, PairWriter
     from dpo_assets.feedback.library import read_into
     from dpo_assets.feedback.pair import PAIR_COLUMNS, QUARANTINE_COLUMNS, TOKEN_COLUMNS, polars_schema
@@ -127,7 +129,7 @@ def ours(source: Path, work: Path, tokenizer: Path | None) -> dict[str, Any]:
             with PairWriter(screened) as writer:
                 for part, _ in screening.parts():
                     writer.write(part)
-            for part, ids in parts_with_tokens(screened, tokenize(screened, tokenizer, _fresh(work / "tokens"))):
+            for part, ids in parts_with_tokens(screened, tokenize(screened, tokenizer, tree)):
                 accepted, unfit = fit_to_model(part, ids, MAX_LENGTH)
                 faults.extend(unfit)
                 yield accepted
@@ -167,19 +169,30 @@ def ours(source: Path, work: Path, tokenizer: Path | None) -> dict[str, Any]:
     }
 
 
-def tokenize(pairs: Path, tokenizer: Path, folder: Path) -> Path:
-    """The worker's stage, as the asset starts it."""
-    from dpo_assets.contract import TokenizeSpec
+def tokenize(pairs: Path, tokenizer: Path, tree: ArtifactTree) -> Path:
+    """The worker's stage, as the asset starts it: what was tokenized before is not again."""
+    from dpo_assets.artifact import fingerprint
+    from dpo_assets.contract import TOKENS, TokenizeSpec
 
-    spec = TokenizeSpec(
-        kind="tokens", output_dir=folder / "artefact", fingerprint="none", inputs={}, base_model=tokenizer, pairs=pairs
-    )
-    spec.output_dir.mkdir()
-    path = folder / "spec.json"
-    path.write_text(spec.model_dump_json())
-    command = [sys.executable, "-m", "dpo_assets.training", "tokenize", "--spec", str(path)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return spec.output_dir / "tokens.parquet"
+    inputs, print_ = {"base_model": str(tokenizer)}, fingerprint("tokens", file_sha256(pairs), {})
+    earlier = tree.latest("tokens", inputs)
+
+    def build(folder: Path) -> None:
+        spec = TokenizeSpec(
+            kind="tokens",
+            output_dir=folder,
+            fingerprint=print_,
+            inputs=inputs,
+            base_model=tokenizer,
+            pairs=pairs,
+            known=earlier.path / TOKENS if earlier else None,
+        )
+        path = tree.root / "tokenize.json"
+        path.write_text(spec.model_dump_json())
+        command = [sys.executable, "-m", "dpo_assets.training", "tokenize", "--spec", str(path)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+    return tree.find_or_build("tokens", print_, build, inputs)[0].path / TOKENS
 
 
 def with_datasets(source: Path, work: Path, tokenizer: Path | None) -> dict[str, Any]:
@@ -294,12 +307,12 @@ def plot(points: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path)
 
 
-def again(source: Path, work: Path, rows: int) -> dict[str, Any]:
+def again(source: Path, work: Path, rows: int, tokenizer: Path | None = None) -> dict[str, Any]:
     """First ingest, the same files again, and 1 % more rows: in a file of their own, and at the end of the first."""
-    first = measured("ours", source, work)
-    second = measured("ours", source, work)
+    first = measured("ours", source, work, tokenizer)
+    second = measured("ours", source, work, tokenizer)
     write_rows(source / "more.jsonl", rows // 100, start=10_000_000)
-    more = measured("ours", source, work)
+    more = measured("ours", source, work, tokenizer)
     (source / "more.jsonl").unlink()
     path = source / "pairs.jsonl"
     size = path.stat().st_size
@@ -308,7 +321,7 @@ def again(source: Path, work: Path, rows: int) -> dict[str, Any]:
     with path.open("ab") as handle, extra.open("rb") as more_rows:
         shutil.copyfileobj(more_rows, handle)
     extra.unlink()
-    appended = measured("ours", source, work)
+    appended = measured("ours", source, work, tokenizer)
     with path.open("ab") as handle:
         handle.truncate(size)
     assert second["digest"] == first["digest"]
@@ -359,21 +372,22 @@ def main() -> None:
     try:
         if given.only in (None, "rules"):
             report["rules"] = against(rows_in(base, given.rows), base)
+        model = given.tokenizer or Path(str(resources.files("dpo_assets") / BUILTIN_MODELS["stories260k"][0]))
         if given.only in (None, "tokens"):
-            model = given.tokenizer or Path(str(resources.files("dpo_assets") / BUILTIN_MODELS["stories260k"][0]))
             report["tokens"] = against(rows_in(base, given.token_rows), base, model)
         if given.only in (None, "again"):
             report["again"] = again(rows_in(base, given.rows), _fresh(base / "work-again"), given.rows)
+            few = rows_in(base, given.token_rows)
+            report["again_with_tokens"] = again(few, _fresh(base / "work-again"), given.token_rows, model)
         if given.only in (None, "scaling"):
             report["scaling"] = [_scale(base, rows) for rows in SCALES if rows <= given.rows]
-            RESULTS.mkdir(exist_ok=True)
-            plot(report["scaling"], RESULTS / "ingest.png")
+            plot(report["scaling"], PLOT)
     finally:
         if given.work is None:
             shutil.rmtree(base, ignore_errors=True)
     text = json.dumps(report, indent=1)
     if given.only is None:
-        (RESULTS / "ingest.json").write_text(text + "\n")
+        RESULT.write_text(text + "\n")
     print(text)
 
 
