@@ -3,8 +3,8 @@
     python -m benchmarks.ingest [--rows 1000000] [--work FOLDER] [--only rules|tokens|scaling|again]
                                 [--tokenizer FOLDER] [--token-rows 200000]
 
-Prints one JSON object, and writes benchmarks/results/ingest.json and docs/images/ingest.png. Every arm runs in a process
-of its own, so that peak memory is its own: the highest sum of proportional memory (PSS) of the process and its
+Prints one JSON object, and writes benchmarks/results/ingest.json and docs/images/ingest.png. Every arm runs in a
+process of its own, so that peak memory is its own: the highest sum of proportional memory (PSS) of the process and its
 children, measured every 200 ms. Seconds are wall time; `cpu` is user + system of the whole tree.
 
 The rules of both arms: strict JSON, alternating roles, no blank message, no NUL, NFC, chosen unlike rejected after
