@@ -23,8 +23,15 @@ from dpo_assets.checks.dataset import dataset_verdicts
 from dpo_assets.contract import TOKENS, TokenizeSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.ingest import COUNTS, QUARANTINE, PairWriter
-from dpo_assets.feedback.pair import PAIR_COLUMNS, QUARANTINE_COLUMNS, TOKEN_COLUMNS, polars_schema
-from dpo_assets.feedback.pool import parts_with_tokens, stored, token_schema
+from dpo_assets.feedback.pair import (
+    PAIR_COLUMNS,
+    QUARANTINE_COLUMNS,
+    TEMPLATE_FAULT,
+    TOKEN_COLUMNS,
+    polars_schema,
+    token_schema,
+)
+from dpo_assets.feedback.pool import parts_with_tokens, stored
 from dpo_assets.feedback.quality import QUALITY_VERSION, measure, token_stats
 from dpo_assets.feedback.quality_conflicts import contradictions
 from dpo_assets.feedback.quality_sources import source_report
@@ -165,7 +172,9 @@ def _tokenize(step: Step, base: Artifact, screened: Path) -> Path | None:
             ),
         )
 
-    artifact, _ = step.build("tokens", fingerprint("pairs in this order", identity, {}), inputs, make)
+    artifact, _ = step.build(
+        "tokens", fingerprint("pairs in this order", [*token_schema(), *identity], {}), inputs, make
+    )
     return artifact.path / TOKENS
 
 
@@ -206,7 +215,7 @@ def _write(
     accepted = pl.concat([pl.read_parquet(folder / name) for name in ("train.parquet", "eval.parquet")])
     whole = pl.read_parquet(tokens) if tokens is not None else pl.DataFrame(schema=token_schema())
     context, markers = model
-    quality = measure(accepted, whole.filter(~pl.col("boundary_fault")), feedback.max_length, context, markers)
+    quality = measure(accepted, whole.filter(pl.col(TEMPLATE_FAULT).is_null()), feedback.max_length, context, markers)
     write_json(
         folder / "report.json",
         {

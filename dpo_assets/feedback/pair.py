@@ -182,6 +182,8 @@ TOKEN_COLUMNS: tuple[Column, ...] = (
     Column("rejected_ids", "tokens", "Rejected answer as token ids, not truncated."),
 )
 
+TEMPLATE_FAULT = "template_fault"  # Beside the token ids: why a pair cannot be rendered, or null.
+
 QUARANTINE_COLUMNS: tuple[Column, ...] = (
     Column("reason", "string", "Machine-readable reason code."),
     Column("message", "string", "What is wrong with this row."),
@@ -206,6 +208,14 @@ def polars_schema(columns: tuple[Column, ...]) -> pl.Schema:
         "tokens": pl.List(pl.Int32()),
     }
     return pl.Schema({c.name: types[c.kind] for c in columns})
+
+
+@cache
+def token_schema() -> pl.Schema:
+    """What the worker's stage `tokenize` writes of each pair; `template_fault` is `reason` or `reason: message`."""
+    import polars as pl
+
+    return pl.Schema({"pair_id": pl.String(), **polars_schema(TOKEN_COLUMNS), TEMPLATE_FAULT: pl.String()})
 
 
 @cache

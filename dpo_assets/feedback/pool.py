@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dpo_assets.feedback.ingest import KEYS, PAIR_ID, PAIRS, keys_frame
-from dpo_assets.feedback.pair import TOKEN_COLUMNS, polars_schema
+from dpo_assets.feedback.pair import token_schema
 
 if TYPE_CHECKING:
     import polars as pl
@@ -142,10 +142,3 @@ def parts_with_tokens(pairs: Path, tokens: Path | None) -> Iterator[tuple[pl.Dat
     for start in range(0, pl.scan_parquet(pairs).select(pl.len()).collect().item(), PART):
         one, ids = (pl.scan_parquet(path).slice(start, PART).collect() for path in (pairs, tokens))
         yield one, ids
-
-
-def token_schema() -> dict[str, Any]:
-    """What the worker's `tokenize` stage writes."""
-    import polars as pl
-
-    return {"pair_id": pl.String, **polars_schema(TOKEN_COLUMNS), "boundary_fault": pl.Boolean}

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dpo_assets.feedback.pair import ROLES, JudgedAnswer, Message, Pair, fold
 
 Fault = tuple[str, str]
+TEMPLATE_BOUNDARY, TEMPLATE_REFUSED = "template_boundary", "template_refused"  # What only the tokenizer sees.
 
 
 def pair_fault(pair: Pair) -> Fault | None:

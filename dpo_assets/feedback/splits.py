@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING, Any
 
+from dpo_assets.feedback.pair import TEMPLATE_FAULT
+from dpo_assets.feedback.rules import TEMPLATE_BOUNDARY, TEMPLATE_REFUSED
 from dpo_assets.feedback.tables import quarantine_record
 
 if TYPE_CHECKING:
@@ -17,7 +19,8 @@ def fit_to_model(
     """Joins token ids to pairs and sets aside what the model could not learn from.
 
     TRL drops a prompt that fills `max_length` silently and trains on pairs that truncation made equal; here both go to
-    quarantine, and so does a pair whose rendered prompt is not the beginning of its rendered conversation.
+    quarantine, and so does a pair that the chat template refuses, or whose rendered prompt is not the beginning of its
+    rendered conversation.
     """
     import polars as pl
 
@@ -26,8 +29,8 @@ def fit_to_model(
     room = (max_length - size).clip(lower_bound=0)
     cut = [pl.col(f"{side}_ids").list.head(room) for side in ("chosen", "rejected")]
     judged = joined.with_columns(
-        pl.when("boundary_fault")
-        .then(pl.lit("template_boundary"))
+        pl.when(pl.col(TEMPLATE_FAULT).is_not_null())
+        .then(pl.col(TEMPLATE_FAULT).str.splitn(":", 2).struct.field("field_0"))
         .when(size >= max_length)
         .then(pl.lit("prompt_too_long"))
         .when(cut[0] == cut[1])
@@ -38,14 +41,19 @@ def fit_to_model(
     for record in judged.filter(pl.col("reason").is_not_null()).iter_rows(named=True):
         length = len(record["prompt_ids"])
         messages = {
-            "template_boundary": "the chat template renders the prompt differently once an answer follows it",
+            TEMPLATE_REFUSED: f"the chat template refuses the conversation: {_said(record[TEMPLATE_FAULT])}",
+            TEMPLATE_BOUNDARY: "the chat template renders the prompt differently once an answer follows it",
             "prompt_too_long": f"the prompt has {length} tokens, max_length is {max_length}",
             "identical_after_truncation": (
                 f"chosen and rejected are equal in the {max_length - length} tokens that max_length leaves them"
             ),
         }
         faults.append(quarantine_record(record, record["reason"], messages[record["reason"]]))
-    return judged.filter(pl.col("reason").is_null()).drop("boundary_fault", "reason"), faults
+    return judged.filter(pl.col("reason").is_null()).drop(TEMPLATE_FAULT, "reason"), faults
+
+
+def _said(template_fault: str | None) -> str:
+    return (template_fault or "").partition(": ")[2]
 
 
 def in_eval_split(group_id: str, fraction: float, seed: int) -> bool:

@@ -15,28 +15,24 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jinja2 import TemplateError
 
 from dpo_assets.ahead import ahead
 from dpo_assets.artifact import VOLATILE, write_json
 from dpo_assets.contract import TOKENS, Progress, TokenizeSpec
+from dpo_assets.feedback.pair import token_schema
+from dpo_assets.feedback.rules import TEMPLATE_BOUNDARY, TEMPLATE_REFUSED
 from dpo_assets.training.reporting import Reporter
 
 PART = 2048  # Pairs rendered and tokenized at once, which is what is held in memory.
-_IDS = pl.List(pl.Int32)
-SCHEMA = {
-    "pair_id": pl.String,
-    "prompt_ids": _IDS,
-    "chosen_ids": _IDS,
-    "rejected_ids": _IDS,
-    "boundary_fault": pl.Boolean,
-}
+SCHEMA = dict(token_schema())
 
 Conversation = list[dict[str, str]]
 Ids = list[int]
 
 
 def run(spec: TokenizeSpec, reporter: Reporter) -> None:
-    """Writes `tokens.parquet`: pair_id, prompt_ids, chosen_ids, rejected_ids, boundary_fault.
+    """Writes `tokens.parquet`: pair_id, prompt_ids, chosen_ids, rejected_ids, template_fault.
 
     What it writes does not depend on what was known before.
     """
@@ -80,10 +76,11 @@ def _arrow(table: pl.DataFrame) -> Any:
 @dataclass(frozen=True)
 class Rendered:
     """Pairs as text. `pieces` has four of each pair: what its conversations share, and what follows in prompt, chosen
-    and rejected conversation."""
+    and rejected conversation. `refused` has what the template said by pair; their pieces are empty."""
 
     pair_ids: pl.Series
     pieces: list[str]
+    refused: dict[int, str]
 
 
 class KnownTokens:
@@ -125,26 +122,46 @@ class PairTokenizer:
 
     def rendered(self, pairs: pl.DataFrame) -> Rendered:
         """Pairs (pair_id, prompt, chosen, rejected) in the chat template."""
-        prompts, chosen, rejected = (pairs[name].to_list() for name in ("prompt", "chosen", "rejected"))
-        texts = zip(
-            self._texts(prompts, answer_follows=True),
-            self._texts([p + c for p, c in zip(prompts, chosen, strict=True)], answer_follows=False),
-            self._texts([p + r for p, r in zip(prompts, rejected, strict=True)], answer_follows=False),
-            strict=True,
-        )
+        conversations = [pairs[name].to_list() for name in ("prompt", "chosen", "rejected")]
+        refused: dict[int, str] = {}
+        try:
+            texts = self._three(*conversations)
+        except TemplateError:
+            # Templates refuse what their model was not trained on, a system message for example. Those pairs only.
+            texts = []
+            for n, pair in enumerate(zip(*conversations, strict=True)):
+                try:
+                    texts += self._three(*([one] for one in pair))
+                except TemplateError as error:
+                    texts.append(("", "", ""))
+                    refused[n] = str(error)
         pieces: list[str] = []
         for three in texts:
             cut = self._shared(*three)
             pieces += (three[0][:cut], three[0][cut:], three[1][cut:], three[2][cut:])
-        return Rendered(pairs["pair_id"], pieces)
+        return Rendered(pairs["pair_id"], pieces, refused)
 
     def encoded(self, part: Rendered) -> pl.DataFrame:
         """`tokens.parquet` for rendered pairs."""
         ids = self._ids(part.pieces)
         rows = [_row(ids[n] + ids[n + 1], ids[n] + ids[n + 2], ids[n] + ids[n + 3]) for n in range(0, len(ids), 4)]
         prompts, chosen, rejected = (_column([row.ids[n] for row in rows]) for n in range(3))
-        faults = [row.boundary_fault for row in rows]
+        faults = [TEMPLATE_BOUNDARY if row.boundary_fault else None for row in rows]
+        for n, said in part.refused.items():
+            faults[n] = f"{TEMPLATE_REFUSED}: {said}"
         return pl.DataFrame(dict(zip(SCHEMA, (part.pair_ids, prompts, chosen, rejected, faults), strict=True)), SCHEMA)
+
+    def _three(
+        self, prompts: list[Conversation], chosen: list[Conversation], rejected: list[Conversation]
+    ) -> list[tuple[str, str, str]]:
+        """(prompt, chosen conversation, rejected conversation) of each pair.
+
+        Raises:
+            TemplateError: the chat template refuses one of them.
+        """
+        answered = ([p + a for p, a in zip(prompts, side, strict=True)] for side in (chosen, rejected))
+        good, bad = (self._texts(side, answer_follows=False) for side in answered)
+        return list(zip(self._texts(prompts, answer_follows=True), good, bad, strict=True))
 
     def _texts(self, conversations: list[Conversation], *, answer_follows: bool) -> list[str]:
         if not conversations:

@@ -295,7 +295,7 @@ def test_case_49_when_every_row_is_bad_every_row_is_in_quarantine(tmp_path: Path
 def test_case_46_a_pair_beyond_the_length_is_cut_or_quarantined_and_an_answer_keeps_a_token(tmp_path: Path) -> None:
     import polars as pl
 
-    from dpo_assets.feedback.pair import PAIR_COLUMNS
+    from dpo_assets.feedback.pair import PAIR_COLUMNS, token_schema
     from dpo_assets.feedback.splits import fit_to_model
     from dpo_assets.feedback.tables import pairs_frame
 
@@ -303,9 +303,10 @@ def test_case_46_a_pair_beyond_the_length_is_cut_or_quarantined_and_an_answer_ke
     ids = [(9, [1] * 50, [2] * 50), (16, [1], [2]), (12, [1] * 9 + [3], [1] * 9 + [4])]
     tokens = pl.DataFrame(
         [
-            {"pair_id": p.pair_id, "prompt_ids": [7] * n, "chosen_ids": a, "rejected_ids": b, "boundary_fault": False}
+            {"pair_id": p.pair_id, "prompt_ids": [7] * n, "chosen_ids": a, "rejected_ids": b, "template_fault": None}
             for p, (n, a, b) in zip(found.batch.pairs, ids, strict=True)
-        ]
+        ],
+        token_schema(),
     )
     kept, faults = fit_to_model(pairs_frame(found.batch.pairs), tokens, 16)
     assert kept["prompt"].to_list() == [[user("What is it?")]]

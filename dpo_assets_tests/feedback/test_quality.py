@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from dpo_assets.feedback import quality
 from dpo_assets.feedback.ingest import read_file
+from dpo_assets.feedback.pair import token_schema
 from dpo_assets.feedback.quality import distances, lengths, measure, token_stats, truncation, with_cut_answers
 from dpo_assets.feedback.quality_numbers import EXAMPLES, SNIPPET, paired_auc
 from dpo_assets.feedback.quality_text import answer_texts, degenerate, loop_share, surface
@@ -356,12 +357,11 @@ def oasst() -> tuple[pl.DataFrame, pl.DataFrame]:
             "prompt_ids": tokens(row["prompt"]),
             "chosen_ids": [*tokens(row["chosen"]), EOS],
             "rejected_ids": [*tokens(row["rejected"]), EOS],
-            "boundary_fault": False,
+            "template_fault": None,
         }
         for row in pairs.sort("pair_id").iter_rows(named=True)
     ]
-    schema = {"pair_id": pl.String, **dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), IDS)}
-    table = pl.DataFrame(rows, schema=schema | {"boundary_fault": pl.Boolean})
+    table = pl.DataFrame(rows, schema=token_schema())
     return fit_to_model(pairs, table, 400)[0], table
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pandera.errors import SchemaErrors
 
 from dpo_assets.feedback.ingest import read_file
-from dpo_assets.feedback.pair import LABEL_KINDS, PAIR_COLUMNS, Message, Pair, Rejected, fold, pair_record
+from dpo_assets.feedback.pair import LABEL_KINDS, PAIR_COLUMNS, Message, Pair, Rejected, fold, pair_record, token_schema
 from dpo_assets.feedback.readers import ReadOptions
 from dpo_assets.feedback.rules import NOT_DAMAGE, pair_fault
 from dpo_assets.feedback.screening import Screened, _apply_schema, screen
@@ -264,17 +264,11 @@ def test_a_table_of_another_shape_is_a_fault_of_the_package_and_raises(table: pl
 
 # Fit to the model
 
-TOKENS = {
-    "pair_id": pl.String,
-    "prompt_ids": pl.List(pl.Int32),
-    "chosen_ids": pl.List(pl.Int32),
-    "rejected_ids": pl.List(pl.Int32),
-    "boundary_fault": pl.Boolean,
-}
+TOKENS = token_schema()
 
 
-def tokens(number: int, prompt: int, chosen: list[int], rejected: list[int], boundary_fault: bool = False) -> list[Any]:
-    return [pair(number).pair_id, [9] * prompt, chosen, rejected, boundary_fault]
+def tokens(number: int, prompt: int, chosen: list[int], rejected: list[int], fault: str | None = None) -> list[Any]:
+    return [pair(number).pair_id, [9] * prompt, chosen, rejected, fault]
 
 
 def fitted(*rows: list[Any], max_length: int = 8) -> tuple[list[str], dict[str, str]]:
@@ -313,7 +307,16 @@ def test_answers_of_which_one_begins_with_the_other_are_equal_only_if_the_cut_ma
 
 
 def test_a_prompt_that_the_template_renders_differently_is_quarantined() -> None:
-    assert fitted(tokens(0, 2, [1], [2], True), tokens(1, 2, [1], [2])) == (["row-1"], {"row-0": "template_boundary"})
+    rows = [tokens(0, 2, [1], [2], "template_boundary"), tokens(1, 2, [1], [2])]
+    assert fitted(*rows) == (["row-1"], {"row-0": "template_boundary"})
+
+
+def test_a_pair_that_the_template_refuses_is_quarantined_with_what_the_template_said() -> None:
+    rows = [tokens(0, 0, [], [], "template_refused: no system: really"), tokens(1, 2, [1], [2])]
+    assert fitted(*rows) == (["row-1"], {"row-0": "template_refused"})
+    pairs = pairs_frame([pair(0)])
+    _, [fault] = fit_to_model(pairs, pl.DataFrame(rows[:1], schema=TOKENS, orient="row"), 8)
+    assert fault["message"] == "the chat template refuses the conversation: no system: really"
 
 
 def test_when_no_pair_fits_the_table_keeps_its_columns() -> None:
@@ -328,7 +331,8 @@ def test_an_answer_longer_than_the_room_is_kept_whole_for_whoever_trains() -> No
 
 
 def test_only_rows_left_out_by_choice_or_by_the_models_size_are_no_damage() -> None:
-    assert NOT_DAMAGE.isdisjoint({reason for reason, _ in FAULTY} | {"conflict", "schema", "template_boundary"})
+    later = {"conflict", "schema", "template_boundary", "template_refused"}
+    assert NOT_DAMAGE.isdisjoint({reason for reason, _ in FAULTY} | later)
     assert {"synthetic", "tie", "no_comparison", "prompt_too_long", "identical_after_truncation"} <= NOT_DAMAGE
 
 

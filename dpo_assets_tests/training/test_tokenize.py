@@ -91,7 +91,7 @@ def as_trl_does(tokenizer: Any, pair: dict[str, Any]) -> dict[str, Any]:
         "prompt_ids": prompt[:length],
         "chosen_ids": answers[0][length:],
         "rejected_ids": answers[1][length:],
-        "boundary_fault": length < len(prompt),
+        "template_fault": "template_boundary" if length < len(prompt) else None,
     }
 
 
@@ -193,3 +193,17 @@ def test_where_no_mark_can_be_trusted_the_prompt_is_tokenized_with_each_answer()
     pair |= {side: [message("assistant", side)] for side in ("chosen", "rejected")}
     for name in ("bytes-plain", "marks that take white space"):
         assert PairTokenizer(TOKENIZERS[name]).rendered(table([pair])).pieces[0] == ""
+
+
+def test_a_pair_that_the_template_refuses_costs_itself_and_says_what_the_template_said() -> None:
+    """Gemma's templates know no system message, Mistral's want turns to alternate."""
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system, please') }}{% endif %}" + CHATML
+    tokenizer = trained("bytes", template, plain_marks())
+    answers = {side: [message("assistant", side)] for side in ("chosen", "rejected")}
+    good = {"pair_id": "a" * 32, "prompt": [message("user", "hello")], **answers}
+    bad = {"pair_id": "b" * 32, "prompt": [message("system", "be brief"), message("user", "hello")], **answers}
+    made = PairTokenizer(tokenizer).table(table([bad, good, bad | {"pair_id": "c" * 32}]))
+    said = "template_refused: no system, please"
+    assert made["template_fault"].to_list() == [said, None, said]
+    assert made.row(1, named=True) == as_trl_does(tokenizer, good)
+    assert made["prompt_ids"][0].is_empty()
