@@ -256,28 +256,6 @@ def pandera_schema() -> pa.DataFrameSchema:
     )
 
 
-def pair_record(pair: Pair) -> dict[str, Any]:
-    """A row of the pair table."""
-    return {
-        "pair_id": pair.pair_id,
-        "prompt": pair.prompt,
-        "chosen": pair.chosen,
-        "rejected": pair.rejected,
-        "prompt_id": pair.prompt_id,
-        "group_id": pair.group_id,
-        "source": pair.source,
-        "row": pair.row,
-        "line": pair.line,
-        "label_kind": pair.label_kind,
-        "margin": pair.margin,
-        "created_at": pair.created_at,
-        "user": pair.user,
-        "meta": as_json(pair.meta),
-        "flags": ",".join(pair.flags),
-        "row_hash": pair.row_hash,
-    }
-
-
 def as_json(value: Any) -> str:
     """JSON with sorted keys; what JSON does not know becomes text."""
     return _ENCODER.encode(value) if value else "{}"

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_assets.feedback.pair import Message, Pair, pair_record
+from dpo_assets.feedback.pair import Message, Pair
 from dpo_assets.feedback.readers import Place, ReadOptions, RowFault, format_named
+from dpo_assets.feedback.tables import pairs_frame
 from dpo_assets_tests.samples import assistant, system, user
 
 PLACE = Place("export.jsonl", 7)
@@ -371,7 +372,7 @@ def test_any_row_gives_pairs_or_faults_and_never_nothing(
             assert item.message
         else:
             assert (item.source, item.line) == (PLACE.source, PLACE.line)
-            assert pair_record(item)["pair_id"] == item.pair_id
+            assert pairs_frame([item])["pair_id"].to_list() == [item.pair_id]
             for messages in contents(item):
                 assert all(isinstance(m["role"], str) and isinstance(m["content"], str) for m in messages)
 

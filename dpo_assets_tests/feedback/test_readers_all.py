@@ -10,9 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dpo_assets.feedback.pair import LABEL_KINDS, JudgedAnswer, Pair, pair_record
+from dpo_assets.feedback.pair import LABEL_KINDS, JudgedAnswer, Pair
 from dpo_assets.feedback.pairing import POLICIES
 from dpo_assets.feedback.readers import ReadOptions, RowFault, formats
+from dpo_assets.feedback.tables import pairs_frame
 from dpo_assets_tests.feedback.exported import EXPORTS, PLACE, items_of, rows_of
 from dpo_assets_tests.samples import assistant, user
 
@@ -136,7 +137,7 @@ def _is_sound(name: str, row: dict[str, Any], options: ReadOptions) -> None:
             said = [*item.prompt, *item.answer]
         else:
             assert isinstance(item, Pair)
-            assert pair_record(item)["pair_id"] == item.pair_id
+            assert pairs_frame([item])["pair_id"].to_list() == [item.pair_id]
             said = [*item.prompt, *item.chosen, *item.rejected]
         assert all(isinstance(m["role"], str) and isinstance(m["content"], str) and len(m) == 2 for m in said)
 

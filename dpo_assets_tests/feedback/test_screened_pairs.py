@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pandera.errors import SchemaErrors
 
 from dpo_assets.feedback.ingest import read_file
-from dpo_assets.feedback.pair import LABEL_KINDS, PAIR_COLUMNS, Message, Pair, Rejected, fold, pair_record, token_schema
+from dpo_assets.feedback.pair import LABEL_KINDS, PAIR_COLUMNS, Message, Pair, Rejected, fold, token_schema
 from dpo_assets.feedback.readers import ReadOptions
 from dpo_assets.feedback.rules import NOT_DAMAGE, pair_fault
 from dpo_assets.feedback.screening import Screened, _apply_schema, screen
@@ -432,7 +432,7 @@ def test_pairs_of_equal_content_and_only_those_have_equal_ids(one: str, other: s
 def test_the_order_of_keys_in_a_message_or_in_other_columns_is_no_difference() -> None:
     one = pair(0, chosen=[{"role": "assistant", "content": "a"}], meta={"a": 1, "b": 2})
     other = pair(0, chosen=[{"content": "a", "role": "assistant"}], meta={"b": 2, "a": 1})
-    assert pair_record(one) == pair_record(other)
+    assert pairs_frame([one]).equals(pairs_frame([other]))
 
 
 def test_the_ids_of_a_prompt_ignore_spelling_but_not_roles_or_turns() -> None:
