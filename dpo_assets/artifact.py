@@ -167,10 +167,14 @@ class ArtifactTree:
 
     def latest(self, kind: str, inputs: Mapping[str, str]) -> Artifact | None:
         """The newest artefact of a kind that this version of the package made from these inputs, verified, or None."""
-        manifests = (self.root / kind).glob(f"*/{MANIFEST}")
-        for path in sorted(manifests, key=lambda path: path.stat().st_mtime_ns, reverse=True):
-            told = json.loads(path.read_text("utf-8"))
-            same = told["inputs"] == dict(inputs) and told["versions"].get("dpo_assets") == __version__
+        # Not what somebody is still writing: its folder has another name until it is complete.
+        made = [path for path in (self.root / kind).glob(f"*/{MANIFEST}") if ".tmp-" not in path.parent.name]
+        for path in sorted(made, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+            try:
+                told = Manifest.model_validate_json(path.read_bytes())
+            except ValidationError:
+                continue
+            same = told.inputs == dict(inputs) and told.versions.get("dpo_assets") == __version__
             if same and (found := self.find(kind, path.parent.name)):
                 return found
         return None

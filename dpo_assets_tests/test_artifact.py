@@ -245,6 +245,21 @@ def test_the_newest_artefact_of_equal_inputs_is_found_unless_it_is_damaged(tree:
     assert older.fingerprint == "1" * 32
 
 
+def test_what_is_being_written_and_what_nobody_can_read_are_no_newest_artefact(tree: ArtifactTree) -> None:
+    inputs = {"base_model": "d"}
+    whole, _ = tree.find_or_build(KIND, PRINT, lambda folder: write(folder, {"a": b""}), inputs)
+    scratch = whole.path.with_name(f"{'1' * 32}.tmp-7")
+    scratch.mkdir()
+    seal(scratch, kind=KIND, fingerprint="1" * 32, inputs=inputs)
+    broken = whole.path.with_name("2" * 32)
+    broken.mkdir()
+    (broken / MANIFEST).write_text("{", encoding="utf-8")
+    for number, folder in enumerate((whole.path, scratch, broken), start=1):
+        os.utime(folder / MANIFEST, (number, number))
+    assert tree.latest(KIND, inputs) == whole
+    assert scratch.is_dir()
+
+
 def test_artefacts_of_another_version_of_the_package_are_not_taken_up(
     tree: ArtifactTree, monkeypatch: pytest.MonkeyPatch
 ) -> None:

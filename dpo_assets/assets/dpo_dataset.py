@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import dagster as dg
 
@@ -44,9 +44,6 @@ from dpo_assets.recipe import FeedbackSection, Recipe
 from dpo_assets.report.feedback import released_table, source_views, trend_table
 from dpo_assets.report.quality import quality_views
 from dpo_assets.report.tables import counts_table, quarantine_table, sample_table
-
-if TYPE_CHECKING:
-    pass
 
 
 def materialise(step: Step) -> Events:
@@ -155,9 +152,9 @@ def _tokenize(step: Step, base: Artifact, screened: Path) -> Path | None:
     if not identity:
         return None
     inputs = {"base_model": base}
-    earlier = step.latest("tokens", inputs)
 
     def make(folder: Path, print_: str) -> None:
+        earlier = step.latest("tokens", inputs)
         step.launch(
             "tokenize",
             TokenizeSpec(

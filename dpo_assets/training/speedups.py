@@ -1,10 +1,10 @@
 """Faster layers for what runs on Transformers' own: Liger's kernels, and torch.compile layer by layer.
 
 Both round differently from the plain layers, so both are part of what a reference score depends on. A compiled layer
-has two graphs that round differently from each other, one for training and one for no_grad; the first loss was off by
-0.002 where they met. So where layers are compiled, whatever is compared with the policy goes through the policy's
-graph: gradients are recorded and thrown away (`comparable`). Unsloth's forwards part in the same way
-(`unsloth_kernels.reference_mode`).
+has two graphs, one for training and one for no_grad, and nothing promises that they round alike (on an H100 with
+OPTIONS they did, within 0.0001 nats a row). So where layers are compiled, whatever is compared with the policy goes
+through the policy's graph: gradients are recorded and thrown away (`comparable`). Unsloth's forwards part in the same
+way (`unsloth_kernels.reference_mode`).
 """
 
 from __future__ import annotations

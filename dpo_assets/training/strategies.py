@@ -36,6 +36,7 @@ from dpo_assets.training.unsloth_kernels import reference_mode
 from dpo_assets.version import __version__
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+SCORING = 2  # Of how a pair is scored: scores that were rounded in another way must not meet the policy's.
 A, B = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -137,7 +138,7 @@ def score_reference(policy: Policy, groups: Sequence[Group], spec: TrainSpec, re
     plan, model = spec.plan, policy.model
     with reference_mode(model, plan.model_copy(update={"kernels": policy.kernels})) as path:
         key = reference_key(
-            scorer=__version__,
+            scorer=f"{__version__}, {SCORING}",
             base=spec.base_digest,
             start=spec.inputs.get("sft_checkpoint", "") if spec.start_adapter else "",
             reference=plan.dpo.reference,

@@ -116,10 +116,6 @@ class PairTokenizer:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 
-    def table(self, pairs: pl.DataFrame) -> pl.DataFrame:
-        """`tokens.parquet` for pairs (pair_id, prompt, chosen, rejected)."""
-        return self.encoded(self.rendered(pairs))
-
     def rendered(self, pairs: pl.DataFrame) -> Rendered:
         """Pairs (pair_id, prompt, chosen, rejected) in the chat template."""
         conversations = [pairs[name].to_list() for name in ("prompt", "chosen", "rejected")]

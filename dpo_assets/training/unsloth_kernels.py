@@ -205,8 +205,9 @@ def reference_mode(model: Any, plan: TrainingPlan) -> Iterator[str]:
         no checkpointing         -0.43             -0.00        -0.43
         "unsloth" checkpointing  -0.00             -0.00        -0.43
 
-    Each is as exact as bf16 gets; mixing them moved the first loss by 0.011, and by 0.015 for packed batches scored in
-    evaluation mode. The policy is in training mode and records gradients, so whatever is compared with it does the same
+    Each is as exact as bf16 gets; mixing them moved the first loss by 0.011. Packed batches go through blocks that stay
+    uncompiled, and there all modes agreed (SmolLM2-135M on an H100, within 0.0001 nats a row, no checkpointing). The
+    policy is in training mode and records gradients, so whatever is compared with it does the same
     (`speedups.comparable`); what is recorded is thrown away.
 
     Yields:

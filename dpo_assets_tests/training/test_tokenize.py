@@ -107,6 +107,11 @@ texts = st.lists(
 ).map("".join)
 
 
+def tokenized(tokenizer: Any, pairs: pl.DataFrame) -> pl.DataFrame:
+    worker = PairTokenizer(tokenizer)
+    return worker.encoded(worker.rendered(pairs))
+
+
 def message(role: str, text: str) -> dict[str, str]:
     return {"role": role, "content": text}
 
@@ -127,12 +132,12 @@ def pairs(draw: st.DrawFn) -> dict[str, Any]:
 def test_whole_parts_get_the_ids_that_trl_gives_row_by_row(name: str, rows: list[dict[str, Any]]) -> None:
     """Whatever the texts hold, special tokens and pieces of them included."""
     tokenizer = TOKENIZERS[name]
-    made = PairTokenizer(tokenizer).table(table(rows))
+    made = tokenized(tokenizer, table(rows))
     assert made.to_dicts() == [as_trl_does(tokenizer, row) for row in rows]
 
 
 def test_real_pairs_get_the_ids_that_trl_gives_row_by_row(screened: Screened, tokenizer: Any) -> None:
-    made = PairTokenizer(tokenizer).table(screened.pairs)
+    made = tokenized(tokenizer, screened.pairs)
     assert made.to_dicts() == [as_trl_does(tokenizer, row) for row in screened.pairs.iter_rows(named=True)]
 
 
@@ -202,7 +207,7 @@ def test_a_pair_that_the_template_refuses_costs_itself_and_says_what_the_templat
     answers = {side: [message("assistant", side)] for side in ("chosen", "rejected")}
     good = {"pair_id": "a" * 32, "prompt": [message("user", "hello")], **answers}
     bad = {"pair_id": "b" * 32, "prompt": [message("system", "be brief"), message("user", "hello")], **answers}
-    made = PairTokenizer(tokenizer).table(table([bad, good, bad | {"pair_id": "c" * 32}]))
+    made = tokenized(tokenizer, table([bad, good, bad | {"pair_id": "c" * 32}]))
     said = "template_refused: no system, please"
     assert made["template_fault"].to_list() == [said, None, said]
     assert made.row(1, named=True) == as_trl_does(tokenizer, good)

@@ -116,8 +116,12 @@ def _known(folder: Path) -> list[dict[str, Any]]:
     for path in sorted(folder.glob("*.note.json")):
         note = json.loads(path.read_text("utf-8"))
         rows = folder / f"{path.name.removesuffix('.note.json')}.jsonl"
-        if not rows.is_file():
-            raise ConfigError(f"{rows} is missing: the rows that were read from the table are kept there.")
+        needed = [rows] if note["watermark"] is None else [rows, _ids_of(rows)]
+        for gone in (path for path in needed if not path.is_file()):
+            raise ConfigError(
+                f"{gone} is missing: what was read from the table is kept there. Put it back, or remove {folder}, "
+                "and the whole table is read again."
+            )
         extract = Extract(rows, note["number"], note["since"], note["until"], note["rows"])
         notes.append({**note, "extract": extract})
     return notes
