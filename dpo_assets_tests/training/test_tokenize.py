@@ -66,7 +66,7 @@ TOKENIZERS = {
     for kind in ("bytes", "first", "always")
     for name, template in (("chatml", CHATML), ("thinking", THINKING), ("plain", PLAIN), ("stripped", STRIPPED))
 }
-TOKENIZERS["marks that take white space"] = trained("bytes", CHATML, plain_marks(lstrip=True, rstrip=True))
+TOKENIZERS["marks that take white space"] = trained("bytes", CHATML, plain_marks(lstrip=True))
 TOKENIZERS["a mark inside another"] = trained(
     "bytes", CHATML, [*plain_marks(), AddedToken("\n<|im_start|>assistant", special=True, normalized=False)]
 )
