@@ -12,6 +12,7 @@ from typing import Any
 import dagster as dg
 
 from dpo_assets.artifact import VOLATILE, Artifact
+from dpo_assets.assets.base_model import in_worker
 from dpo_assets.assets.dpo_plan import read_plan
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.sft_checkpoint import start_adapter
@@ -48,7 +49,7 @@ def materialise(step: Step) -> Events:
                 output_dir=folder,
                 fingerprint=print_,
                 inputs={name: artifact.digest for name, artifact in inputs.items()},
-                base_model=base.path / "model",
+                **in_worker(base),
                 threads=step.recipe.hardware.threads,
                 dataset=inputs["dpo_dataset"].path,
                 plan=plan,

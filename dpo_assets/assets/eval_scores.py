@@ -6,6 +6,7 @@ from pathlib import Path
 
 import dagster as dg
 
+from dpo_assets.assets.base_model import in_worker
 from dpo_assets.assets.dpo_plan import read_plan
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.sft_checkpoint import start_adapter
@@ -37,7 +38,7 @@ def materialise(step: Step) -> Events:
                 output_dir=folder,
                 fingerprint=print_,
                 inputs={name: artifact.digest for name, artifact in inputs.items()},
-                base_model=inputs["base_model"].path / "model",
+                **in_worker(inputs["base_model"]),
                 threads=step.recipe.hardware.threads,
                 dataset=inputs["dpo_dataset"].path,
                 plan=plan,

@@ -7,6 +7,7 @@ from pathlib import Path
 import dagster as dg
 
 from dpo_assets.artifact import Artifact, write_json
+from dpo_assets.assets.base_model import in_worker
 from dpo_assets.assets.dpo_plan import read_plan
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step, memory_record
@@ -32,7 +33,7 @@ def materialise(step: Step) -> Events:
                 output_dir=folder,
                 fingerprint=print_,
                 inputs={name: artifact.digest for name, artifact in inputs.items()},
-                base_model=base.path / "model",
+                **in_worker(base),
                 threads=step.recipe.hardware.threads,
                 dataset=dataset.path,
                 plan=plan,

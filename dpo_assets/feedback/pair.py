@@ -182,6 +182,7 @@ TOKEN_COLUMNS: tuple[Column, ...] = (
     Column("rejected_ids", "tokens", "Rejected answer as token ids, not truncated."),
 )
 
+TOOLS = "tools"  # Tool definitions that a prompt came with, as JSON; empty: none. A table of pairs may lack it.
 TEMPLATE_FAULT = "template_fault"  # Beside the token ids: why a pair cannot be rendered, or null.
 
 QUARANTINE_COLUMNS: tuple[Column, ...] = (

@@ -38,11 +38,13 @@ from dpo_assets.contract import (
     Stage,
     TokenizeSpec,
     TrainSpec,
+    VerifySpec,
     memory_failure,
 )
 from dpo_assets.errors import ConfigError, GateError
 
 SPECS: dict[Stage, type[Spec]] = {
+    "verify": VerifySpec,
     "tokenize": TokenizeSpec,
     "sft": TrainSpec,
     "dpo": TrainSpec,

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from dpo_assets.training.chat_format import ChatFormat
 from dpo_assets.training.evaluate import generate, generation_health, repeats_itself
 from dpo_assets.training.loading import attach_adapter, load_base
 from dpo_assets.training.packing import Group
@@ -20,29 +21,29 @@ def policy(model_folder: Path, plan_for: PlanMaker, sft_adapter: Path) -> Any:
     return attach_adapter(load_base(model_folder, plan_for()), plan_for(), sft_adapter, seed=0, dropout=0.0).eval()
 
 
-def test_an_answer_does_not_depend_on_the_prompts_beside_it(policy: Any, tokenizer: Any, groups: list[Group]) -> None:
+def test_an_answer_does_not_depend_on_the_prompts_beside_it(policy: Any, chat: ChatFormat, groups: list[Group]) -> None:
     prompts = [list(group.prompt) for group in groups[:5]]
     assert len({len(prompt) for prompt in prompts}) > 1, "equal lengths would need no padding"
-    together = generate(policy, prompts, tokenizer, 12)
-    alone = [generate(policy, [prompt], tokenizer, 12)[0] for prompt in prompts]
+    together = generate(policy, prompts, chat, 12)
+    alone = [generate(policy, [prompt], chat, 12)[0] for prompt in prompts]
     assert together == alone
 
 
-def test_answers_take_the_best_token_of_the_plain_forward(policy: Any, tokenizer: Any, groups: list[Group]) -> None:
+def test_answers_take_the_best_token_of_the_plain_forward(policy: Any, chat: ChatFormat, groups: list[Group]) -> None:
     prompt = list(groups[0].prompt)
-    (answer,) = generate(policy, [prompt], tokenizer, 6)
+    (answer,) = generate(policy, [prompt], chat, 6)
     expected: list[int] = []
     for _ in range(6):
         with torch.no_grad():
             expected.append(int(policy(input_ids=torch.tensor([prompt + expected])).logits[0, -1].argmax()))
-        if expected[-1] == tokenizer.eos_token_id:
+        if expected[-1] in chat.ends:
             break
-    assert answer["ids"] == [token for token in expected if token != tokenizer.eos_token_id]
-    assert answer["ended"] == (tokenizer.eos_token_id in expected)
+    assert answer["ids"] == [token for token in expected if token not in chat.ends]
+    assert answer["ended"] == (expected[-1] in chat.ends)
 
 
-def test_no_prompt_gives_no_answer_and_a_report_that_says_so(policy: Any, tokenizer: Any) -> None:
-    assert generation_health(generate(policy, [], tokenizer, 4)) == {"answers": 0}
+def test_no_prompt_gives_no_answer_and_a_report_that_says_so(policy: Any, chat: ChatFormat) -> None:
+    assert generation_health(generate(policy, [], chat, 4)) == {"answers": 0}
 
 
 @pytest.mark.parametrize(

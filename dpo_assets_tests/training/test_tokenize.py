@@ -16,6 +16,7 @@ from dpo_assets.contract import TOKENS, TokenizeSpec
 from dpo_assets.feedback.pair import PAIR_COLUMNS, polars_schema
 from dpo_assets.feedback.screening import Screened
 from dpo_assets.training import tokenize
+from dpo_assets.training.chat_format import ChatFormat
 from dpo_assets.training.tokenize import PairTokenizer
 
 CHATML = (
@@ -86,13 +87,26 @@ def as_trl_does(tokenizer: Any, pair: dict[str, Any]) -> dict[str, Any]:
     length = 0
     while length < min(map(len, [prompt, *answers])) and prompt[length] == answers[0][length] == answers[1][length]:
         length += 1
+    whole = length == len(prompt) or only_opening(tokenizer, pair, length)
     return {
         "pair_id": pair["pair_id"],
         "prompt_ids": prompt[:length],
         "chosen_ids": answers[0][length:],
         "rejected_ids": answers[1][length:],
-        "template_fault": "template_boundary" if length < len(prompt) else None,
+        "template_fault": None if whole else "template_boundary",
     }
+
+
+def only_opening(tokenizer: Any, pair: dict[str, Any], shared: int) -> bool:
+    """Whether the token of the last letter of the prompt's messages is among the first `shared`."""
+    opened, closed = (
+        tokenizer.apply_chat_template(pair["prompt"], tokenize=False, add_generation_prompt=opens)
+        for opens in (True, False)
+    )
+    tokens = tokenizer(opened, add_special_tokens=False)
+    # A letter that NFC joined to the one before has no token of its own.
+    of_letters = [tokens.char_to_token(n) for n in range(len(closed.rstrip()))]
+    return opened.startswith(closed.rstrip()) and max(n for n in of_letters if n is not None) < shared
 
 
 def table(pairs: list[dict[str, Any]]) -> pl.DataFrame:
@@ -108,7 +122,7 @@ texts = st.lists(
 
 
 def tokenized(tokenizer: Any, pairs: pl.DataFrame) -> pl.DataFrame:
-    worker = PairTokenizer(tokenizer)
+    worker = PairTokenizer(ChatFormat(tokenizer))
     return worker.encoded(worker.rendered(pairs))
 
 
@@ -189,7 +203,7 @@ def test_the_prompt_is_tokenized_once(name: str) -> None:
     question = "the quick brown fox " * 50
     pair = {"pair_id": "0" * 32, "prompt": [message("user", question)]}
     pair |= {side: [message("assistant", side)] for side in ("chosen", "rejected")}
-    pieces = PairTokenizer(TOKENIZERS[name]).rendered(table([pair])).pieces
+    pieces = PairTokenizer(ChatFormat(TOKENIZERS[name])).rendered(table([pair])).pieces
     assert [question in piece for piece in pieces] == [True, False, False, False]
 
 
@@ -197,7 +211,7 @@ def test_where_no_mark_can_be_trusted_the_prompt_is_tokenized_with_each_answer()
     pair = {"pair_id": "0" * 32, "prompt": [message("user", "q")]}
     pair |= {side: [message("assistant", side)] for side in ("chosen", "rejected")}
     for name in ("bytes-plain", "marks that take white space"):
-        assert PairTokenizer(TOKENIZERS[name]).rendered(table([pair])).pieces[0] == ""
+        assert PairTokenizer(ChatFormat(TOKENIZERS[name])).rendered(table([pair])).pieces[0] == ""
 
 
 def test_a_pair_that_the_template_refuses_costs_itself_and_says_what_the_template_said() -> None:
