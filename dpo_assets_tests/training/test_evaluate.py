@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from dpo_assets.training.chat_format import ChatFormat
 from dpo_assets.training.evaluate import generate, generation_health, repeats_itself
@@ -40,6 +41,41 @@ def test_answers_take_the_best_token_of_the_plain_forward(policy: Any, chat: Cha
             break
     assert answer["ids"] == [token for token in expected if token not in chat.ends]
     assert answer["ended"] == (expected[-1] in chat.ends)
+
+
+@pytest.mark.parametrize("seed", [None, 3], ids=["greedy", "sampled"])
+def test_a_bases_own_generation_defaults_do_not_hide_repetition(
+    policy: Any, chat: ChatFormat, groups: list[Group], seed: int | None
+) -> None:
+    """A `no_repeat_ngram_size` in generation_config.json made a repetition of 1 a repetition of 0 in every check."""
+    prompts = [list(group.prompt) for group in groups[:4]]
+    plain = generate(policy, prompts, chat, 40, seed=seed)
+    holders = (policy, policy.get_base_model())
+    before = [holder.generation_config for holder in holders]
+    theirs = GenerationConfig(
+        no_repeat_ngram_size=1, repetition_penalty=1.5, suppress_tokens=[5], min_new_tokens=9, bad_words_ids=[[7]],
+        top_k=3, do_sample=True, eos_token_id=300, max_length=20,
+    )  # fmt: skip
+    try:
+        for holder in holders:
+            holder.generation_config = theirs
+        assert generate(policy, prompts, chat, 40, seed=seed) == plain
+        assert all(holder.generation_config is theirs for holder in holders)
+    finally:
+        for holder, own in zip(holders, before, strict=True):
+            holder.generation_config = own
+
+
+def test_an_answer_ends_at_any_token_that_ends_a_turn(policy: Any, chat: ChatFormat, groups: list[Group]) -> None:
+    """Gemma's turns end with another token than its EOS: answers ran on past the turn."""
+    prompt = list(groups[0].prompt)
+    (free,) = generate(policy, [prompt], chat, 12)
+    end = free["ids"][5]
+    (ended,) = generate(policy, [prompt], ChatFormat(chat.tokenizer, named_ends={end}), 12)
+    length = free["ids"].index(end)
+    assert (ended["ids"], ended["ended"], ended["end"]) == (free["ids"][:length], True, end)
+    (cut,) = generate(policy, [prompt], chat, 3)
+    assert (len(cut["ids"]), cut["ended"], cut["end"]) == (3, False, None)
 
 
 def test_no_prompt_gives_no_answer_and_a_report_that_says_so(policy: Any, chat: ChatFormat) -> None:
