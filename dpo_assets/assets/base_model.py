@@ -290,9 +290,7 @@ def _download(api: HfApi, section: BaseModelSection, target: Path) -> list[str]:
         elif (target / INDEX).is_file():
             weights = [path.name for path in weight_files(target)]
         if missing := [name for name in weights if name not in there]:
-            raise ConfigError(
-                f"{section.source}: {INDEX} names {', '.join(missing)}, which the repository does not hold"
-            )
+            raise ConfigError(f"{section.source}: {INDEX} names {', '.join(missing)}, but the repository lacks it")
         if weights:
             fetch(weights)
     except RevisionNotFoundError:

@@ -24,12 +24,12 @@ from dpo_assets.checks.tasks import read_tasks
 from dpo_assets.checks.training import dpo_verdicts
 from dpo_assets.checks.verdict import Verdict
 from dpo_assets.contract import GuardSpec, TrainSpec
+from dpo_assets.planning.model_folder import TOKENIZER_FILES
 from dpo_assets.report.plots import line_plot
 from dpo_assets.report.tables import table
 
 UPSTREAM = ("sft_checkpoint", "dpo_dataset", "base_model")
 RELATIVE = (ACCURACY, ENTROPY)  # Judged against the first logs, so that a limit in their own unit would mislead.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 
 
 def materialise(step: Step) -> Events:

@@ -135,6 +135,7 @@ def _facts(step: Step, inputs: dict[str, Artifact], plan: Artifact) -> CardFacts
         decision=decision,
         reason=reason,
         versions=inputs["dpo_adapter"].manifest.versions,
+        template_arguments=base["template_arguments"],
     )
 
 

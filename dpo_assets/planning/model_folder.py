@@ -23,6 +23,11 @@ PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 KEPT = ("*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*")
 CONFIG, TOKENIZER_CONFIG, TEMPLATE = "config.json", "tokenizer_config.json", "chat_template.jinja"
 HEAD = "lm_head.weight"
+# Files of a tokenizer, as the Hub's models have them.
+TOKENIZER_FILES = (
+    "tokenizer.json", TOKENIZER_CONFIG, TEMPLATE, "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
 ADAPTER = "adapter_config.json"
 FLOATS = ("BF16", "F16", "F32", "F64")  # Numbers that weights are stored in as they are.
 # Architectures whose decoder layers the fused kernels compute.

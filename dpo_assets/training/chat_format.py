@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from dpo_assets.contract import TemplateSettings
 from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.quality_tokens import read_markers
-from dpo_assets.planning.model_folder import TEMPLATE, TOKENIZER_CONFIG
+from dpo_assets.planning.model_folder import TOKENIZER_CONFIG, TOKENIZER_FILES
 
 TOKENIZER = "tokenizer.json"
 # Texts on which two readings of one tokenizer.json part: spaces, line ends, code, numbers, letters of many scripts.
@@ -31,11 +31,6 @@ PROBES = (
 MOST_MARKS = 64  # Added tokens that are tried between words; a tokenizer may have thousands that are never used.
 # The class that reads tokenizer.json as it stands. Transformers 4 and 5, vLLM and TGI know it by this name.
 GENERIC_CLASS = "PreTrainedTokenizerFast"
-# Files of a tokenizer, as the Hub's models have them.
-TOKENIZER_FILES = (
-    TOKENIZER, TOKENIZER_CONFIG, TEMPLATE, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
-)  # fmt: skip
 
 Conversation = Sequence[Mapping[str, Any]]
 
