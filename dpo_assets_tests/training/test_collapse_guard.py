@@ -194,13 +194,13 @@ def test_a_state_in_the_middle_of_a_run_is_put_back_whole(spec_of: Any) -> None:
 
 @pytest.mark.parametrize(("nll_ratio", "kept_step"), [(1.0, 2), (1.6, 0)], ids=["healthy", "with a sign"])
 def test_a_state_is_kept_only_while_the_run_shows_no_sign(
-    spec_of: Any, tokenizer: Any, tmp_path: Path, nll_ratio: float, kept_step: int
+    spec_of: Any, chat: ChatFormat, tmp_path: Path, nll_ratio: float, kept_step: int
 ) -> None:
     """A sign stops nothing by itself, but a state that shows one is none to go back to."""
     spec = spec_of(1e-4, QUIET)
     policy = load_policy(spec.base_model, spec.plan, None, seed=0, dropout=0.0)
     start = AdapterState(policy.model)
-    watched = Watched(policy.model, start, tokenizer, spec.plan, "transformers", packed=True)
+    watched = Watched(policy.model, start, chat, spec.plan, "transformers", packed=True)
     guard = CollapseGuard(watched, spec.guard, Log(), [], [], (8.0, 8.0))
     state, control, arguments = TrainerState(max_steps=STEPS), TrainerControl(), TrainingArguments(str(tmp_path))
     for step in (1, 2):
