@@ -33,6 +33,7 @@ from dpo_assets.training.collapse import CollapseGuard, advice, near_identical
 from dpo_assets.training.data import load_split
 from dpo_assets.training.loading import attach_adapter, load_base
 from dpo_assets.training.packed import end_quietly
+from dpo_assets.training.packing import Group
 from dpo_assets.training.policy import load_policy
 from dpo_assets.training.sampling import AdapterState, Watched, first_prompts
 from dpo_assets_tests.training.conftest import Log, PlanMaker, SpecMaker
@@ -270,6 +271,24 @@ def watched(spec_of: Any, chat: ChatFormat) -> Watched:
             if ".lora_B." in name:
                 parameter.normal_(std=0.05)
     return Watched(policy.model, start, chat, spec.plan, "transformers", packed=True)
+
+
+def test_the_divergence_scores_an_answer_with_the_token_that_ended_it(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which need not be the tokenizer's EOS: Gemma's turns end with another."""
+    scored: list[Group] = []
+    score = Watched.scores
+
+    def recorded(self: Watched, groups: Any) -> tuple[list[float], list[int]]:
+        scored.extend(groups)
+        return score(self, groups)
+
+    monkeypatch.setattr(Watched, "scores", recorded)
+    answers = [{"ids": [5, 6], "ended": True, "end": 7}, {"ids": [8], "ended": False, "end": None}]
+    parts = watched.divergence([[1, 3], [1, 4]], answers)
+    assert [group.completions for group in scored[:2]] == [([5, 6, 7],), ([8],)]
+    assert [tokens for _, tokens in parts] == [3, 1]
 
 
 def test_the_reference_is_the_start_and_the_policy_is_back_afterwards(watched: Watched, pairs: Path) -> None:

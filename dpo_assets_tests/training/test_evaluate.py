@@ -72,8 +72,12 @@ def test_an_answer_ends_at_any_token_that_ends_a_turn(policy: Any, chat: ChatFor
     prompt = list(groups[0].prompt)
     (free,) = generate(policy, [prompt], chat, 12)
     end = free["ids"][5]
+    forwards: list[int] = []
+    counter = policy.get_base_model().register_forward_hook(lambda *_: forwards.append(1))
     (ended,) = generate(policy, [prompt], ChatFormat(chat.tokenizer, named_ends={end}), 12)
+    counter.remove()
     length = free["ids"].index(end)
+    assert len(forwards) == length + 1, "it stops there, and is not only cut there"
     assert (ended["ids"], ended["ended"], ended["end"]) == (free["ids"][:length], True, end)
     (cut,) = generate(policy, [prompt], chat, 3)
     assert (len(cut["ids"]), cut["ended"], cut["end"]) == (3, False, None)
