@@ -30,11 +30,21 @@ from dpo_assets.feedback.pair import (
     polars_schema,
 )
 from dpo_assets.feedback.pairing import Paired
-from dpo_assets.feedback.readers import Item, Place, ReadOptions, Row, RowByRow, RowFault, format_named
+from dpo_assets.feedback.readers import (
+    MESSAGES_FROM_TEXT,
+    Item,
+    Place,
+    ReadOptions,
+    Row,
+    RowByRow,
+    RowFault,
+    format_named,
+)
 from dpo_assets.feedback.rules import answer_fault, pair_fault
 from dpo_assets.feedback.scan import with_flags
 from dpo_assets.feedback.sources import FeedbackFile, FileRefused, SourceRow, Span, rows_of
 from dpo_assets.feedback.tables import answers_frame, pairs_frame, quarantine_frame
+from dpo_assets.feedback.turns import SEEN_HERE, settled_answer, settled_pair
 
 if TYPE_CHECKING:
     import polars as pl
@@ -48,6 +58,7 @@ PAIRS, KEYS, ANSWERS, QUARANTINE = "pairs.parquet", "keys.parquet", "answers.par
 COUNTS = "counts.json"
 ROW_GROUP = 1024  # Rows of a batch; a part of the dataset reads the groups that hold its ids.
 SPLIT_GROUP = 8192  # Rows of a split.
+COUNTED = SEEN_HERE | {MESSAGES_FROM_TEXT}
 SHAPES = 20  # Different sets of keys that are counted by name.
 
 
@@ -61,7 +72,7 @@ class Batch:
     rows: int = 0  # Rows read. Each is the row of one pair, answer or rejected row at least.
     lost: int = 0  # Rows of which there is none: always 0, and counted on its own so that a check can say so.
     shapes: Counter[str] = field(default_factory=Counter)  # Rows by the keys that they have.
-    flags: Counter[str] = field(default_factory=Counter)  # What the source normalised.
+    flags: Counter[str] = field(default_factory=Counter)  # What was normalised, or seen in what is kept.
 
     @property
     def rows_in(self) -> int:
@@ -127,7 +138,7 @@ class _Sorting:
 
     def __init__(self, file: FeedbackFile, keeps_rows: bool) -> None:
         self.batch = Batch()
-        self._name = file.name
+        self._name, self._fields = file.name, file.fields
         # A format that joins rows may speak of any of them at the end, so all of them are kept, compressed.
         self._kept: dict[int, bytes] | None = {} if keeps_rows else None
         self._open: dict[int, None] = {}  # Rows without an item so far, in order.
@@ -177,8 +188,10 @@ class _Sorting:
             pair, prompt=prompt, chosen=chosen, rejected=rejected,
             flags=(*pair.flags, *self._flags, *flags), row_hash=digest(raw), line=at.line, source=self._name,
         )  # fmt: skip
+        pair = settled_pair(pair, self._fields)
         if fault := pair_fault(pair):
             raise RowFault(*fault)
+        self._count(pair.flags)
         self.batch.pairs.append(pair)
 
     def _add_answer(self, answer: JudgedAnswer, at: Place, raw: bytes, odd: bool) -> None:
@@ -187,9 +200,17 @@ class _Sorting:
             answer, prompt=prompt, answer=text, flags=(*answer.flags, *self._flags, *flags), raw=raw, line=at.line,
             source=self._name,
         )  # fmt: skip
+        answer = settled_answer(answer, self._fields)
         if fault := answer_fault(answer):
             raise RowFault(*fault)
+        self._count(answer.flags)
         self.batch.answers.append(answer)
+
+    def _count(self, flags: Sequence[str]) -> None:
+        """Counts what readers and `turns` did to a row; what its source normalised is counted there."""
+        for flag in flags:
+            if flag in COUNTED:
+                self.batch.flags[flag] += 1
 
     def _reject(self, fault: RowFault, at: Place, raw: bytes) -> None:
         row = fault.row or f"line-{at.line}"
@@ -260,7 +281,7 @@ def _clean(message: Message, flags: dict[str, None]) -> Message:
     if not text.isascii() and not unicodedata.is_normalized("NFC", text):
         text = unicodedata.normalize("NFC", text)
         flags["nfc"] = None
-    return message if text is message["content"] else {"role": message["role"], "content": text}
+    return message if text is message["content"] else {**message, "content": text}
 
 
 PAIR_ID, FLIPPED_ID, PROMPT_ID = ("pair_a", "pair_b"), ("flipped_a", "flipped_b"), ("prompt_a", "prompt_b")
@@ -278,8 +299,8 @@ def keys_frame(pairs: pl.DataFrame, flipped: Sequence[str] | None = None) -> pl.
     import polars as pl
 
     if flipped is None:
-        turned = zip(*(pairs[c].to_list() for c in ("prompt", "rejected", "chosen")), strict=True)
-        flipped = [conversations_id(*one) for one in turned]
+        turned = zip(*(pairs[c].to_list() for c in ("prompt", "rejected", "chosen", "tools")), strict=True)
+        flipped = [conversations_id(*one, tools=tools) for *one, tools in turned]
     ids = {
         **_halves(PAIR_ID, pairs["pair_id"].to_list()),
         **_halves(FLIPPED_ID, flipped),

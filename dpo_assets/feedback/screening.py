@@ -384,4 +384,5 @@ def _as_pair(record: dict[str, Any]) -> Pair:
         source=record["source"],
         row=record["row"],
         line=record["line"],
+        tools=record["tools"],
     )

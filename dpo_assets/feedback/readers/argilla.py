@@ -25,8 +25,9 @@ from typing import Any
 from dpo_assets.feedback.pair import JudgedAnswer, LabelKind, Message, Pair, hashed_user
 from dpo_assets.feedback.readers import Format, Place, ReadOptions, Row, RowFault, keys_of
 from dpo_assets.feedback.readers.choices import choice_score, chosen_field, entries
-from dpo_assets.feedback.readers.conversations import said, text
+from dpo_assets.feedback.readers.conversations import spoken
 from dpo_assets.feedback.readers.logged import conversation
+from dpo_assets.feedback.readers.modality import refuse_media
 from dpo_assets.feedback.readers.values import identifier, number, timestamp
 from dpo_assets.feedback.readers.votes import compared, majority, mean_ranks
 
@@ -48,7 +49,7 @@ class _Record:
     when: str | None
 
     def said(self, key: str) -> list[Message]:
-        return [said("assistant", text(self.fields[key], f"field `{key}`"))]
+        return [spoken("assistant", self.fields[key], f"field `{key}`")]
 
     def pair(self, prompt: list[Message], chosen: str, rejected: str, label: LabelKind, margin: float) -> Pair:
         return Pair(
@@ -92,6 +93,7 @@ def _record(row: Row, row_id: str, place: Place, options: ReadOptions) -> _Recor
     fields = row.get("fields") if isinstance(nested, Mapping) else row
     if not isinstance(fields, Mapping):
         raise RowFault("wrong_shape", f"`responses` without an object `fields`; the record has: {keys_of(row)}")
+    refuse_media(fields, "fields.")
     if isinstance(nested, Mapping):
         names = [name for name, given in nested.items() if given]
     else:
@@ -221,7 +223,7 @@ def _edit(record: _Record, prompt: list[Message], options: ReadOptions) -> Pair:
     key = chosen_field(options, "answer", record.fields, ("response", "answer", "completion", "generation"))
     return Pair(
         prompt=prompt,
-        chosen=[said("assistant", text(record.values[-1], f"the response to `{record.question}`"))],
+        chosen=[spoken("assistant", record.values[-1], f"the response to `{record.question}`")],
         rejected=record.said(key),
         source=record.place.source,
         row=record.id,

@@ -21,8 +21,9 @@ from typing import Any
 from dpo_assets.feedback.pair import JudgedAnswer, Message, Pair, hashed_user
 from dpo_assets.feedback.readers import Format, Place, ReadOptions, Row, RowFault, keys_of
 from dpo_assets.feedback.readers.choices import choice_score, chosen_field
-from dpo_assets.feedback.readers.conversations import said, text
+from dpo_assets.feedback.readers.conversations import spoken
 from dpo_assets.feedback.readers.logged import conversation
+from dpo_assets.feedback.readers.modality import refuse_media
 from dpo_assets.feedback.readers.values import identifier, number, section, timestamp, version
 from dpo_assets.feedback.readers.votes import majority
 
@@ -46,6 +47,7 @@ def read(row: Row, place: Place, options: ReadOptions) -> Iterator[Pair | Judged
     row_id = place.row_id(row.get("id"))
     try:
         data = section(row, "data")
+        refuse_media(data, "data.")
         verdicts = _verdicts(row, options)
         key = chosen_field(options, "prompt", data, _PROMPTS)
         prompt = conversation(data[key], f"`data.{key}`")
@@ -165,7 +167,7 @@ def _pair(
     winner, agreement = majority(votes)
     if winner == "tie":
         raise RowFault("tie", "most annotators found neither answer better")
-    left, right = ([said("assistant", text(data[key], f"`data.{key}`"))] for key in sides)
+    left, right = ([spoken("assistant", data[key], f"`data.{key}`")] for key in sides)
     chosen, rejected = (left, right) if winner == "left" else (right, left)
     return Pair(
         prompt=prompt,
@@ -196,7 +198,7 @@ def _judged(
         scores = [_score(verdict, options) for verdict in given]
         yield JudgedAnswer(
             prompt=prompt,
-            answer=[said("assistant", text(data[key], f"`data.{key}`"))],
+            answer=[spoken("assistant", data[key], f"`data.{key}`")],
             score=sum(score / len(scores) for score in scores),  # A sum first could overflow.
             source=place.source,
             row=f"{row_id}:{key}",
