@@ -36,7 +36,7 @@ from dpo_assets.feedback.rules import answer_fault, differ_in_space_alone, pair_
 from dpo_assets.feedback.scan import MISREAD, with_flags
 from dpo_assets.feedback.sources import FeedbackFile, FileRefused, SourceRow, Span, rows_of
 from dpo_assets.feedback.tables import answers_frame, pairs_frame, quarantine_frame
-from dpo_assets.feedback.turns import settled_answer, settled_pair
+from dpo_assets.feedback.turns import SEEN_IN_PAIRS, settled_answer, settled_pair
 
 if TYPE_CHECKING:
     import polars as pl
@@ -347,12 +347,14 @@ def write_paired(paired: Paired, folder: Path) -> dict[str, Any]:
             made.rejected.append(Rejected(*fault, pair.source, pair.row, pair.line, b""))
         else:
             made.pairs.append(pair)
+            made.flags.update(flag for flag in pair.flags if flag in SEEN_IN_PAIRS)  # Others were counted by answer.
     write_batch(made, folder)
     counts = {
         "pairs": len(made.pairs),
         "used": sum(count["used"] for count in paired.counts.values()),
         "rejected": len(paired.rejected),
         "policies": paired.counts,
+        "flags": dict(sorted(made.flags.items())),
         "answers": 0,
     }
     write_json(folder / COUNTS, counts)

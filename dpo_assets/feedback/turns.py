@@ -17,7 +17,7 @@ from dpo_assets.feedback.readers.base import RowFault
 # Flags of what was changed or seen here.
 LATER_TURNS_CUT, PROMPT_REPEATED, REASONING_LEFT_OUT = "later_turns_cut", "prompt_repeated", "reasoning_left_out"
 FOREIGN_TURN = "foreign_turn"
-SEEN_HERE = frozenset({LATER_TURNS_CUT, PROMPT_REPEATED, REASONING_LEFT_OUT, FOREIGN_TURN})
+SEEN_IN_PAIRS = frozenset({LATER_TURNS_CUT, PROMPT_REPEATED})  # What takes both sides to be seen.
 REASONING_APART, TRANSCRIPT = "reasoning_apart", "transcript_as_text"  # Reasons.
 LEAVE_OUT = "leave_out"  # What a recipe writes under `fields: {reasoning: ...}`.
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_assets.feedback.pair import JudgedAnswer, Pair, pair_and_flipped_id
+from dpo_assets.feedback.pairing import pair_answers
 from dpo_assets.feedback.readers import Item, Place, ReadOptions, RowFault, format_named, formats
 from dpo_assets.feedback.readers.modality import MEDIA, filled, tools_text
-from dpo_assets.feedback.tables import pairs_frame
+from dpo_assets.feedback.scan import with_flags
+from dpo_assets.feedback.screening import Screened, screen
+from dpo_assets.feedback.tables import answers_frame, pairs_frame, quarantine_frame
+from dpo_assets.recipe import CleaningSection
 from dpo_assets_tests.feedback.exported import COMPANIONS, items_of, rows_of, the_fault, the_pair
 from dpo_assets_tests.feedback.test_readers_all import ROWS
 from dpo_assets_tests.samples import assistant, pair, user
@@ -95,6 +101,10 @@ def contents(items: Sequence[Item]) -> list[Any]:
     ]
 
 
+def screened(*pairs: Pair, **policy: Any) -> Screened:
+    return screen(with_flags(pairs_frame(pairs)), quarantine_frame([]), CleaningSection(**policy))
+
+
 def test_every_reader_is_looked_at() -> None:
     assert set(formats()) == set(CARRIERS) | TEXT_ONLY | JOINED
 
@@ -136,14 +146,19 @@ def test_a_message_with_more_than_text_is_refused_in_every_format(name: str) -> 
             assert contents(items_of(name, changed(row, path, empty))) == as_it_is, (path, empty)
 
 
-@pytest.mark.parametrize("name", ["argilla", "label_studio"])
-def test_a_picture_among_the_fields_that_annotators_saw_is_refused(name: str) -> None:
+def nested(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A row of an annotation tool, and the fields inside it."""
     row = copy.deepcopy(rows_of(name)[0])
     if name == "argilla":
         fields = {key: row[key] for key in ("prompt", "response_1", "response_2", "response_3")}
         values = [{"value": v, "user_id": "u", "status": "submitted"} for v in row["ranking.responses"]]
         row = {"id": "r", "status": "completed", "fields": fields, "responses": {"ranking": values}}
-    inner = row["fields"] if name == "argilla" else row["data"]
+    return row, row["fields"] if name == "argilla" else row["data"]
+
+
+@pytest.mark.parametrize("name", ["argilla", "label_studio"])
+def test_a_picture_among_the_fields_that_annotators_saw_is_refused(name: str) -> None:
+    row, inner = nested(name)
     assert not refused(items_of(name, row))
     inner["image"] = "https://example.org/a.png"
     fault = the_fault(items_of(name, row))
@@ -259,16 +274,67 @@ def test_openai_keeps_tools_in_its_input() -> None:
     assert refused(items_of("openai", row))
 
 
+@pytest.mark.parametrize("name", ["argilla", "label_studio"])
+def test_tools_among_the_fields_that_annotators_saw_belong_to_the_prompt(name: str) -> None:
+    row, inner = nested(name)
+    assert all(not item.tools for item in items_of(name, row) if not isinstance(item, RowFault))
+    inner["tools"] = json.dumps([TOOL])
+    assert [json.loads(i.tools) for i in items_of(name, row) if not isinstance(i, RowFault)] == [[TOOL]]
+    inner["tools"] = "a hammer"
+    assert refused(items_of(name, row))
+
+
+def test_tools_of_another_form_are_refused_in_nova() -> None:
+    row = rows_of("nova")[0] | {"toolConfig": {"tools": [{"toolSpec": {"name": "f"}}]}}
+    assert refused(items_of("nova", row))
+    assert not refused(items_of("nova", row | {"toolConfig": None}))
+
+
+def test_answers_that_were_given_with_other_tools_are_not_held_against_each_other() -> None:
+    def answer(said: str, score: float, tools: str) -> JudgedAnswer:
+        return JudgedAnswer([user("q")], [assistant(said)], score, "f", said, 1, "human_thumb", tools=tools)
+
+    one, other = tools_text([TOOL], "t"), tools_text([TOOL] * 2, "t")
+    apart = pair_answers(answers_frame([answer("a", 1.0, one), answer("b", -1.0, other)]), "best_worst")
+    assert [row.reason for row in apart.rejected] == ["unpaired", "unpaired"]
+    [found] = pair_answers(answers_frame([answer("a", 1.0, one), answer("b", -1.0, one)]), "best_worst").pairs
+    assert found.tools == one
+
+
 def test_other_tools_are_another_prompt_and_none_change_no_id() -> None:
     plain, with_tools, others = pair(), pair(tools=tools_text([TOOL], "t")), pair(tools=tools_text([TOOL] * 2, "t"))
     assert len({p.pair_id for p in (plain, with_tools, others)}) == 3
     assert len({p.prompt_id for p in (plain, with_tools, others)}) == 3
     assert len({p.group_id for p in (plain, with_tools, others)}) == 1
-    assert pair_and_flipped_id(with_tools)[0] == with_tools.pair_id
+    turned = replace(with_tools, chosen=with_tools.rejected, rejected=with_tools.chosen)
+    assert pair_and_flipped_id(with_tools) == (with_tools.pair_id, turned.pair_id)
     assert plain.pair_id == "47709356bb33680fa1a77bf535c09072"  # As it was before pairs had tools.
     table = pairs_frame([plain, with_tools])
     assert table["tools"].to_list() == ["", with_tools.tools]
     assert table["pair_id"].to_list() == [plain.pair_id, with_tools.pair_id]
+
+
+def test_tools_are_cleaned_like_any_text_that_a_template_renders() -> None:
+    told = {"name": "f", "description": "ask ann@example.org <|im_end|>", "parameters": {}}
+    one = pair(tools=tools_text([told], "t"))
+    kept = screened(one, template_marks="keep", personal_data="redact").pairs
+    assert json.loads(kept["tools"].item())[0]["function"]["description"] == "ask [email] <|im_end|>"
+    assert kept["pair_id"].item() == replace(one, tools=kept["tools"].item()).pair_id
+    escaped = screened(one, template_marks="escape").pairs["tools"].item()
+    assert json.loads(escaped)[0]["function"]["description"] == "ask ann@example.org < |im_end|>"
+    assert screened(one).quarantine["reason"].to_list() == ["template_marks"]
+    raw = json.loads(base64.b64decode(screened(one).quarantine["raw"].item()))
+    assert raw["tools"] == one.tools
+
+
+def test_equal_texts_with_other_tools_are_neither_duplicates_nor_contradictions() -> None:
+    others = tools_text([TOOL], "t"), tools_text([TOOL] * 2, "t")
+    turned = pair(chosen=pair().rejected, rejected=pair().chosen)
+    found = screened(
+        pair(), *(pair(tools=tools) for tools in others), replace(turned, tools=tools_text([TOOL] * 3, "t"))
+    )
+    assert (found.pairs.height, found.duplicates, found.quarantine.height) == (4, 0, 0)
+    assert screened(pair(tools=others[0]), pair(1, prompt=pair().prompt, tools=others[0])).duplicates == 1
 
 
 def test_nulls_that_parquet_adds_to_tools_are_left_out_and_the_order_is_kept() -> None:

@@ -114,6 +114,14 @@ def test_a_message_whose_text_is_a_list_of_messages_is_refused_wherever_it_came_
             assert "`json_columns`" in fault[1]
 
 
+def test_an_object_that_is_json_in_text_is_told_of_json_columns() -> None:
+    for name, column in (("open_webui", "data"), ("openai", "input")):
+        row = {"type": "rating", "data": "{}", "input": '{"messages": [], "x": 1}', "preferred_output": []}
+        fault = the_fault(items_of(name, row))
+        assert (fault.reason, f"`{column}` is str" in fault.message) == ("wrong_type", True)
+        assert "`json_columns`" in fault.message
+
+
 def test_messages_as_text_inside_other_messages_are_refused() -> None:
     nested = {"context": [user("q")], "completions": [
         {"rank": 0, "completion": [assistant(json.dumps(GOOD))]}, {"rank": 1, "completion": [assistant("b")]},

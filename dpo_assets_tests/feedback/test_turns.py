@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_assets.feedback.ingest import Batch, read_file
+from dpo_assets.feedback.ingest import Batch, read_file, write_paired
 from dpo_assets.feedback.pair import Message, Pair
 from dpo_assets.feedback.pairing import pair_answers
 from dpo_assets.feedback.readers import ReadOptions, RowFault, format_named
@@ -92,6 +92,19 @@ def test_judged_answers_of_several_turns_are_brought_to_one_when_they_are_paired
     batch = ingested(tmp_path, rows)
     [found] = pair_answers(answers_frame(batch.answers), "best_worst").pairs
     assert parts(found) == ([user("Hi"), *opening], [assistant("Rest.")], [assistant("So what.")])
+
+
+def test_judged_answers_that_part_early_are_cut_flagged_and_counted(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "Hi", "completion": [assistant(said), user("more"), assistant("end")], "label": said == "good"}
+        for said in ("good", "bad")
+    ]
+    (tmp_path / "paired").mkdir()
+    paired = pair_answers(answers_frame(ingested(tmp_path, rows).answers), "best_worst")
+    counts = write_paired(paired, tmp_path / "paired")
+    [found] = paired.pairs
+    assert parts(found) == ([user("Hi")], [assistant("good")], [assistant("bad")])
+    assert counts["flags"] == {"later_turns_cut": 1}
 
 
 _texts = st.text(alphabet="ab ", min_size=1, max_size=3).map(lambda text: f"{text}.")

@@ -24,7 +24,7 @@ from dpo_assets.feedback.readers.base import (
     has,
     keys_of,
 )
-from dpo_assets.feedback.readers.modality import refuse_media, without_tools
+from dpo_assets.feedback.readers.modality import refuse_media, with_tools, without_tools
 from dpo_assets.feedback.readers.written import opened
 
 __all__ = [
@@ -55,10 +55,10 @@ class RowByRow:
         except RowFault as fault:
             yield place, RowFault(fault.reason, fault.message, place.row_id(row.get("id")))
             return
-        for item in self._read(row, place, self._options):
-            if (was_text or tools) and not isinstance(item, RowFault):
-                flags = (*item.flags, MESSAGES_FROM_TEXT) if was_text else item.flags
-                item = replace(item, tools=item.tools or tools, flags=flags)
+        items = self._read(row, place, self._options)
+        for item in with_tools(items, tools) if tools else items:
+            if was_text and not isinstance(item, RowFault):
+                item = replace(item, flags=(*item.flags, MESSAGES_FROM_TEXT))
             yield place, item
 
     def finish(self) -> Iterator[tuple[Place, Item]]:

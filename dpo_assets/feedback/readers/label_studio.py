@@ -14,16 +14,16 @@ decides a comparison, with their agreement (the share of them who chose so) as m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dpo_assets.feedback.pair import JudgedAnswer, Message, Pair, named
-from dpo_assets.feedback.readers import Format, Place, ReadOptions, Row, RowFault, keys_of
+from dpo_assets.feedback.readers import Format, Item, Place, ReadOptions, Row, RowFault, keys_of
 from dpo_assets.feedback.readers.choices import choice_score, chosen_field
 from dpo_assets.feedback.readers.conversations import spoken
 from dpo_assets.feedback.readers.logged import conversation
-from dpo_assets.feedback.readers.modality import refuse_media
+from dpo_assets.feedback.readers.modality import refuse_media, tools_text, with_tools
 from dpo_assets.feedback.readers.values import identifier, number, section, timestamp, version
 from dpo_assets.feedback.readers.votes import majority
 
@@ -42,7 +42,7 @@ class _Verdict:
     annotation: Mapping[str, Any]
 
 
-def read(row: Row, place: Place, options: ReadOptions) -> Iterator[Pair | JudgedAnswer | RowFault]:
+def read(row: Row, place: Place, options: ReadOptions) -> Iterator[Item]:
     """A task to one pair, or to one judged answer for each answer rated; at least one item for each task."""
     row_id = place.row_id(row.get("id"))
     try:
@@ -52,9 +52,10 @@ def read(row: Row, place: Place, options: ReadOptions) -> Iterator[Pair | Judged
         key = chosen_field(options, "prompt", data, _PROMPTS)
         prompt = conversation(data[key], f"`data.{key}`")
         if verdicts[0].kind == "pairwise" or (verdicts[0].kind == "choices" and _compares(verdicts, data, options)):
-            yield _pair(verdicts, data, prompt, row_id, place, options)
+            items: Iterable[Item] = [_pair(verdicts, data, prompt, row_id, place, options)]
         else:
-            yield from _judged(verdicts, data, prompt, row_id, place, options)
+            items = _judged(verdicts, data, prompt, row_id, place, options)
+        yield from with_tools(items, tools_text(data.get("tools"), "data.tools"))
     except RowFault as fault:
         yield RowFault(fault.reason, fault.message, row_id)
 

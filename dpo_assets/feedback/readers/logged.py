@@ -77,7 +77,7 @@ def tools_in(value: Any) -> str:
     """
     opened = _opened(value)
     given = opened if isinstance(opened, Mapping) else {}
-    return tools_text(given.get("tools") or given.get("functions"), "`input.tools`")
+    return tools_text(given.get("tools") or given.get("functions"), "input.tools")
 
 
 def answer_of(value: Any, key: str | None = None) -> list[Message]:

@@ -7,10 +7,11 @@ where a reader makes a message of them.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from dpo_assets.feedback.readers.base import Row, RowFault, keys_of
+from dpo_assets.feedback.readers.base import Item, Row, RowFault, keys_of
 
 UNSUPPORTED = "unsupported_modality"
 TOOLS = "tools"
@@ -64,7 +65,13 @@ def without_tools(row: Row) -> tuple[Row, str]:
     """
     if TOOLS not in row:
         return row, ""
-    return {name: value for name, value in row.items() if name != TOOLS}, tools_text(row[TOOLS], f"`{TOOLS}`")
+    return {name: value for name, value in row.items() if name != TOOLS}, tools_text(row[TOOLS], TOOLS)
+
+
+def with_tools(items: Iterable[Item], tools: str) -> Iterator[Item]:
+    """The items of a row that offered these tools; those that have their own keep them."""
+    for item in items:
+        yield item if not tools or isinstance(item, RowFault) else replace(item, tools=item.tools or tools)
 
 
 def tools_text(value: Any, where: str) -> str:
@@ -77,7 +84,7 @@ def tools_text(value: Any, where: str) -> str:
 
     Args:
         value: a list of definitions, or the same as JSON text.
-        where: what it is, for the message.
+        where: its name in the row.
 
     Raises:
         RowFault: `unsupported_modality` for what no chat template can render.
@@ -90,28 +97,28 @@ def tools_text(value: Any, where: str) -> str:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise RowFault(UNSUPPORTED, f"{where} is text that is not JSON; expected a list of functions") from None
+            raise RowFault(UNSUPPORTED, f"`{where}` is text that is not JSON; expected a list of functions") from None
     if not isinstance(value, list):
-        raise RowFault(UNSUPPORTED, f"{where} is {type(value).__name__}; expected a list of functions")
+        raise RowFault(UNSUPPORTED, f"`{where}` is {type(value).__name__}; expected a list of functions")
     tools = [_definition(_without_nulls(tool), f"{where}[{n}]") for n, tool in enumerate(value)]
     try:
-        text = json.dumps(tools, ensure_ascii=False)
+        text = json.dumps(tools, ensure_ascii=False, allow_nan=False)
         text.encode("utf-8")
     except (TypeError, ValueError):
-        raise RowFault(UNSUPPORTED, f"{where} holds what is no JSON") from None
+        raise RowFault(UNSUPPORTED, f"`{where}` holds what is no JSON") from None
     return text if tools else ""
 
 
 def _definition(tool: Any, where: str) -> dict[str, Any]:
     if not isinstance(tool, Mapping):
-        raise RowFault(UNSUPPORTED, f"{where} is {type(tool).__name__}; expected a function with its name")
+        raise RowFault(UNSUPPORTED, f"`{where}` is {type(tool).__name__}; expected a function with its name")
     kind, inner = tool.get("type", "function"), tool.get("function")
     if kind == "function" and isinstance(inner, Mapping) and _is_function(inner):
         return dict(tool) if "type" in tool else {"type": kind, **tool}
     bare = {name: value for name, value in tool.items() if name != "type"}
     if kind == "function" and inner is None and _is_function(bare) and ("parameters" in bare or "description" in bare):
         return {"type": kind, "function": bare}
-    raise RowFault(UNSUPPORTED, f"{where} is no function that a chat template can render; it has: {keys_of(tool)}")
+    raise RowFault(UNSUPPORTED, f"`{where}` is no function that a chat template can render; it has: {keys_of(tool)}")
 
 
 def _is_function(value: Row) -> bool:

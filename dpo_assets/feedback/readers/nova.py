@@ -7,6 +7,7 @@ from typing import Any
 
 from dpo_assets.feedback.readers import Format, Item, Row, RowFault
 from dpo_assets.feedback.readers.conversations import messages, spoken, with_system
+from dpo_assets.feedback.readers.modality import UNSUPPORTED, filled
 from dpo_assets.feedback.readers.shapes import At, Scored, by_row
 from dpo_assets.feedback.readers.values import field, listed, mapping, other_shape, others
 
@@ -18,6 +19,8 @@ def read(row: Row, at: At) -> Iterator[Item]:
     """All messages but the last are the prompt."""
     if _candidates(row) is None:
         raise other_shape(row, "messages whose last one holds candidates")
+    if filled(row.get("toolConfig")):
+        raise RowFault(UNSUPPORTED, "`toolConfig` is filled: these tools have another form; give them as `tools`")
     *before, last = row["messages"]
     prompt = with_system(row, messages(before, "messages"))
     scored: list[Scored] = []

@@ -24,7 +24,7 @@ def read(row: Row, at: At) -> Iterator[Pair]:
     prompt = messages(field(given, "messages", "input."), "input.messages")
     chosen, rejected = answer_in(row, "preferred_output"), answer_in(row, "non_preferred_output")
     pair = at.pair(prompt, chosen, rejected, others(row, "id", *_PARTS))
-    yield replace(pair, tools=tools_text(given.get("tools") or given.get("functions"), "`input.tools`"))
+    yield replace(pair, tools=tools_text(given.get("tools") or given.get("functions"), "input.tools"))
 
 
 FORMAT = Format(
