@@ -24,10 +24,9 @@ LEAVE_OUT = "leave_out"  # What a recipe writes under `fields: {reasoning: ...}`
 # Of a prompt that an answer may be said to repeat: "Hi" is answered with "Hi". Letters count where nothing stands
 # between words.
 FEWEST_WORDS, FEWEST_LETTERS = 3, 12
-_MARKS = ("Human:", "User:", "USER:", "### Instruction:")
 # Where a text begins or after an empty line, such a mark opens somebody's turn (hh-rlhf's, Vicuna's and Alpaca's
 # transcripts); inside a paragraph it is prose.
-_TURN = re.compile(rf"(?:\A\s*|\n[^\S\n]*\n\s*)(?:{'|'.join(map(re.escape, _MARKS))})")
+_TURN = re.compile(r"(?:\A\s*|\n[^\S\n]*\n\s*)(?:Human|User|USER|### Instruction):")
 _TRANSCRIPT = re.compile(r"\A\s*Human:.*\n\nAssistant:|\A\n\nHuman:", re.DOTALL)
 
 
@@ -69,16 +68,17 @@ _WAY_OUT = (
 
 
 def _prompt(messages: list[Message], flags: dict[str, None]) -> list[Message]:
-    if any(_holds_a_mark(m) and _TRANSCRIPT.search(m["content"]) for m in messages):
-        flags[FOREIGN_TURN] = None
+    for message in messages:
+        if _holds_a_mark(message["content"]) and _TRANSCRIPT.search(message["content"]):
+            flags[FOREIGN_TURN] = None
     return _texts(messages, flags)
 
 
 def _answer(name: str, messages: list[Message], fields: Mapping[str, str], flags: dict[str, None]) -> list[Message]:
-    if fields.get("reasoning") != LEAVE_OUT and any(REASONING in m for m in messages):
-        raise RowFault(REASONING_APART, f"{name}: {_WAY_OUT}")
     for message in messages:
-        if message["role"] != "assistant" or not _holds_a_mark(message):
+        if REASONING in message and fields.get("reasoning") != LEAVE_OUT:
+            raise RowFault(REASONING_APART, f"{name}: {_WAY_OUT}")
+        if message["role"] != "assistant" or not _holds_a_mark(message["content"]):
             continue
         if _TRANSCRIPT.search(message["content"]):
             raise RowFault(TRANSCRIPT, f"{name} is a transcript of several turns: is this `format: hh_rlhf`?")
@@ -88,15 +88,20 @@ def _answer(name: str, messages: list[Message], fields: Mapping[str, str], flags
 
 
 def _texts(messages: list[Message], flags: dict[str, None]) -> list[Message]:
-    if not any(REASONING in m for m in messages):
-        return messages
-    flags[REASONING_LEFT_OUT] = None
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
+    for message in messages:
+        if REASONING in message:
+            flags[REASONING_LEFT_OUT] = None
+            return [{"role": m["role"], "content": m["content"]} for m in messages]
+    return messages
 
 
-def _holds_a_mark(message: Message) -> bool:
-    text = message["content"]
-    return isinstance(text, str) and any(mark in text for mark in _MARKS)
+def _holds_a_mark(text: str) -> bool:
+    """Whether a text is worth a closer look. Spelled out: a million rows have several texts each."""
+    if not isinstance(text, str) or ":" not in text:
+        return False
+    if text.lstrip().startswith(("Human:", "User:", "USER:", "### Instruction:")):
+        return True
+    return "\n" in text and ("Human:" in text or "User:" in text or "USER:" in text or "### Instruction:" in text)
 
 
 def one_answer(pair: Pair) -> Pair:
@@ -137,13 +142,12 @@ def _unrepeated(pair: Pair) -> Pair:
     if len(pair.chosen) != 1 or len(pair.rejected) != 1 or not pair.prompt:
         return pair
     asked, [good], [bad] = pair.prompt[-1]["content"], pair.chosen, pair.rejected
-    after = [_after(asked, said["content"]) for said in (good, bad)]
-    if not all(after):
+    if not (better := _after(asked, good["content"])) or not (worse := _after(asked, bad["content"])):
         return pair
     return replace(
         pair,
-        chosen=[{**good, "content": after[0]}],
-        rejected=[{**bad, "content": after[1]}],
+        chosen=[{**good, "content": better}],
+        rejected=[{**bad, "content": worse}],
         flags=(*pair.flags, PROMPT_REPEATED),
     )
 

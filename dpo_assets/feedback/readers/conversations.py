@@ -153,10 +153,12 @@ def messages(value: Any, where: str, role: str = "role", content: str = "content
     for n, item in enumerate(listed(value, where, "a list of messages")):
         # The usual message first and without a call: a million rows have several each.
         if type(item) is dict and item.get(role) in ROLES and type(item.get(content)) is str and len(item) == 2:
-            found.append({"role": item[role], "content": item[content]})
+            one: Message = {"role": item[role], "content": item[content]}
         else:
-            found.append(message(item, f"{where}[{n}]", role, content))
-    return without_empty_systems(found)
+            one = message(item, f"{where}[{n}]", role, content)
+        if one["role"] != "system" or one["content"].strip():
+            found.append(one)
+    return found
 
 
 def turns(value: Any, where: str, speaker: str) -> list[Message]:
