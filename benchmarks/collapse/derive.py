@@ -56,10 +56,10 @@ class Procedure:
     undertrained: float = 20
     dose_warned: float = 2
     dose_blocked: float = 8
-    # error_below, ok_low, weak_below, ok_high over the typical beta. Whole answers: good ones from 0.01 (handbook, SimPO's
-    # baselines) to 0.5 (SmolLM2, LLM Engineer's Handbook), 0.6 the best of a sweep (HF preference-tuning post); only 0
-    # is known to be dead (TRL 1627). Per token: SimPO 2 to 10, Tulu 3 and OLMo 5.
-    whole_answer: tuple[float, float, float, float] = (0.001, 0.1, 0.5, 10)
+    # error_below, ok_low, weak_below, ok_high over the usual beta. Whole answers: good ones from 0.005 (SimPO 23, the best
+    # of a sweep) to 0.6 (HF preference-tuning post, the best of another, which goes to 0.9); only 0 is known to be dead
+    # (TRL 1627). Per token: SimPO 2 to 10, Tulu 3 and OLMo 5.
+    whole_answer: tuple[float, float, float, float] = (0.001, 0.05, 0.5, 10)
     per_token: tuple[float, float, float, float] = (0.1, 0.4, 0.5, 2)
 
 
@@ -76,7 +76,11 @@ def derive(cases: Iterable[Case], shipped: Bands, procedure: Procedure = BY_HAND
     held = _highest([case for case in good if case not in free and case.configuration.method == "full"], units)
     factor = float(math.floor(min(held.values()) / reference)) if held else shipped.limit("sft_term")["factor"]
     bands = with_limit(_with_rates(shipped, procedure, reference), "sft_term", factor=factor)
-    times = {method: _upper(_highest(_trained_by(good, method), bands), procedure.warned) for method in METHODS}
+    times = {
+        method: _upper(_highest(own, bands), procedure.warned)
+        for method in METHODS
+        if (own := [case for case in good if case.configuration.method == method])
+    }
     bands = replace(bands, learning_rates=_with_rates(shipped, procedure, reference, times).learning_rates)
     quartile = _upper(_of_sources(good, lambda case: _dose(case.configuration, bands)), 0.75)
     bands = with_limit(
@@ -95,7 +99,11 @@ def _with_rates(
     bands: Bands, procedure: Procedure, reference: float, times: Mapping[Method, float] | None = None
 ) -> Bands:
     """Rows whose reference is `reference` for full fine-tuning of 3 to 20B, and the ok ceiling `times` as high."""
-    rows = tuple(_row(row, procedure, reference, (times or {}).get(row.method, 1.0)) for row in bands.learning_rates)
+
+    def times_of(row: LearningRateBand) -> float:
+        return (times or {}).get(row.method, row.ok_high / row.reference)
+
+    rows = tuple(_row(row, procedure, reference, times_of(row)) for row in bands.learning_rates)
     return replace(bands, learning_rates=rows)
 
 
@@ -136,10 +144,6 @@ def _relative(configuration: Configuration, bands: Bands) -> float:
 def _dose(configuration: Configuration, bands: Bands) -> float:
     updates = configuration.updates_per_pair
     return 0.0 if updates is None else _relative(configuration, bands) * updates
-
-
-def _trained_by(cases: Sequence[Case], method: Method) -> list[Case]:
-    return [case for case in cases if case.configuration.method == method]
 
 
 def _highest(cases: Sequence[Case], bands: Bands) -> Mapping[str, float]:
