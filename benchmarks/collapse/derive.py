@@ -43,8 +43,8 @@ class Procedure:
     to 5e-5 (NeuralHermes) and 1e-4 (neural-chat). small: OLMo 2 trains 1B at 5 times the rate of 7B, NeMo-RL 1B at 10
     times that of 8B; less is taken. large: Tulu 3 trains 70B at 0.4 times the rate of 8B. warned: the decile. blocked:
     full fine-tuning is known as good at 5e-6 (NeMo-RL, 1B), and as incoherent at 1e-5 (SimPO); there is a warning from
-    half of that on at the latest. undertrained: handbook 39 and 68, LoRA at 5e-7. dose_warned: above 1.33 times the
-    quartile, the highest good run whose epochs and batch are known (NeMo-RL 12B). dose_blocked: between 6.6 times
+    half of that on at the latest. undertrained: handbook 39 and 68, LoRA at 5e-7. dose_warned: above 1.67 times the
+    quartile, the highest good run whose epochs and batch are known (Mistral-ORPO). dose_blocked: between 6.6 times
     (neural-chat, good, epochs and batch guessed) and 8.3 times (LLaMA-Factory 2984, gibberish).
     """
 
@@ -56,9 +56,9 @@ class Procedure:
     undertrained: float = 20
     dose_warned: float = 2
     dose_blocked: float = 8
-    # error_below, ok_low, weak_below, ok_high over the usual beta. Whole answers: good ones from 0.005 (SimPO 23, the best
-    # of a sweep) to 0.6 (HF preference-tuning post, the best of another, which goes to 0.9); only 0 is known to be dead
-    # (TRL 1627). Per token: SimPO 2 to 10, Tulu 3 and OLMo 5.
+    # error_below, ok_low, weak_below, ok_high over the usual beta. Whole answers: good ones from 0.005 (SimPO 23, the
+    # best of a sweep) to 0.6 (HF preference-tuning post, the best of another, which goes to 0.9); only 0 is known to be
+    # dead (TRL 1627). Per token: SimPO 2 to 10, Tulu 3 and OLMo 5.
     whole_answer: tuple[float, float, float, float] = (0.001, 0.05, 0.5, 10)
     per_token: tuple[float, float, float, float] = (0.1, 0.4, 0.5, 2)
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from benchmarks.collapse.derive import BY_HAND, Procedure, derive
 from benchmarks.collapse.published import SHIPPED, Case, judge, level_of, read_cases
@@ -80,10 +81,11 @@ def sensitivity(cases: Sequence[Case], shipped: Bands) -> list[tuple[str, Score]
     """Each number of the procedure that is set by hand, lower and higher, with the score that follows."""
     found = []
     for name in (f.name for f in fields(Procedure) if isinstance(f.default, int | float)):
-        # A share has an end, so the one that is warned of is moved by a tenth and not doubled.
-        changes = (0.8, 1.0) if name == "warned" else (0.5 * getattr(BY_HAND, name), 2.0 * getattr(BY_HAND, name))
-        for value in changes:
-            changed = replace(BY_HAND, **{name: value})
+        # A share has an end, so that one is moved by a tenth and not halved and doubled.
+        values = (0.8, 1.0) if name == "warned" else (0.5 * getattr(BY_HAND, name), 2.0 * getattr(BY_HAND, name))
+        for value in values:
+            changes: dict[str, Any] = {name: value}
+            changed = replace(BY_HAND, **changes)
             found.append((f"{name} {value:g}", score(cases, derive(cases, shipped, changed))))
     return found
 
@@ -118,7 +120,8 @@ def run(args: argparse.Namespace) -> int:
     for one in moved:
         print(f"  {one.case.project}: {one.case.model}: {one.with_source} -> {one.without_source}")
     _shares(cross_validated(held_out))
-    print("\nnumbers set by hand, lower and higher:\n\n| | good, warned | good, blocked | bad, flagged |\n|---|---|---|---|")
+    print("\nnumbers set by hand, lower and higher:\n")
+    print("| | good, warned | good, blocked | bad, flagged |\n|---|---|---|---|")
     for name, changed in sensitivity(shipped, bands):
         counts = (changed.good_warned, changed.good_blocked, changed.bad_flagged)
         print(f"| {name} | {' | '.join(_count(share) for share in counts)} |")

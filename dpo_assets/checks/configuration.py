@@ -83,13 +83,17 @@ def rate_ceilings(configuration: Configuration, bands: Bands) -> RateCeilings:
     A likelihood term raises its ceilings: with one, rates are nearer to those of SFT. Beta moves nothing: while margins
     are small it only scales the gradient, and Adam takes that scale away.
     """
-    band, term = bands.learning_rate(configuration.method, configuration.billions), bands.limit("sft_term")
+    band, times = bands.learning_rate(configuration.method, configuration.billions), bands.limit("sft_term")["factor"]
     if not has_likelihood_term(configuration, bands):
         return RateCeilings(band)
-    raised = {name: significant(getattr(band, name) * term["factor"]) for name in ("reference", "ok_high", "error_above")}
+    raised = replace(
+        band,
+        reference=significant(band.reference * times),
+        ok_high=significant(band.ok_high * times),
+        error_above=significant(band.error_above * times),
+    )
     return RateCeilings(
-        replace(band, **raised),
-        (f"a likelihood term holds the chosen answers: the ceilings are {term['factor']:g} times as high",),
+        raised, (f"a likelihood term holds the chosen answers: the ceilings are {times:g} times as high",)
     )
 
 

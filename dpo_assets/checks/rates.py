@@ -70,9 +70,7 @@ def training_dose(configuration: Configuration, bands: Bands) -> Verdict:
         ("together", f"{dose:.3g}", band),
     ]
     rows = "\n".join(f"| {name} | {value} | {meaning} |" for name, value, meaning in causes)
-    note = (
-        f"{relative:.3g} x the reference rate, {configuration.epochs:g} epochs, {configuration.batch:g} pairs a step"
-    )
+    note = f"{relative:.3g} x the reference rate, {configuration.epochs:g} epochs, {configuration.batch:g} pairs a step"
     return Verdict(
         "training_dose",
         level,

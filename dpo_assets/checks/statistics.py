@@ -28,7 +28,7 @@ class Proportion:
 
 
 def wilson(successes: float, n: int, confidence: float = 0.95) -> Proportion:
-    """Wilson score interval (Wilson 1927); `successes` may hold halves, from ties. A share that is NaN bounds nothing."""
+    """Wilson score interval (Wilson 1927); `successes` may hold halves, from ties. A NaN bounds nothing."""
     if n == 0 or math.isnan(successes):
         return Proportion(math.nan, 0.0, 1.0, n)
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
@@ -73,8 +73,8 @@ def significant_rise(share: float, before: float, n: int, confidence: float = 0.
 def significant_fall(lost: int, gained: int, confidence: float = 0.95) -> bool:
     """Exact McNemar test, one-sided: more things were lost than gained, beyond chance. Pairs that agree say nothing.
 
-    Under chance each discordant pair is a fair coin: p = P(X >= lost), X binomial of lost + gained at one half. All of it
-    is counted in whole numbers: from 1,024 pairs on 2**n is no float, and the confidence is the decimal it is written as.
+    Under chance each discordant pair is a fair coin: p = P(X >= lost), X binomial of lost + gained at one half. All of
+    it is counted in whole numbers: from 1,024 pairs on 2**n is no float. The confidence is the decimal as written.
     """
     if lost <= gained:
         return False
@@ -83,7 +83,7 @@ def significant_fall(lost: int, gained: int, confidence: float = 0.95) -> bool:
     for k in range(lost, n):
         term = term * (n - k) // (k + 1)  # The next binomial coefficient.
         tail += term
-    return tail <= (1 - Fraction(str(confidence))) * 2**n
+    return Fraction(tail, 2**n) <= 1 - Fraction(str(confidence))
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
