@@ -74,7 +74,7 @@ def significant_fall(lost: int, gained: int, confidence: float = 0.95) -> bool:
     """Exact McNemar test, one-sided: more things were lost than gained, beyond chance. Pairs that agree say nothing.
 
     Under chance each discordant pair is a fair coin: p = P(X >= lost), X binomial of lost + gained at one half. All of
-    it is counted in whole numbers: from 1,024 pairs on 2**n is no float. The confidence is the decimal as written.
+    it is counted in whole numbers: from 1,024 pairs on 2**n is no float.
     """
     if lost <= gained:
         return False
@@ -83,7 +83,7 @@ def significant_fall(lost: int, gained: int, confidence: float = 0.95) -> bool:
     for k in range(lost, n):
         term = term * (n - k) // (k + 1)  # The next binomial coefficient.
         tail += term
-    return Fraction(tail, 2**n) <= 1 - Fraction(str(confidence))
+    return Fraction(tail, 2**n) <= 1 - Fraction(confidence)
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:

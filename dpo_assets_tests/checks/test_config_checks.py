@@ -450,6 +450,34 @@ def test_what_a_check_names_as_a_way_out_passes_it() -> None:
     assert on_a_3060(hardware={"precision": precision}).level == "pass"
 
 
+# No check of the plan is true by construction: the planner lets what fails it through.
+
+FAILING: dict[str, tuple[str, dict[str, Any]]] = {
+    "learning_rate_band": ("error", {"dpo": {"learning_rate": 1e-3}}),
+    "training_dose": ("error", {"dpo": {"learning_rate": 1e-4, "epochs": 3.0, "batch_size": 4}}),
+    "dpo_rate_against_sft": ("error", {"dpo": {"learning_rate": 6e-5}, "sft": {"learning_rate": 6e-5}}),
+    "beta_for_loss": ("error", {"dpo": {"beta": 0.0}}),
+    "loss_supported": ("error", {"dpo": {"loss": "kto_pair"}}),
+    "budget": ("warn", {"dpo": {"batch_size": 256}}),
+    "schedule_and_precision": ("warn", {"dpo": {"warmup_ratio": 0.0}}),
+    "lora_scale": ("warn", {"lora": {"rank": 16, "alpha": 64}}),
+    "memory_fits": ("error", {"hardware": {"precision": "bf16"}}),
+}
+
+
+@pytest.mark.parametrize("check", [check.name for check in checks_of("dpo_plan")])
+def test_a_recipe_can_fail_each_check_of_the_plan(check: str) -> None:
+    pairs = DatasetStats(train_pairs=1000, eval_pairs=120, max_length=1024, longest_pair=2048, mean_pair=1024.0)
+    device = Device("cuda", "GeForce RTX 3060 12 GB", 11.7, (8, 6))
+
+    def level(**sections: Any) -> str:
+        made = make_plan(recipe(**sections), find_model("8b").shape, pairs, device)
+        return next(v.level for v in plan_verdicts(made, BANDS) if v.check == check)
+
+    expected, sections = FAILING[check]
+    assert (level(), level(**sections)) == ("pass", expected)
+
+
 # The bands themselves
 
 

@@ -180,6 +180,13 @@ def test_a_large_fall_is_judged_as_the_normal_approximation_away_from_its_edge(l
         assert significant_fall(lost, gained) is (z > 1.645)
 
 
+@given(lost=st.integers(0, 30), gained=st.integers(0, 30), confidence=_levels)
+def test_a_fall_is_judged_by_the_sum_of_its_tail(lost: int, gained: int, confidence: float) -> None:
+    n = lost + gained
+    tail = sum(math.comb(n, k) for k in range(lost, n + 1)) / 2**n
+    assert significant_fall(lost, gained, confidence) is (lost > gained and tail <= 1 - confidence)
+
+
 @pytest.mark.parametrize(("confidence", "lost"), [(0.5, 1), (0.75, 2), (0.875, 3), (0.9375, 4)])
 def test_a_tail_that_is_exactly_the_level_is_significant(confidence: float, lost: int) -> None:
     # P(X >= lost) of lost coins is 2**-lost, to the last digit.
