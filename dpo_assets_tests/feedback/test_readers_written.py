@@ -15,6 +15,7 @@ from dpo_assets.feedback.pair import ROLES, Message, Pair
 from dpo_assets.feedback.readers import ReadOptions, RowFault, formats
 from dpo_assets.feedback.readers.written import is_conversation, messages_in, opened
 from dpo_assets.feedback.rules import pair_fault
+from dpo_assets.feedback.sniff import judge
 from dpo_assets.feedback.sources import FeedbackFile
 from dpo_assets_tests.feedback.exported import items_of, the_fault, the_pair
 from dpo_assets_tests.feedback.test_readers_all import ROWS
@@ -44,6 +45,13 @@ def test_columns_of_messages_that_are_text_read_as_the_messages_do_in_every_form
             assert [i.prompt for i in items_of(name, text)] == [i.prompt for i in items_of(name, row)]
             assert told(text, name) == told(row, name) or not isinstance(items_of(name, row)[0], Pair)
             assert all("messages_from_text" in item.flags for item in items_of(name, text))
+
+
+@pytest.mark.parametrize("name", ["openpipe", "ms_swift", "ultrafeedback_binarized"])
+def test_rows_with_messages_as_text_are_known_by_their_format(name: str) -> None:
+    text = [as_text(row, json.dumps) for row in ROWS[name] if as_text(row, json.dumps) != row]
+    assert text
+    assert judge(text, list(formats().values())).format == name
 
 
 def test_cells_of_a_csv_file_with_json_messages_are_messages(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def refuse_media(row: Row, where: str = "") -> None:
         return
     for name in sorted(MEDIA):
         if filled(row.get(name)):
-            hint = "" if where else f"; is it something else, rename it: `columns: {{my_{name}: {name}}}`"
+            hint = "" if where else f"; if it is something else, rename it: `columns: {{my_{name}: {name}}}`"
             raise RowFault(UNSUPPORTED, f"`{where}{name}` is filled; only text can be read{hint}")
 
 

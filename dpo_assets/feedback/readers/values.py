@@ -55,7 +55,7 @@ def listed(value: Any, where: str, expected: str = "a list") -> list[Any]:
 def _hint(value: Any) -> str:
     """What to do about a value that is JSON in text, as SQL and CSV have it."""
     is_json = isinstance(value, str) and value.lstrip()[:1] in ("{", "[")
-    return "; is its text JSON, name the column under `json_columns`" if is_json else ""
+    return "; if its text is JSON, name the column under `json_columns`" if is_json else ""
 
 
 def others(row: Row, *used: str) -> dict[str, Any]:
