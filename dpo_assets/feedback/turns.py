@@ -162,4 +162,7 @@ def _after(asked: str, answer: str) -> str:
     rest, words = answer[len(asked) :], len(asked.split())
     long = words >= FEWEST_WORDS or (words == 1 and len(asked) >= FEWEST_LETTERS)
     inside_a_word = asked[-1].isalnum() and rest[:1].isalnum() and rest[:1].isascii()
-    return rest.lstrip() if long and not inside_a_word else ""
+    if not long or inside_a_word or not rest.strip():
+        return ""
+    rest = rest.lstrip(" \t")
+    return rest.lstrip("\n")  # The space that parts the two, not the indentation of what follows.
