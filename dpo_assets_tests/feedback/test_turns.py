@@ -233,7 +233,12 @@ def test_reasoning_in_a_logged_message_of_langchain_is_found() -> None:
     [
         ("Q: 2+2? A:", "Q: 2+2? A: 4", "Q: 2+2? A: 5", ("4", "5")),
         ("Once upon a time", "Once upon a time there was", "Once upon a time, no", ("there was", ", no")),
-        ("def add(a, b):", "def add(a, b):\n    return a + b", "def add(a, b):\n\tpass", ("    return a + b", "\tpass")),
+        (
+            "def add(a, b):",
+            "def add(a, b):\n    return a + b",
+            "def add(a, b):\n\tpass",
+            ("    return a + b", "\tpass"),
+        ),
         ("Name a lake.\n", "Name a lake.\nGarda", "\nName a lake.\nMud", ("Garda", "Mud")),
         (
             "你能告诉我一个湖的名字吗？",
