@@ -67,7 +67,7 @@ FAULTY: list[tuple[str, dict[str, Any]]] = [
     ("bad_role_order", {"chosen": [user("q"), assistant("a")]}),
     ("bad_role_order", {"rejected": [system("s"), assistant("a")]}),
     ("no_preference", {"rejected": [assistant("a good answer")]}),
-    ("no_preference", {"rejected": [assistant("  a good\n\nanswer ")]}),
+    ("no_preference", {"rejected": [assistant("a good answer \n")]}),
     ("no_preference", {"chosen": [assistant(NFC)], "rejected": [assistant(NFD)]}),
 ]
 SOUND: list[dict[str, Any]] = [
@@ -79,6 +79,7 @@ SOUND: list[dict[str, Any]] = [
     {"chosen": [assistant("x²")], "rejected": [assistant("x2")]},
     {"chosen": [assistant("ﬁ")], "rejected": [assistant("fi")]},
     {"chosen": [assistant("a b")], "rejected": [assistant("ab")]},
+    {"rejected": [assistant("  a good\n\nanswer ")]},
     {"chosen": [assistant("one\u2028two")]},
     {"prompt": [user("tab\tand bell\x07")]},
 ]
