@@ -9,6 +9,8 @@ from typing import Any, Self, cast
 from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import InitErrorDetails
 
+from dpo_assets.secret_shapes import masked
+
 
 class Section(BaseModel):
     """A part of the recipe: unknown keys are errors that name the nearest known key."""
@@ -51,11 +53,11 @@ def _unknown_key_message(key: str, known: list[str]) -> str:
 
 
 def describe_validation_error(error: ValidationError) -> str:
-    """One line per fault, `section.field: message (got value)`."""
+    """One line per fault, `section.field: message (got value)`, with what is shaped like a secret masked."""
     lines = []
     for fault in error.errors():
         where = ".".join(str(part) for part in fault["loc"]) or "recipe"
         message = fault["msg"].removeprefix("Value error, ")
         got = "" if isinstance(fault["input"], Mapping) or fault["input"] == "..." else f" (got {fault['input']!r})"
         lines.append(f"{where}: {message}{got}")
-    return "\n".join(lines)
+    return masked("\n".join(lines))
