@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
+from typing import Any
 from urllib.parse import quote, unquote
 
 from dpo_assets.secret_shapes import MASK, PATTERNS, masked, passwords_in, says_secret
 
-__all__ = ["MASK", "PATTERNS", "SECRET_VARIABLES", "find_secrets", "is_secret", "name_secrets", "scrub"]
+__all__ = ["MASK", "PATTERNS", "SECRET_VARIABLES", "find_secrets", "is_secret", "name_secrets", "scrub", "scrub_all"]
 
 SECRET_VARIABLES = frozenset({"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN", "WANDB_API_KEY"})
 SHORTEST = 8  # Characters; a shorter value would mask ordinary words.
@@ -35,6 +37,17 @@ def scrub(text: str) -> str:
     for secret in sorted({form for value in _known().values() for form in _forms(value)}, key=len, reverse=True):
         text = text.replace(secret, MASK)
     return masked(text)
+
+
+def scrub_all(value: Any) -> Any:
+    """A JSON value with every text in it scrubbed, keys of mappings included."""
+    if isinstance(value, str):
+        return scrub(value)
+    if isinstance(value, Mapping):
+        return {scrub(name) if isinstance(name, str) else name: scrub_all(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [scrub_all(item) for item in value]
+    return value
 
 
 def find_secrets(text: str) -> list[str]:
