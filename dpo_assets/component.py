@@ -176,7 +176,7 @@ class DpoPipeline(dg.Component):
         recipe = self.pipeline.recipe
         return {
             "artifacts": ArtifactStore(),
-            "gpu": GpuResource(device=recipe.hardware.device),
+            "gpu": GpuResource(device=recipe.hardware.device, memory_gib=recipe.hardware.memory_gib),
             "hub": HubResource(endpoint=recipe.publishing.endpoint),
             "launcher": LocalLauncher(),
         }
