@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import dagster as dg
 import pytest
 
 import dpo_assets.assets.step as step_module
-from dpo_assets import DpoPipeline
+from dpo_assets import DpoPipeline, HubResource, build_dpo_defs
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step, guarded
 from dpo_assets.errors import ConfigError, FeedbackError, GateError, InfrastructureError, OutOfMemory, StageTimeout
-from dpo_assets.recipe import parse_recipe
+from dpo_assets.recipe import Recipe, parse_recipe
 from dpo_assets.resources.launcher import WorkerDied
 from dpo_assets_tests.pipelines import demo_recipe, failed_checks, failures, materialize
 
@@ -36,14 +36,19 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEEDBACK_PASSWORD", SECRET)
 
 
-def run(body: Body, instance: dg.DagsterInstance) -> dg.ExecuteInProcessResult:
+def run(
+    body: Body,
+    instance: dg.DagsterInstance,
+    recipe: Recipe | None = None,
+    resources: Mapping[str, dg.ConfigurableResource[Any]] | None = None,
+) -> dg.ExecuteInProcessResult:
     """One asset with another body, in a job that brings a retry policy of its own."""
 
     class Pipeline(DpoPipeline):
         def execute(self, step: Step, nodes: tuple[Node, ...]) -> Events:
             yield from guarded(step, "base_model", body(step))
 
-    defs = Pipeline("bot", parse_recipe(demo_recipe())).build_defs()
+    defs = Pipeline("bot", recipe or parse_recipe(demo_recipe()), resources).build_defs()
     job = dg.define_asset_job("one", selection=[dg.AssetKey(["bot", "base_model"])], op_retry_policy=POLICY)
     resolved = dg.Definitions.merge(defs, dg.Definitions(jobs=[job])).resolve_job_def("one")
     return resolved.execute_in_process(instance=instance, raise_on_error=False)
@@ -166,3 +171,30 @@ def test_no_metadata_of_an_asset_or_a_check_brings_a_secret_into_the_event_log(i
 def test_a_gate_that_fails_in_the_worker_shows_as_its_check(instance: dg.DagsterInstance) -> None:
     said = failed_checks(run(raising(GATE), instance))["licence_known"]
     assert (said["value"], said["what to change"]) == ("[secret]", "ask [secret]")
+
+
+def test_what_recipe_and_resources_name_as_secret_is_masked(
+    instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither variable's name says what it holds."""
+    monkeypatch.setattr("dpo_assets.publishing.secrets._NAMED", set())
+    monkeypatch.setenv("WHERE_THE_VOTES_ARE", "sqlite:///votes-of-march.db")
+    monkeypatch.setenv("HUB_LOGIN", "a-login-of-the-hub")
+    sql = {"url_env": "WHERE_THE_VOTES_ARE", "table": "votes", "id": "id"}
+    recipe = parse_recipe(demo_recipe(feedback={"sources": [{"sql": sql}]}))
+    assert recipe.secret_variables == {"WHERE_THE_VOTES_ARE"}
+
+    def body(step: Step) -> Iterator[Any]:
+        raise ConfigError("neither sqlite:///votes-of-march.db nor a-login-of-the-hub")
+        yield
+
+    result = run(body, instance, recipe, {"hub": HubResource(token_variable="HUB_LOGIN")})
+    assert failures(result) == ["neither [secret] nor [secret]"]
+
+
+def test_a_sensor_that_cannot_read_says_so_without_a_secret(instance: dg.DagsterInstance) -> None:
+    recipe = demo_recipe(feedback={"sources": [{"path": f"memory://{SECRET}/votes.jsonl", "format": "trl"}]})
+    (sensor,) = build_dpo_defs("bot", recipe).sensors or ()
+    said = sensor(dg.build_sensor_context(instance=instance))
+    assert "[secret]/votes.jsonl` matches no file" in str(said.skip_message)
+    assert SECRET not in str(said.skip_message)

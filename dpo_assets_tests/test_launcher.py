@@ -148,6 +148,9 @@ def test_ending_the_run_ends_the_worker(instance: dg.DagsterInstance, tmp_path: 
     finally:
         run.kill()
         run.wait()
+    (last,) = instance.get_runs(limit=1)
+    kinds = [entry.dagster_event.event_type for entry in instance.all_logs(last.run_id) if entry.dagster_event]
+    assert dg.DagsterEventType.STEP_UP_FOR_RETRY not in kinds, "nobody starts again what someone stopped"
 
 
 def test_progress_reaches_the_runs_log_while_the_worker_runs(instance: dg.DagsterInstance) -> None:

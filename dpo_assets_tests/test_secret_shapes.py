@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_assets.errors import ConfigError
+from dpo_assets.feedback.reading import _Process
 from dpo_assets.recipe import parse_recipe
 from dpo_assets.secret_shapes import HINT, MASK, PATTERNS, masked, shown_url
 from dpo_assets_tests.publishing.test_release import KEYS, MORE_KEYS
@@ -92,3 +94,12 @@ def test_a_url_in_place_of_its_variable_is_refused_without_its_password() -> Non
     with pytest.raises(ConfigError, match="url_env") as refused:
         parse_recipe(RECIPE | {"feedback": {"sources": [{"sql": sql}]}})
     assert "hunter2" not in str(refused.value)
+
+
+def test_a_process_that_reads_feedback_gets_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "correct horse battery")
+    monkeypatch.setenv("SOMETHING_ELSE", "kept")
+    with _Process() as reader:
+        environment = psutil.Process(reader._process.pid).environ()
+    assert "correct horse battery" not in environment.values()
+    assert environment["SOMETHING_ELSE"] == "kept"
