@@ -43,7 +43,7 @@ HINT = (
 # Passwords are taken up to the last `@` of a word, because people do not quote an `@` or a `/` in them. A number up to
 # the path is a port: its URL may well have an `@` further on.
 _PASSWORD = re.compile(
-    r"(?P<before>[A-Za-z][A-Za-z0-9+.-]*://[^\s:/@?#\"'<>`]*:)"
+    r"(?P<before>(?<![A-Za-z0-9+.-])[A-Za-z][A-Za-z0-9+.-]{0,30}://[^\s:/@?#\"'<>`]*:)"
     r"(?![0-9]{1,5}(?:[/?#]|$))(?P<secret>(?:(?!://)[^\s\"'<>`])+)(?=@)"
 )
 _SECRET_FIELD = (

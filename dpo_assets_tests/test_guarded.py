@@ -139,6 +139,7 @@ def test_no_metadata_of_an_asset_or_a_check_brings_a_secret_into_the_event_log(i
                 "list": [SECRET],
                 "markdown": dg.MetadataValue.md(f"| {SECRET} |"),
                 "json": dg.MetadataValue.json({"rows": [{SECRET: SECRET}]}),
+                "url": dg.MetadataValue.url(f"https://me:{SECRET}@host/"),
                 "rows": 3,
                 "path": dg.MetadataValue.path("/data"),
             },
@@ -158,11 +159,14 @@ def test_no_metadata_of_an_asset_or_a_check_brings_a_secret_into_the_event_log(i
     assert result.success, failures(result)
     (event,) = result.get_asset_materialization_events()
     shown = event.step_materialization_data.materialization.metadata
-    assert {name: value.value for name, value in shown.items() if name in ("text", "list", "markdown", "json")} == {
+    assert {
+        name: value.value for name, value in shown.items() if name in ("text", "list", "markdown", "json", "url")
+    } == {
         "text": "[secret]",
         "list": ["[secret]"],
         "markdown": "| [secret] |",
         "json": {"rows": [{"[secret]": "[secret]"}]},
+        "url": "https://me:[secret]@host/",
     }
     assert (shown["rows"].value, shown["path"].value) == (3, "/data")
     assert SECRET not in everything(instance, result)

@@ -48,6 +48,8 @@ def _value(value: Any) -> Any:
             return dg.MetadataValue.text(scrub(text))
         case dg.MarkdownMetadataValue(md_str=str(text)):
             return dg.MetadataValue.md(scrub(text))
+        case dg.UrlMetadataValue(url=str(url)):
+            return dg.MetadataValue.url(scrub(url))
         case dg.JsonMetadataValue(data=data):
             return dg.MetadataValue.json(scrub_all(data))
         case str() | list() | dict():
