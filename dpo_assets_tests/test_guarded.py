@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -15,7 +17,7 @@ from dpo_assets.assets.step import Events, Step, guarded
 from dpo_assets.errors import ConfigError, FeedbackError, GateError, InfrastructureError, OutOfMemory, StageTimeout
 from dpo_assets.recipe import Recipe, parse_recipe
 from dpo_assets.resources.launcher import WorkerDied
-from dpo_assets_tests.pipelines import demo_recipe, failed_checks, failures, materialize
+from dpo_assets_tests.pipelines import STORIES, demo_recipe, failed_checks, failures, materialize
 
 SECRET = "correct-horse-battery"
 POLICY = dg.RetryPolicy(max_retries=3)
@@ -100,6 +102,14 @@ def test_a_maximal_length_above_the_context_is_not_retried_under_a_policy(instan
     recipe = demo_recipe(feedback={"max_length": 1024})
     result = materialize(recipe, instance, nodes, op_retry_policy=POLICY)
     assert "context of 512 tokens" in failures(result)[-1]
+    assert attempts(result) == 1
+
+
+def test_a_base_that_fails_its_gate_is_not_retried_under_a_policy(instance: dg.DagsterInstance, tmp_path: Path) -> None:
+    shutil.copytree(STORIES, tmp_path / "unlicensed")
+    recipe = demo_recipe(base_model={"source": str(tmp_path / "unlicensed")})
+    result = materialize(recipe, instance, ["base_model"], op_retry_policy=POLICY)
+    assert list(failed_checks(result)) == ["licence_known"]
     assert attempts(result) == 1
 
 

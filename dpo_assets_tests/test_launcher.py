@@ -10,6 +10,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -255,6 +256,31 @@ def test_a_plan_for_a_gpu_ends_at_once_in_a_worker_that_sees_none(tmp_path: Path
     assert ended.returncode == EXPLAINED_EXIT, ended.stderr
     told = Failure.model_validate_json((tmp_path / FAILURE_FILE).read_bytes())
     assert (told.kind, "PyTorch sees no GPU here" in told.message) == ("config", True)
+
+
+def test_a_worker_that_is_told_to_end_writes_down_what_it_was_doing(tmp_path: Path) -> None:
+    """It waits for its spec here, which nobody writes."""
+    spec = tmp_path / "spec.json"
+    os.mkfifo(spec)
+    command = [sys.executable, "-m", "dpo_assets.training", "sft", "--spec", str(spec), "--follow-parent"]
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    writer: list[int] = []
+
+    def waits() -> bool:
+        with suppress(OSError):  # Until somebody reads.
+            writer.append(os.open(spec, os.O_WRONLY | os.O_NONBLOCK))
+        return bool(writer) or worker.poll() is not None
+
+    try:
+        until(waits, "a worker that reads its spec")
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(PATIENCE) == -signal.SIGTERM
+        assert worker.stderr is not None
+        assert b"read_bytes" in worker.stderr.read()
+    finally:
+        worker.kill()
+        worker.communicate()
+        os.close(writer[0])
 
 
 # A worker of a few lines in the place of the real one: what it says and how it ends is all that the launcher sees.
