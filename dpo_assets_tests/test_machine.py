@@ -61,6 +61,8 @@ DOCKER_V1 = "40 39 0:28 /docker/abc /sys/fs/cgroup/memory ro master:11 - cgroup 
             48,
         ),
         ("8:memory:/docker/abc\n", DOCKER_V1, {"memory/memory.limit_in_bytes": f"{64 * MIB}"}, 64),
+        # A job of its own inside a container.
+        ("8:memory:/docker/abc/job\n", DOCKER_V1, {"memory/job/memory.limit_in_bytes": f"{64 * MIB}"}, 64),
         # Both versions at once, as systemd mounts them.
         (
             "8:memory:/job\n0::/job\n",
