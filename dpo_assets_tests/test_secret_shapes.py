@@ -109,6 +109,10 @@ def test_a_process_that_reads_feedback_gets_no_secret(monkeypatch: pytest.Monkey
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "correct horse battery")
     monkeypatch.setenv("SOMETHING_ELSE", "kept")
     with _Process() as reader:
-        environment = psutil.Process(reader._process.pid).environ()
+        started = psutil.Process(reader._process.pid)
+        deadline = time.monotonic() + 60
+        # A process has its environment a moment after it has its number.
+        while not (environment := started.environ()) and time.monotonic() < deadline:
+            time.sleep(0.01)
     assert "correct horse battery" not in environment.values()
     assert environment["SOMETHING_ELSE"] == "kept"
