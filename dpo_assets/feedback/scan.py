@@ -130,6 +130,9 @@ def _cut_mark(text: str, own: Sequence[str]) -> str:
     return ""
 
 
+_DEEPEST = 10  # Marks inside marks: the inner one is seen once the outer one is none.
+
+
 def escaped(text: str, own: Sequence[str] = (), *, answer: bool = False) -> str:
     """The text with a space behind the first letter of every such mark: readable, and no longer a mark.
 
@@ -138,8 +141,11 @@ def escaped(text: str, own: Sequence[str] = (), *, answer: bool = False) -> str:
     """
     while answer and (mark := next((m for m in sorted(marks_in(text, own)) if text.rstrip().endswith(m)), None)):
         text = text.rstrip().removesuffix(mark).rstrip()
-    for mark in sorted(marks_in(text, own), key=lambda m: (-len(m), m)):
-        text = text.replace(mark, f"{mark[0]} {mark[1:]}" if len(mark) > 1 else " ")
+    for _ in range(_DEEPEST):
+        for mark in sorted(marks := marks_in(text, own), key=lambda m: (-len(m), m)):
+            text = text.replace(mark, f"{mark[0]} {mark[1:]}" if len(mark) > 1 else " ")
+        if not marks:
+            break
     return text
 
 
