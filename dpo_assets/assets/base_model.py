@@ -74,7 +74,7 @@ def materialise(step: Step) -> Events:
         for verdict in refused:
             yield step.check_result("base_model", verdict)
         message = "; ".join(f"{v.headline}. {v.fix}" for v in refused)
-        raise dg.Failure(description=message) from None
+        raise dg.Failure(description=message, allow_retries=False) from None
     described, facts = artifact.json(FACTS), inspect_model(artifact.path / "model")
     verified = None if section.is_builtin or step.only_checks else _verified(step, artifact)
     yield from step.result(
