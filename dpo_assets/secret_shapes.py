@@ -1,8 +1,10 @@
-"""What keys and tokens look like, wherever they turn up: in logs, in releases, in feedback."""
+"""What keys and tokens look like, wherever they turn up: in logs, in releases, in feedback; and how a URL is shown."""
 
 from __future__ import annotations
 
 import re
+
+HIDDEN = "***"  # In place of what may not be shown of a URL.
 
 # Shapes of keys that people paste into feedback and configs. Each is specific enough not to hit ordinary words.
 PATTERNS: dict[str, re.Pattern[str]] = {
@@ -22,3 +24,37 @@ PATTERNS: dict[str, re.Pattern[str]] = {
         r"(?:[\s\S]{0,20000}?-----END (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----)?"
     ),
 }
+
+# A URL in a text, up to the first character that none has. One slash too few is a slip, and hides no less.
+_URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]+):(/{1,3})((?:[^\s/?#]*@)?[^\s'\"`<>|\\^]+)")
+_CONTAINERS = ("abfs", "abfss", "wasb", "wasbs", "hf")  # What stands before the @ is a container's name there.
+
+
+def without_url_secrets(text: str) -> str:
+    """The text as it may be shown: the URLs in it without user, password, query and fragment.
+
+    Whether a parameter of a query is a secret cannot be told from its name: signatures, tokens and keys have as many
+    names as there are services. So none is shown, only that there is a query: `https://***@host/a.jsonl?***`.
+    """
+    return _URL.sub(_shown_url, text)
+
+
+def _shown_url(found: re.Match[str]) -> str:
+    scheme, slashes, rest = found[1], found[2], found[3]
+    # Elsewhere than in HTTP a question mark can be a wildcard; a query has an equals sign.
+    query = re.search(r"[?#]" if scheme.lower().startswith("http") else r"\?(?=.*=)|#(?=.*=)", rest)
+    shown, cut = (rest[: query.start()], rest[query.start()]) if query else (rest, "")
+    return f"{scheme}:{slashes}{_without_user(scheme.lower(), shown)}{cut and cut + HIDDEN}"
+
+
+def _without_user(scheme: str, rest: str) -> str:
+    host, slash, path = rest.partition("/")
+    user, at, host_alone = host.rpartition("@")
+    if at:
+        named = scheme in _CONTAINERS and ":" not in user
+        return rest if named else f"{HIDDEN}@{host_alone}{slash}{path}"
+    # What follows the colon is no port, so it is a password with a slash or a question mark in it.
+    _, colon, port = host.rpartition(":")
+    if colon and not port.isdigit() and not host.endswith("]"):
+        return f"{HIDDEN}@{path.rpartition('@')[2]}" if "@" in path else HIDDEN
+    return rest

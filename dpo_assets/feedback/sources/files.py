@@ -13,7 +13,8 @@ from io import BufferedReader, FileIO
 from pathlib import Path
 
 from dpo_assets.errors import FeedbackError
-from dpo_assets.feedback.sources import FeedbackFile, FileRefused
+from dpo_assets.feedback.sources import CHANGED_WHILE_READ, FeedbackFile, FileRefused
+from dpo_assets.secret_shapes import without_url_secrets
 
 LONGEST_NAME = 120  # Of a name as people see it; the end of a longer one is kept.
 LINKS_LOOKED_THROUGH = 20_000  # Files in a folder among which the other names of a file are looked for.
@@ -27,9 +28,9 @@ def matches(pattern: str) -> tuple[Path, list[Path]]:
     Raises:
         FeedbackError: when that is nothing.
     """
-    root = _fixed_part(pattern)
+    root, said = _fixed_part(pattern), without_url_secrets(pattern)  # A URL with a slip in it is taken for a path.
     if ".." in Path(pattern).parts[len(root.parts) :]:
-        raise FeedbackError(f"feedback source `{pattern}` climbs out of its folder by `..` behind a wildcard.")
+        raise FeedbackError(f"feedback source `{said}` climbs out of its folder by `..` behind a wildcard.")
     literal = Path(os.path.abspath(pattern))
     if os.path.lexists(literal) and not literal.is_dir():  # Also a name that holds brackets, like those of patterns.
         return literal.parent, [literal]
@@ -39,10 +40,10 @@ def matches(pattern: str) -> tuple[Path, list[Path]]:
         return root.resolve(), paths
     if literal.is_dir():
         raise FeedbackError(
-            f"feedback source `{pattern}` matches no file: it is a folder; name its files, as `{pattern}/*.jsonl`."
+            f"feedback source `{said}` matches no file: it is a folder; name its files, as `{said}/*.jsonl`."
         )
     raise FeedbackError(
-        f"feedback source `{pattern}` matches no file; relative paths start at the folder of the YAML file."
+        f"feedback source `{said}` matches no file; relative paths start at the folder of the YAML file."
     )
 
 
@@ -195,7 +196,7 @@ def digest_of(path: Path, root: Path | None) -> tuple[str, int]:
             size += len(chunk)
         after = os.fstat(handle.fileno())
     if size != before.st_size or _stamp(before) != _stamp(after):
-        raise FileRefused("changed_while_read", CHANGED)
+        raise FileRefused(CHANGED_WHILE_READ, CHANGED)
     return digest.hexdigest(), size
 
 
@@ -209,4 +210,6 @@ def _stamp(status: os.stat_result) -> tuple[int, ...]:
 def verify(file: FeedbackFile) -> None:
     """See `sources.verify_unchanged`."""
     if file.sha256 and digest_of(file.path, file.root) != (file.sha256, file.size):
-        raise FileRefused("changed_while_read", CHANGED)
+        raise FileRefused(CHANGED_WHILE_READ, CHANGED)
+    if file.companion is not None and digest_of(file.companion, file.companion.parent)[0] != file.companion_sha256:
+        raise FileRefused(CHANGED_WHILE_READ, f"its companion {shown(file.companion.name)} changed while it was read")

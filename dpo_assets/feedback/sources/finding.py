@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +44,7 @@ class _Found:
     refused: FileRefused | None = None
     facts: tuple[tuple[str, str], ...] = ()
     superseded: tuple[int, ...] = ()
+    sha256: str = ""  # Of what was written into `landing`, where that is known.
 
 
 def find(
@@ -107,7 +109,7 @@ def _of_source(
         for part in parts:
             between = (("watermark from", part.since), ("watermark to", part.until), ("rows", str(part.rows)))
             name = shown(f"{source.shown}#{part.number}")
-            yield _Found(part.path, landing, name, facts=between, superseded=part.superseded)
+            yield _Found(part.path, landing, name, facts=between, superseded=part.superseded, sha256=part.sha256)
     elif source.hub is not None:
         from dpo_assets.feedback.sources import hub
 
@@ -117,7 +119,7 @@ def _of_source(
         from dpo_assets.feedback.sources import remote
 
         for file in remote.fetch(str(source.path), landing, limits):
-            yield _Found(file.path, landing, "", Path(file.url), file.refused, (("url", file.url),))
+            yield _Found(file.path, landing, "", file.place, file.refused, (("url", file.url),))
 
 
 def _local(path: str) -> Iterator[_Found]:
@@ -148,7 +150,7 @@ def _described(found: _Found, source: FeedbackSource, name: str, limits: Limits)
         refused=found.refused,
     )
     if file.refused is None:
-        for look in (_hashed, _opened, _with_companion, _with_format):
+        for look in (_hashed, partial(_as_written, found.sha256), _opened, _with_companion, _with_format):
             try:
                 file = look(file, limits)
             except FileRefused as refused:
@@ -159,6 +161,14 @@ def _described(found: _Found, source: FeedbackSource, name: str, limits: Limits)
 def _hashed(file: FeedbackFile, limits: Limits) -> FeedbackFile:
     sha256, size = digest_of(file.path, file.root)
     return replace(file, sha256=sha256, size=size)
+
+
+def _as_written(sha256: str, file: FeedbackFile, limits: Limits) -> FeedbackFile:
+    """Refuses what became of a copy that this package wrote itself, and that holds other bytes by now."""
+    if sha256 not in ("", file.sha256):
+        message = f"its copy was damaged since it was written: remove {file.path.parent}, and all of it is read again"
+        raise FileRefused("damaged_copy", message)
+    return file
 
 
 def _opened(file: FeedbackFile, limits: Limits) -> FeedbackFile:

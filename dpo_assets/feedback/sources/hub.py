@@ -33,10 +33,14 @@ def fetch(
         ConfigError: when repository or revision do not exist or may not be seen; a FeedbackError when no file fits.
         InfrastructureError: when the Hub does not answer.
     """
+    from filelock import FileLock
+
     folder = landing / "hub" / repo.replace("/", "--") / revision
-    chosen = _kept(folder, patterns)
-    if chosen is None:
-        chosen = _download(repo, revision, patterns, folder, access)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):  # The note of what was chosen is read, added to and written.
+        chosen = _kept(folder, patterns)
+        if chosen is None:
+            chosen = _download(repo, revision, patterns, folder, access)
     return [(folder / "files" / path, path) for path in chosen]
 
 
@@ -123,7 +127,10 @@ def _exactly(path: str) -> str:
 
 def _note(folder: Path, patterns: Sequence[str], chosen: Sequence[str]) -> None:
     target = folder / _NOTE
-    note = json.loads(target.read_text("utf-8")) if target.is_file() else {}
+    try:
+        note = json.loads(target.read_text("utf-8"))
+    except (OSError, ValueError):
+        note = {}
     note[json.dumps(sorted(patterns))] = {path: (folder / "files" / path).stat().st_size for path in chosen}
     part = target.with_suffix(".part")
     part.write_text(json.dumps(note, indent=1), "utf-8")

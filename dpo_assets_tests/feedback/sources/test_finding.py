@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
+import io
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -192,21 +195,137 @@ def test_a_glance_at_a_url_sees_changes(tmp_path: Path, bucket: Any) -> None:
     assert glance(source) != before
 
 
-def test_a_real_http_server_is_read(tmp_path: Path) -> None:
+@pytest.fixture
+def website(tmp_path: Path) -> Iterator[str]:
+    """The address of a real server of the folder `www`, which refuses `/busy/...` as one that is overloaded."""
     import threading
     from functools import partial
     from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
     pytest.importorskip("aiohttp")
 
-    class Quiet(SimpleHTTPRequestHandler):
+    class Site(SimpleHTTPRequestHandler):
+        def send_head(self) -> Any:
+            return self.send_error(503) if self.path.startswith("/busy/") else super().send_head()
+
         def log_message(self, format: str, *args: Any) -> None:
             """Stay silent."""
 
     (tmp_path / "www").mkdir()
-    (tmp_path / "www" / "a.json").write_text(json.dumps(ROWS))
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path / "www"))) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Site, directory=str(tmp_path / "www"))) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        [file] = fetched(tmp_path / "landing", f"http://127.0.0.1:{server.server_address[1]}/a.json")
+        yield f"http://127.0.0.1:{server.server_address[1]}"
         server.shutdown()
+
+
+def test_a_real_http_server_is_read(tmp_path: Path, website: str) -> None:
+    (tmp_path / "www" / "a.json").write_text(json.dumps(ROWS))
+    [file] = fetched(tmp_path / "landing", f"{website}/a.json")
     assert outcome(file).values == ROWS
+
+
+def test_of_a_presigned_url_only_the_path_is_told(tmp_path: Path, website: str) -> None:
+    (tmp_path / "www" / "a.jsonl.gz").write_bytes(gzip.compress(jsonl(), mtime=0))
+    signed = f"{website}/a.jsonl.gz?X-Amz-Date=20261127T000000Z&X-Amz-Signature=hunter2.x"
+    [file] = fetched(tmp_path / "landing", signed)
+    assert outcome(file).values == ROWS
+    assert (file.name, file.origin) == ("a.jsonl.gz", f"{website}/a.jsonl.gz?***")
+    assert "hunter2" not in repr(file)
+    assert "hunter2" not in repr(glance([FeedbackSource(path=signed)]))
+    assert not [path for path in (tmp_path / "landing").rglob("*") if "hunter2" in path.name]
+    assert not [path for path in (tmp_path / "landing").rglob("*.json") if "hunter2" in path.read_text()]
+
+
+def test_a_url_that_fails_is_told_without_its_signature_and_a_busy_server_is_tried_again(
+    tmp_path: Path, website: str
+) -> None:
+    with pytest.raises(FeedbackError, match=r"/gone\.jsonl\?\*\*\*` matches no file") as gone:
+        fetched(tmp_path, f"{website}/gone.jsonl?sig=hunter2")
+    with pytest.raises(InfrastructureError, match=r"/busy/a\.jsonl\?\*\*\*` cannot be read.*503") as busy:
+        fetched(tmp_path, f"{website}/busy/a.jsonl?sig=hunter2")
+    assert "hunter2" not in f"{gone.value} {busy.value}"
+
+
+def test_a_path_that_was_to_be_a_url_is_told_without_its_password(tmp_path: Path) -> None:
+    from dpo_assets.feedback.sources.files import matches
+
+    with pytest.raises(FeedbackError, match="matches no file") as refused:
+        matches(f"{tmp_path}/https:/me:hunter2@host/a.jsonl")
+    assert "hunter2" not in str(refused.value)
+
+
+# Copies
+
+
+def test_two_runs_that_fetch_one_url_at_once_leave_a_whole_copy(
+    tmp_path: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one starts, and dies, while the first has written half of the file."""
+    import threading
+
+    bucket.pipe("/a.jsonl", jsonl())
+    monkeypatch.setattr("dpo_assets.feedback.sources.remote._BLOCK", 20)
+    real, second = type(bucket).open, threading.Event()
+
+    class Half(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if self.tell():
+                other.start()
+                second.wait(0.3)
+                monkeypatch.setattr(Half, "read", io.BytesIO.read)
+            return super().read(size)
+
+    class Dead(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            second.set()
+            raise OSError("the line is dead")
+
+    def die() -> None:
+        with suppress(InfrastructureError):
+            fetched(tmp_path, "memory://a.jsonl")
+
+    other = threading.Thread(target=die)
+    openers: Iterator[Any] = iter([Half, Dead])
+
+    def opened(self: Any, path: str, *a: Any, **k: Any) -> Any:
+        kind = next(openers, None)
+        content = real(self, path, *a, **k)
+        return kind(content.read()) if kind else content
+
+    monkeypatch.setattr(type(bucket), "open", opened)
+    [file] = fetched(tmp_path, "memory://a.jsonl")
+    other.join()
+    [again] = fetched(tmp_path, "memory://a.jsonl")
+    assert file.sha256 == again.sha256 == hashlib.sha256(jsonl()).hexdigest()
+
+
+@pytest.mark.parametrize("damage", ["the copy", "its note", "the last writer died"])
+def test_a_copy_that_is_not_what_came_over_the_line_is_fetched_again(tmp_path: Path, bucket: Any, damage: str) -> None:
+    bucket.pipe("/a.jsonl", jsonl())
+    [first] = fetched(tmp_path, "memory://a.jsonl")
+    if damage == "the copy":
+        first.path.write_bytes(b"\0" * first.size)
+    elif damage == "its note":
+        (first.path.parent / "source.json").write_text('{"stamp')
+    else:
+        first.path.rename(first.path.with_name("content.jsonl.00.part"))
+    [again] = fetched(tmp_path, "memory://a.jsonl")
+    assert again == first
+    assert not list(first.path.parent.glob("*.part"))
+
+
+def test_a_file_of_a_pattern_that_does_not_answer_is_no_missing_file(
+    tmp_path: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket.pipe("/a.jsonl", jsonl())
+    bucket.pipe("/b.jsonl", jsonl())
+    real = type(bucket).info
+
+    def info(self: Any, path: str, **k: Any) -> Any:
+        if path.endswith("b.jsonl"):
+            raise TimeoutError("the other side is silent")
+        return real(self, path, **k)
+
+    monkeypatch.setattr(type(bucket), "info", info)
+    with pytest.raises(InfrastructureError, match="TimeoutError"):
+        fetched(tmp_path, "memory://*.jsonl")
