@@ -136,6 +136,20 @@ class Step:
         """The newest artefact of `node` made from `inputs`, whatever its config was."""
         return self.tree.latest(node, {name: artifact.digest for name, artifact in inputs.items()})
 
+    def earlier(self, node: str) -> Artifact | None:
+        """The artefact of the last materialisation of `node` before this one, if it is still there.
+
+        What a gate holds does not count: a run that was stopped is no measure for the next one.
+        """
+        records = self.context.instance.fetch_materializations(self.pipeline.key(node), limit=20).records
+        for record in records[1:] if self.only_checks else records:
+            event = record.asset_materialization
+            entry = event.metadata.get(FINGERPRINT) if event is not None else None
+            found = self.tree.find(node, str(entry.value)) if entry is not None else None
+            if found is not None and not self._failed_gates(found):
+                return found
+        return None
+
     def launch(self, stage: Stage, spec: Spec) -> None:
         """Runs a worker stage to its end.
 

@@ -58,8 +58,8 @@ class Batch:
     pairs: list[Pair] = field(default_factory=list)
     answers: list[JudgedAnswer] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
-    rows: int = 0  # Rows read. Each is the row of one pair, answer or rejected row at least.
-    lost: int = 0  # Rows of which there is none: always 0, and counted on its own so that a check can say so.
+    rows: int = 0  # Rows seen. Each is the row of one pair, answer or rejected row at least.
+    lines: int = 0  # Different numbers among them: several rows can stand in one line.
     shapes: Counter[str] = field(default_factory=Counter)  # Rows by the keys that they have.
     flags: Counter[str] = field(default_factory=Counter)  # What the source normalised.
 
@@ -137,6 +137,7 @@ class _Sorting:
 
     def begin(self, number: int, raw: bytes, flags: tuple[str, ...]) -> None:
         self.batch.rows += 1
+        self.batch.lines += number != self._number
         if self._kept is not None:
             self._kept[number] = zlib.compress(raw, 1)
         elif self._open:
@@ -148,7 +149,7 @@ class _Sorting:
 
     def shape_of(self, row: Row) -> None:
         """Counts the row's keys; a key that is kept for this package's own is a fault of the row."""
-        keys = ",".join(map(str, row))
+        keys = ",".join(sorted(map(str, row)))  # In whose order somebody wrote them is no other shape.
         if "__" in keys and any(str(key).startswith("__") and key != MONGO_VERSION for key in row):
             raise RowFault("reserved_name", f"keys that begin with two underscores are reserved; the row has: {keys}")
         shapes = self.batch.shapes
@@ -213,7 +214,6 @@ class _Sorting:
             for number in list(self._open) or [self._number]:
                 self.add(fault, Place(self._name, number))
         self._close_rows()
-        self.batch.lost = len(self._open)
 
 
 # An ASCII row without these holds no carriage return, control character or letter to compose. (A control character as
@@ -312,11 +312,11 @@ def write_batch(batch: Batch, folder: Path) -> dict[str, Any]:
     whole = sum(row.line == 0 for row in batch.rejected)  # A file that is refused as a whole is no row.
     counts = {
         "rows": batch.rows,
+        "lines": batch.lines,
         "rows_in": batch.rows_in - whole,
         "pairs": len(batch.pairs),
         "answers": len(batch.answers),
         "rejected": len(batch.rejected) - whole,
-        "lost": batch.lost,
         "shapes": dict(sorted(batch.shapes.items())),
         "flags": dict(sorted(batch.flags.items())),
     }
@@ -337,7 +337,8 @@ def write_paired(paired: Paired, folder: Path) -> dict[str, Any]:
     counts = {
         "pairs": len(made.pairs),
         "used": sum(count["used"] for count in paired.counts.values()),
-        "rejected": len(paired.rejected),
+        "left": len(paired.rejected),
+        "rejected": len(made.rejected),  # With pairs that are none, such as one answer judged in two ways.
         "policies": paired.counts,
         "answers": 0,
     }

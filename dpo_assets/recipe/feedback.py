@@ -246,6 +246,15 @@ class FeedbackSection(Section):
     max_quarantine_rate: float = Field(
         default=0.2, ge=0.0, le=1.0, description="A larger share of rejected rows blocks the run; single rows never do."
     )
+    max_row_fall: float = Field(
+        default=0.1,
+        ge=0.0,
+        le=1.0,
+        description=(
+            "A source that lost a larger share of its rows, or a whole file, since the last materialisation is warned "
+            "of; with `checks.severity.feedback_volume: error` it blocks."
+        ),
+    )
     seed: int = Field(default=0, ge=0, description="Seed of the train/eval split.")
     cleaning: CleaningSection = Field(default_factory=CleaningSection, description="What is done about unfit pairs.")
     release: list[ReleaseRule] = Field(default=[], description="What is taken out of quarantine, by rule.")

@@ -94,7 +94,11 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
         f"{name} ({hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]})" if counts[name] > 1 else name
         for path, name in zip(paths, names, strict=True)
     ]
-    # What is left has one path in two file systems.
+    return numbered(names)  # What is left has one path in two file systems.
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """The names, of which a second one that is equal is told apart by its number."""
     return [f"{name} #{names[:n].count(name) + 1}" if name in names[:n] else name for n, name in enumerate(names)]
 
 

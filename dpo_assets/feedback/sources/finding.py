@@ -17,6 +17,7 @@ from dpo_assets.feedback.sources.files import (
     digest_of,
     distinct_names,
     matches,
+    numbered,
     open_inside,
     refuse_links_from_outside,
     shown,
@@ -60,7 +61,9 @@ def find(
             found.setdefault(file.path, (file, source))
     unnamed = {path: file.named or path for path, (file, _) in found.items() if not file.name}
     names = dict(zip(unnamed, distinct_names(list(unnamed.values())), strict=True))
-    return [_described(file, source, names.get(path, file.name), limits) for path, (file, source) in found.items()]
+    # Two queries of one database have one name, and so have two revisions of a dataset.
+    told = numbered([names.get(path, file.name) for path, (file, _) in found.items()])
+    return [_described(*one, name, limits) for one, name in zip(found.values(), told, strict=True)]
 
 
 def glance(sources: Sequence[FeedbackSource]) -> list[list[str | int]]:
