@@ -16,6 +16,7 @@ from filelock import FileLock
 from dpo_assets.artifact import Artifact, ArtifactTree, fingerprint, write_json
 from dpo_assets.errors import InfrastructureError
 from dpo_assets.feedback.ingest import ANSWERS, COUNTS, QUARANTINE, write_paired
+from dpo_assets.feedback.pair import digest
 from dpo_assets.feedback.pairing import pair_answers
 from dpo_assets.feedback.readers import ReadOptions
 from dpo_assets.feedback.reading import Job, cut, run_jobs, span_sha256, write_refused
@@ -77,6 +78,7 @@ def read_into(tree: ArtifactTree, file: FeedbackFile, options: ReadOptions) -> F
         "pairing": options.pairing,
         "min_margin": options.min_margin,
         "include_synthetic": options.include_synthetic,
+        "users": digest(options.user_key),
         "read": READ_VERSION,
     }
     try:
