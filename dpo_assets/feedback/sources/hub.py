@@ -11,12 +11,12 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from dpo_assets.errors import ConfigError, FeedbackError, InfrastructureError
+from dpo_assets.feedback.sources.files import DATA_NAME
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 HubAccess = Callable[[], "HfApi"]
-DATA = re.compile(r"\.(jsonl|ndjson|json|csv|tsv)(\.(gz|zst))?$|\.(parquet|pq)$", re.IGNORECASE)
 # Files of a repository that hold no rows, whatever their names end in.
 _NO_DATA = ("dataset_infos.json", "dataset_info.json", "state.json", "config.json")
 _SPLIT = re.compile(r"(?:^|[/_.-])(train|test|validation|valid|val|dev|eval)(?:[/_.-]|\d|$)", re.IGNORECASE)
@@ -50,7 +50,7 @@ def choose(repo: str, listed: Sequence[str], patterns: Sequence[str]) -> list[st
     Raises:
         FeedbackError: with the files that there are.
     """
-    data = sorted(p for p in listed if DATA.search(p) and PurePosixPath(p).name not in _NO_DATA and ".." not in p)
+    data = sorted(p for p in listed if DATA_NAME.search(p) and PurePosixPath(p).name not in _NO_DATA and ".." not in p)
     some = ", ".join(data[:_MOST_NAMED]) + (f" and {len(data) - _MOST_NAMED} more" if len(data) > _MOST_NAMED else "")
     if not data:
         kinds = ", ".join(sorted({PurePosixPath(p).suffix for p in listed if PurePosixPath(p).suffix})) or "none"

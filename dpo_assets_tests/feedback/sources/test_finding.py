@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -26,7 +27,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("b.jsonl", "a.jsonl", "deep/er/c.jsonl", "notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(jsonl())
-    (tmp_path / "d.jsonl").mkdir()
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -36,8 +36,35 @@ def names(*patterns: str) -> list[str]:
 
 
 def test_a_pattern_finds_files_in_order_of_their_names_and_no_folders(folder: Path) -> None:
+    assert names("*") == ["a.jsonl", "b.jsonl", "notes.txt"]
     assert names("*.jsonl") == ["a.jsonl", "b.jsonl"]
     assert names("**/*.jsonl") == ["a.jsonl", "b.jsonl", "c.jsonl"]
+
+
+@pytest.mark.parametrize("linked", [False, True], ids=["a folder", "a link to one"])
+def test_a_folder_that_is_called_like_a_file_is_refused_unless_its_files_are_found(folder: Path, linked: bool) -> None:
+    (folder / "elsewhere").mkdir()
+    if linked:
+        (folder / "d.jsonl").symlink_to("elsewhere")
+    else:
+        (folder / "elsewhere").rename(folder / "d.jsonl")
+    (folder / "d.jsonl" / "part-0.jsonl").write_bytes(jsonl())
+    assert names("*.jsonl") == ["a.jsonl", "b.jsonl", "d.jsonl"]
+    refused = files_of([FeedbackSource(path="*.jsonl")])[-1]
+    assert outcome(refused).reason == "not_a_regular_file"
+    assert "it is a folder, not a file; name the files in it" in str(outcome(refused).refused)
+    assert names("*.jsonl/*") == ["part-0.jsonl"]
+    if not linked:
+        assert names("**/*.jsonl") == ["a.jsonl", "b.jsonl", "part-0.jsonl", "c.jsonl"]
+
+
+def test_a_folder_on_the_way_that_may_not_be_listed_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Root may list everything, so the answer of the system is put in.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "er")
+    for pattern in ("**/*.jsonl", "deep/*/c.jsonl"):
+        with pytest.raises(FeedbackError, match=r"leads through folders that may not be listed: .*er$"):
+            names(pattern)
+    assert names("*.jsonl") == ["a.jsonl", "b.jsonl"]
 
 
 def test_files_come_in_the_order_of_the_sources_each_once(folder: Path) -> None:
@@ -48,6 +75,7 @@ def test_files_come_in_the_order_of_the_sources_each_once(folder: Path) -> None:
 
 @pytest.mark.parametrize("pattern", ["missing.jsonl", "*.csv", "d.jsonl", "deep"])
 def test_a_source_that_matches_no_file_is_named(folder: Path, pattern: str) -> None:
+    (folder / "d.jsonl").mkdir()
     with pytest.raises(FeedbackError, match="matches no file") as refused:
         names("a.jsonl", pattern)
     assert f"`{pattern}`" in str(refused.value)
