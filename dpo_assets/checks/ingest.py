@@ -101,7 +101,7 @@ def _fault_of_answers(index: Mapping[str, Any], held: Mapping[str, Held], paired
 
 
 def feedback_volume(index: Mapping[str, Any], before: Mapping[str, Any] | None, feedback: FeedbackSection) -> Verdict:
-    """Rows that are gone since the last materialisation: of one source of the recipe, of all of them, or a whole file.
+    """Rows that are gone since the last materialisation: a share of a source of the recipe, or a whole file of it.
 
     What grows elsewhere does not make up for a source that lost its rows. Renamed files, of which there are as many as
     before, are no loss.
@@ -113,14 +113,12 @@ def feedback_volume(index: Mapping[str, Any], before: Mapping[str, Any] | None, 
         for origin in then
         if _has_fallen(then[origin], now.get(origin, (0, 0)), limit)
     ]
-    total = _sum(then), _sum(now)
-    if not fallen and _has_fallen(*total, limit):
-        fallen = [f"all sources ({_fall(*total)})"]
+    rows, rows_before = (sum(rows for _, rows in volumes.values()) for volumes in (now, then))
     gone = sorted({row["file"] for row in before["files"]} - set(index["found"])) if before is not None else []
     return Verdict(
         "feedback_volume",
         "error" if fallen else "pass",
-        f"{total[1][1]} rows, {total[0][1]} before" if before is not None else f"{total[1][1]} rows",
+        f"{rows} rows, {rows_before} before" if before is not None else f"{rows} rows",
         f"no source lost more than {limit:g} of its rows, nor a whole file",
         "feedback.max_row_fall of the recipe",
         f"put back what is missing: {_some(fallen)}. If it is meant, go on: the next run is held against this one"
@@ -140,10 +138,6 @@ def _volumes(index: Mapping[str, Any]) -> dict[str, Volume]:
         files[row["origin"]] += 1
         rows[row["origin"]] += row["rows"]
     return {origin: (files[origin], rows[origin]) for origin in files}
-
-
-def _sum(volumes: Mapping[str, Volume]) -> Volume:
-    return sum(files for files, _ in volumes.values()), sum(rows for _, rows in volumes.values())
 
 
 def _has_fallen(before: Volume, now: Volume, limit: float) -> bool:

@@ -148,11 +148,3 @@ def test_a_small_fall_and_a_renamed_export_pass_and_the_bound_is_the_recipes() -
     assert volume(*fallen, max_row_fall=0.05).level == "error"
     renamed = volume(A, counted("b2.jsonl", rows=95), C)
     assert (renamed.level, renamed.note) == ("pass", "files that were there before: b.jsonl")
-
-
-def test_many_small_falls_are_seen_together() -> None:
-    before = indexed(*[counted(f"{n}.jsonl", origin=str(n), rows=100) for n in range(4)])
-    now = indexed(*[counted(f"{n}.jsonl", origin=str(n), rows=95) for n in range(4)])
-    assert feedback_volume(now, before, FEEDBACK).level == "pass"
-    moved = indexed(*[counted(f"{n}.jsonl", origin=f"new {n}", rows=80) for n in range(4)])
-    assert "0 (100 rows" in feedback_volume(moved, before, FEEDBACK).fix

@@ -236,8 +236,11 @@ def test_a_glance_sees_new_rows_without_reading_them(table: Table, tmp_path: Pat
 
 def test_two_tables_and_two_queries_keep_their_states_apart(table: Table, tmp_path: Path) -> None:
     table.add((1, "2026-01-01"), (2, "2026-01-02"))
-    sources = [table.source(), table.source(table=None, query="SELECT * FROM votes WHERE id = 2")]
-    assert [ids(file) for file in files_of(sources, tmp_path)] == [[1, 2], [2]]
+    queries = [f"SELECT * FROM votes WHERE id = {number}" for number in (2, 1)]
+    sources = [table.source(), *(table.source(table=None, query=query) for query in queries)]
+    files = files_of(sources, tmp_path)
+    assert [ids(file) for file in files] == [[1, 2], [2], [1]]
+    assert [file.name.partition("votes")[0].partition("query")[2] for file in files] == ["", "#1", "#1 #2"]
 
 
 def test_an_interrupted_extract_leaves_no_state(
