@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 from dpo_assets.artifact import Artifact, write_json
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step
-from dpo_assets.checks.ingest import ingest_verdicts
+from dpo_assets.checks.ingest import Volumes, ingest_verdicts, volumes
 from dpo_assets.checks.verdict import Verdict
 from dpo_assets.errors import ConfigError, FeedbackError
 from dpo_assets.feedback.accounting import held, held_paired
@@ -26,6 +26,7 @@ from dpo_assets.report.tables import counts_table, sample_table, table
 from dpo_assets.section import describe_validation_error
 
 INDEX = "batches.json"
+VOLUMES = "dpo_assets/volumes"  # What each source gave, for the next materialisation.
 PAIRED = ""  # No file has that name.
 
 
@@ -40,10 +41,11 @@ class ReadConfig(dg.Config):
 
 def materialise(step: Step) -> Events:
     """Reads what is new; what was read before costs a hash."""
-    before = step.earlier("raw_preferences")
+    history = step.history("raw_preferences", VOLUMES)
     if step.only_checks:
         found, reused = step.build("raw_preferences", None, {}, lambda folder, _: None)
-        yield from step.result("raw_preferences", found, reused, _verdicts(step, found, before))
+        given = history[0][0] if history else {}
+        yield from step.result("raw_preferences", found, reused, _verdicts(step, found, given, history[1:]))
         return
     landing = step.tree.root / "landing"
     feedback = step.recipe.feedback
@@ -67,14 +69,18 @@ def materialise(step: Step) -> Events:
         write_json(folder / INDEX, index)
 
     artifact, reused = step.build("raw_preferences", index, {}, make)
-    shown = _metadata(index, batches_of(step, artifact), [one.new for one in read])
-    yield from step.result("raw_preferences", artifact, reused, _verdicts(step, artifact, before), shown)
+    given = volumes((one.file.origin, one.file.name, sum(b.json(COUNTS)["rows"] for b in one.batches)) for one in read)
+    shown = _metadata(index, batches_of(step, artifact), [one.new for one in read]) | {VOLUMES: given}
+    yield from step.result("raw_preferences", artifact, reused, _verdicts(step, artifact, given, history), shown)
 
 
-def _verdicts(step: Step, raw: Artifact, before: Artifact | None) -> list[Verdict]:
-    """The checks of what was read, held against the tables as they lie on disk."""
-    index = index_of(raw)
-    if index is None:
+def _verdicts(step: Step, raw: Artifact, given: Volumes, history: Sequence[tuple[Volumes, bool]]) -> list[Verdict]:
+    """The checks of what was read, held against the tables as they lie on disk, and against earlier volumes.
+
+    What a gate holds is no measure: a run that was stopped for its fall would let the next one pass.
+    """
+    index = raw.json(INDEX)
+    if "found" not in index:
         raise ConfigError("this `raw_preferences` is of an earlier version; materialise it again.")
     batches = {name: [batch.path for batch in found] for name, found in _batches(step, raw).items()}
     paired = batches.pop(PAIRED, [])
@@ -82,15 +88,10 @@ def _verdicts(step: Step, raw: Artifact, before: Artifact | None) -> list[Verdic
         index,
         {file: held(folders, file) for file, folders in batches.items()},
         held_paired([folder for folders in batches.values() for folder in folders], paired[0]) if paired else None,
-        index_of(before) if before is not None else None,
+        given,
+        next((before for before, is_held in history if not is_held), None),
         step.recipe.feedback,
     )
-
-
-def index_of(raw: Artifact) -> dict[str, Any] | None:
-    """What was found and read; None for an artefact of an earlier version, which did not say what was found."""
-    index: dict[str, Any] = raw.json(INDEX)
-    return index if "found" in index else None
 
 
 def batches_of(step: Step, raw: Artifact) -> list[Artifact]:

@@ -143,19 +143,19 @@ class Step:
         """The newest artefact of `node` made from `inputs`, whatever its config was."""
         return self.tree.latest(node, {name: artifact.digest for name, artifact in inputs.items()})
 
-    def earlier(self, node: str) -> Artifact | None:
-        """The artefact of the last materialisation of `node` before this one, if it is still there.
+    def history(self, node: str, name: str) -> list[tuple[Any, bool]]:
+        """(value of a metadata entry, whether a gate holds what was made) of the last materialisations, newest first.
 
-        What a gate holds does not count: a run that was stopped is no measure for the next one.
+        One whose artefact is gone is left out, and so is one without the entry.
         """
-        records = self.context.instance.fetch_materializations(self.pipeline.key(node), limit=20).records
-        for record in records[1:] if self.only_checks else records:
-            event = record.asset_materialization
-            entry = event.metadata.get(FINGERPRINT) if event is not None else None
-            found = self.tree.find(node, str(entry.value)) if entry is not None else None
-            if found is not None and not self._failed_gates(found):
-                return found
-        return None
+        told = []
+        for record in self.context.instance.fetch_materializations(self.pipeline.key(node), limit=20).records:
+            metadata = record.asset_materialization.metadata if record.asset_materialization is not None else {}
+            if name in metadata and FINGERPRINT in metadata:
+                made = self.tree.find(node, str(metadata[FINGERPRINT].value))
+                if made is not None:
+                    told.append((metadata[name].value, bool(self._failed_gates(made))))
+        return told
 
     def launch(self, stage: Stage, spec: Spec) -> None:
         """Runs a worker stage to its end.

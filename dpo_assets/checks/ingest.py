@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dpo_assets.checks.verdict import Verdict
@@ -11,13 +11,18 @@ from dpo_assets.feedback.accounting import Held, HeldPaired
 from dpo_assets.recipe import FeedbackSection
 
 NAMED = 8  # Files that a verdict names.
+KEPT_NAMES = 200  # Names of a source's files that are kept with its volume.
+
+Volumes = Mapping[str, Mapping[str, Any]]  # Source of the recipe -> files, rows, and the names of the first files.
+NOTHING: Mapping[str, Any] = {"files": 0, "rows": 0, "names": []}
 
 
 def ingest_verdicts(
     index: Mapping[str, Any],
     held: Mapping[str, Held],
     paired: HeldPaired | None,
-    before: Mapping[str, Any] | None,
+    now: Volumes,
+    before: Volumes | None,
     feedback: FeedbackSection,
 ) -> list[Verdict]:
     """All checks of `raw_preferences`.
@@ -26,13 +31,14 @@ def ingest_verdicts(
         index: of this materialisation: the files that were found, and what was read of each.
         held: what the tables of each file hold, counted from disk.
         paired: what the table of paired answers holds; None where no answer was judged alone.
-        before: the index of the last materialisation that was not held; None where there is none.
+        now: what each source gave.
+        before: the same, of the last materialisation that no gate holds; None where there is none.
         feedback: of the declared recipe.
     """
     return [
         every_file_read(index),
         every_row_accounted_for(index, held, paired),
-        feedback_volume(index, before, feedback),
+        feedback_volume(now, before, feedback),
     ]
 
 
@@ -100,53 +106,50 @@ def _fault_of_answers(index: Mapping[str, Any], held: Mapping[str, Held], paired
     return ""
 
 
-def feedback_volume(index: Mapping[str, Any], before: Mapping[str, Any] | None, feedback: FeedbackSection) -> Verdict:
+def volumes(read: Iterable[tuple[str, str, int]]) -> Volumes:
+    """What each source gave, from (source, file, rows). It says where a project lies, so no artefact holds it."""
+    found: dict[str, dict[str, Any]] = {}
+    for source, file, rows in read:
+        volume = found.setdefault(source, {"files": 0, "rows": 0, "names": []})
+        volume["files"] += 1
+        volume["rows"] += rows
+        volume["names"] = [*volume["names"], file][:KEPT_NAMES]
+    return found
+
+
+def feedback_volume(now: Volumes, before: Volumes | None, feedback: FeedbackSection) -> Verdict:
     """Rows that are gone since the last materialisation: a share of a source of the recipe, or a whole file of it.
 
     What grows elsewhere does not make up for a source that lost its rows. Renamed files, of which there are as many as
     before, are no loss.
     """
-    limit = feedback.max_row_fall
-    now, then = _volumes(index), _volumes(before) if before is not None else {}
     fallen = [
-        f"{origin} ({_fall(then[origin], now.get(origin, (0, 0)))})"
-        for origin in then
-        if _has_fallen(then[origin], now.get(origin, (0, 0)), limit)
+        f"{source} ({was['rows']} rows in {was['files']} files before, {is_['rows']} in {is_['files']} now)"
+        for source, was in (before or {}).items()
+        if _has_fallen(was, is_ := now.get(source, NOTHING), feedback.max_row_fall)
     ]
-    rows, rows_before = (sum(rows for _, rows in volumes.values()) for volumes in (now, then))
-    gone = sorted({row["file"] for row in before["files"]} - set(index["found"])) if before is not None else []
+    known = {name for volume in now.values() for name in volume["names"]}
+    gone = [name for volume in (before or {}).values() for name in volume["names"] if name not in known]
     return Verdict(
         "feedback_volume",
         "error" if fallen else "pass",
-        f"{rows} rows, {rows_before} before" if before is not None else f"{rows} rows",
-        f"no source lost more than {limit:g} of its rows, nor a whole file",
+        f"{_rows(now)} rows" + (f", {_rows(before)} before" if before is not None else ""),
+        f"no source lost more than {feedback.max_row_fall:g} of its rows, nor a whole file",
         "feedback.max_row_fall of the recipe",
         f"put back what is missing: {_some(fallen)}. If it is meant, go on: the next run is held against this one"
         if fallen
         else "",
-        f"files that were there before: {_some(gone)}" if gone else "",
+        f"files that were there before: {_some(sorted(gone))}" if gone else "",
     )
 
 
-Volume = tuple[int, int]  # Files and rows.
+def _rows(given: Volumes) -> int:
+    return sum(volume["rows"] for volume in given.values())
 
 
-def _volumes(index: Mapping[str, Any]) -> dict[str, Volume]:
-    """What each source of the recipe gave."""
-    files, rows = Counter[str](), Counter[str]()
-    for row in index["files"]:
-        files[row["origin"]] += 1
-        rows[row["origin"]] += row["rows"]
-    return {origin: (files[origin], rows[origin]) for origin in files}
-
-
-def _has_fallen(before: Volume, now: Volume, limit: float) -> bool:
-    lost = before[1] - now[1]
-    return lost > limit * before[1] or (lost > 0 and now[0] < before[0])
-
-
-def _fall(before: Volume, now: Volume) -> str:
-    return f"{before[1]} rows in {before[0]} files before, {now[1]} in {now[0]} now"
+def _has_fallen(was: Mapping[str, Any], is_: Mapping[str, Any], limit: float) -> bool:
+    lost = was["rows"] - is_["rows"]
+    return bool(lost > limit * was["rows"] or (lost > 0 and is_["files"] < was["files"]))
 
 
 def _some(names: Sequence[str]) -> str:

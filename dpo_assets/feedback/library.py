@@ -47,7 +47,6 @@ class FileBatches:
             flags.update(one["flags"])
         return {
             "file": self.file.name,
-            "origin": self.file.origin,
             "unread": self._unread(counts),
             "format": self.file.format,
             "seen": self.file.sniffed,

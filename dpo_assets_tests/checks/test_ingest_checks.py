@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dpo_assets.checks.ingest import every_file_read, every_row_accounted_for, feedback_volume, ingest_verdicts
+from dpo_assets.checks.ingest import every_file_read, every_row_accounted_for, feedback_volume, ingest_verdicts, volumes
 from dpo_assets.checks.verdict import Verdict
 from dpo_assets.feedback.accounting import Held, HeldPaired
 from dpo_assets_tests.samples import recipe
@@ -15,11 +15,13 @@ from dpo_assets_tests.samples import recipe
 FEEDBACK = recipe().feedback
 HELD = Held(pairs=5, answers=2, rejected=3, lines=10, strangers=0)
 PAIRED = HeldPaired(pairs=2, rejected=1, left=1)
+Given = tuple[str, str, int]  # Source, file, rows.
+A, B, C = ("votes", "a.jsonl", 100), ("votes", "b.jsonl", 100), ("table", "c.jsonl", 1000)
 
 
 def counted(file: str = "a.jsonl", **changes: Any) -> dict[str, Any]:
     """What is noted of a file of ten rows."""
-    row = {"file": file, "origin": "feedback/*.jsonl", "unread": "", "rows": 10, "lines": 10, "rows_in": 10}
+    row = {"file": file, "unread": "", "rows": 10, "lines": 10, "rows_in": 10}
     return row | {"pairs": 5, "answers": 2, "rejected": 3} | changes
 
 
@@ -30,13 +32,13 @@ def indexed(*files: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def good_ingest() -> list[Verdict]:
-    return ingest_verdicts(indexed(counted()), {"a.jsonl": HELD}, PAIRED, None, FEEDBACK)
+    return ingest_verdicts(indexed(counted()), {"a.jsonl": HELD}, PAIRED, volumes([A]), None, FEEDBACK)
 
 
 def bad_ingest() -> list[Verdict]:
     """What every check of `raw_preferences` fails."""
     unread = counted(rows=0, lines=0, unread="empty_file: it holds no byte")
-    return ingest_verdicts(indexed(unread), {"a.jsonl": HELD}, PAIRED, indexed(counted()), FEEDBACK)
+    return ingest_verdicts(indexed(unread), {"a.jsonl": HELD}, PAIRED, volumes([]), volumes([A]), FEEDBACK)
 
 
 def test_a_file_that_was_refused_is_named_with_its_reason_and_the_ways_out() -> None:
@@ -109,42 +111,41 @@ def test_an_answer_that_is_in_no_pair_and_not_in_quarantine_is_missed(
     assert f"paired answers: {said}" in verdict.fix
 
 
-def volume(*now: dict[str, Any], **settings: Any) -> Verdict:
+def volume(*now: Given, **settings: Any) -> Verdict:
     """Held against two files of one source with 100 rows each, and one of another with 1,000."""
-    before = indexed(
-        counted("a.jsonl", rows=100), counted("b.jsonl", rows=100), counted("c.jsonl", origin="c", rows=1000)
-    )
-    return feedback_volume(indexed(*now), before, FEEDBACK.model_copy(update=settings))
-
-
-A, B, C = counted("a.jsonl", rows=100), counted("b.jsonl", rows=100), counted("c.jsonl", origin="c", rows=1000)
+    return feedback_volume(volumes(now), volumes([A, B, C]), FEEDBACK.model_copy(update=settings))
 
 
 def test_feedback_that_grows_or_is_the_first_is_no_fall() -> None:
-    assert feedback_volume(indexed(A), None, FEEDBACK).level == "pass"
+    assert feedback_volume(volumes([A]), None, FEEDBACK).level == "pass"
     assert volume(A, B, C).level == "pass"
-    assert volume(A, B | {"rows": 500}, C, counted("d.jsonl", origin="d")).level == "pass"
+    assert volume(A, ("votes", "b.jsonl", 500), C, ("new", "d.jsonl", 1)).level == "pass"
 
 
 @pytest.mark.parametrize(
     ("now", "said"),
     [
-        ([A, B | {"rows": 79}, C], "200 rows in 2 files before, 179 in 2 now"),
-        ([A, B | {"rows": 79}, C | {"rows": 9000}], "feedback/*.jsonl (200 rows in 2 files before"),
-        ([A, B], "c (1000 rows in 1 files before, 0 in 0 now)"),
-        ([A | {"rows": 199}, C], "200 rows in 2 files before, 199 in 1 now"),
+        ([A, ("votes", "b.jsonl", 79), C], "votes (200 rows in 2 files before, 179 in 2 now)"),
+        ([A, ("votes", "b.jsonl", 79), ("table", "c.jsonl", 9000)], "votes (200 rows in 2 files before, 179 in 2 now)"),
+        ([A, B], "table (1000 rows in 1 files before, 0 in 0 now)"),
+        ([("votes", "a.jsonl", 199), C], "votes (200 rows in 2 files before, 199 in 1 now)"),
     ],
     ids=["rows", "rows, though another source grew", "a whole source", "a whole file"],
 )
-def test_a_source_that_lost_rows_or_a_file_is_named(now: list[dict[str, Any]], said: str) -> None:
+def test_a_source_that_lost_rows_or_a_file_is_named(now: list[Given], said: str) -> None:
     verdict = volume(*now)
     assert verdict.level == "error"
     assert said in verdict.fix
 
 
 def test_a_small_fall_and_a_renamed_export_pass_and_the_bound_is_the_recipes() -> None:
-    fallen = [A, B | {"rows": 81}, C]
+    fallen = (A, ("votes", "b.jsonl", 81), C)
     assert volume(*fallen).level == "pass"
     assert volume(*fallen, max_row_fall=0.05).level == "error"
-    renamed = volume(A, counted("b2.jsonl", rows=95), C)
+    renamed = volume(A, ("votes", "b2.jsonl", 95), C)
     assert (renamed.level, renamed.note) == ("pass", "files that were there before: b.jsonl")
+
+
+def test_of_a_source_of_many_files_some_names_are_kept() -> None:
+    [kept] = volumes([("votes", f"{n}.jsonl", 2) for n in range(1_000)]).values()
+    assert (kept["files"], kept["rows"], len(kept["names"])) == (1_000, 2_000, 200)

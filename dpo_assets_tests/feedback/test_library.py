@@ -179,6 +179,10 @@ def test_a_companion_that_changes_while_its_file_is_read_is_worth_another_try(
     (tmp_path / "runs.jsonl").write_text('{"id": 1}')
     with pytest.raises(InfrastructureError, match=r"its companion runs\.jsonl changed while it was read"):
         read_into(tree, file, ReadOptions())
+    (tmp_path / "runs.jsonl").rename(tmp_path.parent / f"{tmp_path.name}.jsonl")
+    (tmp_path / "runs.jsonl").symlink_to(tmp_path.parent / f"{tmp_path.name}.jsonl")
+    [file] = files_of([source])
+    assert read_into(tree, file, ReadOptions()).row()["unread"].startswith("outside_folder: its companion runs.jsonl")
 
 
 def test_a_span_of_a_file_that_became_a_pipe_is_refused_and_not_waited_for(
@@ -286,6 +290,16 @@ def test_every_row_of_every_export_lies_in_the_tables(tree: ArtifactTree, path: 
     row, tables = read.row(), held([batch.path for batch in read.batches], file.name)
     assert tables == Held(row["pairs"], row["answers"], row["rejected"], row["lines"], 0)
     assert row["lines"] == row["rows"] > 0
+
+
+def test_what_is_kept_of_a_file_does_not_say_where_the_project_lies(tree: ArtifactTree, tmp_path: Path) -> None:
+    """What is trained on it would be trained again when the project moves."""
+    kept = []
+    for project in ("here", "there"):
+        (tmp_path / project).mkdir()
+        kept.append(ingest(tree, write(tmp_path / project / "a.jsonl", range(3))).row())
+    assert kept[0] == kept[1]
+    assert str(tmp_path) not in json.dumps(kept)
 
 
 def test_a_refused_file_is_a_batch_that_says_why(tree: ArtifactTree, tmp_path: Path) -> None:

@@ -189,7 +189,11 @@ def _with_companion(file: FeedbackFile, limits: Limits) -> FeedbackFile:
         return file
     if not file.companion.is_file():
         raise ConfigError(f"feedback source `{file.origin}`: there is no companion file {file.companion}")
-    return replace(file, companion_sha256=digest_of(file.companion, file.companion.parent)[0])
+    try:
+        return replace(file, companion_sha256=digest_of(file.companion, file.companion.parent)[0])
+    except FileRefused as refused:
+        message = f"its companion {shown(file.companion.name)}: {refused.message}"
+        raise FileRefused(refused.reason, message) from None
 
 
 def _with_format(file: FeedbackFile, limits: Limits) -> FeedbackFile:
