@@ -4,8 +4,8 @@
     python -m benchmarks.mutation --sample 40 --out survivors.jsonl
 
 The tracked files are copied, mutmut writes every mutant of MUTATED, and of each module a sample is drawn (by a fixed
-seed) and run against TESTS. A mutant that changes the wording of a message and nothing else is not drawn: what a message
-says is held by few tests, and should be. Prints a table, and writes the survivors with their change.
+seed) and run against TESTS. A mutant that changes the wording of a message and nothing else is not drawn: few tests hold
+what a message says, and few should. Prints a table, and writes the survivors with their change.
 """
 
 from __future__ import annotations
@@ -85,33 +85,22 @@ def mutants_of(folder: Path) -> Iterator[Mutant]:
     """Every mutant that changes more than the wording of a text."""
     for path in sorted((folder / "mutants").rglob("*.py.meta")):
         source = path.with_suffix("")
-        functions = {
-            node.name: node for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))) if _is_function(node)
-        }
+        tree = ast.parse(source.read_text(encoding="utf-8"))
+        bodies = {n.name: ast.Module(n.body, []) for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
         for name in json.loads(path.read_text(encoding="utf-8"))["exit_code_by_key"]:
             own = name.rsplit(".", 1)[-1]
-            changed, first = functions[own], functions[re.sub(r"__mutmut_\d+$", "__mutmut_orig", own)]
-            before, after = (ast.unparse(node.body).splitlines() for node in (_bare(first), _bare(changed)))
-            if _without_words(first) != _without_words(changed):
-                lines = [d for d in difflib.unified_diff(before, after, lineterm="", n=0) if d[0] in "+-"][2:]
-                module = source.relative_to(folder / "mutants").as_posix()
-                yield Mutant(name, module, "\n".join(lines))
+            first, changed = bodies[re.sub(r"__mutmut_\d+$", "__mutmut_orig", own)], bodies[own]
+            if _without_words(first) == _without_words(changed):
+                continue
+            before, after = (ast.unparse(body).splitlines() for body in (first, changed))
+            lines = [d for d in difflib.unified_diff(before, after, lineterm="", n=0) if d[0] in "+-"][2:]
+            yield Mutant(name, source.relative_to(folder / "mutants").as_posix(), "\n".join(lines))
 
 
-def _is_function(node: ast.AST) -> bool:
-    return isinstance(node, ast.FunctionDef) and "__mutmut_" in node.name
-
-
-def _bare(node: ast.AST) -> ast.Module:
-    assert isinstance(node, ast.FunctionDef)
-    return ast.Module([node], [])
-
-
-def _without_words(node: ast.AST) -> str:
+def _without_words(body: ast.Module) -> str:
     """A function's form, with every text of it the same."""
-    assert isinstance(node, ast.FunctionDef)
-    form = ast.dump(ast.Module(node.body, []))
-    return re.sub(r"Constant\(value=(?:'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|None)\)", "Text", form)
+    text = r"Constant\(value=(?:'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|None)\)"
+    return re.sub(text, "Text", ast.dump(body))
 
 
 def main() -> None:
@@ -143,10 +132,12 @@ def main() -> None:
                 alive = [m for m in drawn if codes[m.name] == SURVIVED]
                 untested = [m for m in drawn if codes[m.name] in NO_TESTS]
                 killed = sum(codes[m.name] is not None for m in drawn) - len(alive) - len(untested)
-                print(f"| {module} | {len(by_module[module])} | {len(drawn)} | {killed} | {len(alive)} | {len(untested)} |")
+                counts = (len(by_module[module]), len(drawn), killed, len(alive), len(untested))
+                print(f"| {module} | {' | '.join(map(str, counts))} |")
                 for kind, found in (("survived", alive), ("no test", untested)):
                     for m in found:
-                        out.write(json.dumps({"module": module, "mutant": m.name, "kind": kind, "change": m.change}) + "\n")
+                        row = {"module": module, "mutant": m.name, "kind": kind, "change": m.change}
+                        out.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":
