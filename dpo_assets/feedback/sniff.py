@@ -58,7 +58,7 @@ def sniff(file: FeedbackFile, limits: Limits = DEFAULT_LIMITS) -> Sniffed:
     return judge(rows, list(formats().values()))
 
 
-def looked_at_again(file: FeedbackFile, reasons: Mapping[str, int], limits: Limits = DEFAULT_LIMITS) -> str:
+def looked_at_again(file: FeedbackFile, reasons: Mapping[str, int]) -> str:
     """What is wrong with a file that was read and gave nothing; empty where its format is not to blame.
 
     Args:
@@ -69,7 +69,7 @@ def looked_at_again(file: FeedbackFile, reasons: Mapping[str, int], limits: Limi
     told = f"none of its {sum(reasons.values())} rows is of use as `{file.format}`"
     for one in [file, replace(file, columns={})] if file.columns else [file]:
         try:
-            sniffed = sniff(one, limits)
+            sniffed = sniff(one)
         except FileRefused as refused:
             unknown = refused.message
             continue

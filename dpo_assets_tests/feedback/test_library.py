@@ -19,7 +19,7 @@ import pytest
 from dpo_assets.artifact import ArtifactTree
 from dpo_assets.errors import InfrastructureError
 from dpo_assets.feedback import ingest as ingest_module
-from dpo_assets.feedback import reading
+from dpo_assets.feedback import library, reading
 from dpo_assets.feedback.accounting import Held, held, held_paired
 from dpo_assets.feedback.ingest import COUNTS, PAIRS, QUARANTINE
 from dpo_assets.feedback.library import FileBatches, pair_into, read_into
@@ -190,7 +190,7 @@ def test_a_span_of_a_file_that_became_a_pipe_is_refused_and_not_waited_for(
 ) -> None:
     path = write(tmp_path / "a.jsonl", range(100))
     file = found(path)
-    spans = reading.cut(file, 2_000)
+    spans = library.cut(file)
     path.unlink()
     os.mkfifo(path)
     monkeypatch.setattr("dpo_assets.feedback.library.cut", lambda file: spans)
