@@ -1,10 +1,14 @@
-"""What keys and tokens look like, wherever they turn up: in logs, in releases, in feedback; and how a URL is shown."""
+"""What keys and tokens look like, wherever they turn up: in logs, in releases, in feedback, in URLs.
+
+Shapes alone, so that every room can ask. The values of this environment are known to `publishing/secrets.py`.
+"""
 
 from __future__ import annotations
 
 import re
+from urllib.parse import unquote
 
-HIDDEN = "***"  # In place of what may not be shown of a URL.
+MASK = "[secret]"
 
 # Shapes of keys that people paste into feedback and configs. Each is specific enough not to hit ordinary words.
 PATTERNS: dict[str, re.Pattern[str]] = {
@@ -18,12 +22,55 @@ PATTERNS: dict[str, re.Pattern[str]] = {
     ),
     "AWS access key": re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
     "GitHub token": re.compile(r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{36,})\b"),
+    "GitLab token": re.compile(r"\bglpat-(?=[A-Za-z_-]{0,19}[0-9])[A-Za-z0-9_-]{20,}"),
+    "Google API key": re.compile(r"\bAIza[A-Za-z0-9_-]{35}(?![A-Za-z0-9_-])"),
+    "Slack token": re.compile(r"\bxox[abeoprs]-[0-9][A-Za-z0-9-]{10,}"),
+    "Stripe key": re.compile(r"\b[rs]k_(?:live|test)_[A-Za-z0-9]{20,}\b"),
+    # Header and payload are JSON objects in base64, so both begin as `{"` does.
+    "JSON web token": re.compile(r"\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}"),
     # With its body, where the end is there: the first line alone is the least of the secret.
     "private key": re.compile(
         r"-----BEGIN (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----"
         r"(?:[\s\S]{0,20000}?-----END (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----)?"
     ),
 }
+# What a text has that may hold one of PATTERNS, for engines without look-around and `\b` (Rust's).
+HINT = (
+    r"hf_[A-Za-z0-9]{20}|sk-[A-Za-z0-9]|AKIA|ASIA|gh[pousr]_[A-Za-z0-9]|github_pat_|glpat-|AIza|xox[abeoprs]-"
+    r"|[rs]k_(?:live|test)_|eyJ|PRIVATE KEY"
+)
+
+# Passwords are taken up to the last `@` of a word, because people do not quote an `@` or a `/` in them. A number up to
+# the path is a port: its URL may well have an `@` further on.
+_PASSWORD = re.compile(
+    r"(?P<before>(?<![A-Za-z0-9+.-])[A-Za-z][A-Za-z0-9+.-]{0,30}://[^\s:/@?#\"'<>`]*:)"
+    r"(?![0-9]{1,5}(?:[/?#]|$))(?P<secret>(?:(?!://)[^\s\"'<>`])+)(?=@)"
+)
+_SECRET_FIELD = (
+    r"x-(?:amz|goog|oss)-(?:signature|credential|security-token)|signature|sig|awsaccesskeyid|googleaccessid"
+    r"|(?:[a-z0-9]+[_-])*(?:token|secret|password|passwd|pwd|credentials?|apikey|key|auth|code)"
+)
+# Where a secret stands, whatever it looks like. `before` stays, what follows it is masked.
+_PLACES = (
+    _PASSWORD,
+    # The user of an HTTP address without a password is a token in its place.
+    re.compile(r"(?P<before>https?://)[^\s:/@?#\"'<>`]+(?=@)", re.IGNORECASE),
+    re.compile(rf"(?P<before>[?&;](?:{_SECRET_FIELD})=)[^&;\s\"'<>`]+", re.IGNORECASE),
+    re.compile(
+        r"(?P<before>\b(?:password|passwd|pwd)=)(?!(?:none|null|true|false)\b)[^\s&;,)\"'<>`]{4,}", re.IGNORECASE
+    ),
+    re.compile(r"(?P<before>\b(?:bearer|basic)\s+)(?=\S*[0-9=])[A-Za-z0-9._~+/=-]{16,}", re.IGNORECASE),
+)
+
+
+def masked(text: str) -> str:
+    """The text with everything shaped like a secret masked: keys, passwords in URLs, signatures, HTTP credentials."""
+    for pattern in PATTERNS.values():
+        text = pattern.sub(MASK, text)
+    for pattern in _PLACES:
+        text = pattern.sub(rf"\g<before>{MASK}", text)
+    return text
+
 
 # A URL in a text, up to the first character that none has. One slash too few is a slip, and hides no less.
 _URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]+):(/{1,3})((?:[^\s/?#]*@)?[^\s'\"`<>|\\^]+)")
@@ -34,7 +81,7 @@ def without_url_secrets(text: str) -> str:
     """The text as it may be shown: the URLs in it without user, password, query and fragment.
 
     Whether a parameter of a query is a secret cannot be told from its name: signatures, tokens and keys have as many
-    names as there are services. So none is shown, only that there is a query: `https://***@host/a.jsonl?***`.
+    names as there are services. So none is shown, only that there is a query: `https://[secret]@host/a.jsonl?[secret]`.
     """
     return _URL.sub(_shown_url, text)
 
@@ -44,7 +91,7 @@ def _shown_url(found: re.Match[str]) -> str:
     # Elsewhere than in HTTP a question mark can be a wildcard; a query has an equals sign.
     query = re.search(r"[?#]" if scheme.lower().startswith("http") else r"\?(?=.*=)|#(?=.*=)", rest)
     shown, cut = (rest[: query.start()], rest[query.start()]) if query else (rest, "")
-    return f"{scheme}:{slashes}{_without_user(scheme.lower(), shown)}{cut and cut + HIDDEN}"
+    return f"{scheme}:{slashes}{_without_user(scheme.lower(), shown)}{cut and cut + MASK}"
 
 
 def _without_user(scheme: str, rest: str) -> str:
@@ -52,9 +99,30 @@ def _without_user(scheme: str, rest: str) -> str:
     user, at, host_alone = host.rpartition("@")
     if at:
         named = scheme in _CONTAINERS and ":" not in user
-        return rest if named else f"{HIDDEN}@{host_alone}{slash}{path}"
+        return rest if named else f"{MASK}@{host_alone}{slash}{path}"
     # What follows the colon is no port, so it is a password with a slash or a question mark in it.
     _, colon, port = host.rpartition(":")
     if colon and not port.isdigit() and not host.endswith("]"):
-        return f"{HIDDEN}@{path.rpartition('@')[2]}" if "@" in path else HIDDEN
+        return f"{MASK}@{path.rpartition('@')[2]}" if "@" in path else MASK
     return rest
+
+
+def passwords_in(value: str) -> set[str]:
+    """The password of a URL as it is written and as it is meant; empty for any other text."""
+    found = _PASSWORD.match(value)
+    if found is None:
+        return set()
+    return {found["secret"], unquote(found["secret"])}
+
+
+# Last words of the names of variables that hold a secret, and words that make one wherever they stand.
+_LAST = re.compile(
+    r"(?:TOKENS?|KEYS?|SECRETS?|PASSWORDS?|PASSWD|PASSPHRASE|CREDENTIALS?|APIKEY|_PWD|_PASS|_PAT|_DSN|CONNECTION_STRING)$"
+)
+_ANYWHERE = re.compile(r"SECRET|PASSW|PRIVATE_KEY|ACCESS_KEY|API_?KEY|AUTH_?TOKEN|TOKEN_(?!IZ)|_TOKEN_|HF_TOKEN")
+
+
+def says_secret(name: str) -> bool:
+    """Whether the name of an environment variable says that its value is a secret."""
+    name = name.upper()
+    return _LAST.search(name) is not None or _ANYWHERE.search(name) is not None

@@ -9,7 +9,7 @@ from typing import Any, Self, cast
 from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import ErrorDetails, InitErrorDetails
 
-from dpo_assets.secret_shapes import without_url_secrets
+from dpo_assets.secret_shapes import masked, without_url_secrets
 
 
 class Section(BaseModel):
@@ -84,7 +84,7 @@ def describe_validation_error(error: ValidationError) -> str:
 
 
 def describe_fault(fault: ErrorDetails) -> str:
-    """`message (got value)` of one fault of a ValidationError."""
+    """`message (got value)` of one fault of a ValidationError, with what is shaped like a secret masked."""
     message = fault["msg"].removeprefix("Value error, ")
     told = isinstance(fault["input"], Mapping) or fault["input"] == "..."
-    return message if told else f"{message} (got {fault['input']!r})"
+    return masked(message if told else f"{message} (got {fault['input']!r})")

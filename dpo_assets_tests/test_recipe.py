@@ -134,6 +134,8 @@ OUT_OF_DOMAIN: list[tuple[str, Any]] = [
     ("feedback.eval_fraction", 0.9),
     ("feedback.min_pairs", 0),
     ("feedback.max_quarantine_rate", 1.01),
+    ("feedback.max_row_fall", -0.01),
+    ("feedback.max_row_fall", 1.01),
     ("feedback.seed", -1),
     ("lora.rank", 0),
     ("lora.rank", 1025),
@@ -203,6 +205,8 @@ LAST_ALLOWED: list[tuple[str, Any]] = [
     ("feedback.min_pairs", 1),
     ("feedback.max_quarantine_rate", 0.0),
     ("feedback.max_quarantine_rate", 1.0),
+    ("feedback.max_row_fall", 0.0),
+    ("feedback.max_row_fall", 1.0),
     ("lora.rank", 1),
     ("lora.rank", 1024),
     ("lora.alpha", 1),
@@ -301,6 +305,7 @@ def test_the_values_of_whoever_declares_nothing_are_these() -> None:
             "eval_fraction": 0.1,
             "min_pairs": 50,
             "max_quarantine_rate": 0.2,
+            "max_row_fall": 0.1,
             "seed": 0,
             "cleaning": {
                 "near_duplicates": "quarantine",
@@ -632,7 +637,7 @@ def test_no_fault_of_a_source_repeats_a_secret(source: Any) -> None:
 
 def test_what_a_source_is_called_holds_no_secret_of_its_url() -> None:
     source = FeedbackSource(path="https://bucket/a.jsonl?X-Amz-Signature=hunter2")
-    assert source.shown == "https://bucket/a.jsonl?***"
+    assert source.shown == "https://bucket/a.jsonl?[secret]"
 
 
 def test_sources_of_every_kind_are_taken_and_made_absolute(tmp_path: Path) -> None:

@@ -1,14 +1,22 @@
-"""How a URL is shown: whatever its user, password, query or fragment are, no text repeats them."""
+"""What is shaped like a secret never gets into a text, and what is not stays as it is."""
 
 from __future__ import annotations
 
+import re
+import time
 from urllib.parse import quote
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_assets.secret_shapes import without_url_secrets
+from dpo_assets.errors import ConfigError
+from dpo_assets.feedback.reading import _Process
+from dpo_assets.recipe import parse_recipe
+from dpo_assets.secret_shapes import HINT, MASK, PATTERNS, masked, without_url_secrets
+from dpo_assets_tests.publishing.test_release import KEYS, MORE_KEYS
+from dpo_assets_tests.samples import RECIPE
 
 SECRETS = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Zs", "Zl", "Zp"]), min_size=1).map(
     lambda text: f"hunter{text}2"
@@ -33,15 +41,15 @@ def test_no_part_of_a_url_that_can_be_a_secret_is_shown(secret: str, scheme: str
 @pytest.mark.parametrize(
     ("url", "shown"),
     [
-        ("https://me:pa/hunter2@host/a", "https://***@host/a"),
-        ("https://me:hunter?2@host/a", "https://***?***"),
-        ("https://me:hunt'er2@host/a", "https://***@host/a"),
-        ("https:/me:hunter2@host/a", "https:/***@host/a"),
-        ("/project/https:/me:hunter2@host/a", "/project/https:/***@host/a"),
+        ("https://me:pa/hunter2@host/a", f"https://{MASK}@host/a"),
+        ("https://me:hunter?2@host/a", f"https://{MASK}?{MASK}"),
+        ("https://me:hunt'er2@host/a", f"https://{MASK}@host/a"),
+        ("https:/me:hunter2@host/a", f"https:/{MASK}@host/a"),
+        ("/project/https:/me:hunter2@host/a", f"/project/https:/{MASK}@host/a"),
     ],
 )
 def test_a_url_with_a_slip_in_it_hides_no_less(url: str, shown: str) -> None:
-    assert without_url_secrets(url) == shown
+    assert without_url_secrets(url) == without_url_secrets(shown) == shown
 
 
 @pytest.mark.parametrize(
@@ -54,3 +62,58 @@ def test_a_url_with_a_slip_in_it_hides_no_less(url: str, shown: str) -> None:
 )  # fmt: skip
 def test_what_holds_no_secret_is_shown_as_it_is(text: str) -> None:
     assert without_url_secrets(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "safe"),
+    [
+        (
+            "could not connect to mysql://me:hunter2@db:3306/x (timeout)",
+            f"could not connect to mysql://me:{MASK}@db:3306/x (timeout)",
+        ),
+        (
+            "GET https://b.example/f?X-Amz-Signature=0a1b&x=1 403",
+            f"GET https://b.example/f?X-Amz-Signature={MASK}&x=1 403",
+        ),
+        ("host=db user=me password=hunter2 dbname=x", f"host=db user=me password={MASK} dbname=x"),
+        ("Authorization: Bearer abcdefgh.12345678_xyz", f"Authorization: Bearer {MASK}"),
+        ("Authorization: Basic cmVhZGVyOmh1bnRlcjI=", f"Authorization: Basic {MASK}"),
+    ],
+)
+def test_a_secret_is_masked_by_where_it_stands(text: str, safe: str) -> None:
+    assert masked(text) == safe
+    assert masked(safe) == safe
+
+
+@pytest.mark.parametrize("part", ["a", "a-", "sk-", "eyJa", "x@", "b:", "?a_", "a://b:", "hf_", "-----BEGIN "])
+def test_a_long_text_takes_no_longer_than_it_is(part: str) -> None:
+    """Whoever writes feedback chooses the text; patterns that look at each place twice would take minutes here."""
+    started = time.process_time()
+    masked(part * (200_000 // len(part)))
+    assert time.process_time() - started < 5.0
+
+
+@pytest.mark.parametrize(("kind", "key"), [*KEYS.items(), *MORE_KEYS], ids=lambda value: value[:16])
+def test_the_hint_lets_no_key_through(kind: str, key: str) -> None:
+    assert PATTERNS[kind].search(key)
+    assert re.search(HINT, key)
+
+
+def test_a_url_in_place_of_its_variable_is_refused_without_its_password() -> None:
+    sql = {"url_env": "postgresql://reader:hunter2hunter2@db/votes", "table": "votes", "id": "id"}
+    with pytest.raises(ConfigError, match="url_env") as refused:
+        parse_recipe(RECIPE | {"feedback": {"sources": [{"sql": sql}]}})
+    assert "hunter2" not in str(refused.value)
+
+
+def test_a_process_that_reads_feedback_gets_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "correct horse battery")
+    monkeypatch.setenv("SOMETHING_ELSE", "kept")
+    with _Process() as reader:
+        started = psutil.Process(reader._process.pid)
+        deadline = time.monotonic() + 60
+        # A process has its environment a moment after it has its number.
+        while not (environment := started.environ()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert "correct horse battery" not in environment.values()
+    assert environment["SOMETHING_ELSE"] == "kept"

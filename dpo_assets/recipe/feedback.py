@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from dpo_assets.recipe.model import _is_commit
-from dpo_assets.secret_shapes import HIDDEN, without_url_secrets
+from dpo_assets.secret_shapes import MASK, without_url_secrets
 from dpo_assets.section import Section, hidden_fault
 
 
@@ -267,4 +267,4 @@ def is_url(path: str) -> bool:
 
 def _has_credentials(path: str) -> bool:
     """Whether a URL, or what was to be one, names a user or a password before its host."""
-    return re.search(rf":/{{1,3}}{re.escape(HIDDEN)}", without_url_secrets(path)) is not None
+    return re.search(rf":/{{1,3}}{re.escape(MASK)}", without_url_secrets(path)) is not None

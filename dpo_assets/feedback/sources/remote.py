@@ -13,7 +13,7 @@ from typing import Any
 from dpo_assets.errors import ConfigError, FeedbackError, InfrastructureError
 from dpo_assets.feedback.sources import CHANGED_WHILE_READ, FileRefused, Limits
 from dpo_assets.feedback.sources.files import CHANGED, digest_of
-from dpo_assets.secret_shapes import without_url_secrets
+from dpo_assets.secret_shapes import masked, without_url_secrets
 
 # What pip installs for a protocol; fsspec's own message names the module.
 PACKAGES = {
@@ -114,7 +114,7 @@ def _without_query(remote: str) -> str:
 
 
 def _did_not_answer(url: str, error: Exception) -> InfrastructureError:
-    said = without_url_secrets(str(error))[:200]  # First hidden, then cut: half a signature is one too.
+    said = masked(without_url_secrets(str(error)))[:200]  # First hidden, then cut: half a signature is one too.
     return InfrastructureError(
         f"feedback source `{without_url_secrets(url)}` cannot be read: {type(error).__name__}: {said}"
     )

@@ -28,7 +28,7 @@ from uuid import UUID
 
 from dpo_assets.errors import ConfigError, InfrastructureError
 from dpo_assets.recipe import SqlSource, is_url
-from dpo_assets.secret_shapes import HIDDEN, without_url_secrets
+from dpo_assets.secret_shapes import MASK, without_url_secrets
 
 _FETCH = 1_000
 _ALIAS = "dpo_assets_feedback"
@@ -383,7 +383,7 @@ class _Postgres:
         """Without the URL or its password, which the message of a driver may repeat."""
         text = " ".join(str(error).split())
         for secret in self._secrets:
-            text = text.replace(secret, HIDDEN)
+            text = text.replace(secret, MASK)
         said = without_url_secrets(text)[:300]
         return InfrastructureError(f"the database of `{self._source.url_env}` does not answer: {said}")
 
