@@ -13,6 +13,7 @@ from dpo_assets.artifact import Artifact, write_json
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.ingest import Volumes, ingest_verdicts, volumes
+from dpo_assets.checks.judged_text import judged_text_kept
 from dpo_assets.checks.verdict import Verdict
 from dpo_assets.errors import ConfigError, FeedbackError
 from dpo_assets.feedback.accounting import held, held_paired
@@ -84,7 +85,7 @@ def _verdicts(step: Step, raw: Artifact, given: Volumes, history: Sequence[tuple
         raise ConfigError("this `raw_preferences` is of an earlier version; materialise it again.")
     batches = {name: [batch.path for batch in found] for name, found in _batches(step, raw).items()}
     paired = batches.pop(PAIRED, [])
-    return ingest_verdicts(
+    verdicts = ingest_verdicts(
         index,
         {file: held(folders, file) for file, folders in batches.items()},
         held_paired([folder for folders in batches.values() for folder in folders], paired[0]) if paired else None,
@@ -92,6 +93,7 @@ def _verdicts(step: Step, raw: Artifact, given: Volumes, history: Sequence[tuple
         next((before for before, is_held in history if not is_held), None),
         step.recipe.feedback,
     )
+    return [*verdicts, judged_text_kept(index, step.bands)]
 
 
 def batches_of(step: Step, raw: Artifact) -> list[Artifact]:

@@ -43,6 +43,12 @@ CHECKS: tuple[CheckInfo, ...] = (
         "every_row_accounted_for", "raw_preferences", "Files found are read; rows seen lie in tables, file by file."
     ),
     CheckInfo("feedback_volume", "raw_preferences", "No source lost rows since the last time.", blocking=False),
+    CheckInfo(
+        "judged_text_kept",
+        "raw_preferences",
+        "Judged text is kept whole, and is the assistant's alone.",
+        blocking=False,
+    ),
     CheckInfo("every_pair_accounted_for", "dpo_dataset", "Rows in = accepted + quarantined + duplicates."),
     CheckInfo("schema", "dpo_dataset", "Every accepted pair satisfies the pandera schema."),
     CheckInfo("split_leak", "dpo_dataset", "No prompt stands in both train and eval."),
