@@ -16,6 +16,7 @@ import dagster as dg
 
 from dpo_assets.artifact import Artifact, file_sha256, fingerprint, write_json
 from dpo_assets.assets.base_model import FACTS
+from dpo_assets.assets.lineage import Inputs, Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.raw_preferences import batches_of
 from dpo_assets.assets.step import Events, Step
@@ -48,7 +49,8 @@ from dpo_assets.report.tables import counts_table, quarantine_table, sample_tabl
 
 def materialise(step: Step) -> Events:
     """Screens, tokenizes, splits; writes both tables and their report in one artefact."""
-    raw, base = step.upstream("raw_preferences"), step.upstream("base_model")
+    inputs = step.inputs()
+    raw, base = inputs["raw_preferences"], inputs["base_model"]
     feedback, context_length = step.recipe.feedback, base.json(FACTS)["context"]
     if feedback.max_length > context_length:
         raise ConfigError(
@@ -69,12 +71,12 @@ def materialise(step: Step) -> Events:
             with PairWriter(screened) as writer:
                 for part, _ in screening.parts():
                     writer.write(part)
-            tokens = _tokenize(step, base, screened)
+            tokens = _tokenize(step, inputs.only("base_model"), screened)
             _write(folder, step.recipe, batches, screening, screened, tokens, (context_length, markers))
         finally:
             screened.unlink(missing_ok=True)
 
-    artifact, reused = step.build("dpo_dataset", config, {"raw_preferences": raw, "base_model": base}, make)
+    artifact, reused = step.build("dpo_dataset", config, inputs, make)
     report = artifact.json("report.json")
     views = quality_views(report, step.bands)
     rejected = artifact.path / "quarantine.parquet"
@@ -141,7 +143,7 @@ def _sets(feedback: FeedbackSection) -> list[Path]:
     return paths
 
 
-def _tokenize(step: Step, base: Artifact, screened: Path) -> Path | None:
+def _tokenize(step: Step, inputs: Inputs, screened: Path) -> Path | None:
     """Token ids of the screened pairs, by the worker: the Dagster process loads no tokenizer library.
 
     They are in the order of the pairs. None where there is no pair. Pairs that were tokenized before are not again.
@@ -151,7 +153,6 @@ def _tokenize(step: Step, base: Artifact, screened: Path) -> Path | None:
     identity = pl.read_parquet(screened, columns=["pair_id"])["pair_id"].to_list()
     if not identity:
         return None
-    inputs = {"base_model": base}
 
     def make(folder: Path, print_: str) -> None:
         earlier = step.latest("tokens", inputs)
@@ -161,8 +162,8 @@ def _tokenize(step: Step, base: Artifact, screened: Path) -> Path | None:
                 kind="tokens",
                 output_dir=folder,
                 fingerprint=print_,
-                inputs={"base_model": base.digest},
-                base_model=base.path / "model",
+                inputs=inputs.digests,
+                base_model=inputs["base_model"].path / "model",
                 threads=step.recipe.hardware.threads,
                 pairs=screened,
                 known=earlier.path / TOKENS if earlier else None,
@@ -243,7 +244,8 @@ QUARANTINE_NODE = Node(
     phase="data",
     kinds=frozenset({"parquet", "polars"}),
     body=materialise,
-    deps=("raw_preferences", "base_model"),
+    reads=(Read("raw_preferences"), Read("base_model")),
+    recipe=("feedback",),
     columns=QUARANTINE_COLUMNS,
 )
 NODE = Node(
@@ -252,6 +254,7 @@ NODE = Node(
     phase="data",
     kinds=frozenset({"parquet", "pandera"}),
     body=materialise,
-    deps=("raw_preferences", "base_model"),
+    reads=(Read("raw_preferences"), Read("base_model")),
+    recipe=("feedback",),
     columns=(*PAIR_COLUMNS, *TOKEN_COLUMNS),
 )

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import dagster as dg
 
-from dpo_assets.assets.dpo_plan import read_plan
+from dpo_assets.assets.dpo_plan import followed, read_plan, scoring_settings
+from dpo_assets.assets.lineage import Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.sft_checkpoint import start_adapter
 from dpo_assets.assets.step import Events, Step
@@ -15,7 +16,6 @@ from dpo_assets.checks.statistics import percent
 from dpo_assets.contract import EvaluateSpec
 from dpo_assets.report.tables import table
 
-UPSTREAM = ("merged_model", "sft_checkpoint", "dpo_dataset", "base_model")
 SHOWN = {
     "implicit_reward_accuracy": "policy, implicit reward",
     "logp_accuracy_policy": "policy, log-probability per token",
@@ -26,8 +26,8 @@ SHOWN = {
 
 def materialise(step: Step) -> Events:
     """Scores the held-out split; the verdict is part of what is written down."""
-    plan, evaluation = read_plan(step.upstream("dpo_plan")), step.recipe.evaluation
-    inputs = {name: step.upstream(name) for name in UPSTREAM}
+    inputs, evaluation = step.inputs(), step.recipe.evaluation
+    plan = read_plan(inputs["dpo_plan"])
 
     def make(folder: Path, print_: str) -> None:
         step.launch(
@@ -36,7 +36,7 @@ def materialise(step: Step) -> Events:
                 kind="eval_scores",
                 output_dir=folder,
                 fingerprint=print_,
-                inputs={name: artifact.digest for name, artifact in inputs.items()},
+                inputs=inputs.digests,
                 base_model=inputs["base_model"].path / "model",
                 threads=step.recipe.hardware.threads,
                 dataset=inputs["dpo_dataset"].path,
@@ -47,11 +47,7 @@ def materialise(step: Step) -> Events:
             ),
         )
 
-    config = {
-        "evaluation": evaluation.model_dump(exclude={"min_pairs"}),
-        "device": plan.device,
-        "precision": plan.precision,
-    }
+    config = {"evaluation": evaluation.model_dump(exclude={"min_pairs"})}
     artifact, reused = step.build("eval_scores", config, inputs, make)
     report = artifact.json("report.json")
     decision, reason = decide(report, evaluation.min_pairs)
@@ -86,6 +82,14 @@ NODE = Node(
     phase="release",
     kinds=frozenset({"pytorch"}),
     body=materialise,
-    deps=("merged_model",),
+    reads=(
+        followed(scoring_settings),
+        Read("merged_model"),
+        Read("dpo_adapter"),
+        Read("sft_checkpoint"),
+        Read("dpo_dataset"),
+        Read("base_model"),
+    ),
+    recipe=("evaluation",),
     trains=True,
 )

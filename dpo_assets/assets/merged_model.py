@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dpo_assets.assets.dpo_plan import read_plan
+from dpo_assets.assets.dpo_plan import followed, read_plan, scoring_settings
+from dpo_assets.assets.lineage import Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.training import merge_verdicts
@@ -13,8 +14,8 @@ from dpo_assets.contract import MergeSpec
 
 def materialise(step: Step) -> Events:
     """Merges, and scores held-out pairs before and after."""
-    plan = read_plan(step.upstream("dpo_plan"))
-    inputs = {name: step.upstream(name) for name in ("dpo_adapter", "dpo_dataset", "base_model")}
+    inputs = step.inputs()
+    plan = read_plan(inputs["dpo_plan"])
 
     def make(folder: Path, print_: str) -> None:
         step.launch(
@@ -23,7 +24,7 @@ def materialise(step: Step) -> Events:
                 kind="merged_model",
                 output_dir=folder,
                 fingerprint=print_,
-                inputs={name: artifact.digest for name, artifact in inputs.items()},
+                inputs=inputs.digests,
                 base_model=inputs["base_model"].path / "model",
                 threads=step.recipe.hardware.threads,
                 adapter=inputs["dpo_adapter"].path / "adapter",
@@ -32,8 +33,7 @@ def materialise(step: Step) -> Events:
             ),
         )
 
-    config = {"precision": plan.precision, "device": plan.device}
-    artifact, reused = step.build("merged_model", config, inputs, make)
+    artifact, reused = step.build("merged_model", {}, inputs, make)
     report = artifact.json("report.json")
     yield from step.result("merged_model", artifact, reused, merge_verdicts(report, step.bands), report)
 
@@ -44,6 +44,6 @@ NODE = Node(
     phase="training",
     kinds=frozenset({"pytorch", "huggingface"}),
     body=materialise,
-    deps=("dpo_adapter",),
+    reads=(followed(scoring_settings), Read("dpo_adapter"), Read("dpo_dataset"), Read("base_model")),
     trains=True,
 )
