@@ -199,7 +199,7 @@ class ArtifactTree:
         process that held it; a scratch directory found while holding it belongs to a dead writer and is removed.
 
         Raises:
-            CorruptArtifact: when `build` seals it as another artefact, made from other inputs, or changes it afterwards.
+            CorruptArtifact: when `build` seals it as another one or with other inputs, or changes it afterwards.
         """
         final = self.directory(kind, fingerprint)
         final.parent.mkdir(parents=True, exist_ok=True)

@@ -6,16 +6,20 @@ from pathlib import Path
 
 import dagster as dg
 
+from dpo_assets.artifact import Artifact
 from dpo_assets.assets.dpo_plan import followed, read_plan, scoring_settings
-from dpo_assets.assets.lineage import Read
+from dpo_assets.assets.kept_models import training_set
+from dpo_assets.assets.lineage import Inputs, Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.sft_checkpoint import start_adapter
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.promotion import decide, evaluation_verdicts
 from dpo_assets.checks.statistics import percent
 from dpo_assets.contract import EvaluateSpec
+from dpo_assets.feedback.trained import seen_pairs
 from dpo_assets.report.tables import table
 
+SCORES = "scores.parquet"
 SHOWN = {
     "implicit_reward_accuracy": "policy, implicit reward",
     "logp_accuracy_policy": "policy, log-probability per token",
@@ -60,7 +64,7 @@ def materialise(step: Step) -> Events:
         "eval_scores",
         artifact,
         reused,
-        evaluation_verdicts(report, step.recipe, step.bands),
+        evaluation_verdicts(report, step.recipe, step.bands, seen=_seen(step, inputs, artifact)),
         {
             "verdict": decision,
             "verdict_reason": reason,
@@ -74,6 +78,13 @@ def materialise(step: Step) -> Events:
             "answers": dg.MetadataValue.md(table(["prompt (last message)", "SFT", "policy"], answers)),
         },
     )
+
+
+def _seen(step: Step, inputs: Inputs, scores: Artifact) -> int:
+    """Scored pairs that the model was trained on, whatever dataset was read to score them."""
+    models = (inputs["dpo_adapter"], inputs["sft_checkpoint"])
+    sets = dict(found for model in models if (found := training_set(step.tree, model)))
+    return seen_pairs(scores.path / SCORES, inputs["dpo_dataset"].path / "eval.parquet", sets.values())
 
 
 NODE = Node(

@@ -35,6 +35,11 @@ class Inputs(Mapping[str, Artifact]):
     def __init__(self, reader: str, artifacts: Mapping[str, Artifact], digests: Mapping[str, str]) -> None:
         self._reader, self._artifacts, self.digests = reader, dict(artifacts), dict(digests)
 
+    @classmethod
+    def of(cls, reader: str, artifacts: Mapping[str, Artifact]) -> Inputs:
+        """Artefacts that are read as a whole."""
+        return cls(reader, artifacts, {node: whole(artifact) for node, artifact in artifacts.items()})
+
     def __getitem__(self, node: str) -> Artifact:
         if node not in self._artifacts:
             raise KeyError(f"`{self._reader}` does not declare that it reads `{node}`: add it to the node's `reads`")
