@@ -8,27 +8,30 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_assets.artifact import Artifact, ArtifactTree, FileEntry, Manifest, fingerprint, write_json
 from dpo_assets.assets.dpo_plan import PLAN
+from dpo_assets.assets.eval_scores import SCORES
 from dpo_assets.assets.graph import LINEAGE, NODES
 from dpo_assets.assets.lineage import Conflict, Inputs, Lineage, Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import FINGERPRINT, Events, Step, guarded
-from dpo_assets.component import DpoPipeline
+from dpo_assets.component import DpoPipeline, build_dpo_defs
+from dpo_assets.feedback.trained import TRAINED_GROUPS
 from dpo_assets.recipe import parse_recipe
 from dpo_assets_tests.pipelines import demo_recipe, failures
-from dpo_assets_tests.samples import plan
+from dpo_assets_tests.samples import evaluation_report, plan
 
 ORDER = [node.name for node in NODES if node.name != "quarantined_preferences"]
 
@@ -41,7 +44,15 @@ class Shelf:
         self.tree = ArtifactTree(Path(instance.storage_directory()) / "dpo_assets" / "demo")
         self.now: dict[str, Artifact] = {}
 
-    def make(self, node: str, content: str = "first", *, leave_out: tuple[str, ...] = (), **of_plan: Any) -> Artifact:
+    def make(
+        self,
+        node: str,
+        content: str = "first",
+        *,
+        leave_out: tuple[str, ...] = (),
+        also: Callable[[Path], None] = lambda _: None,
+        **of_plan: Any,
+    ) -> Artifact:
         """An artefact made from what stands on the shelf now, but for what it was not made from."""
         read = [read for read in LINEAGE.reads(node) if read.node not in leave_out]
         inputs = {one.node: one.part(self.now[one.node]) for one in read}
@@ -50,6 +61,7 @@ class Shelf:
             write_json(folder / "content.json", [content, inputs if node == "dpo_plan" else ""])
             if node == "dpo_plan":
                 write_json(folder / PLAN, plan(**of_plan).model_dump(mode="json"))
+            also(folder)
 
         print_ = fingerprint(node, [content, repr(of_plan)], inputs)
         artifact, _ = self.tree.find_or_build(node, print_, fill, inputs)
@@ -264,6 +276,34 @@ def test_checks_of_what_is_no_longer_kept_say_what_to_materialise(shelf: Shelf) 
     said = refused(shelf, CHECKS_OF_THE_ADAPTER)
     assert "`demo/dpo_dataset` that `demo/dpo_adapter` was made from is no longer kept" in said
     assert "materialise `demo/dpo_adapter` again" in said
+
+
+@pytest.mark.parametrize("trained", ["sft_checkpoint", "dpo_adapter", "none of them"])
+def test_a_scored_pair_that_the_model_was_trained_on_fails_its_check(shelf: Shelf, trained: str) -> None:
+    """The record of the training against what was scored, whatever split and lineage say of them."""
+    pairs = pl.DataFrame({"pair_id": ["one", "two"], "group_id": ["a", "b"]})
+
+    def scores(folder: Path) -> None:
+        shifts = {"chosen_shift_nats_per_token": 0.0, "rejected_shift_nats_per_token": 0.0}
+        write_json(folder / "report.json", evaluation_report(pairs=2) | shifts)
+        write_json(folder / "generations.json", [])
+        pairs.select("pair_id").write_parquet(folder / SCORES)
+
+    shelf.make("dpo_dataset", "scored", also=lambda folder: pairs.write_parquet(folder / "eval.parquet"))
+    shelf.make("dpo_plan")
+    for node in ("sft_checkpoint", "dpo_adapter", "merged_model"):
+        groups = pl.DataFrame({"group_id": ["b", "c"] if node == trained else ["c"]})
+        shelf.make(node, also=lambda folder, groups=groups: groups.write_parquet(folder / TRAINED_GROUPS))
+    shelf.make("eval_scores", also=scores)
+
+    check = dg.AssetCheckKey(dg.AssetKey(["demo", "eval_scores"]), "held_out_unseen")
+    job = dg.define_asset_job("check", selection=dg.AssetSelection.checks(check))
+    defs = dg.Definitions.merge(build_dpo_defs("demo", demo_recipe()), dg.Definitions(jobs=[job]))
+    result = defs.resolve_job_def("check").execute_in_process(instance=shelf.instance, raise_on_error=False)
+    [found] = result.get_asset_check_evaluations()
+    seen = 0 if trained == "none of them" else 1
+    assert (found.passed, found.severity) == (not seen, dg.AssetCheckSeverity.ERROR)
+    assert found.metadata["value"].value == f"{seen} of 2 scored pairs"
 
 
 def test_what_a_node_does_not_declare_cannot_be_read(shelf: Shelf) -> None:
