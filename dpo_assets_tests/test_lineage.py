@@ -347,6 +347,14 @@ def test_equal_content_from_different_inputs_is_no_conflict_where_one_of_them_fi
     assert CHAIN.conflicts(read, lambda node, digest: kept.get((node, digest), [])) == [Conflict("b", "a")]
 
 
+def test_two_that_name_different_ones_of_a_node_conflict_also_where_neither_of_those_is_kept() -> None:
+    fork = Lineage({"a": (), "b": (Read("a"),), "c": (Read("a"),), "d": (Read("b"), Read("c"))})
+    read = {"b": made("b", "x", a="one"), "c": made("c", "y", a="other")}
+    assert fork.conflicts(read, lambda node, digest: []) == [Conflict("c", "a")]
+    assert fork.conflicts(read | {"c": made("c", "y", a="one")}, lambda node, digest: []) == []
+    assert fork.to_make_again("d", [Conflict("c", "a")], read.get) == ["a", "b", "c"]
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.sampled_from(["a", "b", "c", "d"]), max_size=12))
 def test_making_again_what_is_named_always_ends_the_conflict(history: list[str]) -> None:
