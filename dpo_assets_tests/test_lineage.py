@@ -307,9 +307,13 @@ def test_a_scored_pair_that_the_model_was_trained_on_fails_its_check(shelf: Shel
 
 
 def test_what_a_node_does_not_declare_cannot_be_read(shelf: Shelf) -> None:
-    inputs = LINEAGE.inputs("dpo_plan", shelf.now)
+    inputs = reads(shelf, "dpo_plan")
+    assert set(inputs) == {"dpo_dataset", "base_model"}
+    assert Inputs.of("dpo_plan", inputs).digests == inputs.digests
     with pytest.raises(KeyError, match="`dpo_plan` does not declare that it reads `merged_model`"):
-        Inputs("dpo_plan", {read: inputs[read] for read in ("dpo_dataset",)}, {})["merged_model"]
+        inputs["merged_model"]
+    with pytest.raises(KeyError, match="does not declare"):
+        inputs.only("base_model")["dpo_dataset"]
 
 
 @pytest.mark.parametrize("node", NODES, ids=lambda node: node.name)
