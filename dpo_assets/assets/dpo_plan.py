@@ -79,11 +79,6 @@ def followed(settings: Callable[[TrainingPlan], dict[str, object]]) -> Read:
     return Read("dpo_plan", part)
 
 
-def scoring_settings(plan: TrainingPlan) -> dict[str, object]:
-    """What a merged model and its scores depend on."""
-    return {"device": plan.device, "precision": plan.precision}
-
-
 def _hyperparameters(plan: TrainingPlan) -> str:
     sections = {"lora": plan.lora, "sft": plan.sft, "dpo": plan.dpo}
     rows = [[name, field, value] for name, section in sections.items() for field, value in section.model_dump().items()]

@@ -7,7 +7,7 @@ from pathlib import Path
 import dagster as dg
 
 from dpo_assets.artifact import Artifact
-from dpo_assets.assets.dpo_plan import followed, read_plan, scoring_settings
+from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.kept_models import training_set
 from dpo_assets.assets.lineage import Inputs, Read
 from dpo_assets.assets.node import Node
@@ -17,6 +17,7 @@ from dpo_assets.checks.promotion import decide, evaluation_verdicts
 from dpo_assets.checks.statistics import percent
 from dpo_assets.contract import EvaluateSpec
 from dpo_assets.feedback.trained import seen_pairs
+from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.report.tables import table
 
 SCORES = "scores.parquet"
@@ -85,6 +86,11 @@ def _seen(step: Step, inputs: Inputs, scores: Artifact) -> int:
     models = (inputs["dpo_adapter"], inputs["sft_checkpoint"])
     sets = dict(found for model in models if (found := training_set(step.tree, model)))
     return seen_pairs(scores.path / SCORES, inputs["dpo_dataset"].path / "eval.parquet", sets.values())
+
+
+def scoring_settings(plan: TrainingPlan) -> dict[str, object]:
+    """What scores depend on, beside what is scored."""
+    return {"device": plan.device, "precision": plan.precision}
 
 
 NODE = Node(

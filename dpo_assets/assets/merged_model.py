@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dpo_assets.assets.dpo_plan import followed, read_plan, scoring_settings
+from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.lineage import Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.training import merge_verdicts
 from dpo_assets.contract import MergeSpec
+from dpo_assets.planning.plan import TrainingPlan
 
 
 def materialise(step: Step) -> Events:
@@ -38,12 +39,17 @@ def materialise(step: Step) -> Events:
     yield from step.result("merged_model", artifact, reused, merge_verdicts(report, step.bands), report)
 
 
+def merge_settings(plan: TrainingPlan) -> dict[str, object]:
+    """What a merged model depends on, beside base and adapter: where and how it is proven to be the same policy."""
+    return {"device": plan.device, "precision": plan.precision}
+
+
 NODE = Node(
     name="merged_model",
     description="Base + adapter as one safetensors model, proven to score pairs as the adapter did.",
     phase="training",
     kinds=frozenset({"pytorch", "huggingface"}),
     body=materialise,
-    reads=(followed(scoring_settings), Read("dpo_adapter"), Read("dpo_dataset"), Read("base_model")),
+    reads=(followed(merge_settings), Read("dpo_adapter"), Read("dpo_dataset"), Read("base_model")),
     trains=True,
 )
