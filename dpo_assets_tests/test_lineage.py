@@ -146,12 +146,11 @@ def test_scores_of_a_model_on_pairs_of_another_split_are_refused_with_what_to_ma
     shelf.make("dpo_dataset", "another seed")
     said = refused(shelf, "eval_scores")
     assert said == (
-        "what `demo/eval_scores` reads was not made from one another: `demo/dpo_plan` was made from another "
-        "`demo/dpo_dataset`; `demo/merged_model` was made from another `demo/dpo_dataset`; `demo/dpo_adapter` was made "
-        "from another `demo/dpo_dataset`; `demo/sft_checkpoint` was made from another `demo/dpo_dataset` than is there "
-        "now. Materialise again, in this order: demo/dpo_plan, demo/sft_checkpoint, demo/dpo_adapter, "
-        "demo/merged_model. Or, to keep what was made, give `demo/dpo_dataset` its earlier settings and inputs back "
-        "and materialise that: it is reused."
+        "what `demo/eval_scores` reads was not made from one another. `demo/dpo_plan`, `demo/merged_model`, "
+        "`demo/dpo_adapter`, `demo/sft_checkpoint`: made from another `demo/dpo_dataset` than is there now. "
+        "Materialise again, in this order: demo/dpo_plan, demo/sft_checkpoint, demo/dpo_adapter, demo/merged_model. "
+        "Or, to keep what was made, give `demo/dpo_dataset` its earlier settings and inputs back and materialise that: "
+        "it is reused."
     )
     release = refused(shelf, "published_model")
     assert to_make_again(release) == [
@@ -202,7 +201,7 @@ def test_another_artefact_in_mid_chain_stops_each_step_that_would_mix_it(
     shelf.make(changed, "another")
     said = refused(shelf, step)
     assert set(again) <= set(to_make_again(said))
-    assert f"another `demo/{changed}`" in said
+    assert f"made from another `demo/{changed}`" in said
     for node in to_make_again(said):
         shelf.make(node, "again")
     assert reads(shelf, step)
@@ -250,13 +249,21 @@ def test_feedback_that_no_dataset_holds_yet_stops_nothing(shelf: Shelf) -> None:
         assert reads(shelf, step)
 
 
-def test_a_mix_behind_what_a_step_reads_is_found_in_the_store(shelf: Shelf) -> None:
-    """`published_model` does not read the SFT checkpoint: the adapter's record names it, the store has it."""
+def test_a_mix_behind_what_a_step_reads_is_found_through_the_store(shelf: Shelf) -> None:
+    """`published_model` does not read the SFT checkpoint: the adapter's record names it, and the store has its own."""
     assert "sft_checkpoint" not in {read.node for read in LINEAGE.reads("published_model")}
+    shelf.make("dpo_dataset", "another seed")
+    for node in ("dpo_plan", "dpo_adapter", "merged_model", "eval_scores"):
+        shelf.make(node)
+    said = refused(shelf, "published_model")
+    assert "`demo/sft_checkpoint`: made from another `demo/dpo_dataset`" in said
+    assert to_make_again(said) == ["sft_checkpoint", "dpo_adapter", "merged_model", "eval_scores"]
+
+
+def test_scores_against_another_start_than_the_adapters_are_not_released(shelf: Shelf) -> None:
     shelf.make("sft_checkpoint", "other")
     shelf.make("eval_scores", "of another start")
-    said = refused(shelf, "published_model")
-    assert "another `demo/sft_checkpoint`" in said
+    assert "another `demo/sft_checkpoint`" in refused(shelf, "published_model")
 
 
 def test_checks_are_evaluated_again_beside_what_their_artefact_was_made_from(shelf: Shelf) -> None:

@@ -144,13 +144,19 @@ class Step:
 
     def _mixed(self, conflicts: Sequence[Conflict]) -> str:
         """What does not fit, and the way out."""
-        told = [f"`{self._shown(one.reader)}` was made from another `{self._shown(one.node)}`" for one in conflicts]
-        again = self.lineage.to_make_again(self.node, conflicts, self._latest)
-        roots = " and ".join(sorted({f"`{self._shown(one.node)}`" for one in conflicts}))
+        readers: dict[str, list[str]] = {}
+        for one in conflicts:
+            readers.setdefault(one.node, []).append(f"`{self._shown(one.reader)}`")
+        told = [
+            f"{', '.join(found)}: made from another `{self._shown(node)}` than is there now"
+            for node, found in readers.items()
+        ]
+        again = ", ".join(map(self._shown, self.lineage.to_make_again(self.node, conflicts, self._latest)))
+        roots = " and ".join(f"`{self._shown(node)}`" for node in readers)
         return (
-            f"what `{self._shown(self.node)}` reads was not made from one another: {'; '.join(told)} than is there "
-            f"now. Materialise again, in this order: {', '.join(map(self._shown, again))}. Or, to keep what was made, "
-            f"give {roots} its earlier settings and inputs back and materialise that: it is reused."
+            f"what `{self._shown(self.node)}` reads was not made from one another. {'; '.join(told)}. Materialise "
+            f"again, in this order: {again}. Or, to keep what was made, give {roots} its earlier settings and inputs "
+            "back and materialise that: it is reused."
         )
 
     def _shown(self, node: str) -> str:
