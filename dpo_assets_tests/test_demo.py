@@ -187,7 +187,7 @@ def test_scores_and_a_card_of_another_split_are_refused_until_the_model_is_made_
     ("fault", "check", "value", "stages"),
     [
         ("learning-rate", "learning_rate_band", "0.001", []),
-        ("beta", "beta_for_loss", "5.0", []),
+        ("beta", "beta_for_loss", "0.1", []),
         ("data", "quarantine_rate", "0.3", []),
         ("reference", "reference_is_start", "0.", ["dpo"]),
     ],
