@@ -4,8 +4,8 @@
     python -m benchmarks.mutation --sample 40 --out survivors.jsonl
 
 The tracked files are copied, mutmut writes every mutant of MUTATED, and of each module a sample is drawn (by a fixed
-seed) and run against TESTS. A mutant that changes the wording of a message and nothing else is not drawn: few tests hold
-what a message says, and few should. Prints a table, and writes the survivors with their change.
+seed) and run against TESTS. A mutant that only changes the wording of a message is not drawn: few tests hold what a
+message says, and few should. Prints a table, and writes the survivors with their change.
 """
 
 from __future__ import annotations
