@@ -7,7 +7,7 @@ from typing import Any
 
 from dpo_assets.feedback.pair import ROLES, Message
 from dpo_assets.feedback.readers import Row, RowFault
-from dpo_assets.feedback.readers.values import field, listed, mapping
+from dpo_assets.feedback.readers.values import field, listed, mapping, other_type
 
 # What formats call the three roles. A name that is not here stays as it is, and the dataset's rules name it.
 ROLE_NAMES = {
@@ -133,7 +133,7 @@ def turns(value: Any, where: str, speaker: str) -> list[Message]:
     if isinstance(value, str):
         return [{"role": speaker, "content": value}]
     if not isinstance(value, list):
-        raise RowFault("wrong_type", f"`{where}` is {type(value).__name__}; expected text or a list of messages")
+        raise other_type(value, where, "text or a list of messages")
     return messages(value, where)
 
 

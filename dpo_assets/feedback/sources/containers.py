@@ -9,7 +9,7 @@ from pathlib import PurePath
 from typing import Literal
 
 from dpo_assets.feedback.sources import FileRefused
-from dpo_assets.feedback.sources.streams import GZIP, ZSTD
+from dpo_assets.feedback.sources.streams import GZIP, UNPACK, ZSTD
 
 Kind = Literal["lines", "values", "csv", "parquet"]
 PARQUET = b"PAR1"
@@ -63,6 +63,11 @@ def packed_as(name: str, head: bytes) -> bytes | None:
 def unpacked_name(name: str) -> str:
     """The name without the ending of a compression."""
     return name[: -len(PurePath(name).suffix)] if PurePath(name).suffix.lower() in _PACKED else name
+
+
+def unpacker(name: str) -> str:
+    """What unpacks a file of this name by hand; nothing for one that is not compressed."""
+    return UNPACK.get(_PACKED.get(PurePath(name).suffix.lower(), b""), "")
 
 
 def refuse_strangers(head: bytes) -> None:

@@ -19,9 +19,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo_assets.errors import FeedbackError
+from dpo_assets.feedback.ingest import read_file
+from dpo_assets.feedback.pair import as_json
+from dpo_assets.feedback.readers import ReadOptions
 from dpo_assets.feedback.sources import FileRefused, Limits, files_of, rows_of
 from dpo_assets.feedback.sources import parquet_rows as parquet_module
-from dpo_assets.recipe import FeedbackSource
+from dpo_assets.recipe import FeedbackSection, FeedbackSource
 from dpo_assets_tests.feedback.sources.reading import ROWS, found, jsonl, outcome, read, row
 
 posix = pytest.mark.skipif(os.name == "nt", reason="links, pipes and devices of POSIX")
@@ -269,13 +272,47 @@ def test_case_21_padding_behind_a_gzip_member_is_allowed_and_other_bytes_are_not
 
 
 @pytest.mark.parametrize("packed", ["gz", "zst"])
-def test_case_21_a_bomb_is_refused_by_its_ratio_and_by_its_size(tmp_path: Path, packed: str) -> None:
+def test_case_21_a_bomb_is_refused_by_the_bytes_or_the_rows_that_it_holds_and_the_ways_on_are_named(
+    tmp_path: Path, packed: str
+) -> None:
     zstandard = pytest.importorskip("zstandard")
-    pack = gzip.compress if packed == "gz" else zstandard.compress
-    bomb = pack(b'{"a": "' + b"0" * 60_000_000 + b'"}\n')
-    assert read(tmp_path, bomb, f"a.jsonl.{packed}").reason == "decompression_bomb"
-    plain = pack(jsonl())
-    assert read(tmp_path, plain, f"a.jsonl.{packed}", limits=Limits(file_bytes=10)).reason == "decompression_bomb"
+    pack, unpack = (gzip.compress, "gunzip") if packed == "gz" else (zstandard.compress, "unzstd")
+    content, name = b'{"a": 1}\n' * 1_000, f"a.jsonl.{packed}"
+    for limits, setting in (
+        (Limits(unpacked_bytes=8_999), "feedback.max_unpacked_gib"),
+        (Limits(unpacked_rows=999), "feedback.max_unpacked_rows"),
+    ):
+        result = read(tmp_path, pack(content), name, limits=limits)
+        assert result.reason == "decompression_bomb"
+        assert setting in str(result.refused)
+        assert f"unpack it yourself ({unpack})" in str(result.refused)
+        assert len(read(tmp_path, content, limits=limits).values) == 1_000
+    assert (
+        len(read(tmp_path, pack(content), name, limits=Limits(unpacked_bytes=9_000, unpacked_rows=1_000)).rows) == 1_000
+    )
+
+
+def test_the_recipe_sets_what_a_packed_file_may_hold() -> None:
+    feedback = FeedbackSection.model_validate(
+        {"sources": [{"path": "a.jsonl"}], "max_unpacked_gib": 0.5, "max_unpacked_rows": 7}
+    )
+    limits = Limits.of(feedback)
+    assert (limits.unpacked_bytes, limits.unpacked_rows) == (2**29, 7)
+    assert Limits.of(FeedbackSection.model_validate({"sources": [{"path": "a.jsonl"}]})) == Limits()
+
+
+@pytest.mark.parametrize("packed", ["gz", "zst"])
+def test_rows_that_share_a_long_system_prompt_are_no_bomb_however_well_they_compress(
+    tmp_path: Path, packed: str
+) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    system = os.urandom(12_000).hex()
+    rows = [{"prompt": f"{system} {n}", "chosen": "yes", "rejected": "no"} for n in range(800)]
+    content = jsonl(rows)
+    small = gzip.compress(content, mtime=0) if packed == "gz" else zstandard.compress(content)
+    assert len(content) > 16 * 2**20
+    assert len(content) > 100 * len(small) or packed == "gz"
+    assert read(tmp_path, small, f"a.jsonl.{packed}").values == rows
 
 
 def test_case_21_zstd_without_its_package_is_refused_with_the_way_out(
@@ -528,13 +565,42 @@ def test_case_44_text_that_is_not_utf_8_and_infinite_numbers_cost_their_row(tmp_
     bad = pa.Array.from_buffers(
         pa.string(), 3, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0\3\0\0\0"), pa.py_buffer(b"a\xffc")]
     )
-    result = outcome(found(parquet(tmp_path, pa.table({"prompt": bad}))))
-    assert (result.values, result.faults) == ([{"prompt": "a"}, {"prompt": "c"}], [(2, "invalid_utf8")])
-    assert result.rows[1].raw == b'{"prompt": "\xff"}'
-    infinite = outcome(found(parquet(tmp_path, pa.table({"margin": [1.0, float("inf")]}))))
-    assert infinite.faults == [(2, "invalid_number")]
-    binary = outcome(found(parquet(tmp_path, pa.table({"prompt": [b"a", b"\xff\xfe"]}))))
-    assert binary.faults == [(2, "invalid_utf8")]
+    texts = {name: ["x", "y", "z"] for name in ("prompt", "chosen")} | {"rejected": ["1", "2", "3"]}
+    for column, values, reason in (
+        ("prompt", bad, "invalid_utf8"),
+        ("chosen", pa.array([b"a", b"\xff\xfe", b"c"]), "invalid_utf8"),
+        ("margin", pa.array([1.0, float("inf"), 2.0]), "invalid_number"),
+    ):
+        path = parquet(tmp_path, pa.table({**texts, column: values}))
+        batch = read_file(found(path), ReadOptions())
+        assert [(row.reason, row.line) for row in batch.rejected] == [(reason, 2)]
+        assert [pair.line for pair in batch.pairs] == [1, 3]
+    assert outcome(found(parquet(tmp_path, pa.table({"prompt": bad})))).rows[1].raw == b'{"prompt": "\xff"}'
+
+
+def test_parquet_columns_that_nobody_asks_for_judge_no_row(tmp_path: Path) -> None:
+    """A uuid, a picture, an embedding, an infinite number, a time that Python does not know."""
+    unread = {
+        "uid": pa.array([b"\xff" * 16, b"plain"], pa.binary()),
+        "fixed": pa.array([b"\x80" * 16] * 2, pa.binary(16)),
+        "image": pa.array([{"bytes": b"\x89PNG\xff", "path": "a.png"}, None]),
+        "large": pa.array([b"\xff" * 6 * 2**20, None], pa.binary()),
+        "loss": pa.array([float("inf"), float("-inf")]),
+        "losses": pa.array([[float("nan"), float("inf")], []]),
+        "at": pa.array([1, 2], pa.timestamp("ns")),
+        "late": pa.array([2**62, 0], pa.timestamp("us")),
+    }
+    texts = {"prompt": ["q", "q2"], "chosen": ["yes", "yes"], "rejected": ["no", "no"]}
+    file = found(parquet(tmp_path, pa.table({**texts, **unread})))
+    batch = read_file(file, ReadOptions())
+    assert (len(batch.pairs), batch.rejected) == (2, [])
+    [first, second] = outcome(file).values
+    assert (first["image"]["path"], bytes(first["image"]["bytes"])) == ("a.png", b"\x89PNG\xff")
+    assert (second["uid"], str(second["loss"])) == ("plain", "-inf")
+    meta = json.loads(as_json(batch.pairs[0].meta), parse_constant=lambda name: pytest.fail(name))
+    assert meta["large"].startswith("<6291456 bytes, sha256 ")
+    assert meta["losses"] == [None, "inf"]
+    assert len(outcome(file).rows[0].raw) < 2_000
 
 
 @pytest.mark.parametrize("damage", ["footer", "page", "magic only", "cut"])
@@ -563,8 +629,15 @@ def test_case_45_what_says_it_is_too_large_is_refused_before_it_is_read(
     bomb = pa.table({"prompt": ["0" * 1_000_000] * 64})
     path = parquet(tmp_path, bomb, use_dictionary=False, compression="zstd")
     assert path.stat().st_size < 100_000
-    assert outcome(found(path)).reason == "decompression_bomb"
-    monkeypatch.setattr(parquet_module, "ROW_GROUP_BYTES", 100)
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda *_, **__: pytest.fail("it was read"))
+    for limits, setting in (
+        (Limits(unpacked_bytes=60_000_000), "feedback.max_unpacked_gib"),
+        (Limits(unpacked_rows=63), "feedback.max_unpacked_rows"),
+    ):
+        refused = outcome(found(path), limits)
+        assert refused.reason == "decompression_bomb"
+        assert setting in str(refused.refused)
+    monkeypatch.setattr(parquet_module, "CHUNK_BYTES", 100)
     small = parquet(tmp_path, pa.table({"prompt": ["x" * 200]}))
     result = outcome(found(small))
     assert result.reason == "row_group_too_large"
@@ -572,10 +645,10 @@ def test_case_45_what_says_it_is_too_large_is_refused_before_it_is_read(
 
 
 def test_case_45_a_value_that_stands_in_many_rows_is_held_once(tmp_path: Path) -> None:
-    path = parquet(tmp_path, pa.table({"prompt": ["x" * 100_000] * 5_000}), use_dictionary=True)
+    path = parquet(tmp_path, pa.table({"prompt": ["x" * 100_000] * 1_000}), use_dictionary=True)
     rows = iter(rows_of(found(path)))
     assert len(next(rows).raw) > 100_000
-    assert sum(1 for _ in rows) == 4_999
+    assert sum(1 for _ in rows) == 999
 
 
 def test_a_row_over_the_limit_costs_itself_in_parquet_too(tmp_path: Path) -> None:

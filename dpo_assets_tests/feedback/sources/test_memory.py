@@ -21,7 +21,7 @@ READ = """
 import json, resource, sys
 from pathlib import Path
 from dpo_assets.feedback.readers import RowFault
-from dpo_assets.feedback.sources import FileRefused, files_of, rows_of
+from dpo_assets.feedback.sources import FileRefused, Limits, files_of, rows_of
 from dpo_assets.recipe import FeedbackSource
 import pyarrow.parquet
 
@@ -29,7 +29,7 @@ small, large = [FeedbackSource(path=path) for path in sys.argv[1:3]]
 list(rows_of(files_of([small])[0]))  # Everything is imported now.
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-[file] = files_of([large])
+[file] = files_of([large], limits=Limits(unpacked_bytes=200 << 20))
 good, faults, refused = 0, [], None
 try:
     for row in rows_of(file):
@@ -141,3 +141,55 @@ def test_a_parquet_file_of_repeated_text_is_read_in_bounded_memory(tmp_path: Pat
     assert (result["good"], result["refused"]) == (500, None)
     assert isinstance(result["grown"], int)
     assert result["grown"] < GROWTH
+
+
+def test_a_large_row_group_of_parquet_is_read_in_bounded_memory(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {name: [os.urandom(700).hex() for _ in range(25_000)] for name in ("prompt", "chosen", "rejected")}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet", row_group_size=10**6, compression="none")
+    assert (tmp_path / "a.parquet").stat().st_size > 100 * MIB
+    result = memory_of(tmp_path, tmp_path / "a.parquet")
+    assert (result["good"], result["refused"]) == (25_000, None)
+    assert isinstance(result["grown"], int)
+    assert result["grown"] < 80
+
+
+INGEST = """
+import json, resource, sys
+from pathlib import Path
+from dpo_assets.artifact import ArtifactTree
+from dpo_assets.feedback.library import read_into
+from dpo_assets.feedback.readers import ReadOptions
+from dpo_assets.feedback.sources import files_of
+from dpo_assets.recipe import FeedbackSource
+
+small, large = [files_of([FeedbackSource(path=path)])[0] for path in sys.argv[1:3]]
+tree = ArtifactTree(Path(sys.argv[3]))
+read_into(tree, small, ReadOptions())
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+read = read_into(tree, large, ReadOptions())
+grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+row = read.row()
+print(json.dumps({name: row[name] for name in ("rows", "rejected", "lost")} | {"grown": grown}))
+"""
+
+
+def test_a_small_archive_of_many_rows_costs_the_memory_of_a_batch(tmp_path: Path) -> None:
+    (tmp_path / "small.jsonl").write_bytes(row())
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(b"{}\n" * 100_000, mtime=0))
+    assert path.stat().st_size < 1_000
+    told = subprocess.run(
+        [sys.executable, "-c", INGEST, str(tmp_path / "small.jsonl"), str(path), str(tmp_path / "store")],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env={**os.environ, "MALLOC_ARENA_MAX": "1"},
+    )
+    assert told.returncode == 0, told.stderr
+    result = json.loads(told.stdout)
+    assert (result["rows"], result["rejected"], result["lost"]) == (100_000, 100_000, 0)
+    assert result["grown"] < 60
