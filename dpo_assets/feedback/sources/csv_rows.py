@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 
 from dpo_assets.feedback.readers import RowFault
 from dpo_assets.feedback.sources import FileRefused
+from dpo_assets.feedback.sources.streams import MARK_INSIDE
 
 DELIMITERS = ",;\t|"
 MOST_LINES = 100_000  # Of one row.
 MOST_ASKED = 1_000  # Lines of a damaged row that are asked whether they are rows.
 # What reading again behind quotes that do not match may cost: so many bytes, and so many for each byte of the file.
 READ_AGAIN, READ_AGAIN_OF_ALL = 2**28, 16
-MARK_INSIDE = "byte_order_mark_inside"
 
 
 class Record(NamedTuple):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import codecs
 import io
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from dpo_assets.feedback.lines import parse_line
@@ -23,7 +25,7 @@ from dpo_assets.feedback.sources.containers import (
 from dpo_assets.feedback.sources.csv_rows import CsvRows
 from dpo_assets.feedback.sources.files import open_inside, verify
 from dpo_assets.feedback.sources.json_values import JsonValues
-from dpo_assets.feedback.sources.streams import as_utf8, decompressed, unpacked_too_large, with_line_feeds
+from dpo_assets.feedback.sources.streams import MARK_INSIDE, as_utf8, decompressed, unpacked_too_large, with_line_feeds
 from dpo_assets.feedback.sources.values import clean, mapped, may_hold_controls, too_deep, unpacked
 
 Parse = Callable[[bytes], Mapping[str, Any]]
@@ -97,6 +99,9 @@ class Rows:
             while end and not end.endswith(b"\n"):
                 end = stream.readline(limit)
                 more |= bool(end)
+            if line.startswith(codecs.BOM_UTF8):  # Of a file that was put behind another.
+                line = line.removeprefix(codecs.BOM_UTF8)
+                self.flags[MARK_INSIDE] += 1
             content = line.rstrip(b"\r\n")
             returns |= line.endswith(b"\r\n")
             if more or len(content) > limit:
@@ -108,10 +113,10 @@ class Rows:
         self._note("windows_line_ends", returns)
 
     def _values(self, stream: io.BufferedReader) -> Iterator[_Raw]:
-        values, limit = JsonValues(stream, self._limits.row_bytes), self._limits.row_bytes
-        too_long = RowFault("row_too_large", f"longer than {limit} bytes")
+        limit = self._limits.row_bytes
+        values = JsonValues(stream, limit, self.flags)
         for number, raw in enumerate(values, 1):
-            yield number, raw[: limit + 1], too_long if len(raw) > limit else None
+            yield number, raw[: limit + 1], _too_long(raw, limit) if len(raw) > limit else None
         self._note(TRUNCATED, values.unfinished)
 
     def _note(self, flag: str, seen: bool) -> None:
@@ -138,7 +143,7 @@ class Rows:
         except RowFault as fault:
             if fault.reason == "invalid_json" and not self._last_is_whole:
                 self.flags[TRUNCATED] += 1
-            return SourceRow(number, raw, fault)
+            return SourceRow(number, raw, with_advice(fault, raw))
         except RecursionError:
             return SourceRow(number, raw, RowFault("too_deep", "nested too deeply"))
         return SourceRow(number, raw, row, tuple(sorted(flags)))
@@ -163,6 +168,30 @@ def opened(
         raise FileRefused("wrong_magic", "Parquet compresses by itself: unpack the file")
     text = as_utf8(stream, flags)
     return kind_of(inner, text), text, inner.lower()
+
+
+def with_advice(fault: RowFault, raw: bytes) -> RowFault:
+    """The fault, with how to take out the rows that a line holds where it is none itself."""
+    if fault.reason == "not_an_object" and _LIST_OF_ROWS.match(raw):
+        return replace(
+            fault, message=f"{fault.message}; take its rows out: jq -c 'if type == \"array\" then .[] else . end'"
+        )
+    if fault.reason == "invalid_json" and "Extra data" in fault.message:
+        return replace(
+            fault, message=f"{fault.message}: more than one value on this line; put a line break between them"
+        )
+    return fault
+
+
+def _too_long(raw: bytes, limit: int) -> RowFault:
+    """Of a value over the limit: a list in it may be the rows of the file."""
+    listed = _LIST_INSIDE.match(raw)
+    advice = f"; if `{listed[1].decode()}` holds rows, take them out: jq -c '.{listed[1].decode()}[]'" if listed else ""
+    return RowFault("row_too_large", f"longer than {limit} bytes{advice}")
+
+
+_LIST_OF_ROWS = re.compile(rb"\s*+\[\s*+\{")
+_LIST_INSIDE = re.compile(rb'\s*+\{.{0,4096}?"(\w{1,40})"\s*+:\s*+\[\s*+\{', re.DOTALL | re.ASCII)
 
 
 def refuse_encoding(bad: int, rows: int, limits: Limits) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 UNPACK = {GZIP: "gunzip", ZSTD: "unzstd"}  # What unpacks it by hand.
+MARK_INSIDE = "byte_order_mark_inside"  # The flag of files that were put together.
 _FEED = 64 * 1024
 _ZSTD_FEED = 1024  # Four bytes of zstd can stand for 128 KiB, and its decompressor gives all at once.
 _ZSTD_WINDOW = 2**27
