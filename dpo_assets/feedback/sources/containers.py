@@ -140,9 +140,9 @@ def _json_kind(head: bytes, any_layout: bool) -> Kind:
     if rest.strip():
         return "values"  # Several values on one line, or all on one with other line ends.
     # A list of rows: there may be one on every line.
-    return (
-        "values" if isinstance(value, list) and (_holds_rows(value) or (any_layout and not others.strip())) else "lines"
-    )
+    if isinstance(value, list) and (_holds_rows(value) or (any_layout and not others.strip())):
+        return "values"
+    return "lines"
 
 
 def _holds_rows(value: list[Any]) -> bool:

@@ -13,18 +13,16 @@ from __future__ import annotations
 
 import codecs
 import io
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, NamedTuple
 
 from dpo_assets.feedback.sources import FileRefused
+from dpo_assets.feedback.sources.json_grammar import Brackets, Grammar, breaks, grammar_of, parsed
 from dpo_assets.feedback.sources.streams import MARK_INSIDE
 
 PIECE = 64 * 1024
 CHECKED_FROM = 64 * 1024  # A value that is longer is asked on the way whether it is still JSON.
-MOST_OPEN = 1_000_000  # Brackets of one value; one that opens more is no row, and has no end worth looking for.
 MOST_ARRAYS = 3  # In one another, that hold rows.
 MOST_OPENINGS = 16  # Keys that rows of one file begin with.
 # What reading again behind damaged values may cost: so many bytes, and so many for each byte of the file.
@@ -35,14 +33,9 @@ _TAIL = 4096  # Kept of what is skipped, so that the beginning of a row is found
 
 _MARK = codecs.BOM_UTF8  # Of a file that was put behind another.
 _BETWEEN = re.compile(rb"(?:[\s,]|" + _MARK + rb")*+")
-_STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
-_BRACKET = re.compile(_STRING + rb'|[{\[]++|[}\]]++|"', re.DOTALL)
-_IN_STRING = re.compile(rb'["\\]')
 _SCALAR = re.compile(rb'"[^"\\\n]*+(?:\\[^\n][^"\\\n]*+)*+"|\}++|\]++|[^\s,{}\[\]]++')
-_TOKEN = re.compile(rb"\s*+(?:(" + _STRING + rb')|([{\[])|([}\]])|([:,])|([^\s"{}\[\]:,]++)|(")|\Z)', re.DOTALL)
 _OPENING = re.compile(rb'\{\s*+("[^"\\]{1,200}+")\s*+:')
 _ANY_OPENING = re.compile(rb'\{\s*+"[^"\\]*+"\s*+:')
-_OPENED_BY = {ord("}"): ord("{"), ord("]"): ord("[")}
 _HOLDS_ROWS = re.compile(rb"\[\s*+[{\[]")
 _WRAPPER = re.compile(
     rb'\{\s*+(?:"[^"\\]{0,100}+"\s*+:\s*+(?:"[^"\\]{0,200}+"|[^\s"{}\[\],]{1,50}+)\s*+,\s*+){0,20}'
@@ -170,7 +163,7 @@ class JsonValues:
 
     def _value(self, opened: bytes = b"") -> bytes:
         """An object or an array, to its closing bracket."""
-        brackets, seen, checked = _Brackets(opened), 0, CHECKED_FROM
+        brackets, seen, checked = Brackets(opened), 0, CHECKED_FROM
         while True:
             end = brackets.close(self._text, self._at + seen)
             if end is not None:
@@ -180,10 +173,10 @@ class JsonValues:
                 return self._damaged()
             if seen > checked:
                 checked = 2 * seen
-                if _breaks(self._text[self._at :]):
+                if breaks(self._text[self._at :]):
                     return self._damaged()
             if seen > self._limit:
-                found = self._to_row_at_hand(_grammar(self._text, self._at))
+                found = self._to_row_at_hand(grammar_of(self._text, self._at))
                 return self._too_long(brackets) if found is None else found
             if not self._more():
                 self.unfinished = True
@@ -196,7 +189,7 @@ class JsonValues:
         end = self._at + len(value)
         behind = self._text[end : end + 1]
         swallows = self._rows.begins(value).search(value, 1) is not None
-        if (swallows or behind not in b",]}{[ \t\r\n") and _parsed(value) is None:
+        if (swallows or behind not in b",]}{[ \t\r\n") and parsed(value) is None:
             return self._damaged()
         self._at = end
         if is_row:
@@ -209,7 +202,7 @@ class JsonValues:
         if self._read_again > READ_AGAIN + READ_AGAIN_OF_ALL * self._read:
             message = "its brackets do not match in too many places for its rows to be told apart"
             raise FileRefused("damaged_file", message)
-        grammar = _grammar(self._text, self._at)
+        grammar = grammar_of(self._text, self._at)
         if (value := self._to_row_at_hand(grammar)) is not None:
             return value
         end = len(self._text) if grammar.open and self._ended else grammar.end
@@ -218,7 +211,7 @@ class JsonValues:
         value, self._at = self._text[self._at : end], end
         return self._cut(value)
 
-    def _to_row_at_hand(self, grammar: _Grammar) -> bytes | None:
+    def _to_row_at_hand(self, grammar: Grammar) -> bytes | None:
         """The value to where another row begins in the text at hand; None where none does.
 
         Where JSON's grammar breaks, that is behind the break, or before it where the grammar sees a string. Where it
@@ -260,7 +253,7 @@ class JsonValues:
             head += added[: max(0, self._limit + 1 - len(head))]
             size += len(added)
 
-    def _too_long(self, brackets: _Brackets) -> bytes:
+    def _too_long(self, brackets: Brackets) -> bytes:
         """A value over the limit, to its end, of which only the beginning is kept."""
         head = self._text[self._at : self._at + self._limit + 1]
         while not brackets.broken:
@@ -319,117 +312,7 @@ class _Rows:
             text: where a row may begin.
             certain: whether an object that cannot be read, or that nothing is known to compare with, is none.
         """
-        found, known = _parsed(text), _parsed(self.last)
+        found, known = parsed(text), parsed(self.last)
         if not isinstance(found, dict) or not isinstance(known, dict):
             return not certain
         return 2 * len(found.keys() & known.keys()) >= len(known)
-
-
-def _parsed(text: bytes) -> Any:
-    """The value that a text begins with, however often a key stands in it; None where it is none."""
-    try:
-        return _LENIENT.raw_decode(text.decode("utf-8", "surrogateescape"))[0]
-    except (ValueError, RecursionError):
-        return None
-
-
-def _breaks(text: bytes) -> bool:
-    """Whether the beginning of a value is no JSON whatever follows."""
-    decoded = text.decode("utf-8", "surrogateescape")
-    try:
-        _LENIENT.raw_decode(decoded)
-    except json.JSONDecodeError as error:
-        return error.msg.startswith("Expecting") and error.pos < len(decoded) - _LONGEST_SCALAR
-    except (ValueError, RecursionError):
-        return False
-    return False
-
-
-_LENIENT = json.JSONDecoder(strict=False)  # Line breaks and controls in strings cost their row, but not its end.
-_LONGEST_SCALAR = 5_000  # Digits; one that a text ends in is not whole.
-
-
-class _Grammar(NamedTuple):
-    """How far a text is a JSON value.
-
-    `end` is behind it, None where it breaks or goes on; `open` says that it goes on. `objects` are the places of the
-    objects in it, as far as it was followed.
-    """
-
-    end: int | None
-    open: bool
-    objects: frozenset[int]
-
-
-def _grammar(text: bytes, at: int) -> _Grammar:
-    """Follows a value by JSON's grammar (RFC 8259, 2). The insides of strings and of scalars are not looked at."""
-    opened, objects = bytearray(), set[int]()
-    expected = "value"
-    while True:
-        token = _TOKEN.match(text, at)
-        if token is None or not token.lastindex or token[6] is not None:
-            return _Grammar(None, True, frozenset(objects))  # The end, perhaps inside a string.
-        string, opens, closes, mark, scalar = token.group(1, 2, 3, 4, 5)
-        at = token.end()
-        in_object = opened[-1:] == b"{"
-        if closes is not None:
-            if expected not in ("next", "first") or not opened or opened.pop() != _OPENED_BY[closes[0]]:
-                break
-            expected = "next"
-            if not opened:
-                return _Grammar(at, False, frozenset(objects))
-        elif mark is not None:
-            if mark == b":" and expected == "colon":
-                expected = "value"
-            elif mark == b"," and expected == "next":
-                expected = "key" if in_object else "value"
-            else:
-                break
-        elif string is not None and in_object and expected in ("first", "key"):
-            expected = "colon"
-        elif expected == "value" or (expected == "first" and not in_object):
-            if opens is not None:
-                if opens == b"{" and opened:
-                    objects.add(token.start(2))
-                opened += opens
-                expected = "first"
-            else:
-                assert string is not None or scalar is not None
-                expected = "next"
-        else:
-            break
-    return _Grammar(None, False, frozenset(objects))
-
-
-class _Brackets:
-    """Follows the brackets and strings of one value through the pieces that hold it."""
-
-    def __init__(self, opened: bytes = b"") -> None:
-        self.broken = False  # A bracket closes another kind: a quote or a bracket is missing.
-        self._open, self._in_string, self._escaped = bytearray(opened), False, False
-
-    def close(self, text: bytes, at: int) -> int | None:
-        """Where the value ends in `text`, looked at from `at` on; None where it goes on or is broken."""
-        while True:
-            if self._escaped and at < len(text):
-                at, self._escaped = at + 1, False
-            token = (_IN_STRING if self._in_string else _BRACKET).search(text, at)
-            if token is None:
-                return None
-            found, at = token[0], token.end()
-            if self._in_string:
-                self._in_string = self._escaped = found == b"\\"
-            elif found == b'"':
-                self._in_string = True
-            elif found[0] in b"{[":
-                self._open += found
-                self.broken = len(self._open) > MOST_OPEN
-            elif found[0] in b"}]":
-                for n, bracket in enumerate(found, 1):
-                    if self._open.pop() != _OPENED_BY[bracket]:
-                        self.broken = True
-                        break
-                    if not self._open:
-                        return token.start() + n
-            if self.broken:
-                return None

@@ -84,7 +84,7 @@ class ParquetRows:
         if total > limits.unpacked_bytes:
             raise unpacked_too_large(f"{total} bytes", "max_unpacked_gib", _UNPACK)
         of_a_row = max(1, total // max(1, metadata.num_rows))
-        return max(1, min(BATCH_ROWS, BATCH_BYTES // of_a_row, REPEATED_BYTES // max(1, longest)))
+        return int(max(1, min(BATCH_ROWS, BATCH_BYTES // of_a_row, REPEATED_BYTES // max(1, longest))))
 
     def _dictionary_bytes(self, chunk: Any) -> int:
         """Bytes of the dictionary of a column chunk, once decompressed: the longest value that many rows may share.

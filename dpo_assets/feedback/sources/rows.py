@@ -93,7 +93,6 @@ class Rows:
     def _lines(self, stream: io.BufferedReader, number: int) -> Iterator[_Raw]:
         """Every line that is not blank. One over the limit is cut to one byte more."""
         limit, returns = self._limits.row_bytes, False
-        too_long = RowFault("row_too_large", f"longer than {limit} bytes")
         while line := stream.readline(limit + len(b"\r\n")):
             end, more = line, False
             while end and not end.endswith(b"\n"):
@@ -105,7 +104,7 @@ class Rows:
             content = line.rstrip(b"\r\n")
             returns |= line.endswith(b"\r\n")
             if more or len(content) > limit:
-                yield number, line[: limit + 1], too_long
+                yield number, line[: limit + 1], _too_long(line, limit)
             elif content.strip():
                 self._last_is_whole = bool(end)
                 yield number, content, None
@@ -172,15 +171,12 @@ def opened(
 
 def with_advice(fault: RowFault, raw: bytes) -> RowFault:
     """The fault, with how to take out the rows that a line holds where it is none itself."""
+    advice = ""
     if fault.reason == "not_an_object" and _LIST_OF_ROWS.match(raw):
-        return replace(
-            fault, message=f"{fault.message}; take its rows out: jq -c 'if type == \"array\" then .[] else . end'"
-        )
-    if fault.reason == "invalid_json" and "Extra data" in fault.message:
-        return replace(
-            fault, message=f"{fault.message}: more than one value on this line; put a line break between them"
-        )
-    return fault
+        advice = "take its rows out: jq -c 'if type == \"array\" then .[] else . end'"
+    elif fault.reason == "invalid_json" and "Extra data" in fault.message:
+        advice = "there is more than one value on this line; put a line break between them"
+    return replace(fault, message=f"{fault.message}: {advice}") if advice else fault
 
 
 def _too_long(raw: bytes, limit: int) -> RowFault:

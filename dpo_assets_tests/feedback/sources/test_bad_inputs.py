@@ -21,8 +21,8 @@ import pytest
 from dpo_assets.errors import FeedbackError
 from dpo_assets.feedback.ingest import read_file
 from dpo_assets.feedback.pair import as_json
-from dpo_assets.feedback.readers import ReadOptions
-from dpo_assets.feedback.sources import FileRefused, Limits, files_of, rows_of
+from dpo_assets.feedback.readers import ReadOptions, RowFault
+from dpo_assets.feedback.sources import FileRefused, Limits, files_of, rows_of, spans_of
 from dpo_assets.feedback.sources import parquet_rows as parquet_module
 from dpo_assets.recipe import FeedbackSection, FeedbackSource
 from dpo_assets_tests.feedback.sources.reading import ROWS, found, jsonl, outcome, read, row
@@ -216,6 +216,74 @@ def test_case_16_pretty_printed_and_concatenated_objects_become_rows(
     if between == ",\n" and name == "a.jsonl":
         content = content.replace(",\n{", "\n{")
     assert read(tmp_path, content.encode(), name).values == ROWS
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.txt"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps(ROWS[:2]) + json.dumps(ROWS[2:]),
+        json.dumps(ROWS[:2]) + "\n" + json.dumps(ROWS[2:]) + "\n",
+        json.dumps(ROWS[:2], indent=2) + "\n" + json.dumps(ROWS[2:], indent=2) + "\n",
+        json.dumps([ROWS[:1], ROWS[1:]]),
+        json.dumps({"data": ROWS}),
+        json.dumps({"version": 1, "rows": ROWS, "next": None}, indent=2),
+        "\r".join([json.dumps(ROWS[:2]), json.dumps(ROWS[2:])]),
+    ],
+    ids=["arrays", "an array a line", "pretty arrays", "an array of arrays", "a wrapper", "a pretty wrapper", "CR"],
+)
+def test_rows_inside_arrays_and_wrappers_are_read(tmp_path: Path, name: str, content: str) -> None:
+    packed = gzip.compress(content.encode(), mtime=0) if name.endswith("gz") else content.encode()
+    result = read(tmp_path, packed, name)
+    assert (result.values, result.faults) == (ROWS, [])
+    assert result.flags["rows_in_a_wrapper"] == ("data" in content or "version" in content)
+
+
+def test_a_line_that_holds_several_rows_says_how_to_take_them_out(tmp_path: Path) -> None:
+    together = row(2) + row(1)  # Two files were put together, and the first had no line break at its end.
+    result = read(tmp_path, b"\n".join([row(0), json.dumps(ROWS[1:]).encode(), together, b"[1]"]))
+    assert (result.values, [n for n, _ in result.faults]) == (ROWS[:1], [2, 3, 4])
+    array, values, plain = [one.value.message for one in result.rows if isinstance(one.value, RowFault)]
+    assert "jq -c 'if type == \"array\" then .[] else . end'" in array
+    assert "put a line break between them" in values
+    assert "jq" not in plain
+
+
+def test_a_value_over_the_limit_that_may_hold_the_rows_says_how_to_take_them_out(tmp_path: Path) -> None:
+    content = json.dumps({"title": "x", "votes": ROWS * 20}).encode()
+    [one] = read(tmp_path, content, "a.json", limits=Limits(row_bytes=500)).rows
+    assert isinstance(one.value, RowFault)
+    assert one.value.reason == "row_too_large"
+    assert "jq -c '.votes[]'" in one.value.message
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.jsonl.gz"])
+def test_a_byte_order_mark_inside_costs_no_row_and_is_flagged(tmp_path: Path, name: str) -> None:
+    parts = [jsonl(ROWS[:1]), jsonl(ROWS[1:])]
+    if name == "a.json":
+        parts = [json.dumps(ROWS[:1]).encode(), json.dumps(ROWS[1:]).encode()]
+    elif name == "a.csv":
+        parts = [_csv(ROWS[:1]).encode(), _csv(ROWS).encode().split(b"\n", 2)[2]]
+    content = codecs.BOM_UTF8 + parts[0] + codecs.BOM_UTF8 + parts[1]
+    result = read(tmp_path, gzip.compress(content, mtime=0) if name.endswith("gz") else content, name)
+    assert (result.values, result.faults) == (ROWS, [])
+    assert result.flags == {"byte_order_mark": 1, "byte_order_mark_inside": 1}
+
+
+def test_a_byte_order_mark_inside_is_flagged_by_the_span_that_holds_it(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl(ROWS[:1]) + codecs.BOM_UTF8 + jsonl(ROWS[1:]))
+    file = found(tmp_path / "a.jsonl")
+    spans = spans_of(file, 1)
+    assert spans is not None
+    rows = [rows_of(file, span) for span in spans]
+    assert [one.value for part in rows for one in part] == ROWS
+    assert [part.flags["byte_order_mark_inside"] for part in rows] == [0, 1, 0]
+
+
+def test_utf_16_files_that_were_put_together_keep_their_rows(tmp_path: Path) -> None:
+    parts = [part.decode().encode("utf-16-le") for part in (jsonl(ROWS[:1]), jsonl(ROWS[1:]))]
+    result = read(tmp_path, b"".join(codecs.BOM_UTF16_LE + part for part in parts))
+    assert (result.values, result.flags["byte_order_mark_inside"]) == (ROWS, 1)
 
 
 def test_case_19_a_huge_integer_is_kept(tmp_path: Path) -> None:
