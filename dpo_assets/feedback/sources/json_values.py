@@ -16,6 +16,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 from dpo_assets.feedback.sources import FileRefused
 from dpo_assets.feedback.sources.json_grammar import Brackets, Grammar, breaks, grammar_of, parsed
@@ -29,6 +30,7 @@ MOST_OPENINGS = 16  # Keys that rows of one file begin with.
 READ_AGAIN, READ_AGAIN_OF_ALL = 2**28, 16
 WRAPPED = "rows_in_a_wrapper"
 _WRAPPERS = rb"data|rows|records|examples|samples|results|entries|feedback|preferences|train"
+_LOOKED_AT_BEHIND = 256  # Bytes in which what comes behind a value is looked for.
 _TAIL = 4096  # Kept of what is skipped, so that the beginning of a row is found across pieces.
 
 _MARK = codecs.BOM_UTF8  # Of a file that was put behind another.
@@ -183,17 +185,21 @@ class JsonValues:
                 return self._damaged()
 
     def _closed(self, end: int, is_row: bool) -> bytes:
-        """A value whose brackets match, unless they do so by chance and rows lie inside it or behind it."""
+        """A value whose brackets match. They may do so by chance: it must be one, and no text may go on behind it."""
         value = self._text[self._at : end]
-        self._reach(end - self._at + 1)
+        self._reach(len(value) + _LOOKED_AT_BEHIND)
         end = self._at + len(value)
-        behind = self._text[end : end + 1]
-        swallows = self._rows.begins(value).search(value, 1) is not None
-        if (swallows or behind not in b",]}{[ \t\r\n") and parsed(value) is None:
-            return self._damaged()
-        self._at = end
         if is_row:
+            found = parsed(value)
+            if found is None:
+                return self._damaged()
+            between = _BETWEEN.match(self._text, end)
+            assert between is not None
+            goes_on = self._text[between.end() : between.end() + 1] not in b"{[]}"
+            if goes_on and not self._rows.same_keys(found):
+                return self._to_next_row(end)
             self._rows.saw(value)
+        self._at = end
         return value
 
     def _damaged(self) -> bytes:
@@ -214,17 +220,14 @@ class JsonValues:
     def _to_row_at_hand(self, grammar: Grammar) -> bytes | None:
         """The value to where another row begins in the text at hand; None where none does.
 
-        Where JSON's grammar breaks, that is behind the break, or before it where the grammar sees a string. Where it
-        goes on to the end, rows may stand as objects in the value; that they are some must be certain then.
+        Where JSON's grammar breaks, that is behind the break, or before it where the grammar sees a string, or an
+        object inside the value: a row whose end is missing takes in the next one.
         """
         begins = self._rows.begins(self._text, self._at)
         end = len(self._text) if grammar.end is None else grammar.end
         for found in _ANY_OPENING.finditer(self._text, self._at + 1, end):
             nested = found.start() in grammar.objects
-            if nested and (not grammar.open or self._rows.nest):
-                continue
-            certain = nested or begins.match(self._text, found.start()) is None
-            if self._rows.like(self._text[found.start() : found.start() + CHECKED_FROM], certain):
+            if self._rows.like(self._text[found.start() : found.start() + CHECKED_FROM], begins, nested):
                 self.unfinished = False
                 value, self._at = self._text[self._at : found.start()], found.start()
                 return self._cut(value)
@@ -300,19 +303,31 @@ class _Rows:
             self._begins = pattern
         return self._begins
 
-    @property
-    def nest(self) -> bool:
-        """Whether rows hold objects that begin as rows do, as the nodes of a tree."""
-        return not self.last or self.begins().search(self.last, 1) is not None
+    def same_keys(self, found: Any) -> bool:
+        """Whether a value has the keys of the last sound row; of the first one nothing else is known."""
+        known = parsed(self.last)
+        return not isinstance(known, dict) or (isinstance(found, dict) and found.keys() == known.keys())
 
-    def like(self, text: bytes, certain: bool) -> bool:
+    def like(self, text: bytes, begins: re.Pattern[bytes], nested: bool) -> bool:
         """Whether what begins a text may be a row: an object with most of the keys that the last sound one has.
 
         Args:
             text: where a row may begin.
-            certain: whether an object that cannot be read, or that nothing is known to compare with, is none.
+            begins: what rows begin with. What begins so may be a damaged row too.
+            nested: it is an object inside a value that may be sound and only not whole. So are the nodes of a tree,
+                which begin as the tree does: where rows hold such objects, an object inside is none.
         """
         found, known = parsed(text), parsed(self.last)
-        if not isinstance(found, dict) or not isinstance(known, dict):
-            return not certain
+        begins_so = begins.match(text) is not None
+        if nested and (begins.search(self.last, 1) is not None or not isinstance(found, dict)):
+            return False
+        if not isinstance(found, dict):
+            return begins_so
+        if not isinstance(known, dict):
+            return begins_so and not (nested and begins.search(text[: _length(text)], 1))
         return 2 * len(found.keys() & known.keys()) >= len(known)
+
+
+def _length(text: bytes) -> int:
+    """Of the value that a text begins with, brackets and all."""
+    return Brackets().close(text, 0) or len(text)

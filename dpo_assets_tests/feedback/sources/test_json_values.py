@@ -215,6 +215,30 @@ def test_a_damaged_row_costs_itself_and_its_neighbours_are_read(
     assert len(values) > len(neighbours)
 
 
+@settings(max_examples=400, deadline=None)
+@given(
+    texts=st.lists(st.sampled_from(_TEXTS_OF_ROWS), min_size=3, max_size=6),
+    nested=st.booleans(),
+    layout=st.sampled_from(_LAYOUTS),
+    where=st.integers(0, 5),
+    at=st.integers(0, 200),
+    gone=st.integers(0, 40),
+    come=st.sampled_from(["", *'{}[]",:\\ \na1']),
+)
+def test_no_edit_of_one_row_costs_another_one_or_makes_a_row(
+    texts: list[str], nested: bool, layout: str, where: int, at: int, gone: int, come: str
+) -> None:
+    """Any run of characters taken out, one put in: what is a row then is one that was there, or the edited one."""
+    where %= len(texts)
+    rows = [_row(n, text, nested) for n, text in enumerate(texts)]
+    written = [json.dumps(row, indent=2 if layout == "pretty" else None, ensure_ascii=False) for row in rows]
+    at %= len(written[where])
+    written[where] = edited = written[where][:at] + come + written[where][at + gone :]
+    whole = [row for row in _sound(cut(_laid_out(written, layout))[0]) if row.keys() >= rows[0].keys()]
+    own = [*_sound([edited.encode()]), rows[where]]  # Which a bracket before or behind it leaves as it was.
+    assert [row for row in whole if row not in own] == [row for n, row in enumerate(rows) if n != where]
+
+
 @pytest.mark.parametrize("fault", _FAULTS)
 @pytest.mark.parametrize("where", [0, 1, 500, 998, 999])
 def test_a_damaged_row_of_a_long_line_costs_no_row_behind_it(fault: str, where: int) -> None:
