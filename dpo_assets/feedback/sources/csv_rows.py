@@ -96,38 +96,46 @@ class CsvRows:
         return RowFault("row_too_large", f"longer than {self._limit} bytes")
 
     def _damaged(self, number: int, feed: _Feed, cells: list[str] | RowFault) -> Record:
-        """A record that is none: its first line where rows follow, else all of its lines."""
+        """A record that is none: its first line, and those behind it that are no rows of their own."""
         first, *rest = feed.taken
+        own = 1 + self._inside(first, rest, ends=feed.asked_in_vain)
+        self._give_back(feed.taken[own:])
         if feed.asked_in_vain:  # Only inside a quoted cell is a further line asked for.
+            self.unfinished |= feed.at_end and own == len(feed.taken)
+            if not feed.at_end and own > 1:
+                return Record(number, [b"".join(feed.taken[:own])[: self._limit + 1]], self._too_large())
             cells = RowFault("unclosed_quote", "a quote is opened on this line and never closed")
-        assert isinstance(cells, RowFault)
-        if not rest or self._rows_follow(rest, ends=feed.asked_in_vain):
-            self._give_back(rest)
-            self.unfinished |= feed.at_end and not rest
-            if rest and not feed.asked_in_vain:
-                message = f"a quote is opened on this line and not closed before line {self._line + len(rest)}"
-                cells = RowFault("invalid_csv", message)
-            return Record(number, [first], cells)
-        self.unfinished |= feed.at_end
-        if feed.asked_in_vain and not feed.at_end:
-            return Record(number, [b"".join(feed.taken)[: self._limit + 1]], self._too_large())
-        return Record(number, feed.taken, cells)
+        elif own < len(feed.taken):
+            message = f"a quote is opened on this line and not closed before line {number + len(rest)}"
+            cells = RowFault("invalid_csv", message)
+        return Record(number, feed.taken[:own], cells)
 
-    def _rows_follow(self, lines: Sequence[bytes], ends: bool) -> bool:
-        """Whether the lines behind the first one of a damaged record are rows, or the inside of one of its cells.
+    def _inside(self, first: bytes, rest: Sequence[bytes], ends: bool) -> int:
+        """How many of the lines behind the first one of a damaged record are the inside of its cells, and no rows.
 
-        Most of them say which: a row has as many cells as the header. So does the quote by which the quotes were seen
-        not to match, on the last line: one that opens a cell is that of another row. Where the text `ends` there, or
-        the limit is reached, there is none.
+        A row has as many cells as the header; where lines before it have not, it must be sure. The last line is where
+        the quotes were seen not to match: by a quote that opens a cell of another row, or by one of this row's own.
+        Where the text `ends` there, or the limit is reached, it is a line like the others.
         """
-        if not ends and self._opens_cell(lines[-1]):
-            return True
-        inner = (lines if ends else lines[:-1])[:MOST_ASKED]
-        return 2 * sum(len(self._alone(line)) == self._width for line in inner) > len(inner)
+        inner = rest if ends else rest[:-1]
+        rows = [not line.strip() or len(self._alone(line)) == self._width for line in inner[:MOST_ASKED]]
+        if not ends and not (self._begins_row(first, rest[-1]) if rest else True) and not (rows and all(rows)):
+            return len(rest)
+        inside = 0 if all(rows) else len(rows)
+        while inside and rows[inside - 1] and not self._is_prose(inner[inside - 1]):
+            inside -= 1
+        return len(rest) if ends and inside == len(rows) else inside
 
-    def _opens_cell(self, line: bytes) -> bool:
-        at = line.find(b'"')
-        return at == 0 or line[at - 1 : at] == self._delimiter.encode()
+    def _begins_row(self, first: bytes, line: bytes) -> bool:
+        """Whether the quote that does not match opens a cell of another row than that of the `first` line."""
+        before, quote, _ = line.partition(b'"')
+        if not quote or before[-1:] not in (b"", self._delimiter.encode()) or self._is_prose(before):
+            return False
+        return before[:1] != self._delimiter.encode() or first.count(self._delimiter.encode()) >= self._width - 1
+
+    def _is_prose(self, text: bytes) -> bool:
+        """Whether delimiters stand in it as commas do, before a space."""
+        return self._delimiter.encode() + b" " in text
 
     def _alone(self, line: bytes) -> list[str]:
         """The cells of a line that is a record by itself; none where it is not."""
@@ -145,7 +153,7 @@ class CsvRows:
         if len(lines) < 3 or self._width < 2:
             return False
         delimiter = self._delimiter.encode()
-        return all(line.count(delimiter) == self._width - 1 and delimiter + b" " not in line for line in lines)
+        return all(line.count(delimiter) == self._width - 1 and not self._is_prose(line) for line in lines)
 
     def _row(self, header: list[str], cells: list[str], raw: bytes) -> Mapping[str, Any] | RowFault:
         try:

@@ -100,6 +100,34 @@ def test_a_damaged_row_is_rejected_and_no_neighbour_is_lost_or_changed(kinds: li
             assert n in accepted
 
 
+_TEXTS = ("yes", "a, b", 'he said "no"', "one\ntwo", "one, two\nthree\nfour, five", "x;y", "", '5" disk', '"', "é")
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    texts=st.lists(st.tuples(st.sampled_from(_TEXTS), st.sampled_from(_TEXTS)), min_size=3, max_size=7),
+    quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+    where=st.integers(0, 5),
+    at=st.integers(0, 60),
+    gone=st.integers(0, 10),
+    come=st.sampled_from(["", *'",a ;']),
+)
+@example([("yes", "no")] * 6, csv.QUOTE_ALL, 2, 4, 0, '"')
+@example([("one\ntwo", "no")] * 4, csv.QUOTE_ALL, 1, 12, 2, "")
+def test_no_edit_of_one_row_costs_another_one(
+    texts: list[tuple[str, str]], quoting: int, where: int, at: int, gone: int, come: str
+) -> None:
+    """Any run of characters taken out of a row, one put in: the other rows are as they were."""
+    rows = [[f"q{n}", *pair] for n, pair in enumerate(texts)]
+    lines = [written([row], quoting)[:-1] for row in rows]
+    where %= len(rows) - 1  # Behind the last row nothing tells a quote that is not closed from a text that is cut off.
+    at %= len(lines[where])
+    lines[where] = lines[where][:at] + come + lines[where][at + gone :]
+    accepted, _, _ = read(body(*lines))
+    found = [cells for cells in accepted.values() if cells in rows]
+    assert [row for row in found if row != rows[where]] == rows[:where] + rows[where + 1 :]
+
+
 @pytest.mark.parametrize("kind", [kind for kind in _DAMAGED if kind != "{n},\xff,no"])
 @pytest.mark.parametrize("sound", _SOUND)
 def test_the_sound_rows_around_one_damaged_row_are_all_accepted(kind: str, sound: str) -> None:
