@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import torch
 
-from dpo_assets.training.evaluate import generate, generation_health, repeats_itself
+from dpo_assets.training.evaluate import generate, generation_health, repeats_itself, summarise
 from dpo_assets.training.loading import attach_adapter, load_base
 from dpo_assets.training.packing import Group
 from dpo_assets_tests.training.conftest import PlanMaker
@@ -78,3 +79,20 @@ def test_generation_health_counts_shares() -> None:
         "distinct_2": pytest.approx(5 / 13),
         "mean_tokens": 4.0,
     }
+
+
+def test_the_ratio_of_likelihoods_is_the_policys_loss_over_that_of_sft() -> None:
+    """Above one, chosen answers became less likely: log-probabilities of -10 and -30 went to -15 and -45."""
+    table = pl.DataFrame(
+        {
+            "prompt_id": ["a", "b"],
+            "sft_chosen": [-10.0, -30.0], "policy_chosen": [-15.0, -45.0], "chosen_tokens": [5, 10],
+            "sft_rejected": [-12.0, -20.0], "policy_rejected": [-30.0, -60.0], "rejected_tokens": [6, 8],
+        }
+    )  # fmt: skip
+    said = summarise(table, 0.95)
+    assert said["nll_ratio_chosen"] == 1.5
+    assert said["chosen_shift_nats_per_token"] == pytest.approx((-1.0 - 1.5) / 2)
+    assert said["rejected_shift_nats_per_token"] == pytest.approx((-3.0 - 5.0) / 2)
+    assert (said["margin_mean_nats"], said["margin_median_nats"]) == pytest.approx(((13 + 25) / 2, (13 + 25) / 2))
+    assert (said["pairs"], said["prompts"]) == (2, 2)
