@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import re
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ MOST_LINES = 100_000  # Of one row.
 MOST_ASKED = 1_000  # Lines of a damaged row that are asked whether they are rows.
 # What reading again behind quotes that do not match may cost: so many bytes, and so many for each byte of the file.
 READ_AGAIN, READ_AGAIN_OF_ALL = 2**28, 16
+_DECLARED = re.compile(rb"sep=([,;\t|])\r?\n")  # Excel's first line, which is no header.
 
 
 class Record(NamedTuple):
@@ -43,8 +45,12 @@ class CsvRows:
         # The csv module's own limit is one for the whole process, and lower than a row may be here.
         csv.field_size_limit(max(csv.field_size_limit(), 2 * limit))
         self._stream, self._limit, self._flags = stream, limit, flags
-        self._delimiter = delimiter or _delimiter_of(stream.peek())
         self._line = 0  # Lines read so far.
+        if declared := _DECLARED.match(stream.peek()):
+            delimiter = declared[1].decode()
+            stream.read(declared.end())
+            self._line = 1
+        self._delimiter = delimiter or _delimiter_of(stream.peek())
         self._width = 0  # Columns of the header.
         self._read = self._read_again = 0  # Bytes.
         self._again: deque[bytes] = deque()
@@ -222,6 +228,10 @@ class _Feed:
 def _said(error: csv.Error) -> str:
     if "expected after" in str(error):
         return 'text behind a closing quote: inside a cell quotes are doubled ("")'
+    if "new-line" in str(error):
+        return (
+            "a lone carriage return outside quotes, in a file whose lines end in line feeds: make all ends line feeds"
+        )
     return str(error)
 
 

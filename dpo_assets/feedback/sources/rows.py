@@ -7,7 +7,6 @@ import io
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 from dpo_assets.feedback.lines import parse_line
@@ -176,7 +175,7 @@ def with_advice(fault: RowFault, raw: bytes) -> RowFault:
         advice = "take its rows out: jq -c 'if type == \"array\" then .[] else . end'"
     elif fault.reason == "invalid_json" and "Extra data" in fault.message:
         advice = "there is more than one value on this line; put a line break between them"
-    return replace(fault, message=f"{fault.message}: {advice}") if advice else fault
+    return RowFault(fault.reason, f"{fault.message}: {advice}", fault.row) if advice else fault
 
 
 def _too_long(raw: bytes, limit: int) -> RowFault:

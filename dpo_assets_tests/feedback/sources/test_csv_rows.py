@@ -196,3 +196,17 @@ def test_quotes_that_match_nowhere_are_given_up_before_they_take_for_ever() -> N
     ):
         read(content)
     assert refused.value.reason == "damaged_file"
+
+
+def test_the_line_by_which_excel_names_the_delimiter_is_no_header() -> None:
+    accepted, rejected, _ = read(b"sep=;\r\nprompt;chosen;rejected\r\nq0;yes, sir;no\r\n")
+    assert (accepted, rejected) == ({3: ["q0", "yes, sir", "no"]}, {})
+
+
+def test_lines_that_end_in_two_ways_cost_the_lines_that_run_together_and_say_so() -> None:
+    content = body("q0,g0,b0\rq1,g1,b1", "q2,g2,b2")
+    rows = list(CsvRows(io.BufferedReader(io.BytesIO(content)), 2**20, Counter(), None))  # type: ignore[type-var]
+    [first, second] = [value for _, _, value in rows]
+    assert isinstance(first, RowFault)
+    assert (first.reason, "lone carriage return" in first.message) == ("invalid_csv", True)
+    assert second == {"prompt": "q2", "chosen": "g2", "rejected": "b2"}
