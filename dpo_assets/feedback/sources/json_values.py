@@ -178,7 +178,7 @@ class JsonValues:
                 if breaks(self._text[self._at :]):
                     return self._damaged()
             if seen > self._limit:
-                found = self._to_row_at_hand(grammar_of(self._text, self._at))
+                found = self._to_row_at_hand(self._grammar())
                 return self._too_long(brackets) if found is None else found
             if not self._more():
                 self.unfinished = True
@@ -204,11 +204,7 @@ class JsonValues:
 
     def _damaged(self) -> bytes:
         """A value that is none, to where the next row begins."""
-        self._read_again += len(self._text) - self._at
-        if self._read_again > READ_AGAIN + READ_AGAIN_OF_ALL * self._read:
-            message = "its brackets do not match in too many places for its rows to be told apart"
-            raise FileRefused("damaged_file", message)
-        grammar = grammar_of(self._text, self._at)
+        grammar = self._grammar()
         if (value := self._to_row_at_hand(grammar)) is not None:
             return value
         end = len(self._text) if grammar.open and self._ended else grammar.end
@@ -216,6 +212,18 @@ class JsonValues:
             return self._to_next_row(len(self._text))
         value, self._at = self._text[self._at : end], end
         return self._cut(value)
+
+    def _grammar(self) -> Grammar:
+        """How far the text at hand is a value, which is read again for it.
+
+        Raises:
+            FileRefused: `damaged_file` when that was too much.
+        """
+        self._read_again += len(self._text) - self._at
+        if self._read_again > READ_AGAIN + READ_AGAIN_OF_ALL * self._read:
+            message = "its brackets do not match in too many places for its rows to be told apart"
+            raise FileRefused("damaged_file", message)
+        return grammar_of(self._text, self._at)
 
     def _to_row_at_hand(self, grammar: Grammar) -> bytes | None:
         """The value to where another row begins in the text at hand; None where none does.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 2**30  # Of one column in one row group once decompressed: no page of it, the least that is read, is more.
 BATCH_BYTES, BATCH_ROWS = 4 * 2**20, 1024  # About what is turned into rows at a time, and at most.
-REPEATED_BYTES = 64 * 2**20  # Of a batch whose rows all hold the longest value that a column's dictionary may have.
+REPEATED_BYTES = 24 * 2**20  # Of a batch whose rows all hold the longest value that a column's dictionary may have.
 SHOWN_BYTES = 4096  # Of a binary cell in the bytes of its row; of a longer one its size and digest are shown.
 _PAGE_BUFFER = 2**20
 _WIDEST_AS_PYTHON = 4  # A row whose values take this many times the limit is not turned into objects at all.

@@ -199,7 +199,7 @@ def test_quotes_that_match_nowhere_are_given_up_before_they_take_for_ever() -> N
 
 
 def test_the_line_by_which_excel_names_the_delimiter_is_no_header() -> None:
-    accepted, rejected, _ = read(b"sep=;\r\nprompt;chosen;rejected\r\nq0;yes, sir;no\r\n")
+    accepted, rejected, _ = read(b"sep=;\r\nprompt;chosen;rejected\nq0;yes, sir;no\n")
     assert (accepted, rejected) == ({3: ["q0", "yes, sir", "no"]}, {})
 
 

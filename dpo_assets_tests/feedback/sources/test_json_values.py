@@ -307,3 +307,27 @@ def test_a_list_of_messages_is_no_wrapper_of_rows() -> None:
     row = b'{"id": "x", "messages": [{"role": "user"}], "data": [{"a": 1}]}'
     assert cut(row)[0] == [row]
     assert cut(b'{"a": 1}{"data": [{"a": 1}]}')[0] == [b'{"a": 1}', b'{"data": [{"a": 1}]}']
+
+
+def test_what_a_bracket_too_early_leaves_of_a_row_is_no_row() -> None:
+    """Before its last key, which may be the one that says how much better an answer is."""
+    rows = [_row(n, "yes", False) | {"margin": n} for n in range(3)]
+    written = [json.dumps(row) for row in rows]
+    written[1] = written[1].replace(', "margin"', '}, "margin"')
+    values, _ = cut(_laid_out(written, "one line"))
+    assert _sound(values) == [rows[0], rows[2]]
+    assert len(values) == 3
+
+
+def test_a_row_behind_a_stray_quote_is_read() -> None:
+    values, _ = cut(b'[{"a": 1}, "x, {"a": 2}, {"a": 3}]')
+    assert values == [b'{"a": 1}', b'"x,', b'{"a": 2}', b'{"a": 3}']
+
+
+def test_damage_is_seen_long_before_a_value_is_too_long() -> None:
+    written = [json.dumps(_row(n, "yes", False)) for n in range(20_000)]
+    written[3] = _damage(written[3], "cut in the middle")
+    content = _laid_out(written, "one line")
+    assert len(content) > 2**20
+    with patch.object(module, "READ_AGAIN", 3 * module.PIECE), patch.object(module, "READ_AGAIN_OF_ALL", 0):
+        assert len(_sound(cut(content)[0])) == 19_999
