@@ -55,7 +55,7 @@ CHECKS: tuple[CheckInfo, ...] = (
     CheckInfo("dpo_rate_against_sft", "dpo_plan", "The DPO learning rate is not copied from SFT."),
     CheckInfo("beta_for_loss", "dpo_plan", "Beta suits the loss: its unit differs from loss to loss."),
     CheckInfo("loss_supported", "dpo_plan", "The loss exists here, and uses the label smoothing it is given."),
-    CheckInfo("budget", "dpo_plan", "Effective batch, epochs and steps.", blocking=False),
+    CheckInfo("budget", "dpo_plan", "There are enough steps to judge a run by.", blocking=False),
     CheckInfo("schedule_and_precision", "dpo_plan", "Warm-up, clipping and number format.", blocking=False),
     CheckInfo("lora_scale", "dpo_plan", "The adapter's scale and rank suit the learning rate.", blocking=False),
     CheckInfo("memory_fits", "dpo_plan", "The estimated peak fits the device."),

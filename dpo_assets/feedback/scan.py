@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dpo_assets.feedback.pair import as_json
-from dpo_assets.secret_shapes import PATTERNS
+from dpo_assets.secret_shapes import HINT, PATTERNS
 
 if TYPE_CHECKING:
     import polars as pl
@@ -147,10 +147,7 @@ _FIRST: dict[str, tuple[str, Callable[[str], bool]]] = {
     EMAIL: (r"[A-Za-z0-9]@[A-Za-z0-9]", lambda text: _EMAIL.search(text) is not None),
     CARD: (r"[2-6](?:[ -]?[0-9]){12}", lambda text: any(_is_card(m) for m in _CARD.findall(text))),
     PHONE: (r"\+[1-9][0-9 .()-]{7}|[0-9]{3}(?:[.-]|\) ?)[0-9]{3}[.-][0-9]{4}", lambda text: bool(_PHONE.search(text))),
-    SECRET: (
-        r"hf_[A-Za-z0-9]{20}|sk-[A-Za-z0-9]|AKIA|ASIA|gh[pousr]_[A-Za-z0-9]|github_pat_|PRIVATE KEY",
-        lambda text: _SECRETS.search(text) is not None,
-    ),
+    SECRET: (HINT, lambda text: _SECRETS.search(text) is not None),
     TEMPLATE: (
         r"<\||<｜|\[/?[A-Z_]{3,16}|<</?SYS>>|<(?:sta|end)|</?(?:s|bos|eos|pad|unk)>",
         lambda text: bool(marks_in(text)) or any(mark in text for mark in AMBIGUOUS_MARKS),

@@ -57,7 +57,7 @@ MERGE: Report = {"finite": True, "probe_pairs": 32, "mean_difference_per_token":
 
 def adapter_verdicts(report: Report) -> list[Verdict]:
     """All checks of `dpo_adapter`, in the order in which its asset returns them."""
-    limits = CollapseLimits.of(BANDS, beta=0.1)
+    limits = CollapseLimits.of(BANDS, losses=("sigmoid",), beta=0.1)
     return [
         *dpo_verdicts(report, BANDS),
         collapse_verdict(report, [], limits, BANDS),
@@ -446,6 +446,7 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
     bad_plan = plan(
         parameters=10**10,
         memory_gib=99.0,
+        dpo_steps=5,
         lora=LoraSection(rank=16, alpha=64),
         dpo={"learning_rate": 1.0, "beta": 0.0, "label_smoothing": 0.1, "batch_size": 1, "warmup_ratio": 0.0},
     )
