@@ -123,9 +123,11 @@ class CsvRows:
         the quotes were seen not to match: by a quote that opens a cell of another row, or by one of this row's own.
         Where the text `ends` there, or the limit is reached, it is a line like the others.
         """
+        if not rest:
+            return 0
         inner = rest if ends else rest[:-1]
         rows = [not line.strip() or len(self._alone(line)) == self._width for line in inner[:MOST_ASKED]]
-        if not ends and not (self._begins_row(first, rest[-1]) if rest else True) and not (rows and all(rows)):
+        if not (ends or self._begins_row(first, rest[-1]) or (rows and all(rows))):
             return len(rest)
         inside = 0 if all(rows) else len(rows)
         while inside and rows[inside - 1] and not self._is_prose(inner[inside - 1]):
