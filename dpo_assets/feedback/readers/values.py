@@ -38,7 +38,7 @@ def other_type(value: Any, where: str, expected: str) -> RowFault:
         return RowFault(
             "invalid_utf8", f"`{where}` holds {len(value)} bytes that are no UTF-8 text; expected {expected}"
         )
-    return RowFault("wrong_type", f"`{where}` is {type(value).__name__}; expected {expected}")
+    return RowFault("wrong_type", f"`{where}` is {type(value).__name__}; expected {expected}{_hint(value)}")
 
 
 def mapping(value: Any, where: str, expected: str = "an object") -> Row:
@@ -60,6 +60,12 @@ def listed(value: Any, where: str, expected: str = "a list") -> list[Any]:
     if not isinstance(value, list):
         raise other_type(value, where, expected)
     return value
+
+
+def _hint(value: Any) -> str:
+    """What to do about a value that is JSON in text, as SQL and CSV have it."""
+    is_json = isinstance(value, str) and value.lstrip()[:1] in ("{", "[")
+    return "; if its text is JSON, name the column under `json_columns`" if is_json else ""
 
 
 def others(row: Row, *used: str) -> dict[str, Any]:

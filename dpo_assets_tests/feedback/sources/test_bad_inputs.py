@@ -651,7 +651,7 @@ def test_parquet_columns_that_nobody_asks_for_judge_no_row(tmp_path: Path) -> No
     unread = {
         "uid": pa.array([b"\xff" * 16, b"plain"], pa.binary()),
         "fixed": pa.array([b"\x80" * 16] * 2, pa.binary(16)),
-        "image": pa.array([{"bytes": b"\x89PNG\xff", "path": "a.png"}, None]),
+        "thumbnail": pa.array([{"bytes": b"\x89PNG\xff", "path": "a.png"}, None]),
         "large": pa.array([b"\xff" * 6 * 2**20, None], pa.binary()),
         "loss": pa.array([float("inf"), float("-inf")]),
         "losses": pa.array([[float("nan"), float("inf")], []]),
@@ -663,12 +663,20 @@ def test_parquet_columns_that_nobody_asks_for_judge_no_row(tmp_path: Path) -> No
     batch = read_file(file, ReadOptions())
     assert (len(batch.pairs), batch.rejected) == (2, [])
     [first, second] = outcome(file).values
-    assert (first["image"]["path"], bytes(first["image"]["bytes"])) == ("a.png", b"\x89PNG\xff")
+    assert (first["thumbnail"]["path"], bytes(first["thumbnail"]["bytes"])) == ("a.png", b"\x89PNG\xff")
     assert (second["uid"], str(second["loss"])) == ("plain", "-inf")
     meta = json.loads(as_json(batch.pairs[0].meta), parse_constant=lambda name: pytest.fail(name))
     assert meta["large"].startswith("<6291456 bytes, sha256 ")
     assert meta["losses"] == [None, "inf"]
     assert len(outcome(file).rows[0].raw) < 2_000
+
+
+def test_a_parquet_column_of_pictures_is_a_modality_that_is_not_supported(tmp_path: Path) -> None:
+    texts = {"prompt": ["q", "q2"], "chosen": ["yes", "yes"], "rejected": ["no", "no"]}
+    pictures = pa.array([{"bytes": b"\x89PNG\xff", "path": "a.png"}, None])
+    batch = read_file(found(parquet(tmp_path, pa.table({**texts, "image": pictures}))), ReadOptions())
+    assert [(row.reason, row.line) for row in batch.rejected] == [("unsupported_modality", 1)]
+    assert [pair.line for pair in batch.pairs] == [2]
 
 
 @pytest.mark.parametrize("damage", ["footer", "page", "magic only", "cut"])
