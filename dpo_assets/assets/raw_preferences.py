@@ -21,7 +21,7 @@ from dpo_assets.feedback.ingest import COUNTS, EMPTY, EMPTY_FILE, PAIRS, QUARANT
 from dpo_assets.feedback.library import BATCH_KIND, PAIRED_KIND, FileBatches, pair_into, read_into
 from dpo_assets.feedback.pair import PAIR_COLUMNS
 from dpo_assets.feedback.readers import ReadOptions
-from dpo_assets.feedback.sources import files_of
+from dpo_assets.feedback.sources import Limits, files_of
 from dpo_assets.recipe import FeedbackSource, Recipe
 from dpo_assets.report.tables import counts_table, sample_table, table
 from dpo_assets.section import describe_validation_error
@@ -44,7 +44,7 @@ def materialise(step: Step) -> Events:
     """Reads what is new; what was read before costs a hash."""
     history = step.history("raw_preferences", VOLUMES)
     if step.only_checks:
-        found, reused = step.build("raw_preferences", None, {}, lambda folder, _: None)
+        found, reused = step.build("raw_preferences", None, step.inputs(), lambda folder, _: None)
         given = history[0][0] if history else {}
         yield from step.result("raw_preferences", found, reused, _verdicts(step, found, given, history[1:]))
         return
@@ -53,7 +53,7 @@ def materialise(step: Step) -> Events:
     options = ReadOptions(
         feedback.pairing, feedback.include_synthetic, min_margin=feedback.min_margin, user_key=step.user_key
     )
-    files = files_of(_sources(step), landing, hub=step.hub.api)
+    files = files_of(_sources(step), landing, hub=step.hub.api, limits=Limits.of(feedback))
     read = [read_into(step.tree, file, options) for file in files]
     index: dict[str, Any] = {
         "found": sorted(file.name for file in files),
@@ -69,7 +69,7 @@ def materialise(step: Step) -> Events:
     def make(folder: Path, _: str) -> None:
         write_json(folder / INDEX, index)
 
-    artifact, reused = step.build("raw_preferences", index, {}, make)
+    artifact, reused = step.build("raw_preferences", index, step.inputs(), make)
     given = volumes((one.file.origin, one.file.name, sum(b.json(COUNTS)["rows"] for b in one.batches)) for one in read)
     shown = _metadata(index, batches_of(step, artifact), [one.new for one in read]) | {VOLUMES: given}
     yield from step.result("raw_preferences", artifact, reused, _verdicts(step, artifact, given, history), shown)
@@ -214,6 +214,7 @@ NODE = Node(
     phase="data",
     kinds=frozenset({"parquet", "polars"}),
     body=materialise,
+    recipe=("feedback",),
     columns=PAIR_COLUMNS,
     config=read_config,
 )
