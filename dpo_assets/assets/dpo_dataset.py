@@ -24,7 +24,7 @@ from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.dataset import KEPT_IN_TRAIN, dataset_verdicts
 from dpo_assets.contract import TOKENS, TokenizeSpec
 from dpo_assets.errors import ConfigError
-from dpo_assets.feedback.ingest import COUNTS, QUARANTINE, PairWriter
+from dpo_assets.feedback.batches import COUNTS, QUARANTINE, PairWriter
 from dpo_assets.feedback.pair import (
     PAIR_COLUMNS,
     QUARANTINE_COLUMNS,

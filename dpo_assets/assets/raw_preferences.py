@@ -17,7 +17,8 @@ from dpo_assets.checks.judged_text import judged_text_kept
 from dpo_assets.checks.verdict import Verdict
 from dpo_assets.errors import ConfigError, FeedbackError
 from dpo_assets.feedback.accounting import held, held_paired
-from dpo_assets.feedback.ingest import COUNTS, EMPTY, EMPTY_FILE, PAIRS, QUARANTINE
+from dpo_assets.feedback.batches import COUNTS, PAIRS, QUARANTINE
+from dpo_assets.feedback.ingest import EMPTY, EMPTY_FILE
 from dpo_assets.feedback.library import BATCH_KIND, PAIRED_KIND, FileBatches, pair_into, read_into
 from dpo_assets.feedback.pair import PAIR_COLUMNS
 from dpo_assets.feedback.readers import ReadOptions

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpo_assets.feedback.ingest import ANSWERS, PAIRS, QUARANTINE
+from dpo_assets.feedback.batches import ANSWERS, PAIRS, QUARANTINE
 
 if TYPE_CHECKING:
     import polars as pl

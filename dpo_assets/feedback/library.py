@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from dpo_assets.artifact import Artifact, ArtifactTree, fingerprint, write_json
 from dpo_assets.errors import InfrastructureError
-from dpo_assets.feedback.ingest import ANSWERS, COUNTS, QUARANTINE, write_paired
+from dpo_assets.feedback.batches import ANSWERS, COUNTS, QUARANTINE, write_paired
 from dpo_assets.feedback.pair import digest
 from dpo_assets.feedback.pairing import pair_answers
 from dpo_assets.feedback.readers import ReadOptions

@@ -26,7 +26,8 @@ from queue import Empty, SimpleQueue
 from typing import IO, Any
 
 from dpo_assets.errors import InfrastructureError
-from dpo_assets.feedback.ingest import BATCH_SIZE, BatchSize, read_batches, refused_file, write_batch
+from dpo_assets.feedback.batches import write_batch
+from dpo_assets.feedback.ingest import BATCH_SIZE, BatchSize, read_batches, refused_file
 from dpo_assets.feedback.readers import ReadOptions, format_named
 from dpo_assets.feedback.sources import FeedbackFile, FileRefused, Span, spans_of
 from dpo_assets.feedback.sources.files import open_inside

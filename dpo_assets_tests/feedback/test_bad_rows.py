@@ -15,7 +15,8 @@ from typing import Any
 import pandera.polars  # noqa: F401  Imported here, so that no single test pays for it.
 import pytest
 
-from dpo_assets.feedback.ingest import QUARANTINE, Batch, read_file, write_batch
+from dpo_assets.feedback.batches import QUARANTINE, Batch, write_batch
+from dpo_assets.feedback.ingest import read_file
 from dpo_assets.feedback.pool import stored
 from dpo_assets.feedback.readers import ReadOptions
 from dpo_assets.feedback.screening import Screening

@@ -21,13 +21,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dpo_assets.feedback.ingest import (
-    NO_ROWS,
-    QUARANTINE,
-    Batch,
-    read_file,
-    write_batch,
-)
+from dpo_assets.feedback.batches import QUARANTINE, Batch, write_batch
+from dpo_assets.feedback.ingest import NO_ROWS, read_file
 from dpo_assets.feedback.pair import PAIR_COLUMNS, QUARANTINE_COLUMNS, Rejected
 from dpo_assets.feedback.pool import stored
 from dpo_assets.feedback.readers import ReadOptions, RowByRow

@@ -23,7 +23,8 @@ from dpo_assets.errors import InfrastructureError
 from dpo_assets.feedback import ingest as ingest_module
 from dpo_assets.feedback import library, reading
 from dpo_assets.feedback.accounting import Held, held, held_paired
-from dpo_assets.feedback.ingest import COUNTS, PAIRS, QUARANTINE, BatchSize, read_batches
+from dpo_assets.feedback.batches import COUNTS, PAIRS, QUARANTINE
+from dpo_assets.feedback.ingest import BatchSize, read_batches
 from dpo_assets.feedback.library import FileBatches, pair_into, read_into
 from dpo_assets.feedback.pair import JudgedAnswer
 from dpo_assets.feedback.readers import READERS, Format, Place, ReadOptions, Row, RowFault
