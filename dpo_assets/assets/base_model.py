@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 
 from dpo_assets.artifact import Artifact, write_json
+from dpo_assets.assets.lineage import Inputs
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.verdict import Verdict
@@ -69,7 +70,7 @@ def materialise(step: Step) -> Events:
         write_json(folder / FACTS, described | template | origin)
 
     try:
-        artifact, reused = step.build("base_model", _identity(section), {}, make)
+        artifact, reused = step.build("base_model", _identity(section), step.inputs(), make)
     except _Refused:
         for verdict in refused:
             yield step.check_result("base_model", verdict)
@@ -109,7 +110,7 @@ def _verified(step: Step, base: Artifact) -> VerifiedBase:
     Raises:
         ConfigError: when the base is not whole, or would be read otherwise than it is written.
     """
-    inputs = {"base_model": base}
+    inputs = Inputs.of("base_model", {"base_model": base})
 
     def make(folder: Path, print_: str) -> None:
         step.launch(
@@ -118,7 +119,7 @@ def _verified(step: Step, base: Artifact) -> VerifiedBase:
                 kind="verified_base",
                 output_dir=folder,
                 fingerprint=print_,
-                inputs={"base_model": base.digest},
+                inputs=inputs.digests,
                 threads=step.recipe.hardware.threads,
                 **in_worker(base),
             ),
@@ -311,4 +312,5 @@ NODE = Node(
     phase="data",
     kinds=frozenset({"huggingface"}),
     body=materialise,
+    recipe=("base_model",),
 )

@@ -12,6 +12,10 @@ from dpo_assets.feedback.rules import TEMPLATE_FAULTS
 from dpo_assets.recipe import FeedbackSection, Recipe
 
 MIN_EVAL_PAIRS = 1
+KEPT_IN_TRAIN = (
+    "pairs that this eval_fraction and seed would hold out stay in train: kept models were trained on them, and no "
+    "score may rest on those (docs/design.md, rules)"
+)
 
 
 def dataset_verdicts(report: Mapping[str, Any], recipe: Recipe, bands: Bands) -> list[Verdict]:
@@ -22,6 +26,7 @@ def dataset_verdicts(report: Mapping[str, Any], recipe: Recipe, bands: Bands) ->
     """
     feedback = recipe.feedback
     return [
+        every_pair_accounted_for(report),
         schema(report),
         split_leak(report),
         distinct_after_truncation(report),
@@ -29,6 +34,24 @@ def dataset_verdicts(report: Mapping[str, Any], recipe: Recipe, bands: Bands) ->
         enough_pairs(report, feedback, bands),
         *quality_verdicts(report, recipe.dpo, bands),
     ]
+
+
+def every_pair_accounted_for(report: Mapping[str, Any]) -> Verdict:
+    """What ingestion counted against what lies in the tables of the dataset, and those against what was written."""
+    rows, accepted = report["rows_in"], report["accepted"]
+    train, held_out = report["train_pairs"], report["eval_pairs"]
+    kept = accepted + report["quarantined"] + report["duplicates"]
+    faults = [] if rows == kept else [f"{rows} rows came in, {kept} are accounted for"]
+    if accepted != train + held_out:
+        faults.append(f"{train} + {held_out} pairs were written, {accepted} lie in the tables")
+    return Verdict(
+        "every_pair_accounted_for",
+        "error" if faults else "pass",
+        f"{rows} in: {accepted} accepted, {report['quarantined']} quarantined, {report['duplicates']} duplicates",
+        "pairs and rejected rows of raw_preferences = accepted + quarantined + duplicates, in the tables on disk",
+        "nothing is lost (docs/design.md, rules)",
+        f"materialise again, and report a bug if it stays: {'; '.join(faults)}" if faults else "",
+    )
 
 
 def schema(report: Mapping[str, Any]) -> Verdict:
@@ -46,7 +69,8 @@ def schema(report: Mapping[str, Any]) -> Verdict:
 
 
 def split_leak(report: Mapping[str, Any]) -> Verdict:
-    """Prompts in both splits: a leaked prompt makes every held-out score meaningless."""
+    """Prompts in both splits, by their texts as they stand in the tables, not by the ids that the split was made by: a
+    leaked prompt makes every held-out score meaningless."""
     count = report["leaked_prompts"]
     return Verdict(
         "split_leak",
@@ -81,7 +105,7 @@ def quarantine_rate(report: Mapping[str, Any], feedback: FeedbackSection) -> Ver
     way = (
         "set base_model.chat_template to a Jinja file that renders such conversations whole"
         if 2 * of_template > report["damaged"]
-        else "mend the export"
+        else "mend the export, or the `format` and `columns` of its source"
     )
     return Verdict(
         "quarantine_rate",
@@ -114,4 +138,5 @@ def enough_pairs(report: Mapping[str, Any], feedback: FeedbackSection, bands: Ba
         f"{MIN_EVAL_PAIRS} eval",
         f"feedback.min_pairs of the recipe; {few.source}",
         ways[level],
+        f"{kept} {KEPT_IN_TRAIN}" if (kept := report.get("kept_in_train", 0)) else "",
     )
