@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import Literal, Self
@@ -96,7 +95,7 @@ class GuardSpec(BaseModel):
         ceilings = rate_ceilings(Configuration.of_plan(plan), bands)
         fields = ("probe_prompts", "probe_every", "probe_tokens", "held_out_pairs", "sampled_answers")
         return cls(
-            limits=CollapseLimits.of(bands, beta=plan.dpo.beta, warmup_steps=warmup_steps(plan)),
+            limits=CollapseLimits.of(bands, beta=plan.dpo.beta, warmup_steps=plan.dpo_warmup_steps),
             source="; ".join(filter(None, (bands.limit(CHECK).source, bands.reasons.get(CHECK)))),
             stops=severity_of(CHECK, checks.severity) != "warn",
             highest_rate=ceilings.ok_high,
@@ -113,11 +112,6 @@ class GuardSpec(BaseModel):
         """
         kept = {"probe_prompts", "probe_every", "probe_tokens", "held_out_pairs", "sampled_answers", "tasks_digest"}
         return self.model_dump(mode="json", include=kept)
-
-
-def warmup_steps(plan: TrainingPlan) -> int:
-    """DPO steps whose learning rate still rises. The first has rate zero: a run of one step would train nothing."""
-    return min(math.ceil(plan.dpo.warmup_ratio * plan.dpo_steps), plan.dpo_steps - 1)
 
 
 class TrainSpec(PlannedSpec):

@@ -13,6 +13,7 @@ from dpo_assets.checks.configuration import Configuration
 from dpo_assets.checks.rates import dpo_rate_against_sft, learning_rate_band, training_dose
 from dpo_assets.checks.verdict import Level, Verdict, worst
 from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.planning.schedule import warmup_steps
 from dpo_assets.recipe import DpoSection
 
 
@@ -186,7 +187,7 @@ def schedule_and_precision(configuration: Configuration, bands: Bands) -> Verdic
     if precision == "fp16":
         faults.append("set hardware.precision to bf16 on a card from Ampere on, or to fp32 where that fits")
     parts = [
-        "" if warmup is None else f"warm-up {100 * warmup:.3g}%",
+        "" if warmup is None else f"warm-up {100 * warmup:.3g}%{_of_steps(warmup, configuration.steps)}",
         "" if norm is None else f"max_grad_norm {norm:g}",
         precision or "",
     ]
@@ -199,6 +200,11 @@ def schedule_and_precision(configuration: Configuration, bands: Bands) -> Verdic
         limit.source,
         "; ".join(faults),
     )
+
+
+def _of_steps(warmup: float, steps: int | None) -> str:
+    """What a share of the steps comes to: rounded up, one of two steps is far more than a tenth."""
+    return "" if steps is None else f" ({warmup_steps(warmup, steps)} of {steps} steps)"
 
 
 def lora_scale(configuration: Configuration, bands: Bands) -> Verdict:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from dpo_assets.planning.dataset import DatasetStats
 from dpo_assets.planning.decision import decide, what_would_fit
 from dpo_assets.planning.precision import Device, Precision
+from dpo_assets.planning.schedule import warmup_steps
 from dpo_assets.planning.shape import Kernels, ModelShape
 from dpo_assets.recipe import DpoSection, LoraSection, Recipe, SftSection, Speedup
 
@@ -48,6 +49,11 @@ class TrainingPlan(BaseModel):
     lora: LoraSection
     sft: SftSection
     dpo: DpoSection
+
+    @property
+    def dpo_warmup_steps(self) -> int:
+        """DPO steps whose learning rate still rises."""
+        return warmup_steps(self.dpo.warmup_ratio, self.dpo_steps)
 
     def sft_part(self) -> dict[str, object]:
         """What the SFT checkpoint depends on: a change of DPO settings must not retrain it."""

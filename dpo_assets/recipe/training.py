@@ -34,9 +34,14 @@ class OptimSection(Section):
     learning_rate: float = Field(gt=0.0, description="Peak learning rate of AdamW.")
     epochs: float = Field(default=1.0, gt=0.0, description="Passes over the training pairs.")
     batch_size: int = Field(default=16, ge=1, description="Pairs per optimizer step (the effective batch).")
-    warmup_ratio: float = Field(default=0.1, ge=0.0, lt=1.0, description="Share of the steps spent warming up.")
+    warmup_ratio: float = Field(
+        default=0.1,
+        ge=0.0,
+        lt=1.0,
+        description="Share of the steps, rounded up, whose rate rises to the peak; the first of them moves already.",
+    )
     schedule: Literal["linear", "cosine", "constant"] = Field(
-        default="linear", description="Learning-rate schedule after the warm-up."
+        default="linear", description="Learning-rate schedule after the warm-up; every one of them is warmed up."
     )
     weight_decay: float = Field(default=0.0, ge=0.0, description="AdamW weight decay.")
     max_grad_norm: float = Field(default=1.0, gt=0.0, description="Gradient clipping threshold.")
