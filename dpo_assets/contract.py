@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dpo_assets.artifact import file_sha256
 from dpo_assets.checks.bands import Bands
@@ -134,15 +134,22 @@ class MergeSpec(PlannedSpec):
 
 
 class EvaluateSpec(PlannedSpec):
-    """Held-out scores of the SFT policy and the merged policy."""
+    """Held-out scores of the SFT policy and of the release, by the plan's `scoring`."""
 
     dataset: Path
     sft_adapter: Path | None
-    policy: Path
+    policy: Path = Field(description="Folder of the merged model.")
+    adapter: Path | None = Field(default=None, description="The DPO adapter, for a merged model that does not fit.")
     confidence: float
     generations: int
     max_new_tokens: int
     min_pairs: int
+
+    @model_validator(mode="after")
+    def _adapter_is_there_to_be_scored(self) -> Self:
+        if self.plan.scoring.subject == "adapter" and self.adapter is None:
+            raise ValueError("the plan scores the adapter on its quantised base, and no `adapter` is given")
+        return self
 
 
 class Failure(BaseModel):

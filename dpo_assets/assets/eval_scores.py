@@ -15,7 +15,7 @@ from dpo_assets.checks.statistics import percent
 from dpo_assets.contract import EvaluateSpec
 from dpo_assets.report.tables import table
 
-UPSTREAM = ("merged_model", "sft_checkpoint", "dpo_dataset", "base_model")
+UPSTREAM = ("merged_model", "dpo_adapter", "sft_checkpoint", "dpo_dataset", "base_model")
 SHOWN = {
     "implicit_reward_accuracy": "policy, implicit reward",
     "logp_accuracy_policy": "policy, log-probability per token",
@@ -42,6 +42,7 @@ def materialise(step: Step) -> Events:
                 dataset=inputs["dpo_dataset"].path,
                 plan=plan,
                 sft_adapter=start_adapter(inputs["sft_checkpoint"]),
+                adapter=inputs["dpo_adapter"].path / "adapter",
                 policy=inputs["merged_model"].path / "model",
                 **evaluation.model_dump(include={"confidence", "generations", "max_new_tokens", "min_pairs"}),
             ),
@@ -50,7 +51,8 @@ def materialise(step: Step) -> Events:
     config = {
         "evaluation": evaluation.model_dump(exclude={"min_pairs"}),
         "device": plan.device,
-        "precision": plan.precision,
+        "precision": plan.at_release().precision,
+        "scored": plan.scoring.subject,
     }
     artifact, reused = step.build("eval_scores", config, inputs, make)
     report = artifact.json("report.json")
@@ -68,6 +70,8 @@ def materialise(step: Step) -> Events:
         {
             "verdict": decision,
             "verdict_reason": reason,
+            "scored": report["scored"],
+            "scored_because": plan.scoring.reason,
             "held_out_pairs": report["pairs"],
             "accuracy": report["implicit_reward_accuracy"]["value"],
             "chosen_shift_nats_per_token": report["chosen_shift_nats_per_token"],

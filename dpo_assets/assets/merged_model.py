@@ -32,7 +32,7 @@ def materialise(step: Step) -> Events:
             ),
         )
 
-    config = {"precision": plan.precision, "device": plan.device}
+    config = plan.at_proof().model_dump(include={"precision", "device"})
     artifact, reused = step.build("merged_model", config, inputs, make)
     report = artifact.json("report.json")
     yield from step.result("merged_model", artifact, reused, merge_verdicts(report, step.bands), report)

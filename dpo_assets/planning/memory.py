@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from dpo_assets.planning.precision import Precision
+from dpo_assets.planning.precision import QUANTISED, Precision
 from dpo_assets.planning.shape import Kernels, ModelShape
 from dpo_assets.recipe import LoraSection
 
@@ -22,7 +22,6 @@ GIB = 2**30
 BODY_BYTES: dict[Precision, float] = {
     "fp32": 4, "bf16": 2, "fp16": 2, "8bit": 1, "fp8": 1, "4bit": 0.5 + 1 / 64 + 4 / (64 * 256),
 }  # fmt: skip
-QUANTISED: tuple[Precision, ...] = ("4bit", "8bit", "fp8")
 # Fitted for Transformers' layers with PEFT: bytes per token, layer and hidden unit (2.05 MiB a token at 1B, 7.4 at 8B,
 # 0.6 at 8B with checkpointing, on an H200).
 TRANSFORMERS_KEPT, TRANSFORMERS_CHECKPOINTED = 62.0, 5.0
@@ -84,6 +83,27 @@ def adapter_bytes(shape: ModelShape, lora: LoraSection) -> float:
     shapes = linear_shapes(shape)
     per_layer = sum(lora.rank * sum(shapes[target]) for target in lora.target_modules)
     return 18 * per_layer * shape.layers
+
+
+def forward_peak(shape: ModelShape, precision: Precision, tokens: int, device: Literal["cpu", "cuda"]) -> float:
+    """Estimated peak in GiB of a forward of `tokens` tokens without gradient: nothing is kept from layer to layer."""
+    width = 4 if precision == "fp32" else 2
+    layer = tokens * width * (3 * shape.intermediate + 5 * shape.hidden)
+    head = head_chunk(tokens, device) * shape.vocabulary * (4 + width) + tokens * shape.hidden * width
+    return (weights_bytes(shape, precision) + dequantised_bytes(shape, precision) + max(layer, head)) / GIB
+
+
+def cache_bytes(shape: ModelShape, tokens: int) -> float:
+    """Keys and values, in 16 bit, of `tokens` tokens that are generated from."""
+    return 4.0 * tokens * shape.layers * shape.kv_heads * shape.head_dim
+
+
+def dequantised_bytes(shape: ModelShape, precision: Precision) -> float:
+    """The largest group of linear layers that is dequantised at one time, in 16 bit; 0 where nothing is quantised."""
+    if precision not in QUANTISED:
+        return 0.0
+    shapes = linear_shapes(shape)
+    return 2.0 * max(2 * math.prod(shapes["gate_proj"]), sum(math.prod(shapes[f"{p}_proj"]) for p in "qkv"))
 
 
 def head_chunk(budget: int, device: Literal["cpu", "cuda"]) -> int:
@@ -214,10 +234,6 @@ class _Estimate:
         else:
             unit = TRANSFORMERS_CHECKPOINTED if recomputed else TRANSFORMERS_KEPT
             saved, working = tokens * unit * (self._width / 2) * s.layers * s.hidden, 0.0
-        scratch = 0.0
-        if self.precision in QUANTISED:
-            shapes = linear_shapes(s)
-            scratch = 2.0 * max(2 * math.prod(shapes["gate_proj"]), sum(math.prod(shapes[f"{p}_proj"]) for p in "qkv"))
         # The logits of a chunk in fp32 and their gradient, and the gradient of each scored hidden state.
         head = chunk * s.vocabulary * (4 + self._width) + 2 * tokens * s.hidden * self._width
         # The logits go before the first layer is differentiated.
@@ -225,7 +241,7 @@ class _Estimate:
             "weights": self.bases * weights_bytes(s, self.precision),
             "adapter and optimizer": adapter_bytes(s, self.lora),
             "kept activations": saved,
-            "dequantised layer": scratch,
+            "dequantised layer": dequantised_bytes(s, self.precision),
             "working memory": max(head, working),
         }
         return {name: size / GIB for name, size in parts.items()}

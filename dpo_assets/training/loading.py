@@ -73,16 +73,8 @@ def load_base(folder: Path, plan: TrainingPlan, *, packed: bool = True) -> PreTr
 
 
 def compute_dtype(plan: TrainingPlan) -> torch.dtype:
-    """What the layers compute in: quantised weights are computed in the device's 16 bit."""
-    match plan.precision:
-        case "fp32":
-            return torch.float32
-        case "fp16":
-            return torch.float16
-        case "bf16":
-            return torch.bfloat16
-    old = plan.device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.float16 if old else torch.bfloat16
+    """The plan's `compute` as torch has it."""
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[plan.compute]
 
 
 def _quantisation(plan: TrainingPlan) -> Mapping[str, Any]:
@@ -121,7 +113,7 @@ def choose_kernels(model: Any, plan: TrainingPlan) -> tuple[str, str]:
 
 def autocast_of(plan: TrainingPlan) -> torch.autocast:
     """The autocast that accelerate uses in training, for scoring outside of it."""
-    return torch.autocast(plan.device, dtype=compute_dtype(plan), enabled=plan.precision != "fp32")
+    return torch.autocast(plan.device, dtype=compute_dtype(plan), enabled=plan.compute != "fp32")
 
 
 def attach_adapter(

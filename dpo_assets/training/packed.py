@@ -18,7 +18,6 @@ from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.schedule import warmup_steps
 from dpo_assets.recipe import OptimSection
 from dpo_assets.training.fused.decoder import renew_fused
-from dpo_assets.training.loading import compute_dtype
 from dpo_assets.training.logprobs import causal_lm, to_device
 from dpo_assets.training.packing import Group, PackedBatch, balanced, by_width, pack
 from dpo_assets.training.schedule import SCHEDULER_TYPES, MovingSchedule
@@ -45,8 +44,8 @@ def trainer_arguments(plan: TrainingPlan, section: OptimSection, output_dir: Pat
         "adam_epsilon": 1e-8,
         "seed": section.seed,
         "data_seed": section.seed,
-        "bf16": plan.device == "cuda" and compute_dtype(plan) == torch.bfloat16,
-        "fp16": plan.device == "cuda" and compute_dtype(plan) == torch.float16,
+        "bf16": plan.device == "cuda" and plan.compute == "bf16",
+        "fp16": plan.device == "cuda" and plan.compute == "fp16",
         "use_cpu": plan.device == "cpu",
         "gradient_checkpointing": plan.gradient_checkpointing,
         "logging_steps": max(1, steps // LOGGED_STEPS),

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 from dpo_assets.artifact import VOLATILE, write_json
 from dpo_assets.contract import TrainSpec
 from dpo_assets.training.data import load_split, sft_group
-from dpo_assets.training.guards import StopOnNonFinite
+from dpo_assets.training.guards import StopOnNonFinite, check_trained
 from dpo_assets.training.loading import autocast_of, load_tokenizer, save_adapter
 from dpo_assets.training.logprobs import assert_packing_is_exact, evaluating, score_groups, score_tokens
 from dpo_assets.training.packed import (
@@ -87,6 +87,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     end_quietly(trainer, [StopOnNonFinite("sft_finite"), ProgressLines(reporter, "sft", keys)])
     with policy.computing(plan):
         trainer.train()
+    check_trained("sft_finite", model)
 
     with autocast_of(plan):
         after = held_out_nll(model, probe, plan.token_budget)

@@ -100,12 +100,14 @@ def load_unsloth(
     """
     from unsloth import FastLanguageModel  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
+    from dpo_assets.training.loading import compute_dtype
+
     checkpointing: str | bool = "unsloth" if plan.gradient_checkpointing else False
     lora = _adapter_shape(start_adapter) if start_adapter else _planned_shape(plan)
     base, _ = FastLanguageModel.from_pretrained(
         model_name=str(folder),
         max_seq_length=plan.max_length,
-        dtype=_dtype(plan),
+        dtype=compute_dtype(plan),
         full_finetuning=False,
         use_gradient_checkpointing=checkpointing,
         trust_remote_code=False,
@@ -301,15 +303,6 @@ def check_shared_prefix(lm: Any, longest_row: int) -> None:
             f"{type(lm).__name__} {reason}, so the packed trainer cannot use Unsloth's kernels here. Set "
             "hardware.kernels to `auto`, or dpo.trainer to `trl`."
         )
-
-
-def _dtype(plan: TrainingPlan) -> Any:
-    import torch
-
-    if plan.precision == "fp32":
-        return torch.float32
-    no_bf16 = plan.device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.float16 if plan.precision == "fp16" or no_bf16 else torch.bfloat16
 
 
 def _planned_shape(plan: TrainingPlan) -> dict[str, Any]:

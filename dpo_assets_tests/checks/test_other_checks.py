@@ -206,6 +206,7 @@ def test_an_adopted_base_was_not_trained_and_passes() -> None:
         ("reference_is_start", {"first_loss": math.log(2) + 5.1e-4}, "error"),
         ("reference_is_start", {"first_loss": math.log(2) - 5.1e-4}, "error"),
         ("reference_is_start", {"first_loss": math.nan}, "error"),
+        ("reference_is_start", {"expected_first_loss": None}, "warn"),
         ("finite", {}, "pass"),
         ("finite", {"finite": False}, "error"),
         ("displacement", {}, "pass"),
@@ -237,6 +238,7 @@ def test_a_dpo_run_is_held_against_its_report(check: str, changes: Report, level
         ("fidelity", {"mean_difference_per_token": math.nan}, "error"),
         ("all_finite", {}, "pass"),
         ("all_finite", {"finite": False}, "error"),
+        ("all_finite", {"finite": False, "not_finite": ["model.norm.weight"], "parameters": 10}, "error"),
     ],
 )
 def test_a_merge_is_held_against_its_report(check: str, changes: Report, level: str) -> None:
