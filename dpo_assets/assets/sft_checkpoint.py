@@ -44,7 +44,10 @@ def materialise(step: Step) -> Events:
     config = {"strategy": "adopt"} if adopted else plan.sft_part()
     artifact, reused = step.build("sft_checkpoint", config, {"base_model": base} if adopted else inputs, make)
     report = artifact.json("report.json")
-    metadata = {"strategy": plan.sft.strategy, **{k: v for k, v in report.items() if k != "adopted"}}
+    metadata = {
+        "strategy": plan.sft.strategy,
+        **{k: v for k, v in report.items() if k != "adopted" and not isinstance(v, dict)},
+    }
     metadata |= memory_record(artifact)
     if not adopted:
         metadata["loss"] = dg.MetadataValue.md(line_plot(artifact.path / "metrics.jsonl", {"loss": "loss"}, "SFT loss"))

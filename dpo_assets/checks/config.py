@@ -10,6 +10,7 @@ from dpo_assets.checks import losses
 from dpo_assets.checks.bands import Bands, BetaBand
 from dpo_assets.checks.catalog import checks_of
 from dpo_assets.checks.configuration import Configuration
+from dpo_assets.checks.coverage import lora_coverage
 from dpo_assets.checks.rates import dpo_rate_against_sft, learning_rate_band, training_dose
 from dpo_assets.checks.verdict import Level, Verdict, worst
 from dpo_assets.planning.plan import TrainingPlan
@@ -33,7 +34,12 @@ def verdicts(configuration: Configuration, bands: Bands) -> list[Verdict]:
 def plan_verdicts(plan: TrainingPlan, bands: Bands, *, pairs_known: bool = True) -> list[Verdict]:
     """All checks of `dpo_plan`. Without `pairs_known` the number of steps is supposed, and not judged."""
     configuration = Configuration.of_plan(plan, pairs_known=pairs_known)
-    found = [*verdicts(configuration, bands), loss_supported(plan), memory_fits(plan)]
+    found = [
+        *verdicts(configuration, bands),
+        loss_supported(plan),
+        lora_coverage(plan.coverage, plan.lora.rank, bands),
+        memory_fits(plan),
+    ]
     order = [check.name for check in checks_of("dpo_plan")]
     return sorted(found, key=lambda verdict: order.index(verdict.check))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from dpo_assets.checks.aftermath import displacement
 from dpo_assets.checks.bands import Bands, first_loss_tolerance
+from dpo_assets.checks.coverage import adapter_attached
 from dpo_assets.checks.verdict import Verdict, upper_limit
 
 NAMED = 4  # Weights that a value lists.
@@ -45,7 +46,12 @@ def sft_verdicts(report: Mapping[str, Any], bands: Bands) -> list[Verdict]:
 
 def dpo_verdicts(report: Mapping[str, Any], bands: Bands) -> list[Verdict]:
     """The checks of `dpo_adapter` on its metric log. `checks.aftermath` has those on what was measured afterwards."""
-    return [reference_is_start(report, bands), _finite("finite", report), displacement(report, bands)]
+    return [
+        reference_is_start(report, bands),
+        _finite("finite", report),
+        adapter_attached(report, bands),
+        displacement(report, bands),
+    ]
 
 
 def reference_is_start(report: Mapping[str, Any], bands: Bands) -> Verdict:

@@ -64,8 +64,14 @@ def plan_rows(plan: TrainingPlan, size: Size, device: Device) -> Iterator[tuple[
         "planned for",
         f"pairs of at most {plan.longest_pair:,} tokens, {plan.max_length:,} on average (supposed from "
         f"max_length; a run takes those of its pairs); LoRA rank {plan.lora.rank} on "
-        f"{len(plan.lora.target_modules)} linear layers a block",
+        f"{_targets(plan)}",
     )
+
+
+def _targets(plan: TrainingPlan) -> str:
+    modules, experts = plan.lora.target_modules, plan.lora.target_parameters
+    linear = modules if isinstance(modules, str) else f"{len(modules)} linear layers a block"
+    return f"{linear} and {', '.join(experts)}" if experts else linear
 
 
 def plan_json(plan: TrainingPlan, size: Size, gpu: str) -> dict[str, Any]:

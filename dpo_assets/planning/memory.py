@@ -14,6 +14,7 @@ from typing import Literal
 
 from dpo_assets.planning.precision import QUANTISED, Precision
 from dpo_assets.planning.shape import Kernels, ModelShape
+from dpo_assets.planning.targets import adapted_kinds
 from dpo_assets.recipe import LoraSection
 
 GIB = 2**30
@@ -54,22 +55,15 @@ class MemoryFit:
 
 
 def body_parameters(shape: ModelShape) -> int:
-    """Weights of the decoder's linear layers."""
+    """Weights of the decoder's linear layers. Experts are none: they are not quantised, being parameters."""
+    if shape.matrices is not None:
+        return sum(kind.weights for kind in shape.matrices if kind.role == "linear")
     return shape.layers * sum(rows * columns for rows, columns in linear_shapes(shape).values())
 
 
 def linear_shapes(shape: ModelShape) -> dict[str, tuple[int, int]]:
-    """(output, input) width of each linear layer of a decoder layer."""
-    attention, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    return {
-        "q_proj": (attention, shape.hidden),
-        "k_proj": (kv, shape.hidden),
-        "v_proj": (kv, shape.hidden),
-        "o_proj": (shape.hidden, attention),
-        "gate_proj": (shape.intermediate, shape.hidden),
-        "up_proj": (shape.intermediate, shape.hidden),
-        "down_proj": (shape.hidden, shape.intermediate),
-    }
+    """(output, input) width of each linear layer of a decoder layer of the Llama family."""
+    return shape.linear_shapes()
 
 
 def weights_bytes(shape: ModelShape, precision: Precision) -> float:
@@ -80,9 +74,7 @@ def weights_bytes(shape: ModelShape, precision: Precision) -> float:
 
 def adapter_bytes(shape: ModelShape, lora: LoraSection) -> float:
     """LoRA weights, gradients and both Adam moments in fp32, and the 16-bit copy that the layers compute with."""
-    shapes = linear_shapes(shape)
-    per_layer = sum(lora.rank * sum(shapes[target]) for target in lora.target_modules)
-    return 18 * per_layer * shape.layers
+    return 18 * lora.rank * sum(kind.sides for kind in adapted_kinds(lora, shape))
 
 
 def forward_peak(shape: ModelShape, precision: Precision, tokens: int, device: Literal["cpu", "cuda"]) -> float:
@@ -251,5 +243,5 @@ class _Estimate:
         s = self.shape
         attention = s.heads * s.head_dim
         values = 2 * s.hidden + attention + 2 * s.kv_heads * s.head_dim + attention + 2 * s.intermediate
-        ranks = self.lora.rank * len(self.lora.target_modules)
+        ranks = self.lora.rank * len(adapted_kinds(self.lora, s))
         return self._width * (values + ranks) + 4 * (s.heads + 2)

@@ -14,6 +14,7 @@ from dpo_assets.planning.precision import QUANTISED, Compute, Device, Half, Prec
 from dpo_assets.planning.schedule import warmup_steps
 from dpo_assets.planning.scoring import Scoring, choose_scoring
 from dpo_assets.planning.shape import Kernels, ModelShape
+from dpo_assets.planning.targets import LoraCoverage, planned_coverage, resolve_targets
 from dpo_assets.recipe import DpoSection, LoraSection, Recipe, SftSection, Speedup
 
 __all__ = ["DatasetStats", "Kernels", "ModelShape", "TrainingPlan", "make_plan", "steps_of"]
@@ -50,6 +51,7 @@ class TrainingPlan(BaseModel):
     sft_steps: int
     dpo_steps: int
     lora: LoraSection
+    coverage: LoraCoverage = Field(default=LoraCoverage(), description="What of the layers the adapter will change.")
     sft: SftSection
     dpo: DpoSection
 
@@ -120,6 +122,8 @@ def make_plan(recipe: Recipe, shape: ModelShape, data: DatasetStats, device: Dev
     """
     available = min(device.memory_gib, recipe.hardware.memory_gib or device.memory_gib)
     device = replace(device, memory_gib=available)
+    lora = resolve_targets(recipe.lora, shape)
+    recipe = recipe.model_copy(update={"lora": lora})
     decision = decide(recipe, shape, data, device)
     memory = decision.memory
     return TrainingPlan(
@@ -149,7 +153,8 @@ def make_plan(recipe: Recipe, shape: ModelShape, data: DatasetStats, device: Dev
         if recipe.sft.strategy == "adopt"
         else steps_of(data.train_pairs, recipe.sft.batch_size, recipe.sft.epochs),
         dpo_steps=steps_of(data.train_pairs, recipe.dpo.batch_size, recipe.dpo.epochs),
-        lora=recipe.lora,
+        lora=lora,
+        coverage=planned_coverage(lora, shape),
         sft=recipe.sft,
         dpo=recipe.dpo,
     )

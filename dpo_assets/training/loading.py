@@ -27,6 +27,7 @@ from dpo_assets.training import attention
 from dpo_assets.training.fp8 import quantise_layers
 from dpo_assets.training.fused.decoder import attach_fused
 from dpo_assets.training.speedups import speed_up
+from dpo_assets.training.targets import peft_targets
 
 # The adapter must carry PEFT's default name: TRL reads `peft_config["default"]` unguarded.
 ADAPTER_NAME = "default"
@@ -122,7 +123,7 @@ def attach_adapter(
     """The policy: a trained adapter to go on with, or a new one whose B is zero (so that it starts as the base).
 
     Raises:
-        ConfigError: when no adapter, or far too much, would be trained.
+        ConfigError: when no adapter, or far too much, would be trained; for a target that the base does not have.
     """
     set_seed(seed)
     if start is not None:
@@ -132,7 +133,7 @@ def attach_adapter(
             r=plan.lora.rank,
             lora_alpha=plan.lora.alpha,
             lora_dropout=dropout,
-            target_modules=list(plan.lora.target_modules),
+            **peft_targets(base, plan.lora),
             bias="none",
             task_type="CAUSAL_LM",
         )
@@ -158,6 +159,8 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     # set, which changes from process to process: equal adapters would differ by either.
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     config |= {"base_model_name_or_path": None, "target_modules": sorted(config["target_modules"])}
+    if config.get("target_parameters"):
+        config["target_parameters"] = sorted(config["target_parameters"])
     write_json(folder / "adapter_config.json", config)
     # PEFT writes a card that names the local folder of the base; the release gets a card of its own.
     (folder / "README.md").unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.precision import Precision
+from dpo_assets.recipe import ALL_LINEAR, EVERY_LINEAR
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -309,7 +310,7 @@ def _planned_shape(plan: TrainingPlan) -> dict[str, Any]:
     return {
         "r": plan.lora.rank,
         "lora_alpha": plan.lora.alpha,
-        "target_modules": list(plan.lora.target_modules),
+        "target_modules": list(ALL_LINEAR) if plan.lora.target_modules == EVERY_LINEAR else plan.lora.target_modules,
         "use_rslora": False,
     }
 
