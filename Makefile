@@ -48,7 +48,7 @@ lint: $(VENV)/installed-dev ## ruff, import layers, types
 	$(BIN)/mypy
 
 test: lint ## everything that CI checks
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 wheel: $(VENV)/installed-dev ## build the wheel into dist/
 	$(BIN)/python -m build --wheel

@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -25,6 +26,7 @@ from dpo_assets.resources.gpu import GpuResource
 from dpo_assets.resources.hub import HubResource
 from dpo_assets.resources.launcher import LocalLauncher
 from dpo_assets.scaffolder import DpoPipelineScaffolder
+from dpo_assets.templates import Place, ResolveFaults, SetVariables, Templated, resolve
 from dpo_assets.version import __version__
 
 NAME_PATTERN = r"^[a-z][a-z0-9_]{0,50}$"
@@ -44,16 +46,20 @@ RELEVANT: dict[str, tuple[str, ...]] = {
 }
 
 
-class DpoPipelineAttributes(Recipe):
-    """A recipe and the name of the instance: what `defs.yaml` holds under `attributes`."""
+class NamedRecipe(Recipe):
+    """A recipe and the name of its instance."""
 
     name: str = Field(
         pattern=NAME_PATTERN, description="Prefix of every asset, job, schedule and sensor: lower case, digits, `_`."
     )
 
 
+class DpoPipelineAttributes(Templated, NamedRecipe):
+    """What `defs.yaml` holds under `attributes`: a named recipe, in which any value may be a template."""
+
+
 @dg.scaffold_with(DpoPipelineScaffolder)
-class DpoPipeline(dg.Component):
+class DpoPipeline(dg.Component, dg.Resolvable):
     """Preference feedback to an aligned, evaluated and published language model, by SFT and DPO.
 
     Subclass it to change how an asset looks or runs:
@@ -86,7 +92,7 @@ class DpoPipeline(dg.Component):
         self.resources = {**self._default_resources(), **(resources or {})}
 
     @classmethod
-    def get_model_cls(cls) -> type[BaseModel]:
+    def model(cls) -> type[BaseModel]:
         return DpoPipelineAttributes
 
     @classmethod
@@ -97,12 +103,20 @@ class DpoPipeline(dg.Component):
         )
 
     @classmethod
-    def load(cls, attributes: BaseModel | None, context: dg.ComponentLoadContext) -> Self:
-        """From validated YAML; `{{ ... }}` templates in text are resolved here."""
-        assert isinstance(attributes, DpoPipelineAttributes)
-        values = dict(context.resolution_context.resolve_value(attributes.model_dump()))
-        name = values.pop("name")
-        return cls(name, resolve_paths(parse_recipe(values), _folder(context)))
+    def resolve_from_model(cls, context: dg.ResolutionContext, model: BaseModel) -> Self:
+        """From YAML, with templates rendered in Dagster's scope.
+
+        Raises:
+            ConfigError: one line per fault, with its place in the file.
+        """
+        written = {name: getattr(model, name) for name in model.model_fields_set}
+        try:
+            named = resolve(NamedRecipe, written, {**context.scope, "env": SetVariables(os.environ)})
+        except ResolveFaults as error:
+            raise ConfigError("\n".join(_told(context, *fault) for fault in error.faults.items())) from None
+        path = dg.ComponentLoadContext.from_resolution_context(context).path
+        recipe = parse_recipe(named.model_dump(exclude={"name"}))
+        return cls(named.name, resolve_paths(recipe, path if path.is_dir() else path.parent))
 
     def build_defs(self, context: dg.ComponentLoadContext | None = None) -> dg.Definitions:
         """All definitions of the instance. Every name in them starts with the instance's name."""
@@ -207,7 +221,11 @@ def asset_names() -> Sequence[str]:
     return [node.name for node in NODES]
 
 
-def _folder(context: dg.ComponentLoadContext) -> Path:
-    """The folder of the YAML file."""
-    path = Path(context.path)
-    return path if path.is_dir() else path.parent
+def _told(context: dg.ResolutionContext, place: Place, message: str) -> str:
+    """A fault with its place, in the form in which Dagster tells those that it finds itself."""
+    path = [*context.path, *place]
+    name = ".".join(map(str, path))
+    if context.source_position_tree is None:
+        return f"`{name}`\n  {message}"
+    position, _ = context.source_position_tree.lookup_closest_and_path(path, None)
+    return f"`{name} at {position}`\n  {message}"

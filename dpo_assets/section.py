@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Self, cast
 
 from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
-from pydantic_core import InitErrorDetails
+from pydantic_core import ErrorDetails, InitErrorDetails
 
 
 class Section(BaseModel):
@@ -52,10 +52,14 @@ def _unknown_key_message(key: str, known: list[str]) -> str:
 
 def describe_validation_error(error: ValidationError) -> str:
     """One line per fault, `section.field: message (got value)`."""
-    lines = []
-    for fault in error.errors():
-        where = ".".join(str(part) for part in fault["loc"]) or "recipe"
-        message = fault["msg"].removeprefix("Value error, ")
-        got = "" if isinstance(fault["input"], Mapping) or fault["input"] == "..." else f" (got {fault['input']!r})"
-        lines.append(f"{where}: {message}{got}")
-    return "\n".join(lines)
+    return "\n".join(
+        f"{'.'.join(str(part) for part in fault['loc']) or 'recipe'}: {describe_fault(fault)}"
+        for fault in error.errors()
+    )
+
+
+def describe_fault(fault: ErrorDetails) -> str:
+    """`message (got value)` of one fault of a ValidationError."""
+    message = fault["msg"].removeprefix("Value error, ")
+    told = isinstance(fault["input"], Mapping) or fault["input"] == "..."
+    return message if told else f"{message} (got {fault['input']!r})"

@@ -109,7 +109,7 @@ def quality(**changes: Any) -> dict[str, Any]:
         "truncation": {"share": 0.0, "context": 2048, "needed": {"90": 400, "95": 500, "99": 900, "100": 1000}},
         "distance": {"median": 0.8, "shared_prefix": 0.02, "bins": {"5": 10, "80": 1110}, "nearest": []},
         "degenerate": {
-            "blank": 0, "no_end": 0, "template": 0, "others": 0, "ends_known": True, "examples": [],
+            "blank": 0, "misread": 0, "no_end": 0, "template": 0, "others": 0, "ends_known": True, "examples": [],
             "loops": {"0": 1120}, "other_loops": {"0": 1120},
         },
         "surface": {"auc": 0.7, "features": {"letters": 0.65, "digits": 0.5}},

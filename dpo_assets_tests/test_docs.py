@@ -9,11 +9,13 @@ from typing import Any, get_args
 
 import pytest
 import yaml
+from dagster.components.testing.utils import create_defs_folder_sandbox
 
 from dpo_assets.assets.graph import NODES
 from dpo_assets.checks.bands import default_bands
 from dpo_assets.checks.catalog import CHECKS, validate_severities
 from dpo_assets.cli import main
+from dpo_assets.component import DpoPipeline
 from dpo_assets.feedback.pairing import POLICIES
 from dpo_assets.feedback.readers import READERS, formats
 from dpo_assets.recipe import (
@@ -154,6 +156,18 @@ def test_every_example_is_a_valid_recipe(example: Path) -> None:
     attributes = dict(declared["attributes"])
     assert attributes.pop("name")
     parse_recipe(attributes)
+
+
+def test_the_defs_yaml_of_the_readme_loads() -> None:
+    [block] = [b for b in re.findall(r"```yaml\n(.*?)```", text_of(README), re.DOTALL) if "attributes:" in b]
+    with create_defs_folder_sandbox() as sandbox:
+        folder = sandbox.scaffold_component(DpoPipeline, defs_yaml_contents=yaml.safe_load(block))
+        (folder / "defs.yaml").write_text(block, encoding="utf-8")
+        with sandbox.load_component_and_build_defs(defs_path=folder) as (component, defs):
+            assert isinstance(component, DpoPipeline)
+            assert component.pipeline.recipe.base_model.revision == "0" * 40
+            assert component.pipeline.recipe.feedback.sources[0].path == str(folder / "feedback" / "*.jsonl")
+            assert len(defs.resolve_all_asset_specs()) == len(NODES)
 
 
 def test_the_recipe_in_the_readme_is_valid() -> None:

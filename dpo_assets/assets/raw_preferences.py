@@ -42,7 +42,9 @@ def materialise(step: Step) -> Events:
         return
     landing = step.tree.root / "landing"
     feedback = step.recipe.feedback
-    options = ReadOptions(feedback.pairing, feedback.include_synthetic, min_margin=feedback.min_margin)
+    options = ReadOptions(
+        feedback.pairing, feedback.include_synthetic, min_margin=feedback.min_margin, user_key=step.user_key
+    )
     read = [read_into(step.tree, file, options) for file in files_of(_sources(step), landing, hub=step.hub.api)]
     index: dict[str, Any] = {"files": sorted((one.row() for one in read), key=lambda row: row["file"]), "paired": None}
     if all(row["rows_in"] == 0 for row in index["files"]):
@@ -164,7 +166,7 @@ def _files_table(files: Sequence[Mapping[str, Any]]) -> str:
         ]
         for row in files
     ]  # fmt: skip
-    return table(["file", "format", "rows", "pairs", "judged answers", "rejected", "normalised", "batch"], rows)
+    return table(["file", "format", "rows", "pairs", "judged answers", "rejected", "seen or changed", "batch"], rows)
 
 
 def _pairing_table(policies: Mapping[str, Mapping[str, int]]) -> str:

@@ -72,6 +72,13 @@ class Step:
         return store.tree(self.context.instance, self.pipeline.name)
 
     @property
+    def user_key(self) -> bytes:
+        """The store's key of the digests that stand for users."""
+        store = self._resource("artifacts")
+        assert isinstance(store, ArtifactStore)
+        return store.user_key(self.context.instance)
+
+    @property
     def gpu(self) -> GpuResource:
         gpu = self._resource("gpu")
         assert isinstance(gpu, GpuResource)

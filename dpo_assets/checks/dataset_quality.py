@@ -181,6 +181,7 @@ def degenerate_chosen(quality: Mapping[str, Any], bands: Bands) -> Verdict:
         "no_end": "make the chat template end every assistant turn with the tokenizer's EOS",
         "template": "remove the marks of another chat template from the answers",
         "blank": "leave out answers that say nothing",
+        "misread": "export these answers again as UTF-8: their letters were lost or misread",
     }
     kinds = [kind for kind in fixes if measured[kind]]
     ways = [fixes[kind] for kind in kinds] + (["leave out answers that repeat themselves"] if looped else [])
@@ -193,7 +194,8 @@ def degenerate_chosen(quality: Mapping[str, Any], bands: Bands) -> Verdict:
         limit.source,
         "" if level == "pass" else "; ".join(ways) or "collect pairs: there is none",
         f"{_sampled(quality)}: {measured['no_end']} without EOS, {measured['template']} with template marks, "
-        f"{measured['blank']} blank, {round((looped or 0.0) * n) if n else 0} with a loop over "
+        f"{measured['blank']} blank, {measured['misread']} with letters lost or misread, "
+        f"{round((looped or 0.0) * n) if n else 0} with a loop over "
         f"{limit['loop_share']:g} of their words{ends}",
     )
 

@@ -26,13 +26,14 @@ from dpo_assets.feedback.pair import (
     Rejected,
     conversations_id,
     digest,
+    hashed_user,
     pair_and_flipped_id,
     polars_schema,
 )
 from dpo_assets.feedback.pairing import Paired
 from dpo_assets.feedback.readers import Item, Place, ReadOptions, Row, RowByRow, RowFault, format_named
-from dpo_assets.feedback.rules import answer_fault, pair_fault
-from dpo_assets.feedback.scan import with_flags
+from dpo_assets.feedback.rules import answer_fault, differ_in_space_alone, pair_fault
+from dpo_assets.feedback.scan import MISREAD, with_flags
 from dpo_assets.feedback.sources import FeedbackFile, FileRefused, SourceRow, Span, rows_of
 from dpo_assets.feedback.tables import answers_frame, pairs_frame, quarantine_frame
 
@@ -44,6 +45,7 @@ ItemT = TypeVar("ItemT", Pair, JudgedAnswer)
 MONGO_VERSION = "__v"  # Of every document that Mongoose writes, as LibreChat's.
 EMPTY_FILE, NO_ROWS = "empty_file", "no_rows"
 EMPTY = frozenset({EMPTY_FILE, NO_ROWS})  # Refusals of a file that holds nothing.
+SPACE_ALONE = "white_space_alone"  # Of a pair: nothing else tells its answers apart.
 PAIRS, KEYS, ANSWERS, QUARANTINE = "pairs.parquet", "keys.parquet", "answers.parquet", "quarantine.parquet"
 COUNTS = "counts.json"
 ROW_GROUP = 1024  # Rows of a batch; a part of the dataset reads the groups that hold its ids.
@@ -61,7 +63,7 @@ class Batch:
     rows: int = 0  # Rows read. Each is the row of one pair, answer or rejected row at least.
     lost: int = 0  # Rows of which there is none: always 0, and counted on its own so that a check can say so.
     shapes: Counter[str] = field(default_factory=Counter)  # Rows by the keys that they have.
-    flags: Counter[str] = field(default_factory=Counter)  # What the source normalised.
+    flags: Counter[str] = field(default_factory=Counter)  # What was seen or changed in the texts of rows.
 
     @property
     def rows_in(self) -> int:
@@ -98,7 +100,7 @@ def read_span(file: FeedbackFile, options: ReadOptions, span: Span | None) -> Ba
 def read_rows(rows: Iterable[SourceRow], file: FeedbackFile, options: ReadOptions) -> Batch:
     """Every row as a pair, a judged answer or a rejected row."""
     reader = format_named(file.format).reader(options)
-    sorting = _Sorting(file, keeps_rows=not isinstance(reader, RowByRow))
+    sorting = _Sorting(file, options.user_key, keeps_rows=not isinstance(reader, RowByRow))
     for number, raw, value, flags in rows:
         place = Place(file.name, number)
         sorting.begin(number, raw, flags)
@@ -125,9 +127,9 @@ def _fault_of(error: Exception, format_: str) -> RowFault:
 class _Sorting:
     """Where items go, and which rows have led to one."""
 
-    def __init__(self, file: FeedbackFile, keeps_rows: bool) -> None:
+    def __init__(self, file: FeedbackFile, user_key: bytes, keeps_rows: bool) -> None:
         self.batch = Batch()
-        self._name = file.name
+        self._name, self._user_key = file.name, user_key
         # A format that joins rows may speak of any of them at the end, so all of them are kept, compressed.
         self._kept: dict[int, bytes] | None = {} if keeps_rows else None
         self._open: dict[int, None] = {}  # Rows without an item so far, in order.
@@ -176,19 +178,24 @@ class _Sorting:
         pair = _copy(
             pair, prompt=prompt, chosen=chosen, rejected=rejected,
             flags=(*pair.flags, *self._flags, *flags), row_hash=digest(raw), line=at.line, source=self._name,
+            user=hashed_user(pair.user, self._user_key),
         )  # fmt: skip
         if fault := pair_fault(pair):
             raise RowFault(*fault)
+        if differ_in_space_alone(pair):
+            pair, flags = _copy(pair, flags=(*pair.flags, SPACE_ALONE)), (*flags, SPACE_ALONE)
+        self.batch.flags.update(set(flags).difference(self._flags))
         self.batch.pairs.append(pair)
 
     def _add_answer(self, answer: JudgedAnswer, at: Place, raw: bytes, odd: bool) -> None:
         prompt, text, _, flags = _at_the_door((answer.prompt, answer.answer, []), odd)
         answer = _copy(
             answer, prompt=prompt, answer=text, flags=(*answer.flags, *self._flags, *flags), raw=raw, line=at.line,
-            source=self._name,
+            source=self._name, user=hashed_user(answer.user, self._user_key),
         )  # fmt: skip
         if fault := answer_fault(answer):
             raise RowFault(*fault)
+        self.batch.flags.update(set(flags).difference(self._flags))
         self.batch.answers.append(answer)
 
     def _reject(self, fault: RowFault, at: Place, raw: bytes) -> None:
@@ -257,9 +264,13 @@ def _clean(message: Message, flags: dict[str, None]) -> Message:
     if _CONTROL.search(text):
         text = _CONTROL.sub("", text)
         flags["controls"] = None
-    if not text.isascii() and not unicodedata.is_normalized("NFC", text):
+    if text.isascii():
+        return message if text is message["content"] else {"role": message["role"], "content": text}
+    if not unicodedata.is_normalized("NFC", text):
         text = unicodedata.normalize("NFC", text)
         flags["nfc"] = None
+    if MISREAD.search(text):
+        flags["misread_text"] = None
     return message if text is message["content"] else {"role": message["role"], "content": text}
 
 

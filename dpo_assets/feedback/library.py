@@ -13,6 +13,7 @@ from typing import Any
 
 from dpo_assets.artifact import Artifact, ArtifactTree, fingerprint, write_json
 from dpo_assets.feedback.ingest import ANSWERS, COUNTS, write_paired
+from dpo_assets.feedback.pair import digest
 from dpo_assets.feedback.pairing import pair_answers
 from dpo_assets.feedback.readers import ReadOptions
 from dpo_assets.feedback.reading import Job, cut, run_jobs, span_sha256, write_refused
@@ -20,7 +21,7 @@ from dpo_assets.feedback.sources import FeedbackFile, FileRefused, Span, verify_
 
 BATCH_KIND, PLAN_KIND, PAIRED_KIND = "raw_batches", "raw_files", "paired_answers"
 SPANS = "spans.json"
-READ_VERSION = 3  # Of what ingestion makes of a row: another version reads every file again.
+READ_VERSION = 4  # Of what ingestion makes of a row: another version reads every file again.
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def read_into(tree: ArtifactTree, file: FeedbackFile, options: ReadOptions) -> F
         "pairing": options.pairing,
         "min_margin": options.min_margin,
         "include_synthetic": options.include_synthetic,
+        "users": digest(options.user_key),
         "read": READ_VERSION,
     }
     try:

@@ -8,6 +8,7 @@ Columns tab, so that what the UI promises before the first run is what is checke
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import unicodedata
 from collections.abc import Sequence
@@ -47,7 +48,7 @@ class Pair:
     margin: float | None = None
     meta: dict[str, Any] = field(default_factory=dict)
     created_at: str | None = None  # ISO 8601, UTC.
-    user: str | None = None  # `hashed_user` of whoever judged; the name itself is never kept.
+    user: str | None = None  # Who judged: `named` by the reader; ingestion keeps `hashed_user` of it.
     flags: tuple[str, ...] = ()  # What ingestion saw or changed in the text.
     row_hash: str | None = None  # `digest` of the row's bytes as they were read, before anything was changed.
 
@@ -100,9 +101,23 @@ class Rejected:
     raw: bytes
 
 
-def hashed_user(name: str | int | None) -> str | None:
-    """16 hex digits for a user: enough to count by, nothing to read. None for nobody."""
-    return None if name is None or name == "" else hashlib.sha256(f"user:{name}".encode()).hexdigest()[:16]
+def named(user: str | int | None) -> str | None:
+    """Who judged, as a source names them. None for nobody."""
+    return None if user is None or user == "" else str(user)
+
+
+def hashed_user(user: str | None, key: bytes) -> str | None:
+    """16 hex digits for a user: enough to count by, nothing to read. None for nobody, and without a key.
+
+    HMAC-SHA256 (RFC 2104): an address or a number is found again by trying all of them only by who has the key.
+    """
+    return hmac.new(key, user.encode("utf-8", "surrogatepass"), "sha256").hexdigest()[:16] if user and key else None
+
+
+def said(text: str) -> str:
+    """What a text says: NFC, without white space at its end. All other white space may be the preference: the
+    indentation of code, the lines of a list."""
+    return (text if text.isascii() else unicodedata.normalize("NFC", text)).rstrip()
 
 
 def fold(text: str) -> str:
@@ -135,6 +150,11 @@ def _messages_json(messages: Sequence[Message]) -> str:
         return f'[{{"content": {_quoted(m["content"])}, "role": {_quoted(m["role"])}}}]'
     inner = [f'{{"content": {_quoted(m["content"])}, "role": {_quoted(m["role"])}}}' for m in messages]
     return f"[{', '.join(inner)}]"
+
+
+def answer_id(answer: Sequence[Message]) -> str:
+    """Digest of what an answer says; answers with the same one are one answer."""
+    return conversations_id([{"role": m["role"], "content": said(m["content"])} for m in answer])
 
 
 def prompt_ids(prompt: Sequence[Message]) -> tuple[str, str]:

@@ -71,7 +71,8 @@ def degenerate(pairs: pl.DataFrame, texts: pl.DataFrame, markers: Markers) -> di
     """Faults of chosen answers, pair by pair, and counts of each.
 
     `blank`: no letter, digit or symbol; `no_end`: not cut, and no end token among the last two (as `eos_kept` counts);
-    `template`: a mark of a chat template as text; `loops[i]`: answers whose `loop_share` is in [i/100, (i+1)/100).
+    `template`: a mark of a chat template as text; `misread`: U+FFFD or C1 controls; `loops[i]`: answers whose
+    `loop_share` is in [i/100, (i+1)/100).
     `others` counts answers with any fault but a loop, `other_loops` the loops of all the other answers.
     """
     import polars as pl
@@ -83,6 +84,7 @@ def degenerate(pairs: pl.DataFrame, texts: pl.DataFrame, markers: Markers) -> di
         texts.select(
             blank=~pl.col("chosen_text").str.contains(r"[\p{L}\p{N}\p{S}]"),
             template=pl.col("chosen_text").str.contains_any(list(markers.texts)),
+            misread=pl.col("chosen_text").str.contains("[\\x{fffd}\\x{80}-\\x{9f}]"),
         )
     )
     loops: Counter[int] = Counter()
@@ -93,7 +95,7 @@ def degenerate(pairs: pl.DataFrame, texts: pl.DataFrame, markers: Markers) -> di
         n = min(LOOP_BINS - 1, int(LOOP_BINS * share + 1e-9))
         loops[n] += 1
         other_loops[n] += not found
-    kinds = {name: faults[name].to_list() for name in ("blank", "no_end", "template")}
+    kinds = {name: faults[name].to_list() for name in ("blank", "no_end", "template", "misread")}
     order = {name: [n for n, found in enumerate(flags) if found][:EXAMPLES] for name, flags in kinds.items()}
     worst = [(name.replace("_", " "), n, 0.0) for name, rows in order.items() for n in rows]
     looped = sorted((-share, n) for n, share in enumerate(shares) if share)[:EXAMPLES]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterable, Sequence
 
-from dpo_assets.feedback.pair import ROLES, JudgedAnswer, Message, Pair, fold
+from dpo_assets.feedback.pair import ROLES, JudgedAnswer, Message, Pair, said
 
 Fault = tuple[str, str]
 TEMPLATE_BOUNDARY, TEMPLATE_REFUSED = "template_boundary", "template_refused"  # What only the tokenizer sees.
@@ -21,7 +20,7 @@ def pair_fault(pair: Pair) -> Fault | None:
         if problem := _order_fault(pair.prompt, answer):
             return "bad_role_order", f"{name}: {problem}"
     if _same(pair.chosen, pair.rejected):
-        return "no_preference", "chosen and rejected are the same text after NFC and white-space folding"
+        return "no_preference", "chosen and rejected are the same text, but for Unicode's forms and space at its end"
     return None
 
 
@@ -79,19 +78,16 @@ def _same(one: Sequence[Message], other: Sequence[Message]) -> bool:
     if len(one) != len(other):
         return False
     return all(
-        a["role"] == b["role"] and _same_text(a["content"], b["content"]) for a, b in zip(one, other, strict=True)
+        a["role"] == b["role"] and said(a["content"]) == said(b["content"]) for a, b in zip(one, other, strict=True)
     )
 
 
-def _same_text(one: str, other: str) -> bool:
-    """Whether two texts are equal once folded. Most differ in their first words, which is found out without folding."""
-    if _is_composed(one) and _is_composed(other) and one.split(None, 3)[:3] != other.split(None, 3)[:3]:
+def differ_in_space_alone(pair: Pair) -> bool:
+    """Whether nothing but white space tells the answers of a sound pair apart. Most differ in their first words."""
+    one, other = ([m["content"] for m in answer] for answer in (pair.chosen, pair.rejected))
+    if len(one) != len(other) or one[0].split(None, 3)[:3] != other[0].split(None, 3)[:3]:
         return False
-    return fold(one) == fold(other)
-
-
-def _is_composed(text: str) -> bool:
-    return text.isascii() or unicodedata.is_normalized("NFC", text)
+    return [text.split() for text in one] == [text.split() for text in other]
 
 
 # Rows left out by a choice of the recipe or by the model's size. They are quarantined too, but they do not say that

@@ -6,10 +6,12 @@ Patterns run over a column at once, in Rust; only what they hit is looked at aga
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dpo_assets.feedback.pair import as_json
 from dpo_assets.secret_shapes import PATTERNS
 
 if TYPE_CHECKING:
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 EMAIL, CARD, PHONE, SECRET, TEMPLATE = "email", "card", "phone", "secret", "template"
 PERSONAL = (EMAIL, CARD, PHONE)
+BESIDE = "_beside"  # Behind a kind: it stands in the row's other columns, which are kept and never trained on.
+OTHER_TEXTS = ("row", "meta")
 
 _EMAIL = re.compile(r"\b[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){0,4}\.[A-Za-z]{2,24}\b")
 # From the first digits that issuers have; not the decimals of a number.
@@ -28,6 +32,7 @@ _PHONE = re.compile(
 )
 _SECRETS = re.compile("|".join(f"(?:{p.pattern})" for p in PATTERNS.values()))
 # Marks of turns and ends in the chat templates of Llama, Qwen, Mistral, Gemma, Phi, DeepSeek and others.
+MISREAD = re.compile("[\ufffd\x80-\x9f]")  # Of bytes that were no UTF-8, or were read as Latin-1 (C1 controls).
 TEMPLATE_MARK = re.compile(
     r"<\|[^|<>\s]{1,40}\|>|<｜[^｜<>]{1,40}｜>|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]"
     r"|<</?SYS>>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>"
@@ -76,13 +81,57 @@ def redacted(text: str, kinds: Iterable[str]) -> str:
     return text
 
 
-def marks_in(text: str, own: Iterable[str] = ()) -> set[str]:
-    """Marks of chat templates in a text: those of any known template, and the special tokens of one model."""
-    return {m for m in TEMPLATE_MARK.findall(text) if m not in AMBIGUOUS_MARKS} | {mark for mark in own if mark in text}
+def redacted_json(text: str, kinds: Iterable[str]) -> str:
+    """JSON with its texts redacted, keys too."""
+    kinds = set(kinds)
+
+    def inside(value: Any) -> Any:
+        if isinstance(value, str):
+            return redacted(value, kinds)
+        if isinstance(value, dict):
+            return {redacted(key, kinds): inside(one) for key, one in value.items()}
+        return [inside(one) for one in value] if isinstance(value, list) else value
+
+    return as_json(inside(json.loads(text)))
 
 
-def escaped(text: str, own: Iterable[str] = ()) -> str:
-    """The text with a space behind the first letter of every such mark: readable, and no longer a mark."""
+def marks_in(text: str, own: Sequence[str] = ()) -> set[str]:
+    """Marks of chat templates in a text: those of any known template, and the special tokens of one model.
+
+    At its end the beginning of a mark counts too: an export that cut a turn in its end mark.
+    """
+    found = {m for m in TEMPLATE_MARK.findall(text) if m not in AMBIGUOUS_MARKS} | {m for m in own if m in text}
+    cut = _cut_mark(text, own)
+    return found | {cut} if cut else found
+
+
+# The end marks of known templates, which exports leave on answers, or cut answers in.
+_END_MARKS = (
+    "<|im_end|>", "<|im_start|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>", "<|end|>",
+    "<|return|>", "<|start_header_id|>", "<|end_of_turn|>", "<end_of_turn>", "<start_of_turn>", "[/INST]",
+    "<｜end▁of▁sentence｜>",
+)  # fmt: skip
+_LEAST_CUT = 4  # Letters of a mark's beginning: fewer are ordinary text, such as `<|` of a pipe.
+
+
+def _cut_mark(text: str, own: Sequence[str]) -> str:
+    """The beginning of a mark that a text ends with, or nothing."""
+    tail = text.rstrip()[-48:]
+    for mark in (*_END_MARKS, *own):
+        for size in range(len(mark) - 1, _LEAST_CUT - 1, -1):
+            if tail.endswith(mark[:size]):
+                return mark[:size]
+    return ""
+
+
+def escaped(text: str, own: Sequence[str] = (), *, answer: bool = False) -> str:
+    """The text with a space behind the first letter of every such mark: readable, and no longer a mark.
+
+    Marks at the end of an `answer` are taken away: the template puts its own there, and what is left of another would
+    be learned as the answer's last words.
+    """
+    while answer and (mark := next((m for m in sorted(marks_in(text, own)) if text.rstrip().endswith(m)), None)):
+        text = text.rstrip().removesuffix(mark).rstrip()
     for mark in sorted(marks_in(text, own), key=lambda m: (-len(m), m)):
         text = text.replace(mark, f"{mark[0]} {mark[1:]}" if len(mark) > 1 else " ")
     return text
@@ -103,8 +152,8 @@ _FIRST: dict[str, tuple[str, Callable[[str], bool]]] = {
         lambda text: _SECRETS.search(text) is not None,
     ),
     TEMPLATE: (
-        r"<\||<｜|\[/?[A-Z_]{4,16}\]|<</?SYS>>|<(?:start|end)_of_turn>|</?(?:s|bos|eos|pad|unk)>",
-        lambda text: bool(TEMPLATE_MARK.search(text)) or any(mark in text for mark in AMBIGUOUS_MARKS),
+        r"<\||<｜|\[/?[A-Z_]{3,16}|<</?SYS>>|<(?:sta|end)|</?(?:s|bos|eos|pad|unk)>",
+        lambda text: bool(marks_in(text)) or any(mark in text for mark in AMBIGUOUS_MARKS),
     ),
 }
 
@@ -120,6 +169,25 @@ def flags_of(pairs: pl.DataFrame, columns: Iterable[str] = ("prompt", "chosen", 
         for kind, (_, decides) in _FIRST.items():
             some = hits.filter(pl.col(kind)).select("n", "text")
             found.setdefault(kind, set()).update(n for n, text in some.iter_rows() if decides(text))
+    return found
+
+
+def flags_beside(pairs: pl.DataFrame) -> dict[str, set[int]]:
+    """By kind of personal data and secrets, the rows in whose OTHER_TEXTS it stands."""
+    import polars as pl
+
+    found: dict[str, set[int]] = {}
+    hits = pairs.select(
+        *OTHER_TEXTS,
+        *(
+            pl.any_horizontal(pl.col(c).str.contains(_FIRST[kind][0]) for c in OTHER_TEXTS).alias(f"has {kind}")
+            for kind in (*PERSONAL, SECRET)
+        ),
+    ).with_row_index("at")
+    for kind in (*PERSONAL, SECRET):
+        for n, row, meta in hits.filter(pl.col(f"has {kind}")).select("at", *OTHER_TEXTS).iter_rows():
+            if redacted(row, [kind]) != row or redacted_json(meta, [kind]) != as_json(json.loads(meta)):
+                found.setdefault(f"{kind}{BESIDE}", set()).add(n)
     return found
 
 
@@ -151,7 +219,7 @@ def with_flags(pairs: pl.DataFrame) -> pl.DataFrame:
     import polars as pl
 
     added: dict[int, list[str]] = {}
-    for kind, rows in flags_of(pairs).items():
+    for kind, rows in (flags_of(pairs) | flags_beside(pairs)).items():
         for n in rows:
             added.setdefault(n, []).append(kind)
     if not added:

@@ -21,7 +21,18 @@ from dpo_assets.feedback.overlap import EvaluationSets, read_prompts
 from dpo_assets.feedback.pair import PAIR_COLUMNS, QUARANTINE_COLUMNS, Pair, pandera_schema, polars_schema
 from dpo_assets.feedback.pool import PART, LoadedBatch, Pool
 from dpo_assets.feedback.rules import pair_fault
-from dpo_assets.feedback.scan import PERSONAL, SECRET, TEMPLATE, escaped, marks_in, redacted, rows_with, unusual_marks
+from dpo_assets.feedback.scan import (
+    BESIDE,
+    PERSONAL,
+    SECRET,
+    TEMPLATE,
+    escaped,
+    marks_in,
+    redacted,
+    redacted_json,
+    rows_with,
+    unusual_marks,
+)
 from dpo_assets.feedback.tables import CONVERSATIONS, quarantine_record, with_new_content
 from dpo_assets.recipe import CleaningSection, ReleaseRule
 
@@ -113,6 +124,7 @@ class Screening:
         flagged = self.pool.keys(["flags"]).filter(pl.col("flags") != "")
         for kind in (*PERSONAL, SECRET):
             self.counts[kind] = flagged.filter(_has_flag(kind)).height
+            self.counts[f"{kind}{BESIDE}"] = flagged.filter(_has_flag(f"{kind}{BESIDE}")).height
         for kinds, action, reason in (
             (PERSONAL, policy.personal_data, "personal_data"),
             ((SECRET,), policy.secrets, "secret"),
@@ -134,7 +146,8 @@ class Screening:
         kinds = [*masked, *([TEMPLATE] if self.policy.template_marks != "keep" else [])]
         if not kinds:
             return live
-        flagged = flagged.filter(pl.any_horizontal(_has_flag(kind) for kind in kinds))
+        beside = [f"{kind}{BESIDE}" for kind in masked]
+        flagged = flagged.filter(pl.any_horizontal(_has_flag(kind) for kind in (*kinds, *beside)))
         flagged = live.select("b", "n").join(flagged, on=["b", "n"], how="semi")
         unusual = unusual_marks(self.marks) if TEMPLATE in kinds else []
         if unusual:
@@ -150,7 +163,7 @@ class Screening:
                 now, found = self._new_texts(record, masked, flags)
                 if found and self.policy.template_marks == "quarantine":
                     marked.append(name)
-                if now != {c: record[c] for c in CONVERSATIONS}:
+                if now != {c: record[c] for c in now}:
                     changed.append(record | now)
                     gone.append(name)
         self.counts["rewritten"] = len(changed)
@@ -187,8 +200,9 @@ class Screening:
     def _new_texts(
         self, record: dict[str, Any], masked: Sequence[str], flags: Sequence[str]
     ) -> tuple[dict[str, Any], bool]:
-        """(conversations as the policy wants them, whether they held marks of a chat template)."""
+        """(texts as the policy wants them, whether they held marks of a chat template)."""
         kinds = [kind for kind in masked if kind in flags]
+        beside = [kind for kind in masked if f"{kind}{BESIDE}" in flags]
         looks = self.policy.template_marks != "keep"
         found = False
         result: dict[str, Any] = {}
@@ -198,9 +212,13 @@ class Screening:
                 text = redacted(message["content"], kinds) if kinds else message["content"]
                 if looks and marks_in(text, self.marks):
                     found = True
-                    text = escaped(text, self.marks) if self.policy.template_marks == "escape" else text
+                    if self.policy.template_marks == "escape":
+                        text = escaped(text, self.marks, answer=message["role"] == "assistant")
                 messages.append({"role": message["role"], "content": text})
             result[name] = messages
+        if beside:
+            result["row"] = redacted(record["row"], beside)
+            result["meta"] = redacted_json(record["meta"], beside)
         return result, found
 
     # Rows among each other

@@ -19,6 +19,7 @@ from dpo_assets.feedback.pair import (
     Message,
     Pair,
     Rejected,
+    answer_id,
     as_json,
     conversations_id,
     polars_schema,
@@ -97,7 +98,7 @@ def answers_frame(answers: Sequence[JudgedAnswer]) -> pl.DataFrame:
 
     made: dict[str, Callable[[JudgedAnswer], Any]] = {
         "prompt_id": lambda a: prompt_ids(a.prompt)[0],
-        "answer_id": lambda a: prompt_ids(a.answer)[0],
+        "answer_id": lambda a: answer_id(a.answer),
         "meta": lambda a: as_json(a.meta),
         "flags": lambda a: ",".join(a.flags),
     }

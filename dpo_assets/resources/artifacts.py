@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import re
+import secrets
 from pathlib import Path
 
 import dagster as dg
 from pydantic import Field
 
 from dpo_assets.artifact import ArtifactTree
+from dpo_assets.errors import ConfigError
+
+USER_KEY = "users.key"
+KEY_BYTES = 32
 
 
 class ArtifactStore(dg.ConfigurableResource):  # type: ignore[type-arg]
@@ -19,5 +26,33 @@ class ArtifactStore(dg.ConfigurableResource):  # type: ignore[type-arg]
 
     def tree(self, instance: dg.DagsterInstance, pipeline: str) -> ArtifactTree:
         """The artefacts of one pipeline."""
-        root = Path(self.root) if self.root else Path(instance.storage_directory()) / "dpo_assets"
-        return ArtifactTree(root.absolute() / pipeline)
+        return ArtifactTree(self._folder(instance) / pipeline)
+
+    def user_key(self, instance: dg.DagsterInstance) -> bytes:
+        """The key of the digests that stand for users: made once for a store, kept beside it, for its owner to read.
+
+        Raises:
+            ConfigError: the file is not what was written.
+        """
+        path = self._folder(instance) / USER_KEY
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fresh = path.with_name(f"{USER_KEY}.{secrets.token_hex(8)}")
+            with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as handle:
+                handle.write(secrets.token_hex(KEY_BYTES))
+            try:
+                os.link(fresh, path)  # Of two runs that start at once, one makes the key of both.
+            except FileExistsError:
+                pass
+            finally:
+                fresh.unlink()
+        written = path.read_text(encoding="ascii", errors="replace").strip()
+        if not re.fullmatch(rf"[0-9a-f]{{{2 * KEY_BYTES}}}", written):
+            raise ConfigError(
+                f"{path} does not hold the key that users are hashed with. Put it back from a backup, or delete it: "
+                "users then get new digests, and all feedback is read again."
+            )
+        return bytes.fromhex(written)
+
+    def _folder(self, instance: dg.DagsterInstance) -> Path:
+        return (Path(self.root) if self.root else Path(instance.storage_directory()) / "dpo_assets").absolute()

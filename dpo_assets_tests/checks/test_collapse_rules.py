@@ -108,6 +108,27 @@ def test_a_ratio_that_is_a_sign_stops_no_run_and_is_not_kept() -> None:
     assert not healthy(rows, LIMITS)
 
 
+@pytest.mark.parametrize(
+    "sign",
+    [
+        {"probe/kl_per_token": LIMITS.kl_per_token_sign + 0.01},
+        {"probe/repetition": LIMITS.answers_rise + 0.01},
+        {"probe/no_eos": 0.1 + LIMITS.answers_rise + 0.01},
+        {"mean_token_accuracy": WELL["mean_token_accuracy"] - LIMITS.accuracy_fall_sign - 0.01},
+        {"entropy": WELL["entropy"] * (LIMITS.entropy_high + 0.1)},
+        {"entropy": WELL["entropy"] * (LIMITS.entropy_low - 0.1)},
+        {"nll_ratio": LIMITS.nll_ratio_sign + 0.01, "chosen_nats_per_token": -LIMITS.least_fall - 0.01},
+    ],
+    ids=str,
+)
+def test_each_sign_by_itself_stops_no_run_and_makes_its_state_none_to_keep(sign: dict[str, float]) -> None:
+    rows = run(steps=60, **PROBED | {"probe/answers": 4})
+    assert healthy(rows, LIMITS)
+    rows = run(steps=60, **PROBED | {"probe/answers": 4} | sign)
+    assert first_trigger(rows, LIMITS) is None
+    assert not healthy(rows, LIMITS)
+
+
 def test_a_low_beta_lets_the_policy_go_further() -> None:
     rows = run(since=1, nll_ratio=2.2, chosen_nats_per_token=-0.8)
     assert fired(rows).rule == "likelihood"

@@ -135,9 +135,10 @@ def test_the_length_that_is_named_as_the_way_out_holds_enough_and_fits_the_model
 
 def test_a_fault_of_every_kind_is_told_its_own_way_out() -> None:
     broken = judged(
-        "degenerate_chosen", degenerate=looped(600) | {"others": 900, "no_end": 300, "template": 300, "blank": 300}
+        "degenerate_chosen",
+        degenerate=looped(600) | {"others": 1200, "no_end": 300, "template": 300, "blank": 300, "misread": 300},
     )
-    for way in ("EOS", "another chat template", "say nothing", "repeat themselves"):
+    for way in ("EOS", "another chat template", "say nothing", "as UTF-8", "repeat themselves"):
         assert way in broken.fix
     assert "EOS" not in judged("degenerate_chosen", degenerate=looped(600)).fix
     unknown = judged("degenerate_chosen", degenerate={"ends_known": False})

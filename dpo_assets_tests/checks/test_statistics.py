@@ -184,3 +184,14 @@ def test_the_interval_of_a_mean_by_hand() -> None:
     assert mean - low == pytest.approx(high - mean)
     assert mean_interval([4.0]) == (4.0, -math.inf, math.inf)
     assert math.isnan(mean_interval([])[0])
+
+
+@pytest.mark.parametrize(
+    ("confidence", "least"),
+    # The least number of 20 answers, after 2 of 20 before, whose rise is beyond chance: from Newcombe's formula with
+    # Wilson intervals whose ends have the one-sided level. Two-sided intervals of that level would ask for more.
+    [(0.9, 6), (0.95, 7), (0.975, 8), (0.99, 9)],
+)
+def test_a_rise_is_held_against_the_one_sided_level_that_was_asked_for(confidence: float, least: int) -> None:
+    found = [n for n in range(21) if significant_rise(n / 20, 2 / 20, 20, confidence)]
+    assert found == list(range(least, 21))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dpo_assets.feedback.pair import Pair, hashed_user
+from dpo_assets.feedback.pair import Pair
 from dpo_assets_tests.feedback.tool_exports import (
     changed,
     judged,
@@ -28,7 +28,7 @@ def test_label_studio_export_becomes_pairs_and_judged_answers() -> None:
     block, cheese = assistant("A building block of protons."), assistant("A kind of cheese.")
     pair = only(items[1])
     assert sides(pair) == ([user("What is a quark?")], [block], [cheese])
-    assert (pair.margin, pair.user, pair.row) == (1.0, hashed_user(4), "1")
+    assert (pair.margin, pair.user, pair.row) == (1.0, "4", "1")
     assert pair.created_at == "2024-03-01T10:00:10+00:00"
     voted = only(items[2])  # Annotator 4 changed to right, 5 says right, 6 says left.
     assert sides(voted) == ([user("What is quark, in a kitchen?")], [cheese], [block])
@@ -41,7 +41,7 @@ def test_label_studio_export_becomes_pairs_and_judged_answers() -> None:
     # The sides are named by the Pairwise tag's toName, the annotator is an object.
     bigger = only(items[6])
     assert sides(bigger) == ([user("Which is bigger?")], [assistant("Nine")], [assistant("Seven")])
-    assert bigger.user == hashed_user(9)
+    assert bigger.user == "9"
 
 
 def test_label_studio_cancelled_annotation_beside_a_valid_one_is_left_out() -> None:
@@ -119,7 +119,7 @@ def test_argilla_export_becomes_pairs_flat_and_nested() -> None:
     oslo, norway = assistant("Oslo"), assistant("Norway")
     pair = only(items[1])
     assert sides(pair) == ([user("Capital of Norway?")], [oslo], [norway])
-    assert (pair.margin, pair.label_kind, pair.user) == (2.0, "human_ranking", hashed_user("8c1"))
+    assert (pair.margin, pair.label_kind, pair.user) == (2.0, "human_ranking", "8c1")
     assert pair.row == "r1:response_1>response_3"
     # Two submitted rankings (the draft is left out): mean ranks 1, 2.5 and 2.5.
     averaged = only(items[2])

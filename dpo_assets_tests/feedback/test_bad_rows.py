@@ -117,9 +117,9 @@ def test_case_29_equal_answers_are_no_preference(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("chosen", "rejected"),
-    [("caf\u00e9", "cafe\u0301"), ("a  b", "a\nb"), (" same ", "same"), ("one\r\ntwo", "one\ntwo")],
+    [("caf\u00e9", "cafe\u0301"), ("same\n", "same"), ("one\r\ntwo", "one\ntwo")],
 )
-def test_case_30_answers_that_differ_in_composition_or_white_space_alone_are_no_preference(
+def test_answers_that_differ_in_composition_or_in_space_at_their_end_are_no_preference(
     tmp_path: Path, chosen: str, rejected: str
 ) -> None:
     refused(tmp_path, row(chosen=chosen, rejected=rejected), "no_preference")

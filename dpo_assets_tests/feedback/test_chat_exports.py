@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dpo_assets.errors import ConfigError
-from dpo_assets.feedback.pair import JudgedAnswer, Pair, hashed_user
+from dpo_assets.feedback.pair import JudgedAnswer, Pair
 from dpo_assets.feedback.readers import RowFault
 from dpo_assets_tests.feedback.tool_exports import (
     changed,
@@ -35,7 +35,7 @@ def test_open_webui_export_becomes_pairs_and_judged_answers() -> None:
     assert judged(only(items[2])) == fridge
     pair = only(items[3])
     assert sides(pair) == ([BREAD], [HOUR], [DEPENDS])
-    assert (pair.row, pair.label_kind, pair.user) == ("f1:m3", "human_thumb", hashed_user("u-7"))
+    assert (pair.row, pair.label_kind, pair.user) == ("f1:m3", "human_thumb", "u-7")
     assert pair.created_at == "2024-10-27T03:40:00+00:00"  # When the vote was changed, not when it was first given.
     arena = only(items[4])
     numbers = [system("Answer with a number."), user("Name a prime above 10.")]
@@ -121,7 +121,7 @@ def test_librechat_export_becomes_judged_answers() -> None:
     assert reason(only(items[1])) == ("no_feedback", "a message without a thumb")
     down = only(items[2])
     assert judged(down) == (night, [assistant("Good day")], -1.0)
-    assert (down.label_kind, down.user, down.row) == ("human_thumb", hashed_user("u42"), "a1")
+    assert (down.label_kind, down.user, down.row) == ("human_thumb", "u42", "a1")
     assert reason(only(items[3]))[0] == "superseded"
     up = only(items[4])  # Its sibling: one prompt. Reasoning parts are no part of the answer.
     assert judged(up) == (night, [assistant("Good night")], 1.0)

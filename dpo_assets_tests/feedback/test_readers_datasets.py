@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dpo_assets.feedback.pair import Pair, hashed_user
+from dpo_assets.feedback.pair import Pair
 from dpo_assets.feedback.readers import ReadOptions, RowFault
 from dpo_assets_tests.feedback.exported import (
     items_of,
@@ -235,7 +235,7 @@ def test_arena_export() -> None:
     cleaned = the_pair(rows[0])  # 33k
     assert talk(cleaned) == ("u: What is rust?", "a: Iron oxide.", "a: A colour.")
     assert (cleaned.row, cleaned.label_kind) == ("q1", "arena")
-    assert (cleaned.created_at, cleaned.user) == ("2023-04-24T15:53:11.500000+00:00", hashed_user("arena_user_7"))
+    assert (cleaned.created_at, cleaned.user) == ("2023-04-24T15:53:11.500000+00:00", "arena_user_7")
     assert cleaned.meta["winner"] == "model_b"
     assert the_fault(rows[1]).reason == "tie"
     columns = the_pair(rows[2])  # 55k: the later turns belong to the answers, as they follow other first answers
@@ -247,7 +247,7 @@ def test_arena_export() -> None:
     assert columns.row == "30192"
     text = the_pair(rows[3])  # 100k
     assert talk(text) == ("u: 2+2?", "a: 4", "a: 5")
-    assert (text.user, text.created_at) == (hashed_user("abc123"), "2024-07-01T00:00:00+00:00")
+    assert (text.user, text.created_at) == ("abc123", "2024-07-01T00:00:00+00:00")
     parts = the_pair(rows[4])  # 140k
     assert talk(parts) == ("u: A haiku?", "a: Old pond.", "a: No.")
     assert (parts.row, parts.created_at) == ("v5", "2025-06-01T12:00:00+00:00")
@@ -255,7 +255,7 @@ def test_arena_export() -> None:
     assert (later_vote.reason, later_vote.row) == ("no_shared_prompt", "v6")
     logged = the_pair(rows[6])  # a server's log: what stands before `offset` was never said
     assert talk(logged) == ("u: What is tea?", "a: A hot drink.", "a: Leaf.")
-    assert logged.user == hashed_user("203.0.113.7")
+    assert logged.user == "203.0.113.7"
     assert "203.0.113.7" not in repr(logged)
     assert logged.meta == {"winner": "model_a", "model_a": "m1", "model_b": "m2"}
     assert the_fault(rows[7]).reason == "leaked_identity"

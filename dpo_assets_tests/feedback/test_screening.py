@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.ingest import PAIR_ID, Batch, write_batch
+from dpo_assets.feedback.near import similarity
 from dpo_assets.feedback.pair import Pair, digest
 from dpo_assets.feedback.pool import LoadedBatch, Pool, stored
 from dpo_assets.feedback.screening import Screened, Screening, screen
@@ -58,6 +59,31 @@ def test_of_near_duplicates_one_stays_and_the_others_are_quarantined() -> None:
     assert "0.85" in result.quarantine["message"][0]
 
 
+def chain(number: int) -> list[Pair]:
+    """Three pairs: the second is near the first, the third near the second and not near the first."""
+    words = text(3 * number + 1).split()
+    pairs = []
+    for step in range(3):
+        pairs.append(long_pair(number, chosen=[assistant(" ".join(words))], row=f"chain {number}, step {step}"))
+        for at in (20 * step + 5, 20 * step + 6):
+            words[at] = f"other{step}"
+    return pairs
+
+
+def test_what_a_near_duplicate_is_near_to_stays() -> None:
+    """A chain of small steps is not dropped as a whole: what goes is near to something that is kept."""
+    steps = [one for number in range(30) for one in chain(number)]
+    names = {row["row"] for row in screened(*steps).pairs.iter_rows(named=True)}
+    rows = {row["row"]: row for row in pairs_frame(steps).iter_rows(named=True)}
+    for number in range(30):
+        of_chain = [rows[f"chain {number}, step {step}"] for step in range(3)]
+        first, second, third = of_chain
+        assert min(similarity(first, second), similarity(second, third)) >= 0.85 > similarity(first, third)
+        kept = [row for row in of_chain if row["row"] in names]
+        assert kept != of_chain
+        assert all(row in kept or max(similarity(row, other) for other in kept) >= 0.85 for row in of_chain)
+
+
 def test_near_duplicates_are_dropped_and_counted_or_kept_as_the_recipe_says() -> None:
     dropped = screened(long_pair(0), near(0), near_duplicates="drop")
     assert (dropped.pairs.height, dropped.quarantine.height, dropped.duplicates, dropped.near_duplicates) == (
@@ -90,10 +116,10 @@ def test_a_prompt_keeps_as_many_pairs_as_the_recipe_says_whatever_their_order() 
 
 
 def test_a_mark_of_a_chat_template_is_quarantined_escaped_or_kept() -> None:
-    marked = pair(1, chosen=[assistant("done<|im_end|>")])
+    marked = pair(1, chosen=[assistant("done<|im_end|> so")])
     assert reasons(screened(pair(0), marked)) == {"row-1": "template_marks"}
     [escaped] = screened(marked, template_marks="escape").pairs.to_dicts()
-    assert escaped["chosen"][0]["content"] == "done< |im_end|>"
+    assert escaped["chosen"][0]["content"] == "done< |im_end|> so"
     assert escaped["pair_id"] == pair(1, chosen=escaped["chosen"]).pair_id != marked.pair_id
     assert escaped["flags"] == "template,rewritten"
     [kept] = screened(marked, template_marks="keep").pairs.to_dicts()

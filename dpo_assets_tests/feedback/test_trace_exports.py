@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dpo_assets.feedback.pair import JudgedAnswer, hashed_user
+from dpo_assets.feedback.pair import JudgedAnswer
 from dpo_assets_tests.feedback.tool_exports import (
     judged,
     only,
@@ -53,7 +53,7 @@ def test_langfuse_camel_case_of_the_api_reads_the_same() -> None:
     row |= {"source": "API", "stringValue": "False", "authorUserId": "someone"}
     item = the("langfuse", row)
     assert judged(item) == (EXACT, TURING, -1.0)
-    assert item.user == hashed_user("someone")
+    assert item.user == "someone"
 
 
 def test_langfuse_numbers_and_categories() -> None:
@@ -119,7 +119,7 @@ def test_langsmith_export_becomes_pairs_edits_and_judged_answers() -> None:
     pair = only(items[2])
     assert sides(pair) == (SKY, [assistant("Air scatters blue light most.")], [assistant("It reflects the sea.")])
     assert (pair.row, pair.label_kind, pair.margin) == ("e2>e1", "human_pair", 1.0)
-    assert pair.user == hashed_user("ls-1")
+    assert pair.user == "ls-1"
     assert reason(only(items[3])) == ("superseded", "line 4 holds a later version of it")
     assert judged(only(items[4])) == (SEASONS, MOVES, 1.0)
     edit = only(items[5])

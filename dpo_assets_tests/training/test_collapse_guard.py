@@ -18,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from dpo_assets.checks.bands import default_bands
 from dpo_assets.checks.collapse import CollapseLimits, first_trigger
@@ -190,6 +191,28 @@ def test_a_state_in_the_middle_of_a_run_is_put_back_whole(spec_of: Any) -> None:
     assert largest_difference(run.adapter, expected) == 0.0
 
 
+@pytest.mark.parametrize(("nll_ratio", "kept_step"), [(1.0, 2), (1.6, 0)], ids=["healthy", "with a sign"])
+def test_a_state_is_kept_only_while_the_run_shows_no_sign(
+    spec_of: Any, tokenizer: Any, tmp_path: Path, nll_ratio: float, kept_step: int
+) -> None:
+    """A sign stops nothing by itself, but a state that shows one is none to go back to."""
+    spec = spec_of(1e-4, QUIET)
+    policy = load_policy(spec.base_model, spec.plan, None, seed=0, dropout=0.0)
+    start = AdapterState(policy.model)
+    watched = Watched(policy.model, start, tokenizer, spec.plan, "transformers", packed=True)
+    guard = CollapseGuard(watched, spec.guard, Log(), [], [], (8.0, 8.0))
+    state, control, arguments = TrainerState(max_steps=STEPS), TrainerControl(), TrainingArguments(str(tmp_path))
+    for step in (1, 2):
+        state.global_step = step
+        log = {"loss": 0.69, "nll_ratio": nll_ratio, "chosen_nats_per_token": -0.4, "step": step}
+        state.log_history.append(log)
+        guard.on_step_end(arguments, state, control)
+        guard.on_log(arguments, state, control, logs=log)
+    assert guard.first is None
+    assert guard.kept_step == kept_step
+    assert (guard.kept is start) == (kept_step == 0)
+
+
 def test_with_severity_warn_it_is_recorded_and_training_goes_on(ruined: Run, noted: Run) -> None:
     assert noted.report["stopped"] is None
     assert noted.report["steps"] == STEPS
@@ -223,6 +246,11 @@ def test_the_parts_of_the_report_are_numbers_of_policy_and_reference(healthy: Ru
 
 def test_a_policy_that_was_ruined_is_seen_in_every_part(noted: Run) -> None:
     report = noted.report
+    # The loss of chosen answers, policy over reference: they became less likely. (TRL's rewards are beta x log-ratio.)
+    last = noted.rows[-dpo.LAST_LOGS :]
+    logps, rewards = (sum(row[key] for row in last) for key in ("logps/chosen", "rewards/chosen"))
+    assert report["nll_ratio"] == pytest.approx(logps / (logps - rewards / 0.1), rel=1e-6)
+    assert report["nll_ratio"] > 1.5
     assert report["held_out"]["nll_ratio"] > 1.5
     assert report["answers"]["kl"]["per_token"] > 0.5
     assert report["capability"]["policy"] < report["capability"]["reference"]

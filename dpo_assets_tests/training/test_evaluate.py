@@ -14,7 +14,7 @@ from dpo_assets.contract import EvaluateSpec
 from dpo_assets.planning.scoring import Scoring
 from dpo_assets.training import evaluate
 from dpo_assets.training.data import dpo_group, load_split
-from dpo_assets.training.evaluate import generate, generation_health, repeats_itself
+from dpo_assets.training.evaluate import generate, generation_health, repeats_itself, summarise
 from dpo_assets.training.loading import attach_adapter, autocast_of, load_base
 from dpo_assets.training.logprobs import score_groups
 from dpo_assets.training.packing import Group
@@ -117,3 +117,20 @@ def test_a_quantised_run_is_scored_as_it_is_released_and_else_as_it_was_trained(
     with autocast_of(plan_for(precision="bf16")):
         in_16_bit, _ = score_groups(plain, groups, spec.plan.token_budget)
     assert (scores["sft_chosen"].to_list() == pytest.approx(in_16_bit[::2], abs=1e-3)) == merged
+
+
+def test_the_ratio_of_likelihoods_is_the_policys_loss_over_that_of_sft() -> None:
+    """Above one, chosen answers became less likely: log-probabilities of -10 and -30 went to -15 and -45."""
+    table = pl.DataFrame(
+        {
+            "prompt_id": ["a", "b"],
+            "sft_chosen": [-10.0, -30.0], "policy_chosen": [-15.0, -45.0], "chosen_tokens": [5, 10],
+            "sft_rejected": [-12.0, -20.0], "policy_rejected": [-30.0, -60.0], "rejected_tokens": [6, 8],
+        }
+    )  # fmt: skip
+    said = summarise(table, 0.95)
+    assert said["nll_ratio_chosen"] == 1.5
+    assert said["chosen_shift_nats_per_token"] == pytest.approx((-1.0 - 1.5) / 2)
+    assert said["rejected_shift_nats_per_token"] == pytest.approx((-3.0 - 5.0) / 2)
+    assert (said["margin_mean_nats"], said["margin_median_nats"]) == pytest.approx(((13 + 25) / 2, (13 + 25) / 2))
+    assert (said["pairs"], said["prompts"]) == (2, 2)

@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from dpo_assets.errors import ConfigError
 from dpo_assets.training import attention, logprobs
 from dpo_assets.training.head import Head, ScoredHead
 from dpo_assets.training.logprobs import score_groups, score_tokens, sequence_logps
@@ -56,6 +57,29 @@ def test_every_row_is_its_prompt_and_its_completion_again(groups: list[Group]) -
         assert batch["pos"][slots[:length]].tolist() == list(range(length))
         # Filler repeats the row's first token: it belongs to this row's group, not to a neighbour's.
         assert set(slots[length:].tolist()) <= {int(slots[0])}
+
+
+@settings(deadline=None)
+@given(random_groups())
+def test_the_tables_of_flash_attention_are_those_of_each_row(groups: list[Group]) -> None:
+    """A group's first row asks for its prompt and completion, a further one for its completion alone; all see both."""
+    batch = pack(groups)
+    asked = [
+        (len(c) + (len(g.prompt) if rank == 0 else 0), len(g.prompt) + len(c))
+        for g in groups
+        for rank, c in enumerate(g.completions)
+    ]
+    assert batch["query_starts"].diff().tolist() == [queries for queries, _ in asked]
+    assert batch["key_starts"].diff().tolist() == [keys for _, keys in asked]
+    assert batch["longest"] == (max(queries for queries, _ in asked), max(keys for _, keys in asked))
+    assert int(batch["query_starts"][-1]) == len(batch["ids"])
+    seen = [batch["ids"][batch["kv_source"]][start:end].tolist() for start, end in pairwise(batch["key_starts"])]
+    assert seen == [[*prompt, *completion] for prompt, completion in rows_of(groups)]
+
+
+def test_the_longest_queries_and_the_longest_keys_can_be_those_of_different_rows() -> None:
+    batch = pack([Group([1] * 6, ([2], [3] * 4))])
+    assert batch["longest"] == (7, 10)
 
 
 @settings(deadline=None)
@@ -165,6 +189,24 @@ def assert_same_scores(packed: Any, plain: Any, groups: Sequence[Group]) -> None
     assert torch.equal(scores.top1[clear], (logits.argmax(-1) == batch["target"])[clear])
     summed = [float(part.sum()) for part in theirs.split([len(completion) for _, completion in rows_of(groups)])]
     torch.testing.assert_close(sequence_logps(scores, batch), torch.tensor(summed), atol=1e-3, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("off", "refused"), [(0.0, False), (5e-4, False), (-5e-4, False), (2e-3, True), (-2e-3, True)])
+def test_the_probe_refuses_what_differs_by_more_than_a_thousandth_of_a_nat_a_token(
+    packed: Any, groups: list[Group], monkeypatch: pytest.MonkeyPatch, off: float, refused: bool
+) -> None:
+    """A model's own forward that is off by so much stands for an architecture whose attention differs by so much."""
+    own = logprobs._row_logp
+
+    def shifted(lm: Any, prompt: Sequence[int], completion: Sequence[int], autocast: Any) -> float:
+        return own(lm, prompt, completion, autocast) + off * len(completion)
+
+    monkeypatch.setattr(logprobs, "_row_logp", shifted)
+    if not refused:
+        logprobs.assert_packing_is_exact(packed, groups[0])
+        return
+    with pytest.raises(ConfigError, match="cannot be scored"):
+        logprobs.assert_packing_is_exact(packed, groups[0])
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=SAME_FIXTURE)

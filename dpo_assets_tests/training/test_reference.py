@@ -92,6 +92,10 @@ def test_the_key_of_a_pair_tells_prompt_chosen_and_rejected_apart() -> None:
         Group([1, 2], ([4], [3])),
         Group([1, 2], ([3, 4], [])),
         Group([12], ([3], [4])),
+        Group([1, 2], ([3], [5])),
+        Group([1, 2], ([5], [4])),
+        Group([1, 5], ([3], [4])),
+        Group([1, 2], ([3],)),
     ]
     assert len({pair_key(group) for group in groups}) == len(groups)
     assert pair_key(Group((1, 2), ((3,), (4,)))) == pair_key(groups[0])

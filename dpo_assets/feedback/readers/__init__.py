@@ -51,6 +51,7 @@ class ReadOptions:
     Args:
         pairing: a policy of `feedback.pairing`, for a row that holds a ranking of its own.
         min_margin: the least difference of ranks or scores that makes a pair.
+        user_key: key of `hashed_user`; without one no user is kept.
         include_synthetic: keep pairs with a machine-written side, where a format says so.
         fields: names in the row for what a format leaves to its users' configuration (Label Studio, Argilla).
         companion: a second file that a format joins with (the observations of Langfuse, the runs of LangSmith).
@@ -61,6 +62,7 @@ class ReadOptions:
     fields: Mapping[str, str] = field(default_factory=dict)
     companion: Path | None = None
     min_margin: float = 0.0
+    user_key: bytes = field(default=b"", repr=False)
 
 
 Item = Pair | JudgedAnswer | RowFault

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from dpo_assets.feedback.pair import Message, Pair, hashed_user
+from dpo_assets.feedback.pair import Message, Pair, named
 from dpo_assets.feedback.readers import Format, Row, RowFault, has
 from dpo_assets.feedback.readers.conversations import assistant, messages, shared_prefix, user
 from dpo_assets.feedback.readers.shapes import At, by_row
@@ -65,7 +65,7 @@ def read(row: Row, at: At) -> Iterator[Pair]:
     prompt, answer_a, answer_b = shared_prefix(a, b)
     chosen, rejected = (answer_a, answer_b) if winner == "model_a" else (answer_b, answer_a)
     when, judge = row.get("tstamp", row.get("timestamp")), row.get("judge_hash", row.get("judge", row.get("ip")))
-    who = hashed_user(judge if isinstance(judge, str | int) else None)
+    who = named(judge if isinstance(judge, str | int) else None)
     pair = at.pair(prompt, chosen, rejected, {"winner": winner} | about, "arena")
     yield replace(pair, created_at=timestamp(when), user=who)
 

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_assets.feedback.pair import JudgedAnswer, LabelKind, Message, Pair, hashed_user
+from dpo_assets.feedback.pair import JudgedAnswer, LabelKind, Message, Pair, named
 from dpo_assets.feedback.readers import Format, Place, ReadOptions, Row, RowFault, keys_of
 from dpo_assets.feedback.readers.choices import choice_score, chosen_field, entries
 from dpo_assets.feedback.readers.conversations import said, text
@@ -119,7 +119,7 @@ def _record(row: Row, row_id: str, place: Place, options: ReadOptions) -> _Recor
         hint = "; the export states no status: export it flat, or see `unstated_status`" if unstated else ""
         raise RowFault("unsubmitted", f"no submitted response to `{question}`{hint}")
     only = next(iter(by_user)) if len(by_user) == 1 else "?"
-    user = None if only.startswith("?") else hashed_user(only)
+    user = None if only.startswith("?") else named(only)
     when = timestamp(row.get("updated_at"), row.get("inserted_at"))
     return _Record(row_id, place, fields, question, list(by_user.values()), user, when)
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_assets.feedback.pair import JudgedAnswer, Message, Pair, hashed_user
+from dpo_assets.feedback.pair import JudgedAnswer, Message, Pair, named
 from dpo_assets.feedback.readers import Format, Place, ReadOptions, Row, RowFault, keys_of
 from dpo_assets.feedback.readers.choices import choice_score, chosen_field
 from dpo_assets.feedback.readers.conversations import said, text
@@ -226,7 +226,7 @@ def _when(verdicts: Sequence[_Verdict]) -> str | None:
 
 def _user(verdicts: Sequence[_Verdict]) -> str | None:
     who = {_annotator(v.annotation) for v in verdicts}
-    return hashed_user(who.pop()) if len(who) == 1 else None
+    return named(who.pop()) if len(who) == 1 else None
 
 
 def _fits(row: Row) -> float:

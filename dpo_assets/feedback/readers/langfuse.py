@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from dpo_assets.feedback.pair import JudgedAnswer, LabelKind, Pair, hashed_user
+from dpo_assets.feedback.pair import JudgedAnswer, LabelKind, Pair, named
 from dpo_assets.feedback.readers import Format, Item, Place, ReadOptions, Row, RowFault, keys_of
 from dpo_assets.feedback.readers.choices import choice_score
 from dpo_assets.feedback.readers.logged import answer_of, prompt_of
@@ -81,7 +81,7 @@ class ScoreReader(GroupedReader):
         answer = answer_of(observation["output"], options.fields.get("answer"))
         about = {"score": name, "model": observation["model"], "observation": observation["id"]}
         when = timestamp(_get(row, "updated_at"), row.get("timestamp"), _get(row, "created_at"))
-        user = hashed_user(identifier(_get(row, "author_user_id")))
+        user = named(identifier(_get(row, "author_user_id")))
         if kind == "CORRECTION":
             corrected = answer_of(_corrected(row), options.fields.get("answer"))
             return Pair(

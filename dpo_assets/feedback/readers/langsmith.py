@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from dpo_assets.feedback.pair import JudgedAnswer, LabelKind, Pair, hashed_user
+from dpo_assets.feedback.pair import JudgedAnswer, LabelKind, Pair, named
 from dpo_assets.feedback.readers import Format, Item, Place, ReadOptions, Row, RowFault, keys_of
 from dpo_assets.feedback.readers.choices import choice_score
 from dpo_assets.feedback.readers.logged import answer_of, prompt_of
@@ -223,7 +223,7 @@ def _by_machine(row: Row) -> bool:
 
 
 def _user(row: Row) -> str | None:
-    return hashed_user(identifier(_origin(row).get("user_id")))
+    return named(identifier(_origin(row).get("user_id")))
 
 
 def _when(row: Row) -> str | None:

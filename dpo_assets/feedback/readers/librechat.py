@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from dpo_assets.feedback.pair import JudgedAnswer, Message, hashed_user
+from dpo_assets.feedback.pair import JudgedAnswer, Message, named
 from dpo_assets.feedback.readers import FileReader, Format, Item, Place, ReadOptions, Row, RowFault, keys_of
 from dpo_assets.feedback.readers.choices import entries
 from dpo_assets.feedback.readers.conversations import said, text
@@ -71,7 +71,7 @@ def _item(stored: Stored, row_id: str, messages: Mapping[str, Row], excluded: se
         label_kind="human_thumb",
         meta={"model": row.get("model"), "endpoint": row.get("endpoint"), "tag": tag},
         created_at=timestamp(row.get("updatedAt"), row.get("createdAt")),
-        user=hashed_user(identifier(row.get("user"))),
+        user=named(identifier(row.get("user"))),
     )
 
 

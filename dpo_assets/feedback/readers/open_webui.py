@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dpo_assets.errors import ConfigError
-from dpo_assets.feedback.pair import JudgedAnswer, LabelKind, Message, Pair, hashed_user
+from dpo_assets.feedback.pair import JudgedAnswer, LabelKind, Message, Pair, named
 from dpo_assets.feedback.readers import FileReader, Format, Item, Place, ReadOptions, Row, RowFault
 from dpo_assets.feedback.readers.conversations import said, text
 from dpo_assets.feedback.readers.store import GroupedReader, Identity, Stored
@@ -90,7 +90,7 @@ def _read(stored: Stored, row_id: str, votes: Mapping[str, int], options: ReadOp
     prompt = system + _prompt(message, messages)
     answer = [_message(message)]
     when = timestamp(row.get("updated_at"), row.get("created_at"))
-    user = hashed_user(identifier(row.get("user_id")))
+    user = named(identifier(row.get("user_id")))
     arena = meta.get("arena") is True
     label: LabelKind = "arena" if arena else "human_thumb"
     about = _about(row, data, message)
