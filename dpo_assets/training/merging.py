@@ -176,20 +176,6 @@ def base_files(base: Path) -> list[Path]:
     return [base / name for name in names]
 
 
-def stored_format(base: Path) -> Compute:
-    """The format that most values of a base are stored in; bf16 where that is none that layers compute in.
-
-    Raises:
-        ConfigError: as `base_files` and `read_header` do.
-    """
-    sizes = Counter[str]()
-    for path in base_files(base):
-        for tensor in read_header(path).tensors:
-            sizes[tensor.dtype] += math.prod(tensor.shape)
-    formats: dict[str, Compute] = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
-    return formats.get(next((name for name, _ in sizes.most_common(1)), ""), "bf16")
-
-
 def read_header(path: Path) -> TensorFile:
     """What a safetensors file holds, without its data.
 
@@ -372,3 +358,17 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{path} is not a JSON object")
     return value
+
+
+def stored_format(base: Path) -> Compute:
+    """The format that most values of a base are stored in; bf16 where that is none that layers compute in.
+
+    Raises:
+        ConfigError: as `base_files` and `read_header` do.
+    """
+    sizes = Counter[str]()
+    for path in base_files(base):
+        for tensor in read_header(path).tensors:
+            sizes[tensor.dtype] += math.prod(tensor.shape)
+    formats: dict[str, Compute] = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+    return formats.get(next((name for name, _ in sizes.most_common(1)), ""), "bf16")
