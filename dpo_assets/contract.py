@@ -76,10 +76,12 @@ class GuardSpec(BaseModel):
     limits: CollapseLimits
     source: str = Field(description="Where the limits come from; with the pipeline's reason where it changed some.")
     stops: bool = Field(default=True, description="False: the first trigger is recorded, and training goes on.")
-    highest_rate: float = Field(
-        default=0.0, description="Upper end of the learning rate's ok band, for advice; 0: unknown."
+    reference_rate: float = Field(
+        default=0.0, description="What a higher learning rate is advised to come down to; 0: unknown."
     )
-    low_beta: float = Field(default=0.0, description="A beta below it is advised against.")
+    usual_beta: float = Field(
+        default=0.0, description="What this run's beta is advised to rise to; 0: it is not weak for its loss."
+    )
     probe_prompts: int = 8
     probe_every: float = 0.1
     probe_tokens: int = 48
@@ -92,14 +94,16 @@ class GuardSpec(BaseModel):
     def of(cls, plan: TrainingPlan, bands: Bands, checks: ChecksSection) -> GuardSpec:
         """The guard of a run. `severity: {collapse: warn}` records and goes on."""
         tasks = Path(checks.capability_probe) if checks.capability_probe else None
-        ceilings = rate_ceilings(Configuration.of_plan(plan), bands)
+        weak = bands.weak_beta(plan.dpo.losses, plan.dpo.beta)
         fields = ("probe_prompts", "probe_every", "probe_tokens", "held_out_pairs", "sampled_answers")
         return cls(
-            limits=CollapseLimits.of(bands, beta=plan.dpo.beta, warmup_steps=plan.dpo_warmup_steps),
+            limits=CollapseLimits.of(
+                bands, losses=plan.dpo.losses, beta=plan.dpo.beta, warmup_steps=plan.dpo_warmup_steps
+            ),
             source="; ".join(filter(None, (bands.limit(CHECK).source, bands.reasons.get(CHECK)))),
             stops=severity_of(CHECK, checks.severity) != "warn",
-            highest_rate=ceilings.ok_high,
-            low_beta=bands.limit("low_beta")["below"],
+            reference_rate=rate_ceilings(Configuration.of_plan(plan), bands).band.reference,
+            usual_beta=weak.usual if weak else 0.0,
             tasks=tasks,
             tasks_digest=file_sha256(tasks) if tasks and tasks.is_file() else "",
             **{name: getattr(checks, name) for name in fields},

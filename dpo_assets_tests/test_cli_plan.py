@@ -166,7 +166,7 @@ def test_a_plan_tells_every_check_of_the_asset_with_band_and_source(capsys: pyte
         (("--learning-rate", "2e-4"), ["learning_rate_band", "dpo_rate_against_sft"]),
         (("--learning-rate", "1e-4", "--epochs", "3", "--batch-size", "4", "--sft-learning-rate", "1e-3"),
          ["training_dose"]),
-        (("--beta", "5"), ["beta_for_loss"]),
+        (("--beta", "0.00001"), ["beta_for_loss"]),
         (("--loss", "kto_pair"), ["loss_supported"]),
         (("--loss", "sigmoid_norm"), ["beta_for_loss"]),
     ],
@@ -182,17 +182,18 @@ def test_a_plan_that_a_check_blocks_exits_1_and_says_what_to_change(
 
 def test_a_plan_that_is_only_warned_of_exits_0(capsys: pytest.CaptureFixture[str]) -> None:
     plan = plan_json(capsys, "--gpu", "l4", "--model", "8b", "--epochs", "9", "--batch-size", "1")
-    assert {name for name, level in levels(plan).items() if level == "warn"} == {"training_dose", "budget"}
+    assert {name for name, level in levels(plan).items() if level == "warn"} == {"training_dose"}
 
 
 def test_the_table_tells_level_value_band_source_and_fix(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "--gpu", "l4", "--model", "8b", "--beta", "5", "--batch-size", "4"]) == 1
+    arguments = ["plan", "--gpu", "l4", "--model", "8b", "--beta", "0.00001", "--epochs", "9", "--batch-size", "1"]
+    assert main(arguments) == 1
     table = " ".join(capsys.readouterr().out.split())
     for said in (
-        "beta_for_loss BLOCKED: 5; band: 0.01 to 0.5, blocked outside",
+        "beta_for_loss BLOCKED: 1e-05; band: 0.005 to 1, blocked below 0.0001",
         "source: DPO repository",
-        "what to change: set dpo.beta between 0.01 and 0.5",
-        "budget warning: 4 pairs, 1 epochs",
+        "what to change: set dpo.beta between 0.005 and 1",
+        "training_dose warning: 2.25; band: at most 0.1875",
         "learning_rate_band pass: 5e-06",
     ):
         assert said in table

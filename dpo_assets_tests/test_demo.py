@@ -154,7 +154,7 @@ def test_a_second_run_with_unchanged_inputs_trains_nothing_and_says_so(home: Pat
     ("fault", "check", "value", "stages"),
     [
         ("learning-rate", "learning_rate_band", "0.001", []),
-        ("beta", "beta_for_loss", "5.0", []),
+        ("beta", "beta_for_loss", "0.1", []),
         ("data", "quarantine_rate", "0.3", []),
         ("reference", "reference_is_start", "0.", ["dpo"]),
     ],

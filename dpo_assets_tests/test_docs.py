@@ -46,9 +46,18 @@ def test_every_check_and_every_band_stands_in_the_document() -> None:
         c.name for c in CHECKS if f"`{c.name}` | {'yes' if c.blocking else 'warns'} | {c.description}" not in text
     ] == []
     assert [
-        b.source for b in bands.learning_rates if f"{b.ok_low:g} to {b.ok_high:g} | {b.error_above:g}" not in text
+        b.source
+        for b in bands.learning_rates
+        if f"| {b.ok_low:g} | {b.reference:g} | {b.ok_high:g} | {b.error_above:g} | {b.source} |" not in text
     ] == []
-    assert [n for n, b in bands.betas.items() if f"| {n} | {b.ok_low:g} to {b.ok_high:g}" not in text] == []
+    assert [
+        n
+        for n, b in bands.betas.items()
+        if f"| {n} | {b.error_below:g} | {b.ok_low:g} to {b.ok_high:g} | {b.usual:g} | {b.weak_below:g} | {b.source} |"
+        not in text
+    ] == []
+    dose = bands.limit("training_dose")
+    assert f"Warn above {dose.warn:g}. Error above {dose.error:g}" in text
 
 
 def test_every_check_has_a_section_or_a_row_that_says_what_to_do() -> None:

@@ -1,13 +1,16 @@
 """How the bands follow from published cases, so that they can be derived again without any one source.
 
-Four statistics are read off the good cases, each source with one voice, whatever its number of rows:
+Five statistics are read off the good cases, each source with one voice, whatever its number of rows. A rate counts in
+units of the reference of its method and size (`Procedure`), so that models of every size tell of one number.
 
-- rate: the median, over sources, of the highest learning rate, brought to full fine-tuning of 3 to 20B;
-- low beta: the same of rates at a beta below 0.05, over that rate;
+- reference: the median, over sources, of the highest good rate;
+- ceiling of a method: the upper decile of the same, over the sources of that method alone;
+- likelihood term: the lowest, over sources, of the highest good rate of full fine-tuning with such a term;
 - dose: the upper quartile, over sources, of the highest `training_dose`;
 - beta: the median, over sources, of the median beta of each unit.
 
-`Procedure` holds what is set by hand, with all cases in view, the bad ones too.
+A median is where half of the good sources lie above, so no warning starts there. `Procedure` holds what is set by hand,
+with the shipped cases in view, the bad ones too.
 """
 
 from __future__ import annotations
@@ -16,11 +19,11 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import median, quantiles
+from statistics import median
 
 from benchmarks.collapse.published import Case
-from dpo_assets.checks.bands import Bands, BetaBand, LearningRateBand, Limit
-from dpo_assets.checks.configuration import Configuration, rate_ceilings, significant, weakly_restrained
+from dpo_assets.checks.bands import Bands, BetaBand, LearningRateBand, Limit, Method
+from dpo_assets.checks.configuration import Configuration, has_likelihood_term, rate_ceilings, significant
 
 # Losses whose beta scales the log-ratio of a whole answer, and those where it scales one per token. `ipo`, where it
 # sets the gap aimed at, and `sppo_hard` stand in no case: their bands rest on papers.
@@ -29,6 +32,7 @@ WHOLE_ANSWER = (
     "aot_unpaired", "kto", "orpo", "cpo",
 )  # fmt: skip
 PER_TOKEN = ("sigmoid_norm", "simpo")
+METHODS: tuple[Method, ...] = ("lora", "full")
 
 
 @dataclass(frozen=True)
@@ -37,25 +41,26 @@ class Procedure:
 
     lora: TRL's documentation and "LoRA Without Regret" name ten; twice that is taken, since good LoRA runs are known up
     to 5e-5 (NeuralHermes) and 1e-4 (neural-chat). small: OLMo 2 trains 1B at 5 times the rate of 7B, NeMo-RL 1B at 10
-    times that of 8B; less is taken. large: Tulu 3 trains 70B at 0.4 times the rate of 8B. blocked: full fine-tuning is
-    known as good at 5e-6 (NeMo-RL, 1B), and as incoherent at 1e-5 (SimPO). undertrained: handbook 39 and 68, LoRA at
-    5e-7. dose_warned: above 1.33 times the quartile, the highest good run whose epochs and batch are known (NeMo-RL
-    12B). dose_blocked: between 6.6 times (neural-chat, good, epochs and batch guessed) and 8.3 times (LLaMA-Factory
-    2984, gibberish).
+    times that of 8B; less is taken. large: Tulu 3 trains 70B at 0.4 times the rate of 8B. warned: the decile. blocked:
+    full fine-tuning is known as good at 5e-6 (NeMo-RL, 1B), and as incoherent at 1e-5 (SimPO); there is a warning from
+    half of that on at the latest. undertrained: handbook 39 and 68, LoRA at 5e-7. dose_warned: above 1.67 times the
+    quartile, the highest good run whose epochs and batch are known (Mistral-ORPO). dose_blocked: between 6.6 times
+    (neural-chat, good, epochs and batch guessed) and 8.3 times (LLaMA-Factory 2984, gibberish).
     """
 
     lora: float = 20
     small: float = 2.5
     large: float = 0.5
+    warned: float = 0.9
     blocked: float = 5
     undertrained: float = 20
     dose_warned: float = 2
     dose_blocked: float = 8
-    # ok_low, ok_high, error_below, error_above over the typical beta. Whole answers: good ones from 0.01 (handbook,
-    # SimPO's baselines) to 0.5 (SmolLM2, LLM Engineer's Handbook); only 0 is known to be dead (TRL 1627).
-    # Per token: SimPO 2 to 10, Tulu 3 and OLMo 5.
-    whole_answer: tuple[float, float, float, float] = (0.1, 5, 0.001, 30)
-    per_token: tuple[float, float, float, float] = (0.4, 2, 0.1, 4)
+    # error_below, ok_low, weak_below, ok_high over the usual beta. Whole answers: good ones from 0.005 (SimPO 23, the
+    # best of a sweep) to 0.6 (HF preference-tuning post, the best of another, which goes to 0.9); only 0 is known to be
+    # dead (TRL 1627). Per token: SimPO 2 to 10, Tulu 3 and OLMo 5.
+    whole_answer: tuple[float, float, float, float] = (0.001, 0.05, 0.5, 10)
+    per_token: tuple[float, float, float, float] = (0.1, 0.4, 0.5, 2)
 
 
 BY_HAND = Procedure()
@@ -64,16 +69,20 @@ BY_HAND = Procedure()
 def derive(cases: Iterable[Case], shipped: Bands, procedure: Procedure = BY_HAND) -> Bands:
     """The bands that the good ones of `cases` give. What no case decides is taken from `shipped`."""
     good = [case for case in cases if case.label == "good"]
-    bands = _with_rates(shipped, 1.0, procedure)
-    # In units of these bands, whose ceiling for full fine-tuning of 3 to 20B is 1; a low beta does not count yet.
-    plain = with_limit(bands, "low_beta", factor=1.0)
-    rate = median(_highest(good, lambda case: _relative(case.configuration, plain)).values())
-    weak = [case for case in good if weakly_restrained(case.configuration, shipped)]
-    factor = median(_highest(weak, lambda case: _relative(case.configuration, plain)).values()) / rate if weak else 1.0
-    bands = _with_rates(shipped, significant(rate), procedure)
-    bands = with_limit(bands, "low_beta", factor=significant(factor, 3))
-    doses = _highest(good, lambda case: _dose(case.configuration, bands))
-    quartile = quantiles(doses.values(), n=4, method="inclusive")[2]
+    # In units of these bands, whose reference for full fine-tuning of 3 to 20B is 1.
+    units = with_limit(_with_rates(shipped, procedure, 1.0), "sft_term", factor=1.0)
+    free = [case for case in good if not has_likelihood_term(case.configuration, shipped)]
+    reference = significant(median(_highest(free, units).values()))
+    held = _highest([case for case in good if case not in free and case.configuration.method == "full"], units)
+    factor = float(math.floor(min(held.values()) / reference)) if held else shipped.limit("sft_term")["factor"]
+    bands = with_limit(_with_rates(shipped, procedure, reference), "sft_term", factor=factor)
+    times = {
+        method: _upper(_highest(own, bands), procedure.warned)
+        for method in METHODS
+        if (own := [case for case in good if case.configuration.method == method])
+    }
+    bands = replace(bands, learning_rates=_with_rates(shipped, procedure, reference, times).learning_rates)
+    quartile = _upper(_of_sources(good, lambda case: _dose(case.configuration, bands)), 0.75)
     bands = with_limit(
         bands,
         "training_dose",
@@ -86,20 +95,29 @@ def derive(cases: Iterable[Case], shipped: Bands, procedure: Procedure = BY_HAND
     return replace(bands, betas=betas)
 
 
-def _with_rates(bands: Bands, rate: float, procedure: Procedure) -> Bands:
-    """Rows whose ok ceiling is `rate` for full fine-tuning of 3 to 20B."""
-    return replace(bands, learning_rates=tuple(_row(row, rate, procedure) for row in bands.learning_rates))
+def _with_rates(
+    bands: Bands, procedure: Procedure, reference: float, times: Mapping[Method, float] | None = None
+) -> Bands:
+    """Rows whose reference is `reference` for full fine-tuning of 3 to 20B, and the ok ceiling `times` as high."""
+
+    def times_of(row: LearningRateBand) -> float:
+        return (times or {}).get(row.method, row.ok_high / row.reference)
+
+    rows = tuple(_row(row, procedure, reference, times_of(row)) for row in bands.learning_rates)
+    return replace(bands, learning_rates=rows)
 
 
-def _row(row: LearningRateBand, rate: float, procedure: Procedure) -> LearningRateBand:
+def _row(row: LearningRateBand, procedure: Procedure, rate: float, times: float) -> LearningRateBand:
     method = procedure.lora if row.method == "lora" else 1.0
     smallest, largest = row.billions_below <= 3, row.method == "full" and math.isinf(row.billions_below)
-    ok_high = rate * method * (procedure.small if smallest else procedure.large if largest else 1.0)
+    reference = rate * method * (procedure.small if smallest else procedure.large if largest else 1.0)
+    error_above = round_down(procedure.blocked * reference)
     return replace(
         row,
         ok_low=significant(rate * method / procedure.undertrained),
-        ok_high=significant(ok_high),
-        error_above=round_down(procedure.blocked * ok_high),
+        reference=significant(reference),
+        ok_high=round_down(min(times * reference, error_above / 2)),
+        error_above=error_above,
     )
 
 
@@ -120,7 +138,7 @@ def with_limit(bands: Bands, check: str, **numbers: float) -> Bands:
 
 
 def _relative(configuration: Configuration, bands: Bands) -> float:
-    return configuration.learning_rate / rate_ceilings(configuration, bands).ok_high
+    return configuration.learning_rate / rate_ceilings(configuration, bands).band.reference
 
 
 def _dose(configuration: Configuration, bands: Bands) -> float:
@@ -128,11 +146,25 @@ def _dose(configuration: Configuration, bands: Bands) -> float:
     return 0.0 if updates is None else _relative(configuration, bands) * updates
 
 
-def _highest(cases: Sequence[Case], value: Callable[[Case], float]) -> Mapping[str, float]:
+def _highest(cases: Sequence[Case], bands: Bands) -> Mapping[str, float]:
+    """Of each source its highest rate, in units of the reference of the run's method, size and losses."""
+    return _of_sources(cases, lambda case: _relative(case.configuration, bands))
+
+
+def _of_sources(cases: Sequence[Case], value: Callable[[Case], float]) -> Mapping[str, float]:
     found: dict[str, float] = {}
     for case in cases:
         found[case.project] = max(found.get(case.project, -math.inf), value(case))
     return found
+
+
+def _upper(values: Mapping[str, float], share: float) -> float:
+    """The value that `share` of the sources do not exceed, between two of them by a straight line."""
+    ordered = sorted(values.values())
+    place = share * (len(ordered) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
 
 
 def _betas(
@@ -145,6 +177,8 @@ def _betas(
             by_source[case.project].append(beta)
     if not by_source:
         return {name: shipped.betas[name] for name in names}
-    typical = median(median(betas) for betas in by_source.values())
-    ok_low, ok_high, error_below, error_above = (significant(typical * factor, 3) for factor in spread)
-    return {name: BetaBand(error_below, ok_low, ok_high, error_above, shipped.betas[name].source) for name in names}
+    usual = median(median(betas) for betas in by_source.values())
+    error_below, ok_low, weak_below, ok_high = (significant(usual * factor, 3) for factor in spread)
+    return {
+        name: BetaBand(error_below, ok_low, weak_below, usual, ok_high, shipped.betas[name].source) for name in names
+    }

@@ -100,7 +100,7 @@ def kept_step(rows: Sequence[Mapping[str, float]], limits: CollapseLimits, trigg
 def limits_of(row: Row, bands: Bands) -> CollapseLimits:
     steps = row["steps"]
     warmup = warmup_steps(DpoSection().warmup_ratio, steps)
-    return CollapseLimits.of(bands, beta=row["beta"], warmup_steps=warmup)
+    return CollapseLimits.of(bands, losses=("sigmoid",), beta=row["beta"], warmup_steps=warmup)
 
 
 def tasks_part(before: str, after: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pydantic import Field
 from dpo_assets.artifact import Artifact, write_json
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step
+from dpo_assets.checks.judged_text import judged_text_kept
 from dpo_assets.checks.verdict import Verdict
 from dpo_assets.errors import ConfigError, FeedbackError
 from dpo_assets.feedback.ingest import COUNTS, EMPTY, EMPTY_FILE, PAIRS, QUARANTINE
@@ -38,7 +39,7 @@ def materialise(step: Step) -> Events:
     """Reads what is new; what was read before costs a hash."""
     if step.only_checks:
         found, reused = step.build("raw_preferences", None, {}, lambda folder, _: None)
-        yield from step.result("raw_preferences", found, reused, [accounting(found.json(INDEX))])
+        yield from step.result("raw_preferences", found, reused, _verdicts(found.json(INDEX), step))
         return
     landing = step.tree.root / "landing"
     feedback = step.recipe.feedback
@@ -59,7 +60,11 @@ def materialise(step: Step) -> Events:
     artifact, reused = step.build("raw_preferences", index, {}, make)
     batches = batches_of(step, artifact)
     shown = _metadata(index, batches, [one.new for one in read])
-    yield from step.result("raw_preferences", artifact, reused, [accounting(index)], shown)
+    yield from step.result("raw_preferences", artifact, reused, _verdicts(index, step), shown)
+
+
+def _verdicts(index: Mapping[str, Any], step: Step) -> list[Verdict]:
+    return [accounting(index), judged_text_kept(index, step.bands)]
 
 
 def batches_of(step: Step, raw: Artifact) -> list[Artifact]:

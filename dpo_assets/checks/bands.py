@@ -7,7 +7,7 @@ scale.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from importlib.resources import files
@@ -24,11 +24,16 @@ LEARNING_RATE, BETA = "learning_rate_band", "beta_for_loss"
 
 @dataclass(frozen=True)
 class LearningRateBand:
-    """Peak DPO learning rates for one method and model size."""
+    """Peak DPO learning rates for one method and model size.
+
+    `reference`: the rate that doses are measured by, and that advice names. Above `ok_high` a run is warned of, above
+    `error_above` blocked, below `ok_low` noted.
+    """
 
     method: Method
     billions_below: float
     ok_low: float
+    reference: float
     ok_high: float
     error_above: float
     source: str
@@ -36,12 +41,16 @@ class LearningRateBand:
 
 @dataclass(frozen=True)
 class BetaBand:
-    """Betas of one loss: outside [error_below, error_above] a run is blocked, outside [ok_low, ok_high] warned."""
+    """Betas of one loss: below `error_below` a run is blocked, outside [ok_low, ok_high] warned of.
+
+    Below `weak_below` the pull towards the reference is weak; `usual` is what most runs have.
+    """
 
     error_below: float
     ok_low: float
+    weak_below: float
+    usual: float
     ok_high: float
-    error_above: float
     source: str
 
 
@@ -75,9 +84,17 @@ class Bands:
     limits: Mapping[str, Limit]
     reasons: Mapping[str, str] = field(default_factory=dict)
 
-    def learning_rate(self, method: Method, billions: float) -> LearningRateBand:
-        """The band for a method and a model of `billions` parameters."""
-        return next(b for b in self.learning_rates if b.method == method and billions < b.billions_below)
+    def learning_rate(self, method: Method, billions: float | None) -> LearningRateBand:
+        """The band for a method and a model of `billions` parameters; of a size that is not known, the widest."""
+        rows = [band for band in self.learning_rates if band.method == method]
+        if billions is None:
+            return max(rows, key=lambda band: band.ok_high)
+        return next(band for band in rows if billions < band.billions_below)
+
+    def weak_beta(self, losses: Iterable[str], beta: float | None) -> BetaBand | None:
+        """The band of the first of `losses` whose pull towards the reference is weak at this beta, or None."""
+        known = (self.betas[name] for name in losses if name in self.betas)
+        return next((band for band in known if beta is not None and beta < band.weak_below), None)
 
     def limit(self, check: str) -> Limit:
         return self.limits[check]

@@ -66,11 +66,11 @@ class CollapseLimits(BaseModel):
     warmup_steps: int = 0
 
     @classmethod
-    def of(cls, bands: Bands, *, beta: float, warmup_steps: int = 0) -> CollapseLimits:
-        """The limits for a run. A healthy policy goes further at a low beta: zephyr-7b-dpo-full, at 0.01, had 1.40."""
+    def of(cls, bands: Bands, *, losses: Sequence[str], beta: float, warmup_steps: int = 0) -> CollapseLimits:
+        """The limits for a run. A healthy policy goes further at a weak beta: zephyr-7b-dpo-full, at 0.01, had 1.40."""
         numbers: dict[str, Any] = dict(bands.limit(CHECK).numbers)
-        below, ratio, sign = (numbers.pop(n) for n in ("low_beta", "low_beta_nll_ratio", "low_beta_nll_ratio_sign"))
-        if beta <= below:
+        ratio, sign = (numbers.pop(name) for name in ("weak_beta_nll_ratio", "weak_beta_nll_ratio_sign"))
+        if bands.weak_beta(losses, beta):
             numbers |= {"nll_ratio": ratio, "nll_ratio_sign": sign}
         return cls(**numbers, warmup_steps=warmup_steps)
 

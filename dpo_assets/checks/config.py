@@ -45,13 +45,17 @@ def plan_verdicts(plan: TrainingPlan, bands: Bands, *, pairs_known: bool = True)
 
 
 def beta_for_loss(configuration: Configuration, bands: Bands) -> Verdict:
-    """Beta against the band of its loss; of several losses the worst verdict counts. `sft` has no beta."""
+    """Beta against the band of its loss; of several losses the worst verdict counts. `sft` has no beta.
+
+    Only the weak side blocks: a beta that is too large for its loss holds the policy where it is.
+    """
     beta, names = configuration.beta, [name for name in configuration.losses if name != "sft"]
     if beta is None:
         return Verdict("beta_for_loss", "pass", "not known", "not judged")
     known = [(name, bands.betas[name]) for name in names if name in bands.betas]
     if not names or len(known) < len(names):
-        return Verdict("beta_for_loss", "warn", beta, "none known for this loss", "", "see loss_supported")
+        note = "loss_supported says which losses there are"
+        return Verdict("beta_for_loss", "pass", beta, "none known for this loss, so not judged", note=note)
     level = worst(*(_beta_level(beta, band) for _, band in known))
     name, band = next((name, band) for name, band in known if _beta_level(beta, band) == level)
     low, high = max(b.ok_low for _, b in known), min(b.ok_high for _, b in known)
@@ -62,15 +66,14 @@ def beta_for_loss(configuration: Configuration, bands: Bands) -> Verdict:
         "beta_for_loss",
         level,
         beta,
-        f"{band.ok_low:g} to {band.ok_high:g}, blocked outside {band.error_below:g} to {band.error_above:g} "
-        f"(loss {name})",
+        f"{band.ok_low:g} to {band.ok_high:g}, blocked below {band.error_below:g} (loss {name})",
         band.source,
         fix if level != "pass" else "",
     )
 
 
 def _beta_level(beta: float, band: BetaBand) -> Level:
-    if not band.error_below <= beta <= band.error_above:
+    if not math.isfinite(beta) or beta < band.error_below:
         return "error"
     return "pass" if band.ok_low <= beta <= band.ok_high else "warn"
 
@@ -152,31 +155,33 @@ def loss_supported(plan: TrainingPlan) -> Verdict:
 
 
 def budget(configuration: Configuration, bands: Bands) -> Verdict:
-    """Effective batch, epochs and number of steps. They warn: what they do to a model depends on the learning rate.
+    """Number of steps: with few nothing can be judged. An unusual batch or number of epochs is noted.
 
-    `training_dose` is where they block.
+    What those do to a model depends on the learning rate, and `training_dose` is where they add up.
     """
     limit = bands.limit("budget")
     batch, epochs, steps = configuration.batch, configuration.epochs, configuration.steps
-    faults = []
-    if batch is not None and not batch >= limit["batch_warn"]:
-        faults.append(f"raise dpo.batch_size to {limit['batch_warn']:g} or more")
-    if epochs is not None and not epochs <= limit["epochs_warn"]:
-        faults.append(f"lower dpo.epochs to {limit['epochs_warn']:g} or less")
-    if steps is not None and steps < limit["steps_warn"]:
-        faults.append(f"collect more pairs: {steps} steps are too few to judge a run by")
     unfinished = any(x is not None and not math.isfinite(x) for x in (batch, epochs))
+    few = steps is not None and steps < limit["steps_warn"]
+    fixes = ["set dpo.epochs and dpo.batch_size to positive numbers"] if unfinished else []
+    fixes += [f"collect more pairs: {steps} steps are too few to judge a run by"] if few else []
+    notes = []
+    if batch is not None and batch < limit["batch_usual"]:
+        notes.append(f"a batch below {limit['batch_usual']:g} is unusual")
+    if epochs is not None and epochs > limit["epochs_usual"]:
+        notes.append(f"more than {limit['epochs_usual']:g} epochs are unusual")
     parts = [
         "" if batch is None else f"{batch:g} pairs" + ("" if steps is None else f" x {steps} steps"),
         "" if epochs is None else f"{epochs:g} epochs",
     ]
     return Verdict(
         "budget",
-        "error" if unfinished else "warn" if faults else "pass",
+        "error" if unfinished else "warn" if few else "pass",
         ", ".join(part for part in parts if part) or "not known",
-        f"batch >= {limit['batch_warn']:g}, epochs <= {limit['epochs_warn']:g}, steps >= {limit['steps_warn']:g}",
+        f"steps >= {limit['steps_warn']:g}",
         limit.source,
-        "; ".join(faults),
+        "; ".join(fixes),
+        "; ".join([*notes, *(["training_dose says what they add up to"] if notes else [])]),
     )
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dpo_assets.checks.bands import Bands, LearningRateBand, Method
 from dpo_assets.planning.plan import TrainingPlan
 
 # Losses with a likelihood term of their own: ORPO (arXiv 2403.07691) and CPO (arXiv 2401.08417).
 _LIKELIHOOD_INSIDE = frozenset({"orpo", "cpo"})
-# Beta scales the log-ratio of a whole answer in these, so a small one is a weak pull. In IPO it sets the gap aimed at.
-_UNIT_OF_SIGMOID = frozenset({"sigmoid", "cdpo", "robust", "hinge", "kto"})
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,7 @@ class Configuration:
     """
 
     method: Method
-    billions: float
+    billions: float | None
     losses: tuple[str, ...]
     learning_rate: float
     beta: float | None
@@ -76,33 +74,33 @@ class RateCeilings:
     """The learning-rate band of one configuration, with what moved it away from the row of its method and size."""
 
     band: LearningRateBand
-    ok_high: float
-    error_above: float
-    moved: tuple[str, ...]
+    moved: tuple[str, ...] = ()
 
 
 def rate_ceilings(configuration: Configuration, bands: Bands) -> RateCeilings:
-    """The ceilings for a configuration's method, size, beta and losses.
+    """The band for a configuration's method, size and losses.
 
-    A beta below `low_beta` lowers the ok ceiling alone: weak restraint is no cause by itself. A likelihood term raises
-    both.
+    A likelihood term raises its ceilings: with one, rates are nearer to those of SFT. Beta moves nothing: while margins
+    are small it only scales the gradient, and Adam takes that scale away.
     """
-    band = bands.learning_rate(configuration.method, configuration.billions)
-    low, term = bands.limit("low_beta"), bands.limit("sft_term")
-    ok_high, error_above, moved = band.ok_high, band.error_above, []
-    if weakly_restrained(configuration, bands):
-        ok_high *= low["factor"]
-        moved.append(f"beta is below {low['below']:g}: the ok ceiling is {low['factor']:g} times as high")
-    if configuration.sft_weight >= term["weight"] or _LIKELIHOOD_INSIDE & set(configuration.losses):
-        ok_high, error_above = ok_high * term["factor"], error_above * term["factor"]
-        moved.append(f"a likelihood term holds the chosen answers: both ceilings are {term['factor']:g} times as high")
-    return RateCeilings(band, significant(ok_high), significant(error_above), tuple(moved))
+    band, times = bands.learning_rate(configuration.method, configuration.billions), bands.limit("sft_term")["factor"]
+    if not has_likelihood_term(configuration, bands):
+        return RateCeilings(band)
+    raised = replace(
+        band,
+        reference=significant(band.reference * times),
+        ok_high=significant(band.ok_high * times),
+        error_above=significant(band.error_above * times),
+    )
+    return RateCeilings(
+        raised, (f"a likelihood term holds the chosen answers: the ceilings are {times:g} times as high",)
+    )
 
 
-def weakly_restrained(configuration: Configuration, bands: Bands) -> bool:
-    """Whether beta is so low, for a loss in sigmoid's unit, that the pull towards the reference is weak."""
-    beta, below = configuration.beta, bands.limit("low_beta")["below"]
-    return beta is not None and beta < below and bool(_UNIT_OF_SIGMOID & set(configuration.losses))
+def has_likelihood_term(configuration: Configuration, bands: Bands) -> bool:
+    """Whether something beside the preferences keeps the chosen answers likely."""
+    enough = configuration.sft_weight >= bands.limit("sft_term")["weight"]
+    return enough or bool(_LIKELIHOOD_INSIDE & set(configuration.losses))
 
 
 def significant(value: float, digits: int = 6) -> float:

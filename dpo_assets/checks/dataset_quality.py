@@ -183,9 +183,11 @@ def degenerate_chosen(quality: Mapping[str, Any], bands: Bands) -> Verdict:
         "blank": "leave out answers that say nothing",
         "misread": "export these answers again as UTF-8: their letters were lost or misread",
     }
-    kinds = [kind for kind in fixes if measured[kind]]
+    kinds = [kind for kind in fixes if measured.get(kind)]
     ways = [fixes[kind] for kind in kinds] + (["leave out answers that repeat themselves"] if looped else [])
-    ends = "" if measured["ends_known"] else "; the model folder names no EOS, so ends were not looked for"
+    unseen = "" if measured["ends_known"] else "; the model folder names no EOS, so ends were not looked for"
+    if "misread" not in measured:  # A dataset that an earlier version made.
+        unseen += "; misread letters were not looked for"
     return Verdict(
         "degenerate_chosen",
         level,
@@ -194,9 +196,9 @@ def degenerate_chosen(quality: Mapping[str, Any], bands: Bands) -> Verdict:
         limit.source,
         "" if level == "pass" else "; ".join(ways) or "collect pairs: there is none",
         f"{_sampled(quality)}: {measured['no_end']} without EOS, {measured['template']} with template marks, "
-        f"{measured['blank']} blank, {measured['misread']} with letters lost or misread, "
+        f"{measured['blank']} blank, {measured.get('misread', 0)} with letters lost or misread, "
         f"{round((looped or 0.0) * n) if n else 0} with a loop over "
-        f"{limit['loop_share']:g} of their words{ends}",
+        f"{limit['loop_share']:g} of their words{unseen}",
     )
 
 

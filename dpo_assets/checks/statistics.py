@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from statistics import NormalDist
 
 TIE_NATS = 1e-4  # Margins below this are floating-point noise, not a preference.
@@ -27,13 +28,13 @@ class Proportion:
 
 
 def wilson(successes: float, n: int, confidence: float = 0.95) -> Proportion:
-    """Wilson score interval (Wilson 1927); `successes` may hold halves, from ties."""
-    if n == 0:
-        return Proportion(math.nan, 0.0, 1.0, 0)
+    """Wilson score interval (Wilson 1927); `successes` may hold halves, from ties. A NaN bounds nothing."""
+    if n == 0 or math.isnan(successes):
+        return Proportion(math.nan, 0.0, 1.0, n)
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    share = successes / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    share, width = successes / n, z / n  # z / n: a square of n is no float for every n.
+    centre = (share + z * width / 2) / (1 + z * width)
+    half = z / (1 + z * width) * math.sqrt(share * (1 - share) / n + width * width / 4)
     return Proportion(share, max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half)), n)
 
 
@@ -72,21 +73,30 @@ def significant_rise(share: float, before: float, n: int, confidence: float = 0.
 def significant_fall(lost: int, gained: int, confidence: float = 0.95) -> bool:
     """Exact McNemar test, one-sided: more things were lost than gained, beyond chance. Pairs that agree say nothing.
 
-    Under chance each discordant pair is a fair coin: p = P(X >= lost), X binomial of lost + gained at one half.
+    Under chance each discordant pair is a fair coin: p = P(X >= lost), X binomial of lost + gained at one half. All of
+    it is counted in whole numbers: from 1,024 pairs on 2**n is no float.
     """
+    if lost <= gained:
+        return False
     n = lost + gained
-    tail = sum(math.comb(n, k) for k in range(lost, n + 1))
-    return lost > gained and tail <= (1 - confidence) * 2**n
+    term = tail = math.comb(n, lost)
+    for k in range(lost, n):
+        term = term * (n - k) // (k + 1)  # The next binomial coefficient.
+        tail += term
+    return Fraction(tail, 2**n) <= 1 - Fraction(confidence)
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
-    """(mean, low, high) of independent values, by the normal approximation; one value alone bounds nothing."""
+    """(mean, low, high) of independent values, by the normal approximation; one value alone bounds nothing.
+
+    A value that is not finite makes the mean NaN.
+    """
     n = len(values)
-    if n == 0:
+    if n == 0 or not all(map(math.isfinite, values)):
         return math.nan, -math.inf, math.inf
-    mean = math.fsum(values) / n
+    mean = math.fsum(v / n for v in values)
     if n == 1:
         return mean, -math.inf, math.inf
-    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    spread = math.hypot(*(v - mean for v in values)) / math.sqrt(n - 1) / math.sqrt(n)  # No square to overflow.
     half = NormalDist().inv_cdf(0.5 + confidence / 2) * spread
     return mean, mean - half, mean + half

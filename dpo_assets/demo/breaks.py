@@ -39,7 +39,9 @@ BREAKS: dict[str, Break] = {
     "learning-rate": Break(
         "learning_rate_band", "a learning rate of 1e-3, copied from an SFT recipe", _plan(learning_rate=1e-3)
     ),
-    "beta": Break("beta_for_loss", "beta 5, right for sigmoid_norm and wrong for sigmoid", _plan(beta=5.0)),
+    "beta": Break(
+        "beta_for_loss", "the loss sigmoid_norm with the beta of sigmoid, 0.1", _plan(loss="sigmoid_norm", beta=0.1)
+    ),
     "reference": Break(
         "reference_is_start",
         "log-ratios against the base, though training starts at the SFT adapter",

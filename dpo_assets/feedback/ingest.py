@@ -36,6 +36,7 @@ from dpo_assets.feedback.rules import answer_fault, differ_in_space_alone, pair_
 from dpo_assets.feedback.scan import MISREAD, with_flags
 from dpo_assets.feedback.sources import FeedbackFile, FileRefused, SourceRow, Span, rows_of
 from dpo_assets.feedback.tables import answers_frame, pairs_frame, quarantine_frame
+from dpo_assets.feedback.turns import SEEN_IN_PAIRS, settled_answer, settled_pair
 
 if TYPE_CHECKING:
     import polars as pl
@@ -129,7 +130,7 @@ class _Sorting:
 
     def __init__(self, file: FeedbackFile, user_key: bytes, keeps_rows: bool) -> None:
         self.batch = Batch()
-        self._name, self._user_key = file.name, user_key
+        self._name, self._fields, self._user_key = file.name, file.fields, user_key
         # A format that joins rows may speak of any of them at the end, so all of them are kept, compressed.
         self._kept: dict[int, bytes] | None = {} if keeps_rows else None
         self._open: dict[int, None] = {}  # Rows without an item so far, in order.
@@ -180,11 +181,12 @@ class _Sorting:
             flags=(*pair.flags, *self._flags, *flags), row_hash=digest(raw), line=at.line, source=self._name,
             user=hashed_user(pair.user, self._user_key),
         )  # fmt: skip
+        pair = settled_pair(pair, self._fields)
         if fault := pair_fault(pair):
             raise RowFault(*fault)
         if differ_in_space_alone(pair):
-            pair, flags = _copy(pair, flags=(*pair.flags, SPACE_ALONE)), (*flags, SPACE_ALONE)
-        self.batch.flags.update(set(flags).difference(self._flags))
+            pair = _copy(pair, flags=(*pair.flags, SPACE_ALONE))
+        self.batch.flags.update(set(pair.flags).difference(self._flags))
         self.batch.pairs.append(pair)
 
     def _add_answer(self, answer: JudgedAnswer, at: Place, raw: bytes, odd: bool) -> None:
@@ -193,9 +195,10 @@ class _Sorting:
             answer, prompt=prompt, answer=text, flags=(*answer.flags, *self._flags, *flags), raw=raw, line=at.line,
             source=self._name, user=hashed_user(answer.user, self._user_key),
         )  # fmt: skip
+        answer = settled_answer(answer, self._fields)
         if fault := answer_fault(answer):
             raise RowFault(*fault)
-        self.batch.flags.update(set(flags).difference(self._flags))
+        self.batch.flags.update(set(answer.flags).difference(self._flags))
         self.batch.answers.append(answer)
 
     def _reject(self, fault: RowFault, at: Place, raw: bytes) -> None:
@@ -265,13 +268,13 @@ def _clean(message: Message, flags: dict[str, None]) -> Message:
         text = _CONTROL.sub("", text)
         flags["controls"] = None
     if text.isascii():
-        return message if text is message["content"] else {"role": message["role"], "content": text}
+        return message if text is message["content"] else {**message, "content": text}
     if not unicodedata.is_normalized("NFC", text):
         text = unicodedata.normalize("NFC", text)
         flags["nfc"] = None
     if MISREAD.search(text):
         flags["misread_text"] = None
-    return message if text is message["content"] else {"role": message["role"], "content": text}
+    return message if text is message["content"] else {**message, "content": text}
 
 
 PAIR_ID, FLIPPED_ID, PROMPT_ID = ("pair_a", "pair_b"), ("flipped_a", "flipped_b"), ("prompt_a", "prompt_b")
@@ -289,8 +292,8 @@ def keys_frame(pairs: pl.DataFrame, flipped: Sequence[str] | None = None) -> pl.
     import polars as pl
 
     if flipped is None:
-        turned = zip(*(pairs[c].to_list() for c in ("prompt", "rejected", "chosen")), strict=True)
-        flipped = [conversations_id(*one) for one in turned]
+        turned = zip(*(pairs[c].to_list() for c in ("prompt", "rejected", "chosen", "tools")), strict=True)
+        flipped = [conversations_id(*one, tools=tools) for *one, tools in turned]
     ids = {
         **_halves(PAIR_ID, pairs["pair_id"].to_list()),
         **_halves(FLIPPED_ID, flipped),
@@ -344,12 +347,14 @@ def write_paired(paired: Paired, folder: Path) -> dict[str, Any]:
             made.rejected.append(Rejected(*fault, pair.source, pair.row, pair.line, b""))
         else:
             made.pairs.append(pair)
+            made.flags.update(flag for flag in pair.flags if flag in SEEN_IN_PAIRS)  # Others were counted by answer.
     write_batch(made, folder)
     counts = {
         "pairs": len(made.pairs),
         "used": sum(count["used"] for count in paired.counts.values()),
         "rejected": len(paired.rejected),
         "policies": paired.counts,
+        "flags": dict(sorted(made.flags.items())),
         "answers": 0,
     }
     write_json(folder / COUNTS, counts)

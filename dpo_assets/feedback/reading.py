@@ -26,6 +26,8 @@ from dpo_assets.errors import InfrastructureError
 from dpo_assets.feedback.ingest import read_span, refused_file, write_batch
 from dpo_assets.feedback.readers import ReadOptions, format_named
 from dpo_assets.feedback.sources import FeedbackFile, FileRefused, Span, spans_of
+from dpo_assets.machine import cpus
+from dpo_assets.secret_shapes import says_secret
 
 SPAN_BYTES = 32 * 2**20  # A batch of some 30,000 pairs takes about 300 MiB while it is made.
 PROCESSES = 2
@@ -95,7 +97,7 @@ def run_jobs(jobs: Sequence[Job], processes: int = PROCESSES) -> list[Outcome]:
         InfrastructureError: a process died (out of memory, most likely). Worth another try.
     """
     size = sum(job.span.stop - job.span.start if job.span else job.file.size for job in jobs)
-    count = min(processes, len(jobs), os.cpu_count() or 1)
+    count = min(processes, len(jobs), cpus())
     if count < 2 or size < WORTH_A_PROCESS:
         return [run_job(job) for job in jobs]
     waiting: SimpleQueue[int] = SimpleQueue()
@@ -129,7 +131,8 @@ class _Process:
             [sys.executable, "-m", "dpo_assets.feedback.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | one | {"PYTHONPATH": path},
+            # It reads files that were fetched before, so it needs no credential.
+            env={k: v for k, v in os.environ.items() if not says_secret(k)} | one | {"PYTHONPATH": path},
         )
         return self
 

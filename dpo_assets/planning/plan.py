@@ -27,6 +27,7 @@ class TrainingPlan(BaseModel):
     device: Literal["cpu", "cuda"]
     device_name: str
     device_index: int = Field(default=0, description="The one GPU that the worker may see, as NVML counts them.")
+    device_uuid: str = Field(default="", description="The same by its UUID, which no order of devices changes.")
     precision: Precision = Field(description="What the base's linear weights are kept in while it trains.")
     precision_reason: str
     half: Half = Field(default="bf16", description="The 16-bit format of the device, for what is quantised.")
@@ -130,6 +131,7 @@ def make_plan(recipe: Recipe, shape: ModelShape, data: DatasetStats, device: Dev
         device=device.kind,
         device_name=device.name,
         device_index=device.index,
+        device_uuid=device.uuid,
         precision=decision.precision,
         precision_reason=decision.reason,
         half=device.half,

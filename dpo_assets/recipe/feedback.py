@@ -100,10 +100,19 @@ class FeedbackSource(Section):
         examples=[{"prompt": "question", "chosen": "best", "rejected": "worst"}],
     )
     json_columns: list[str] = Field(
-        default=[], description="Columns whose text is JSON, as CSV and SQL have it for lists of messages."
+        default=[],
+        description=(
+            "Columns whose text is JSON, as CSV and SQL have it. Lists of messages are known without; what is named "
+            "here must be JSON."
+        ),
     )
     fields: dict[str, str] = Field(
-        default={}, description="Names that a format leaves to its users' configuration (Label Studio, Argilla)."
+        default={},
+        description=(
+            "Names that a format leaves to its users' configuration (Label Studio, Argilla). For all formats, "
+            "`reasoning: leave_out` drops reasoning that stands apart from an answer; without it such rows are refused."
+        ),
+        examples=[{"question": "helpful"}, {"reasoning": "leave_out"}],
     )
     companion: str | None = Field(
         default=None,

@@ -191,11 +191,11 @@ def near_identical(rows: Any, limit: float) -> bool:
 def advice(plan: TrainingPlan, guard: GuardSpec, similar_pairs: bool) -> str:
     """The likely knobs of a collapse, most likely first."""
     dpo, ways = plan.dpo, []
-    rate, highest = dpo.learning_rate, guard.highest_rate
-    if highest and rate > highest:
-        ways.append(f"lower dpo.learning_rate from {rate:g} to {highest:g} or below (its band ends there)")
-    if dpo.beta < guard.low_beta and "sppo_hard" not in dpo.losses:
-        ways.append(f"raise dpo.beta from {dpo.beta:g} to 0.1: the restraint is weak")
+    rate, reference = dpo.learning_rate, guard.reference_rate
+    if reference and rate > reference:
+        ways.append(f"lower dpo.learning_rate from {rate:g} to {reference:g} or below (the reference of its band)")
+    if guard.usual_beta:
+        ways.append(f"raise dpo.beta from {dpo.beta:g} to {guard.usual_beta:g}: the restraint is weak")
     if similar_pairs and "sft" not in dpo.losses:
         ways.append(
             "set dpo.loss to [sigmoid, sft]: chosen and rejected answers are near-identical, and DPO lowers both"

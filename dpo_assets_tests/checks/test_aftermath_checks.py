@@ -18,7 +18,7 @@ from dpo_assets.checks.statistics import wilson
 from dpo_assets_tests.samples import aftermath_report
 
 BANDS = default_bands()
-LIMITS = CollapseLimits.of(BANDS, beta=0.1)
+LIMITS = CollapseLimits.of(BANDS, losses=("sigmoid",), beta=0.1)
 CHECKS = ("learned", "kl_budget", "generation_health", "capability_retention", "adapter_norm")
 
 

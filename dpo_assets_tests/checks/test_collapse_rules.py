@@ -13,8 +13,8 @@ from dpo_assets.checks.bands import default_bands
 from dpo_assets.checks.collapse import JUDGED, CollapseLimits, Trigger, first_trigger, healthy, trigger_at
 from dpo_assets.recipe import BandOverride
 
-LIMITS = CollapseLimits.of(default_bands(), beta=0.1)
-LOW_BETA = CollapseLimits.of(default_bands(), beta=0.01)
+LIMITS = CollapseLimits.of(default_bands(), losses=("sigmoid",), beta=0.1)
+LOW_BETA = CollapseLimits.of(default_bands(), losses=("sigmoid",), beta=0.01)
 Rows = list[dict[str, float]]
 WELL = {"nll_ratio": 1.0, "chosen_nats_per_token": 0.0, "mean_token_accuracy": 0.6, "entropy": 1.2, "loss": 0.6}
 PROBED = {
@@ -129,7 +129,12 @@ def test_each_sign_by_itself_stops_no_run_and_makes_its_state_none_to_keep(sign:
     assert not healthy(rows, LIMITS)
 
 
-def test_a_low_beta_lets_the_policy_go_further() -> None:
+def test_a_weak_beta_lets_the_policy_go_further() -> None:
+    # Weak by the fact of its loss, as for the advice of a stop: 0.049 for sigmoid, and not 0.001 for sppo_hard.
+    def ratio(loss: str, beta: float) -> float:
+        return CollapseLimits.of(default_bands(), losses=("sft", loss), beta=beta).nll_ratio
+
+    assert (ratio("sigmoid", 0.05), ratio("sigmoid", 0.049), ratio("sppo_hard", 0.001)) == (2.0, 2.5, 2.0)
     rows = run(since=1, nll_ratio=2.2, chosen_nats_per_token=-0.8)
     assert fired(rows).rule == "likelihood"
     assert first_trigger(rows, LOW_BETA) is None
@@ -142,7 +147,7 @@ def test_a_pipelines_own_number_decides() -> None:
     )
     rows = run(**PROBED | {"probe/kl_per_token": 1.0})
     assert fired(rows).rule == "kl"
-    assert first_trigger(rows, CollapseLimits.of(own, beta=0.1)) is None
+    assert first_trigger(rows, CollapseLimits.of(own, losses=("sigmoid",), beta=0.1)) is None
 
 
 @pytest.mark.parametrize("name", JUDGED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -60,21 +61,20 @@ def test_a_plan_of_default_values_passes_every_check_of_its_asset() -> None:
 @pytest.mark.parametrize(
     ("parameters", "rate", "level"),
     [
-        (SMALL, 9.9e-7, "warn"),
-        (SMALL, 1e-6, "pass"),
-        (SMALL, 5e-5, "pass"),
-        (SMALL, 5.1e-5, "warn"),
+        (SMALL, 9.9e-7, "pass"),
+        (SMALL, 1e-4, "pass"),
+        (SMALL, 1.1e-4, "warn"),
         (SMALL, 2e-4, "warn"),
         (SMALL, 2.1e-4, "error"),
-        (LARGE, 1e-6, "pass"),
-        (LARGE, 2e-5, "pass"),
-        (LARGE, 2.1e-5, "warn"),
+        (LARGE, 1e-9, "pass"),
+        (LARGE, 5e-5, "pass"),
+        (LARGE, 5.1e-5, "warn"),
         (LARGE, 1e-4, "warn"),
         (LARGE, 1.1e-4, "error"),
         (LARGE, 5e-3, "error"),
         # One billion belongs to the larger models.
-        (10**9 - 1, 5e-5, "pass"),
-        (10**9, 5e-5, "warn"),
+        (10**9 - 1, 1e-4, "pass"),
+        (10**9, 1e-4, "warn"),
     ],
 )
 def test_the_learning_rate_is_judged_by_the_size_of_the_model(parameters: int, rate: float, level: str) -> None:
@@ -83,23 +83,24 @@ def test_the_learning_rate_is_judged_by_the_size_of_the_model(parameters: int, r
 
 @pytest.mark.parametrize("much", [{"epochs": 9.0}, {"batch_size": 1}], ids=repr)
 def test_epochs_and_batch_do_not_move_the_band_of_the_learning_rate(much: dict[str, Any]) -> None:
-    for rate, level in ((5e-5, "pass"), (6e-5, "warn"), (2.1e-4, "error")):
+    for rate, level in ((1e-4, "pass"), (1.1e-4, "warn"), (2.1e-4, "error")):
         assert learning_rate_band(of(dpo={"learning_rate": rate, **much}), BANDS).level == level
 
 
-def test_a_low_beta_lowers_the_ok_ceiling_and_blocks_nothing() -> None:
-    def level(rate: float, **dpo: Any) -> str:
-        return learning_rate_band(of(dpo={"learning_rate": rate, **dpo}), BANDS).level
+def test_beta_does_not_move_the_band_of_the_learning_rate() -> None:
+    # Adam takes away the scale that a low beta gives to the gradient.
+    for rate in (1e-6, 1e-4, 1.1e-4, 2.1e-4):
+        verdicts = {str(learning_rate_band(of(dpo={"learning_rate": rate, "beta": b}), BANDS)) for b in (0.005, 0.1, 1)}
+        assert len(verdicts) == 1
 
-    assert level(4e-5, beta=0.05) == "pass"
-    assert level(4e-5, beta=0.049) == "warn"
-    assert level(3e-5, beta=0.049) == "pass"
-    assert (level(2e-4, beta=0.049), level(2.1e-4, beta=0.049)) == ("warn", "error")
-    # cDPO and the mixture have the unit of sigmoid; in IPO's, 0.049 is nothing low.
-    for loss in ("cdpo", ["ipo", "robust"]):
-        assert level(4e-5, beta=0.049, loss=loss) == "warn"
-    assert level(4e-5, beta=0.049, loss="ipo") == "pass"
-    assert "beta is below 0.05" in learning_rate_band(of(dpo={"beta": 0.01}), BANDS).note
+
+def test_of_a_size_that_is_not_known_the_widest_band_counts() -> None:
+    for method, ceiling in (("lora", 1e-4), ("full", 5e-6)):
+        run = Configuration(method, None, ("sigmoid",), learning_rate=ceiling, beta=0.1)  # type: ignore[arg-type]
+        assert learning_rate_band(run, BANDS).level == "pass"
+        verdict = learning_rate_band(replace(run, learning_rate=1.01 * ceiling), BANDS)
+        assert verdict.level == "warn"
+        assert "the model's size is not known" in verdict.band
 
 
 def test_a_likelihood_term_of_enough_weight_raises_both_ceilings() -> None:
@@ -107,8 +108,8 @@ def test_a_likelihood_term_of_enough_weight_raises_both_ceilings() -> None:
         dpo = {"learning_rate": rate, "loss": ["sigmoid", "sft"], "loss_weights": [2.0, 2.0 * weight]}
         return learning_rate_band(of(dpo=dpo), BANDS).level
 
-    assert (level(9e-5, 0.09), level(9e-5, 0.1)) == ("warn", "pass")
-    assert (level(3e-4, 0.09), level(3e-4, 0.1), level(4.1e-4, 1.0)) == ("error", "warn", "error")
+    assert (level(4e-4, 0.09), level(4e-4, 0.1)) == ("error", "pass")
+    assert (level(6e-4, 0.1), level(1.1e-3, 1.0)) == ("warn", "error")
 
 
 @pytest.mark.parametrize("rate", [math.nan, math.inf, -math.inf])
@@ -116,18 +117,18 @@ def test_a_learning_rate_that_is_no_number_is_an_error(rate: float) -> None:
     assert learning_rate_band(unchecked(learning_rate=rate), BANDS).level == "error"
 
 
-def test_a_learning_rate_too_high_is_told_the_highest_one_in_the_band() -> None:
+def test_a_learning_rate_too_high_is_told_the_reference_of_its_band() -> None:
     verdict = learning_rate_band(of(dpo={"learning_rate": 1e-2}), BANDS)
     assert "set dpo.learning_rate to 5e-05 or less" in verdict.fix
-    assert "1e-06 to 5e-05, blocked above 0.0002" in verdict.band
+    assert "at most 0.0001, blocked above 0.0002" in verdict.band
     assert "model under 1B" in verdict.band
 
 
-def test_a_learning_rate_too_low_is_told_to_rise() -> None:
+def test_a_learning_rate_too_low_is_noted_and_no_alarm() -> None:
     verdict = learning_rate_band(of(dpo={"learning_rate": 1e-9}), BANDS)
-    assert verdict.level == "warn"
-    assert "or less" not in verdict.fix
-    assert "1e-06" in verdict.fix
+    assert (verdict.level, verdict.fix) == ("pass", "")
+    assert "below 1e-06 a run hardly moves" in verdict.note
+    assert "hardly moves" not in learning_rate_band(of(dpo={"learning_rate": 1e-6}), BANDS).note
 
 
 # beta_for_loss
@@ -139,36 +140,57 @@ def test_a_learning_rate_too_low_is_told_to_rise() -> None:
         ("sigmoid", 0.0, "error"),
         ("sigmoid", 0.00009, "error"),
         ("sigmoid", 0.0001, "warn"),
-        ("sigmoid", 0.0099, "warn"),
-        ("sigmoid", 0.01, "pass"),
-        ("sigmoid", 0.5, "pass"),
-        ("sigmoid", 0.51, "warn"),
-        ("sigmoid", 2.0, "warn"),
-        ("sigmoid", 3.01, "error"),
+        ("sigmoid", 0.0049, "warn"),
+        ("sigmoid", 0.005, "pass"),
+        ("sigmoid", 1.0, "pass"),
+        # A strong pull holds the policy, so it never blocks.
+        ("sigmoid", 1.01, "warn"),
+        ("sigmoid", 5.0, "warn"),
+        ("sigmoid", 1000.0, "warn"),
         ("simpo", 0.1, "error"),
         ("simpo", 2.0, "pass"),
         ("kto", 0.1, "pass"),
-        ("kto", 5.0, "error"),
+        ("kto", 5.0, "warn"),
         ("ipo", 1.0, "pass"),
         ("ipo", 5.0, "warn"),
-        ("ipo", 5.1, "error"),
+        ("ipo", 0.0049, "error"),
         ("sigmoid_norm", 0.1, "error"),
         ("sigmoid_norm", 0.5, "warn"),
         ("sigmoid_norm", 5.0, "pass"),
-        ("sigmoid_norm", 20.1, "error"),
+        ("sigmoid_norm", 20.1, "warn"),
         ("sppo_hard", 0.00019, "error"),
         ("sppo_hard", 0.0002, "warn"),
         ("sppo_hard", 0.001, "pass"),
         ("sppo_hard", 0.2, "warn"),
         ("bco_pair", 0.1, "pass"),
-        ("bco_pair", 0.005, "warn"),
-        ("nothing", 0.1, "warn"),
+        ("bco_pair", 0.004, "warn"),
     ],
 )
 def test_beta_is_judged_in_the_unit_of_its_loss(loss: str, beta: float, level: str) -> None:
     verdict = beta_for_loss(of(dpo={"loss": loss, "beta": beta}), BANDS)
     assert (verdict.level, verdict.value) == (level, beta)
     assert bool(verdict.fix) == (level != "pass")
+
+
+def test_a_loss_that_no_band_is_known_of_is_left_to_its_own_check() -> None:
+    verdict = beta_for_loss(of(dpo={"loss": "nothing", "beta": 0.0}), BANDS)
+    assert (verdict.level, verdict.note) == ("pass", "loss_supported says which losses there are")
+    assert loss_supported(plan(dpo={"loss": "nothing"})).level == "error"
+
+
+@pytest.mark.parametrize("loss", sorted(BANDS.betas))
+def test_a_weak_beta_is_a_fact_of_its_loss_and_of_the_first_that_is_weak(loss: str) -> None:
+    band = BANDS.betas[loss]
+    assert BANDS.weak_beta([loss], band.weak_below) is None
+    assert BANDS.weak_beta(["sft", loss], math.nextafter(band.weak_below, 0)) == band
+    assert BANDS.weak_beta([loss], band.usual) is None
+    assert BANDS.weak_beta([loss], None) is None
+
+
+def test_a_beta_may_be_weak_for_one_of_two_losses() -> None:
+    assert BANDS.weak_beta(["sppo_hard"], 0.001) is None
+    assert BANDS.weak_beta(["sppo_hard", "sigmoid"], 0.001) == BANDS.betas["sigmoid"]
+    assert BANDS.weak_beta(["nothing"], 0.001) is None
 
 
 @pytest.mark.parametrize("beta", [math.nan, math.inf, -0.1])
@@ -180,11 +202,10 @@ def test_several_losses_share_one_beta_and_the_worst_verdict_counts() -> None:
     def verdict(*losses: str, beta: float) -> Verdict:
         return beta_for_loss(of(dpo={"loss": list(losses), "beta": beta}), BANDS)
 
-    assert verdict("sigmoid", "ipo", beta=0.5).level == "pass"
-    assert verdict("sigmoid", "ipo", beta=0.8).level == "warn"
-    assert "loss sigmoid" in verdict("ipo", "sigmoid", beta=0.8).band
-    assert verdict("ipo", "sigmoid", beta=0.8).fix == "set dpo.beta between 0.01 and 0.5"
-    assert verdict("sigmoid", "nothing", beta=0.1).level == "warn"
+    assert verdict("sigmoid", "ipo", beta=0.01).level == "pass"
+    assert verdict("sigmoid", "ipo", beta=0.007).level == "warn"
+    assert "loss ipo" in verdict("sigmoid", "ipo", beta=0.007).band
+    assert verdict("ipo", "sigmoid", beta=0.007).fix == "set dpo.beta between 0.01 and 1"
     # The term has no beta, so it has no say.
     assert verdict("sppo_hard", "sft", beta=0.001) == verdict("sppo_hard", beta=0.001)
     assert verdict("sppo_hard", "sft", beta=0.001).level == "pass"
@@ -312,27 +333,33 @@ def test_every_supported_loss_has_a_band() -> None:
 @pytest.mark.parametrize(
     ("dpo", "steps", "level", "fix"),
     [
-        ({"batch_size": 16, "epochs": 1.0}, 30, "pass", ""),
-        ({"batch_size": 8, "epochs": 3.0}, 30, "pass", ""),
-        ({"batch_size": 7}, 30, "warn", "raise dpo.batch_size to 8 or more"),
-        ({"batch_size": 1}, 30, "warn", "raise dpo.batch_size"),
-        ({"epochs": 3.1}, 30, "warn", "lower dpo.epochs to 3 or less"),
-        ({"epochs": 50.0}, 30, "warn", "lower dpo.epochs"),
+        ({}, 30, "pass", ""),
         ({}, 29, "warn", "collect more pairs: 29 steps"),
         ({}, 1, "warn", "collect more pairs: 1 steps"),
     ],
 )
-def test_batch_epochs_and_steps_each_have_their_limits_and_never_block(
-    dpo: dict[str, Any], steps: int, level: str, fix: str
-) -> None:
+def test_few_steps_warn_and_never_block(dpo: dict[str, Any], steps: int, level: str, fix: str) -> None:
     verdict = budget(of(dpo=dpo, dpo_steps=steps), BANDS)
     assert (verdict.level, bool(verdict.fix)) == (level, level != "pass")
     assert fix in verdict.fix
 
 
-def test_every_fault_of_a_budget_is_told() -> None:
-    verdict = budget(of(dpo={"batch_size": 2, "epochs": 4.0}, dpo_steps=5), BANDS)
-    assert [part.split(" ")[0] for part in verdict.fix.split("; ")] == ["raise", "lower", "collect"]
+@pytest.mark.parametrize(
+    ("dpo", "notes"),
+    [
+        ({"batch_size": 8, "epochs": 3.0}, []),
+        ({"batch_size": 7}, ["a batch below 8"]),
+        ({"epochs": 3.1}, ["more than 3 epochs"]),
+        ({"batch_size": 1, "epochs": 50.0}, ["a batch below 8", "more than 3 epochs"]),
+    ],
+)
+def test_an_unusual_batch_or_number_of_epochs_is_noted_and_no_alarm(dpo: dict[str, Any], notes: list[str]) -> None:
+    verdict = budget(of(dpo=dpo, dpo_steps=30), BANDS)
+    assert (verdict.level, verdict.fix) == ("pass", "")
+    assert [said in verdict.note for said in ("a batch below 8", "more than 3 epochs")] == [
+        said in notes for said in ("a batch below 8", "more than 3 epochs")
+    ]
+    assert ("training_dose" in verdict.note) == bool(notes)
 
 
 @pytest.mark.parametrize("epochs", [math.nan, math.inf])
@@ -423,6 +450,34 @@ def test_what_a_check_names_as_a_way_out_passes_it() -> None:
     assert on_a_3060(hardware={"precision": precision}).level == "pass"
 
 
+# No check of the plan is true by construction: the planner lets what fails it through.
+
+FAILING: dict[str, tuple[str, dict[str, Any]]] = {
+    "learning_rate_band": ("error", {"dpo": {"learning_rate": 1e-3}}),
+    "training_dose": ("error", {"dpo": {"learning_rate": 1e-4, "epochs": 3.0, "batch_size": 4}}),
+    "dpo_rate_against_sft": ("error", {"dpo": {"learning_rate": 6e-5}, "sft": {"learning_rate": 6e-5}}),
+    "beta_for_loss": ("error", {"dpo": {"beta": 0.0}}),
+    "loss_supported": ("error", {"dpo": {"loss": "kto_pair"}}),
+    "budget": ("warn", {"dpo": {"batch_size": 256}}),
+    "schedule_and_precision": ("warn", {"dpo": {"warmup_ratio": 0.0}}),
+    "lora_scale": ("warn", {"lora": {"rank": 16, "alpha": 64}}),
+    "memory_fits": ("error", {"hardware": {"precision": "bf16"}}),
+}
+
+
+@pytest.mark.parametrize("check", [check.name for check in checks_of("dpo_plan")])
+def test_a_recipe_can_fail_each_check_of_the_plan(check: str) -> None:
+    pairs = DatasetStats(train_pairs=1000, eval_pairs=120, max_length=1024, longest_pair=2048, mean_pair=1024.0)
+    device = Device("cuda", "GeForce RTX 3060 12 GB", 11.7, (8, 6))
+
+    def level(**sections: Any) -> str:
+        made = make_plan(recipe(**sections), find_model("8b").shape, pairs, device)
+        return next(v.level for v in plan_verdicts(made, BANDS) if v.check == check)
+
+    expected, sections = FAILING[check]
+    assert (level(), level(**sections)) == ("pass", expected)
+
+
 # The bands themselves
 
 
@@ -432,10 +487,11 @@ def test_the_bands_are_in_order_and_cover_every_size() -> None:
         rows = [band for band in bands.learning_rates if band.method == method]
         assert [band.billions_below for band in rows] == sorted(band.billions_below for band in rows)
         assert math.isinf(rows[-1].billions_below)
-        assert all(0 < band.ok_low < band.ok_high < band.error_above for band in rows)
+        assert all(0 < band.ok_low < band.reference < band.ok_high < band.error_above for band in rows)
         assert [band.error_above for band in rows] == sorted((band.error_above for band in rows), reverse=True)
     for beta in bands.betas.values():
-        assert 0 < beta.error_below < beta.ok_low < beta.ok_high < beta.error_above
+        assert 0 < beta.error_below < beta.ok_low < beta.usual < beta.ok_high
+        assert beta.error_below < beta.weak_below < beta.usual
     assert 0 < bands.limit("training_dose").warn < bands.limit("training_dose").error
     against = bands.limit("dpo_rate_against_sft")
     assert 0 < against["ok"] <= against.warn < against.error

@@ -145,6 +145,15 @@ def test_a_fault_of_every_kind_is_told_its_own_way_out() -> None:
     assert "names no EOS" in unknown.note
 
 
+def test_a_dataset_of_an_earlier_version_is_judged_by_what_was_looked_for() -> None:
+    report = dataset_report(quality=quality(degenerate={"others": 12, "no_end": 12}))
+    del report["quality"]["degenerate"]["misread"]
+    [verdict] = [v for v in quality_verdicts(report, DPO, BANDS) if v.check == "degenerate_chosen"]
+    assert verdict.level == "warn"
+    assert "misread letters were not looked for" in verdict.note
+    assert "not looked for" not in judged("degenerate_chosen").note
+
+
 def test_a_measure_of_a_sample_says_so() -> None:
     assert "1120 pairs" in judged("pair_distance").note
     assert "1120 of 5000 pairs" in judged("pair_distance", pairs=5000).note

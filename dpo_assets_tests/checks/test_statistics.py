@@ -163,6 +163,38 @@ def test_a_paired_fall_is_significant_where_the_binomial_tail_says_so(
 
 
 @pytest.mark.parametrize(
+    ("lost", "gained", "significant"),
+    [(1024, 0, True), (1100, 900, True), (1030, 970, False), (5000, 5000, False), (0, 5000, False)],
+)
+def test_a_fall_of_a_thousand_tasks_and_more_is_judged(lost: int, gained: int, significant: bool) -> None:
+    # From 1,024 discordant pairs on, 2**n is no float.
+    assert significant_fall(lost, gained) is significant
+
+
+@settings(max_examples=40, deadline=None)
+@given(lost=st.integers(0, 2500), gained=st.integers(0, 2500))
+def test_a_large_fall_is_judged_as_the_normal_approximation_away_from_its_edge(lost: int, gained: int) -> None:
+    n = lost + gained
+    z = (lost - 0.5 - n / 2) / math.sqrt(n / 4) if n else 0.0
+    if n >= 400 and abs(z - 1.645) > 0.05:
+        assert significant_fall(lost, gained) is (z > 1.645)
+
+
+@given(lost=st.integers(0, 30), gained=st.integers(0, 30), confidence=_levels)
+def test_a_fall_is_judged_by_the_sum_of_its_tail(lost: int, gained: int, confidence: float) -> None:
+    n = lost + gained
+    tail = sum(math.comb(n, k) for k in range(lost, n + 1)) / 2**n
+    assert significant_fall(lost, gained, confidence) is (lost > gained and tail <= 1 - confidence)
+
+
+@pytest.mark.parametrize(("confidence", "lost"), [(0.5, 1), (0.75, 2), (0.875, 3), (0.9375, 4)])
+def test_a_tail_that_is_exactly_the_level_is_significant(confidence: float, lost: int) -> None:
+    # P(X >= lost) of lost coins is 2**-lost, to the last digit.
+    assert significant_fall(lost, 0, confidence)
+    assert not significant_fall(lost - 1, 0, confidence)
+
+
+@pytest.mark.parametrize(
     ("after", "before", "n", "significant"),
     [(0.0, 0.0, 32, False), (1.0, 0.0, 8, True), (0.25, 0.0, 4, False), (0.5, 0.0, 8, True), (0.5, 0.5, 99, False)],
 )
@@ -176,6 +208,25 @@ def test_a_rise_is_one_sided_and_grows_with_the_number_of_answers(after: int, be
     few, many = (significant_rise(after / 20, before / 20, n) for n in (20, 2000))
     assert not few or after > before
     assert many or not few
+
+
+@pytest.mark.parametrize("values", [[1e200, -1e200, 1e300], [1.7e308] * 4, [-1.7e308, 1.7e308]], ids=repr)
+def test_values_near_the_end_of_the_floats_have_a_mean(values: list[float]) -> None:
+    assert math.isfinite(mean_interval(values)[0])
+
+
+@pytest.mark.parametrize("values", [[math.inf, -math.inf], [1.0, math.inf], [math.nan]], ids=repr)
+def test_a_value_that_is_not_finite_has_no_mean(values: list[float]) -> None:
+    mean, low, high = mean_interval(values)
+    assert math.isnan(mean)
+    assert (low, high) == (-math.inf, math.inf)
+
+
+def test_a_share_of_any_number_of_answers_has_an_interval() -> None:
+    n = 10**200  # Its square is no float.
+    interval = wilson(n // 4, n)
+    assert (interval.low, interval.high) == pytest.approx((0.25, 0.25))
+    assert math.isnan(wilson(math.nan, 10).value)
 
 
 def test_the_interval_of_a_mean_by_hand() -> None:

@@ -417,7 +417,7 @@ def test_trls_own_trainer_is_watched_too(
     trainer = classic_trainer(
         model, tokenizer, load_split(dataset, "train", ["prompt", "chosen", "rejected"]), plan, tmp_path
     )
-    limits = CollapseLimits.of(default_bands(), beta=0.1)
+    limits = CollapseLimits.of(default_bands(), losses=("sigmoid",), beta=0.1)
     guard_spec = GuardSpec(limits=limits, source="-", probe_prompts=2, probe_every=0.34, probe_tokens=8)
     watched = Watched(model, AdapterState(model), tokenizer, plan, "transformers", packed=False)
     prompts = first_prompts(load_split(dataset, "train"), 2, 150)
@@ -443,6 +443,7 @@ def test_trls_own_trainer_is_watched_too(
     [
         ({"learning_rate": 1e-3}, False, "lower dpo.learning_rate from 0.001 to 5e-05 or below"),
         ({"learning_rate": 2e-5, "beta": 0.01}, False, "raise dpo.beta from 0.01 to 0.1"),
+        ({"learning_rate": 2e-5, "beta": 1.0, "loss": "sigmoid_norm"}, False, "raise dpo.beta from 1 to 5"),
         ({"learning_rate": 2e-5}, True, "set dpo.loss to [sigmoid, sft]"),
         ({"learning_rate": 2e-5}, False, "lower dpo.learning_rate 5 to 10 times, to 2e-06 to 4e-06"),
     ],
@@ -454,7 +455,15 @@ def test_the_fix_names_the_likely_knob(plan_for: PlanMaker, section: dict[str, A
 
 def test_the_advised_rate_lies_in_its_band(plan_for: PlanMaker) -> None:
     plan = plan_for(dpo={"learning_rate": 1e-3, "beta": 0.01})
-    assert "to 3e-05 or below" in advice(plan, GuardSpec.of(plan, default_bands(), CHECKS), False)
+    assert "to 5e-05 or below" in advice(plan, GuardSpec.of(plan, default_bands(), CHECKS), False)
+
+
+@pytest.mark.parametrize(("loss", "beta"), [("sppo_hard", 0.001), ("ipo", 0.01), ("sigmoid", 0.05)])
+def test_a_beta_that_is_not_weak_for_its_loss_is_not_advised_against(
+    plan_for: PlanMaker, loss: str, beta: float
+) -> None:
+    plan = plan_for(dpo={"loss": loss, "beta": beta})
+    assert "dpo.beta" not in advice(plan, GuardSpec.of(plan, default_bands(), CHECKS), False)
 
 
 def test_near_identical_pairs_are_told_from_others(pairs: Path) -> None:

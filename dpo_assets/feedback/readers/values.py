@@ -33,7 +33,7 @@ def other_shape(row: Row, expected: str) -> RowFault:
 
 def mapping(value: Any, where: str, expected: str = "an object") -> Row:
     if not isinstance(value, Mapping):
-        raise RowFault("wrong_type", f"`{where}` is {type(value).__name__}; expected {expected}")
+        raise RowFault("wrong_type", f"`{where}` is {type(value).__name__}; expected {expected}{_hint(value)}")
     return value
 
 
@@ -48,8 +48,14 @@ def section(row: Row, name: str) -> Row:
 
 def listed(value: Any, where: str, expected: str = "a list") -> list[Any]:
     if not isinstance(value, list):
-        raise RowFault("wrong_type", f"`{where}` is {type(value).__name__}; expected {expected}")
+        raise RowFault("wrong_type", f"`{where}` is {type(value).__name__}; expected {expected}{_hint(value)}")
     return value
+
+
+def _hint(value: Any) -> str:
+    """What to do about a value that is JSON in text, as SQL and CSV have it."""
+    is_json = isinstance(value, str) and value.lstrip()[:1] in ("{", "[")
+    return "; if its text is JSON, name the column under `json_columns`" if is_json else ""
 
 
 def others(row: Row, *used: str) -> dict[str, Any]:
