@@ -10,6 +10,7 @@ from dpo_assets.checks.bands import Bands
 from dpo_assets.checks.verdict import Level, Verdict
 from dpo_assets.planning.targets import EXPERT_PARAMETERS, LoraCoverage
 from dpo_assets.recipe import EVERY_LINEAR
+from dpo_assets.untrusted import in_cell
 
 SAME = 1e-3  # Of the share: no kind of layer is as small, and files may hold a padded row that the model has not.
 NAMED = 6  # Kinds that a verdict lists.
@@ -70,7 +71,7 @@ def adapter_attached(report: Mapping[str, Any], bands: Bands) -> Verdict:
 def coverage_table(coverage: LoraCoverage) -> str:
     """Each kind of matrix with the share of its weights that has an adapter, as Markdown."""
     rows = "\n".join(
-        f"| {kind.name} | {kind.role} | {kind.weights:,} | {100 * kind.adapted / max(1, kind.weights):.3g}% |"
+        f"| {in_cell(kind.name)} | {kind.role} | {kind.weights:,} | {100 * kind.adapted / max(1, kind.weights):.3g}% |"
         for kind in coverage.kinds
     )
     return f"| matrix | is | weights | adapted |\n|---|---|---|---|\n{rows}"

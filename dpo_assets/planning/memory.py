@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from dpo_assets.planning.precision import QUANTISED, Precision
@@ -186,6 +187,14 @@ class _Estimate:
     def _width(self) -> int:
         return 4 if self.precision == "fp32" else 2
 
+    @cached_property
+    def _adapter_bytes(self) -> float:
+        return adapter_bytes(self.shape, self.lora)
+
+    @cached_property
+    def _adapted_a_layer(self) -> int:
+        return len(adapted_kinds(self.lora, self.shape))
+
     def fewest_recomputed(self, usable_gib: float) -> int:
         layers = self.shape.layers
         steps = range(layers + 1) if self.kernels == "fused" else (0, layers)
@@ -231,7 +240,7 @@ class _Estimate:
         # The logits go before the first layer is differentiated.
         parts = {
             "weights": self.bases * weights_bytes(s, self.precision),
-            "adapter and optimizer": adapter_bytes(s, self.lora),
+            "adapter and optimizer": self._adapter_bytes,
             "kept activations": saved,
             "dequantised layer": dequantised_bytes(s, self.precision),
             "working memory": max(head, working),
@@ -243,5 +252,5 @@ class _Estimate:
         s = self.shape
         attention = s.heads * s.head_dim
         values = 2 * s.hidden + attention + 2 * s.kv_heads * s.head_dim + attention + 2 * s.intermediate
-        ranks = self.lora.rank * len(adapted_kinds(self.lora, s))
+        ranks = self.lora.rank * self._adapted_a_layer
         return self._width * (values + ranks) + 4 * (s.heads + 2)

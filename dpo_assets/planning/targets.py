@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -79,9 +80,14 @@ def kinds_of(shape: ModelShape) -> tuple[Matrices, ...] | None:
     """The matrices of a model: its own, or those of the family that its widths describe; None where it has neither."""
     if shape.matrices is not None:
         return shape.matrices
-    if not shape.fusable:
-        return None
-    return tuple(Matrices.of(name, "linear", [sides] * shape.layers) for name, sides in shape.linear_shapes().items())
+    return _llama_kinds(shape) if shape.fusable else None
+
+
+@lru_cache(maxsize=64)
+def _llama_kinds(shape: ModelShape) -> tuple[Matrices, ...]:
+    """Kept, because a memory estimate asks for every size of a forward."""
+    layers = shape.layers
+    return tuple(Matrices.of(name, "linear", [sides] * layers) for name, sides in shape.linear_shapes().items())
 
 
 def all_linear(kinds: Sequence[Matrices]) -> list[str]:

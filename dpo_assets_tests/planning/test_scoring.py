@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -68,6 +68,7 @@ def test_four_bit_on_a_card_without_bf16_is_warned_of_as_the_fp16_run_that_it_is
     assert "fp16" in str(told[T4.name].value)
 
 
+@settings(max_examples=40, deadline=None)
 @given(
     size=st.sampled_from(SIZES), card=st.sampled_from([c for c in CARDS if c.capability >= (8, 9)]),
     precision=st.sampled_from(QUANTISED), longest=st.integers(64, 4096),
