@@ -19,7 +19,7 @@ from dpo_assets.feedback.ingest import COUNTS, EMPTY, EMPTY_FILE, PAIRS, QUARANT
 from dpo_assets.feedback.library import BATCH_KIND, PAIRED_KIND, FileBatches, pair_into, read_into
 from dpo_assets.feedback.pair import PAIR_COLUMNS
 from dpo_assets.feedback.readers import ReadOptions
-from dpo_assets.feedback.sources import files_of
+from dpo_assets.feedback.sources import Limits, files_of
 from dpo_assets.recipe import FeedbackSource, Recipe
 from dpo_assets.report.tables import counts_table, sample_table, table
 
@@ -46,7 +46,8 @@ def materialise(step: Step) -> Events:
     options = ReadOptions(
         feedback.pairing, feedback.include_synthetic, min_margin=feedback.min_margin, user_key=step.user_key
     )
-    read = [read_into(step.tree, file, options) for file in files_of(_sources(step), landing, hub=step.hub.api)]
+    files = files_of(_sources(step), landing, hub=step.hub.api, limits=Limits.of(feedback))
+    read = [read_into(step.tree, file, options) for file in files]
     index: dict[str, Any] = {"files": sorted((one.row() for one in read), key=lambda row: row["file"]), "paired": None}
     if all(row["rows_in"] == 0 for row in index["files"]):
         raise FeedbackError(_nothing(read))

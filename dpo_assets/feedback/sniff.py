@@ -8,7 +8,7 @@ from typing import Any
 
 from dpo_assets.feedback.readers import Format, RowFault, formats, keys_of
 from dpo_assets.feedback.readers.written import opened
-from dpo_assets.feedback.sources import DEFAULT_LIMITS, FeedbackFile, FileRefused, Limits, rows_of
+from dpo_assets.feedback.sources import FeedbackFile, FileRefused, rows_of
 
 ROWS = 20  # Sound rows that are looked at.
 MOST_READ = 1_000  # Rows read to find them.
@@ -26,7 +26,7 @@ class Sniffed:
     message: str
 
 
-def sniff(file: FeedbackFile, limits: Limits = DEFAULT_LIMITS) -> Sniffed:
+def sniff(file: FeedbackFile) -> Sniffed:
     """The format of a file, from its first rows; one that needs a companion says so when it is opened.
 
     Raises:
@@ -36,7 +36,7 @@ def sniff(file: FeedbackFile, limits: Limits = DEFAULT_LIMITS) -> Sniffed:
     rows: list[Mapping[str, Any]] = []
     read = 0
     try:
-        for row in rows_of(replace(file, sha256=""), limits=limits):
+        for row in rows_of(replace(file, sha256="")):
             read += 1
             if not isinstance(row.value, RowFault):
                 rows.append(row.value)

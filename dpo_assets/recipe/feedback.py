@@ -229,6 +229,17 @@ class FeedbackSection(Section):
     max_quarantine_rate: float = Field(
         default=0.2, ge=0.0, le=1.0, description="A larger share of rejected rows blocks the run; single rows never do."
     )
+    max_unpacked_gib: float = Field(
+        default=4.0,
+        gt=0.0,
+        description=(
+            "GiB that one `.gz`, `.zst` or Parquet file may hold once unpacked; one that holds more is refused, for a "
+            "few KB can stand for days of reading. A file that you unpacked yourself has no such bound."
+        ),
+    )
+    max_unpacked_rows: int = Field(
+        default=2_000_000, ge=1, description="Rows that one `.gz`, `.zst` or Parquet file may hold, likewise."
+    )
     seed: int = Field(default=0, ge=0, description="Seed of the train/eval split.")
     cleaning: CleaningSection = Field(default_factory=CleaningSection, description="What is done about unfit pairs.")
     release: list[ReleaseRule] = Field(default=[], description="What is taken out of quarantine, by rule.")

@@ -9,7 +9,7 @@ from dpo_assets.feedback.pair import REASONING, ROLES, Message, as_json
 from dpo_assets.feedback.readers import Row, RowFault
 from dpo_assets.feedback.readers.base import ROLE_NAMES, TOOL_ROLES
 from dpo_assets.feedback.readers.modality import UNSUPPORTED, filled, refuse_beside_text
-from dpo_assets.feedback.readers.values import field, listed, mapping
+from dpo_assets.feedback.readers.values import field, listed, mapping, other_type
 
 # Parts that hold what a model thought before it answered.
 _THOUGHTS = frozenset({"think", "thinking", "redacted_thinking", "reasoning"})
@@ -166,7 +166,7 @@ def turns(value: Any, where: str, speaker: str) -> list[Message]:
     if isinstance(value, str):
         return [{"role": speaker, "content": value}]
     if not isinstance(value, list):
-        raise RowFault("wrong_type", f"`{where}` is {type(value).__name__}; expected text or a list of messages")
+        raise other_type(value, where, "text or a list of messages")
     return messages(value, where)
 
 
