@@ -70,7 +70,7 @@ def materialise(step: Step) -> Events:
         {
             "verdict": decision,
             "verdict_reason": reason,
-            "scored": report["scored"],
+            "scored": report.get("scored", "not recorded: these scores are of an earlier version"),
             "scored_because": plan.scoring.reason,
             "held_out_pairs": report["pairs"],
             "accuracy": report["implicit_reward_accuracy"]["value"],
