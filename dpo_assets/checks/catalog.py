@@ -10,8 +10,9 @@ from dpo_assets.recipe import Severity
 
 VITAL = frozenset(
     {
-        "safetensors_only", "every_row_accounted_for", "schema", "split_leak", "loss_supported", "sft_finite",
-        "reference_is_start", "finite", "all_finite", "held_out_unseen", "release_verified",
+        "safetensors_only", "every_row_accounted_for", "every_pair_accounted_for", "schema", "split_leak",
+        "loss_supported", "sft_finite", "reference_is_start", "finite", "all_finite", "held_out_unseen",
+        "release_verified",
     }
 )  # fmt: skip
 
@@ -38,13 +39,18 @@ CHECKS: tuple[CheckInfo, ...] = (
     CheckInfo("revision_pinned", "base_model", "A Hub model is named by a commit sha, so that it cannot change."),
     CheckInfo("safetensors_only", "base_model", "Weights are safetensors; pickled weights can run code when loaded."),
     CheckInfo("licence_known", "base_model", "The base model states a licence that a release can carry on."),
-    CheckInfo("every_row_accounted_for", "raw_preferences", "Rows in = pairs + rejected rows, file by file."),
+    CheckInfo("every_file_read", "raw_preferences", "Every file of the sources was read, in a format that it has."),
+    CheckInfo(
+        "every_row_accounted_for", "raw_preferences", "Files found are read; rows seen lie in tables, file by file."
+    ),
+    CheckInfo("feedback_volume", "raw_preferences", "No source lost rows since the last time.", blocking=False),
     CheckInfo(
         "judged_text_kept",
         "raw_preferences",
         "Judged text is kept whole, and is the assistant's alone.",
         blocking=False,
     ),
+    CheckInfo("every_pair_accounted_for", "dpo_dataset", "Rows in = accepted + quarantined + duplicates."),
     CheckInfo("schema", "dpo_dataset", "Every accepted pair satisfies the pandera schema."),
     CheckInfo("split_leak", "dpo_dataset", "No prompt stands in both train and eval."),
     CheckInfo("distinct_after_truncation", "dpo_dataset", "No accepted pair is equal once cut to max_length."),

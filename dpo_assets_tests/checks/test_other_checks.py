@@ -15,7 +15,6 @@ from dpo_assets.artifact import Artifact, Manifest
 from dpo_assets.assets.base_model import verdicts as base_model_verdicts
 from dpo_assets.assets.published_model import RELEASE
 from dpo_assets.assets.published_model import verify as release_verified
-from dpo_assets.assets.raw_preferences import accounting
 from dpo_assets.checks.aftermath import aftermath_verdicts, collapse_verdict
 from dpo_assets.checks.bands import default_bands
 from dpo_assets.checks.catalog import CHECKS, checks_of
@@ -31,6 +30,7 @@ from dpo_assets.planning.plan import ModelShape
 from dpo_assets.planning.targets import Covered, LoraCoverage
 from dpo_assets.publishing.commit import stage
 from dpo_assets.recipe import BaseModelSection, LoraSection
+from dpo_assets_tests.checks.test_ingest_checks import bad_ingest, good_ingest
 from dpo_assets_tests.samples import (
     SHA,
     aftermath_report,
@@ -127,6 +127,11 @@ def test_a_verdict_passes_only_without_a_warning_and_says_its_value_and_band() -
 @pytest.mark.parametrize(
     ("check", "changes", "level"),
     [
+        ("every_pair_accounted_for", {}, "pass"),
+        ("every_pair_accounted_for", {"rows_in": 1201}, "error"),
+        ("every_pair_accounted_for", {"quarantined": 69}, "error"),
+        ("every_pair_accounted_for", {"duplicates": 11}, "error"),
+        ("every_pair_accounted_for", {"train_pairs": 999}, "error"),
         ("schema", {}, "pass"),
         ("schema", {"reasons": {"schema": 1}}, "error"),
         ("split_leak", {}, "pass"),
@@ -158,7 +163,7 @@ def test_the_limits_of_a_dataset_are_the_recipes() -> None:
     failed = {v.check for v in dataset_verdicts(dataset_report(), strict, BANDS) if not v.passed}
     assert failed == {"quarantine_rate", "enough_pairs"}
     lenient = recipe(feedback={"sources": [{"path": "x"}], "max_quarantine_rate": 1.0, "min_pairs": 1})
-    poor = dataset_report(damaged=1200, train_pairs=1)
+    poor = dataset_report(damaged=1200, train_pairs=1, accepted=121, quarantined=1069)
     assert [v.check for v in dataset_verdicts(poor, lenient, BANDS) if v.level == "error"] == []
 
 
@@ -389,45 +394,6 @@ def test_a_base_model_is_held_against_what_its_folder_holds(
     assert (verdict.level, bool(verdict.fix)) == (level, level != "pass")
 
 
-def counted(**changes: str | int) -> dict[str, str | int]:
-    row: dict[str, str | int] = {
-        "file": "a.jsonl", "rows": 10, "rows_in": 10, "pairs": 5, "answers": 2, "rejected": 3, "lost": 0,
-    }  # fmt: skip
-    return row | changes
-
-
-def indexed(*files: dict[str, str | int], used: int = 2, left: int = 0) -> dict[str, Any]:
-    """What `raw_preferences` knows of these files, whose answers are in a pair (`used`) or were left."""
-    return {"files": list(files), "paired": {"used": used, "rejected": left}}
-
-
-def test_a_row_that_is_neither_pair_nor_rejected_is_missed_and_its_file_named() -> None:
-    assert accounting(indexed(counted(), counted(file="b.jsonl"), used=3, left=1)).level == "pass"
-    # Two files that are wrong by one in opposite directions are still wrong.
-    verdict = accounting(
-        indexed(counted(file="good.jsonl"), counted(rows_in=11), counted(file="b.jsonl", rows_in=9), used=6)
-    )
-    assert verdict.level == "error"
-    assert "a.jsonl, b.jsonl" in verdict.fix
-    assert "good" not in verdict.fix
-
-
-@pytest.mark.parametrize(
-    ("index", "named"),
-    [
-        (indexed(counted(lost=1)), "a.jsonl"),
-        (indexed(counted(rows=11)), "a.jsonl"),
-        (indexed(counted(), used=1), "paired answers"),
-        ({"files": [counted()], "paired": None}, "paired answers"),
-    ],
-    ids=["a row without an item", "fewer items than rows", "an answer without a place", "answers never paired"],
-)
-def test_a_row_or_an_answer_that_led_to_nothing_is_missed(index: dict[str, Any], named: str) -> None:
-    verdict = accounting(index)
-    assert verdict.level == "error"
-    assert named in verdict.fix
-
-
 @pytest.mark.parametrize("flag", ["later_turns_cut", "prompt_repeated", "reasoning_left_out", "foreign_turn"])
 def test_judged_text_that_is_cut_or_is_somebody_elses_is_warned_of_above_one_in_a_hundred(flag: str) -> None:
     def verdict(count: int, paired: int = 0) -> Verdict:
@@ -499,11 +465,12 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
     }
     unpinned = BaseModelSection(source="org/name")
     bad_facts = model_folder(safetensors=(), licence=None)
+    judged = {"pairs": 5, "answers": 2, "flags": {"foreign_turn": 7 if fail else 0}}
     return {
         "base_model": base_model_verdicts(unpinned if fail else LOCAL, bad_facts if fail else model_folder()),
         "raw_preferences": [
-            accounting(indexed(counted(rows_in=11 if fail else 10))),
-            judged_text_kept(indexed(counted() | {"flags": {"foreign_turn": 7 if fail else 0}}), BANDS),
+            *(bad_ingest() if fail else good_ingest()),
+            judged_text_kept({"files": [judged], "paired": None}, BANDS),
         ],
         "dpo_dataset": dataset_verdicts(bad_dataset if fail else dataset_report(), recipe(), BANDS),
         "dpo_plan": plan_verdicts(bad_plan if fail else plan(), BANDS),
