@@ -70,6 +70,7 @@ CHECKS: tuple[CheckInfo, ...] = (
     CheckInfo("budget", "dpo_plan", "There are enough steps to judge a run by.", blocking=False),
     CheckInfo("schedule_and_precision", "dpo_plan", "Warm-up, clipping and number format.", blocking=False),
     CheckInfo("lora_scale", "dpo_plan", "The adapter's scale and rank suit the learning rate.", blocking=False),
+    CheckInfo("lora_coverage", "dpo_plan", "Every matrix of the decoder layers gets an adapter.", blocking=False),
     CheckInfo("memory_fits", "dpo_plan", "The estimated peak fits the device."),
     CheckInfo("sft_finite", "sft_checkpoint", "Every logged value of the SFT run is finite."),
     CheckInfo("sft_learned", "sft_checkpoint", "The loss on held-out chosen answers fell.", blocking=False),
@@ -78,6 +79,7 @@ CHECKS: tuple[CheckInfo, ...] = (
         "reference_is_start", "dpo_adapter", "The first loss is the loss at zero margin: the reference is the start."
     ),
     CheckInfo("finite", "dpo_adapter", "Every logged value of the DPO run is finite."),
+    CheckInfo("adapter_attached", "dpo_adapter", "The trained adapter covers of the layers what the plan says."),
     CheckInfo("displacement", "dpo_adapter", "Chosen answers did not lose their likelihood.", blocking=False),
     CheckInfo("collapse", "dpo_adapter", "No rule of the collapse guard fired while DPO ran."),
     CheckInfo(

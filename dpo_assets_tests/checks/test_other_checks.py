@@ -27,6 +27,7 @@ from dpo_assets.checks.training import dpo_verdicts, merge_verdicts, sft_verdict
 from dpo_assets.checks.verdict import Level, Verdict, upper_limit, worst
 from dpo_assets.planning.model_folder import ModelFolder
 from dpo_assets.planning.plan import ModelShape
+from dpo_assets.planning.targets import Covered, LoraCoverage
 from dpo_assets.publishing.commit import stage
 from dpo_assets.recipe import BaseModelSection, LoraSection
 from dpo_assets_tests.checks.test_ingest_checks import bad_ingest, good_ingest
@@ -34,6 +35,7 @@ from dpo_assets_tests.samples import (
     SHA,
     aftermath_report,
     answers,
+    coverage,
     dataset_report,
     evaluation_report,
     plan,
@@ -43,6 +45,7 @@ from dpo_assets_tests.samples import (
 )
 
 BANDS = default_bands()
+NOTHING = LoraCoverage(kinds=(Covered(name="self_attn.q_proj", role="linear", weights=1000, adapted=0),))
 
 Report = dict[str, Any]
 SFT: Report = {"finite": True, "steps": 60, "held_out_nll_before": 2.0, "held_out_nll_after": 1.8, "ends_with_eos": 1.0}
@@ -52,6 +55,8 @@ DPO: Report = {
     "first_loss": math.log(2),
     "expected_first_loss": math.log(2),
     "nll_ratio": 1.1,
+    "lora_coverage": coverage().model_dump(),
+    "lora_planned": coverage().model_dump(),
 }
 MERGE: Report = {"finite": True, "probe_pairs": 32, "mean_difference_per_token": 0.005}
 
@@ -212,8 +217,15 @@ def test_an_adopted_base_was_not_trained_and_passes() -> None:
         ("reference_is_start", {"first_loss": math.log(2) + 5.1e-4}, "error"),
         ("reference_is_start", {"first_loss": math.log(2) - 5.1e-4}, "error"),
         ("reference_is_start", {"first_loss": math.nan}, "error"),
+        ("reference_is_start", {"expected_first_loss": None}, "warn"),
         ("finite", {}, "pass"),
         ("finite", {"finite": False}, "error"),
+        ("adapter_attached", {}, "pass"),
+        ("adapter_attached", {"lora_planned": LoraCoverage().model_dump()}, "pass"),
+        ("adapter_attached", {"lora_coverage": coverage(down_proj=1).model_dump()}, "pass"),
+        ("adapter_attached", {"lora_coverage": coverage(down_proj=10).model_dump()}, "warn"),
+        ("adapter_attached", {"lora_planned": coverage(down_proj=10).model_dump()}, "warn"),
+        ("adapter_attached", {"lora_coverage": NOTHING.model_dump()}, "error"),
         ("displacement", {}, "pass"),
         ("displacement", {"nll_ratio": 0.5}, "pass"),
         ("displacement", {"nll_ratio": 1.5}, "pass"),
@@ -243,6 +255,7 @@ def test_a_dpo_run_is_held_against_its_report(check: str, changes: Report, level
         ("fidelity", {"mean_difference_per_token": math.nan}, "error"),
         ("all_finite", {}, "pass"),
         ("all_finite", {"finite": False}, "error"),
+        ("all_finite", {"finite": False, "not_finite": ["model.norm.weight"], "parameters": 10}, "error"),
     ],
 )
 def test_a_merge_is_held_against_its_report(check: str, changes: Report, level: str) -> None:
@@ -430,6 +443,7 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
         memory_gib=99.0,
         dpo_steps=5,
         lora=LoraSection(rank=16, alpha=64),
+        coverage=NOTHING,
         dpo={"learning_rate": 1.0, "beta": 0.0, "label_smoothing": 0.1, "batch_size": 1, "warmup_ratio": 0.0},
     )
     bad_scores = evaluation_report(
@@ -443,7 +457,13 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
         ),
     )  # fmt: skip
     bad_sft = SFT | {"finite": False, "held_out_nll_after": 9.0, "ends_with_eos": 0.0}
-    bad_dpo = DPO | {"finite": False, "first_loss": 1.0, "nll_ratio": 9.0, **ruined_report()}
+    bad_dpo = DPO | {
+        "lora_coverage": NOTHING.model_dump(),
+        "finite": False,
+        "first_loss": 1.0,
+        "nll_ratio": 9.0,
+        **ruined_report(),
+    }
     unpinned = BaseModelSection(source="org/name")
     bad_facts = model_folder(safetensors=(), licence=None)
     judged = {"pairs": 5, "answers": 2, "flags": {"foreign_turn": 7 if fail else 0}}
