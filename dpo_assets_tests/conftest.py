@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -43,3 +44,26 @@ def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
     home.mkdir()
     with dg.DagsterInstance.local_temp(str(home)) as opened:
         yield opened
+
+
+@pytest.fixture(scope="session")
+def homes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `instance_after` keeps what it made, for all processes of this test session."""
+    own = tmp_path_factory.getbasetemp()
+    # Under xdist each process has a folder of its own in the session's.
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "homes"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def instance_with(
+    homes: Path, tmp_path: Path
+) -> Iterator[Callable[[Mapping[str, Any], Sequence[str]], dg.DagsterInstance]]:
+    """`instance_with(recipe, assets)`: as `instance`, with these assets materialised already."""
+    from dpo_assets_tests.pipelines import instance_after
+
+    with ExitStack() as opened:
+        yield lambda recipe, assets: opened.enter_context(
+            instance_after(recipe, assets, homes, tmp_path / "home_with_assets")
+        )

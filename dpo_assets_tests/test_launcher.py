@@ -10,6 +10,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,10 +23,10 @@ from dpo_assets.artifact import open_artifact
 from dpo_assets.contract import TrainSpec, parse_progress
 from dpo_assets.planning.precision import Device
 from dpo_assets.resources.launcher import _worker_environment
-from dpo_assets_tests.pipelines import demo_recipe, failures, materialize, metadata
+from dpo_assets_tests.pipelines import DATA, failures, instance_after, materialize, metadata, short_recipe
 from dpo_assets_tests.planning.cases import TINY, planned
 
-DATA = ["base_model", "raw_preferences", "quarantined_preferences", "dpo_dataset", "dpo_plan"]
+TO_SFT = ["dpo_plan", "sft_checkpoint"]
 PATIENCE = 60.0
 
 
@@ -52,9 +53,16 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_module, "RETRY_SECONDS", 0.1)
 
 
-def recipe() -> dict[str, object]:
+def endless() -> dict[str, object]:
     # Steps enough that a kill always comes before the end.
-    return demo_recipe(sft={"epochs": 50})
+    return short_recipe(sft={"epochs": 50})
+
+
+@pytest.fixture
+def instance(homes: Path, tmp_path: Path) -> Iterator[dg.DagsterInstance]:
+    """A real instance, in which the data stands that SFT trains on."""
+    with instance_after(short_recipe(), DATA, homes, tmp_path / "dagster_home") as opened:
+        yield opened
 
 
 @dataclass
@@ -72,14 +80,16 @@ class Killer:
                     worker.send_signal(signal.SIGKILL)
 
 
-@pytest.fixture
-def killer() -> Iterator[Killer]:
-    hunter, stop = Killer(), threading.Event()
+@contextmanager
+def at_large(limit: int) -> Iterator[Killer]:
+    hunter, stop = Killer(limit), threading.Event()
     thread = threading.Thread(target=hunter.hunt, args=(stop,))
     thread.start()
-    yield hunter
-    stop.set()
-    thread.join()
+    try:
+        yield hunter
+    finally:
+        stop.set()
+        thread.join()
 
 
 def artefacts(instance: dg.DagsterInstance, node: str) -> list[Path]:
@@ -89,11 +99,10 @@ def artefacts(instance: dg.DagsterInstance, node: str) -> list[Path]:
 
 
 def test_a_worker_that_keeps_dying_fails_the_run_and_leaves_earlier_artefacts_standing(
-    instance: dg.DagsterInstance, killer: Killer
+    instance: dg.DagsterInstance,
 ) -> None:
-    assert materialize(recipe(), instance, DATA).success
-    killer.limit = 10
-    result = materialize(recipe(), instance, ["sft_checkpoint"])
+    with at_large(limit=10) as killer:
+        result = materialize(endless(), instance, TO_SFT)
     assert not result.success
     assert len(killer.killed) == 1 + step_module.MAX_RETRIES
     assert "was ended by SIGKILL" in failures(result)[-1]
@@ -103,13 +112,11 @@ def test_a_worker_that_keeps_dying_fails_the_run_and_leaves_earlier_artefacts_st
         assert [open_artifact(folder) for folder in artefacts(instance, node)]
 
 
-def test_the_attempt_after_a_killed_one_starts_clean_and_reuses_what_stands(
-    instance: dg.DagsterInstance, killer: Killer
+def test_the_attempt_after_a_killed_one_starts_clean_reuses_what_stands_and_reports_while_it_runs(
+    instance: dg.DagsterInstance,
 ) -> None:
-    short = demo_recipe(sft={"epochs": 0.1}, feedback={"max_length": 128, "max_quarantine_rate": 1.0})
-    assert materialize(short, instance, DATA).success
-    killer.limit = 1
-    result = materialize(short, instance, [*DATA, "sft_checkpoint"])
+    with at_large(limit=1) as killer:
+        result = materialize(short_recipe(sft={"epochs": 0.3}), instance, [*DATA, *TO_SFT])
     assert result.success
     assert len(killer.killed) == 1
     assert str(metadata(result, "dpo_dataset")["reused"]).startswith("yes")
@@ -117,19 +124,28 @@ def test_the_attempt_after_a_killed_one_starts_clean_and_reuses_what_stands(
     (made,) = artefacts(instance, "sft_checkpoint")
     assert open_artifact(made).json("report.json")["finite"]
 
+    lines = [(e.timestamp, e.user_message) for e in instance.all_logs(result.run_id) if e.dagster_event is None]
+    steps = [(when, p) for when, text in lines if (p := parse_progress(text)) and p.stage == "sft"]
+    assert steps, "no progress line of the worker is in the run's log"
+    assert steps[-1][1].done == steps[-1][1].total
+    done = max(
+        e.timestamp for e in instance.all_logs(result.run_id) if e.dagster_event and e.dagster_event.is_step_success
+    )
+    assert steps[0][0] < done
+
 
 RUN = """
 import sys
 import dagster as dg
-from dpo_assets_tests.pipelines import demo_recipe, materialize
+from dpo_assets_tests.pipelines import materialize, short_recipe
 with dg.DagsterInstance.from_config(sys.argv[1]) as instance:
-    materialize(demo_recipe(sft={"epochs": 50}), instance, ["sft_checkpoint"])
+    materialize(short_recipe(sft={"epochs": 50}), instance, ["sft_checkpoint"])
 """
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
-def test_ending_the_run_ends_the_worker(instance: dg.DagsterInstance, tmp_path: Path, sign: signal.Signals) -> None:
-    assert materialize(recipe(), instance, DATA).success
+def test_ending_the_run_ends_the_worker(instance: dg.DagsterInstance, sign: signal.Signals) -> None:
+    assert materialize(endless(), instance, ["dpo_plan"]).success
     home = instance.root_directory
     (Path(home) / "dagster.yaml").touch()
     run = subprocess.Popen(
@@ -147,25 +163,9 @@ def test_ending_the_run_ends_the_worker(instance: dg.DagsterInstance, tmp_path: 
         run.wait()
 
 
-def test_progress_reaches_the_runs_log_while_the_worker_runs(instance: dg.DagsterInstance) -> None:
-    short = demo_recipe(sft={"epochs": 0.3}, feedback={"max_length": 128, "max_quarantine_rate": 1.0})
-    assert materialize(short, instance, DATA).success
-    result = materialize(short, instance, ["sft_checkpoint"])
-    assert result.success
-    lines = [(e.timestamp, e.user_message) for e in instance.all_logs(result.run_id) if e.dagster_event is None]
-    steps = [(when, p) for when, text in lines if (p := parse_progress(text)) and p.stage == "sft"]
-    assert steps, "no progress line of the worker is in the run's log"
-    assert steps[-1][1].done == steps[-1][1].total
-    (done,) = [
-        e.timestamp for e in instance.all_logs(result.run_id) if e.dagster_event and e.dagster_event.is_step_success
-    ]
-    assert steps[0][0] < done
-
-
 def test_a_stage_that_takes_too_long_is_ended(instance: dg.DagsterInstance) -> None:
-    slow = recipe() | {"hardware": {"timeout_minutes": 0.02}}
-    assert materialize(recipe(), instance, DATA).success
-    result = materialize(slow, instance, ["sft_checkpoint"])
+    slow = endless() | {"hardware": {"timeout_minutes": 0.02}}
+    result = materialize(slow, instance, TO_SFT)
     assert "ran longer than 0.0 minutes (hardware.timeout_minutes)" in failures(result)[-1]
     assert workers_of(os.getpid()) == []
 
