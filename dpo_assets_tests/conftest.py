@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -54,16 +53,3 @@ def homes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "homes"
     folder.mkdir(exist_ok=True)
     return folder
-
-
-@pytest.fixture
-def instance_with(
-    homes: Path, tmp_path: Path
-) -> Iterator[Callable[[Mapping[str, Any], Sequence[str]], dg.DagsterInstance]]:
-    """`instance_with(recipe, assets)`: as `instance`, with these assets materialised already."""
-    from dpo_assets_tests.pipelines import instance_after
-
-    with ExitStack() as opened:
-        yield lambda recipe, assets: opened.enter_context(
-            instance_after(recipe, assets, homes, tmp_path / "home_with_assets")
-        )

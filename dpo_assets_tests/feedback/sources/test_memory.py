@@ -15,7 +15,8 @@ from dpo_assets_tests.feedback.sources.reading import row
 
 pytest.importorskip("resource")
 MIB = 2**20
-# Rows of at most 4 MiB, cut, pushed back and parsed: a few copies of one, and the interpreter's own.
+# Rows of at most 4 MiB, cut, pushed back and parsed: a few copies of one, and the interpreter's own. What the files
+# hold is larger by so much that one copy of it would show.
 GROWTH = 150
 READ = """
 import json, resource, sys
@@ -74,18 +75,18 @@ BLOCK = b"x" * MIB
 @pytest.mark.parametrize(
     ("name", "head", "block", "times", "tail", "good", "faults"),
     [
-        ("one row of 400 MB.jsonl", row(0) + b'\n{"a": "', BLOCK, 400, b'"}\n' + row(2), 2, ["row_too_large"]),
+        ("one row of 250 MB.jsonl", row(0) + b'\n{"a": "', BLOCK, 250, b'"}\n' + row(2), 2, ["row_too_large"]),
         (
-            "one value of 400 MB.json",
+            "one value of 250 MB.json",
             b"[" + row(0) + b', {"a": "',
             BLOCK,
-            400,
+            250,
             b'"}, ' + row(2) + b"]",
             2,
             ["row_too_large"],
         ),
-        ("no line end at all.jsonl", b"", BLOCK, 400, b"", 0, ["row_too_large"]),
-        ("one cell of 400 MB.csv", b"prompt,chosen\na,b\n", BLOCK, 400, b",b\na,b\n", 2, ["row_too_large"]),
+        ("no line end at all.jsonl", b"", BLOCK, 250, b"", 0, ["row_too_large"]),
+        ("one cell of 250 MB.csv", b"prompt,chosen\na,b\n", BLOCK, 250, b",b\na,b\n", 2, ["row_too_large"]),
         (
             "an open quote.csv",
             b'prompt,chosen\n"a,b\n',
