@@ -14,6 +14,7 @@ from dpo_assets.assets.step import Pipeline
 from dpo_assets.errors import ConfigError, InfrastructureError
 from dpo_assets.feedback.sources import FeedbackFile, files_of
 from dpo_assets.feedback.sources.finding import glance
+from dpo_assets.publishing.secrets import scrub
 from dpo_assets.recipe import FeedbackSource, is_url
 
 SETTLE_SECONDS = 5.0  # A file touched more recently than this may still be written.
@@ -55,7 +56,7 @@ def new_feedback_sensor(pipeline: Pipeline, job: dg.UnresolvedAssetJobDefinition
             # What the sources look like from outside: no file is read and nothing is fetched, tick after tick.
             here, elsewhere = glance(local), glance(others)
         except (ConfigError, InfrastructureError, OSError) as error:
-            return dg.SkipReason(f"feedback cannot be read: {error}")
+            return dg.SkipReason(scrub(f"feedback cannot be read: {error}"))
         seen, listing = json.loads(context.cursor) if context.cursor else {}, here + elsewhere
         if seen.get("listing") == listing:
             return dg.SkipReason(f"nothing new in {len(listing)} files")

@@ -20,6 +20,7 @@ from dpo_assets.checks.catalog import checks_of, severity_of, validate_severitie
 from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.readers import READERS, format_named
 from dpo_assets.feedback.sources import AUTO
+from dpo_assets.publishing.secrets import name_secrets
 from dpo_assets.recipe import Recipe, parse_recipe, resolve_paths
 from dpo_assets.resources.artifacts import ArtifactStore
 from dpo_assets.resources.gpu import GpuResource
@@ -88,6 +89,7 @@ class DpoPipeline(dg.Component, dg.Resolvable):
         for source in recipe.feedback.sources:
             if source.format not in (AUTO, *READERS):  # Only a name of another package's is looked for among all.
                 format_named(source.format)
+        name_secrets(*recipe.secret_variables)
         self.pipeline = Pipeline(name, recipe)
         self.resources = {**self._default_resources(), **(resources or {})}
 
@@ -188,7 +190,7 @@ class DpoPipeline(dg.Component, dg.Resolvable):
         recipe = self.pipeline.recipe
         return {
             "artifacts": ArtifactStore(),
-            "gpu": GpuResource(device=recipe.hardware.device),
+            "gpu": GpuResource(device=recipe.hardware.device, memory_gib=recipe.hardware.memory_gib),
             "hub": HubResource(endpoint=recipe.publishing.endpoint),
             "launcher": LocalLauncher(),
         }

@@ -26,6 +26,10 @@ class OutOfMemory(DpoAssetsError):
     """
 
 
+class StageTimeout(DpoAssetsError):
+    """A worker stage ran longer than it may. Another try would take as long, so it is not retried."""
+
+
 class CorruptArtifact(DpoAssetsError):
     """A directory whose manifest is missing or does not match its files."""
 

@@ -9,6 +9,8 @@ from typing import Any, Self, cast
 from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import ErrorDetails, InitErrorDetails
 
+from dpo_assets.secret_shapes import masked
+
 
 class Section(BaseModel):
     """A part of the recipe: unknown keys are errors that name the nearest known key."""
@@ -59,7 +61,7 @@ def describe_validation_error(error: ValidationError) -> str:
 
 
 def describe_fault(fault: ErrorDetails) -> str:
-    """`message (got value)` of one fault of a ValidationError."""
+    """`message (got value)` of one fault of a ValidationError, with what is shaped like a secret masked."""
     message = fault["msg"].removeprefix("Value error, ")
     told = isinstance(fault["input"], Mapping) or fault["input"] == "..."
-    return message if told else f"{message} (got {fault['input']!r})"
+    return masked(message if told else f"{message} (got {fault['input']!r})")

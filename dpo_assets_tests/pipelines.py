@@ -62,10 +62,12 @@ def materialize(
     name: str = "demo",
     run_config: Mapping[str, Any] | None = None,
     resources: Mapping[str, Any] | None = None,
+    op_retry_policy: dg.RetryPolicy | None = None,
 ) -> dg.ExecuteInProcessResult:
     """Materialises some assets of a pipeline in this process; their workers are real processes."""
     defs = build_dpo_defs(name, recipe, resources=resources)
-    job = dg.define_asset_job("test_job", selection=dg.AssetSelection.assets(*([name, asset] for asset in assets)))
+    selection = dg.AssetSelection.assets(*([name, asset] for asset in assets))
+    job = dg.define_asset_job("test_job", selection=selection, op_retry_policy=op_retry_policy)
     resolved = dg.Definitions.merge(defs, dg.Definitions(jobs=[job])).resolve_job_def("test_job")
     return resolved.execute_in_process(instance=instance, run_config=run_config, raise_on_error=False)
 

@@ -301,6 +301,8 @@ def test_the_values_of_whoever_declares_nothing_are_these() -> None:
             "eval_fraction": 0.1,
             "min_pairs": 50,
             "max_quarantine_rate": 0.2,
+            "max_unpacked_gib": 4.0,
+            "max_unpacked_rows": 2_000_000,
             "seed": 0,
             "cleaning": {
                 "near_duplicates": "quarantine",

@@ -63,7 +63,7 @@ def materialise(step: Step) -> Events:
         for verdict in refused:
             yield step.check_result("base_model", verdict)
         message = "; ".join(f"{v.headline}. {v.fix}" for v in refused)
-        raise dg.Failure(description=message) from None
+        raise dg.Failure(description=message, allow_retries=False) from None
     described = artifact.json(FACTS)
     yield from step.result(
         "base_model",

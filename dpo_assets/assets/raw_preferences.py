@@ -12,13 +12,14 @@ from pydantic import Field
 from dpo_assets.artifact import Artifact, write_json
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step
+from dpo_assets.checks.judged_text import judged_text_kept
 from dpo_assets.checks.verdict import Verdict
 from dpo_assets.errors import ConfigError, FeedbackError
 from dpo_assets.feedback.ingest import COUNTS, EMPTY, EMPTY_FILE, PAIRS, QUARANTINE
 from dpo_assets.feedback.library import BATCH_KIND, PAIRED_KIND, FileBatches, pair_into, read_into
 from dpo_assets.feedback.pair import PAIR_COLUMNS
 from dpo_assets.feedback.readers import ReadOptions
-from dpo_assets.feedback.sources import files_of
+from dpo_assets.feedback.sources import Limits, files_of
 from dpo_assets.recipe import FeedbackSource, Recipe
 from dpo_assets.report.tables import counts_table, sample_table, table
 
@@ -38,14 +39,15 @@ def materialise(step: Step) -> Events:
     """Reads what is new; what was read before costs a hash."""
     if step.only_checks:
         found, reused = step.build("raw_preferences", None, {}, lambda folder, _: None)
-        yield from step.result("raw_preferences", found, reused, [accounting(found.json(INDEX))])
+        yield from step.result("raw_preferences", found, reused, _verdicts(found.json(INDEX), step))
         return
     landing = step.tree.root / "landing"
     feedback = step.recipe.feedback
     options = ReadOptions(
         feedback.pairing, feedback.include_synthetic, min_margin=feedback.min_margin, user_key=step.user_key
     )
-    read = [read_into(step.tree, file, options) for file in files_of(_sources(step), landing, hub=step.hub.api)]
+    files = files_of(_sources(step), landing, hub=step.hub.api, limits=Limits.of(feedback))
+    read = [read_into(step.tree, file, options) for file in files]
     index: dict[str, Any] = {"files": sorted((one.row() for one in read), key=lambda row: row["file"]), "paired": None}
     if all(row["rows_in"] == 0 for row in index["files"]):
         raise FeedbackError(_nothing(read))
@@ -59,7 +61,11 @@ def materialise(step: Step) -> Events:
     artifact, reused = step.build("raw_preferences", index, {}, make)
     batches = batches_of(step, artifact)
     shown = _metadata(index, batches, [one.new for one in read])
-    yield from step.result("raw_preferences", artifact, reused, [accounting(index)], shown)
+    yield from step.result("raw_preferences", artifact, reused, _verdicts(index, step), shown)
+
+
+def _verdicts(index: Mapping[str, Any], step: Step) -> list[Verdict]:
+    return [accounting(index), judged_text_kept(index, step.bands)]
 
 
 def batches_of(step: Step, raw: Artifact) -> list[Artifact]:

@@ -12,18 +12,20 @@ from typing import Any
 import dagster as dg
 
 from dpo_assets.artifact import VOLATILE, Artifact, ArtifactTree, fingerprint, write_json
+from dpo_assets.assets.event_log import Event, scrubbed, without_secrets
 from dpo_assets.checks.bands import Bands, default_bands
 from dpo_assets.checks.catalog import severity_of
 from dpo_assets.checks.verdict import Verdict, with_severity
 from dpo_assets.contract import PlannedSpec, Spec, Stage
-from dpo_assets.errors import ConfigError, GateError, InfrastructureError, OutOfMemory
+from dpo_assets.errors import ConfigError, GateError, InfrastructureError, OutOfMemory, StageTimeout
+from dpo_assets.publishing.secrets import scrub
 from dpo_assets.recipe import Recipe
 from dpo_assets.resources.artifacts import ArtifactStore
 from dpo_assets.resources.gpu import GpuResource
 from dpo_assets.resources.hub import HubResource
 from dpo_assets.resources.launcher import TrainingLauncher
 
-Events = Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]
+Events = Iterator[Event]
 MAX_RETRIES, RETRY_SECONDS = 2, 5.0  # Of faults of infrastructure; the wait doubles.
 MAX_HALVINGS = 3  # Of the token budget, after a stage ran out of memory.
 FINGERPRINT, PATH, DIGEST, REUSED = "dpo_assets/fingerprint", "path", "digest", "reused"
@@ -193,7 +195,7 @@ class Step:
         write_json(self._gates_file(artifact), {v.check: v.level for v in verdicts})
         for verdict in verdicts:
             if not verdict.passed:
-                self.context.log.warning(f"{verdict.headline} {verdict.fix}".strip())
+                self.context.log.warning(scrub(f"{verdict.headline} {verdict.fix}".strip()))
         said = f"yes: inputs unchanged, {artifact.fingerprint[:12]} was there; nothing was computed again"
         if reused:
             self.context.log.info(f"{node}: reused, inputs are unchanged")
@@ -273,24 +275,34 @@ def _given_up(stage: Stage, spec: PlannedSpec, error: OutOfMemory) -> str:
 
 
 def guarded(step: Step, node: str, events: Events) -> Events:
-    """Runs an asset's body and turns its errors into what Dagster should do about them.
+    """Runs an asset's body, keeps secrets out of what it reports, and turns its errors into what Dagster should do.
 
-    A failed gate shows as that check's failure; faults of configuration are not tried again, nor is a stage for which
-    `launch` found no forward small enough; faults of infrastructure are. Retries are asked for here and not by a
-    RetryPolicy, because Dagster follows a policy also when a run is terminated, and would start the training again
-    that someone just stopped.
+    A failed gate shows as that check's failure. Faults of configuration are not tried again, nor is a stage for which
+    `launch` found no forward small enough, nor one that ran out of time; faults of infrastructure are. Retries are
+    asked for here and not by a RetryPolicy, because Dagster follows a policy also when a run is terminated, and would
+    start the training again that someone just stopped. A policy that a job brings along has no say in these.
     """
     try:
-        yield from events
+        yield from map(scrubbed, events)
     except GateError as error:
         fault = Verdict(error.check, "error", error.value, error.band, error.source, error.fix, note=str(error))
-        yield step.check_result(node, fault)
-        raise dg.Failure(description=f"{error} {error.fix}") from None
-    except (ConfigError, OutOfMemory) as error:
-        raise dg.Failure(description=str(error)) from None
+        yield scrubbed(step.check_result(node, fault))
+        raise _final(f"{error} {error.fix}") from None
+    except (ConfigError, OutOfMemory, StageTimeout) as error:
+        raise _final(str(error)) from None
     except InfrastructureError as error:
-        attempt = step.context.op_execution_context.retry_number
+        said, attempt = scrub(str(error)), step.context.op_execution_context.retry_number
         if attempt >= MAX_RETRIES:
-            raise dg.Failure(description=f"{error}\nGiven up after {attempt + 1} attempts.") from None
-        step.context.log.warning(f"attempt {attempt + 1} failed, another follows: {error}")
-        raise dg.RetryRequested(max_retries=MAX_RETRIES, seconds_to_wait=RETRY_SECONDS * 2**attempt) from error
+            raise _final(f"{said}\nGiven up after {attempt + 1} attempts.") from None
+        step.context.log.warning(f"attempt {attempt + 1} failed, another follows: {said}")
+        wait = RETRY_SECONDS * 2**attempt
+        raise dg.RetryRequested(max_retries=MAX_RETRIES, seconds_to_wait=wait) from InfrastructureError(said)
+    except Exception as error:
+        if isinstance(error, dg.Failure) or (safe := without_secrets(error)) is None:
+            raise
+        raise safe from None
+
+
+def _final(message: str) -> dg.Failure:
+    """A failure that no retry policy, of whatever job, tries again."""
+    return dg.Failure(description=scrub(message), allow_retries=False)

@@ -39,6 +39,12 @@ CHECKS: tuple[CheckInfo, ...] = (
     CheckInfo("safetensors_only", "base_model", "Weights are safetensors; pickled weights can run code when loaded."),
     CheckInfo("licence_known", "base_model", "The base model states a licence that a release can carry on."),
     CheckInfo("every_row_accounted_for", "raw_preferences", "Rows in = pairs + rejected rows, file by file."),
+    CheckInfo(
+        "judged_text_kept",
+        "raw_preferences",
+        "Judged text is kept whole, and is the assistant's alone.",
+        blocking=False,
+    ),
     CheckInfo("schema", "dpo_dataset", "Every accepted pair satisfies the pandera schema."),
     CheckInfo("split_leak", "dpo_dataset", "No prompt stands in both train and eval."),
     CheckInfo("distinct_after_truncation", "dpo_dataset", "No accepted pair is equal once cut to max_length."),

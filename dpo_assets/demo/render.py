@@ -12,6 +12,7 @@ from rich.table import Table
 from dpo_assets.checks.statistics import percent
 from dpo_assets.demo.breaks import Break
 from dpo_assets.demo.summary import TRAINING_STAGES, Summary
+from dpo_assets.untrusted import in_terminal
 
 SCORES = (
     ("policy (implicit reward against SFT)", "implicit_reward_accuracy"),
@@ -27,9 +28,9 @@ def show_summary(summary: Summary, console: Console, *, answers: int = 0) -> Non
     if answers and summary.answers:
         console.print(_answers(summary.answers[:answers]))
     for problem in summary.problems:
-        console.print(f"[red]does not hold:[/red] {problem}", highlight=False)
+        console.print(f"[red]does not hold:[/red] {escape(in_terminal(problem))}", highlight=False)
     for error in summary.errors:
-        console.print(error, highlight=False, markup=False)
+        console.print(in_terminal(error), highlight=False, markup=False)
 
 
 def _rows(summary: Summary) -> Iterator[tuple[str, str]]:
@@ -74,8 +75,8 @@ def _answers(answers: list[dict[str, Any]]) -> Table:
 
 
 def _short(text: str, length: int = 500) -> str:
-    text = escape(text.strip())
-    return text if len(text) <= length else text[: length - 1] + "…"
+    text = in_terminal(text.strip())
+    return escape(text if len(text) <= length else text[: length - 1] + "…")
 
 
 def show_break(name: str, fault: Break, summary: Summary, console: Console) -> bool:
@@ -105,7 +106,7 @@ def _grid(rows: Iterable[tuple[str, str]]) -> Table:
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
     for label, value in rows:
-        grid.add_row(label, escape(value))
+        grid.add_row(label, escape(in_terminal(value)))
     return grid
 
 

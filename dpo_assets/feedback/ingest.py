@@ -8,10 +8,11 @@ bytes are at hand; what needs other rows, the recipe or the model is `screening`
 from __future__ import annotations
 
 import re
+import sys
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -31,11 +32,12 @@ from dpo_assets.feedback.pair import (
     polars_schema,
 )
 from dpo_assets.feedback.pairing import Paired
-from dpo_assets.feedback.readers import Item, Place, ReadOptions, Row, RowByRow, RowFault, format_named
+from dpo_assets.feedback.readers import FileReader, Item, Place, ReadOptions, Row, RowByRow, RowFault, format_named
 from dpo_assets.feedback.rules import answer_fault, differ_in_space_alone, pair_fault
 from dpo_assets.feedback.scan import MISREAD, with_flags
 from dpo_assets.feedback.sources import FeedbackFile, FileRefused, SourceRow, Span, rows_of
 from dpo_assets.feedback.tables import answers_frame, pairs_frame, quarantine_frame
+from dpo_assets.feedback.turns import SEEN_IN_PAIRS, settled_answer, settled_pair
 
 if TYPE_CHECKING:
     import polars as pl
@@ -70,12 +72,29 @@ class Batch:
         return len(self.pairs) + len(self.answers) + len(self.rejected)
 
 
+@dataclass(frozen=True)
+class BatchSize:
+    """What one batch may hold: it is in memory while it is made.
+
+    Args:
+        rows: at most.
+        size: bytes of rows, of which the last one may exceed it.
+    """
+
+    rows: int = 2**15  # Objects of some 5 KiB for each pair.
+    size: int = 32 * 2**20  # Some 30,000 pairs, which take about 300 MiB while they are made.
+
+
+BATCH_SIZE = BatchSize()
+
+
 def read_file(file: FeedbackFile, options: ReadOptions) -> Batch:
     """Every row of a file, as a pair, a judged answer or a rejected row. Never raises for what is in the file."""
     try:
-        return read_span(file, options, None)
+        [batch] = read_batches(file, options, None, BatchSize(sys.maxsize, sys.maxsize))
     except FileRefused as refused:
         return refused_file(file, refused)
+    return batch
 
 
 def refused_file(file: FeedbackFile, refused: FileRefused) -> Batch:
@@ -83,37 +102,34 @@ def refused_file(file: FeedbackFile, refused: FileRefused) -> Batch:
     return Batch(rejected=[Rejected(refused.reason, refused.message, file.name, "", 0, b"")])
 
 
-def read_span(file: FeedbackFile, options: ReadOptions, span: Span | None) -> Batch:
-    """`read_file` for one span of a file.
+def read_batches(
+    file: FeedbackFile, options: ReadOptions, span: Span | None, most: BatchSize = BATCH_SIZE
+) -> Iterator[Batch]:
+    """The rows of a file in batches of bounded size: whatever the file is, only one batch of it is in memory.
+
+    A span of a file is one batch, for it was cut to be one. A format that joins rows decides about them at the end of
+    the file, so its file is one batch too.
 
     Raises:
-        FileRefused: the file as a whole may not be used.
+        FileRefused: the file as a whole may not be used, and no batch of it.
     """
     if file.refused is not None:
         raise file.refused
     rows = rows_of(file, span)
-    batch = read_rows(rows, file, replace(options, fields=file.fields, companion=file.companion))
-    batch.flags.update(rows.flags)
-    return batch
-
-
-def read_rows(rows: Iterable[SourceRow], file: FeedbackFile, options: ReadOptions) -> Batch:
-    """Every row as a pair, a judged answer or a rejected row."""
-    reader = format_named(file.format).reader(options)
+    reader = format_named(file.format).reader(replace(options, fields=file.fields, companion=file.companion))
     sorting = _Sorting(file, options.user_key, keeps_rows=not isinstance(reader, RowByRow))
-    for number, raw, value, flags in rows:
-        place = Place(file.name, number)
-        sorting.begin(number, raw, flags)
-        try:
-            if isinstance(value, RowFault):
-                raise value
-            sorting.shape_of(value)
-            for at, item in reader.read(value, place):
-                sorting.add(item, at)
-        except Exception as error:  # A reader's own fault must cost the row that showed it, not the file.
-            sorting.add(_fault_of(error, file.format), place)
-    sorting.finish(reader.finish(), file.format)
-    return sorting.batch
+    whole = span is not None or sorting.keeps_rows
+    size = 0
+    for row in rows:
+        if not whole and (sorting.batch.rows >= most.rows or size >= most.size):
+            yield sorting.take()
+            size = 0
+        sorting.take_in(row, reader)
+        size += len(row.raw)
+    sorting.finish(reader.finish())
+    batch = sorting.take()
+    batch.flags.update(rows.flags)
+    yield batch
 
 
 def _fault_of(error: Exception, format_: str) -> RowFault:
@@ -129,7 +145,9 @@ class _Sorting:
 
     def __init__(self, file: FeedbackFile, user_key: bytes, keeps_rows: bool) -> None:
         self.batch = Batch()
-        self._name, self._user_key = file.name, user_key
+        self.keeps_rows = keeps_rows
+        self._name, self._format = file.name, file.format
+        self._fields, self._user_key = file.fields, user_key
         # A format that joins rows may speak of any of them at the end, so all of them are kept, compressed.
         self._kept: dict[int, bytes] | None = {} if keeps_rows else None
         self._open: dict[int, None] = {}  # Rows without an item so far, in order.
@@ -137,7 +155,28 @@ class _Sorting:
         self._flags: tuple[str, ...] = ()
         self._odd = False
 
-    def begin(self, number: int, raw: bytes, flags: tuple[str, ...]) -> None:
+    def take_in(self, row: SourceRow, reader: FileReader) -> None:
+        """One row, as its reader reads it."""
+        number, raw, value, flags = row
+        place = Place(self._name, number)
+        self._begin(number, raw, flags)
+        try:
+            if isinstance(value, RowFault):
+                raise value
+            self._shape_of(value)
+            for at, item in reader.read(value, place):
+                self.add(item, at)
+        except Exception as error:  # A reader's own fault must cost the row that showed it, not the file.
+            self.add(_fault_of(error, self._format), place)
+
+    def take(self) -> Batch:
+        """The batch so far; what comes goes into another."""
+        self._close_rows()
+        batch, self.batch = self.batch, Batch()
+        batch.lost = len(self._open)
+        return batch
+
+    def _begin(self, number: int, raw: bytes, flags: tuple[str, ...]) -> None:
         self.batch.rows += 1
         if self._kept is not None:
             self._kept[number] = zlib.compress(raw, 1)
@@ -148,7 +187,7 @@ class _Sorting:
         escapes = b"\\" in raw and any(escape in raw for escape in _ODD_ESCAPES)
         self._odd = escapes or not raw.isascii() or b"\r" in raw
 
-    def shape_of(self, row: Row) -> None:
+    def _shape_of(self, row: Row) -> None:
         """Counts the row's keys; a key that is kept for this package's own is a fault of the row."""
         keys = ",".join(map(str, row))
         if "__" in keys and any(str(key).startswith("__") and key != MONGO_VERSION for key in row):
@@ -180,11 +219,12 @@ class _Sorting:
             flags=(*pair.flags, *self._flags, *flags), row_hash=digest(raw), line=at.line, source=self._name,
             user=hashed_user(pair.user, self._user_key),
         )  # fmt: skip
+        pair = settled_pair(pair, self._fields)
         if fault := pair_fault(pair):
             raise RowFault(*fault)
         if differ_in_space_alone(pair):
-            pair, flags = _copy(pair, flags=(*pair.flags, SPACE_ALONE)), (*flags, SPACE_ALONE)
-        self.batch.flags.update(set(flags).difference(self._flags))
+            pair = _copy(pair, flags=(*pair.flags, SPACE_ALONE))
+        self.batch.flags.update(set(pair.flags).difference(self._flags))
         self.batch.pairs.append(pair)
 
     def _add_answer(self, answer: JudgedAnswer, at: Place, raw: bytes, odd: bool) -> None:
@@ -193,9 +233,10 @@ class _Sorting:
             answer, prompt=prompt, answer=text, flags=(*answer.flags, *self._flags, *flags), raw=raw, line=at.line,
             source=self._name, user=hashed_user(answer.user, self._user_key),
         )  # fmt: skip
+        answer = settled_answer(answer, self._fields)
         if fault := answer_fault(answer):
             raise RowFault(*fault)
-        self.batch.flags.update(set(flags).difference(self._flags))
+        self.batch.flags.update(set(answer.flags).difference(self._flags))
         self.batch.answers.append(answer)
 
     def _reject(self, fault: RowFault, at: Place, raw: bytes) -> None:
@@ -210,17 +251,15 @@ class _Sorting:
         for number in list(self._open):
             self.add(RowFault("not_used", "the reader made nothing of this row"), Place(self._name, number))
 
-    def finish(self, last: Iterator[tuple[Place, Item]], format_: str) -> None:
+    def finish(self, last: Iterator[tuple[Place, Item]]) -> None:
         """Takes what only the end decides."""
         try:
             for at, item in last:
                 self.add(item, at)
         except Exception as error:
-            fault = _fault_of(error, format_)
+            fault = _fault_of(error, self._format)
             for number in list(self._open) or [self._number]:
                 self.add(fault, Place(self._name, number))
-        self._close_rows()
-        self.batch.lost = len(self._open)
 
 
 # An ASCII row without these holds no carriage return, control character or letter to compose. (A control character as
@@ -265,13 +304,13 @@ def _clean(message: Message, flags: dict[str, None]) -> Message:
         text = _CONTROL.sub("", text)
         flags["controls"] = None
     if text.isascii():
-        return message if text is message["content"] else {"role": message["role"], "content": text}
+        return message if text is message["content"] else {**message, "content": text}
     if not unicodedata.is_normalized("NFC", text):
         text = unicodedata.normalize("NFC", text)
         flags["nfc"] = None
     if MISREAD.search(text):
         flags["misread_text"] = None
-    return message if text is message["content"] else {"role": message["role"], "content": text}
+    return message if text is message["content"] else {**message, "content": text}
 
 
 PAIR_ID, FLIPPED_ID, PROMPT_ID = ("pair_a", "pair_b"), ("flipped_a", "flipped_b"), ("prompt_a", "prompt_b")
@@ -289,8 +328,8 @@ def keys_frame(pairs: pl.DataFrame, flipped: Sequence[str] | None = None) -> pl.
     import polars as pl
 
     if flipped is None:
-        turned = zip(*(pairs[c].to_list() for c in ("prompt", "rejected", "chosen")), strict=True)
-        flipped = [conversations_id(*one) for one in turned]
+        turned = zip(*(pairs[c].to_list() for c in ("prompt", "rejected", "chosen", "tools")), strict=True)
+        flipped = [conversations_id(*one, tools=tools) for *one, tools in turned]
     ids = {
         **_halves(PAIR_ID, pairs["pair_id"].to_list()),
         **_halves(FLIPPED_ID, flipped),
@@ -344,12 +383,14 @@ def write_paired(paired: Paired, folder: Path) -> dict[str, Any]:
             made.rejected.append(Rejected(*fault, pair.source, pair.row, pair.line, b""))
         else:
             made.pairs.append(pair)
+            made.flags.update(flag for flag in pair.flags if flag in SEEN_IN_PAIRS)  # Others were counted by answer.
     write_batch(made, folder)
     counts = {
         "pairs": len(made.pairs),
         "used": sum(count["used"] for count in paired.counts.values()),
         "rejected": len(paired.rejected),
         "policies": paired.counts,
+        "flags": dict(sorted(made.flags.items())),
         "answers": 0,
     }
     write_json(folder / COUNTS, counts)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from dpo_assets.feedback.sources import FeedbackFile, FileRefused, Span, verify_
 
 BATCH_KIND, PLAN_KIND, PAIRED_KIND = "raw_batches", "raw_files", "paired_answers"
 SPANS = "spans.json"
-READ_VERSION = 4  # Of what ingestion makes of a row: another version reads every file again.
+READ_VERSION = 6  # Of what ingestion makes of a row: another version reads every file again.
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,11 @@ def read_into(tree: ArtifactTree, file: FeedbackFile, options: ReadOptions) -> F
         known = _planned(tree, plan)
         if known is not None:
             return FileBatches(file, known, 0)
-        batches, new = _read_spans(tree, file, options, how)
+        spans = cut(file)
+        if spans is None:
+            batches, new = _read_pass(tree, file, options, how)
+        else:
+            batches, new = _read_spans(tree, file, spans, options, how)
     except FileRefused as refused:
         return _refused(tree, file, refused, how)
     if len(batches) > 1:
@@ -99,34 +104,69 @@ def _planned(tree: ArtifactTree, plan: str) -> list[Artifact] | None:
     return [batch for batch in found if batch is not None] if all(found) else None
 
 
-def _read_spans(
+def _read_pass(
     tree: ArtifactTree, file: FeedbackFile, options: ReadOptions, how: Mapping[str, Any]
 ) -> tuple[list[Artifact], int]:
-    spans = cut(file)
+    """The batches of a file that is read in one pass. How many there are is known at its end."""
+
+    def print_(part: int, of: int) -> str:
+        return fingerprint(BATCH_KIND, {**file.identity(), **how, "part": part, "of": of}, {})
+
+    # Several are found by their plan; for one there is none.
+    if (only := tree.find(BATCH_KIND, print_(0, 1))) is not None:
+        return [only], 0
+    with _scratch(tree, print_(0, 1)) as scratch:
+        [(counts, folder)] = _read(file, [Job(file, None, options, scratch / "0")])
+        return [_kept(tree, print_(n, len(counts)), folder / str(n)) for n in range(len(counts))], len(counts)
+
+
+def _read_spans(
+    tree: ArtifactTree, file: FeedbackFile, spans: Sequence[Span], options: ReadOptions, how: Mapping[str, Any]
+) -> tuple[list[Artifact], int]:
     prints = [fingerprint(BATCH_KIND, {**_identity(file, span), **how}, {}) for span in spans]
     found = [tree.find(BATCH_KIND, print_) for print_ in prints]
     missing = [n for n, batch in enumerate(found) if batch is None]
-    scratch = tree.root / "_reading" / f"{prints[0]}-{os.getpid()}"
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        jobs = [Job(file, spans[n], options, scratch / str(n)) for n in missing]
-        for job in jobs:
-            job.folder.mkdir(parents=True)
-        for outcome in run_jobs(jobs):
-            if isinstance(outcome, FileRefused):
-                raise outcome
-        verify_unchanged(file)
-        for job, n in zip(jobs, missing, strict=True):
-            found[n], _ = tree.find_or_build(BATCH_KIND, prints[n], partial(_move, job.folder), {})
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with _scratch(tree, prints[0]) as scratch:
+        read = _read(file, [Job(file, spans[n], options, scratch / str(n)) for n in missing])
+        for n, (_, folder) in zip(missing, read, strict=True):
+            found[n] = _kept(tree, prints[n], folder / "0")
     return [batch for batch in found if batch is not None], len(missing)
 
 
-def _identity(file: FeedbackFile, span: Span | None) -> dict[str, Any]:
-    """What decides the rows of a batch: of a span its own bytes and rows, not those of the whole file."""
-    if span is None:
-        return file.identity()
+@contextmanager
+def _scratch(tree: ArtifactTree, name: str) -> Iterator[Path]:
+    """A folder for what is not yet known to be kept."""
+    scratch = tree.root / "_reading" / f"{name}-{os.getpid()}"
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _read(file: FeedbackFile, jobs: Sequence[Job]) -> list[tuple[list[dict[str, Any]], Path]]:
+    """The counts of the batches of each job, and the folder that holds them.
+
+    Raises:
+        FileRefused: no batch may be used, also where the file is no longer the one that was found.
+    """
+    for job in jobs:
+        job.folder.mkdir(parents=True)
+    read = []
+    for job, outcome in zip(jobs, run_jobs(jobs), strict=True):
+        if isinstance(outcome, FileRefused):
+            raise outcome
+        read.append((outcome, job.folder))
+    verify_unchanged(file)
+    return read
+
+
+def _kept(tree: ArtifactTree, print_: str, folder: Path) -> Artifact:
+    return tree.find_or_build(BATCH_KIND, print_, partial(_move, folder), {})[0]
+
+
+def _identity(file: FeedbackFile, span: Span) -> dict[str, Any]:
+    """What decides the rows of a span: its own bytes and rows, not those of the whole file."""
     superseded = [number for number in file.superseded if span.line <= number < span.end]
     return {**file.identity(), "sha256": span_sha256(file, span), "line": span.line, "superseded": superseded}
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dpo_assets.feedback.readers import RowFault
+from dpo_assets.feedback.readers.base import RowFault
 
 MAX_LINE_BYTES = 4 * 1024 * 1024
 
@@ -53,12 +53,25 @@ def parse_line(line: bytes) -> Mapping[str, Any]:
         raise RowFault("row_too_large", f"longer than {MAX_LINE_BYTES // 2**20} MiB")
     try:
         text = line.decode("utf-8")
-        value = _DECODER.decode(text)
-        if _SURROGATE.search(line) is not None:
-            # A lone surrogate passes json and would break Parquet later.
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
         raise RowFault("invalid_utf8", f"byte {error.start} is not UTF-8") from None
+    value = parse_text(text)
+    if not isinstance(value, dict):
+        raise RowFault("not_an_object", f"the line is a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def parse_text(text: str) -> Any:
+    """The JSON value that a text is.
+
+    Raises:
+        RowFault: `invalid_utf8`, `invalid_json`, `duplicate_key` or `too_deep`.
+    """
+    try:
+        value = _DECODER.decode(text)
+        if "\\" in text and _SURROGATE.search(text) is not None:
+            # A lone surrogate passes json and would break Parquet later.
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         raise RowFault("invalid_utf8", "a lone surrogate escape (\\ud800-\\udfff) is not text") from None
     except json.JSONDecodeError as error:
@@ -70,8 +83,6 @@ def parse_line(line: bytes) -> Mapping[str, Any]:
     except ValueError:
         # Python refuses to read integers of more than 4,300 digits.
         raise RowFault("invalid_json", "a number is too long to be one") from None
-    if not isinstance(value, dict):
-        raise RowFault("not_an_object", f"the line is a JSON {type(value).__name__}, expected an object")
     return value
 
 
@@ -96,4 +107,4 @@ def _no_constants(name: str) -> NoReturn:
 
 # One decoder for all rows: `json.loads` with arguments makes one for each. It knows the white space that `loads` does.
 _DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constants, parse_float=_finite)
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")

@@ -15,18 +15,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from json.encoder import encode_basestring as _quoted
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, get_args
 
 if TYPE_CHECKING:
     import pandera.polars as pa
     import polars as pl
 
 
+REASONING: Literal["reasoning_content"] = "reasoning_content"
+
+
 class Message(TypedDict):
-    """One turn. `role` is system, user or assistant."""
+    """One turn. `role` is system, user or assistant.
+
+    `reasoning_content` is what a model thought, where a row keeps it apart from what was said. Only readers give it:
+    `turns.settled` says what becomes of it, and no table has it.
+    """
 
     role: str
     content: str
+    reasoning_content: NotRequired[str]
 
 
 LabelKind = Literal["human_pair", "human_ranking", "human_rating", "human_thumb", "edit", "judge_rating", "arena"]
@@ -51,16 +59,17 @@ class Pair:
     user: str | None = None  # Who judged: `named` by the reader; ingestion keeps `hashed_user` of it.
     flags: tuple[str, ...] = ()  # What ingestion saw or changed in the text.
     row_hash: str | None = None  # `digest` of the row's bytes as they were read, before anything was changed.
+    tools: str = ""  # The tools that the prompt offers: see `modality.tools_text`.
 
     @property
     def pair_id(self) -> str:
-        """sha256 of the three conversations, 32 hex digits: equal content, equal id, wherever it came from."""
-        return conversations_id(self.prompt, self.chosen, self.rejected)
+        """sha256 of the three conversations and the tools, 32 hex digits: equal content, equal id, from anywhere."""
+        return conversations_id(self.prompt, self.chosen, self.rejected, tools=self.tools)
 
     @property
     def prompt_id(self) -> str:
-        """Digest of the prompt after NFC and white-space folding; what a split leak is looked for with."""
-        return prompt_ids(self.prompt)[0]
+        """Digest of the prompt after NFC and white-space folding, and of its tools: prompts that ask the same thing."""
+        return prompt_ids(self.prompt, self.tools)[0]
 
     @property
     def group_id(self) -> str:
@@ -87,6 +96,7 @@ class JudgedAnswer:
     user: str | None = None
     flags: tuple[str, ...] = ()
     raw: bytes = b""  # The row as read: an answer that pairs with none is quarantined with it.
+    tools: str = ""  # As of a Pair.
 
 
 @dataclass(frozen=True)
@@ -130,18 +140,22 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:32]
 
 
-def conversations_id(*conversations: Sequence[Message]) -> str:
-    """Digest of message lists, as of their JSON with sorted keys.
+def conversations_id(*conversations: Sequence[Message], tools: str = "") -> str:
+    """Digest of message lists, as of their JSON with sorted keys, and of the tools where there are any.
 
     The JSON is put together by hand: a million pairs are hashed twice, and `json.dumps` would take most of that time.
     """
-    return digest(f"[{', '.join(map(_messages_json, conversations))}]".encode())
+    return _id(*map(_messages_json, conversations), tools=tools)
 
 
 def pair_and_flipped_id(pair: Pair) -> tuple[str, str]:
     """The pair's id, and that of the same pair with its answers exchanged."""
     prompt, chosen, rejected = map(_messages_json, (pair.prompt, pair.chosen, pair.rejected))
-    return digest(f"[{prompt}, {chosen}, {rejected}]".encode()), digest(f"[{prompt}, {rejected}, {chosen}]".encode())
+    return _id(prompt, chosen, rejected, tools=pair.tools), _id(prompt, rejected, chosen, tools=pair.tools)
+
+
+def _id(*parts: str, tools: str) -> str:
+    return digest(f"[{', '.join((*parts, tools) if tools else parts)}]".encode())
 
 
 def _messages_json(messages: Sequence[Message]) -> str:
@@ -157,12 +171,12 @@ def answer_id(answer: Sequence[Message]) -> str:
     return conversations_id([{"role": m["role"], "content": said(m["content"])} for m in answer])
 
 
-def prompt_ids(prompt: Sequence[Message]) -> tuple[str, str]:
-    """(`prompt_id`, `group_id`) of a prompt."""
+def prompt_ids(prompt: Sequence[Message], tools: str = "") -> tuple[str, str]:
+    """(`prompt_id`, `group_id`) of a prompt. A group's prompts may offer different tools."""
     folded = [(m["role"], fold(m["content"])) for m in prompt]
     opening = next((text for role, text in folded if role == "user"), "")
     turns = [f"[{_quoted(role)}, {_quoted(text)}]" for role, text in folded]
-    return digest(f"[{', '.join(turns)}]".encode()), digest(f"[{_quoted(opening)}]".encode())
+    return _id(*turns, tools=tools), _id(_quoted(opening), tools="")
 
 
 @dataclass(frozen=True)
@@ -182,6 +196,7 @@ PAIR_COLUMNS: tuple[Column, ...] = (
     Column("prompt", "messages", "Conversation before the answers.", rules=("ends with a user message",)),
     Column("chosen", "messages", "The preferred answer.", rules=("ends with an assistant message",)),
     Column("rejected", "messages", "The other answer.", rules=("ends with an assistant message",)),
+    Column("tools", "string", "Tools that the prompt offers, as JSON of a list of function definitions; empty: none."),
     Column("prompt_id", "string", "Digest of the prompt after NFC and white-space folding.", rules=("32 hex digits",)),
     Column("group_id", "string", "What the split keeps together: same opening message.", rules=("32 hex digits",)),
     Column("source", "string", "File the pair came from."),

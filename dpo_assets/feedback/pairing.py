@@ -24,6 +24,7 @@ from itertools import combinations, groupby, pairwise
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dpo_assets.feedback.pair import Pair, Rejected
+from dpo_assets.feedback.turns import one_answer
 
 if TYPE_CHECKING:
     import polars as pl
@@ -119,7 +120,7 @@ def _pair(better: list[dict[str, Any]], worse: list[dict[str, Any]], margin: flo
     one, other = better[0], worse[0]
     users = {row["user"] for row in (*better, *worse)}
     dates = [row["created_at"] for row in (*better, *worse) if row["created_at"]]
-    return Pair(
+    pair = Pair(
         prompt=one["prompt"],
         chosen=one["answer"],
         rejected=other["answer"],
@@ -136,8 +137,10 @@ def _pair(better: list[dict[str, Any]], worse: list[dict[str, Any]], margin: flo
         },
         created_at=max(dates, default=None),
         user=users.pop() if len(users) == 1 else None,
+        tools=one["tools"],
         flags=tuple(sorted(set(_flags(better)) | set(_flags(worse)))),
     )
+    return one_answer(pair)
 
 
 def _flags(rows: list[dict[str, Any]]) -> Iterator[str]:

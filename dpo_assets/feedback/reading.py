@@ -1,5 +1,8 @@
 """Reading in several processes: a large file is cut into spans, and each span is a batch of its own.
 
+What cannot be cut without reading it (compressed files, JSON arrays, CSV, Parquet) is read in one pass that writes one
+batch after another.
+
 A process is `python -m dpo_assets.feedback.worker`, started afresh, so nothing depends on how the caller was started
 (multiprocessing would run the caller's main module again). It takes one job after another from its standard input and
 ends when that closes, so it never outlives its parent. Results come back by the number of their job: which process did
@@ -23,18 +26,19 @@ from queue import Empty, SimpleQueue
 from typing import IO, Any
 
 from dpo_assets.errors import InfrastructureError
-from dpo_assets.feedback.ingest import read_span, refused_file, write_batch
+from dpo_assets.feedback.ingest import BATCH_SIZE, BatchSize, read_batches, refused_file, write_batch
 from dpo_assets.feedback.readers import ReadOptions, format_named
 from dpo_assets.feedback.sources import FeedbackFile, FileRefused, Span, spans_of
+from dpo_assets.machine import cpus
+from dpo_assets.secret_shapes import says_secret
 
-SPAN_BYTES = 32 * 2**20  # A batch of some 30,000 pairs takes about 300 MiB while it is made.
 PROCESSES = 2
-WORTH_A_PROCESS = 2 * SPAN_BYTES  # Below, starting one takes longer than reading.
+WORTH_A_PROCESS = 2 * BATCH_SIZE.size  # Below, starting one takes longer than reading.
 
 
 @dataclass(frozen=True)
 class Job:
-    """One span of a file (None: all of it), read into `folder`."""
+    """One span of a file (None: all of it), read into `folder`: its batches as the folders 0, 1 and so on in it."""
 
     file: FeedbackFile
     span: Span | None
@@ -42,16 +46,21 @@ class Job:
     folder: Path
 
 
-Outcome = dict[str, Any] | FileRefused
+Outcome = list[dict[str, Any]] | FileRefused
 
 
 def run_job(job: Job) -> Outcome:
-    """The counts of the batch that was written, or why no row of the file may be used."""
+    """The counts of the batches that were written, in order, or why no row of the file may be used."""
     # A batch is hundreds of thousands of objects without a cycle: looking for cycles among them takes half of the time.
     collecting = gc.isenabled()
     gc.disable()
     try:
-        return write_batch(read_span(job.file, job.options, job.span), job.folder)
+        counts = []
+        for number, batch in enumerate(read_batches(job.file, job.options, job.span)):
+            folder = job.folder / str(number)
+            folder.mkdir()
+            counts.append(write_batch(batch, folder))
+        return counts
     except FileRefused as refused:
         return refused
     finally:
@@ -64,16 +73,15 @@ def write_refused(file: FeedbackFile, refused: FileRefused, folder: Path) -> dic
     return write_batch(refused_file(file, refused), folder)
 
 
-def cut(file: FeedbackFile, size: int = SPAN_BYTES) -> list[Span | None]:
-    """The spans of a file that are read one by one; [None] for a file that is read as a whole.
+def cut(file: FeedbackFile, most: BatchSize = BATCH_SIZE) -> list[Span] | None:
+    """The spans of a file that are read one by one; None for a file that is read in one pass.
 
     Raises:
         FileRefused: its bytes are no text.
     """
-    if file.refused is not None or file.size <= size or format_named(file.format).open is not None:
-        return [None]
-    spans = spans_of(file, size)
-    return list(spans) if spans else [None]
+    if file.refused is not None or file.size <= most.size or format_named(file.format).open is not None:
+        return None
+    return spans_of(file, most.size, most.rows)
 
 
 def span_sha256(file: FeedbackFile, span: Span) -> str:
@@ -95,7 +103,7 @@ def run_jobs(jobs: Sequence[Job], processes: int = PROCESSES) -> list[Outcome]:
         InfrastructureError: a process died (out of memory, most likely). Worth another try.
     """
     size = sum(job.span.stop - job.span.start if job.span else job.file.size for job in jobs)
-    count = min(processes, len(jobs), os.cpu_count() or 1)
+    count = min(processes, len(jobs), cpus())
     if count < 2 or size < WORTH_A_PROCESS:
         return [run_job(job) for job in jobs]
     waiting: SimpleQueue[int] = SimpleQueue()
@@ -129,7 +137,8 @@ class _Process:
             [sys.executable, "-m", "dpo_assets.feedback.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | one | {"PYTHONPATH": path},
+            # It reads files that were fetched before, so it needs no credential.
+            env={k: v for k, v in os.environ.items() if not says_secret(k)} | one | {"PYTHONPATH": path},
         )
         return self
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from dpo_assets.feedback.pair import ROLES, JudgedAnswer, Message, Pair, said
+from dpo_assets.feedback.readers.base import RowFault
+from dpo_assets.feedback.readers.written import MESSAGES_AS_TEXT, WAY_OUT, messages_in
 
 Fault = tuple[str, str]
 TEMPLATE_BOUNDARY, TEMPLATE_REFUSED = "template_boundary", "template_refused"  # What only the tokenizer sees.
@@ -21,6 +23,9 @@ def pair_fault(pair: Pair) -> Fault | None:
             return "bad_role_order", f"{name}: {problem}"
     if _same(pair.chosen, pair.rejected):
         return "no_preference", "chosen and rejected are the same text, but for Unicode's forms and space at its end"
+    if len(pair.chosen) > 1 or len(pair.rejected) > 1:
+        # Only what an assistant says is trained: `turns.one_answer` has cut all pairs that part at an answer.
+        return "no_shared_prompt", "an answer holds further turns, and the two do not part at an assistant's answer"
     return None
 
 
@@ -55,7 +60,18 @@ def _text_faults(named: Iterable[tuple[str, Sequence[Message]]]) -> Fault | None
                 return "nul_character", f"{name}: NUL character in the text"
             if not text or text.isspace():
                 return f"empty_{name}", f"{name}: a message without text"
+            if text[0] in "[{a \n\t" and (fault := _written_fault(name, text)):
+                return fault
     return None
+
+
+def _written_fault(name: str, text: str) -> Fault | None:
+    try:
+        if not isinstance(messages_in(text, name), list):
+            return None
+    except RowFault as fault:
+        return fault.reason, fault.message
+    return MESSAGES_AS_TEXT, f"{name}: a message's text is itself a list of messages; {WAY_OUT}"
 
 
 def _order_fault(prompt: Sequence[Message], answer: Sequence[Message]) -> str | None:

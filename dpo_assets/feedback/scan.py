@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dpo_assets.feedback.pair import as_json
-from dpo_assets.secret_shapes import PATTERNS
+from dpo_assets.secret_shapes import HINT, PATTERNS
 
 if TYPE_CHECKING:
     import polars as pl
@@ -21,6 +21,7 @@ EMAIL, CARD, PHONE, SECRET, TEMPLATE = "email", "card", "phone", "secret", "temp
 PERSONAL = (EMAIL, CARD, PHONE)
 BESIDE = "_beside"  # Behind a kind: it stands in the row's other columns, which are kept and never trained on.
 OTHER_TEXTS = ("row", "meta")
+RENDERED = ("prompt", "chosen", "rejected", "tools")  # What a chat template renders.
 
 _EMAIL = re.compile(r"\b[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){0,4}\.[A-Za-z]{2,24}\b")
 # From the first digits that issuers have; not the decimals of a number.
@@ -84,15 +85,20 @@ def redacted(text: str, kinds: Iterable[str]) -> str:
 def redacted_json(text: str, kinds: Iterable[str]) -> str:
     """JSON with its texts redacted, keys too."""
     kinds = set(kinds)
+    return as_json(_texts_changed(json.loads(text), lambda one: redacted(one, kinds)))
 
-    def inside(value: Any) -> Any:
-        if isinstance(value, str):
-            return redacted(value, kinds)
-        if isinstance(value, dict):
-            return {redacted(key, kinds): inside(one) for key, one in value.items()}
-        return [inside(one) for one in value] if isinstance(value, list) else value
 
-    return as_json(inside(json.loads(text)))
+def changed_tools(tools: str, change: Callable[[str], str]) -> str:
+    """`Pair.tools` with all its texts changed, keys too, in the order that it has."""
+    return json.dumps(_texts_changed(json.loads(tools), change), ensure_ascii=False) if tools else ""
+
+
+def _texts_changed(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(key): _texts_changed(one, change) for key, one in value.items()}
+    return [_texts_changed(one, change) for one in value] if isinstance(value, list) else value
 
 
 def marks_in(text: str, own: Sequence[str] = ()) -> set[str]:
@@ -124,6 +130,9 @@ def _cut_mark(text: str, own: Sequence[str]) -> str:
     return ""
 
 
+_DEEPEST = 10  # Marks inside marks: the inner one is seen once the outer one is none.
+
+
 def escaped(text: str, own: Sequence[str] = (), *, answer: bool = False) -> str:
     """The text with a space behind the first letter of every such mark: readable, and no longer a mark.
 
@@ -132,8 +141,11 @@ def escaped(text: str, own: Sequence[str] = (), *, answer: bool = False) -> str:
     """
     while answer and (mark := next((m for m in sorted(marks_in(text, own)) if text.rstrip().endswith(m)), None)):
         text = text.rstrip().removesuffix(mark).rstrip()
-    for mark in sorted(marks_in(text, own), key=lambda m: (-len(m), m)):
-        text = text.replace(mark, f"{mark[0]} {mark[1:]}" if len(mark) > 1 else " ")
+    for _ in range(_DEEPEST):
+        for mark in sorted(marks := marks_in(text, own), key=lambda m: (-len(m), m)):
+            text = text.replace(mark, f"{mark[0]} {mark[1:]}" if len(mark) > 1 else " ")
+        if not marks:
+            break
     return text
 
 
@@ -147,10 +159,7 @@ _FIRST: dict[str, tuple[str, Callable[[str], bool]]] = {
     EMAIL: (r"[A-Za-z0-9]@[A-Za-z0-9]", lambda text: _EMAIL.search(text) is not None),
     CARD: (r"[2-6](?:[ -]?[0-9]){12}", lambda text: any(_is_card(m) for m in _CARD.findall(text))),
     PHONE: (r"\+[1-9][0-9 .()-]{7}|[0-9]{3}(?:[.-]|\) ?)[0-9]{3}[.-][0-9]{4}", lambda text: bool(_PHONE.search(text))),
-    SECRET: (
-        r"hf_[A-Za-z0-9]{20}|sk-[A-Za-z0-9]|AKIA|ASIA|gh[pousr]_[A-Za-z0-9]|github_pat_|PRIVATE KEY",
-        lambda text: _SECRETS.search(text) is not None,
-    ),
+    SECRET: (HINT, lambda text: _SECRETS.search(text) is not None),
     TEMPLATE: (
         r"<\||<｜|\[/?[A-Z_]{3,16}|<</?SYS>>|<(?:sta|end)|</?(?:s|bos|eos|pad|unk)>",
         lambda text: bool(marks_in(text)) or any(mark in text for mark in AMBIGUOUS_MARKS),
@@ -158,7 +167,7 @@ _FIRST: dict[str, tuple[str, Callable[[str], bool]]] = {
 }
 
 
-def flags_of(pairs: pl.DataFrame, columns: Iterable[str] = ("prompt", "chosen", "rejected")) -> dict[str, set[int]]:
+def flags_of(pairs: pl.DataFrame, columns: Iterable[str] = RENDERED) -> dict[str, set[int]]:
     """By kind, the rows of a table in whose texts it stands."""
     import polars as pl
 
@@ -192,9 +201,11 @@ def flags_beside(pairs: pl.DataFrame) -> dict[str, set[int]]:
 
 
 def contents_of(column: pl.Series) -> pl.DataFrame:
-    """(n, text): the texts of a column of conversations, with the row that each stands in."""
+    """(n, text): the texts of a column of conversations, or of tools, with the row that each stands in."""
     import polars as pl
 
+    if column.dtype == pl.String:
+        return pl.DataFrame({"text": column}).with_row_index("n").filter(pl.col("text") != "")
     sizes = column.list.len()
     rows = pl.select(
         pl.int_range(column.len(), dtype=pl.UInt32).repeat_by(sizes).explode(empty_as_null=False)
@@ -208,7 +219,7 @@ def rows_with(pairs: pl.DataFrame, marks: Sequence[str]) -> list[int]:
     import polars as pl
 
     found: set[int] = set()
-    for column in ("prompt", "chosen", "rejected"):
+    for column in RENDERED:
         texts = contents_of(pairs[column])
         found.update(texts.filter(pl.col("text").str.contains_any(list(marks)))["n"])
     return sorted(found)

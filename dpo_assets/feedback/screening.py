@@ -11,6 +11,7 @@ import fnmatch
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,10 @@ from dpo_assets.feedback.rules import pair_fault
 from dpo_assets.feedback.scan import (
     BESIDE,
     PERSONAL,
+    RENDERED,
     SECRET,
     TEMPLATE,
+    changed_tools,
     escaped,
     marks_in,
     redacted,
@@ -194,7 +197,7 @@ class Screening:
         return pl.concat([kept, keys.select(kept.columns)])
 
     def _rows_with(self, names: pl.DataFrame, marks: Sequence[str]) -> pl.DataFrame:
-        part = self.pool.take(names, CONVERSATIONS)
+        part = self.pool.take(names, RENDERED)
         return names.join(part[rows_with(part, marks)].select("b", "n"), on=["b", "n"], how="semi")
 
     def _new_texts(
@@ -216,10 +219,17 @@ class Screening:
                         text = escaped(text, self.marks, answer=message["role"] == "assistant")
                 messages.append({"role": message["role"], "content": text})
             result[name] = messages
+        if record["tools"]:
+            found = found or (looks and bool(marks_in(record["tools"], self.marks)))
+            result["tools"] = changed_tools(record["tools"], partial(self._new_tool_text, kinds=kinds))
         if beside:
             result["row"] = redacted(record["row"], beside)
             result["meta"] = redacted_json(record["meta"], beside)
         return result, found
+
+    def _new_tool_text(self, text: str, kinds: Sequence[str]) -> str:
+        text = redacted(text, kinds) if kinds else text
+        return escaped(text, self.marks) if self.policy.template_marks == "escape" else text
 
     # Rows among each other
 
@@ -270,11 +280,13 @@ class Screening:
         for start in range(0, pairs.height, COMPARED_AT_ONCE):
             block = pairs.slice(start, COMPARED_AT_ONCE)
             wanted = names.join(pl.concat([block.select(g="n"), block.select(g="other")]).unique(), on="g", how="semi")
-            taken = self.pool.take(wanted, CONVERSATIONS).join(wanted, on=["b", "n"], how="left")
-            texts = {r["g"]: r for r in taken.select("g", *CONVERSATIONS).iter_rows(named=True)}
+            taken = self.pool.take(wanted, RENDERED).join(wanted, on=["b", "n"], how="left")
+            texts = {r["g"]: r for r in taken.select("g", *RENDERED).iter_rows(named=True)}
             for n, other in block.iter_rows():
                 # What a near duplicate is near to must stay: a chain of small steps is not dropped as a whole.
-                if n not in near and other not in near and similarity(texts[n], texts[other], least) >= least:
+                if n in near or other in near or texts[n]["tools"] != texts[other]["tools"]:
+                    continue
+                if similarity(texts[n], texts[other], least) >= least:
                     near[n] = other
         if not near:
             return live
@@ -402,4 +414,5 @@ def _as_pair(record: dict[str, Any]) -> Pair:
         source=record["source"],
         row=record["row"],
         line=record["line"],
+        tools=record["tools"],
     )

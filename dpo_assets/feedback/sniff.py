@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dpo_assets.feedback.readers import Format, RowFault, formats, keys_of
-from dpo_assets.feedback.sources import DEFAULT_LIMITS, FeedbackFile, FileRefused, Limits, rows_of
+from dpo_assets.feedback.readers.written import opened
+from dpo_assets.feedback.sources import FeedbackFile, FileRefused, rows_of
 
 ROWS = 20  # Sound rows that are looked at.
 MOST_READ = 1_000  # Rows read to find them.
@@ -25,7 +26,7 @@ class Sniffed:
     message: str
 
 
-def sniff(file: FeedbackFile, limits: Limits = DEFAULT_LIMITS) -> Sniffed:
+def sniff(file: FeedbackFile) -> Sniffed:
     """The format of a file, from its first rows; one that needs a companion says so when it is opened.
 
     Raises:
@@ -35,7 +36,7 @@ def sniff(file: FeedbackFile, limits: Limits = DEFAULT_LIMITS) -> Sniffed:
     rows: list[Mapping[str, Any]] = []
     read = 0
     try:
-        for row in rows_of(replace(file, sha256=""), limits=limits):
+        for row in rows_of(replace(file, sha256="")):
             read += 1
             if not isinstance(row.value, RowFault):
                 rows.append(row.value)
@@ -51,7 +52,8 @@ def sniff(file: FeedbackFile, limits: Limits = DEFAULT_LIMITS) -> Sniffed:
 
 def judge(rows: Sequence[Mapping[str, Any]], known: Sequence[Format]) -> Sniffed:
     """The format that rows are in. See `sniff`."""
-    scores = sorted(((_mean_fit(format_, rows), format_.name) for format_ in known), key=lambda one: (-one[0], one[1]))
+    seen = [_as_readers_see_it(row) for row in rows]
+    scores = sorted(((_mean_fit(format_, seen), format_.name) for format_ in known), key=lambda one: (-one[0], one[1]))
     fitting = [(fit, name) for fit, name in scores if fit >= LEAST]
     saw = _saw(rows)
     if not fitting:
@@ -75,6 +77,14 @@ def _mean_fit(format_: Format, rows: Sequence[Mapping[str, Any]]) -> float:
         except Exception:  # A foreign reader's look at a row that it does not know.
             continue
     return total / len(rows)
+
+
+def _as_readers_see_it(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row with the messages of its text columns as messages."""
+    try:
+        return opened(row)[0]
+    except RowFault:
+        return row
 
 
 def _saw(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -37,7 +37,7 @@ def pairs_frame(pairs: Sequence[Pair], ids: Sequence[str] | None = None) -> pl.D
     import polars as pl
 
     schema = polars_schema(PAIR_COLUMNS)
-    prompts = [prompt_ids(p.prompt) for p in pairs]
+    prompts = [prompt_ids(p.prompt, p.tools) for p in pairs]
     columns: dict[str, Any] = {
         "pair_id": [p.pair_id for p in pairs] if ids is None else ids,
         "prompt_id": [prompt for prompt, _ in prompts],
@@ -47,7 +47,7 @@ def pairs_frame(pairs: Sequence[Pair], ids: Sequence[str] | None = None) -> pl.D
     }
     for name in CONVERSATIONS:
         columns[name] = messages_column([getattr(p, name) for p in pairs])
-    for name in ("source", "row", "line", "label_kind", "margin", "created_at", "user", "row_hash"):
+    for name in ("tools", "source", "row", "line", "label_kind", "margin", "created_at", "user", "row_hash"):
         columns[name] = [getattr(p, name) for p in pairs]
     return pl.DataFrame([_series(name, columns[name], kind) for name, kind in schema.items()])
 
@@ -75,8 +75,8 @@ def messages_column(conversations: Sequence[Sequence[Message]]) -> pl.Series:
 
 
 ANSWER_COLUMNS: tuple[str, ...] = (
-    "prompt", "answer", "prompt_id", "answer_id", "score", "source", "row", "line", "label_kind", "meta", "created_at",
-    "user", "flags", "raw",
+    "prompt", "answer", "tools", "prompt_id", "answer_id", "score", "source", "row", "line", "label_kind", "meta",
+    "created_at", "user", "flags", "raw",
 )  # fmt: skip
 
 
@@ -97,7 +97,7 @@ def answers_frame(answers: Sequence[JudgedAnswer]) -> pl.DataFrame:
     import polars as pl
 
     made: dict[str, Callable[[JudgedAnswer], Any]] = {
-        "prompt_id": lambda a: prompt_ids(a.prompt)[0],
+        "prompt_id": lambda a: prompt_ids(a.prompt, a.tools)[0],
         "answer_id": lambda a: answer_id(a.answer),
         "meta": lambda a: as_json(a.meta),
         "flags": lambda a: ",".join(a.flags),
@@ -130,7 +130,7 @@ def quarantined(row: Rejected) -> dict[str, Any]:
 
 def quarantine_record(record: dict[str, Any], reason: str, message: str) -> dict[str, Any]:
     """A quarantine row for a pair that was read well but cannot be used."""
-    content = {k: record[k] for k in CONVERSATIONS}
+    content = {k: record[k] for k in (*CONVERSATIONS, *(["tools"] if record["tools"] else []))}
     raw = json.dumps(content, ensure_ascii=False).encode()
     return {
         "reason": reason,
@@ -146,7 +146,7 @@ def with_new_content(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of the pair table whose conversations were changed, with the ids that they have now."""
     changed = []
     for record in records:
-        prompt, group = prompt_ids(record["prompt"])
-        pair = conversations_id(record["prompt"], record["chosen"], record["rejected"])
+        prompt, group = prompt_ids(record["prompt"], record["tools"])
+        pair = conversations_id(*(record[name] for name in CONVERSATIONS), tools=record["tools"])
         changed.append(record | {"pair_id": pair, "prompt_id": prompt, "group_id": group})
     return changed

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from dpo_assets.errors import ConfigError
+from dpo_assets.machine import in_steps, memory_bytes
 from dpo_assets.planning.precision import Device, Precision
 
 CPU = "cpu"
@@ -93,10 +94,11 @@ def find_card(name: str) -> Card:
 
 
 def this_cpu() -> Device:
-    """This machine's CPU with all its memory: what is free changes by the second, and plans must repeat."""
-    import psutil
+    """This machine's CPU with all the memory that this process may use of it.
 
-    return Device("cpu", "CPU", float(int(psutil.virtual_memory().total / 2**30)))
+    What is free changes by the second, and plans must repeat.
+    """
+    return Device("cpu", "CPU", in_steps(memory_bytes()))
 
 
 def device_of(name: str) -> tuple[str, Device]:

@@ -24,6 +24,7 @@ class TrainingPlan(BaseModel):
     device: Literal["cpu", "cuda"]
     device_name: str
     device_index: int = Field(default=0, description="The one GPU that the worker may see, as NVML counts them.")
+    device_uuid: str = Field(default="", description="The same by its UUID, which no order of devices changes.")
     precision: Precision
     precision_reason: str
     kernels: Kernels
@@ -87,6 +88,7 @@ def make_plan(recipe: Recipe, shape: ModelShape, data: DatasetStats, device: Dev
         device=device.kind,
         device_name=device.name,
         device_index=device.index,
+        device_uuid=device.uuid,
         precision=decision.precision,
         precision_reason=decision.reason,
         kernels=decision.kernels,

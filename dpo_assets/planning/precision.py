@@ -26,6 +26,7 @@ class Device:
     memory_gib: float
     capability: tuple[int, int] | None = None
     index: int = 0  # Which GPU of the machine, as NVML counts them.
+    uuid: str = ""  # NVML's name of this very GPU, or of a part of one (MIG); empty where it is only described.
 
     @property
     def half(self) -> Literal["bf16", "fp16"]:

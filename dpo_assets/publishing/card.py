@@ -9,6 +9,7 @@ import yaml
 
 from dpo_assets.checks.statistics import percent
 from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.untrusted import in_code, in_markdown
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,13 @@ def render_card(facts: CardFacts) -> str:
     if "/" in facts.base_source and not facts.base_source.startswith((".", "/")):
         front["base_model"] = facts.base_source
         front["base_model_relation"] = "finetune" if facts.artifact == "merged" else "adapter"
-    reasons = ", ".join(f"{reason}: {count}" for reason, count in data["reasons"].items()) or "none"
+    reasons = ", ".join(f"{in_markdown(reason)}: {count}" for reason, count in data["reasons"].items()) or "none"
     versions = ", ".join(f"{name} {version}" for name, version in sorted(facts.versions.items()))
     return f"""---
 {yaml.safe_dump(front, sort_keys=True, allow_unicode=True).strip()}
 ---
 
-# {facts.title}
+# {in_markdown(facts.title)}
 
 A language model aligned to human preferences by direct preference optimisation (DPO, arXiv 2305.18290), released as
 {"one merged model" if facts.artifact == "merged" else "a LoRA adapter"}. Base: {_base(facts)}.
@@ -62,7 +63,7 @@ SFT: {plan.sft.strategy}. DPO: loss {" + ".join(plan.dpo.losses)}, beta {plan.dp
 {plan.dpo.learning_rate:g} ({plan.dpo.schedule}, warm-up {plan.dpo.warmup_ratio:g}), {plan.dpo_steps} steps of
 {plan.dpo.batch_size} pairs, {plan.dpo.epochs:g} epochs, LoRA rank {plan.lora.rank} alpha {plan.lora.alpha},
 max length {plan.max_length} tokens, seed {plan.dpo.seed}.
-Precision: {plan.precision_reason}. Versions: {versions}.
+Precision: {in_markdown(plan.precision_reason)}. Versions: {versions}.
 
 ## Evaluation on held-out pairs
 | score | value | {percent(scores["confidence"])} interval | pairs |
@@ -72,17 +73,18 @@ Precision: {plan.precision_reason}. Versions: {versions}.
 {_score("SFT, log-probability per token", scores["logp_accuracy_sft"])}
 {_score("baseline: pick the longer answer", scores["pick_the_longer"])}
 
-Verdict: **{facts.decision}** ({facts.reason}).
+Verdict: **{facts.decision}** ({in_markdown(facts.reason)}).
 
 ## Limitations
 Held-out accuracy says how the policy ranks pairs of this feedback, not how safe or true its answers are. Compare it
-with the length baseline: a policy can score well by liking long answers. Licence of the base: {facts.licence}.
+with the length baseline: a policy can score well by liking long answers. Licence of the base:
+{in_markdown(facts.licence)}.
 """
 
 
 def _base(facts: CardFacts) -> str:
     revision = f" at revision `{facts.base_revision}`" if facts.base_revision else ""
-    return f"`{facts.base_source}`{revision} ({facts.licence})"
+    return f"{in_code(facts.base_source)}{revision} ({in_markdown(facts.licence)})"
 
 
 def _score(label: str, score: dict[str, Any]) -> str:

@@ -100,10 +100,19 @@ class FeedbackSource(Section):
         examples=[{"prompt": "question", "chosen": "best", "rejected": "worst"}],
     )
     json_columns: list[str] = Field(
-        default=[], description="Columns whose text is JSON, as CSV and SQL have it for lists of messages."
+        default=[],
+        description=(
+            "Columns whose text is JSON, as CSV and SQL have it. Lists of messages are known without; what is named "
+            "here must be JSON."
+        ),
     )
     fields: dict[str, str] = Field(
-        default={}, description="Names that a format leaves to its users' configuration (Label Studio, Argilla)."
+        default={},
+        description=(
+            "Names that a format leaves to its users' configuration (Label Studio, Argilla). For all formats, "
+            "`reasoning: leave_out` drops reasoning that stands apart from an answer; without it such rows are refused."
+        ),
+        examples=[{"question": "helpful"}, {"reasoning": "leave_out"}],
     )
     companion: str | None = Field(
         default=None,
@@ -219,6 +228,17 @@ class FeedbackSection(Section):
     min_pairs: int = Field(default=50, ge=1, description="Fewer training pairs than this block the run.")
     max_quarantine_rate: float = Field(
         default=0.2, ge=0.0, le=1.0, description="A larger share of rejected rows blocks the run; single rows never do."
+    )
+    max_unpacked_gib: float = Field(
+        default=4.0,
+        gt=0.0,
+        description=(
+            "GiB that one `.gz`, `.zst` or Parquet file may hold once unpacked; one that holds more is refused, for a "
+            "few KB can stand for days of reading. A file that you unpacked yourself has no such bound."
+        ),
+    )
+    max_unpacked_rows: int = Field(
+        default=2_000_000, ge=1, description="Rows that one `.gz`, `.zst` or Parquet file may hold, likewise."
     )
     seed: int = Field(default=0, ge=0, description="Seed of the train/eval split.")
     cleaning: CleaningSection = Field(default_factory=CleaningSection, description="What is done about unfit pairs.")

@@ -105,7 +105,7 @@ class HardwareSection(Section):
     """What the training runs on."""
 
     device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="Where the worker trains; `auto`: the GPU if there is one, else the CPU."
+        default="auto", description="Where the worker trains; `auto`: the GPU if there is one in sight, else the CPU."
     )
     precision: Literal["auto", "4bit", "8bit", "fp8", "bf16", "fp16", "fp32"] = Field(
         default="auto", description="`auto`: the GPU resource chooses and says why. A choice wins or fails early."
@@ -128,8 +128,10 @@ class HardwareSection(Section):
     memory_gib: float | None = Field(
         default=None,
         gt=0.0,
-        description="GiB that the plan may use; empty: a GPU's free memory, or a CPU's total.",
+        description="GiB that the plan may use; empty: a GPU's free memory, or what the CPU has for this process.",
     )
     threads: int = Field(default=1, ge=1, description="CPU threads of the worker.")
     pool: str = Field(default="gpu", description="Dagster pool that the training assets share.")
-    timeout_minutes: float = Field(default=24 * 60.0, gt=0.0, description="A worker stage that takes longer is ended.")
+    timeout_minutes: float = Field(
+        default=24 * 60.0, gt=0.0, description="A worker stage that takes longer is ended, and not tried again."
+    )

@@ -51,6 +51,11 @@ class Recipe(Section):
             )
         return self
 
+    @property
+    def secret_variables(self) -> frozenset[str]:
+        """Environment variables that it names as the place of a secret."""
+        return frozenset(s.sql.url_env for s in self.feedback.sources if s.sql is not None and s.sql.url_env)
+
 
 def _absolute_source(
     source: FeedbackSource, pattern: Callable[[str], str], file: Callable[[str], str]

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dpo_assets.untrusted import in_markdown
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -48,4 +50,4 @@ def as_markdown(figure: Figure, title: str) -> str:
     """A figure as an image inside Markdown."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    return f"![{title}](data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')})"
+    return f"![{in_markdown(title)}](data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')})"

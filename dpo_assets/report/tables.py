@@ -6,19 +6,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dpo_assets.untrusted import in_cell
+
 ROWS, CELL = 5, 160
 
 
 def cell(value: Any) -> str:
-    """A value as one short table cell."""
-    text = str(value).replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ").replace("\r", " ")
-    return text if len(text) <= CELL else text[: CELL - 1] + "…"
+    """A value as one short table cell. Nothing in it is live, whatever text it is (`untrusted.in_cell`)."""
+    text = str(value)
+    return in_cell(text if len(text) <= CELL else text[: CELL - 1] + "…")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A Markdown table."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(cell(v) for v in row) + " |" for row in rows])
+    lines = ["| " + " | ".join(map(cell, header)) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(map(cell, row)) + " |" for row in rows])
 
 
 def counts_table(name: str, counts: Mapping[str, int]) -> str:

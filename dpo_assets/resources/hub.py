@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import dagster as dg
 from pydantic import Field
 
+from dpo_assets.publishing.secrets import name_secrets
+
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
@@ -18,8 +20,13 @@ class HubResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     endpoint: str | None = Field(default=None, description="Hub address; default: huggingface_hub's own.")
     token_variable: str = Field(default="HF_TOKEN", description="Environment variable that holds the token.")
 
+    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
+        """Makes the token known as a secret, so that it is masked wherever it turns up."""
+        name_secrets(self.token_variable)
+
     def token(self) -> str | None:
         """The token, or None."""
+        name_secrets(self.token_variable)
         return os.environ.get(self.token_variable) or None
 
     def api(self) -> HfApi:

@@ -10,13 +10,16 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import IO
 
 import dagster as dg
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from dpo_assets.contract import EXPLAINED_EXIT, FAILURE_FILE, Failure, PlannedSpec, Spec, Stage
-from dpo_assets.errors import ConfigError, DpoAssetsError, GateError, InfrastructureError, OutOfMemory
-from dpo_assets.publishing.secrets import SECRET_VARIABLES, scrub
+from dpo_assets.contract import EXPLAINED_EXIT, FAILURE_FILE, Failure, Spec, Stage
+from dpo_assets.errors import ConfigError, DpoAssetsError, GateError, InfrastructureError, OutOfMemory, StageTimeout
+from dpo_assets.publishing.secrets import is_secret, scrub, scrub_all
+from dpo_assets.resources.environment import worker_environment
+from dpo_assets.resources.messages import ScrubbedMessageReader
 
 TAIL_LINES = 30
 
@@ -36,6 +39,7 @@ class TrainingLauncher(dg.ConfigurableResource, ABC):  # type: ignore[type-arg]
             GateError: a check stopped the stage.
             ConfigError: the stage cannot work as configured.
             OutOfMemory: the device has too little memory for the stage's forwards.
+            StageTimeout: it ran longer than `timeout_seconds`.
             WorkerDied: anything else.
         """
 
@@ -45,24 +49,42 @@ class LocalLauncher(TrainingLauncher):
 
     python: str = Field(default=sys.executable, description="Interpreter of the worker; it may be another environment.")
     grace_seconds: float = Field(default=10.0, ge=0.0, description="Time between SIGTERM and SIGKILL.")
+    environment: list[str] = Field(
+        default=[],
+        description="Names of further environment variables that the worker gets; secrets are never passed on.",
+    )
+
+    @field_validator("environment")
+    @classmethod
+    def _no_secrets(cls, names: list[str]) -> list[str]:
+        if secret := [name for name in names if is_secret(name)]:
+            raise ValueError(f"{', '.join(secret)}: a worker is offline and gets no secret; take it off the list.")
+        return names
 
     def run(self, context: dg.AssetExecutionContext, stage: Stage, spec: Spec, timeout_seconds: float) -> None:
         with tempfile.TemporaryDirectory(prefix="dpo-assets-") as scratch:
             work = Path(scratch)
             (work / "spec.json").write_text(spec.model_dump_json(), encoding="utf-8")
             log = work / "worker.log"
-            status = self._run_to_end(context, stage, spec, work, log, timeout_seconds)
-            output = scrub(log.read_text(encoding="utf-8", errors="replace"))
-            print(output)  # noqa: T201 - the step's standard output is what Dagster keeps as its compute log
+            output = ""
+            try:
+                status = self._run_to_end(context, stage, spec, work, log, timeout_seconds)
+            finally:  # However it ended: by itself, by its time, or with the run.
+                if log.is_file():
+                    output = scrub(log.read_text(encoding="utf-8", errors="replace"))
+                print(output)  # noqa: T201 - the step's standard output is what Dagster keeps as its compute log
             if status == 0:
                 return
+            if status is None:
+                raise StageTimeout(_out_of_time(stage, timeout_seconds, output))
             if status == EXPLAINED_EXIT and (work / FAILURE_FILE).is_file():
                 raise _as_error(Failure.model_validate_json((work / FAILURE_FILE).read_bytes()))
             raise WorkerDied(_describe(stage, status, output))
 
     def _run_to_end(
         self, context: dg.AssetExecutionContext, stage: Stage, spec: Spec, work: Path, log: Path, timeout_seconds: float
-    ) -> int:
+    ) -> int | None:
+        """Exit status of the worker, negative for a signal; None when its time was over."""
         command = [
             self.python,
             "-m",
@@ -76,25 +98,35 @@ class LocalLauncher(TrainingLauncher):
             dg.open_pipes_session(
                 context=context,
                 context_injector=dg.PipesEnvContextInjector(),
-                message_reader=dg.PipesTempFileMessageReader(),
+                message_reader=ScrubbedMessageReader(dg.PipesTempFileMessageReader()),
             ) as session,
             log.open("wb") as output,
         ):
-            process = subprocess.Popen(
+            # Its temporary files lie in this run's scratch folder, so they go also when it is killed.
+            environment = {**worker_environment(spec, self.environment), "TMPDIR": str(work)}
+            process = self._start(command, {**environment, **session.get_bootstrap_env_vars()}, output)
+            context.log.info(f"started worker stage `{stage}`, process group {process.pid}")
+            try:
+                return _wait(process, timeout_seconds)
+            finally:
+                self._end_group(process)
+
+    def _start(self, command: list[str], environment: dict[str, str], output: IO[bytes]) -> subprocess.Popen[bytes]:
+        try:
+            return subprocess.Popen(
                 command,
-                # Its temporary files lie in this run's scratch folder, so they go also when it is killed.
-                env={**_worker_environment(spec), "TMPDIR": str(work), **session.get_bootstrap_env_vars()},
+                env=environment,
                 # Held open as long as this process lives: its end tells the worker that the run is gone.
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-            context.log.info(f"started worker stage `{stage}`, process group {process.pid}")
-            try:
-                return _wait(process, stage, timeout_seconds)
-            finally:
-                self._end_group(process)
+        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+            raise ConfigError(
+                f"the worker's interpreter `{self.python}` cannot be started ({error.strerror}); set `python` of the "
+                "launcher to that of an environment with this package."
+            ) from None
 
     def _end_group(self, process: subprocess.Popen[bytes]) -> None:
         """Ends whatever is left of the worker's process group, its children included."""
@@ -115,37 +147,31 @@ class LocalLauncher(TrainingLauncher):
         process.wait()
 
 
-def _wait(process: subprocess.Popen[bytes], stage: str, timeout_seconds: float) -> int:
+def _wait(process: subprocess.Popen[bytes], timeout_seconds: float) -> int | None:
     deadline = time.monotonic() + timeout_seconds
     while (status := process.poll()) is None:
         if time.monotonic() > deadline:
-            raise WorkerDied(
-                f"stage `{stage}` ran longer than {timeout_seconds / 60:.1f} minutes (hardware.timeout_minutes)"
-            )
+            return None
         time.sleep(0.1)
     return status
 
 
-def _worker_environment(spec: Spec) -> dict[str, str]:
-    """The environment without secrets: the worker is offline and needs none.
-
-    It sees the one GPU that was planned for: with several in sight, Transformers multiplies the batch by their number.
-    """
-    environment = {k: v for k, v in os.environ.items() if k not in SECRET_VARIABLES}
-    environment |= {"OMP_NUM_THREADS": str(spec.threads), "PYTHONUNBUFFERED": "1"}
-    if isinstance(spec, PlannedSpec) and spec.plan.device == "cuda" and "CUDA_VISIBLE_DEVICES" not in environment:
-        environment |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": str(spec.plan.device_index)}
-    return environment
-
-
-def _as_error(failure: Failure) -> DpoAssetsError:
-    message = scrub(failure.message)
+def _as_error(told: Failure) -> DpoAssetsError:
+    failure = Failure.model_validate(scrub_all(told.model_dump()))
     if failure.kind == "config":
-        return ConfigError(message)
+        return ConfigError(failure.message)
     if failure.kind == "memory":
-        return OutOfMemory(message)
+        return OutOfMemory(failure.message)
     return GateError(
-        failure.check, message, value=failure.value, band=failure.band, source=failure.source, fix=failure.fix
+        failure.check, failure.message, value=failure.value, band=failure.band, source=failure.source, fix=failure.fix
+    )
+
+
+def _out_of_time(stage: str, timeout_seconds: float, output: str) -> str:
+    return (
+        f"stage `{stage}` ran longer than {timeout_seconds / 60:.3g} minutes (hardware.timeout_minutes) and was ended. "
+        "It is not tried again, because it would take as long: raise the limit, or give it less to do. The whole log "
+        f"is in this step's standard output. {_tail(output)}"
     )
 
 
@@ -156,5 +182,9 @@ def _describe(stage: str, status: int, output: str) -> str:
         cause = f"was ended by {name}{hint}"
     else:
         cause = f"ended with status {status}"
-    tail = "\n".join(output.strip().splitlines()[-TAIL_LINES:])
-    return f"stage `{stage}` {cause}. Nothing half-written is kept. Its last output:\n{tail}"
+    return f"stage `{stage}` {cause}. Nothing half-written is kept. {_tail(output)}"
+
+
+def _tail(output: str) -> str:
+    lines = output.strip().splitlines()[-TAIL_LINES:]
+    return "Its last output:\n" + "\n".join(lines) if lines else "It wrote nothing."

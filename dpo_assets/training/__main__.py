@@ -11,11 +11,13 @@ import os
 for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
     os.environ.setdefault(_name, "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")  # No token of the user's home either.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Forwards of different sizes would leave holes that no later one fits; must be set before CUDA starts.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import argparse
+import faulthandler
 import gc
 import importlib
 import importlib.metadata
@@ -83,6 +85,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.follow_parent:
         _end_with_parent()
+        # Who ends a stage that takes too long finds in its log what it was doing.
+        faulthandler.register(signal.SIGTERM, chain=True)
     spec = SPECS[args.stage].model_validate_json(args.spec.read_bytes())
     with ExitStack() as stack:
         if "DAGSTER_PIPES_CONTEXT" in os.environ:
@@ -131,7 +135,11 @@ def _run(stage: Stage, spec: Spec, reporter: Any) -> None:
             import torch
             import transformers
 
+            from dpo_assets.training.devices import refuse_other_devices
+
             torch.set_num_threads(spec.threads)
+            if isinstance(spec, PlannedSpec):
+                refuse_other_devices(spec.plan, torch.cuda.device_count())
             transformers.logging.set_verbosity_error()
         stage_module = importlib.import_module(f"dpo_assets.training.{stage}")
     stage_module.run(spec, reporter)

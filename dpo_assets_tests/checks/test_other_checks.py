@@ -22,6 +22,7 @@ from dpo_assets.checks.catalog import CHECKS, checks_of
 from dpo_assets.checks.collapse import CollapseLimits
 from dpo_assets.checks.config import plan_verdicts
 from dpo_assets.checks.dataset import dataset_verdicts
+from dpo_assets.checks.judged_text import judged_text_kept
 from dpo_assets.checks.promotion import decide, evaluation_verdicts, greedy_health, promotion_verdict
 from dpo_assets.checks.training import dpo_verdicts, merge_verdicts, sft_verdicts
 from dpo_assets.checks.verdict import Level, Verdict, upper_limit, worst
@@ -414,6 +415,20 @@ def test_a_row_or_an_answer_that_led_to_nothing_is_missed(index: dict[str, Any],
     assert named in verdict.fix
 
 
+@pytest.mark.parametrize("flag", ["later_turns_cut", "prompt_repeated", "reasoning_left_out", "foreign_turn"])
+def test_judged_text_that_is_cut_or_is_somebody_elses_is_warned_of_above_one_in_a_hundred(flag: str) -> None:
+    def verdict(count: int, paired: int = 0) -> Verdict:
+        files = [{"pairs": 150, "answers": 50, "flags": {flag: count, "nfc": 200}}]
+        return judged_text_kept({"files": files, "paired": {"flags": {flag: paired}}}, BANDS)
+
+    assert verdict(0).value == "200 pairs and judged answers as they were"
+    assert [verdict(n).level for n in (0, 2, 3)] == ["pass", "pass", "warn"]
+    assert verdict(1, paired=2).level == "warn"
+    assert verdict(3).value == f"3 {flag} of 200 pairs and judged answers"
+    assert flag in verdict(3).fix
+    assert judged_text_kept({"files": [], "paired": None}, BANDS).level == "pass"
+
+
 def released(folder: Path) -> tuple[Artifact, list[Any]]:
     source, target = folder / "model", folder / RELEASE
     source.mkdir()
@@ -466,7 +481,10 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
     bad_facts = model_folder(safetensors=(), licence=None)
     return {
         "base_model": base_model_verdicts(unpinned if fail else LOCAL, bad_facts if fail else model_folder()),
-        "raw_preferences": [accounting(indexed(counted(rows_in=11 if fail else 10)))],
+        "raw_preferences": [
+            accounting(indexed(counted(rows_in=11 if fail else 10))),
+            judged_text_kept(indexed(counted() | {"flags": {"foreign_turn": 7 if fail else 0}}), BANDS),
+        ],
         "dpo_dataset": dataset_verdicts(bad_dataset if fail else dataset_report(), recipe(), BANDS),
         "dpo_plan": plan_verdicts(bad_plan if fail else plan(), BANDS),
         "sft_checkpoint": sft_verdicts(bad_sft if fail else SFT, BANDS),

@@ -100,8 +100,9 @@ def test_open_webui_stopped_or_failed_sibling_is_not_compared() -> None:
         ("data", None, "missing_field", "no `data`; the row has: created_at, data, id, meta, snapshot"),
         ("snapshot", [], "wrong_type", "`snapshot` is list"),
         ("snapshot.chat.chat.history", {}, "missing_field", "no `messages`"),
-        ("snapshot.chat.chat.history.messages.m1.role", "tool", "unknown_role", "'tool'"),
-        ("snapshot.chat.chat.history.messages.m1.files", [{"type": "image"}], "unsupported_modality", "image"),
+        ("snapshot.chat.chat.history.messages.m1.role", "tool", "unsupported_modality", "part of a tool call"),
+        ("snapshot.chat.chat.history.messages.m1.role", "oracle", "unknown_role", "'oracle'"),
+        ("snapshot.chat.chat.history.messages.m1.files", [{"type": "image"}], "unsupported_modality", "`files`"),
         ("snapshot.chat.chat.history.messages.m1.parentId", "m2", "no_counterpart", "'m1'"),
         ("snapshot.chat.chat.history.messages.m2.parentId", "lost", "no_counterpart", "'lost'"),
         ("snapshot.chat.chat.history.messages.m2.content", " ", "missing_text", "m2"),
@@ -123,8 +124,8 @@ def test_librechat_export_becomes_judged_answers() -> None:
     assert judged(down) == (night, [assistant("Good day")], -1.0)
     assert (down.label_kind, down.user, down.row) == ("human_thumb", "u42", "a1")
     assert reason(only(items[3]))[0] == "superseded"
-    up = only(items[4])  # Its sibling: one prompt. Reasoning parts are no part of the answer.
-    assert judged(up) == (night, [assistant("Good night")], 1.0)
+    up = only(items[4])  # Its sibling: one prompt. Its reasoning stands apart from the answer.
+    assert judged(up) == (night, [assistant("Good night") | {"reasoning_content": "nuit is night"}], 1.0)
     assert (up.meta["tag"], up.created_at) == ("accurate_reliable", "2025-02-01T12:30:00+00:00")
     assert reason(only(items[5]))[0] == "no_feedback"
     assert reason(only(items[6]))[0] == "unfinished"
@@ -151,7 +152,7 @@ def test_librechat_conversation_in_any_order_reads_the_same() -> None:
         ({"feedback": "up"}, "wrong_type", "is str"),
         ({"feedback": {"rating": "fine"}}, "wrong_type", "'fine'"),
         ({"text": ""}, "missing_text", "'a1'"),
-        ({"content": [{"type": "tool_call", "tool_call": {}}]}, "unsupported_modality", "'tool_call'"),
+        ({"content": [{"type": "tool_call", "tool_call": {}}]}, "unsupported_modality", "holds tool_call"),
         ({"parentMessageId": "a1"}, "no_counterpart", "'a1'"),
         ({"parentMessageId": "00000000-0000-0000-0000-000000000000"}, "no_counterpart", "no message before it"),
     ],

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import polars as pl
@@ -16,7 +18,7 @@ import pytest
 from dpo_assets.artifact import ArtifactTree
 from dpo_assets.errors import InfrastructureError
 from dpo_assets.feedback import reading
-from dpo_assets.feedback.ingest import COUNTS, PAIRS, QUARANTINE
+from dpo_assets.feedback.ingest import COUNTS, PAIRS, QUARANTINE, BatchSize, read_batches
 from dpo_assets.feedback.library import FileBatches, pair_into, read_into
 from dpo_assets.feedback.pair import JudgedAnswer
 from dpo_assets.feedback.readers import Format, Place, ReadOptions, Row, RowFault
@@ -36,7 +38,7 @@ def write(path: Path, numbers: range) -> Path:
 
 @pytest.fixture
 def small_spans(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dpo_assets.feedback.library.cut", lambda file: reading.cut(file, 2_000))
+    monkeypatch.setattr("dpo_assets.feedback.library.cut", lambda file: reading.cut(file, BatchSize(2**15, 2_000)))
 
 
 @pytest.fixture
@@ -95,13 +97,69 @@ def test_a_file_that_is_cut_or_not_holds_the_same_pairs(
 ) -> None:
     path = write(tmp_path / "a.jsonl", range(60))
     whole = ingest(tree, path)
-    monkeypatch.setattr("dpo_assets.feedback.library.cut", lambda file: reading.cut(file, 2_000))
+    monkeypatch.setattr("dpo_assets.feedback.library.cut", lambda file: reading.cut(file, BatchSize(2**15, 2_000)))
     parts = ingest(ArtifactTree(tmp_path / "other"), path)
     tables = [
         pl.concat([pl.read_parquet(b.path / PAIRS) for b in read.batches]).sort("pair_id") for read in (whole, parts)
     ]
     assert len(parts.batches) > len(whole.batches) == 1
     assert tables[0].equals(tables[1])
+
+
+def packed(folder: Path, kind: str, rows: Sequence[bytes]) -> Path:
+    """A file that cannot be cut, of these rows."""
+    path = folder / f"a.{kind}"
+    if kind == "parquet":
+        pl.DataFrame([json.loads(row) for row in rows]).write_parquet(path)
+    elif kind == "csv":
+        pl.DataFrame([json.loads(row) for row in rows]).write_csv(path)
+    elif kind == "json":
+        path.write_bytes(b"[" + b", ".join(rows) + b"]")
+    else:
+        path.write_bytes(gzip.compress(b"\n".join(rows), mtime=0))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "json", "csv", "parquet"])
+def test_a_file_that_cannot_be_cut_is_read_in_one_pass_as_batches_of_bounded_size(
+    tree: ArtifactTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    path = packed(tmp_path, kind, [line(n) for n in range(100)])
+    whole = ingest(ArtifactTree(tmp_path / "other"), path)
+    for most, count in ((BatchSize(30, 10**9), 4), (BatchSize(10**9, 5_000), 2 if kind == "csv" else 3)):
+        monkeypatch.setattr(reading, "read_batches", partial(read_batches, most=most))
+        tree = ArtifactTree(tmp_path / f"store {count}")
+        parts = ingest(tree, path)
+        assert (len(parts.batches), len(whole.batches)) == (count, 1)
+        assert parts.row()["pairs"] == parts.row()["rows"] == 100
+        tables = [
+            pl.concat([pl.read_parquet(b.path / PAIRS) for b in read.batches]).sort("pair_id")
+            for read in (whole, parts)
+        ]
+        assert tables[0].equals(tables[1])
+        again = ingest(tree, path)
+        assert (again.new, [b.digest for b in again.batches]) == (0, [b.digest for b in parts.batches])
+
+
+def test_a_file_that_is_refused_behind_its_first_batch_leaves_none(
+    tree: ArtifactTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "read_batches", partial(read_batches, most=BatchSize(30, 10**9)))
+    path = packed(tmp_path, "jsonl.gz", [line(n) for n in range(100)])
+    path.write_bytes(path.read_bytes()[:-6])  # Its checksum is at its end.
+    [batch] = ingest(tree, path).batches
+    assert pl.read_parquet(batch.path / QUARANTINE)["reason"].to_list() == ["truncated_file"]
+    assert len(list((tree.root / "raw_batches").glob("*/"))) == 1
+    assert not list((tree.root / "_reading").iterdir())
+
+
+def test_a_span_holds_no_more_rows_than_a_batch_may(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"{}\n" * 100 + line(0) * 3 + b"\n" + b"{}\n" * 5)
+    spans = reading.cut(found(path), BatchSize(40, 300))
+    assert spans is not None
+    assert [span.end - span.line for span in spans[:-1]] == [40, 40, 21]
+    assert [span.stop for span in spans[:-1]] == [span.start for span in spans[1:]]
 
 
 def test_two_processes_read_what_one_reads(
@@ -226,8 +284,8 @@ def test_the_worker_needs_no_main_module_and_ends_with_its_parent(tmp_path: Path
         file = found(write(tmp_path / "a.jsonl", range(2)))
         (tmp_path / "out").mkdir()
         outcome = process.run(reading.Job(file, None, ReadOptions(), tmp_path / "out"))
-        assert isinstance(outcome, dict)
-        assert outcome["pairs"] == 2
+        assert isinstance(outcome, list)
+        assert [counts["pairs"] for counts in outcome] == [2]
         refused = process.run(
             reading.Job(replace(file, refused=FileRefused("x", "y")), None, ReadOptions(), tmp_path / "out")
         )

@@ -255,8 +255,7 @@ def test_arena_export() -> None:
     assert (later_vote.reason, later_vote.row) == ("no_shared_prompt", "v6")
     logged = the_pair(rows[6])  # a server's log: what stands before `offset` was never said
     assert talk(logged) == ("u: What is tea?", "a: A hot drink.", "a: Leaf.")
-    assert logged.user == "203.0.113.7"
-    assert "203.0.113.7" not in repr(logged)
+    assert logged.user == "203.0.113.7"  # Who it was: ingestion keeps a keyed digest of it.
     assert logged.meta == {"winner": "model_a", "model_a": "m1", "model_b": "m2"}
     assert the_fault(rows[7]).reason == "leaked_identity"
 

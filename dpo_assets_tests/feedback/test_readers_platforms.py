@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -81,10 +82,11 @@ def test_openai_export() -> None:
     )
     parts = the_pair(rows[2])
     assert talk(parts) == ("u: Two lines:\nsum them up.", "a: Two lines.", "a: No.")
-    assert parts.meta == {"tools": rows_of("openai")[2]["input"]["tools"]}
+    assert json.loads(parts.tools) == rows_of("openai")[2]["input"]["tools"]
+    assert parts.meta == {}
     assert the_pair(rows[0]).label_kind == "human_pair"
     fault = the_fault(rows[3])
-    assert (fault.reason, "`preferred_output[0]` is part of a tool call" in fault.message) == (
+    assert (fault.reason, "`preferred_output[0]` has `tool_calls`" in fault.message) == (
         "unsupported_modality",
         True,
     )
@@ -276,7 +278,7 @@ def test_llama_factory_rows_of_another_shape() -> None:
     wrong(
         "llama_factory", {"conversations": "q", "chosen": "a", "rejected": "b"}, "wrong_type", "`conversations` is str"
     )
-    wrong("llama_factory", {"conversations": [said_by], "kto_tag": "yes"}, "wrong_type", "`kto_tag` is str")
+    wrong("llama_factory", {"conversations": [said_by], "kto_tag": "good"}, "wrong_type", "`kto_tag` is str")
     call = {"from": "function_call", "value": "{}"}
     row = {"conversations": [said_by, call], "chosen": "a", "rejected": "b"}
     wrong("llama_factory", row, "unsupported_modality", "`conversations[1]`")

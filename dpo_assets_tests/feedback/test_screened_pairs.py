@@ -44,6 +44,8 @@ FAULTY: list[tuple[str, dict[str, Any]]] = [
     ("empty_prompt", {"prompt": [user("")]}),
     ("empty_prompt", {"prompt": [user(" \n\t\u00a0\u2003")]}),
     ("empty_prompt", {"prompt": [system(" "), user("q")]}),
+    ("no_shared_prompt", {"chosen": [assistant("a"), user("b"), assistant("c")]}),
+    ("messages_as_text", {"chosen": [assistant('[{"role": "assistant", "content": "x"}]')]}),
     ("empty_answer", {"chosen": []}),
     ("empty_answer", {"rejected": []}),
     ("empty_chosen", {"chosen": [assistant("")]}),
@@ -65,19 +67,19 @@ FAULTY: list[tuple[str, dict[str, Any]]] = [
     ("bad_role_order", {"chosen": [user("q"), assistant("a")]}),
     ("bad_role_order", {"rejected": [system("s"), assistant("a")]}),
     ("no_preference", {"rejected": [assistant("a good answer")]}),
-    ("no_preference", {"rejected": [assistant("  a good\n\nanswer ")]}),
+    ("no_preference", {"rejected": [assistant("a good answer \n")]}),
     ("no_preference", {"chosen": [assistant(NFC)], "rejected": [assistant(NFD)]}),
 ]
 SOUND: list[dict[str, Any]] = [
     {},
     {"prompt": [system("s"), user("q")]},
     {"prompt": [user("a"), assistant("b"), user("c")]},
-    {"chosen": [assistant("a"), user("b"), assistant("c")]},
     {"chosen": [assistant("x")], "rejected": [assistant("X")]},
     # NFKC would make these equal; mathematics and code depend on the difference.
     {"chosen": [assistant("x²")], "rejected": [assistant("x2")]},
     {"chosen": [assistant("ﬁ")], "rejected": [assistant("fi")]},
     {"chosen": [assistant("a b")], "rejected": [assistant("ab")]},
+    {"rejected": [assistant("  a good\n\nanswer ")]},
     {"chosen": [assistant("one\u2028two")]},
     {"prompt": [user("tab\tand bell\x07")]},
 ]

@@ -290,7 +290,7 @@ import sys
 from pathlib import Path
 from dpo_assets.feedback.screening import Screening
 from dpo_assets.feedback.splits import split
-from dpo_assets.feedback.ingest import PairWriter
+from dpo_assets.feedback.ingest import BatchSize, PairWriter
 from dpo_assets.feedback.pool import stored
 from dpo_assets.feedback.reading import Job, cut, run_jobs
 from dpo_assets.feedback.readers import ReadOptions
@@ -301,11 +301,12 @@ import hashlib
 source, work, size, turned = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "turned"
 files = files_of([FeedbackSource(path=str(source / "*.jsonl"))])
 files = files[::-1] if turned else files
-jobs = [Job(f, span, ReadOptions(), work / f"{f.name}-{n}") for f in files for n, span in enumerate(cut(f, size))]
+spans = [(file, n, span) for file in files for n, span in enumerate(cut(file, BatchSize(10**6, size)) or [None])]
+jobs = [Job(file, span, ReadOptions(), work / f"{file.name}-{n}") for file, n, span in spans]
 for job in jobs:
     job.folder.mkdir(parents=True)
 run_jobs(jobs)
-screening = Screening(stored([job.folder for job in jobs]))
+screening = Screening(stored([job.folder / "0" for job in jobs]))
 with PairWriter(work / "train.parquet") as train, PairWriter(work / "eval.parquet") as held_out:
     for part, _ in screening.parts():
         for writer, side in zip((train, held_out), split(part, 0.3, 0)):

@@ -12,7 +12,7 @@ from typing import Any
 import dagster as dg
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dpo_assets.errors import ConfigError
@@ -101,6 +101,7 @@ def test_the_end_of_ordinary_text_is_no_cut_mark(text: str) -> None:
     assert marks_in(text) == set()
 
 
+@example(["<|im_", "[/INST", "]", "end|>", "end|>"])
 @given(st.lists(st.sampled_from(["<|im_end|>", "<|im_", "end|>", "[/INST", "]", " ", "\n", "word", "<end_of_turn"])))
 def test_an_escaped_answer_holds_no_mark_whole_or_cut(parts: list[str]) -> None:
     assert marks_in(escaped("".join(parts), answer=True)) == set()

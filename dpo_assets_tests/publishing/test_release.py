@@ -20,7 +20,7 @@ from dpo_assets.assets.published_model import verify
 from dpo_assets.errors import ConfigError
 from dpo_assets.publishing.card import CardFacts, render_card
 from dpo_assets.publishing.commit import Operation, PublishError, Release, content_tag, publish, stage
-from dpo_assets.publishing.secrets import MASK, PATTERNS, SECRET_VARIABLES, find_secrets, scrub
+from dpo_assets.publishing.secrets import MASK, PATTERNS, SECRET_VARIABLES, find_secrets, name_secrets, scrub
 from dpo_assets_tests.hub_server import HubServer, Repo
 from dpo_assets_tests.samples import SHA, dataset_report, evaluation_report, plan
 
@@ -414,6 +414,11 @@ KEYS = {
     "API key (sk-)": "sk-proj-" + "Ab1_" * 10,
     "AWS access key": "AKIA" + "ABCD1234" * 2,
     "GitHub token": "ghp_" + "a1" * 18,
+    "GitLab token": "glpat-" + "aB3_" * 5,
+    "Google API key": "AIza" + "aB3-_" * 7,
+    "Slack token": "xoxb-" + "1234567890-" * 2 + "aBcD",
+    "Stripe key": "sk_live_" + "aB3d" * 6,
+    "JSON web token": f"eyJ{'hbGci' * 3}.eyJ{'zdWIi' * 3}.{'aB3-_' * 4}",
     "private key": "-----BEGIN OPENSSH PRIVATE KEY-----",
 }
 BLOCK = "-----BEGIN PGP PRIVATE KEY BLOCK-----\n\nlQOYBGV\n=aB3d\n-----END PGP PRIVATE KEY BLOCK-----"
@@ -452,6 +457,16 @@ HARMLESS = [
     "-----BEGIN PUBLIC KEY-----",
     "sk-learn",
     "a" * 40,
+    "glpat-is-the-prefix-of-gitlab-tokens",
+    "AIza is how the keys of Google begin",
+    "xoxb-is-for-bots-of-a-workspace",
+    "sk_live_ and rk_test_ are prefixes",
+    'eyJ is what {" is in base64: eyJhbGciOiJIUzI1NiJ9',
+    "ask for a basic understanding-of-the-matter, and a bearer of bad-news-2024",
+    "http://localhost:8080/path@v1 and mailto:someone@example.com",
+    "https://example.org/search?page=2&keyboard=us",
+    "git@example.com:org/repository.git",
+    "set password=None, or leave it",
 ]
 
 
@@ -492,6 +507,43 @@ def test_the_value_of_a_secret_variable_is_masked_whatever_it_looks_like(
 ) -> None:
     monkeypatch.setenv(name, "correct horse battery")
     assert scrub("login: correct horse battery!") == f"login: {MASK}!"
+
+
+@pytest.mark.parametrize(
+    "name", ["AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "PGPASSWORD", "OPENAI_API_KEY", "DB_PWD", "CLIENT_SECRET"]
+)
+def test_a_variable_whose_name_says_secret_is_masked(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, 'correct "horse" battery')
+    assert scrub('login: correct "horse" battery!') == f"login: {MASK}!"
+    assert scrub(r'{"login": "correct \"horse\" battery"}') == f'{{"login": "{MASK}"}}'
+    assert scrub("?login=correct%20%22horse%22%20battery") == f"?login={MASK}"
+
+
+@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "PWD", "PYTHONPATH", "KEYBOARD_LAYOUT", "SSH_AUTH_SOCK"])
+def test_a_variable_that_only_sounds_like_a_secret_masks_nothing(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "correct horse battery")
+    assert scrub("login: correct horse battery!") == "login: correct horse battery!"
+
+
+def test_a_variable_that_a_recipe_names_is_masked_whatever_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dpo_assets.publishing.secrets._NAMED", set())
+    monkeypatch.setenv("WHERE_THE_VOTES_ARE", "correct horse battery")
+    assert scrub("correct horse battery") == "correct horse battery"
+    name_secrets("WHERE_THE_VOTES_ARE")
+    assert scrub("correct horse battery") == MASK
+
+
+def test_the_password_of_a_url_in_any_variable_is_masked_as_written_and_as_meant(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VOTES", "postgresql://reader:swordfish%21@db/votes")
+    assert scrub("FATAL: password swordfish! or swordfish%21 refused") == f"FATAL: password {MASK} or {MASK} refused"
+
+
+def test_a_development_password_that_is_a_word_stops_no_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTGRES_PASSWORD", "postgres")
+    assert find_secrets('{"vocab": {"postgres": 17}}') == []
+    assert scrub("login postgres") == f"login {MASK}"
 
 
 def test_a_secret_variable_too_short_for_a_secret_masks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

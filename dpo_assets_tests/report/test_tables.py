@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 
 from dpo_assets.feedback.pair import Pair, Rejected
 from dpo_assets.feedback.tables import pairs_frame, quarantine_frame
@@ -18,22 +19,20 @@ from dpo_assets_tests.samples import assistant, pair, user
 @given(st.one_of(st.text(max_size=400), st.text("ab|\\\n", max_size=400)))
 def test_a_cell_is_one_line_of_bounded_length_with_every_bar_escaped(text: str) -> None:
     shown = cell(text)
-    assert len(shown) <= CELL
+    (bounded,) = MarkdownIt("commonmark").parseInline(shown)
+    assert sum(len(part.content) for part in bounded.children or ()) <= CELL + shown.count("\u2060")
     assert "\n" not in shown
     assert "\r" not in shown
-    # Backslashes pair up from the left; what is left of each pair escapes the bar behind it.
-    assert "|" not in shown.replace("\\\\", "").replace("\\|", "")
+    # No backslash but an escaping one: parsers of tables count several before a bar in different ways.
+    assert "|" not in shown.replace("\\|", "")
+    assert "\\\\" not in shown
 
 
 def test_a_short_text_is_shown_whole_and_a_long_one_with_a_mark_where_it_was_cut() -> None:
     assert cell("x" * CELL) == "x" * CELL
     assert cell("x" * (CELL + 1)) == "x" * (CELL - 1) + "…"
+    assert cell("|" * (CELL + 1)) == "\\|" * (CELL - 1) + "…"
     assert cell(None) == "None"
-
-
-def test_a_backslash_before_a_bar_leaves_the_bar_escaped() -> None:
-    before_the_bar = cell(r"a\|b").partition("|")[0]
-    assert (len(before_the_bar) - len(before_the_bar.rstrip("\\"))) % 2 == 1
 
 
 def test_a_table_has_a_header_a_rule_and_a_line_a_row() -> None:

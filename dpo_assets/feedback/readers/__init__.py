@@ -7,86 +7,58 @@ value is such a Format: that is how another package adds one.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import entry_points
-from pathlib import Path
-from typing import Any, Protocol
 
 from dpo_assets.errors import ConfigError
-from dpo_assets.feedback.pair import JudgedAnswer, Pair
+from dpo_assets.feedback.readers.base import (
+    FileReader,
+    Item,
+    Place,
+    Read,
+    ReadOptions,
+    Row,
+    RowFault,
+    has,
+    keys_of,
+)
+from dpo_assets.feedback.readers.modality import refuse_media, with_tools, without_tools
+from dpo_assets.feedback.readers.written import opened
 
-Row = Mapping[str, Any]
+__all__ = [
+    "MESSAGES_FROM_TEXT", "READERS", "FileReader", "Format", "Item", "Place", "Read", "ReadOptions", "Row", "RowByRow",
+    "RowFault", "format_named", "formats", "has", "keys_of",
+]  # fmt: skip
+
 ENTRY_POINTS = "dpo_assets.readers"
-
-
-@dataclass(frozen=True)
-class RowFault(Exception):
-    """Why a row, or one comparison inside it, is not a pair."""
-
-    reason: str
-    message: str
-    row: str = ""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a row stands."""
-
-    source: str
-    line: int
-
-    def row_id(self, given: Any) -> str:
-        """The row's own id where it has one, its line otherwise."""
-        if isinstance(given, int) and not isinstance(given, bool):
-            return str(given)
-        return given if isinstance(given, str) and given else f"line-{self.line}"
-
-
-@dataclass(frozen=True)
-class ReadOptions:
-    """The choices of the recipe that a reader follows.
-
-    Args:
-        pairing: a policy of `feedback.pairing`, for a row that holds a ranking of its own.
-        min_margin: the least difference of ranks or scores that makes a pair.
-        user_key: key of `hashed_user`; without one no user is kept.
-        include_synthetic: keep pairs with a machine-written side, where a format says so.
-        fields: names in the row for what a format leaves to its users' configuration (Label Studio, Argilla).
-        companion: a second file that a format joins with (the observations of Langfuse, the runs of LangSmith).
-    """
-
-    pairing: str = "best_worst"
-    include_synthetic: bool = False
-    fields: Mapping[str, str] = field(default_factory=dict)
-    companion: Path | None = None
-    min_margin: float = 0.0
-    user_key: bytes = field(default=b"", repr=False)
-
-
-Item = Pair | JudgedAnswer | RowFault
-Read = Callable[[Row, Place, ReadOptions], Iterator[Item]]
-
-
-class FileReader(Protocol):
-    """Reads the rows of one file. Every row leads to at least one item, at once or in `finish`."""
-
-    def read(self, row: Row, place: Place) -> Iterator[tuple[Place, Item]]: ...
-
-    def finish(self) -> Iterator[tuple[Place, Item]]:
-        """What only the end of the file decides, each with the place of the row that it stands for."""
-        ...
+MESSAGES_FROM_TEXT = "messages_from_text"  # The flag of what was opened.
 
 
 class RowByRow:
-    """The FileReader of a format whose rows stand for themselves."""
+    """The FileReader of a format whose rows stand for themselves.
+
+    What every row may have, whatever its format, is settled here: messages in text columns are opened, a column of
+    tools becomes the `tools` of what the row holds, and a row with pictures or sound is refused.
+    """
 
     def __init__(self, read: Read, options: ReadOptions) -> None:
         self._read, self._options = read, options
 
     def read(self, row: Row, place: Place) -> Iterator[tuple[Place, Item]]:
-        for item in self._read(row, place, self._options):
+        """Yields the row's items. Never raises for what is in the row, as far as the format's own `read` does not."""
+        try:
+            row, was_text = opened(row)
+            row, tools = without_tools(row)
+            refuse_media(row)
+        except RowFault as fault:
+            yield place, RowFault(fault.reason, fault.message, place.row_id(row.get("id")))
+            return
+        items = self._read(row, place, self._options)
+        for item in with_tools(items, tools) if tools else items:
+            if was_text and not isinstance(item, RowFault):
+                item = replace(item, flags=(*item.flags, MESSAGES_FROM_TEXT))
             yield place, item
 
     def finish(self) -> Iterator[tuple[Place, Item]]:
@@ -193,13 +165,3 @@ def format_named(name: str) -> Format:
     if name not in known:
         raise ConfigError(f"there is no feedback format `{name}`; there are: {', '.join(sorted(known))}")
     return known[name]
-
-
-def keys_of(row: Row) -> str:
-    """The keys of a row, for the message that it has another shape."""
-    return ", ".join(sorted(row)) or "no keys"
-
-
-def has(row: Row, *names: str) -> bool:
-    """Whether a row has all of these keys with a value."""
-    return all(row.get(name) is not None for name in names)

@@ -10,6 +10,7 @@ from typing import Any
 from dpo_assets.feedback.pair import Message, Pair, named
 from dpo_assets.feedback.readers import Format, Row, RowFault, has
 from dpo_assets.feedback.readers.conversations import assistant, messages, shared_prefix, user
+from dpo_assets.feedback.readers.modality import UNSUPPORTED
 from dpo_assets.feedback.readers.shapes import At, by_row
 from dpo_assets.feedback.readers.values import (
     field,
@@ -142,6 +143,8 @@ def _logged(state: Mapping[str, Any], where: str) -> list[Message]:
     for n, turn in enumerate(said[max(int(start or 0), 0) :]):
         if not isinstance(turn, list) or len(turn) != 2:
             raise RowFault("wrong_type", f"`{where}messages` holds something else than [role, text]")
+        if isinstance(turn[1], list):  # FastChat: text and pictures.
+            raise RowFault(UNSUPPORTED, f"a turn of `{where}messages` holds more than text; only text can be read")
         if not isinstance(turn[1], str):
             raise RowFault("unfinished", f"a turn of `{where}messages` has no text")
         turns.append(user(turn[1]) if n % 2 == 0 else assistant(turn[1]))

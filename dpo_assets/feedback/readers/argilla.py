@@ -23,10 +23,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_assets.feedback.pair import JudgedAnswer, LabelKind, Message, Pair, named
-from dpo_assets.feedback.readers import Format, Place, ReadOptions, Row, RowFault, keys_of
+from dpo_assets.feedback.readers import Format, Item, Place, ReadOptions, Row, RowFault, keys_of
 from dpo_assets.feedback.readers.choices import choice_score, chosen_field, entries
-from dpo_assets.feedback.readers.conversations import said, text
+from dpo_assets.feedback.readers.conversations import spoken
 from dpo_assets.feedback.readers.logged import conversation
+from dpo_assets.feedback.readers.modality import refuse_media, tools_text, with_tools
 from dpo_assets.feedback.readers.values import identifier, number, timestamp
 from dpo_assets.feedback.readers.votes import compared, majority, mean_ranks
 
@@ -48,7 +49,7 @@ class _Record:
     when: str | None
 
     def said(self, key: str) -> list[Message]:
-        return [said("assistant", text(self.fields[key], f"field `{key}`"))]
+        return [spoken("assistant", self.fields[key], f"field `{key}`")]
 
     def pair(self, prompt: list[Message], chosen: str, rejected: str, label: LabelKind, margin: float) -> Pair:
         return Pair(
@@ -66,25 +67,30 @@ class _Record:
         )
 
 
-def read(row: Row, place: Place, options: ReadOptions) -> Iterator[Pair | JudgedAnswer | RowFault]:
+def read(row: Row, place: Place, options: ReadOptions) -> Iterator[Item]:
     """A record to pairs or to one judged answer; at least one item for each record."""
     row_id = place.row_id(row.get("id"))
     try:
         record = _record(row, row_id, place, options)
         key = chosen_field(options, "prompt", record.fields, _PROMPTS)
         prompt = conversation(record.fields[key], f"field `{key}`")
-        if "edit" in options.fields:
-            yield _edit(record, prompt, options)
-        elif all(isinstance(value, list) for value in record.values):
-            yield from _ranking(record, prompt, options)
-        elif all(number(value) is not None and not isinstance(value, str) for value in record.values):
-            yield _rating(record, prompt, [number(value) or 0.0 for value in record.values], options)
-        elif all(isinstance(value, str) for value in record.values):
-            yield from _label(record, prompt, options)
-        else:
-            raise RowFault("wrong_type", f"responses to `{record.question}` are of several kinds")
+        tools = tools_text(record.fields.get("tools"), "fields.tools")
+        yield from with_tools(_items(record, prompt, options), tools)
     except RowFault as fault:
         yield RowFault(fault.reason, fault.message, row_id)
+
+
+def _items(record: _Record, prompt: list[Message], options: ReadOptions) -> Iterator[Item]:
+    if "edit" in options.fields:
+        yield _edit(record, prompt, options)
+    elif all(isinstance(value, list) for value in record.values):
+        yield from _ranking(record, prompt, options)
+    elif all(number(value) is not None and not isinstance(value, str) for value in record.values):
+        yield _rating(record, prompt, [number(value) or 0.0 for value in record.values], options)
+    elif all(isinstance(value, str) for value in record.values):
+        yield from _label(record, prompt, options)
+    else:
+        raise RowFault("wrong_type", f"responses to `{record.question}` are of several kinds")
 
 
 def _record(row: Row, row_id: str, place: Place, options: ReadOptions) -> _Record:
@@ -92,6 +98,7 @@ def _record(row: Row, row_id: str, place: Place, options: ReadOptions) -> _Recor
     fields = row.get("fields") if isinstance(nested, Mapping) else row
     if not isinstance(fields, Mapping):
         raise RowFault("wrong_shape", f"`responses` without an object `fields`; the record has: {keys_of(row)}")
+    refuse_media(fields, "fields.")
     if isinstance(nested, Mapping):
         names = [name for name, given in nested.items() if given]
     else:
@@ -221,7 +228,7 @@ def _edit(record: _Record, prompt: list[Message], options: ReadOptions) -> Pair:
     key = chosen_field(options, "answer", record.fields, ("response", "answer", "completion", "generation"))
     return Pair(
         prompt=prompt,
-        chosen=[said("assistant", text(record.values[-1], f"the response to `{record.question}`"))],
+        chosen=[spoken("assistant", record.values[-1], f"the response to `{record.question}`")],
         rejected=record.said(key),
         source=record.place.source,
         row=record.id,

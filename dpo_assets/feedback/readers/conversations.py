@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from dpo_assets.feedback.pair import ROLES, Message
+from dpo_assets.feedback.pair import REASONING, ROLES, Message, as_json
 from dpo_assets.feedback.readers import Row, RowFault
-from dpo_assets.feedback.readers.values import field, listed, mapping
+from dpo_assets.feedback.readers.base import ROLE_NAMES, TOOL_ROLES
+from dpo_assets.feedback.readers.modality import UNSUPPORTED, filled, refuse_beside_text
+from dpo_assets.feedback.readers.values import field, listed, mapping, other_type
 
-# What formats call the three roles. A name that is not here stays as it is, and the dataset's rules name it.
-ROLE_NAMES = {
-    "human": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "chatbot": "assistant",
-    "model": "assistant",
-    "developer": "system",
-}
-TOOL_ROLES = frozenset({"tool", "function", "function_call", "observation", "ipython"})
-# Reasoning that a model wrote before its answer is no part of the answer that people judged.
+# Parts that hold what a model thought before it answered.
 _THOUGHTS = frozenset({"think", "thinking", "redacted_thinking", "reasoning"})
 _TEXTS = frozenset({"text", "input_text", "output_text"})
+# The same, as keys of a message: DeepSeek, Qwen and vLLM; OpenRouter and vLLM; Ollama and gpt-oss; LiteLLM.
+THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking", "reasoning_details", "thinking_blocks")
 
 
-def said(role: str, content: str) -> Message:
-    """One message."""
-    return {"role": role, "content": content}
+def said(role: str, content: str, thought: str = "") -> Message:
+    """One message. `thought` is reasoning that stands apart from its content."""
+    return {"role": role, "content": content, REASONING: thought} if thought else {"role": role, "content": content}
 
 
 def user(text: str) -> Message:
@@ -44,87 +37,127 @@ def text_of(value: Any, where: str) -> str:
     Raises:
         RowFault: `unsupported_modality` for an image, a file, a tool call; `wrong_type` for what is no content.
     """
-    if isinstance(value, str):
-        return value
-    parts = listed(value, where, "text or a list of content parts")
-    return "\n".join(_part(part, f"{where}[{n}]") for n, part in enumerate(parts))
+    return text_and_thought(value, f"`{where}`")[0]
 
 
-def _part(value: Any, where: str) -> str:
+def text_and_thought(value: Any, where: str) -> tuple[str, str]:
+    """What content says, and the reasoning in it: text, or a list of parts; a line break stands between parts.
+
+    Args:
+        value: the content.
+        where: what it is, as a message says it.
+
+    Raises:
+        RowFault: as `text_of`.
+    """
     if isinstance(value, str):
-        return value
-    kind = mapping(value, where, "a content part").get("type")
-    if isinstance(value.get("text"), str) and kind in (None, "text", "input_text", "output_text"):
-        text: str = value["text"]
-        return text
+        return value, ""
+    texts: list[str] = []
+    thoughts: list[str] = []
+    for n, part in enumerate(listed(value, where.strip("`"), "text or a list of content parts")):
+        place = f"{where[:-1]}[{n}]`" if where.endswith("`") else f"{where}[{n}]"
+        text, is_thought = _part(part, place)
+        (thoughts if is_thought else texts).append(text)
+    return "\n".join(texts), "\n".join(filter(None, thoughts))
+
+
+def _part(value: Any, where: str) -> tuple[str, bool]:
+    """The text of a content part, and whether it is reasoning."""
+    if isinstance(value, str):
+        return value, False
+    part = mapping(value, where.strip("`"), "a content part")
+    kind = part.get("type")
+    # The key is that of Bedrock's Converse API, and of Nova.
+    if "reasoningContent" in part or (isinstance(kind, str) and kind in _THOUGHTS):
+        return thought_of(part), True
+    written = part.get("text", part.get("value") if kind == "text" else None)  # LLaMA-Factory's v1 messages.
+    if isinstance(written, Mapping):  # LibreChat's assistants: {"type": "text", "text": {"value": ...}}
+        written = written.get("value")
+    if (kind is None or (isinstance(kind, str) and kind in _TEXTS)) and isinstance(written, str):
+        refuse_beside_text(part, where)
+        return written, part.get("thought") is True  # Gemini's parts.
     if kind == "text":
-        raise RowFault("wrong_type", f"`{where}` needs text in `text`; it has: {sorted(value)}")
-    kind = kind if isinstance(kind, str) else ", ".join(sorted(k for k, v in value.items() if v is not None))
-    raise RowFault("unsupported_modality", f"`{where}` holds {kind or 'nothing'}; only text can be read")
+        raise RowFault("wrong_type", f"{where} needs text in `text`; it has: {sorted(part)}")
+    kind = kind if isinstance(kind, str) else ", ".join(sorted(k for k, v in part.items() if v is not None))
+    raise RowFault(UNSUPPORTED, f"{where} holds {kind or 'nothing'}; only text can be read")
 
 
-def text(value: Any, where: str) -> str:
-    """The text of a message: plain, or a list of content parts of which only text and reasoning may be there.
+def thought_of(value: Any) -> str:
+    """All text of a piece of reasoning, whatever its shape; "" for none. What is no text stands as JSON."""
+    if isinstance(value, str):
+        return value.strip()
+    if not filled(value):
+        return ""
+    if isinstance(value, Mapping):
+        told = [item for name, item in value.items() if name not in ("type", "id", "index", "format", "signature")]
+        return "\n".join(filter(None, map(thought_of, told)))
+    return "\n".join(filter(None, map(thought_of, value))) if isinstance(value, list) else as_json([value])
 
-    Reasoning parts are left out, text parts are joined by line breaks.
+
+def thought_beside(message: Row) -> str:
+    """The reasoning that a message has under a key of its own."""
+    for name in THOUGHT_KEYS:
+        if name in message and (thought := thought_of(message[name])):
+            return thought
+    return ""
+
+
+def spoken(role: str, value: Any, where: str, thought: str = "") -> Message:
+    """A message of plain text, or of a list of content parts of which only text and reasoning may be there.
 
     Raises:
         RowFault: `missing_text`, `wrong_type`, `invalid_utf8`, or
             `unsupported_modality` for images, files and tool calls.
     """
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        value = "\n".join(piece for part in value if (piece := _spoken(part, where)) is not None)
-    if value is not None and not isinstance(value, str):
+    if value is not None and not isinstance(value, str | list):
         raise RowFault("wrong_type", f"{where} is {type(value).__name__}, expected text")
-    if not value or not value.strip():
+    text, inner = text_and_thought(value, where) if value else ("", "")
+    thought = "\n".join(filter(None, (thought, inner)))
+    if not text.strip() and role != "system":
         raise RowFault("missing_text", f"{where} holds no text")
     try:
-        value.encode("utf-8")
+        text.encode("utf-8")
+        thought.encode("utf-8")
     except UnicodeEncodeError:
         # JSON inside a string field can hold one although the line itself was valid; it would break Parquet later.
         raise RowFault("invalid_utf8", f"{where} holds a lone surrogate escape, which is not text") from None
-    return value
+    return said(role, text, thought)
 
 
-def _spoken(part: Any, where: str) -> str | None:
-    if isinstance(part, str):
-        return part
-    if not isinstance(part, Mapping):
-        raise RowFault("wrong_type", f"{where} holds a part that is {type(part).__name__}")
-    kind = part.get("type")
-    if isinstance(kind, str) and kind in _THOUGHTS:
-        return None
-    written = part.get("text")
-    if isinstance(written, Mapping):  # LibreChat's assistants: {"type": "text", "text": {"value": ...}}
-        written = written.get("value")
-    if (kind is None or (isinstance(kind, str) and kind in _TEXTS)) and isinstance(written, str):
-        return written
-    raise RowFault("unsupported_modality", f"{where} holds a part of type {kind!r}; only text can be learnt here")
+def without_empty_systems(conversation: list[Message]) -> list[Message]:
+    """The conversation without system messages that say nothing."""
+    if all(m["role"] != "system" or m["content"].strip() for m in conversation):
+        return conversation
+    return [m for m in conversation if m["role"] != "system" or m["content"].strip()]
 
 
 def message(value: Any, where: str, role: str = "role", content: str = "content") -> Message:
-    """One message, whose role and content stand under these keys."""
-    given, said = mapping(value, where, f"{{{role}, {content}}}").get(role), value.get(content)
+    """One message, whose role and content stand under these keys; reasoning that stands apart comes with it."""
+    item = mapping(value, where, f"{{{role}, {content}}}")
+    given, inner = item.get(role), item.get(content)
     if not isinstance(given, str):
-        raise RowFault("wrong_type", f"`{where}` needs text in `{role}` and `{content}`; it has: {sorted(value)}")
-    if given in TOOL_ROLES or value.get("tool_calls") or value.get("function_call"):
-        raise RowFault("unsupported_modality", f"`{where}` is part of a tool call; only text can be read")
-    if not isinstance(said, str):
-        if not isinstance(said, list):
-            raise RowFault("wrong_type", f"`{where}` needs text in `{role}` and `{content}`; it has: {sorted(value)}")
-        said = text_of(said, f"{where}.{content}")
-    return {"role": given if given in ROLES else ROLE_NAMES.get(given, given), "content": said}
+        raise RowFault("wrong_type", f"`{where}` needs text in `{role}` and `{content}`; it has: {sorted(item)}")
+    if given in TOOL_ROLES:
+        raise RowFault(UNSUPPORTED, f"`{where}` is part of a tool call; only text can be read")
+    refuse_beside_text(item, f"`{where}`")
+    if not isinstance(inner, str | list):
+        raise RowFault("wrong_type", f"`{where}` needs text in `{role}` and `{content}`; it has: {sorted(item)}")
+    text, thought = text_and_thought(inner, f"`{where}.{content}`")
+    thought = "\n".join(filter(None, (thought_beside(item), thought)))
+    return said(given if given in ROLES else ROLE_NAMES.get(given, given), text, thought)
 
 
 def messages(value: Any, where: str, role: str = "role", content: str = "content") -> list[Message]:
-    """A list of messages."""
+    """A list of messages, without system messages that say nothing."""
     found: list[Message] = []
     for n, item in enumerate(listed(value, where, "a list of messages")):
         # The usual message first and without a call: a million rows have several each.
         if type(item) is dict and item.get(role) in ROLES and type(item.get(content)) is str and len(item) == 2:
-            found.append({"role": item[role], "content": item[content]})
+            one: Message = {"role": item[role], "content": item[content]}
         else:
-            found.append(message(item, f"{where}[{n}]", role, content))
+            one = message(item, f"{where}[{n}]", role, content)
+        if one["role"] != "system" or one["content"].strip():
+            found.append(one)
     return found
 
 
@@ -133,7 +166,7 @@ def turns(value: Any, where: str, speaker: str) -> list[Message]:
     if isinstance(value, str):
         return [{"role": speaker, "content": value}]
     if not isinstance(value, list):
-        raise RowFault("wrong_type", f"`{where}` is {type(value).__name__}; expected text or a list of messages")
+        raise other_type(value, where, "text or a list of messages")
     return messages(value, where)
 
 
@@ -147,10 +180,10 @@ def answer_in(row: Row, name: str, role: str = "role", content: str = "content")
 
 def with_system(row: Row, prompt: list[Message], name: str = "system") -> list[Message]:
     """The prompt after the row's system text, where it has one and the prompt does not open with its own."""
-    said = row.get(name)
-    if said is None or said == "" or (prompt and prompt[0]["role"] == "system"):
+    given = row.get(name)
+    if given is None or (prompt and prompt[0]["role"] == "system"):
         return prompt
-    return [{"role": "system", "content": text_of(said, name)}, *prompt]
+    return without_empty_systems([said("system", text_of(given, name)), *prompt])
 
 
 def history(row: Row) -> list[Message]:

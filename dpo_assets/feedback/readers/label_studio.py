@@ -14,15 +14,16 @@ decides a comparison, with their agreement (the share of them who chose so) as m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dpo_assets.feedback.pair import JudgedAnswer, Message, Pair, named
-from dpo_assets.feedback.readers import Format, Place, ReadOptions, Row, RowFault, keys_of
+from dpo_assets.feedback.readers import Format, Item, Place, ReadOptions, Row, RowFault, keys_of
 from dpo_assets.feedback.readers.choices import choice_score, chosen_field
-from dpo_assets.feedback.readers.conversations import said, text
+from dpo_assets.feedback.readers.conversations import spoken
 from dpo_assets.feedback.readers.logged import conversation
+from dpo_assets.feedback.readers.modality import refuse_media, tools_text, with_tools
 from dpo_assets.feedback.readers.values import identifier, number, section, timestamp, version
 from dpo_assets.feedback.readers.votes import majority
 
@@ -41,18 +42,20 @@ class _Verdict:
     annotation: Mapping[str, Any]
 
 
-def read(row: Row, place: Place, options: ReadOptions) -> Iterator[Pair | JudgedAnswer | RowFault]:
+def read(row: Row, place: Place, options: ReadOptions) -> Iterator[Item]:
     """A task to one pair, or to one judged answer for each answer rated; at least one item for each task."""
     row_id = place.row_id(row.get("id"))
     try:
         data = section(row, "data")
+        refuse_media(data, "data.")
         verdicts = _verdicts(row, options)
         key = chosen_field(options, "prompt", data, _PROMPTS)
         prompt = conversation(data[key], f"`data.{key}`")
         if verdicts[0].kind == "pairwise" or (verdicts[0].kind == "choices" and _compares(verdicts, data, options)):
-            yield _pair(verdicts, data, prompt, row_id, place, options)
+            items: Iterable[Item] = [_pair(verdicts, data, prompt, row_id, place, options)]
         else:
-            yield from _judged(verdicts, data, prompt, row_id, place, options)
+            items = _judged(verdicts, data, prompt, row_id, place, options)
+        yield from with_tools(items, tools_text(data.get("tools"), "data.tools"))
     except RowFault as fault:
         yield RowFault(fault.reason, fault.message, row_id)
 
@@ -165,7 +168,7 @@ def _pair(
     winner, agreement = majority(votes)
     if winner == "tie":
         raise RowFault("tie", "most annotators found neither answer better")
-    left, right = ([said("assistant", text(data[key], f"`data.{key}`"))] for key in sides)
+    left, right = ([spoken("assistant", data[key], f"`data.{key}`")] for key in sides)
     chosen, rejected = (left, right) if winner == "left" else (right, left)
     return Pair(
         prompt=prompt,
@@ -196,7 +199,7 @@ def _judged(
         scores = [_score(verdict, options) for verdict in given]
         yield JudgedAnswer(
             prompt=prompt,
-            answer=[said("assistant", text(data[key], f"`data.{key}`"))],
+            answer=[spoken("assistant", data[key], f"`data.{key}`")],
             score=sum(score / len(scores) for score in scores),  # A sum first could overflow.
             source=place.source,
             row=f"{row_id}:{key}",

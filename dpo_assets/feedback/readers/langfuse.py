@@ -25,7 +25,7 @@ from typing import Any
 from dpo_assets.feedback.pair import JudgedAnswer, LabelKind, Pair, named
 from dpo_assets.feedback.readers import Format, Item, Place, ReadOptions, Row, RowFault, keys_of
 from dpo_assets.feedback.readers.choices import choice_score
-from dpo_assets.feedback.readers.logged import answer_of, prompt_of
+from dpo_assets.feedback.readers.logged import answer_of, prompt_of, tools_in
 from dpo_assets.feedback.readers.store import Companion, GroupedReader, Identity, Stored
 from dpo_assets.feedback.readers.values import identifier, number, timestamp, version
 
@@ -79,6 +79,7 @@ class ScoreReader(GroupedReader):
         observation = self._observed(row)
         prompt = prompt_of(observation["input"], options.fields.get("prompt"))
         answer = answer_of(observation["output"], options.fields.get("answer"))
+        tools = tools_in(observation["input"])
         about = {"score": name, "model": observation["model"], "observation": observation["id"]}
         when = timestamp(_get(row, "updated_at"), row.get("timestamp"), _get(row, "created_at"))
         user = named(identifier(_get(row, "author_user_id")))
@@ -95,9 +96,12 @@ class ScoreReader(GroupedReader):
                 meta=about,
                 created_at=when,
                 user=user,
+                tools=tools,
             )
         score, label = _score(row, kind, options)
-        return JudgedAnswer(prompt, answer, score, place.source, row_id, place.line, label, about, when, user)
+        return JudgedAnswer(
+            prompt, answer, score, place.source, row_id, place.line, label, about, when, user, tools=tools
+        )
 
     def _check_name(self, name: Any, options: ReadOptions) -> None:
         wanted = options.fields.get("question")

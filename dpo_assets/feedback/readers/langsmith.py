@@ -24,7 +24,7 @@ from typing import Any
 from dpo_assets.feedback.pair import JudgedAnswer, LabelKind, Pair, named
 from dpo_assets.feedback.readers import Format, Item, Place, ReadOptions, Row, RowFault, keys_of
 from dpo_assets.feedback.readers.choices import choice_score
-from dpo_assets.feedback.readers.logged import answer_of, prompt_of
+from dpo_assets.feedback.readers.logged import answer_of, prompt_of, tools_in
 from dpo_assets.feedback.readers.store import Companion, GroupedReader, Identity, Stored
 from dpo_assets.feedback.readers.values import identifier, number, timestamp, version
 from dpo_assets.feedback.readers.votes import compared
@@ -88,6 +88,7 @@ class FeedbackReader(GroupedReader):
         run = self._judged(row)
         prompt = prompt_of(run["inputs"], options.fields.get("prompt"))
         answer = answer_of(run["outputs"], options.fields.get("answer"))
+        tools = _tools(run)
         when, user = _when(row), _user(row)
         about = {"key": row.get("key"), "run": run["id"]}
         if edited is not None:
@@ -102,8 +103,11 @@ class FeedbackReader(GroupedReader):
                 meta=about,
                 created_at=when,
                 user=user,
+                tools=tools,
             )
-        return JudgedAnswer(prompt, answer, score, place.source, row_id, place.line, label, about, when, user)
+        return JudgedAnswer(
+            prompt, answer, score, place.source, row_id, place.line, label, about, when, user, tools=tools
+        )
 
     def _compared(self, rows: Sequence[Stored], options: ReadOptions) -> Iterator[tuple[Place, Item]]:
         """One comparison of two or more runs."""
@@ -139,7 +143,8 @@ class FeedbackReader(GroupedReader):
         try:
             runs = [self._judged(row), self._judged(loser.row)]
             prompt, other = (prompt_of(run["inputs"], options.fields.get("prompt")) for run in runs)
-            if prompt != other:
+            tools, others = map(_tools, runs)
+            if (prompt, tools) != (other, others):
                 raise RowFault("no_shared_prompt", "the two runs were given different inputs")
             chosen, rejected = (answer_of(run["outputs"], options.fields.get("answer")) for run in runs)
         except RowFault as fault:
@@ -156,6 +161,7 @@ class FeedbackReader(GroupedReader):
             meta={"key": row.get("key"), "runs": [run["id"] for run in runs]},
             created_at=_when(row),
             user=_user(row),
+            tools=tools,
         )
 
     def _check_key(self, row: Row, options: ReadOptions) -> None:
@@ -185,7 +191,19 @@ def _run(row: Row) -> Mapping[str, Any] | None:
         "inputs": row.get("inputs"),
         "outputs": row.get("outputs"),
         "example": identifier(row.get("reference_example_id")),
+        "tools": _given_tools(row),
     }
+
+
+def _given_tools(row: Row) -> Any:
+    """What a model was told of tools, which LangSmith keeps apart from its inputs."""
+    extra = row.get("extra")
+    parameters = extra.get("invocation_params") if isinstance(extra, Mapping) else None
+    return parameters.get("tools") or parameters.get("functions") if isinstance(parameters, Mapping) else None
+
+
+def _tools(run: Row) -> str:
+    return tools_in(run["inputs"]) or tools_in({"tools": run["tools"]})
 
 
 def _edited(correction: Any) -> Any:

@@ -16,7 +16,8 @@ from typing import Any
 from dpo_assets.feedback.pair import JudgedAnswer, Message, named
 from dpo_assets.feedback.readers import FileReader, Format, Item, Place, ReadOptions, Row, RowFault, keys_of
 from dpo_assets.feedback.readers.choices import entries
-from dpo_assets.feedback.readers.conversations import said, text
+from dpo_assets.feedback.readers.conversations import spoken
+from dpo_assets.feedback.readers.modality import UNSUPPORTED, filled, refuse_beside_text
 from dpo_assets.feedback.readers.store import GroupedReader, Identity, Stored
 from dpo_assets.feedback.readers.values import identifier, timestamp, version
 
@@ -102,12 +103,12 @@ def _prompt(row: Row, messages: Mapping[str, Row]) -> list[Message]:
 
 def _message(row: Row) -> Message:
     where = f"message {row.get('messageId')!r}"
-    files = row.get("files")
-    if isinstance(files, list) and any(str(f.get("type")).startswith("image") for f in files if isinstance(f, Mapping)):
-        raise RowFault("unsupported_modality", f"{where} shows an image")
+    refuse_beside_text(row, where)
+    if filled(row.get("plugins")):
+        raise RowFault(UNSUPPORTED, f"{where} was made with plugins; only text can be read")
     # Newer answers are content parts, and their `text` is empty.
     content = row.get("content") or row.get("text")
-    return said("user" if row.get("isCreatedByUser") else "assistant", text(content, where))
+    return spoken("user" if row.get("isCreatedByUser") else "assistant", content, where)
 
 
 def _fits(row: Row) -> float:

@@ -12,7 +12,9 @@ from typing import Any
 
 from dpo_assets.feedback.pair import Message
 from dpo_assets.feedback.readers import RowFault, keys_of
-from dpo_assets.feedback.readers.conversations import said, text
+from dpo_assets.feedback.readers.base import TOOL_ROLES
+from dpo_assets.feedback.readers.conversations import spoken, thought_beside, without_empty_systems
+from dpo_assets.feedback.readers.modality import UNSUPPORTED, refuse_beside_text, refuse_media, tools_text
 
 _ROLES = {
     "system": "system",
@@ -31,7 +33,7 @@ def conversation(value: Any, where: str) -> list[Message]:
     """A prompt as an annotation tool shows it: text, which is one user message, or a list of messages."""
     if isinstance(value, list):
         return prompt_of(value)
-    return [said("user", text(value, where))]
+    return [spoken("user", value, where)]
 
 
 def prompt_of(value: Any, key: str | None = None) -> list[Message]:
@@ -45,6 +47,8 @@ def prompt_of(value: Any, key: str | None = None) -> list[Message]:
         RowFault: with the keys that were found, where it is not clear which of them is the prompt.
     """
     opened = _opened(value)
+    if isinstance(opened, Mapping):
+        refuse_media(opened, "input.")
     if isinstance(opened, Mapping) and key is not None:
         opened = _opened(_named(opened, key, "input"))
     if isinstance(opened, Mapping):
@@ -56,12 +60,24 @@ def prompt_of(value: Any, key: str | None = None) -> list[Message]:
             hint = "say which key holds the prompt as `fields: {prompt: ...}`"
             raise RowFault("wrong_shape", f"the input is an object with: {keys_of(opened)}; {hint}")
     if isinstance(opened, str):
-        return [said("user", text(opened, "the input"))]
+        return [spoken("user", opened, "the input")]
     if isinstance(opened, Mapping):
         return [_message(opened, "the input", "user")]
     if isinstance(opened, list) and opened:
-        return [_message(item, f"message {n} of the input", "user") for n, item in enumerate(opened)]
+        said = [_message(item, f"message {n} of the input", "user") for n, item in enumerate(opened)]
+        return without_empty_systems(said)
     raise _unlike(opened, "input")
+
+
+def tools_in(value: Any) -> str:
+    """The tools of a logged input beside its messages, as `Pair.tools` keeps them; "" for none.
+
+    Raises:
+        RowFault: `unsupported_modality`, for tools that are no definitions of functions.
+    """
+    opened = _opened(value)
+    given = opened if isinstance(opened, Mapping) else {}
+    return tools_text(given.get("tools") or given.get("functions"), "input.tools")
 
 
 def answer_of(value: Any, key: str | None = None) -> list[Message]:
@@ -77,12 +93,14 @@ def answer_of(value: Any, key: str | None = None) -> list[Message]:
         RowFault: with the keys that were found, where it is not clear which of them is the answer.
     """
     opened = _opened(value)
+    if isinstance(opened, Mapping):
+        refuse_media(opened, "output.")
     if isinstance(opened, Mapping) and key is not None:
         opened = _opened(_named(opened, key, "output"))
     if isinstance(opened, Mapping):
         opened = _inside(opened, value)
     if isinstance(opened, str):
-        return [said("assistant", text(opened, "the output"))]
+        return [spoken("assistant", opened, "the output")]
     if isinstance(opened, Mapping):
         return [_answer(opened, "the output")]
     if isinstance(opened, list) and opened and all(isinstance(item, Mapping) for item in opened):
@@ -90,7 +108,7 @@ def answer_of(value: Any, key: str | None = None) -> list[Message]:
         if start < len(opened):
             return [_answer(item, "a message of the output") for item in opened[start:]]
     if isinstance(value, str) and isinstance(opened, list):
-        return [said("assistant", text(value, "the output"))]
+        return [spoken("assistant", value, "the output")]
     raise _unlike(opened, "output")
 
 
@@ -149,28 +167,38 @@ def _role(item: Any, default: str) -> str | None:
     """The role of a message in this project's names; None for one that has no such role."""
     if not isinstance(item, Mapping):
         return None
-    given = item.get("role") or item.get("type")
-    if given == "constructor" and isinstance(name := item.get("id"), list) and name and isinstance(name[-1], str):
-        given = name[-1].removesuffix("Chunk").removesuffix("Message")  # [..., "HumanMessage"]
+    given = _told_role(item)
     if given is None:
         return default
     return _ROLES.get(given.lower()) if isinstance(given, str) else None
 
 
+def _told_role(item: Mapping[str, Any]) -> Any:
+    """What a message says of its role."""
+    given = item.get("role") or item.get("type")
+    if given == "constructor" and isinstance(name := item.get("id"), list) and name and isinstance(name[-1], str):
+        return name[-1].removesuffix("Chunk").removesuffix("Message")  # [..., "HumanMessage"]
+    return given
+
+
 def _message(item: Any, where: str, default: str) -> Message:
     if isinstance(item, str):
-        return said(default, text(item, where))
+        return spoken(default, item, where)
     if not isinstance(item, Mapping):
         raise RowFault("wrong_type", f"{where} is {type(item).__name__}, expected a message")
     inner = item["kwargs"] if isinstance(item.get("kwargs"), Mapping) else item
-    if inner.get("tool_calls"):
-        raise RowFault("unsupported_modality", f"{where} calls tools; only text can be learnt here")
+    more = inner["additional_kwargs"] if isinstance(inner.get("additional_kwargs"), Mapping) else {}  # LangChain's.
+    for carrier in (inner, more):
+        refuse_beside_text(carrier, where)
     role = _role(item, default)
     if role is None:
-        raise RowFault("unknown_role", f"{where} has role {item.get('role') or item.get('type')!r}")
+        told = _told_role(item)
+        if isinstance(told, str) and told.lower() in TOOL_ROLES:
+            raise RowFault(UNSUPPORTED, f"{where} is part of a tool call; only text can be read")
+        raise RowFault("unknown_role", f"{where} has role {told!r}")
     if "content" not in inner:
         raise RowFault("wrong_shape", f"{where} has no `content`; it has: {keys_of(inner)}")
-    return said(role, text(inner["content"], where))
+    return spoken(role, inner["content"], where, thought_beside(inner) or thought_beside(more))
 
 
 def _answer(item: Any, where: str) -> Message:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from dpo_assets.feedback.readers import Format, Item, Row, RowFault
-from dpo_assets.feedback.readers.conversations import assistant, messages, text_of, with_system
+from dpo_assets.feedback.readers.conversations import messages, spoken, with_system
+from dpo_assets.feedback.readers.modality import UNSUPPORTED, filled
 from dpo_assets.feedback.readers.shapes import At, Scored, by_row
 from dpo_assets.feedback.readers.values import field, listed, mapping, other_shape, others
 
@@ -18,6 +19,8 @@ def read(row: Row, at: At) -> Iterator[Item]:
     """All messages but the last are the prompt."""
     if _candidates(row) is None:
         raise other_shape(row, "messages whose last one holds candidates")
+    if filled(row.get("toolConfig")):
+        raise RowFault(UNSUPPORTED, "`toolConfig` is filled: these tools have another form; give them as `tools`")
     *before, last = row["messages"]
     prompt = with_system(row, messages(before, "messages"))
     scored: list[Scored] = []
@@ -27,8 +30,8 @@ def read(row: Row, at: At) -> Iterator[Item]:
         label = field(candidate, "preferenceLabel", f"{where}.")
         if not isinstance(label, str) or label not in _LABELS:
             raise RowFault("wrong_type", f"`{where}.preferenceLabel` is none of: {', '.join(_LABELS)}")
-        text = text_of(field(candidate, "content", f"{where}."), f"{where}.content")
-        scored.append(([assistant(text)], _LABELS[label], {}))
+        answer = spoken("assistant", field(candidate, "content", f"{where}."), f"`{where}.content`")
+        scored.append(([answer], _LABELS[label], {}))
     meta = others(row, "id", "messages", "system", "schemaVersion")
     yield from at.ranking(prompt, scored, "human_pair", meta)
 

@@ -16,17 +16,22 @@ Kept until the end of the file: the rows, on disk; in memory the rows of one cha
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dpo_assets.errors import ConfigError
-from dpo_assets.feedback.pair import JudgedAnswer, LabelKind, Message, Pair, named
+from dpo_assets.feedback.pair import REASONING, JudgedAnswer, LabelKind, Message, Pair, named
 from dpo_assets.feedback.readers import FileReader, Format, Item, Place, ReadOptions, Row, RowFault
-from dpo_assets.feedback.readers.conversations import said, text
+from dpo_assets.feedback.readers.base import TOOL_ROLES
+from dpo_assets.feedback.readers.conversations import said, spoken, thought_beside, without_empty_systems
+from dpo_assets.feedback.readers.modality import UNSUPPORTED, refuse_beside_text
 from dpo_assets.feedback.readers.store import GroupedReader, Identity, Stored
 from dpo_assets.feedback.readers.values import identifier, number, section, timestamp, version
 
 SIBLINGS = ("unrated", "opposite", "arena")
+_FOLDED = re.compile(r'<details\s+type="(\w+)"[^>]*>(.*?)(?:</details>\s*|\Z)', re.DOTALL)
+_SUMMARY = re.compile(r"<summary>.*?</summary>", re.DOTALL)
 _ROLES = ("system", "user", "assistant")
 
 
@@ -87,7 +92,7 @@ def _read(stored: Stored, row_id: str, votes: Mapping[str, int], options: ReadOp
     message = messages.get(message_id) if message_id is not None else None
     if message_id is None or not isinstance(message, Mapping):
         raise RowFault("no_counterpart", f"message {message_id!r} is not in the snapshot of its chat")
-    prompt = system + _prompt(message, messages)
+    prompt = system + without_empty_systems(_prompt(message, messages))
     answer = [_message(message)]
     when = timestamp(row.get("updated_at"), row.get("created_at"))
     user = named(identifier(row.get("user_id")))
@@ -130,9 +135,7 @@ def _history(row: Row) -> tuple[Mapping[str, Any], list[Message]]:
     messages = section(section(inner, "history"), "messages")
     params = inner.get("params")
     system = params.get("system") if isinstance(params, Mapping) else None
-    if isinstance(system, str) and system.strip():
-        return messages, [said("system", text(system, "the system prompt"))]
-    return messages, []
+    return messages, without_empty_systems([said("system", system)]) if isinstance(system, str) else []
 
 
 def _prompt(message: Mapping[str, Any], messages: Mapping[str, Any]) -> list[Message]:
@@ -177,13 +180,29 @@ def _counts(vote: int, other: int | None, options: ReadOptions) -> bool:
 
 
 def _message(message: Mapping[str, Any]) -> Message:
-    role = message.get("role")
+    role, where = message.get("role"), f"message {message.get('id')!r}"
+    if isinstance(role, str) and role in TOOL_ROLES:
+        raise RowFault(UNSUPPORTED, f"{where} is part of a tool call; only text can be read")
     if not isinstance(role, str) or role not in _ROLES:
-        raise RowFault("unknown_role", f"message {message.get('id')!r} has role {role!r}")
-    files = message.get("files")
-    if isinstance(files, list) and any(isinstance(f, Mapping) and f.get("type") == "image" for f in files):
-        raise RowFault("unsupported_modality", f"message {message.get('id')!r} shows an image")
-    return said(role, text(message.get("content"), f"message {message.get('id')!r}"))
+        raise RowFault("unknown_role", f"{where} has role {role!r}")
+    refuse_beside_text(message, where)
+    written, thought = spoken(role, message.get("content"), where), thought_beside(message)
+    text, folded = _unfolded(written["content"], where)
+    thought = "\n".join(filter(None, (thought, written.get(REASONING), folded)))
+    return spoken(role, text, where, thought)
+
+
+def _unfolded(text: str, where: str) -> tuple[str, str]:
+    """A text without the sections that Open WebUI folds away, and the reasoning that was in them.
+
+    It writes what a model did before it answered as `<details type="...">` into the answer (backend, middleware.py).
+    """
+    thoughts: list[str] = []
+    for kind, inner in _FOLDED.findall(text):
+        if kind != "reasoning":
+            raise RowFault(UNSUPPORTED, f"{where} holds {kind}; only text can be read")
+        thoughts.append(_SUMMARY.sub("", inner).strip())
+    return (_FOLDED.sub("", text), "\n".join(thoughts)) if thoughts else (text, "")
 
 
 def _about(row: Row, data: Mapping[str, Any], message: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from dpo_assets.feedback.cells import Binary, NotFinite
 from dpo_assets.feedback.readers import Row, RowFault, keys_of
 
 _MILLISECONDS = 1e11  # Seconds of the year 5138, milliseconds of 1973.
@@ -31,9 +32,18 @@ def other_shape(row: Row, expected: str) -> RowFault:
     return RowFault("wrong_shape", f"expected {expected}; the row has: {keys_of(row)}")
 
 
+def other_type(value: Any, where: str, expected: str) -> RowFault:
+    """The fault of a value that a format wants to be of another type."""
+    if isinstance(value, Binary):
+        return RowFault(
+            "invalid_utf8", f"`{where}` holds {len(value)} bytes that are no UTF-8 text; expected {expected}"
+        )
+    return RowFault("wrong_type", f"`{where}` is {type(value).__name__}; expected {expected}{_hint(value)}")
+
+
 def mapping(value: Any, where: str, expected: str = "an object") -> Row:
     if not isinstance(value, Mapping):
-        raise RowFault("wrong_type", f"`{where}` is {type(value).__name__}; expected {expected}")
+        raise other_type(value, where, expected)
     return value
 
 
@@ -48,8 +58,14 @@ def section(row: Row, name: str) -> Row:
 
 def listed(value: Any, where: str, expected: str = "a list") -> list[Any]:
     if not isinstance(value, list):
-        raise RowFault("wrong_type", f"`{where}` is {type(value).__name__}; expected {expected}")
+        raise other_type(value, where, expected)
     return value
+
+
+def _hint(value: Any) -> str:
+    """What to do about a value that is JSON in text, as SQL and CSV have it."""
+    is_json = isinstance(value, str) and value.lstrip()[:1] in ("{", "[")
+    return "; if its text is JSON, name the column under `json_columns`" if is_json else ""
 
 
 def others(row: Row, *used: str) -> dict[str, Any]:
@@ -60,12 +76,18 @@ def others(row: Row, *used: str) -> dict[str, Any]:
 def needed_text(row: Row, name: str, inside: str = "") -> str:
     value = field(row, name, inside)
     if not isinstance(value, str):
-        raise RowFault("wrong_type", f"`{inside}{name}` is {type(value).__name__}; expected text")
+        raise other_type(value, f"{inside}{name}", "text")
     return value
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or text that is one (as CSV exports have it)."""
+    """A finite number, or text that is one (as CSV exports have it).
+
+    Raises:
+        RowFault: `invalid_number` for an infinite one.
+    """
+    if isinstance(value, NotFinite):
+        raise RowFault("invalid_number", f"a number is {value}")
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     if isinstance(value, str) and "_" in value:  # `float` reads "1_0" as 10, which no export means.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from dpo_assets.feedback.pair import Message
 from dpo_assets.feedback.readers import Format, Item, Row, RowFault, has
-from dpo_assets.feedback.readers.conversations import message, messages, text_of
+from dpo_assets.feedback.readers.conversations import message, messages, said, text_of, without_empty_systems
 from dpo_assets.feedback.readers.shapes import At, Scored, by_row
 from dpo_assets.feedback.readers.values import field, listed, mapping, needed_number, other_shape, others
 
@@ -33,7 +33,7 @@ def _system(row: Row) -> list[Message]:
     for name in ("system_instruction", "systemInstruction"):
         if row.get(name) is not None:
             parts = field(mapping(row[name], name, "{parts}"), "parts", f"{name}.")
-            return [{"role": "system", "content": text_of(parts, f"{name}.parts")}]
+            return without_empty_systems([said("system", text_of(parts, f"{name}.parts"))])
     return []
 
 

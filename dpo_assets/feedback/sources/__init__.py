@@ -29,7 +29,7 @@ from dpo_assets.feedback.readers import RowFault
 if TYPE_CHECKING:
     from dpo_assets.feedback.sources.hub import HubAccess
     from dpo_assets.feedback.sources.rows import Parse, Rows
-    from dpo_assets.recipe import FeedbackSource
+    from dpo_assets.recipe import FeedbackSection, FeedbackSource
 
 
 class FileRefused(DpoAssetsError):
@@ -41,6 +41,38 @@ class FileRefused(DpoAssetsError):
 
     def __reduce__(self) -> tuple[type[FileRefused], tuple[str, str]]:  # So that it crosses processes.
         return FileRefused, (self.reason, self.message)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a source may ask for. Everything above is refused, in memory that does not grow with it.
+
+    What a small file holds once it is unpacked is bounded by what reading costs, bytes and rows, and not by how well
+    it compresses: rows that share a long system prompt compress hundreds of times.
+
+    Args:
+        row_bytes: of one row; a longer one is the fault `row_too_large` of that row.
+        depth: of nested JSON; deeper is the fault `too_deep` of that row.
+        file_bytes: of one file as it lies on the disk, or is fetched.
+        unpacked_bytes: of one compressed or Parquet file, once unpacked.
+        unpacked_rows: of one compressed or Parquet file.
+        bad_text_rate: share of lines that are not UTF-8 from which the file is taken to be in another encoding.
+    """
+
+    row_bytes: int = 4 * 2**20
+    depth: int = 64
+    file_bytes: int = 64 * 2**30
+    unpacked_bytes: int = 4 * 2**30
+    unpacked_rows: int = 2_000_000
+    bad_text_rate: float = 0.2
+
+    @classmethod
+    def of(cls, feedback: FeedbackSection) -> Limits:
+        """As the recipe sets them."""
+        return cls(unpacked_bytes=int(feedback.max_unpacked_gib * 2**30), unpacked_rows=feedback.max_unpacked_rows)
+
+
+DEFAULT_LIMITS = Limits()
 
 
 @dataclass(frozen=True)
@@ -63,6 +95,7 @@ class FeedbackFile:
         sniffed: what `format: auto` saw and how sure it is; empty for a format that the recipe names.
         facts: what else its source says of it: revision, URL, watermarks.
         superseded: numbers of rows that its source has given again since, as they are now: rows of no use.
+        limits: what it may ask for. No part of its identity: rows that were read stay read.
         refused: why the file as a whole is refused, or None.
     """
 
@@ -81,6 +114,7 @@ class FeedbackFile:
     sniffed: str = ""
     facts: Mapping[str, str] = field(default_factory=dict)
     superseded: tuple[int, ...] = ()
+    limits: Limits = DEFAULT_LIMITS
     refused: FileRefused | None = None
 
     def identity(self) -> dict[str, Any]:
@@ -120,26 +154,6 @@ class Span(NamedTuple):
     end: int
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What a source may ask for. Everything above is refused, in memory that does not grow with it.
-
-    Args:
-        row_bytes: of one row; a longer one is the fault `row_too_large` of that row.
-        depth: of nested JSON; deeper is the fault `too_deep` of that row.
-        file_bytes: of one file, once decompressed.
-        ratio: decompressed to compressed bytes, beyond the first 16 MiB.
-        bad_text_rate: share of lines that are not UTF-8 from which the file is taken to be in another encoding.
-    """
-
-    row_bytes: int = 4 * 2**20
-    depth: int = 64
-    file_bytes: int = 64 * 2**30
-    ratio: int = 100
-    bad_text_rate: float = 0.2
-
-
-DEFAULT_LIMITS = Limits()
 AUTO = "auto"  # The format of a source whose files are looked at to tell it.
 
 
@@ -156,7 +170,7 @@ def files_of(
         sources: of the recipe, with absolute paths (`recipe.resolve_paths`).
         landing: a folder that lives as long as the pipeline; needed for URLs, Hub datasets and SQL.
         hub: makes a client of the Hub (`HubResource.api`); default: its public address, without a token.
-        limits: see Limits.
+        limits: see Limits; each file takes them along.
 
     Raises:
         ConfigError: a source cannot work as it is written; a FeedbackError when it matches no file.
@@ -167,31 +181,26 @@ def files_of(
     return find(sources, landing, hub, limits)
 
 
-def rows_of(
-    file: FeedbackFile,
-    span: Span | None = None,
-    *,
-    parse: Parse | None = None,
-    limits: Limits = DEFAULT_LIMITS,
-) -> Rows:
+def rows_of(file: FeedbackFile, span: Span | None = None, *, parse: Parse | None = None) -> Rows:
     """The rows of a file, or of one span of it, in order, in bounded memory. Iterate once; then see its `flags`.
 
     Args:
         file: from `files_of`. Can be sent to another process.
         span: one of `spans_of(file)`.
         parse: JSON bytes to an object, raising RowFault; default `lines.parse_line`. Not called for CSV and Parquet.
-        limits: see Limits.
 
     Raises:
         FileRefused: while iterating, at any moment. All rows of the file are void then.
     """
     from dpo_assets.feedback.sources.rows import Rows
 
-    return Rows(file, span, parse, limits)
+    return Rows(file, span, parse)
 
 
-def spans_of(file: FeedbackFile, size: int = 64 * 2**20, *, limits: Limits = DEFAULT_LIMITS) -> list[Span] | None:
-    """Parts of about `size` bytes that can be read by several processes, or None: read it with `rows_of(file)`.
+def spans_of(file: FeedbackFile, size: int = 64 * 2**20, rows: int = 2**16) -> list[Span] | None:
+    """Parts that can be read by several processes, or None: read it with `rows_of(file)`.
+
+    A part ends behind the line with which it reaches `size` bytes or `rows` lines, whichever comes first.
 
     Only plain UTF-8 JSONL can be cut. Who reads by spans calls `verify_unchanged` after the last one; `rows_of`
     without a span does it itself.
@@ -201,7 +210,7 @@ def spans_of(file: FeedbackFile, size: int = 64 * 2**20, *, limits: Limits = DEF
     """
     from dpo_assets.feedback.sources.rows import cut
 
-    return cut(file, size, limits)
+    return cut(file, size, rows)
 
 
 def verify_unchanged(file: FeedbackFile) -> None:

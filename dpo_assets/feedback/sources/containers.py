@@ -6,10 +6,11 @@ import io
 import json
 import re
 from pathlib import PurePath
-from typing import Literal
+from typing import Any, Literal
 
 from dpo_assets.feedback.sources import FileRefused
-from dpo_assets.feedback.sources.streams import GZIP, ZSTD
+from dpo_assets.feedback.sources.json_values import wraps_rows
+from dpo_assets.feedback.sources.streams import GZIP, UNPACK, ZSTD
 
 Kind = Literal["lines", "values", "csv", "parquet"]
 PARQUET = b"PAR1"
@@ -65,6 +66,11 @@ def unpacked_name(name: str) -> str:
     return name[: -len(PurePath(name).suffix)] if PurePath(name).suffix.lower() in _PACKED else name
 
 
+def unpacker(name: str) -> str:
+    """What unpacks a file of this name by hand; nothing for one that is not compressed."""
+    return UNPACK.get(_PACKED.get(PurePath(name).suffix.lower(), b""), "")
+
+
 def refuse_strangers(head: bytes) -> None:
     """Refuses what is no feedback file by its first bytes, with what to do instead.
 
@@ -118,6 +124,8 @@ def _json_kind(head: bytes, any_layout: bool) -> Kind:
     stays damage of that line.
     """
     text = head.lstrip()
+    if wraps_rows(text):
+        return "values"
     line, _, others = text.partition(b"\n")
     try:
         value, end = json.JSONDecoder().raw_decode(line.decode("utf-8", "surrogateescape"))
@@ -131,9 +139,14 @@ def _json_kind(head: bytes, any_layout: bool) -> Kind:
     rest = line.decode("utf-8", "surrogateescape")[end:]
     if rest.strip():
         return "values"  # Several values on one line, or all on one with other line ends.
-    if isinstance(value, list) and not others.strip() and (any_layout or any(isinstance(row, dict) for row in value)):
+    # A list of rows: there may be one on every line.
+    if isinstance(value, list) and (_holds_rows(value) or (any_layout and not others.strip())):
         return "values"
     return "lines"
+
+
+def _holds_rows(value: list[Any]) -> bool:
+    return any(isinstance(one, dict) or (isinstance(one, list) and _holds_rows(one)) for one in value)
 
 
 def _goes_on(others: bytes) -> bool:

@@ -145,6 +145,7 @@ def _described(found: _Found, source: FeedbackSource, name: str, limits: Limits)
         companion=Path(source.companion) if source.companion else None,
         facts=dict(found.facts),
         superseded=found.superseded,
+        limits=limits,
         refused=found.refused,
     )
     if file.refused is None:
@@ -184,5 +185,5 @@ def _with_format(file: FeedbackFile, limits: Limits) -> FeedbackFile:
         return file
     from dpo_assets.feedback.sniff import sniff
 
-    sniffed = sniff(file, limits)
+    sniffed = sniff(file)
     return replace(file, format=sniffed.format, sniffed=sniffed.message)

@@ -1,194 +1,341 @@
-"""JSON values that follow each other, in an array or one after another over any number of lines, cut by their brackets.
+"""JSON rows in any layout: in arrays, one after another, over any number of lines, cut by their brackets.
 
-Nothing is parsed here: a value's end is found by counting brackets outside strings, and its bytes are then parsed by
-themselves, like a line. Damage costs the value that it is in: the next one is looked for at a line that begins as the
-damaged one's line did.
+Nothing is parsed here that is sound: a value's end is found by counting brackets outside strings, and its bytes are
+then parsed by themselves, like a line. Arrays, also in one another, and objects that wrap one (`{"data": [...]}`) hold
+rows and are none.
+
+Damage costs the row that it is in. A missing bracket or quote makes the rows behind it part of the value; where they
+are is told by JSON's own grammar, which breaks near the damage, and by how the file's rows begin: `{"prompt":`, with
+these very quotes, cannot stand inside a string.
 """
 
 from __future__ import annotations
 
+import codecs
 import io
 import re
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 from dpo_assets.feedback.sources import FileRefused
+from dpo_assets.feedback.sources.json_grammar import Brackets, Grammar, breaks, grammar_of, parsed
+from dpo_assets.feedback.sources.streams import MARK_INSIDE
 
 PIECE = 64 * 1024
-MOST_OPEN = 10_000  # Brackets of one value; one that opens more is no row, and has no end worth looking for.
-MOST_PIECES = 100_000  # Of one value; one with more lines is taken for one that is too long.
-# What reading again behind damaged values may cost, a piece counting for its bytes and some more.
-READ_AGAIN, OF_A_PIECE = 64 * 2**20, 64
-_BETWEEN = re.compile(rb"[\s,]*+")
-_BRACKET = re.compile(rb'"[^"\\\n]*+(?:\\[^\n][^"\\\n]*+)*+"|[{\[]++|[}\]]++|"')
-_IN_STRING = re.compile(rb'["\\\n]')
-_SCALAR = re.compile(rb'"[^"\\\n]*+(?:\\[^\n][^"\\\n]*+)*+"|[}\]]++|[^\s,{}\[\]]++')
-_OPENED_BY = {ord("}"): ord("{"), ord("]"): ord("[")}
-_INDENT = re.compile(rb"[ \t]*+")
+CHECKED_FROM = 64 * 1024  # A value that is longer is asked on the way whether it is still JSON.
+MOST_ARRAYS = 3  # In one another, that hold rows.
+MOST_OPENINGS = 16  # Keys that rows of one file begin with.
+# What reading again behind damaged values may cost: so many bytes, and so many for each byte of the file.
+READ_AGAIN, READ_AGAIN_OF_ALL = 2**28, 16
+WRAPPED = "rows_in_a_wrapper"
+_WRAPPERS = rb"data|rows|records|examples|samples|results|entries|feedback|preferences|train"
+_LOOKED_AT_BEHIND = 256  # Bytes in which what comes behind a value is looked for.
+_TAIL = 4096  # Kept of what is skipped, so that the beginning of a row is found across pieces.
+
+_MARK = codecs.BOM_UTF8  # Of a file that was put behind another.
+_BETWEEN = re.compile(rb"(?:[\s,]|" + _MARK + rb")*+")
+_SCALAR = re.compile(rb'"[^"\\\n]*+(?:\\[^\n][^"\\\n]*+)*+"|\}++|\]++|[^\s,{}\[\]]++')
+_OPENING = re.compile(rb'\{\s*+("[^"\\]{1,200}+")\s*+:')
+_ANY_OPENING = re.compile(rb'\{\s*+"[^"\\]*+"\s*+:')
+_HOLDS_ROWS = re.compile(rb"\[\s*+[{\[]")
+_WRAPPER = re.compile(
+    rb'\{\s*+(?:"[^"\\]{0,100}+"\s*+:\s*+(?:"[^"\\]{0,200}+"|[^\s"{}\[\],]{1,50}+)\s*+,\s*+){0,20}'
+    rb'"(?:' + _WRAPPERS + rb')"\s*+:\s*+\[(?=\s*+\{)'
+)
+
+
+def wraps_rows(text: bytes) -> bool:
+    """Whether a text begins with an object that holds a list of rows under a name that no row has it under."""
+    return _WRAPPER.match(text) is not None
 
 
 class JsonValues:
-    """Iterates over the bytes of each value. One longer than `limit` comes out cut to one byte more than that.
+    """Iterates over the bytes of each row. One longer than `limit` comes out cut to one byte more than that.
 
     `unfinished` is set where the text ends inside a value or before an array is closed.
     """
 
-    def __init__(self, stream: io.BufferedReader, limit: int) -> None:
+    def __init__(self, stream: io.BufferedReader, limit: int, flags: Counter[str] | None = None) -> None:
         self._stream, self._limit = stream, limit
-        # The piece at hand: at most a line, so that each begins a line or goes on with one.
-        self._piece, self._begins_line, self._at = b"", True, 0
-        self._indent = b""
-        self._later: list[tuple[bytes, bool]] = []  # Pieces to read again, the next one last.
-        self._read_again = 0
+        self._flags: Counter[str] = Counter() if flags is None else flags
+        self._text, self._at, self._ended = b"", 0, False  # The text at hand, from its beginning or what comes next.
+        self._inside = bytearray()  # What closes the arrays and wrappers that it stands in.
+        self._wrapped = False
+        self._rows = _Rows()
+        self._read = self._read_again = 0
         self.unfinished = False
 
     def __iter__(self) -> Iterator[bytes]:
-        in_array = self._skip() == b"["
-        self._at += in_array
         while byte := self._skip():
-            if in_array and byte == b"]":
-                in_array, self._at = False, self._at + 1
+            if byte in b"]}" and self._inside[-1:] == byte:
+                self._inside.pop()
+                self._at += 1
+            elif self._inside[-1:] == b"}":
+                yield from self._end_of_wrapper()
+            elif byte == b"[" and self._holds_rows():
+                self._inside += b"]"
+                self._at += 1
+            elif byte == b"{" and self._wraps_rows():
+                self._inside += b"}]"
             elif byte in b"{[":
                 yield self._value()
             else:
                 yield self._scalar()
-        self.unfinished |= in_array
+        self.unfinished |= bool(self._inside)
 
-    def _next_piece(self) -> bool:
-        """The next piece into hand; False at the end of the text."""
-        before = self._piece
-        if self._later:
-            self._piece, self._begins_line = self._later.pop()
-        else:
-            self._piece = self._stream.readline(PIECE)
-            self._begins_line = not before or before.endswith(b"\n")
-        self._at = 0
-        if self._begins_line:
-            indent = _INDENT.match(self._piece)
-            assert indent is not None
-            self._indent = indent[0]
-        return bool(self._piece)
+    # The text at hand
+
+    def _more(self) -> bool:
+        """More text, behind what is at hand; False at its end."""
+        rest = self._text[self._at :]
+        piece = self._stream.read(max(PIECE, len(rest)))
+        self._text, self._at = rest + piece, 0
+        self._read += len(piece)
+        self._ended |= not piece
+        return bool(piece)
+
+    def _reach(self, size: int) -> None:
+        """As much text as `size`, or all that there is."""
+        while len(self._text) - self._at < size and self._more():
+            pass
 
     def _skip(self) -> bytes:
-        """The byte that comes after white space and commas; nothing at the end."""
+        """The byte that comes after white space, commas and marks of files put together; nothing at the end."""
         while True:
-            between = _BETWEEN.match(self._piece, self._at)
+            self._reach(len(_MARK))
+            between = _BETWEEN.match(self._text, self._at)
             assert between is not None
+            if marks := between[0].count(_MARK):
+                self._flags[MARK_INSIDE] += marks
             self._at = between.end()
-            if self._at < len(self._piece):
-                return self._piece[self._at : self._at + 1]
-            if not self._next_piece():
-                return b""
+            if len(self._text) - self._at >= len(_MARK) or self._ended:
+                return self._text[self._at : self._at + 1]
+
+    # Arrays and wrappers
+
+    def _holds_rows(self) -> bool:
+        if not self._inside:
+            return True
+        self._reach(_TAIL)
+        return len(self._inside) < MOST_ARRAYS and _HOLDS_ROWS.match(self._text, self._at) is not None
+
+    def _wraps_rows(self) -> bool:
+        """Whether an object is a wrapper. The first value of a file says what its values are."""
+        if (self._rows.last and not self._wrapped) or len(self._inside) >= MOST_ARRAYS:
+            return False
+        self._reach(_TAIL)
+        head = _WRAPPER.match(self._text, self._at)
+        if head is None:
+            return False
+        self._at = head.end()
+        self._wrapped = True
+        self._flags[WRAPPED] += 1
+        return True
+
+    def _end_of_wrapper(self) -> Iterator[bytes]:
+        """What stands beside the rows, to the wrapper's end: nothing when it is plain, else a value that is no row."""
+        beside = self._value(b"{")
+        self._inside.pop()
+        if b"{" in beside or b"[" in beside:
+            yield beside
+
+    # Values
 
     def _scalar(self) -> bytes:
         """A number, a word, a string or stray brackets: no row, but it is accounted for."""
         while True:
-            scalar = _SCALAR.match(self._piece, self._at)
-            if scalar is not None and (scalar.end() < len(self._piece) or scalar[0].endswith(b'"')):
-                self._at = scalar.end()
-                return scalar[0][: self._limit + 1]
-            rest = self._piece[self._at :]
-            if rest.endswith(b"\n") or len(rest) > self._limit or not self._next_piece():
+            scalar = _SCALAR.match(self._text, self._at)
+            line = self._text.find(b"\n", self._at)
+            if scalar is not None and (scalar.end() < len(self._text) or self._ended or scalar[0].endswith(b'"')):
+                end = scalar.end()
                 break
-            self._piece, self._begins_line = rest + self._piece, False
-        # It does not end where it should: all of its line is one.
-        while not self._piece.endswith(b"\n") and self._next_piece():
-            pass
-        self._at = len(self._piece)
-        return self._trimmed(rest[: self._limit + 1])
+            if scalar is None and line >= 0:  # It does not end where it should: all of its line is one.
+                end = line
+                break
+            if len(self._text) - self._at > self._limit:
+                return self._to_next_row(self._at, line_ends=True)
+            if not self._more():
+                end = len(self._text)
+        begins = self._rows.begins().search(self._text, self._at) if self._rows.last else None
+        if begins is not None and begins.start() < end:
+            end = begins.start()
+        value, self._at = self._text[self._at : end], end
+        return value[: self._limit + 1].rstrip()
 
-    def _value(self) -> bytes:
+    def _value(self, opened: bytes = b"") -> bytes:
         """An object or an array, to its closing bracket."""
-        first = self._begins_line and not self._piece[: self._at].strip()
-        next_line = _same_indent(self._indent) if first else _LITTLE_INDENT
-        brackets, seen, size = _Brackets(), [(self._piece[self._at :], False)], 0
+        brackets, seen, checked = Brackets(opened), 0, CHECKED_FROM
         while True:
-            end = brackets.close(self._piece, self._at)
+            end = brackets.close(self._text, self._at + seen)
             if end is not None:
-                piece, begins_line = seen[-1]
-                seen[-1] = piece[: len(piece) - (len(self._piece) - end)], begins_line
-                self._at = end
-                return self._joined(seen)
-            size += len(self._piece) - self._at
-            if brackets.broken or size > self._limit or len(seen) > MOST_PIECES:
-                return self._recover(brackets, seen, next_line)
-            if not self._next_piece():
+                return self._closed(end, is_row=not opened)
+            seen = len(self._text) - self._at
+            if brackets.broken:
+                return self._damaged()
+            if seen > checked:
+                checked = 2 * seen
+                if breaks(self._text[self._at :]):
+                    return self._damaged()
+            if seen > self._limit:
+                found = self._to_row_at_hand(self._grammar())
+                return self._too_long(brackets) if found is None else found
+            if not self._more():
                 self.unfinished = True
-                return self._recover(brackets, seen, next_line)
-            seen.append((self._piece, self._begins_line))
+                return self._damaged()
 
-    def _recover(self, brackets: _Brackets, seen: list[tuple[bytes, bool]], next_line: re.Pattern[bytes]) -> bytes:
-        """A value that is damaged or over the limit: to the next line that a value begins on, seen already or not.
+    def _closed(self, end: int, is_row: bool) -> bytes:
+        """A value whose brackets match. They may do so by chance: it must be one, and no text may go on behind it."""
+        value = self._text[self._at : end]
+        self._reach(len(value) + _LOOKED_AT_BEHIND)
+        end = self._at + len(value)
+        if is_row:
+            found = parsed(value)
+            if found is None:
+                return self._damaged()
+            between = _BETWEEN.match(self._text, end)
+            assert between is not None
+            goes_on = self._text[between.end() : between.end() + 1] not in b"{[]}"
+            if goes_on and not self._rows.same_keys(found):
+                return self._to_next_row(end)
+            self._rows.saw(value)
+        self._at = end
+        return value
 
-        One that is only too long may find its end before that.
+    def _damaged(self) -> bytes:
+        """A value that is none, to where the next row begins."""
+        grammar = self._grammar()
+        if (value := self._to_row_at_hand(grammar)) is not None:
+            return value
+        end = len(self._text) if grammar.open and self._ended else grammar.end
+        if end is None:
+            return self._to_next_row(len(self._text))
+        value, self._at = self._text[self._at : end], end
+        return self._cut(value)
+
+    def _grammar(self) -> Grammar:
+        """How far the text at hand is a value, which is read again for it.
+
+        Raises:
+            FileRefused: `damaged_file` when that was too much.
         """
-        for n, (piece, begins_line) in enumerate(seen):
-            if n and begins_line and next_line.match(piece):
-                self._read_again += sum(len(again) + OF_A_PIECE for again, _ in seen[n:])
-                if self._read_again > READ_AGAIN:
-                    message = "its brackets do not match in too many places for its rows to be told apart"
-                    raise FileRefused("damaged_file", message)
-                self._later += reversed(seen[n:])
-                self._piece, self._at, self.unfinished = b"", 0, False
-                return self._trimmed(self._joined(seen[:n]))
-        value = bytearray(self._joined(seen))
-        while self._next_piece():
-            if self._begins_line and next_line.match(self._piece):
-                return self._trimmed(bytes(value))
-            if len(value) <= self._limit:
-                value += self._piece[: self._limit + 1 - len(value)]
-            elif not brackets.broken and (end := brackets.close(self._piece, 0)) is not None:
+        self._read_again += len(self._text) - self._at
+        if self._read_again > READ_AGAIN + READ_AGAIN_OF_ALL * self._read:
+            message = "its brackets do not match in too many places for its rows to be told apart"
+            raise FileRefused("damaged_file", message)
+        return grammar_of(self._text, self._at)
+
+    def _to_row_at_hand(self, grammar: Grammar) -> bytes | None:
+        """The value to where another row begins in the text at hand; None where none does.
+
+        Where JSON's grammar breaks, that is behind the break, or before it where the grammar sees a string, or an
+        object inside the value: a row whose end is missing takes in the next one.
+        """
+        begins = self._rows.begins(self._text, self._at)
+        end = len(self._text) if grammar.end is None else grammar.end
+        for found in _ANY_OPENING.finditer(self._text, self._at + 1, end):
+            nested = found.start() in grammar.objects
+            if self._rows.like(self._text[found.start() : found.start() + CHECKED_FROM], begins, nested):
+                self.unfinished = False
+                value, self._at = self._text[self._at : found.start()], found.start()
+                return self._cut(value)
+        return None
+
+    def _to_next_row(self, searched: int, line_ends: bool = False) -> bytes:
+        """All to where a row is seen to begin, or a line ends, behind what was searched already; cut to the limit."""
+        begins = self._rows.begins(self._text, self._at)
+        head = self._text[self._at : self._at + self._limit + 1]
+        size, at = len(self._text) - self._at, self._at + 1
+        while True:
+            ends = [one.start() for one in begins.finditer(self._text, at) if one.end() > searched][:1]
+            if line_ends and (line := self._text.find(b"\n", max(at, searched))) >= 0:
+                ends.append(line)
+            if ends:
+                size -= len(self._text) - min(ends)
+                self._at = min(ends)
+                return self._cut(head[:size])
+            self._at = max(self._at, len(self._text) - _TAIL)
+            searched = len(self._text) - self._at
+            if not self._more():
+                self.unfinished, self._at = True, len(self._text)
+                return self._cut(head)
+            at = 1
+            added = self._text[searched:]
+            head += added[: max(0, self._limit + 1 - len(head))]
+            size += len(added)
+
+    def _too_long(self, brackets: Brackets) -> bytes:
+        """A value over the limit, to its end, of which only the beginning is kept."""
+        head = self._text[self._at : self._at + self._limit + 1]
+        while not brackets.broken:
+            self._at = len(self._text)
+            if not self._more():
+                self.unfinished = True
+                return head
+            if (end := brackets.close(self._text, 0)) is not None:
                 self._at = end
-                return bytes(value)
-        self.unfinished = True
-        return self._trimmed(bytes(value))
+                return head
+        self._to_next_row(self._at)
+        return head
 
-    def _trimmed(self, value: bytes) -> bytes:
+    def _cut(self, value: bytes) -> bytes:
         """Without white space behind it, unless it was cut: its length says so."""
-        return value if len(value) > self._limit else value.rstrip()
-
-    def _joined(self, pieces: list[tuple[bytes, bool]]) -> bytes:
-        return b"".join(piece for piece, _ in pieces)[: self._limit + 1]
+        return value[: self._limit + 1] if len(value) > self._limit else value.rstrip()
 
 
-class _Brackets:
-    """Follows the brackets and strings of one value through the pieces that hold it."""
+class _Rows:
+    """How the rows of a file look, from those that were sound."""
 
     def __init__(self) -> None:
-        # A line break inside a string, or a bracket that closes another kind: a quote or a bracket is missing.
-        self.broken = False
-        self._open, self._in_string, self._escaped = bytearray(), False, False
+        self.last = b""  # The last sound one.
+        self._openings: dict[bytes, None] = {}
+        self._begins: re.Pattern[bytes] | None = None
 
-    def close(self, piece: bytes, at: int) -> int | None:
-        """Where the value ends in `piece`, looked at from `at` on; None where it goes on or is broken."""
-        while True:
-            if self._escaped and at < len(piece):
-                at, self._escaped = at + 1, False
-            token = (_IN_STRING if self._in_string else _BRACKET).search(piece, at)
-            if token is None:
-                return None
-            text, at = token[0], token.end()
-            if self._in_string:
-                self.broken = text == b"\n"
-                self._in_string = self._escaped = text == b"\\"
-            elif text == b'"':
-                self._in_string = True
-            elif text[0] in b"{[":
-                self._open += text
-                self.broken = len(self._open) > MOST_OPEN
-            elif text[0] in b"}]":
-                for n, bracket in enumerate(text, 1):
-                    if self._open.pop() != _OPENED_BY[bracket]:
-                        self.broken = True
-                        break
-                    if not self._open:
-                        return token.start() + n
-            if self.broken:
-                return None
+    def saw(self, value: bytes) -> None:
+        self.last = value
+        opening = _OPENING.match(value)
+        if opening is not None and opening[1] not in self._openings and len(self._openings) < MOST_OPENINGS:
+            self._openings[opening[1]] = None
+            self._begins = None
+
+    def begins(self, text: bytes = b"", at: int = 0) -> re.Pattern[bytes]:
+        """What a row begins with, where `text` holds a damaged one at `at`."""
+        own = _OPENING.match(text, at)
+        keys = {*self._openings, own[1]} if own is not None else {*self._openings}
+        if not keys:
+            return _ANY_OPENING
+        if self._begins is None or keys != {*self._openings}:
+            pattern = re.compile(rb"\{\s*+(?:" + rb"|".join(map(re.escape, sorted(keys))) + rb")\s*+:")
+            if keys != {*self._openings}:
+                return pattern
+            self._begins = pattern
+        return self._begins
+
+    def same_keys(self, found: Any) -> bool:
+        """Whether a value has the keys of the last sound row; of the first one nothing else is known."""
+        known = parsed(self.last)
+        return not isinstance(known, dict) or (isinstance(found, dict) and found.keys() == known.keys())
+
+    def like(self, text: bytes, begins: re.Pattern[bytes], nested: bool) -> bool:
+        """Whether what begins a text may be a row: an object with most of the keys that the last sound one has.
+
+        Args:
+            text: where a row may begin.
+            begins: what rows begin with. What begins so may be a damaged row too.
+            nested: it is an object inside a value that may be sound and only not whole. So are the nodes of a tree,
+                which begin as the tree does: where rows hold such objects, an object inside is none.
+        """
+        found, known = parsed(text), parsed(self.last)
+        begins_so = begins.match(text) is not None
+        if nested and (begins.search(self.last, 1) is not None or not isinstance(found, dict)):
+            return False
+        if not isinstance(found, dict):
+            return begins_so
+        if not isinstance(known, dict):
+            return begins_so and not (nested and begins.search(text[: _length(text)], 1))
+        return 2 * len(found.keys() & known.keys()) >= len(known)
 
 
-# What shares its line with a bracket tells no indentation; in an array its neighbours have one or two steps of it.
-_LITTLE_INDENT = re.compile(rb"[ \t]{0,2}[{\[]")
-
-
-def _same_indent(indent: bytes) -> re.Pattern[bytes]:
-    return re.compile(re.escape(indent) + rb"[{\[]")
+def _length(text: bytes) -> int:
+    """Of the value that a text begins with, brackets and all."""
+    return Brackets().close(text, 0) or len(text)

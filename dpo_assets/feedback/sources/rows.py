@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -18,11 +19,12 @@ from dpo_assets.feedback.sources.containers import (
     packed_as,
     refuse_strangers,
     unpacked_name,
+    unpacker,
 )
 from dpo_assets.feedback.sources.csv_rows import CsvRows
 from dpo_assets.feedback.sources.files import open_inside, verify
 from dpo_assets.feedback.sources.json_values import JsonValues
-from dpo_assets.feedback.sources.streams import as_utf8, decompressed, with_line_feeds
+from dpo_assets.feedback.sources.streams import MARK_INSIDE, as_utf8, decompressed, unpacked_too_large, with_line_feeds
 from dpo_assets.feedback.sources.values import clean, mapped, may_hold_controls, too_deep, unpacked
 
 Parse = Callable[[bytes], Mapping[str, Any]]
@@ -36,10 +38,11 @@ FEWEST_BAD_LINES = 10  # Below this a file with lines that are no UTF-8 is damag
 class Rows:
     """The rows of one file. `flags` counts what was normalised, complete once the iteration has ended."""
 
-    def __init__(self, file: FeedbackFile, span: Span | None, parse: Parse | None, limits: Limits) -> None:
+    def __init__(self, file: FeedbackFile, span: Span | None, parse: Parse | None) -> None:
         self.flags: Counter[str] = Counter()
         self._last_is_whole = True
-        self._file, self._span, self._parse, self._limits = file, span, parse or parse_line, limits
+        self._file, self._span, self._parse, self._limits = file, span, parse or parse_line, file.limits
+        self._unpack = ""  # What unpacks it by hand, for a file that is packed.
         self._superseded = frozenset(file.superseded)
 
     def __iter__(self) -> Iterator[SourceRow]:
@@ -49,6 +52,8 @@ class Rows:
         with open_inside(self._file.path, self._file.root) as handle:
             for number, raw, value in self.raw_rows(handle):
                 rows += 1
+                if self._unpack and rows > self._limits.unpacked_rows:
+                    raise unpacked_too_large(f"more than {rows - 1} rows", "max_unpacked_rows", self._unpack)
                 row = self._finished(number, raw, value)
                 if isinstance(row.value, RowFault) and row.value.reason == "invalid_utf8":
                     bad += not _is_utf8(raw)
@@ -69,10 +74,11 @@ class Rows:
 
     def _contents(self, handle: io.BufferedReader) -> Iterator[_Raw]:
         kind, stream, name = opened(handle, self._file.path.name, self._limits, self.flags)
+        self._unpack = unpacker(self._file.path.name)
         if kind == "parquet":
             from dpo_assets.feedback.sources.parquet_rows import ParquetRows
 
-            return iter(ParquetRows(handle, self._file.size or _size(handle), self._limits, self.flags))
+            return iter(ParquetRows(handle, self._limits, self.flags))
         if kind == "csv":
             return self._csv(stream, name)
         return self._lines(stream, 1) if kind == "lines" else self._values(stream)
@@ -86,16 +92,18 @@ class Rows:
     def _lines(self, stream: io.BufferedReader, number: int) -> Iterator[_Raw]:
         """Every line that is not blank. One over the limit is cut to one byte more."""
         limit, returns = self._limits.row_bytes, False
-        too_long = RowFault("row_too_large", f"longer than {limit} bytes")
         while line := stream.readline(limit + len(b"\r\n")):
             end, more = line, False
             while end and not end.endswith(b"\n"):
                 end = stream.readline(limit)
                 more |= bool(end)
+            if line.startswith(codecs.BOM_UTF8):  # Of a file that was put behind another.
+                line = line.removeprefix(codecs.BOM_UTF8)
+                self.flags[MARK_INSIDE] += 1
             content = line.rstrip(b"\r\n")
             returns |= line.endswith(b"\r\n")
             if more or len(content) > limit:
-                yield number, line[: limit + 1], too_long
+                yield number, line[: limit + 1], _too_long(line, limit)
             elif content.strip():
                 self._last_is_whole = bool(end)
                 yield number, content, None
@@ -103,10 +111,10 @@ class Rows:
         self._note("windows_line_ends", returns)
 
     def _values(self, stream: io.BufferedReader) -> Iterator[_Raw]:
-        values, limit = JsonValues(stream, self._limits.row_bytes), self._limits.row_bytes
-        too_long = RowFault("row_too_large", f"longer than {limit} bytes")
+        limit = self._limits.row_bytes
+        values = JsonValues(stream, limit, self.flags)
         for number, raw in enumerate(values, 1):
-            yield number, raw[: limit + 1], too_long if len(raw) > limit else None
+            yield number, raw[: limit + 1], _too_long(raw, limit) if len(raw) > limit else None
         self._note(TRUNCATED, values.unfinished)
 
     def _note(self, flag: str, seen: bool) -> None:
@@ -133,7 +141,7 @@ class Rows:
         except RowFault as fault:
             if fault.reason == "invalid_json" and not self._last_is_whole:
                 self.flags[TRUNCATED] += 1
-            return SourceRow(number, raw, fault)
+            return SourceRow(number, raw, with_advice(fault, raw))
         except RecursionError:
             return SourceRow(number, raw, RowFault("too_deep", "nested too deeply"))
         return SourceRow(number, raw, row, tuple(sorted(flags)))
@@ -160,6 +168,27 @@ def opened(
     return kind_of(inner, text), text, inner.lower()
 
 
+def with_advice(fault: RowFault, raw: bytes) -> RowFault:
+    """The fault, with how to take out the rows that a line holds where it is none itself."""
+    advice = ""
+    if fault.reason == "not_an_object" and _LIST_OF_ROWS.match(raw):
+        advice = "take its rows out: jq -c 'if type == \"array\" then .[] else . end'"
+    elif fault.reason == "invalid_json" and "Extra data" in fault.message:
+        advice = "there is more than one value on this line; put a line break between them"
+    return RowFault(fault.reason, f"{fault.message}: {advice}", fault.row) if advice else fault
+
+
+def _too_long(raw: bytes, limit: int) -> RowFault:
+    """Of a value over the limit: a list in it may be the rows of the file."""
+    listed = _LIST_INSIDE.match(raw)
+    advice = f"; if `{listed[1].decode()}` holds rows, take them out: jq -c '.{listed[1].decode()}[]'" if listed else ""
+    return RowFault("row_too_large", f"longer than {limit} bytes{advice}")
+
+
+_LIST_OF_ROWS = re.compile(rb"\s*+\[\s*+\{")
+_LIST_INSIDE = re.compile(rb'\s*+\{.{0,4096}?"(\w{1,40})"\s*+:\s*+\[\s*+\{', re.DOTALL | re.ASCII)
+
+
 def refuse_encoding(bad: int, rows: int, limits: Limits) -> None:
     """Refuses a file of which so many rows are not UTF-8 that it is in another encoding.
 
@@ -174,18 +203,19 @@ def refuse_encoding(bad: int, rows: int, limits: Limits) -> None:
         raise FileRefused("wrong_encoding", message)
 
 
-def cut(file: FeedbackFile, size: int, limits: Limits) -> list[Span] | None:
+def cut(file: FeedbackFile, size: int, lines: int) -> list[Span] | None:
     """See `sources.spans_of`."""
+    limits = file.limits
     with open_inside(file.path, file.root) as handle:
         flags: Counter[str] = Counter()
         kind, stream, _ = opened(handle, file.path.name, limits, flags)
         if kind != "lines" or stream is not handle:
             return None
         first, text = handle.tell(), _TextCheck()
-        spans = _spans(handle, size, text)
+        spans = _spans(handle, size, lines, text)
         if not text.sound:
             rows = bad = 0
-            for _, raw, _ in Rows(file, Span(first, spans[-1].stop, 1, spans[-1].end), None, limits).raw_rows(handle):
+            for _, raw, _ in Rows(file, Span(first, spans[-1].stop, 1, spans[-1].end), None).raw_rows(handle):
                 rows, bad = rows + 1, bad + (not _is_utf8(raw))
             refuse_encoding(bad, rows, limits)
         return spans or None
@@ -205,17 +235,17 @@ class _TextCheck:
                 self.sound = False
 
 
-def _spans(stream: io.BufferedReader, size: int, text: _TextCheck) -> list[Span]:
-    """Spans of at least `size` bytes that end behind a line, over all that is left."""
+def _spans(stream: io.BufferedReader, size: int, lines: int, text: _TextCheck) -> list[Span]:
+    """Spans of at least `size` bytes, or of `lines` lines, that end behind a line, over all that is left."""
     spans: list[Span] = []
     start = at = stream.tell()
     line = first_line = 1
     while block := stream.read(_BLOCK):
         text.feed(block)
         begin = 0
-        while (end := block.find(b"\n", max(begin, start + size - at))) >= 0:
-            line += block.count(b"\n", begin, end + 1)
-            begin = end + 1
+        while end := _end_of_span(block, begin, start + size - at, lines - (line - first_line)):
+            line += block.count(b"\n", begin, end)
+            begin = end
             spans.append(Span(start, at + begin, first_line, line))
             start, first_line = at + begin, line
         line += block.count(b"\n", begin)
@@ -224,19 +254,23 @@ def _spans(stream: io.BufferedReader, size: int, text: _TextCheck) -> list[Span]
     return [*spans, Span(start, at, first_line, line + 1)] if at > start else spans
 
 
+def _end_of_span(block: bytes, begin: int, size: int, lines: int) -> int:
+    """Where a span that goes on at `begin` ends in `block`: behind a line end; 0 where it does not.
+
+    It is the first at or behind `size`, or the one after `lines` lines from `begin` on.
+    """
+    end = block.find(b"\n", max(begin, size)) + 1
+    if block.count(b"\n", begin, end or len(block)) < lines:
+        return end
+    return len(block) - len(block[begin:].split(b"\n", lines)[-1])
+
+
 def _is_utf8(content: bytes) -> bool:
     try:
         content.decode("utf-8")
     except UnicodeDecodeError:
         return False
     return True
-
-
-def _size(handle: io.BufferedReader) -> int:
-    here = handle.tell()
-    size = handle.seek(0, io.SEEK_END)
-    handle.seek(here)
-    return size
 
 
 class _Part(io.RawIOBase):

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
-RATIO_FROM = 16 * 2**20  # A few rows that say the same compress well; only more than this is measured.
+UNPACK = {GZIP: "gunzip", ZSTD: "unzstd"}  # What unpacks it by hand.
+MARK_INSIDE = "byte_order_mark_inside"  # The flag of files that were put together.
 _FEED = 64 * 1024
 _ZSTD_FEED = 1024  # Four bytes of zstd can stand for 128 KiB, and its decompressor gives all at once.
 _ZSTD_WINDOW = 2**27
@@ -61,19 +62,25 @@ def decompressed(handle: BinaryIO, magic: bytes, limits: Limits) -> io.BufferedR
     Reading raises FileRefused: `truncated_file`, `damaged_file` or `decompression_bomb`.
     """
     chunks = _gunzip(handle) if magic == GZIP else _unzstd(handle)
-    return _buffered(_capped(chunks, handle, limits))
+    return _buffered(_capped(chunks, UNPACK[magic], limits))
 
 
-def _capped(chunks: Iterator[bytes], handle: BinaryIO, limits: Limits) -> Iterator[bytes]:
+def _capped(chunks: Iterator[bytes], unpack: str, limits: Limits) -> Iterator[bytes]:
     size = 0
     for chunk in chunks:
         size += len(chunk)
-        if size > limits.file_bytes:
-            raise FileRefused("decompression_bomb", f"it holds more than {limits.file_bytes} bytes, decompressed")
-        if size > RATIO_FROM and size > limits.ratio * max(1, handle.tell()):
-            message = f"it grows more than {limits.ratio} to 1 when decompressed, which no feedback does"
-            raise FileRefused("decompression_bomb", message)
+        if size > limits.unpacked_bytes:
+            raise unpacked_too_large(f"more than {limits.unpacked_bytes} bytes", "max_unpacked_gib", unpack)
         yield chunk
+
+
+def unpacked_too_large(holds: str, setting: str, unpack: str) -> FileRefused:
+    """Of a small file that holds more than the recipe lets one cost, with the ways on."""
+    return FileRefused(
+        "decompression_bomb",
+        f"unpacked it holds {holds}: where that is meant, raise `feedback.{setting}`, or unpack it yourself "
+        f"({unpack}): a file that is as large on the disk as it reads has no such bound",
+    )
 
 
 class _Decompressor(Protocol):

@@ -86,7 +86,7 @@ def _at(row: Mapping[str, Any], path: str) -> Any:
     for part in path.split("."):
         if isinstance(value, Mapping) and part in value:
             value = value[part]
-        elif isinstance(value, Sequence) and not isinstance(value, str) and part.lstrip("-").isdecimal():
+        elif isinstance(value, Sequence) and not isinstance(value, str | bytes) and part.lstrip("-").isdecimal():
             if not -len(value) <= int(part) < len(value):
                 raise RowFault("missing_field", f"no `{path}`: the list ends before {part}")
             value = value[int(part)]

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dpo_assets.feedback.readers import RowFault
 from dpo_assets.feedback.sources import (
-    DEFAULT_LIMITS,
     FeedbackFile,
     FileRefused,
     Limits,
@@ -58,8 +57,8 @@ class Outcome:
         return self.refused.reason
 
 
-def outcome(file: FeedbackFile, limits: Limits = DEFAULT_LIMITS) -> Outcome:
-    rows = rows_of(file, limits=limits)
+def outcome(file: FeedbackFile, limits: Limits | None = None) -> Outcome:
+    rows = rows_of(replace(file, limits=limits) if limits is not None else file)
     try:
         return Outcome(file, list(rows), rows.flags, None)
     except FileRefused as refused:
@@ -67,7 +66,7 @@ def outcome(file: FeedbackFile, limits: Limits = DEFAULT_LIMITS) -> Outcome:
 
 
 def read(
-    folder: Path, content: bytes, name: str = "export.jsonl", limits: Limits = DEFAULT_LIMITS, **source: Any
+    folder: Path, content: bytes, name: str = "export.jsonl", limits: Limits | None = None, **source: Any
 ) -> Outcome:
     """What comes of a file with this content and name."""
     (folder / name).write_bytes(content)

@@ -8,29 +8,36 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dpo_assets_tests.feedback.sources.reading import row
 
-pytest.importorskip("resource")
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="peak memory as Linux tells it")
 MIB = 2**20
 # Rows of at most 4 MiB, cut, pushed back and parsed: a few copies of one, and the interpreter's own. What the files
 # hold is larger by so much that one copy of it would show.
 GROWTH = 150
+# Of this process alone: `ru_maxrss` begins with what the process had that started it, which hides as much.
+PEAK = """
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) // 1024
+"""
 READ = """
 import json, resource, sys
 from pathlib import Path
 from dpo_assets.feedback.readers import RowFault
-from dpo_assets.feedback.sources import FileRefused, files_of, rows_of
+from dpo_assets.feedback.sources import FileRefused, Limits, files_of, rows_of
 from dpo_assets.recipe import FeedbackSource
 import pyarrow.parquet
 
 small, large = [FeedbackSource(path=path) for path in sys.argv[1:3]]
 list(rows_of(files_of([small])[0]))  # Everything is imported now.
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-[file] = files_of([large])
+[file] = files_of([large], limits=Limits(unpacked_bytes=200 << 20))
 good, faults, refused = 0, [], None
 try:
     for row in rows_of(file):
@@ -40,7 +47,7 @@ try:
             good += 1
 except FileRefused as error:
     refused = error.reason
-grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+grown = peak() - before
 print(json.dumps({"good": good, "faults": sorted(set(faults)), "refused": refused, "grown": grown}))
 """
 
@@ -48,7 +55,7 @@ print(json.dumps({"good": good, "faults": sorted(set(faults)), "refused": refuse
 def memory_of(folder: Path, path: Path) -> dict[str, object]:
     (folder / "small.jsonl").write_bytes(row())
     told = subprocess.run(
-        [sys.executable, "-c", READ, str(folder / "small.jsonl"), str(path)],
+        [sys.executable, "-c", PEAK + READ, str(folder / "small.jsonl"), str(path)],
         capture_output=True,
         text=True,
         check=False,
@@ -136,9 +143,62 @@ def test_a_parquet_file_of_repeated_text_is_read_in_bounded_memory(tmp_path: Pat
     import pyarrow.parquet as pq
 
     text = pa.DictionaryArray.from_arrays(pa.array([0] * 500, pa.int32()), pa.array(["x" * MIB]))
-    pq.write_table(pa.table({"prompt": text}), tmp_path / "a.parquet")
+    options: dict[str, Any] = {"store_schema": False, "dictionary_pagesize_limit": 8 * MIB}
+    pq.write_table(pa.table({"prompt": text}), tmp_path / "a.parquet", **options)
     assert (tmp_path / "a.parquet").stat().st_size < 3 * MIB
     result = memory_of(tmp_path, tmp_path / "a.parquet")
     assert (result["good"], result["refused"]) == (500, None)
     assert isinstance(result["grown"], int)
     assert result["grown"] < GROWTH
+
+
+def test_a_large_row_group_of_parquet_is_read_in_bounded_memory(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {name: [os.urandom(700).hex() for _ in range(25_000)] for name in ("prompt", "chosen", "rejected")}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet", row_group_size=10**6, compression="none")
+    assert (tmp_path / "a.parquet").stat().st_size > 100 * MIB
+    result = memory_of(tmp_path, tmp_path / "a.parquet")
+    assert (result["good"], result["refused"]) == (25_000, None)
+    assert isinstance(result["grown"], int)
+    assert result["grown"] < 80
+
+
+INGEST = """
+import json, sys
+from pathlib import Path
+from dpo_assets.artifact import ArtifactTree
+from dpo_assets.feedback.library import read_into
+from dpo_assets.feedback.readers import ReadOptions
+from dpo_assets.feedback.sources import files_of
+from dpo_assets.recipe import FeedbackSource
+
+small, large = [files_of([FeedbackSource(path=path)])[0] for path in sys.argv[1:3]]
+tree = ArtifactTree(Path(sys.argv[3]))
+read_into(tree, small, ReadOptions())
+before = peak()
+read = read_into(tree, large, ReadOptions())
+grown = peak() - before
+row = read.row()
+print(json.dumps({name: row[name] for name in ("rows", "rejected", "lost")} | {"grown": grown}))
+"""
+
+
+def test_a_small_archive_of_many_rows_costs_the_memory_of_a_batch(tmp_path: Path) -> None:
+    (tmp_path / "small.jsonl").write_bytes(row())
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(b"{}\n" * 100_000, mtime=0))
+    assert path.stat().st_size < 1_000
+    told = subprocess.run(
+        [sys.executable, "-c", PEAK + INGEST, str(tmp_path / "small.jsonl"), str(path), str(tmp_path / "store")],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env={**os.environ, "MALLOC_ARENA_MAX": "1"},
+    )
+    assert told.returncode == 0, told.stderr
+    result = json.loads(told.stdout)
+    assert (result["rows"], result["rejected"], result["lost"]) == (100_000, 100_000, 0)
+    assert result["grown"] < 60
