@@ -85,6 +85,7 @@ def instance_after(
     with FileLock(f"{home}.lock"):
         if not home.exists():
             unfinished = home.with_suffix(".unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)  # Of somebody who failed.
             unfinished.mkdir()
             with dg.DagsterInstance.local_temp(str(unfinished)) as instance:
                 made = materialize(recipe, instance, assets)
