@@ -216,7 +216,9 @@ def test_earlier_artefacts_stand_after_red_runs(home: Path, first: dict[str, Any
 def test_a_run_after_red_ones_is_green_trains_nothing_and_says_so(home: Path, first: dict[str, Any]) -> None:
     result = cli(home, "demo")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "inputs unchanged, nothing trained again" in result.stdout
+    reused, unchanged, _ = " ".join(result.stdout.split()).partition(": inputs unchanged, nothing trained again")
+    assert unchanged
+    assert all(node.name in reused.rpartition("reused ")[2] for node in NODES)
 
 
 def test_recipe_prints_every_field_with_its_meaning(home: Path) -> None:
