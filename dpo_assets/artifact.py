@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,17 +165,21 @@ class ArtifactTree:
             self._set_aside(directory)
             return None
 
-    def latest(self, kind: str, inputs: Mapping[str, str]) -> Artifact | None:
-        """The newest artefact of a kind that this version of the package made from these inputs, verified, or None."""
+    def listed(self, kind: str) -> Iterator[Artifact]:
+        """Every artefact of a kind as its manifest tells it, newest first. Its files are not verified: see `find`."""
         # Not what somebody is still writing: its folder has another name until it is complete.
         made = [path for path in (self.root / kind).glob(f"*/{MANIFEST}") if ".tmp-" not in path.parent.name]
         for path in sorted(made, key=lambda path: path.stat().st_mtime_ns, reverse=True):
             try:
-                told = Manifest.model_validate_json(path.read_bytes())
+                yield Artifact(path.parent, Manifest.model_validate_json(path.read_bytes()))
             except ValidationError:
                 continue
-            same = told.inputs == dict(inputs) and told.versions.get("dpo_assets") == __version__
-            if same and (found := self.find(kind, path.parent.name)):
+
+    def latest(self, kind: str, inputs: Mapping[str, str]) -> Artifact | None:
+        """The newest artefact of a kind that this version of the package made from these inputs, verified, or None."""
+        for told in self.listed(kind):
+            same = told.manifest.inputs == dict(inputs) and told.manifest.versions.get("dpo_assets") == __version__
+            if same and (found := self.find(kind, told.path.name)):
                 return found
         return None
 
@@ -193,6 +197,9 @@ class ArtifactTree:
 
         Writers of the same artefact wait for each other. The lock is the operating system's, so it goes with the
         process that held it; a scratch directory found while holding it belongs to a dead writer and is removed.
+
+        Raises:
+            CorruptArtifact: when `build` seals it as another one or with other inputs, or changes it afterwards.
         """
         final = self.directory(kind, fingerprint)
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -207,7 +214,8 @@ class ArtifactTree:
                 build(scratch)
                 if not (scratch / MANIFEST).exists():
                     seal(scratch, kind=kind, fingerprint=fingerprint, inputs=inputs)
-                self._open(scratch, kind, fingerprint)
+                if self._open(scratch, kind, fingerprint).manifest.inputs != dict(inputs):
+                    raise CorruptArtifact(f"{scratch}: its manifest names other inputs than {kind} was made from")
                 scratch.rename(final)
             except BaseException:
                 shutil.rmtree(scratch, ignore_errors=True)

@@ -11,7 +11,7 @@ from typing import Any, Self
 import dagster as dg
 from pydantic import BaseModel, Field
 
-from dpo_assets.assets.graph import NODES, steps
+from dpo_assets.assets.graph import LINEAGE, NODES, steps
 from dpo_assets.assets.node import Node, column_schema
 from dpo_assets.assets.step import Events, Pipeline, Step, guarded
 from dpo_assets.automation import new_feedback_sensor, refresh_job, refresh_schedule
@@ -32,19 +32,6 @@ from dpo_assets.version import __version__
 
 NAME_PATTERN = r"^[a-z][a-z0-9_]{0,50}$"
 RESOURCES = ("artifacts", "gpu", "hub", "launcher")
-# What a node's code version covers of the recipe; results of later nodes follow through data versions.
-RELEVANT: dict[str, tuple[str, ...]] = {
-    "base_model": ("base_model",),
-    "raw_preferences": ("feedback",),
-    "quarantined_preferences": ("feedback",),
-    "dpo_dataset": ("feedback",),
-    "dpo_plan": ("lora", "sft", "dpo", "hardware"),
-    "sft_checkpoint": ("lora", "sft"),
-    "dpo_adapter": ("lora", "dpo"),
-    "merged_model": (),
-    "eval_scores": ("evaluation",),
-    "published_model": ("publishing",),
-}
 
 
 class NamedRecipe(Recipe):
@@ -138,7 +125,7 @@ class DpoPipeline(dg.Component, dg.Resolvable):
             metadata["dagster/column_schema"] = column_schema(node.columns)
         return dg.AssetSpec(
             key=self.pipeline.key(node.name),
-            deps=[self.pipeline.key(dep) for dep in node.deps],
+            deps=[self.pipeline.key(read.node) for read in node.reads],
             description=node.description,
             group_name=f"{self.pipeline.name}_{node.phase}",
             kinds=set(node.kinds),
@@ -172,18 +159,18 @@ class DpoPipeline(dg.Component, dg.Resolvable):
         if main.config is None:
 
             def plain(context: dg.AssetExecutionContext) -> Any:
-                yield from self.execute(Step(context, self.pipeline), nodes)
+                yield from self.execute(Step(context, self.pipeline, main.name, LINEAGE), nodes)
 
             return declare(plain)
         form: Any = main.config(recipe)
 
         def configured(context: dg.AssetExecutionContext, config: form) -> Any:  # type: ignore[valid-type]
-            yield from self.execute(Step(context, self.pipeline, config.model_dump()), nodes)
+            yield from self.execute(Step(context, self.pipeline, main.name, LINEAGE, config.model_dump()), nodes)
 
         return declare(configured)
 
     def _code_version(self, node: Node) -> str:
-        config = self.pipeline.recipe.model_dump(mode="json", include=set(RELEVANT[node.name]))
+        config = self.pipeline.recipe.model_dump(mode="json", include=set(node.recipe))
         return f"{__version__}+{hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]}"
 
     def _default_resources(self) -> dict[str, dg.ConfigurableResource[Any]]:

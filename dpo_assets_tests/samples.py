@@ -124,6 +124,7 @@ def evaluation_report(**changes: Any) -> dict[str, Any]:
     """Held-out scores of a policy that is better than its start, beyond chance."""
     return {
         "confidence": 0.95,
+        "pairs": 120,
         "prompts": 100,
         "implicit_reward_accuracy": score(0.7, 0.61, 0.78),
         "logp_accuracy_policy": score(0.6, 0.51, 0.68),

@@ -299,11 +299,19 @@ def test_a_failed_build_leaves_its_neighbours_alone(tree: ArtifactTree) -> None:
 def test_a_build_that_seals_itself_keeps_its_own_manifest(tree: ArtifactTree) -> None:
     def build(folder: Path) -> None:
         write(folder, {"a": b"1"})
-        seal(folder, kind=KIND, fingerprint=PRINT, inputs={"x": "y"}, versions={"torch": "2"})
+        seal(folder, kind=KIND, fingerprint=PRINT, inputs={"base_model": "d"}, versions={"torch": "2"})
 
     made, _ = tree.find_or_build(KIND, PRINT, build, {"base_model": "d"})
-    assert made.manifest.inputs == {"x": "y"}
     assert made.manifest.versions["torch"] == "2"
+
+
+def test_a_build_that_seals_other_inputs_than_it_was_given_is_refused_and_leaves_nothing(tree: ArtifactTree) -> None:
+    def build(folder: Path) -> None:
+        seal(folder, kind=KIND, fingerprint=PRINT, inputs={"base_model": "d"})
+
+    with pytest.raises(CorruptArtifact, match="names other inputs"):
+        tree.find_or_build(KIND, PRINT, build, {"base_model": "d", "dpo_dataset": "e"})
+    assert entries(tree) == set()
 
 
 def test_a_build_that_changes_a_file_after_sealing_is_refused_and_leaves_nothing(tree: ArtifactTree) -> None:

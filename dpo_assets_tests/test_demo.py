@@ -177,6 +177,39 @@ def test_publishing_without_a_token_names_the_variable(demo_instance: dg.Dagster
     assert "HF_TOKEN is not set in the environment" in failures(result)[0]
 
 
+def test_every_artefact_records_all_that_its_asset_declares_to_read(
+    demo_instance: dg.DagsterInstance, first: dict[str, Any]
+) -> None:
+    for node in NODES:
+        event = demo_instance.get_latest_materialization_event(dg.AssetKey(["demo", node.name]))
+        assert event is not None
+        assert event.asset_materialization is not None
+        materialisation = event.asset_materialization
+        declared = {read.node for read in node.reads}
+        assert set(open_artifact(Path(str(materialisation.metadata["path"].value))).manifest.inputs) == declared
+        # Dagster keeps the data version of each, which is what it tells stale assets by.
+        versions = [tag for tag in materialisation.tags or {} if tag.startswith("dagster/input_data_version/")]
+        assert {tag.rsplit("/", 1)[-1] for tag in versions} == declared
+
+
+def test_scores_and_a_card_of_another_split_are_refused_until_the_model_is_made_from_it(
+    demo_instance: dg.DagsterInstance, first: dict[str, Any]
+) -> None:
+    other = demo_recipe(feedback={"seed": 1})
+    dataset = materialize(other, demo_instance, ["dpo_dataset"])
+    shown = metadata(dataset, "dpo_dataset")
+    kept = int(shown["kept_in_train"].split()[0])
+    assert kept > 0, "pairs that the model of the demo was trained on are not held out under another seed"
+    assert shown["eval_pairs"] + shown["train_pairs"] == 142
+    again = ["dpo_plan", "sft_checkpoint", "dpo_adapter", "merged_model"]
+    for asset, named in {"eval_scores": again, "published_model": [*again, "eval_scores"]}.items():
+        [said] = failures(materialize(other, demo_instance, [asset]))
+        assert f"Materialise again, in this order: {', '.join(f'demo/{name}' for name in named)}. " in said
+    back = materialize(demo_recipe(), demo_instance, ["dpo_dataset", "eval_scores", "published_model"])
+    assert failures(back) == []
+    assert all(str(metadata(back, asset)["reused"]).startswith("yes") for asset in ("dpo_dataset", "eval_scores"))
+
+
 @pytest.mark.parametrize(
     ("fault", "check", "value", "stages"),
     [

@@ -75,6 +75,14 @@ def test_every_asset_stands_in_the_design_and_in_the_readme() -> None:
         assert [node.name for node in NODES if node.name not in text_of(document)] == []
 
 
+def test_the_design_tells_what_every_asset_reads() -> None:
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text_of(DOCS / "design.md").splitlines()]
+    told = {row[0].strip("`"): set(re.findall(r"`(\w+)`", row[2])) for row in rows if len(row) == 3}
+    assert {name: told[name] for name in (node.name for node in NODES)} == {
+        node.name: {read.node for read in node.reads} for node in NODES
+    }
+
+
 def test_every_format_stands_in_the_feedback_page_with_a_line_that_is_a_valid_source() -> None:
     text = text_of(DOCS / "feedback.md")
     assert updated(text) == text, "run: python -m dpo_assets.report.formats"

@@ -58,7 +58,7 @@ def materialise(step: Step) -> Events:
         write_json(folder / FACTS, described | {"source": section.source, "revision": section.revision})
 
     try:
-        artifact, reused = step.build("base_model", _identity(section), {}, make)
+        artifact, reused = step.build("base_model", _identity(section), step.inputs(), make)
     except _Refused:
         for verdict in refused:
             yield step.check_result("base_model", verdict)
@@ -197,4 +197,5 @@ NODE = Node(
     phase="data",
     kinds=frozenset({"huggingface"}),
     body=materialise,
+    recipe=("base_model",),
 )

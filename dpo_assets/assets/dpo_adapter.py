@@ -12,7 +12,8 @@ from typing import Any
 import dagster as dg
 
 from dpo_assets.artifact import VOLATILE, Artifact
-from dpo_assets.assets.dpo_plan import read_plan
+from dpo_assets.assets.dpo_plan import followed, read_plan
+from dpo_assets.assets.lineage import Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.sft_checkpoint import start_adapter
 from dpo_assets.assets.step import Events, Step, memory_record
@@ -23,18 +24,18 @@ from dpo_assets.checks.tasks import read_tasks
 from dpo_assets.checks.training import dpo_verdicts
 from dpo_assets.checks.verdict import Verdict
 from dpo_assets.contract import GuardSpec, TrainSpec
+from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.report.plots import line_plot
 from dpo_assets.report.tables import table
 
-UPSTREAM = ("sft_checkpoint", "dpo_dataset", "base_model")
 RELATIVE = (ACCURACY, ENTROPY)  # Judged against the first logs, so that a limit in their own unit would mislead.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 
 
 def materialise(step: Step) -> Events:
     """Runs the DPO stage; its reference scores come from the cache where they are known."""
-    plan = read_plan(step.upstream("dpo_plan"))
-    inputs = {name: step.upstream(name) for name in UPSTREAM}
+    inputs = step.inputs()
+    plan = read_plan(inputs["dpo_plan"])
     base = inputs["base_model"]
     guard = GuardSpec.of(plan, step.bands, step.recipe.checks)
     if guard.tasks is not None and not step.only_checks:
@@ -47,7 +48,7 @@ def materialise(step: Step) -> Events:
                 kind="dpo_adapter",
                 output_dir=folder,
                 fingerprint=print_,
-                inputs={name: artifact.digest for name, artifact in inputs.items()},
+                inputs=inputs.digests,
                 base_model=base.path / "model",
                 threads=step.recipe.hardware.threads,
                 dataset=inputs["dpo_dataset"].path,
@@ -60,7 +61,7 @@ def materialise(step: Step) -> Events:
             ),
         )
 
-    config = plan.dpo_part() | {"guard": guard.identity()}
+    config: dict[str, object] = {"guard": guard.identity()}
     if _would_go_on(step.found("dpo_adapter", config, inputs), guard):
         config |= {"limits": guard.limits.model_dump(), "stops": guard.stops}
     artifact, reused = step.build("dpo_adapter", config, inputs, make)
@@ -138,6 +139,7 @@ NODE = Node(
     phase="training",
     kinds=frozenset({"pytorch", "huggingface"}),
     body=materialise,
-    deps=("sft_checkpoint", "dpo_plan"),
+    reads=(followed(TrainingPlan.dpo_part), Read("sft_checkpoint"), Read("dpo_dataset"), Read("base_model")),
+    recipe=("lora", "dpo"),
     trains=True,
 )

@@ -16,10 +16,12 @@ import dagster as dg
 
 from dpo_assets.artifact import Artifact, file_sha256, fingerprint, write_json
 from dpo_assets.assets.base_model import FACTS
+from dpo_assets.assets.kept_models import bound_by_models
+from dpo_assets.assets.lineage import Inputs, Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.raw_preferences import batches_of
 from dpo_assets.assets.step import Events, Step
-from dpo_assets.checks.dataset import dataset_verdicts
+from dpo_assets.checks.dataset import KEPT_IN_TRAIN, dataset_verdicts
 from dpo_assets.contract import TOKENS, TokenizeSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.ingest import COUNTS, QUARANTINE, PairWriter
@@ -39,6 +41,7 @@ from dpo_assets.feedback.quality_tokens import Markers, read_markers
 from dpo_assets.feedback.rules import NOT_DAMAGE
 from dpo_assets.feedback.screening import Screening
 from dpo_assets.feedback.splits import fit_to_model, split
+from dpo_assets.feedback.trained import digest_of
 from dpo_assets.planning.plan import DatasetStats
 from dpo_assets.recipe import FeedbackSection, Recipe
 from dpo_assets.report.feedback import released_table, source_views, trend_table
@@ -48,7 +51,8 @@ from dpo_assets.report.tables import counts_table, quarantine_table, sample_tabl
 
 def materialise(step: Step) -> Events:
     """Screens, tokenizes, splits; writes both tables and their report in one artefact."""
-    raw, base = step.upstream("raw_preferences"), step.upstream("base_model")
+    inputs = step.inputs()
+    raw, base = inputs["raw_preferences"], inputs["base_model"]
     feedback, context_length = step.recipe.feedback, base.json(FACTS)["context"]
     if feedback.max_length > context_length:
         raise ConfigError(
@@ -57,6 +61,11 @@ def materialise(step: Step) -> Events:
         )
     config = feedback.model_dump(include={"max_length", "eval_fraction", "seed", "cleaning", "release"})
     config |= {"quality": QUALITY_VERSION, "evaluation_sets": [file_sha256(path) for path in _sets(feedback)]}
+    kept_in_train: frozenset[str] = frozenset()
+    if not step.only_checks:
+        kept_in_train = bound_by_models(step.tree, feedback.eval_fraction, feedback.seed)
+    if kept_in_train:
+        config |= {"kept_in_train": digest_of(kept_in_train)}
 
     def make(folder: Path, print_: str) -> None:
         batches = batches_of(step, raw)
@@ -69,13 +78,16 @@ def materialise(step: Step) -> Events:
             with PairWriter(screened) as writer:
                 for part, _ in screening.parts():
                     writer.write(part)
-            tokens = _tokenize(step, base, screened)
-            _write(folder, step.recipe, batches, screening, screened, tokens, (context_length, markers))
+            tokens = _tokenize(step, inputs.only("base_model"), screened)
+            _write(folder, step.recipe, batches, screening, screened, tokens, (context_length, markers), kept_in_train)
         finally:
             screened.unlink(missing_ok=True)
 
-    artifact, reused = step.build("dpo_dataset", config, {"raw_preferences": raw, "base_model": base}, make)
+    artifact, reused = step.build("dpo_dataset", config, inputs, make)
     report = artifact.json("report.json")
+    kept = report.get("kept_in_train", 0)
+    if kept:
+        step.context.log.warning(f"{kept} {KEPT_IN_TRAIN}")
     views = quality_views(report, step.bands)
     rejected = artifact.path / "quarantine.parquet"
     trend = _trend(step, report)
@@ -102,6 +114,7 @@ def materialise(step: Step) -> Events:
         {
             "dagster/row_count": report["train_pairs"] + report["eval_pairs"],
             **{k: report[k] for k in ("rows_in", "accepted", "quarantined", "duplicates", "train_pairs", "eval_pairs")},
+            **({"kept_in_train": f"{kept} {KEPT_IN_TRAIN}"} if kept else {}),
             "longest_pair_tokens": report["longest_pair"],
             "answers_truncated": report["truncated_answers"],
             "flagged": dg.MetadataValue.md(counts_table("seen in texts", report["flagged"])),
@@ -141,7 +154,7 @@ def _sets(feedback: FeedbackSection) -> list[Path]:
     return paths
 
 
-def _tokenize(step: Step, base: Artifact, screened: Path) -> Path | None:
+def _tokenize(step: Step, inputs: Inputs, screened: Path) -> Path | None:
     """Token ids of the screened pairs, by the worker: the Dagster process loads no tokenizer library.
 
     They are in the order of the pairs. None where there is no pair. Pairs that were tokenized before are not again.
@@ -151,7 +164,6 @@ def _tokenize(step: Step, base: Artifact, screened: Path) -> Path | None:
     identity = pl.read_parquet(screened, columns=["pair_id"])["pair_id"].to_list()
     if not identity:
         return None
-    inputs = {"base_model": base}
 
     def make(folder: Path, print_: str) -> None:
         earlier = step.latest("tokens", inputs)
@@ -161,8 +173,8 @@ def _tokenize(step: Step, base: Artifact, screened: Path) -> Path | None:
                 kind="tokens",
                 output_dir=folder,
                 fingerprint=print_,
-                inputs={"base_model": base.digest},
-                base_model=base.path / "model",
+                inputs=inputs.digests,
+                base_model=inputs["base_model"].path / "model",
                 threads=step.recipe.hardware.threads,
                 pairs=screened,
                 known=earlier.path / TOKENS if earlier else None,
@@ -183,6 +195,7 @@ def _write(
     screened: Path,
     tokens: Path | None,
     model: tuple[int, Markers],
+    kept_in_train: frozenset[str],
 ) -> None:
     """Both splits, part by part, the quarantine, and the report."""
     import polars as pl
@@ -196,7 +209,10 @@ def _write(
             accepted, unfit = fit_to_model(part, ids, feedback.max_length)
             faults += unfit
             for writer, prompts, side in zip(
-                (train, held_out), leaks, split(accepted, feedback.eval_fraction, feedback.seed), strict=True
+                (train, held_out),
+                leaks,
+                split(accepted, feedback.eval_fraction, feedback.seed, kept_in_train),
+                strict=True,
             ):
                 writer.write(side)
                 prompts.update(side["prompt_id"])
@@ -225,6 +241,7 @@ def _write(
             "damaged": sum(count for reason, count in reasons.items() if reason not in NOT_DAMAGE),
             "train_pairs": train.rows,
             "eval_pairs": held_out.rows,
+            "kept_in_train": accepted.filter(pl.col("group_id").is_in(list(kept_in_train))).height,
             "leaked_prompts": len(leaks[0] & leaks[1]),
             "flagged": dict(sorted(screening.counts.items())),
             "released": [
@@ -243,7 +260,8 @@ QUARANTINE_NODE = Node(
     phase="data",
     kinds=frozenset({"parquet", "polars"}),
     body=materialise,
-    deps=("raw_preferences", "base_model"),
+    reads=(Read("raw_preferences"), Read("base_model")),
+    recipe=("feedback",),
     columns=QUARANTINE_COLUMNS,
 )
 NODE = Node(
@@ -252,6 +270,7 @@ NODE = Node(
     phase="data",
     kinds=frozenset({"parquet", "pandera"}),
     body=materialise,
-    deps=("raw_preferences", "base_model"),
+    reads=(Read("raw_preferences"), Read("base_model")),
+    recipe=("feedback",),
     columns=(*PAIR_COLUMNS, *TOKEN_COLUMNS),
 )

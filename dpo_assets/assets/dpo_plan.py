@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,6 +14,7 @@ from pydantic import Field, create_model
 from dpo_assets.artifact import Artifact, write_json
 from dpo_assets.assets.base_model import FACTS
 from dpo_assets.assets.dpo_dataset import dataset_stats
+from dpo_assets.assets.lineage import Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.config import plan_verdicts
@@ -24,17 +28,16 @@ PLAN = "plan.json"
 
 def materialise(step: Step) -> Events:
     """Lays the launchpad's overrides over the recipe and resolves it for model, data and device."""
-    dataset, base = step.upstream("dpo_dataset"), step.upstream("base_model")
+    inputs = step.inputs()
+    dataset, base = inputs["dpo_dataset"], inputs["base_model"]
     recipe = apply_overrides(step.recipe, {name: step.config.get(name, {}) for name in OVERRIDABLE})
     shape = ModelShape.model_validate(base.json(FACTS))
     plan = make_plan(recipe, shape, dataset_stats(dataset), step.gpu.detect())
 
-    inputs = {"dpo_dataset": dataset, "base_model": base}
-
     def make(folder: Path, _: str) -> None:
         write_json(folder / PLAN, plan.model_dump(mode="json"))
         # Part of the content: new pairs must give a new data version also where no number of the plan changes.
-        write_json(folder / "inputs.json", {name: artifact.digest for name, artifact in inputs.items()})
+        write_json(folder / "inputs.json", inputs.digests)
 
     artifact, reused = step.build("dpo_plan", plan.model_dump(mode="json"), inputs, make)
     plan = read_plan(artifact)  # Where checks are evaluated again, the plan is the one that was made then.
@@ -65,6 +68,15 @@ def materialise(step: Step) -> Events:
 def read_plan(artifact: Artifact) -> TrainingPlan:
     """The plan that a training stage follows."""
     return TrainingPlan.model_validate(artifact.json(PLAN))
+
+
+def followed(settings: Callable[[TrainingPlan], dict[str, object]]) -> Read:
+    """The plan, read for some of its settings: with the same ones, a plan that differs elsewhere changes nothing."""
+
+    def part(plan: Artifact) -> str:
+        return hashlib.sha256(json.dumps(settings(read_plan(plan)), sort_keys=True).encode()).hexdigest()
+
+    return Read("dpo_plan", part)
 
 
 def _hyperparameters(plan: TrainingPlan) -> str:
@@ -103,6 +115,7 @@ NODE = Node(
     phase="training",
     kinds=frozenset({"json"}),
     body=materialise,
-    deps=("dpo_dataset",),
+    reads=(Read("dpo_dataset"), Read("base_model")),
+    recipe=("lora", "sft", "dpo", "hardware"),
     config=override_config,
 )

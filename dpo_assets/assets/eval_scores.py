@@ -6,16 +6,21 @@ from pathlib import Path
 
 import dagster as dg
 
-from dpo_assets.assets.dpo_plan import read_plan
+from dpo_assets.artifact import Artifact
+from dpo_assets.assets.dpo_plan import followed, read_plan
+from dpo_assets.assets.kept_models import training_set
+from dpo_assets.assets.lineage import Inputs, Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.sft_checkpoint import start_adapter
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.promotion import decide, evaluation_verdicts
 from dpo_assets.checks.statistics import percent
 from dpo_assets.contract import EvaluateSpec
+from dpo_assets.feedback.trained import seen_pairs
+from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.report.tables import table
 
-UPSTREAM = ("merged_model", "sft_checkpoint", "dpo_dataset", "base_model")
+SCORES = "scores.parquet"
 SHOWN = {
     "implicit_reward_accuracy": "policy, implicit reward",
     "logp_accuracy_policy": "policy, log-probability per token",
@@ -26,8 +31,8 @@ SHOWN = {
 
 def materialise(step: Step) -> Events:
     """Scores the held-out split; the verdict is part of what is written down."""
-    plan, evaluation = read_plan(step.upstream("dpo_plan")), step.recipe.evaluation
-    inputs = {name: step.upstream(name) for name in UPSTREAM}
+    inputs, evaluation = step.inputs(), step.recipe.evaluation
+    plan = read_plan(inputs["dpo_plan"])
 
     def make(folder: Path, print_: str) -> None:
         step.launch(
@@ -36,7 +41,7 @@ def materialise(step: Step) -> Events:
                 kind="eval_scores",
                 output_dir=folder,
                 fingerprint=print_,
-                inputs={name: artifact.digest for name, artifact in inputs.items()},
+                inputs=inputs.digests,
                 base_model=inputs["base_model"].path / "model",
                 threads=step.recipe.hardware.threads,
                 dataset=inputs["dpo_dataset"].path,
@@ -47,11 +52,7 @@ def materialise(step: Step) -> Events:
             ),
         )
 
-    config = {
-        "evaluation": evaluation.model_dump(exclude={"min_pairs"}),
-        "device": plan.device,
-        "precision": plan.precision,
-    }
+    config = {"evaluation": evaluation.model_dump(exclude={"min_pairs"})}
     artifact, reused = step.build("eval_scores", config, inputs, make)
     report = artifact.json("report.json")
     decision, reason = decide(report, evaluation.min_pairs)
@@ -64,7 +65,7 @@ def materialise(step: Step) -> Events:
         "eval_scores",
         artifact,
         reused,
-        evaluation_verdicts(report, step.recipe, step.bands),
+        evaluation_verdicts(report, step.recipe, step.bands, seen=_seen(step, inputs, artifact)),
         {
             "verdict": decision,
             "verdict_reason": reason,
@@ -80,12 +81,32 @@ def materialise(step: Step) -> Events:
     )
 
 
+def _seen(step: Step, inputs: Inputs, scores: Artifact) -> int:
+    """Scored pairs that the model was trained on, whatever dataset was read to score them."""
+    models = (inputs["dpo_adapter"], inputs["sft_checkpoint"])
+    sets = dict(found for model in models if (found := training_set(step.tree, model)))
+    return seen_pairs(scores.path / SCORES, inputs["dpo_dataset"].path / "eval.parquet", sets.values())
+
+
+def scoring_settings(plan: TrainingPlan) -> dict[str, object]:
+    """What scores depend on, beside what is scored."""
+    return {"device": plan.device, "precision": plan.precision}
+
+
 NODE = Node(
     name="eval_scores",
     description="Held-out accuracy of SFT and policy with intervals and a length baseline, answers, promotion verdict.",
     phase="release",
     kinds=frozenset({"pytorch"}),
     body=materialise,
-    deps=("merged_model",),
+    reads=(
+        followed(scoring_settings),
+        Read("merged_model"),
+        Read("dpo_adapter"),
+        Read("sft_checkpoint"),
+        Read("dpo_dataset"),
+        Read("base_model"),
+    ),
+    recipe=("evaluation",),
     trains=True,
 )

@@ -13,6 +13,7 @@ from dpo_assets.assets import (
     raw_preferences,
     sft_checkpoint,
 )
+from dpo_assets.assets.lineage import Lineage
 from dpo_assets.assets.node import Node
 
 NODES: tuple[Node, ...] = (
@@ -27,6 +28,7 @@ NODES: tuple[Node, ...] = (
     eval_scores.NODE,
     published_model.NODE,
 )
+LINEAGE = Lineage({node.name: node.reads for node in NODES})
 
 
 def steps() -> list[tuple[Node, ...]]:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dpo_assets.assets.dpo_plan import read_plan
+from dpo_assets.assets.dpo_plan import followed, read_plan
+from dpo_assets.assets.lineage import Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.training import merge_verdicts
 from dpo_assets.contract import MergeSpec
+from dpo_assets.planning.plan import TrainingPlan
 
 
 def materialise(step: Step) -> Events:
     """Merges, and scores held-out pairs before and after."""
-    plan = read_plan(step.upstream("dpo_plan"))
-    inputs = {name: step.upstream(name) for name in ("dpo_adapter", "dpo_dataset", "base_model")}
+    inputs = step.inputs()
+    plan = read_plan(inputs["dpo_plan"])
 
     def make(folder: Path, print_: str) -> None:
         step.launch(
@@ -23,7 +25,7 @@ def materialise(step: Step) -> Events:
                 kind="merged_model",
                 output_dir=folder,
                 fingerprint=print_,
-                inputs={name: artifact.digest for name, artifact in inputs.items()},
+                inputs=inputs.digests,
                 base_model=inputs["base_model"].path / "model",
                 threads=step.recipe.hardware.threads,
                 adapter=inputs["dpo_adapter"].path / "adapter",
@@ -32,10 +34,14 @@ def materialise(step: Step) -> Events:
             ),
         )
 
-    config = {"precision": plan.precision, "device": plan.device}
-    artifact, reused = step.build("merged_model", config, inputs, make)
+    artifact, reused = step.build("merged_model", {}, inputs, make)
     report = artifact.json("report.json")
     yield from step.result("merged_model", artifact, reused, merge_verdicts(report, step.bands), report)
+
+
+def merge_settings(plan: TrainingPlan) -> dict[str, object]:
+    """What a merged model depends on, beside base and adapter: where and how it is proven to be the same policy."""
+    return {"device": plan.device, "precision": plan.precision}
 
 
 NODE = Node(
@@ -44,6 +50,6 @@ NODE = Node(
     phase="training",
     kinds=frozenset({"pytorch", "huggingface"}),
     body=materialise,
-    deps=("dpo_adapter",),
+    reads=(followed(merge_settings), Read("dpo_adapter"), Read("dpo_dataset"), Read("base_model")),
     trains=True,
 )

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import dagster as dg
 
+from dpo_assets.assets.lineage import Read
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.feedback.pair import Column
 from dpo_assets.recipe import Recipe
@@ -19,8 +20,8 @@ Phase = Literal["data", "training", "release"]
 class Node:
     """One asset. Nodes with the same body are materialised together by it.
 
-    `deps` holds the edges that the graph needs to show and to know what is stale. A body may read any asset further up
-    the chain: whatever changes there has changed every data version on the way.
+    `reads` is all that the body may ask for, what its artefact's manifest records, and what Dagster's graph shows.
+    `recipe` names the sections that decide its result: its code version covers them.
     """
 
     name: str
@@ -28,7 +29,8 @@ class Node:
     phase: Phase
     kinds: frozenset[str]
     body: Callable[[Step], Events]
-    deps: tuple[str, ...] = ()
+    reads: tuple[Read, ...] = ()
+    recipe: tuple[str, ...] = ()
     columns: Sequence[Column] = ()
     trains: bool = False
     config: Callable[[Recipe], type[dg.Config]] | None = None

@@ -12,6 +12,7 @@ import dagster as dg
 from dpo_assets.artifact import Artifact, file_sha256, write_json
 from dpo_assets.assets.base_model import FACTS
 from dpo_assets.assets.dpo_plan import read_plan
+from dpo_assets.assets.lineage import Inputs, Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.promotion import decide
@@ -21,27 +22,24 @@ from dpo_assets.publishing.card import CardFacts, render_card
 from dpo_assets.publishing.commit import Operation, Release, publish, stage
 from dpo_assets.report.tables import table
 
-UPSTREAM = ("eval_scores", "merged_model", "dpo_adapter", "dpo_dataset", "base_model")
 RELEASE, OPERATIONS = "release", "operations.json"
 
 
 def materialise(step: Step) -> Events:
     """Stages the release; sends it when the recipe says so and the environment holds a token."""
     publishing = step.recipe.publishing
-    inputs = {name: step.upstream(name) for name in UPSTREAM}
-    plan = step.upstream("dpo_plan")
+    inputs = step.inputs()
 
     def make(folder: Path, _: str) -> None:
         target = folder / RELEASE
         target.mkdir()
-        facts = _facts(step, inputs, plan)
+        facts = _facts(step, inputs)
         source = inputs["merged_model"].path / "model" if publishing.artifact == "merged" else _adapter(inputs, folder)
-        provenance = {name: artifact.digest for name, artifact in inputs.items()}
-        operations = stage(source, target, render_card(facts), {"inputs": provenance, "versions": facts.versions})
+        operations = stage(source, target, render_card(facts), {"inputs": inputs.digests, "versions": facts.versions})
         write_json(folder / OPERATIONS, [asdict(o) for o in operations])
 
     config = {"artifact": publishing.artifact, "title": _title(step), "min_pairs": step.recipe.evaluation.min_pairs}
-    artifact, reused = step.build("published_model", config, inputs | {"dpo_plan": plan}, make)
+    artifact, reused = step.build("published_model", config, inputs, make)
     operations = [Operation(**o) for o in artifact.json(OPERATIONS)]
     release = None if publishing.dry_run else _send(step, artifact, operations)
     yield from step.result(
@@ -116,7 +114,7 @@ def _title(step: Step) -> str:
     return (step.recipe.publishing.repo_id or step.pipeline.name).split("/")[-1]
 
 
-def _facts(step: Step, inputs: dict[str, Artifact], plan: Artifact) -> CardFacts:
+def _facts(step: Step, inputs: Inputs) -> CardFacts:
     base, scores = inputs["base_model"].json(FACTS), inputs["eval_scores"].json("report.json")
     decision, reason = decide(scores, step.recipe.evaluation.min_pairs)
     return CardFacts(
@@ -128,7 +126,7 @@ def _facts(step: Step, inputs: dict[str, Artifact], plan: Artifact) -> CardFacts
         base_revision=base["revision"],
         licence=base["licence"],
         artifact=step.recipe.publishing.artifact,
-        plan=read_plan(plan),
+        plan=read_plan(inputs["dpo_plan"]),
         dataset=inputs["dpo_dataset"].json("report.json"),
         dataset_digest=inputs["dpo_dataset"].digest,
         scores=scores,
@@ -138,7 +136,7 @@ def _facts(step: Step, inputs: dict[str, Artifact], plan: Artifact) -> CardFacts
     )
 
 
-def _adapter(inputs: dict[str, Artifact], folder: Path) -> Path:
+def _adapter(inputs: Inputs, folder: Path) -> Path:
     """The adapter with the Hub id of its base in place of a local path."""
     base = inputs["base_model"].json(FACTS)
     if not base["revision"]:
@@ -163,5 +161,13 @@ NODE = Node(
     phase="release",
     kinds=frozenset({"huggingface"}),
     body=materialise,
-    deps=("eval_scores",),
+    reads=(
+        Read("dpo_plan"),
+        Read("eval_scores"),
+        Read("merged_model"),
+        Read("dpo_adapter"),
+        Read("dpo_dataset"),
+        Read("base_model"),
+    ),
+    recipe=("publishing",),
 )

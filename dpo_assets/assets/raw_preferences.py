@@ -38,7 +38,7 @@ class ReadConfig(dg.Config):
 def materialise(step: Step) -> Events:
     """Reads what is new; what was read before costs a hash."""
     if step.only_checks:
-        found, reused = step.build("raw_preferences", None, {}, lambda folder, _: None)
+        found, reused = step.build("raw_preferences", None, step.inputs(), lambda folder, _: None)
         yield from step.result("raw_preferences", found, reused, _verdicts(found.json(INDEX), step))
         return
     landing = step.tree.root / "landing"
@@ -58,7 +58,7 @@ def materialise(step: Step) -> Events:
     def make(folder: Path, _: str) -> None:
         write_json(folder / INDEX, index)
 
-    artifact, reused = step.build("raw_preferences", index, {}, make)
+    artifact, reused = step.build("raw_preferences", index, step.inputs(), make)
     batches = batches_of(step, artifact)
     shown = _metadata(index, batches, [one.new for one in read])
     yield from step.result("raw_preferences", artifact, reused, _verdicts(index, step), shown)
@@ -199,6 +199,7 @@ NODE = Node(
     phase="data",
     kinds=frozenset({"parquet", "polars"}),
     body=materialise,
+    recipe=("feedback",),
     columns=PAIR_COLUMNS,
     config=read_config,
 )

@@ -7,22 +7,26 @@ from pathlib import Path
 import dagster as dg
 
 from dpo_assets.artifact import Artifact, write_json
-from dpo_assets.assets.dpo_plan import read_plan
+from dpo_assets.assets.dpo_plan import followed, read_plan
+from dpo_assets.assets.lineage import Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step, memory_record
 from dpo_assets.checks.training import sft_verdicts
 from dpo_assets.contract import TrainSpec
+from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.report.plots import line_plot
 
 
 def materialise(step: Step) -> Events:
     """Trains the SFT adapter, or adopts the base as it is."""
-    plan_artifact, dataset, base = step.upstream("dpo_plan"), step.upstream("dpo_dataset"), step.upstream("base_model")
-    plan = read_plan(plan_artifact)
-    inputs = {"dpo_dataset": dataset, "base_model": base}
+    inputs = step.inputs()
+    plan = read_plan(inputs["dpo_plan"])
+    adopted = plan.sft.strategy == "adopt"
+    if adopted:  # It depends on nothing that was trained, so a new dataset must not make it new.
+        inputs = inputs.only("dpo_plan", "base_model")
 
     def make(folder: Path, print_: str) -> None:
-        if plan.sft.strategy == "adopt":
+        if adopted:
             write_json(folder / "report.json", {"adopted": True})
             return
         step.launch(
@@ -31,18 +35,15 @@ def materialise(step: Step) -> Events:
                 kind="sft_checkpoint",
                 output_dir=folder,
                 fingerprint=print_,
-                inputs={name: artifact.digest for name, artifact in inputs.items()},
-                base_model=base.path / "model",
+                inputs=inputs.digests,
+                base_model=inputs["base_model"].path / "model",
                 threads=step.recipe.hardware.threads,
-                dataset=dataset.path,
+                dataset=inputs["dpo_dataset"].path,
                 plan=plan,
             ),
         )
 
-    # An adopted base depends on nothing that was trained, so a new dataset must not make it new.
-    adopted = plan.sft.strategy == "adopt"
-    config = {"strategy": "adopt"} if adopted else plan.sft_part()
-    artifact, reused = step.build("sft_checkpoint", config, {"base_model": base} if adopted else inputs, make)
+    artifact, reused = step.build("sft_checkpoint", {}, inputs, make)
     report = artifact.json("report.json")
     metadata = {"strategy": plan.sft.strategy, **{k: v for k, v in report.items() if k != "adopted"}}
     metadata |= memory_record(artifact)
@@ -57,12 +58,18 @@ def start_adapter(checkpoint: Artifact) -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def sft_settings(plan: TrainingPlan) -> dict[str, object]:
+    """What an SFT checkpoint depends on. An adopted base is the same under any numbers."""
+    return {"strategy": "adopt"} if plan.sft.strategy == "adopt" else plan.sft_part()
+
+
 NODE = Node(
     name="sft_checkpoint",
     description="Where DPO starts and what it is measured against: LoRA SFT on chosen answers, or the base as it is.",
     phase="training",
     kinds=frozenset({"pytorch", "huggingface"}),
     body=materialise,
-    deps=("dpo_plan", "base_model"),
+    reads=(followed(sft_settings), Read("dpo_dataset"), Read("base_model")),
+    recipe=("lora", "sft"),
     trains=True,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import dagster as dg
 
 from dpo_assets.artifact import VOLATILE, Artifact, ArtifactTree, fingerprint, write_json
 from dpo_assets.assets.event_log import Event, scrubbed, without_secrets
+from dpo_assets.assets.lineage import Conflict, Inputs, Lineage, Read, whole
 from dpo_assets.checks.bands import Bands, default_bands
 from dpo_assets.checks.catalog import severity_of
 from dpo_assets.checks.verdict import Verdict, with_severity
@@ -51,6 +52,8 @@ class Step:
 
     context: dg.AssetExecutionContext
     pipeline: Pipeline
+    node: str  # Of several that it makes together, the one whose artefact it is.
+    lineage: Lineage
     config: Mapping[str, Any] = field(default_factory=dict)  # What the launchpad said for this run.
 
     @property
@@ -95,38 +98,98 @@ class Step:
     def _resource(self, name: str) -> Any:
         return getattr(self.context.resources, self.pipeline.resource_key(name))
 
-    def upstream(self, node: str) -> Artifact:
-        """The verified artefact of an upstream asset: this run's, or else the latest.
+    def inputs(self) -> Inputs:
+        """Everything that the node declares to read: verified, past its gates, and made from one another.
 
-        A red artefact is refused also outside the run that failed: a gate holds until its check passes.
+        Each is this run's artefact, or else the latest. A red one is refused also outside the run that failed: a gate
+        holds until its check passes. Where only checks are evaluated, each is what the artefact under the checks was
+        made from.
 
         Raises:
-            ConfigError: when it was never made, is gone or damaged, or failed a blocking check.
+            ConfigError: when one was never made, is gone or damaged or failed a blocking check; and when two of them go
+                back to different artefacts of one node, with what to materialise again.
         """
-        found = self._materialised(node)
+        reads = self.lineage.reads(self.node)
+        own = self._materialised(self.node) if self.only_checks and reads else None
+        found = {read.node: self._upstream(read, own) for read in reads}
+        if conflicts := self.lineage.conflicts(found, self._made):
+            raise ConfigError(self._mixed(conflicts))
+        return self.lineage.inputs(self.node, found)
+
+    def _upstream(self, read: Read, own: Artifact | None) -> Artifact:
+        """The artefact to read; `own` is the one whose checks are evaluated again, if that is what is done."""
+        found = self._materialised(read.node)
+        recorded = own.manifest.inputs.get(read.node) if own is not None else None
+        if recorded is not None and read.part(found) != recorded:
+            found = self._kept(read, recorded)
         if failed := self._failed_gates(found):
-            where = self.pipeline.key(node).to_user_string()
-            raise ConfigError(f"`{where}` did not pass {', '.join(failed)}; mend it before going on from it.")
+            raise ConfigError(
+                f"`{self._shown(read.node)}` did not pass {', '.join(failed)}; mend it before going on from it."
+            )
         return found
+
+    def _kept(self, read: Read, recorded: str) -> Artifact:
+        """The verified artefact whose part that is read has this digest."""
+        for told in self.tree.listed(read.node):
+            if read.part is whole and told.digest != recorded:
+                continue
+            found = self.tree.find(read.node, told.path.name)
+            if found is not None and read.part(found) == recorded:
+                return found
+        raise ConfigError(
+            f"the `{self._shown(read.node)}` that `{self._shown(self.node)}` was made from is no longer kept, so its "
+            f"checks cannot be evaluated again; materialise `{self._shown(self.node)}` again."
+        )
+
+    def _made(self, node: str, digest: str) -> list[Artifact]:
+        return [told for told in self.tree.listed(node) if told.digest == digest]
+
+    def _mixed(self, conflicts: Sequence[Conflict]) -> str:
+        """What does not fit, and the way out."""
+        readers: dict[str, list[str]] = {}
+        for one in conflicts:
+            readers.setdefault(one.node, []).append(f"`{self._shown(one.reader)}`")
+        told = [
+            f"{', '.join(found)}: made from another `{self._shown(node)}` than is there now"
+            for node, found in readers.items()
+        ]
+        again = ", ".join(map(self._shown, self.lineage.to_make_again(self.node, conflicts, self._latest)))
+        roots = " and ".join(f"`{self._shown(node)}`" for node in readers)
+        return (
+            f"what `{self._shown(self.node)}` reads was not made from one another. {'; '.join(told)}. Materialise "
+            f"again, in this order: {again}. Or, to keep what was made, give {roots} its earlier settings and inputs "
+            "back and materialise that: it is reused."
+        )
+
+    def _shown(self, node: str) -> str:
+        return self.pipeline.key(node).to_user_string()
 
     def _materialised(self, node: str) -> Artifact:
         """The verified artefact of this run's materialisation of `node`, or else the latest."""
-        key = self.pipeline.key(node)
-        records = self.context.instance.fetch_materializations(key, limit=20).records
-        mine = [r for r in records if r.run_id == self.context.run_id]
-        record = next(iter(mine or records), None)
-        where = key.to_user_string()
-        if record is None or record.asset_materialization is None:
-            raise ConfigError(f"`{where}` has not been materialised yet; materialise it first.")
-        entry = record.asset_materialization.metadata.get(FINGERPRINT)
-        found = self.tree.find(node, str(entry.value)) if entry is not None else None
+        print_ = self._latest_fingerprint(node)
+        if print_ is None:
+            raise ConfigError(f"`{self._shown(node)}` has not been materialised yet; materialise it first.")
+        found = self.tree.find(node, print_)
         if found is None:
-            raise ConfigError(f"the artefact of `{where}` is missing or was damaged; materialise it again.")
+            raise ConfigError(f"the artefact of `{self._shown(node)}` is missing or was damaged; materialise it again.")
         return found
 
-    def build(
-        self, node: str, config: Any, inputs: Mapping[str, Artifact], make: Callable[[Path, str], None]
-    ) -> tuple[Artifact, bool]:
+    def _latest(self, node: str) -> Artifact | None:
+        """The same as its manifest tells it, if it is there: its files are not verified."""
+        print_ = self._latest_fingerprint(node)
+        return next((told for told in self.tree.listed(node) if told.fingerprint == print_), None)
+
+    def _latest_fingerprint(self, node: str) -> str | None:
+        """That of this run's materialisation, or else of the latest; None where there is none."""
+        records = self.context.instance.fetch_materializations(self.pipeline.key(node), limit=20).records
+        mine = [record for record in records if record.run_id == self.context.run_id]
+        record = next(iter(mine or records), None)
+        if record is None or record.asset_materialization is None:
+            return None
+        entry = record.asset_materialization.metadata.get(FINGERPRINT)
+        return str(entry.value) if entry is not None else ""
+
+    def build(self, node: str, config: Any, inputs: Inputs, make: Callable[[Path, str], None]) -> tuple[Artifact, bool]:
         """The artefact for `config` and `inputs`, and whether an equal one was there already.
 
         `make` gets an empty folder and the fingerprint. Where only checks are evaluated, it is the artefact that was
@@ -134,16 +197,16 @@ class Step:
         """
         if self.only_checks:
             return self._materialised(node), True
-        digests, print_ = _identity(node, config, inputs)
-        return self.tree.find_or_build(node, print_, lambda folder: make(folder, print_), digests)
+        print_ = fingerprint(node, config, inputs.digests)
+        return self.tree.find_or_build(node, print_, lambda folder: make(folder, print_), inputs.digests)
 
-    def found(self, node: str, config: Any, inputs: Mapping[str, Artifact]) -> Artifact | None:
+    def found(self, node: str, config: Any, inputs: Inputs) -> Artifact | None:
         """The artefact that `build` would reuse, if there is one."""
-        return self.tree.find(node, _identity(node, config, inputs)[1])
+        return self.tree.find(node, fingerprint(node, config, inputs.digests))
 
-    def latest(self, node: str, inputs: Mapping[str, Artifact]) -> Artifact | None:
+    def latest(self, node: str, inputs: Inputs) -> Artifact | None:
         """The newest artefact of `node` made from `inputs`, whatever its config was."""
-        return self.tree.latest(node, {name: artifact.digest for name, artifact in inputs.items()})
+        return self.tree.latest(node, inputs.digests)
 
     def launch(self, stage: Stage, spec: Spec) -> None:
         """Runs a worker stage to its end.
@@ -188,7 +251,7 @@ class Step:
     ) -> Events:
         """The materialisation, with its checks; or the checks alone, where nothing else was asked for.
 
-        The verdicts are kept beside the artefact for `upstream`.
+        The verdicts are kept beside the artefact for `inputs`.
         """
         key, severities = self.pipeline.key(node), self.recipe.checks.severity
         verdicts = [with_severity(v, severity_of(v.check, severities)) for v in verdicts]
@@ -246,11 +309,6 @@ class Step:
             return []
         levels: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
         return sorted(name for name, level in levels.items() if level == "error")
-
-
-def _identity(node: str, config: Any, inputs: Mapping[str, Artifact]) -> tuple[dict[str, str], str]:
-    digests = {name: artifact.digest for name, artifact in inputs.items()}
-    return digests, fingerprint(node, config, digests)
 
 
 def memory_record(artifact: Artifact) -> dict[str, int]:

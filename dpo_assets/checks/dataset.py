@@ -11,6 +11,10 @@ from dpo_assets.checks.verdict import Level, Verdict
 from dpo_assets.recipe import FeedbackSection, Recipe
 
 MIN_EVAL_PAIRS = 1
+KEPT_IN_TRAIN = (
+    "pairs that this eval_fraction and seed would hold out stay in train: kept models were trained on them, and no "
+    "score may rest on those (docs/design.md, rules)"
+)
 
 
 def dataset_verdicts(report: Mapping[str, Any], recipe: Recipe, bands: Bands) -> list[Verdict]:
@@ -107,4 +111,5 @@ def enough_pairs(report: Mapping[str, Any], feedback: FeedbackSection, bands: Ba
         f"{MIN_EVAL_PAIRS} eval",
         f"feedback.min_pairs of the recipe; {few.source}",
         ways[level],
+        f"{kept} {KEPT_IN_TRAIN}" if (kept := report.get("kept_in_train", 0)) else "",
     )

@@ -46,9 +46,21 @@ def decide(report: Mapping[str, Any], min_prompts: int) -> tuple[Decision, str]:
     )
 
 
-def evaluation_verdicts(report: Mapping[str, Any], recipe: Recipe, bands: Bands) -> list[Verdict]:
-    """All checks of `eval_scores`."""
-    return [promotion_verdict(report, recipe), greedy_health(report, bands)]
+def evaluation_verdicts(report: Mapping[str, Any], recipe: Recipe, bands: Bands, *, seen: int) -> list[Verdict]:
+    """All checks of `eval_scores`; `seen` of its pairs have an opening message that the model was trained on."""
+    return [held_out_unseen(report, seen), promotion_verdict(report, recipe), greedy_health(report, bands)]
+
+
+def held_out_unseen(report: Mapping[str, Any], seen: int) -> Verdict:
+    """Scored pairs against the record that the trainer left of what it trained on."""
+    return Verdict(
+        "held_out_unseen",
+        "error" if seen else "pass",
+        f"{seen} of {report['pairs']} scored pairs",
+        "0 pairs with an opening message that the SFT or DPO adapter was trained on",
+        "held-out scores on seen prompts measure memory",
+        "train on the dataset that is scored: materialise dpo_plan and everything after it again" if seen else "",
+    )
 
 
 def promotion_verdict(report: Mapping[str, Any], recipe: Recipe) -> Verdict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from dpo_assets.feedback.pair import TEMPLATE_FAULT
@@ -57,16 +58,21 @@ def _said(template_fault: str | None) -> str:
 
 
 def in_eval_split(group_id: str, fraction: float, seed: int) -> bool:
-    """Whether a group is held out. Depends on the group alone, so a group never changes sides as feedback grows."""
+    """Whether a group is drawn to be held out. Depends on the group alone, so a group stays as feedback grows."""
     draw = int.from_bytes(hashlib.sha256(f"{seed}:{group_id}".encode()).digest()[:8], "big") / 2**64
     return draw < fraction
 
 
-def split(pairs: pl.DataFrame, fraction: float, seed: int) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """(train, eval), by group, each in pair_id order so that file order does not matter."""
+def split(
+    pairs: pl.DataFrame, fraction: float, seed: int, kept_in_train: Collection[str] = ()
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """(train, eval), by group, each in pair_id order so that file order does not matter.
+
+    Groups of `kept_in_train` are trained on whatever is drawn for them.
+    """
     import polars as pl
 
-    held_out = [in_eval_split(g, fraction, seed) for g in pairs["group_id"]]
+    held_out = [in_eval_split(g, fraction, seed) and g not in kept_in_train for g in pairs["group_id"]]
     mask = pl.Series("held_out", held_out, dtype=pl.Boolean)
     ordered = pairs.with_columns(mask).sort("pair_id")
     train = ordered.filter(~pl.col("held_out")).drop("held_out")

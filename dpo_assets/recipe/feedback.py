@@ -223,7 +223,13 @@ class FeedbackSection(Section):
         default=1024, ge=16, description="Tokens of prompt + answer; longer answers lose their end (TRL keep_start)."
     )
     eval_fraction: float = Field(
-        default=0.1, gt=0.0, lt=0.9, description="Share of prompt groups held out for evaluation, never trained on."
+        default=0.1,
+        gt=0.0,
+        lt=0.9,
+        description=(
+            "Share of prompt groups held out for evaluation, never trained on. What a kept model was trained on is not "
+            "held out later."
+        ),
     )
     min_pairs: int = Field(default=50, ge=1, description="Fewer training pairs than this block the run.")
     max_quarantine_rate: float = Field(
@@ -240,7 +246,11 @@ class FeedbackSection(Section):
     max_unpacked_rows: int = Field(
         default=2_000_000, ge=1, description="Rows that one `.gz`, `.zst` or Parquet file may hold, likewise."
     )
-    seed: int = Field(default=0, ge=0, description="Seed of the train/eval split.")
+    seed: int = Field(
+        default=0,
+        ge=0,
+        description="Seed of the train/eval split. With another one, what a kept model was trained on stays in train.",
+    )
     cleaning: CleaningSection = Field(default_factory=CleaningSection, description="What is done about unfit pairs.")
     release: list[ReleaseRule] = Field(default=[], description="What is taken out of quarantine, by rule.")
 

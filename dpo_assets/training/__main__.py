@@ -45,6 +45,7 @@ from dpo_assets.contract import (
     memory_failure,
 )
 from dpo_assets.errors import ConfigError, GateError
+from dpo_assets.feedback.trained import write_trained_groups
 
 SPECS: dict[Stage, type[Spec]] = {
     "tokenize": TokenizeSpec,
@@ -143,6 +144,8 @@ def _run(stage: Stage, spec: Spec, reporter: Any) -> None:
             transformers.logging.set_verbosity_error()
         stage_module = importlib.import_module(f"dpo_assets.training.{stage}")
     stage_module.run(spec, reporter)
+    if isinstance(spec, TrainSpec):
+        write_trained_groups(spec.dataset, spec.output_dir)
     shutil.rmtree(spec.scratch, ignore_errors=True)
     versions = {name: found for name in RECORDED_PACKAGES if (found := _version(name))}
     seal(spec.output_dir, kind=spec.kind or stage, fingerprint=spec.fingerprint, inputs=spec.inputs, versions=versions)

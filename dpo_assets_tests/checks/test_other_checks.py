@@ -492,7 +492,9 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
         "merged_model": merge_verdicts(
             MERGE | ({"finite": False, "mean_difference_per_token": 1.0} if fail else {}), BANDS
         ),
-        "eval_scores": evaluation_verdicts(bad_scores if fail else evaluation_report(), recipe(), BANDS),
+        "eval_scores": evaluation_verdicts(
+            bad_scores if fail else evaluation_report(), recipe(), BANDS, seen=1 if fail else 0
+        ),
         "published_model": [release_verified(artifact, operations, None)],
     }
 

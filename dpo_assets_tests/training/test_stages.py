@@ -33,6 +33,7 @@ from dpo_assets.contract import (
 )
 from dpo_assets.errors import CorruptArtifact
 from dpo_assets.feedback.screening import Screened
+from dpo_assets.feedback.trained import TRAINED_GROUPS, trained_groups
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.__main__ import main
 from dpo_assets.training.data import dpo_group, load_split
@@ -183,6 +184,14 @@ def test_token_ids_are_those_the_dataset_was_made_with(pipeline: Pipeline, datas
     assert joined.height > 0
     for name in ids:
         assert joined[name].to_list() == joined[f"{name}_stage"].to_list()
+
+
+def test_a_trained_model_keeps_the_groups_of_its_training_pairs(pipeline: Pipeline, dataset: Path) -> None:
+    groups = set(pl.read_parquet(dataset / "train.parquet")["group_id"])
+    for artifact in (pipeline.sft, pipeline.dpo):
+        assert TRAINED_GROUPS in artifact.manifest.files
+        assert set(trained_groups(artifact.path / TRAINED_GROUPS)) == groups
+    assert TRAINED_GROUPS not in pipeline.merged.manifest.files
 
 
 def test_training_is_reported_line_by_line(pipeline: Pipeline) -> None:
