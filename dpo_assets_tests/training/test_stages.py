@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -420,6 +421,7 @@ def test_an_output_folder_that_was_used_before_is_refused_and_kept(
     spec = TokenizeSpec(**common, fingerprint="f", pairs=tmp_path / "pairs.parquet")
     line = command("tokenize", spec, tmp_path / "spec")[3:]
     assert main(line) == 0
+    assert gc.isenabled(), "a stage collects its garbage, other than its imports"
     sealed = open_artifact(out).digest
     assert main(line) == EXPLAINED_EXIT
     assert open_artifact(out).digest == sealed
