@@ -100,7 +100,7 @@ def ours(source: Path, work: Path, tokenizer: Path | None) -> dict[str, Any]:
     import polars as pl
 
     from dpo_assets.artifact import fingerprint
-    from dpo_assets.feedback.ingest import COUNTS, QUARANTINE, PairWriter
+    from dpo_assets.feedback.batches import COUNTS, QUARANTINE, PairWriter
     from dpo_assets.feedback.library import read_into
     from dpo_assets.feedback.pair import PAIR_COLUMNS, QUARANTINE_COLUMNS, TOKEN_COLUMNS, polars_schema
     from dpo_assets.feedback.pool import parts_with_tokens, stored

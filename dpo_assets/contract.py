@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dpo_assets.artifact import file_sha256
 from dpo_assets.checks.bands import Bands
@@ -99,7 +98,7 @@ class GuardSpec(BaseModel):
         fields = ("probe_prompts", "probe_every", "probe_tokens", "held_out_pairs", "sampled_answers")
         return cls(
             limits=CollapseLimits.of(
-                bands, losses=plan.dpo.losses, beta=plan.dpo.beta, warmup_steps=warmup_steps(plan)
+                bands, losses=plan.dpo.losses, beta=plan.dpo.beta, warmup_steps=plan.dpo_warmup_steps
             ),
             source="; ".join(filter(None, (bands.limit(CHECK).source, bands.reasons.get(CHECK)))),
             stops=severity_of(CHECK, checks.severity) != "warn",
@@ -117,11 +116,6 @@ class GuardSpec(BaseModel):
         """
         kept = {"probe_prompts", "probe_every", "probe_tokens", "held_out_pairs", "sampled_answers", "tasks_digest"}
         return self.model_dump(mode="json", include=kept)
-
-
-def warmup_steps(plan: TrainingPlan) -> int:
-    """DPO steps whose learning rate still rises. The first has rate zero: a run of one step would train nothing."""
-    return min(math.ceil(plan.dpo.warmup_ratio * plan.dpo_steps), plan.dpo_steps - 1)
 
 
 class TrainSpec(PlannedSpec):
@@ -144,15 +138,22 @@ class MergeSpec(PlannedSpec):
 
 
 class EvaluateSpec(PlannedSpec):
-    """Held-out scores of the SFT policy and the merged policy."""
+    """Held-out scores of the SFT policy and of the release, by the plan's `scoring`."""
 
     dataset: Path
     sft_adapter: Path | None
-    policy: Path
+    policy: Path = Field(description="Folder of the merged model.")
+    adapter: Path | None = Field(default=None, description="The DPO adapter, for a merged model that does not fit.")
     confidence: float
     generations: int
     max_new_tokens: int
     min_pairs: int
+
+    @model_validator(mode="after")
+    def _adapter_is_there_to_be_scored(self) -> Self:
+        if self.plan.scoring.subject == "adapter" and self.adapter is None:
+            raise ValueError("the plan scores the adapter on its quantised base, and no `adapter` is given")
+        return self
 
 
 class Failure(BaseModel):

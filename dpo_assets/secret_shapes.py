@@ -62,16 +62,6 @@ _PLACES = (
     re.compile(r"(?P<before>\b(?:bearer|basic)\s+)(?=\S*[0-9=])[A-Za-z0-9._~+/=-]{16,}", re.IGNORECASE),
 )
 
-_SIGNATURE = re.compile(r"x-(?:amz|goog|oss)-signature|signature|sig", re.IGNORECASE)
-# What a signature brings along (AWS, Google, Azure, CloudFront, Alibaba): who may read and until when, not what.
-_PRESIGNED = re.compile(
-    r"x-(?:amz|goog|oss)-.*|signature|expires|key-pair-id|policy|awsaccesskeyid|googleaccessid|ossaccesskeyid"
-    r"|sig|s[eiprstv]|spr|srt|sk(?:oid|tid|t|e|s|v)|sdd|saoid|suoid|scid",
-    re.IGNORECASE,
-)
-_SECRET_NAME = re.compile(_SECRET_FIELD, re.IGNORECASE)
-_RANDOM = re.compile(r"(?=.*[0-9])(?=.*[A-Z])(?=.*[a-z])[A-Za-z0-9_~+/=-]{24,}|[0-9a-f]{32,}")
-
 
 def masked(text: str) -> str:
     """The text with everything shaped like a secret masked: keys, passwords in URLs, signatures, HTTP credentials."""
@@ -82,31 +72,39 @@ def masked(text: str) -> str:
     return text
 
 
-def shown_url(url: str) -> str:
-    """A URL or path as it may be shown and kept: who asks, and with what right, is left out.
+# A URL in a text, up to the first character that none has. One slash too few is a slip, and hides no less.
+_URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]+):(/{1,3})((?:[^\s/?#]*@)?[^\s'\"`<>|\\^]+)")
+_CONTAINERS = ("abfs", "abfss", "wasb", "wasbs", "hf")  # What stands before the @ is a container's name there.
 
-    Gone are user and password, and what a presigned URL adds, so that the next signature gives the same text. What else
-    stands in the query of an HTTP address stays, because it may say which file is meant; values that are named or look
-    like a secret are masked. Elsewhere a `?` may be a wildcard. A local path comes back as it is.
+
+def without_url_secrets(text: str) -> str:
+    """The text as it may be shown: the URLs in it without user, password, query and fragment.
+
+    Whether a parameter of a query is a secret cannot be told from its name: signatures, tokens and keys have as many
+    names as there are services. So none is shown, only that there is a query: `https://[secret]@host/a.jsonl?[secret]`.
     """
-    scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", url)
-    if scheme is None:
-        return url
-    whole = masked(url)
-    # Not every user is one: `abfs://container@account` and `hf://datasets/org/name@revision` say what is read.
-    whole = re.sub(rf"(?<=://)(?:[^/@]*:)?{re.escape(MASK)}@", "", whole, count=1)
-    if not scheme.group().lower().startswith("http"):
-        return whole
-    before, _, query = whole.partition("#")[0].partition("?")
-    fields = [(name, value) for name, _, value in (part.partition("=") for part in query.split("&")) if name]
-    if any(_SIGNATURE.fullmatch(name) for name, _ in fields):
-        fields = [(name, value) for name, value in fields if not _PRESIGNED.fullmatch(name)]
-    kept = "&".join(f"{name}={_shown_value(name, value)}" if value else name for name, value in fields)
-    return f"{before}?{kept}" if kept else before
+    return _URL.sub(_shown_url, text)
 
 
-def _shown_value(name: str, value: str) -> str:
-    return MASK if _SECRET_NAME.fullmatch(name) or _RANDOM.fullmatch(value) else value
+def _shown_url(found: re.Match[str]) -> str:
+    scheme, slashes, rest = found[1], found[2], found[3]
+    # Elsewhere than in HTTP a question mark can be a wildcard; a query has an equals sign.
+    query = re.search(r"[?#]" if scheme.lower().startswith("http") else r"\?(?=.*=)|#(?=.*=)", rest)
+    shown, cut = (rest[: query.start()], rest[query.start()]) if query else (rest, "")
+    return f"{scheme}:{slashes}{_without_user(scheme.lower(), shown)}{cut and cut + MASK}"
+
+
+def _without_user(scheme: str, rest: str) -> str:
+    host, slash, path = rest.partition("/")
+    user, at, host_alone = host.rpartition("@")
+    if at:
+        named = scheme in _CONTAINERS and ":" not in user
+        return rest if named else f"{MASK}@{host_alone}{slash}{path}"
+    # What follows the colon is no port, so it is a password with a slash or a question mark in it.
+    _, colon, port = host.rpartition(":")
+    if colon and not port.isdigit() and not host.endswith("]"):
+        return f"{MASK}@{path.rpartition('@')[2]}" if "@" in path else MASK
+    return rest
 
 
 def passwords_in(value: str) -> set[str]:

@@ -9,7 +9,7 @@ from typing import Any, Self, cast
 from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import ErrorDetails, InitErrorDetails
 
-from dpo_assets.secret_shapes import masked
+from dpo_assets.secret_shapes import masked, without_url_secrets
 
 
 class Section(BaseModel):
@@ -29,15 +29,38 @@ class Section(BaseModel):
     def _refuse_unknown_keys(cls, data: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
         unknown = [key for key in data if key not in cls.model_fields] if isinstance(data, Mapping) else []
         if not unknown:
-            return validate(data)
+            try:
+                return validate(data)
+            except ValidationError as error:
+                raise ValidationError.from_exception_data(cls.__name__, _faults_of(error)) from None
         # The rest is validated too, so that one reading names every fault. pydantic merges the line errors of a
         # ValidationError raised here, so each keeps its own place in the file.
         faults = [_unknown_key_fault(str(key), list(cls.model_fields)) for key in unknown]
         try:
             validate({key: value for key, value in data.items() if key in cls.model_fields})
         except ValidationError as error:
-            faults += [cast("InitErrorDetails", fault) for fault in error.errors(include_url=False)]
+            faults += _faults_of(error)
         raise ValidationError.from_exception_data(cls.__name__, faults)
+
+
+def hidden_fault(message: str) -> ValidationError:
+    """For a validator of a field: a fault that does not repeat the value, which may be a secret."""
+    fault: InitErrorDetails = {"type": "value_error", "input": "...", "ctx": {"error": ValueError(message)}}
+    return ValidationError.from_exception_data("value", [fault])
+
+
+def _faults_of(error: ValidationError) -> list[InitErrorDetails]:
+    """The line errors of a ValidationError, whose inputs tell no secret of a URL: Dagster shows them as they are."""
+    faults = error.errors(include_url=False)
+    return [cast("InitErrorDetails", {**fault, "input": _shown(fault["input"])}) for fault in faults]
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, str):
+        return without_url_secrets(value)
+    if isinstance(value, Mapping):
+        return {key: _shown(one) for key, one in value.items()}
+    return [_shown(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _unknown_key_fault(key: str, known: list[str]) -> InitErrorDetails:

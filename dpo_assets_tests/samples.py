@@ -6,6 +6,7 @@ from typing import Any
 
 from dpo_assets.feedback.pair import Message, Pair
 from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.planning.targets import Covered, LoraCoverage
 from dpo_assets.recipe import Recipe, parse_recipe
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -67,8 +68,16 @@ def plan(*, dpo: dict[str, Any] | None = None, sft: dict[str, Any] | None = None
         "lora": declared.lora,
         "sft": declared.sft,
         "dpo": declared.dpo,
+        "coverage": coverage(),
     }
     return TrainingPlan(**values | changes)
+
+
+def coverage(**frozen: int) -> LoraCoverage:
+    """Adapters on everything but `frozen` kinds of so many weights."""
+    full = Covered(name="self_attn.q_proj", role="linear", weights=1000, adapted=1000)
+    rest = [Covered(name=name, role="linear", weights=weights, adapted=0) for name, weights in frozen.items()]
+    return LoraCoverage(kinds=(full, *rest))
 
 
 def dataset_report(**changes: Any) -> dict[str, Any]:

@@ -70,15 +70,6 @@ def test_an_empty_feedback_file_is_named(instance: dg.DagsterInstance, tmp_path:
     assert failures(result) == [f"empty_file: no feedback row in {empty}; the export is empty or was cut off."]
 
 
-def test_an_empty_file_beside_a_good_one_is_kept_in_quarantine(instance: dg.DagsterInstance, tmp_path: Path) -> None:
-    (tmp_path / "empty.jsonl").touch()
-    trl_feedback(tmp_path / "good.jsonl", pairs=5)
-    result = materialize(trl_recipe(tmp_path / "*.jsonl"), instance, ["raw_preferences"])
-    assert result.success
-    assert metadata(result, "raw_preferences")["rows_in"] == 5
-    assert "empty_file" in metadata(result, "raw_preferences")["rejected_by_reason"]
-
-
 def test_a_source_that_matches_no_file_is_named(instance: dg.DagsterInstance, tmp_path: Path) -> None:
     result = materialize(trl_recipe(tmp_path / "none-*.jsonl"), instance, ["raw_preferences"])
     assert "none-*.jsonl` matches no file" in failures(result)[0]

@@ -6,7 +6,6 @@ change and the grid be scored again.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -26,6 +25,7 @@ from dpo_assets.checks.training import dpo_verdicts
 from dpo_assets.checks.verdict import Verdict, with_severity
 from dpo_assets.planning.plan import DatasetStats, make_plan
 from dpo_assets.planning.precision import Device
+from dpo_assets.planning.schedule import warmup_steps
 from dpo_assets.planning.sizes import find_model
 from dpo_assets.recipe import BandOverride, DpoSection, Severity
 
@@ -99,7 +99,7 @@ def kept_step(rows: Sequence[Mapping[str, float]], limits: CollapseLimits, trigg
 
 def limits_of(row: Row, bands: Bands) -> CollapseLimits:
     steps = row["steps"]
-    warmup = min(math.ceil(DpoSection().warmup_ratio * steps), steps - 1)  # As `contract.warmup_steps`.
+    warmup = warmup_steps(DpoSection().warmup_ratio, steps)
     return CollapseLimits.of(bands, losses=("sigmoid",), beta=row["beta"], warmup_steps=warmup)
 
 

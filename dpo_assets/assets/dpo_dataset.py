@@ -24,7 +24,7 @@ from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.dataset import KEPT_IN_TRAIN, dataset_verdicts
 from dpo_assets.contract import TOKENS, TokenizeSpec
 from dpo_assets.errors import ConfigError
-from dpo_assets.feedback.ingest import COUNTS, QUARANTINE, PairWriter
+from dpo_assets.feedback.batches import COUNTS, QUARANTINE, PairWriter
 from dpo_assets.feedback.pair import (
     PAIR_COLUMNS,
     QUARANTINE_COLUMNS,
@@ -40,7 +40,7 @@ from dpo_assets.feedback.quality_sources import source_report
 from dpo_assets.feedback.quality_tokens import Markers, read_markers
 from dpo_assets.feedback.rules import NOT_DAMAGE
 from dpo_assets.feedback.screening import Screening
-from dpo_assets.feedback.splits import fit_to_model, split
+from dpo_assets.feedback.splits import fit_to_model, shared_prompts, split
 from dpo_assets.feedback.trained import digest_of
 from dpo_assets.planning.plan import DatasetStats
 from dpo_assets.recipe import FeedbackSection, Recipe
@@ -203,29 +203,29 @@ def _write(
     feedback = recipe.feedback
     faults: list[dict[str, Any]] = []
     schema = polars_schema((*PAIR_COLUMNS, *TOKEN_COLUMNS))
-    leaks: list[set[str]] = [set(), set()]
     with PairWriter(folder / "train.parquet", schema) as train, PairWriter(folder / "eval.parquet", schema) as held_out:
         for part, ids in parts_with_tokens(screened, tokens):
             accepted, unfit = fit_to_model(part, ids, feedback.max_length)
             faults += unfit
-            for writer, prompts, side in zip(
+            for writer, side in zip(
                 (train, held_out),
-                leaks,
                 split(accepted, feedback.eval_fraction, feedback.seed, kept_in_train),
                 strict=True,
             ):
                 writer.write(side)
-                prompts.update(side["prompt_id"])
     read = [pl.read_parquet(batch.path / QUARANTINE) for batch in batches]
     unfit_rows = pl.DataFrame(faults, schema=polars_schema(QUARANTINE_COLUMNS))
     quarantine = pl.concat([*read, screening.quarantine(), unfit_rows])
     # Sorted, so that the artefact does not depend on the order of files.
     quarantine.sort("source", "line", "row", "reason", "raw").write_parquet(folder / "quarantine.parquet")
-    reasons = dict(quarantine["reason"].value_counts(sort=True).iter_rows())
-    rows = quarantine.filter(quarantine["line"] > 0).height
+    # From here on what lies on disk counts, not what was to be written.
+    written = pl.read_parquet(folder / "quarantine.parquet", columns=["reason", "line"])
+    reasons = dict(written["reason"].value_counts(sort=True).iter_rows())
+    rows = written.filter(pl.col("line") > 0).height
     counted = [batch.json(COUNTS) for batch in batches]
     rejected = sum(one["rejected"] for one in counted)
-    accepted = pl.concat([pl.read_parquet(folder / name) for name in ("train.parquet", "eval.parquet")])
+    sides = [pl.read_parquet(folder / name) for name in ("train.parquet", "eval.parquet")]
+    accepted = pl.concat(sides)
     whole = pl.read_parquet(tokens) if tokens is not None else pl.DataFrame(schema=token_schema())
     context, markers = model
     quality = measure(accepted, whole.filter(pl.col(TEMPLATE_FAULT).is_null()), feedback.max_length, context, markers)
@@ -242,7 +242,7 @@ def _write(
             "train_pairs": train.rows,
             "eval_pairs": held_out.rows,
             "kept_in_train": accepted.filter(pl.col("group_id").is_in(list(kept_in_train))).height,
-            "leaked_prompts": len(leaks[0] & leaks[1]),
+            "leaked_prompts": shared_prompts(*sides),
             "flagged": dict(sorted(screening.counts.items())),
             "released": [
                 {**rule.model_dump(), "rows": screening.released[n]} for n, rule in enumerate(feedback.release)

@@ -18,6 +18,8 @@ from dpo_assets.assets.lineage import Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.config import plan_verdicts
+from dpo_assets.checks.coverage import coverage_table
+from dpo_assets.planning.matrices import read_matrices
 from dpo_assets.planning.plan import ModelShape, TrainingPlan, make_plan
 from dpo_assets.recipe import OVERRIDABLE, Recipe, apply_overrides
 from dpo_assets.report.tables import table
@@ -32,6 +34,7 @@ def materialise(step: Step) -> Events:
     dataset, base = inputs["dpo_dataset"], inputs["base_model"]
     recipe = apply_overrides(step.recipe, {name: step.config.get(name, {}) for name in OVERRIDABLE})
     shape = ModelShape.model_validate(base.json(FACTS))
+    shape = shape.with_matrices(read_matrices(base.path / "model", shape.layers))
     plan = make_plan(recipe, shape, dataset_stats(dataset), step.gpu.detect())
 
     def make(folder: Path, _: str) -> None:
@@ -52,6 +55,10 @@ def materialise(step: Step) -> Events:
             "precision_reason": plan.precision_reason,
             "device": plan.device_name,
             "kernels": plan.kernels,
+            "computed_in": plan.compute,
+            "scored": plan.scored,
+            "adapted_share": plan.coverage.share,
+            "lora_coverage": dg.MetadataValue.md(coverage_table(plan.coverage)),
             "token_budget": plan.token_budget,
             "memory_gib": round(plan.memory_gib, 2),
             "sft_steps": plan.sft_steps,

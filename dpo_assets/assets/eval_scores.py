@@ -47,6 +47,7 @@ def materialise(step: Step) -> Events:
                 dataset=inputs["dpo_dataset"].path,
                 plan=plan,
                 sft_adapter=start_adapter(inputs["sft_checkpoint"]),
+                adapter=inputs["dpo_adapter"].path / "adapter",
                 policy=inputs["merged_model"].path / "model",
                 **evaluation.model_dump(include={"confidence", "generations", "max_new_tokens", "min_pairs"}),
             ),
@@ -69,6 +70,8 @@ def materialise(step: Step) -> Events:
         {
             "verdict": decision,
             "verdict_reason": reason,
+            "scored": report.get("scored", "not recorded: these scores are of an earlier version"),
+            "scored_because": plan.scoring.reason,
             "held_out_pairs": report["pairs"],
             "accuracy": report["implicit_reward_accuracy"]["value"],
             "chosen_shift_nats_per_token": report["chosen_shift_nats_per_token"],
@@ -89,8 +92,13 @@ def _seen(step: Step, inputs: Inputs, scores: Artifact) -> int:
 
 
 def scoring_settings(plan: TrainingPlan) -> dict[str, object]:
-    """What scores depend on, beside what is scored."""
-    return {"device": plan.device, "precision": plan.precision}
+    """What scores depend on, beside the models: which of them is scored, and at which precision."""
+    return {
+        "device": plan.device,
+        "precision": plan.at_release().precision,
+        "compute": plan.at_release().compute,
+        "scored": plan.scoring.subject,
+    }
 
 
 NODE = Node(

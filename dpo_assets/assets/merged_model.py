@@ -41,7 +41,8 @@ def materialise(step: Step) -> Events:
 
 def merge_settings(plan: TrainingPlan) -> dict[str, object]:
     """What a merged model depends on, beside base and adapter: where and how it is proven to be the same policy."""
-    return {"device": plan.device, "precision": plan.precision}
+    proof = plan.at_proof()
+    return {"device": proof.device, "precision": proof.precision}
 
 
 NODE = Node(

@@ -7,23 +7,29 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from dpo_assets.artifact import Artifact, write_json
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step
+from dpo_assets.checks.ingest import Volumes, ingest_verdicts, volumes
 from dpo_assets.checks.judged_text import judged_text_kept
 from dpo_assets.checks.verdict import Verdict
 from dpo_assets.errors import ConfigError, FeedbackError
-from dpo_assets.feedback.ingest import COUNTS, EMPTY, EMPTY_FILE, PAIRS, QUARANTINE
+from dpo_assets.feedback.accounting import held, held_paired
+from dpo_assets.feedback.batches import COUNTS, PAIRS, QUARANTINE
+from dpo_assets.feedback.ingest import EMPTY, EMPTY_FILE
 from dpo_assets.feedback.library import BATCH_KIND, PAIRED_KIND, FileBatches, pair_into, read_into
 from dpo_assets.feedback.pair import PAIR_COLUMNS
 from dpo_assets.feedback.readers import ReadOptions
 from dpo_assets.feedback.sources import Limits, files_of
 from dpo_assets.recipe import FeedbackSource, Recipe
 from dpo_assets.report.tables import counts_table, sample_table, table
+from dpo_assets.section import describe_validation_error
 
 INDEX = "batches.json"
+VOLUMES = "dpo_assets/volumes"  # What each source gave, for the next materialisation.
+PAIRED = ""  # No file has that name.
 
 
 class ReadConfig(dg.Config):
@@ -37,9 +43,11 @@ class ReadConfig(dg.Config):
 
 def materialise(step: Step) -> Events:
     """Reads what is new; what was read before costs a hash."""
+    history = step.history("raw_preferences", VOLUMES)
     if step.only_checks:
         found, reused = step.build("raw_preferences", None, step.inputs(), lambda folder, _: None)
-        yield from step.result("raw_preferences", found, reused, _verdicts(found.json(INDEX), step))
+        given = history[0][0] if history else {}
+        yield from step.result("raw_preferences", found, reused, _verdicts(step, found, given, history[1:]))
         return
     landing = step.tree.root / "landing"
     feedback = step.recipe.feedback
@@ -48,7 +56,11 @@ def materialise(step: Step) -> Events:
     )
     files = files_of(_sources(step), landing, hub=step.hub.api, limits=Limits.of(feedback))
     read = [read_into(step.tree, file, options) for file in files]
-    index: dict[str, Any] = {"files": sorted((one.row() for one in read), key=lambda row: row["file"]), "paired": None}
+    index: dict[str, Any] = {
+        "found": sorted(file.name for file in files),
+        "files": sorted((one.row() for one in read), key=lambda row: row["file"]),
+        "paired": None,
+    }
     if all(row["rows_in"] == 0 for row in index["files"]):
         raise FeedbackError(_nothing(read))
     paired = pair_into(step.tree, [batch for one in read for batch in one.batches], options)
@@ -59,13 +71,30 @@ def materialise(step: Step) -> Events:
         write_json(folder / INDEX, index)
 
     artifact, reused = step.build("raw_preferences", index, step.inputs(), make)
-    batches = batches_of(step, artifact)
-    shown = _metadata(index, batches, [one.new for one in read])
-    yield from step.result("raw_preferences", artifact, reused, _verdicts(index, step), shown)
+    given = volumes((one.file.origin, one.file.name, sum(b.json(COUNTS)["rows"] for b in one.batches)) for one in read)
+    shown = _metadata(index, batches_of(step, artifact), [one.new for one in read]) | {VOLUMES: given}
+    yield from step.result("raw_preferences", artifact, reused, _verdicts(step, artifact, given, history), shown)
 
 
-def _verdicts(index: Mapping[str, Any], step: Step) -> list[Verdict]:
-    return [accounting(index), judged_text_kept(index, step.bands)]
+def _verdicts(step: Step, raw: Artifact, given: Volumes, history: Sequence[tuple[Volumes, bool]]) -> list[Verdict]:
+    """The checks of what was read, held against the tables as they lie on disk, and against earlier volumes.
+
+    What a gate holds is no measure: a run that was stopped for its fall would let the next one pass.
+    """
+    index = raw.json(INDEX)
+    if "found" not in index:
+        raise ConfigError("this `raw_preferences` is of an earlier version; materialise it again.")
+    batches = {name: [batch.path for batch in found] for name, found in _batches(step, raw).items()}
+    paired = batches.pop(PAIRED, [])
+    verdicts = ingest_verdicts(
+        index,
+        {file: held(folders, file) for file, folders in batches.items()},
+        held_paired([folder for folders in batches.values() for folder in folders], paired[0]) if paired else None,
+        given,
+        next((before for before, is_held in history if not is_held), None),
+        step.recipe.feedback,
+    )
+    return [*verdicts, judged_text_kept(index, step.bands)]
 
 
 def batches_of(step: Step, raw: Artifact) -> list[Artifact]:
@@ -74,47 +103,34 @@ def batches_of(step: Step, raw: Artifact) -> list[Artifact]:
     Raises:
         ConfigError: when one is gone or damaged.
     """
+    return [batch for batches in _batches(step, raw).values() for batch in batches]
+
+
+def _batches(step: Step, raw: Artifact) -> dict[str, list[Artifact]]:
+    """The batches by file, and under PAIRED that of paired answers, where there is one."""
     index = raw.json(INDEX)
-    named = [(BATCH_KIND, row["file"], one) for row in index["files"] for one in row["batches"]]
+    found = {
+        row["file"]: [_batch(step, BATCH_KIND, row["file"], one) for one in row["batches"]] for row in index["files"]
+    }
     if index["paired"] is not None:
-        named.append((PAIRED_KIND, "paired answers", index["paired"]))
-    found = []
-    for kind, name, one in named:
-        batch = step.tree.find(kind, one["batch"])
-        if batch is None or batch.digest != one["digest"]:
-            raise ConfigError(f"the batch of {name} is missing or damaged; materialise raw_preferences again.")
-        found.append(batch)
+        found[PAIRED] = [_batch(step, PAIRED_KIND, "paired answers", index["paired"])]
     return found
 
 
-def accounting(index: Mapping[str, Any]) -> Verdict:
-    """Every row of every file is a pair, a judged answer or a rejected row; every answer is in a pair, or rejected."""
-    files = index["files"]
-    wrong = [
-        row["file"] for row in files if row["lost"] or row["rows_in"] != _given(row) or row["rows_in"] < row["rows"]
-    ]
-    answers, paired = sum(row["answers"] for row in files), index["paired"] or {"used": 0, "rejected": 0}
-    if answers != paired["used"] + paired["rejected"]:
-        wrong.append("paired answers")
-    total = sum(row["rows_in"] for row in files)
-    return Verdict(
-        "every_row_accounted_for",
-        "error" if wrong else "pass",
-        f"{total} rows in {len(files)} files",
-        "rows in = pairs + judged answers + rejected, file by file; answers = in a pair + rejected",
-        "nothing is lost (docs/design.md, rules)",
-        f"report a bug with these files: {', '.join(wrong)}" if wrong else "",
-    )
-
-
-def _given(row: Mapping[str, Any]) -> int:
-    return int(row["pairs"] + row["answers"] + row["rejected"])
+def _batch(step: Step, kind: str, name: str, said: Mapping[str, Any]) -> Artifact:
+    batch = step.tree.find(kind, said["batch"])
+    if batch is None or batch.digest != said["digest"]:
+        raise ConfigError(f"the batch of {name} is missing or damaged; materialise raw_preferences again.")
+    return batch
 
 
 def _sources(step: Step) -> list[FeedbackSource]:
     given: list[str] = step.config.get("paths", [])
     declared = step.recipe.feedback.sources
-    return [FeedbackSource(path=path, format=declared[0].format) for path in given] or declared
+    try:
+        return [FeedbackSource(path=path, format=declared[0].format) for path in given] or declared
+    except ValidationError as error:
+        raise ConfigError(f"paths of the launchpad: {describe_validation_error(error)}") from None
 
 
 def _nothing(read: Sequence[FileBatches]) -> str:

@@ -45,7 +45,10 @@ def materialise(step: Step) -> Events:
 
     artifact, reused = step.build("sft_checkpoint", {}, inputs, make)
     report = artifact.json("report.json")
-    metadata = {"strategy": plan.sft.strategy, **{k: v for k, v in report.items() if k != "adopted"}}
+    metadata = {
+        "strategy": plan.sft.strategy,
+        **{k: v for k, v in report.items() if k != "adopted" and not isinstance(v, dict)},
+    }
     metadata |= memory_record(artifact)
     if not adopted:
         metadata["loss"] = dg.MetadataValue.md(line_plot(artifact.path / "metrics.jsonl", {"loss": "loss"}, "SFT loss"))

@@ -208,6 +208,20 @@ class Step:
         """The newest artefact of `node` made from `inputs`, whatever its config was."""
         return self.tree.latest(node, inputs.digests)
 
+    def history(self, node: str, name: str) -> list[tuple[Any, bool]]:
+        """(value of a metadata entry, whether a gate holds what was made) of the last materialisations, newest first.
+
+        One whose artefact is gone is left out, and so is one without the entry.
+        """
+        told = []
+        for record in self.context.instance.fetch_materializations(self.pipeline.key(node), limit=20).records:
+            metadata = record.asset_materialization.metadata if record.asset_materialization is not None else {}
+            if name in metadata and FINGERPRINT in metadata:
+                made = self.tree.find(node, str(metadata[FINGERPRINT].value))
+                if made is not None:
+                    told.append((metadata[name].value, bool(self._failed_gates(made))))
+        return told
+
     def launch(self, stage: Stage, spec: Spec) -> None:
         """Runs a worker stage to its end.
 

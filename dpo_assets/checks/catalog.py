@@ -10,8 +10,9 @@ from dpo_assets.recipe import Severity
 
 VITAL = frozenset(
     {
-        "safetensors_only", "every_row_accounted_for", "schema", "split_leak", "loss_supported", "sft_finite",
-        "reference_is_start", "finite", "all_finite", "held_out_unseen", "release_verified",
+        "safetensors_only", "every_row_accounted_for", "every_pair_accounted_for", "schema", "split_leak",
+        "loss_supported", "sft_finite", "reference_is_start", "finite", "all_finite", "held_out_unseen",
+        "release_verified",
     }
 )  # fmt: skip
 
@@ -38,13 +39,18 @@ CHECKS: tuple[CheckInfo, ...] = (
     CheckInfo("revision_pinned", "base_model", "A Hub model is named by a commit sha, so that it cannot change."),
     CheckInfo("safetensors_only", "base_model", "Weights are safetensors; pickled weights can run code when loaded."),
     CheckInfo("licence_known", "base_model", "The base model states a licence that a release can carry on."),
-    CheckInfo("every_row_accounted_for", "raw_preferences", "Rows in = pairs + rejected rows, file by file."),
+    CheckInfo("every_file_read", "raw_preferences", "Every file of the sources was read, in a format that it has."),
+    CheckInfo(
+        "every_row_accounted_for", "raw_preferences", "Files found are read; rows seen lie in tables, file by file."
+    ),
+    CheckInfo("feedback_volume", "raw_preferences", "No source lost rows since the last time.", blocking=False),
     CheckInfo(
         "judged_text_kept",
         "raw_preferences",
         "Judged text is kept whole, and is the assistant's alone.",
         blocking=False,
     ),
+    CheckInfo("every_pair_accounted_for", "dpo_dataset", "Rows in = accepted + quarantined + duplicates."),
     CheckInfo("schema", "dpo_dataset", "Every accepted pair satisfies the pandera schema."),
     CheckInfo("split_leak", "dpo_dataset", "No prompt stands in both train and eval."),
     CheckInfo("distinct_after_truncation", "dpo_dataset", "No accepted pair is equal once cut to max_length."),
@@ -64,6 +70,7 @@ CHECKS: tuple[CheckInfo, ...] = (
     CheckInfo("budget", "dpo_plan", "There are enough steps to judge a run by.", blocking=False),
     CheckInfo("schedule_and_precision", "dpo_plan", "Warm-up, clipping and number format.", blocking=False),
     CheckInfo("lora_scale", "dpo_plan", "The adapter's scale and rank suit the learning rate.", blocking=False),
+    CheckInfo("lora_coverage", "dpo_plan", "Every matrix of the decoder layers gets an adapter.", blocking=False),
     CheckInfo("memory_fits", "dpo_plan", "The estimated peak fits the device."),
     CheckInfo("sft_finite", "sft_checkpoint", "Every logged value of the SFT run is finite."),
     CheckInfo("sft_learned", "sft_checkpoint", "The loss on held-out chosen answers fell.", blocking=False),
@@ -72,6 +79,7 @@ CHECKS: tuple[CheckInfo, ...] = (
         "reference_is_start", "dpo_adapter", "The first loss is the loss at zero margin: the reference is the start."
     ),
     CheckInfo("finite", "dpo_adapter", "Every logged value of the DPO run is finite."),
+    CheckInfo("adapter_attached", "dpo_adapter", "The trained adapter covers of the layers what the plan says."),
     CheckInfo("displacement", "dpo_adapter", "Chosen answers did not lose their likelihood.", blocking=False),
     CheckInfo("collapse", "dpo_adapter", "No rule of the collapse guard fired while DPO ran."),
     CheckInfo(

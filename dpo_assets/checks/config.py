@@ -10,9 +10,11 @@ from dpo_assets.checks import losses
 from dpo_assets.checks.bands import Bands, BetaBand
 from dpo_assets.checks.catalog import checks_of
 from dpo_assets.checks.configuration import Configuration
+from dpo_assets.checks.coverage import lora_coverage
 from dpo_assets.checks.rates import dpo_rate_against_sft, learning_rate_band, training_dose
 from dpo_assets.checks.verdict import Level, Verdict, worst
 from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.planning.schedule import warmup_steps
 from dpo_assets.recipe import DpoSection
 
 
@@ -32,7 +34,12 @@ def verdicts(configuration: Configuration, bands: Bands) -> list[Verdict]:
 def plan_verdicts(plan: TrainingPlan, bands: Bands, *, pairs_known: bool = True) -> list[Verdict]:
     """All checks of `dpo_plan`. Without `pairs_known` the number of steps is supposed, and not judged."""
     configuration = Configuration.of_plan(plan, pairs_known=pairs_known)
-    found = [*verdicts(configuration, bands), loss_supported(plan), memory_fits(plan)]
+    found = [
+        *verdicts(configuration, bands),
+        loss_supported(plan),
+        lora_coverage(plan.coverage, plan.lora.rank, bands),
+        memory_fits(plan),
+    ]
     order = [check.name for check in checks_of("dpo_plan")]
     return sorted(found, key=lambda verdict: order.index(verdict.check))
 
@@ -191,7 +198,7 @@ def schedule_and_precision(configuration: Configuration, bands: Bands) -> Verdic
     if precision == "fp16":
         faults.append("set hardware.precision to bf16 on a card from Ampere on, or to fp32 where that fits")
     parts = [
-        "" if warmup is None else f"warm-up {100 * warmup:.3g}%",
+        "" if warmup is None else f"warm-up {100 * warmup:.3g}%{_of_steps(warmup, configuration.steps)}",
         "" if norm is None else f"max_grad_norm {norm:g}",
         precision or "",
     ]
@@ -204,6 +211,11 @@ def schedule_and_precision(configuration: Configuration, bands: Bands) -> Verdic
         limit.source,
         "; ".join(faults),
     )
+
+
+def _of_steps(warmup: float, steps: int | None) -> str:
+    """What a share of the steps comes to: rounded up, one of two steps is far more than a tenth."""
+    return "" if steps is None else f" ({warmup_steps(warmup, steps)} of {steps} steps)"
 
 
 def lora_scale(configuration: Configuration, bands: Bands) -> Verdict:

@@ -53,7 +53,7 @@ class Configuration:
             batch=dpo.batch_size,
             steps=plan.dpo_steps if pairs_known else None,
             warmup=dpo.warmup_ratio,
-            precision=plan.precision,
+            precision="fp16" if plan.compute == "fp16" else plan.precision,
             max_grad_norm=dpo.max_grad_norm,
             sft_weight=weights.get("sft", 0.0) / others,
             sft_learning_rate=plan.sft.learning_rate if plan.sft.strategy == "train" else None,

@@ -25,6 +25,7 @@ def dataset_verdicts(report: Mapping[str, Any], recipe: Recipe, bands: Bands) ->
     """
     feedback = recipe.feedback
     return [
+        every_pair_accounted_for(report),
         schema(report),
         split_leak(report),
         distinct_after_truncation(report),
@@ -32,6 +33,24 @@ def dataset_verdicts(report: Mapping[str, Any], recipe: Recipe, bands: Bands) ->
         enough_pairs(report, feedback, bands),
         *quality_verdicts(report, recipe.dpo, bands),
     ]
+
+
+def every_pair_accounted_for(report: Mapping[str, Any]) -> Verdict:
+    """What ingestion counted against what lies in the tables of the dataset, and those against what was written."""
+    rows, accepted = report["rows_in"], report["accepted"]
+    train, held_out = report["train_pairs"], report["eval_pairs"]
+    kept = accepted + report["quarantined"] + report["duplicates"]
+    faults = [] if rows == kept else [f"{rows} rows came in, {kept} are accounted for"]
+    if accepted != train + held_out:
+        faults.append(f"{train} + {held_out} pairs were written, {accepted} lie in the tables")
+    return Verdict(
+        "every_pair_accounted_for",
+        "error" if faults else "pass",
+        f"{rows} in: {accepted} accepted, {report['quarantined']} quarantined, {report['duplicates']} duplicates",
+        "pairs and rejected rows of raw_preferences = accepted + quarantined + duplicates, in the tables on disk",
+        "nothing is lost (docs/design.md, rules)",
+        f"materialise again, and report a bug if it stays: {'; '.join(faults)}" if faults else "",
+    )
 
 
 def schema(report: Mapping[str, Any]) -> Verdict:
@@ -49,7 +68,8 @@ def schema(report: Mapping[str, Any]) -> Verdict:
 
 
 def split_leak(report: Mapping[str, Any]) -> Verdict:
-    """Prompts in both splits: a leaked prompt makes every held-out score meaningless."""
+    """Prompts in both splits, by their texts as they stand in the tables, not by the ids that the split was made by: a
+    leaked prompt makes every held-out score meaningless."""
     count = report["leaked_prompts"]
     return Verdict(
         "split_leak",
@@ -86,7 +106,10 @@ def quarantine_rate(report: Mapping[str, Any], feedback: FeedbackSection) -> Ver
         round(rate, 4),
         f"at most {feedback.max_quarantine_rate:g} of {report['rows_in']} rows",
         "feedback.max_quarantine_rate of the recipe",
-        f"mend the export: quarantined_preferences holds each row and its reason ({reasons})" if bad else "",
+        "mend the export, or the `format` and `columns` of its source: quarantined_preferences holds each row and its "
+        f"reason ({reasons})"
+        if bad
+        else "",
         reasons,
     )
 

@@ -7,7 +7,10 @@ from typing import Any
 
 from dpo_assets.checks.aftermath import displacement
 from dpo_assets.checks.bands import Bands, first_loss_tolerance
+from dpo_assets.checks.coverage import adapter_attached
 from dpo_assets.checks.verdict import Verdict, upper_limit
+
+NAMED = 4  # Weights that a value lists.
 
 
 def sft_verdicts(report: Mapping[str, Any], bands: Bands) -> list[Verdict]:
@@ -43,20 +46,32 @@ def sft_verdicts(report: Mapping[str, Any], bands: Bands) -> list[Verdict]:
 
 def dpo_verdicts(report: Mapping[str, Any], bands: Bands) -> list[Verdict]:
     """The checks of `dpo_adapter` on its metric log. `checks.aftermath` has those on what was measured afterwards."""
-    off = abs(report["first_loss"] - report["expected_first_loss"])
-    tolerance = first_loss_tolerance(report["expected_first_loss"], report.get("first_loss_tokens", 0.0), bands)
     return [
-        Verdict(
-            "reference_is_start",
-            upper_limit(off, tolerance, tolerance),
-            report["first_loss"],
-            f"{report['expected_first_loss']:.6f} +- {tolerance:g}",
-            bands.limit("reference_is_start").source,
-            "" if off <= tolerance else "set dpo.reference to `sft`, or delete the reference cache",
-        ),
+        reference_is_start(report, bands),
         _finite("finite", report),
+        adapter_attached(report, bands),
         displacement(report, bands),
     ]
+
+
+def reference_is_start(report: Mapping[str, Any], bands: Bands) -> Verdict:
+    """The first loss against the loss at zero margin, where that is known."""
+    name, expected = "reference_is_start", report["expected_first_loss"]
+    if expected is None:
+        why = "not measured: with an `sft` term the loss at zero margin depends on the data"
+        fix = "set dpo.trainer to `packed`, which computes it; TRL's trainer does not tell its parts"
+        return Verdict(name, "warn", why, "measured", bands.limit(name).source, fix)
+    off = abs(report["first_loss"] - expected)
+    tolerance = first_loss_tolerance(expected, report.get("first_loss_tokens", 0.0), bands)
+    level = upper_limit(off, tolerance, tolerance)
+    return Verdict(
+        name,
+        level,
+        report["first_loss"],
+        f"{expected:.6f} +- {tolerance:g}",
+        bands.limit(name).source,
+        "" if level == "pass" else "set dpo.reference to `sft`, or delete the reference cache",
+    )
 
 
 def merge_verdicts(report: Mapping[str, Any], bands: Bands) -> list[Verdict]:
@@ -64,7 +79,7 @@ def merge_verdicts(report: Mapping[str, Any], bands: Bands) -> list[Verdict]:
     difference = report["mean_difference_per_token"]
     limit = bands.limit("fidelity")
     level = upper_limit(difference, limit.warn, limit.error)
-    finite = report["finite"]
+    finite, bad, proven = report["finite"], report.get("not_finite", ()), report.get("proven_in", "")
     return [
         Verdict(
             "fidelity",
@@ -73,15 +88,16 @@ def merge_verdicts(report: Mapping[str, Any], bands: Bands) -> list[Verdict]:
             f"at most {limit.warn} nats per token, blocked above {limit.error}",
             limit.source,
             "" if level == "pass" else "set hardware.precision to bf16 or fp32 and train again",
-            f"{report['probe_pairs']} held-out pairs",
+            f"{report['probe_pairs']} held-out pairs" + (f", in {proven}" if proven else ""),
         ),
         Verdict(
             "all_finite",
             "pass" if finite else "error",
-            "all finite" if finite else "NaN or infinity in the weights",
+            "all finite" if finite else f"NaN or infinity in {', '.join(bad[:NAMED]) or 'the weights'}",
             "every weight finite",
             "a NaN weight answers nothing but NaN",
             "" if finite else "lower the learning rate and train again",
+            f"{report['parameters']} values of the release as it loads" if "parameters" in report else "",
         ),
     ]
 

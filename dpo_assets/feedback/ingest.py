@@ -1,8 +1,7 @@
-"""Files to batches: the rows of each feedback file, or of one span of it, become one batch, keyed by its content.
+"""Files to batches: the rows of each feedback file, or of one span of it, in batches of bounded size.
 
-A batch is a folder of tables: `pairs`, their `keys` (what duplicates and contradictions are found by, without reading a
-text), judged `answers`, and the `quarantine`. Rules that look at one row alone are applied here, where the row's own
-bytes are at hand; what needs other rows, the recipe or the model is `screening` and `splits`.
+Rules that look at one row alone are applied here, where the row's own bytes are at hand; what needs other rows, the
+recipe or the model is `screening` and `splits`.
 """
 
 from __future__ import annotations
@@ -11,36 +10,17 @@ import re
 import sys
 import unicodedata
 import zlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
-from dpo_assets.artifact import write_json
-from dpo_assets.feedback.near import band_frame
-from dpo_assets.feedback.pair import (
-    PAIR_COLUMNS,
-    JudgedAnswer,
-    Message,
-    Pair,
-    Rejected,
-    conversations_id,
-    digest,
-    hashed_user,
-    pair_and_flipped_id,
-    polars_schema,
-)
-from dpo_assets.feedback.pairing import Paired
+from dpo_assets.feedback.batches import Batch
+from dpo_assets.feedback.pair import JudgedAnswer, Message, Pair, Rejected, digest, hashed_user
 from dpo_assets.feedback.readers import FileReader, Item, Place, ReadOptions, Row, RowByRow, RowFault, format_named
 from dpo_assets.feedback.rules import answer_fault, differ_in_space_alone, pair_fault
-from dpo_assets.feedback.scan import MISREAD, with_flags
+from dpo_assets.feedback.scan import MISREAD
 from dpo_assets.feedback.sources import FeedbackFile, FileRefused, SourceRow, Span, rows_of
-from dpo_assets.feedback.tables import answers_frame, pairs_frame, quarantine_frame
-from dpo_assets.feedback.turns import SEEN_IN_PAIRS, settled_answer, settled_pair
-
-if TYPE_CHECKING:
-    import polars as pl
+from dpo_assets.feedback.turns import settled_answer, settled_pair
 
 ItemT = TypeVar("ItemT", Pair, JudgedAnswer)
 
@@ -48,28 +28,7 @@ MONGO_VERSION = "__v"  # Of every document that Mongoose writes, as LibreChat's.
 EMPTY_FILE, NO_ROWS = "empty_file", "no_rows"
 EMPTY = frozenset({EMPTY_FILE, NO_ROWS})  # Refusals of a file that holds nothing.
 SPACE_ALONE = "white_space_alone"  # Of a pair: nothing else tells its answers apart.
-PAIRS, KEYS, ANSWERS, QUARANTINE = "pairs.parquet", "keys.parquet", "answers.parquet", "quarantine.parquet"
-COUNTS = "counts.json"
-ROW_GROUP = 1024  # Rows of a batch; a part of the dataset reads the groups that hold its ids.
-SPLIT_GROUP = 8192  # Rows of a split.
 SHAPES = 20  # Different sets of keys that are counted by name.
-
-
-@dataclass
-class Batch:
-    """What one file, or one span of it, held."""
-
-    pairs: list[Pair] = field(default_factory=list)
-    answers: list[JudgedAnswer] = field(default_factory=list)
-    rejected: list[Rejected] = field(default_factory=list)
-    rows: int = 0  # Rows read. Each is the row of one pair, answer or rejected row at least.
-    lost: int = 0  # Rows of which there is none: always 0, and counted on its own so that a check can say so.
-    shapes: Counter[str] = field(default_factory=Counter)  # Rows by the keys that they have.
-    flags: Counter[str] = field(default_factory=Counter)  # What was seen or changed in the texts of rows.
-
-    @property
-    def rows_in(self) -> int:
-        return len(self.pairs) + len(self.answers) + len(self.rejected)
 
 
 @dataclass(frozen=True)
@@ -173,11 +132,11 @@ class _Sorting:
         """The batch so far; what comes goes into another."""
         self._close_rows()
         batch, self.batch = self.batch, Batch()
-        batch.lost = len(self._open)
         return batch
 
     def _begin(self, number: int, raw: bytes, flags: tuple[str, ...]) -> None:
         self.batch.rows += 1
+        self.batch.lines += number != self._number
         if self._kept is not None:
             self._kept[number] = zlib.compress(raw, 1)
         elif self._open:
@@ -189,7 +148,7 @@ class _Sorting:
 
     def _shape_of(self, row: Row) -> None:
         """Counts the row's keys; a key that is kept for this package's own is a fault of the row."""
-        keys = ",".join(map(str, row))
+        keys = ",".join(sorted(map(str, row)))  # In whose order somebody wrote them is no other shape.
         if "__" in keys and any(str(key).startswith("__") and key != MONGO_VERSION for key in row):
             raise RowFault("reserved_name", f"keys that begin with two underscores are reserved; the row has: {keys}")
         shapes = self.batch.shapes
@@ -311,137 +270,3 @@ def _clean(message: Message, flags: dict[str, None]) -> Message:
     if MISREAD.search(text):
         flags["misread_text"] = None
     return message if text is message["content"] else {**message, "content": text}
-
-
-PAIR_ID, FLIPPED_ID, PROMPT_ID = ("pair_a", "pair_b"), ("flipped_a", "flipped_b"), ("prompt_a", "prompt_b")
-
-
-def keys_frame(pairs: pl.DataFrame, flipped: Sequence[str] | None = None) -> pl.DataFrame:
-    """What cross-row rules need of pairs, without their texts; row for row.
-
-    Ids are two whole numbers each, in whose order they sort as their digits do: a third of the memory of the text.
-
-    Args:
-        pairs: a table of PAIR_COLUMNS.
-        flipped: the ids that the pairs would have with their answers exchanged, where they are known already.
-    """
-    import polars as pl
-
-    if flipped is None:
-        turned = zip(*(pairs[c].to_list() for c in ("prompt", "rejected", "chosen", "tools")), strict=True)
-        flipped = [conversations_id(*one, tools=tools) for *one, tools in turned]
-    ids = {
-        **_halves(PAIR_ID, pairs["pair_id"].to_list()),
-        **_halves(FLIPPED_ID, flipped),
-        **_halves(PROMPT_ID, pairs["prompt_id"].to_list()),
-    }
-    own = pairs.select("source", "line", "row", "flags")
-    return pl.concat([pl.DataFrame(ids), own, band_frame(pairs)], how="horizontal")
-
-
-def _halves(names: tuple[str, str], ids: Sequence[str]) -> dict[str, pl.Series]:
-    import numpy as np
-    import polars as pl
-
-    # An id that is none (the schema will say so) is hashed to one: it must not stop the others.
-    sound = [one if _HEX.fullmatch(one) else digest(one.encode()) for one in ids]
-    halves = np.frombuffer(bytes.fromhex("".join(sound)), dtype=">u8").astype(np.uint64).reshape(-1, 2)
-    return {name: pl.Series(halves[:, n]) for n, name in enumerate(names)}
-
-
-_HEX = re.compile(r"[0-9a-f]{32}")
-
-
-def write_batch(batch: Batch, folder: Path) -> dict[str, Any]:
-    """The tables of a batch, and its counts, which are returned too."""
-    ids = [pair_and_flipped_id(pair) for pair in batch.pairs]
-    pairs = with_flags(pairs_frame(batch.pairs, [pair_id for pair_id, _ in ids]))
-    write_pairs(pairs, folder, flipped=[flipped for _, flipped in ids])
-    answers_frame(batch.answers).write_parquet(folder / ANSWERS, compression="zstd", compression_level=1)
-    quarantine_frame(batch.rejected).write_parquet(folder / QUARANTINE, compression="zstd", compression_level=1)
-    whole = sum(row.line == 0 for row in batch.rejected)  # A file that is refused as a whole is no row.
-    counts = {
-        "rows": batch.rows,
-        "rows_in": batch.rows_in - whole,
-        "pairs": len(batch.pairs),
-        "answers": len(batch.answers),
-        "rejected": len(batch.rejected) - whole,
-        "lost": batch.lost,
-        "shapes": dict(sorted(batch.shapes.items())),
-        "flags": dict(sorted(batch.flags.items())),
-    }
-    write_json(folder / COUNTS, counts)
-    return counts
-
-
-def write_paired(paired: Paired, folder: Path) -> dict[str, Any]:
-    """The batch of what a pairing policy made of judged answers, and its counts."""
-    made = Batch(rejected=list(paired.rejected))
-    for pair in paired.pairs:
-        # Answers were sound one by one; whether two of them are a pair is seen only now.
-        if fault := pair_fault(pair):
-            made.rejected.append(Rejected(*fault, pair.source, pair.row, pair.line, b""))
-        else:
-            made.pairs.append(pair)
-            made.flags.update(flag for flag in pair.flags if flag in SEEN_IN_PAIRS)  # Others were counted by answer.
-    write_batch(made, folder)
-    counts = {
-        "pairs": len(made.pairs),
-        "used": sum(count["used"] for count in paired.counts.values()),
-        "rejected": len(paired.rejected),
-        "policies": paired.counts,
-        "flags": dict(sorted(made.flags.items())),
-        "answers": 0,
-    }
-    write_json(folder / COUNTS, counts)
-    return counts
-
-
-def write_pairs(pairs: pl.DataFrame, folder: Path, flipped: Sequence[str] | None = None) -> None:
-    """`pairs` and their `keys`, in the order of ids."""
-    import polars as pl
-
-    keys = keys_frame(pairs, flipped)
-    order = pairs.select(pl.arg_sort_by("pair_id", "source", "line", "row")).to_series()
-    write_table(pairs[order], folder / PAIRS)
-    write_table(keys[order], folder / KEYS)
-
-
-def write_table(frame: pl.DataFrame, path: Path) -> None:
-    """One Parquet file in row groups of ROW_GROUP. Equal tables give equal bytes."""
-    import polars as pl
-    import pyarrow.parquet as pq
-
-    pq.write_table(frame.to_arrow(compat_level=pl.CompatLevel.oldest()), path, row_group_size=ROW_GROUP, **PARQUET)
-
-
-PARQUET: dict[str, Any] = {"compression": "zstd", "compression_level": 1, "use_dictionary": ["source", "label_kind"]}
-
-
-class PairWriter:
-    """A Parquet file of pairs, written part by part. `rows` counts them."""
-
-    def __init__(self, path: Path, schema: pl.Schema | None = None) -> None:
-        self.rows = 0
-        self._path, self._schema = path, schema if schema is not None else polars_schema(PAIR_COLUMNS)
-        self._writer: Any = None
-
-    def __enter__(self) -> PairWriter:
-        return self
-
-    def write(self, part: pl.DataFrame) -> None:
-        import polars as pl
-        import pyarrow.parquet as pq
-
-        rows = part.select(list(self._schema)).cast(dict(self._schema)).to_arrow(compat_level=pl.CompatLevel.oldest())
-        if self._writer is None:
-            self._writer = pq.ParquetWriter(self._path, rows.schema, **PARQUET)
-        self._writer.write_table(rows, row_group_size=SPLIT_GROUP)
-        self.rows += part.height
-
-    def __exit__(self, *_: object) -> None:
-        import polars as pl
-
-        if self._writer is None:
-            self.write(pl.DataFrame(schema=self._schema))
-        self._writer.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,12 +11,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from dpo_assets.artifact import Artifact, ArtifactTree, fingerprint, write_json
-from dpo_assets.feedback.ingest import ANSWERS, COUNTS, write_paired
+from dpo_assets.errors import InfrastructureError
+from dpo_assets.feedback.batches import ANSWERS, COUNTS, QUARANTINE, write_paired
 from dpo_assets.feedback.pair import digest
 from dpo_assets.feedback.pairing import pair_answers
 from dpo_assets.feedback.readers import ReadOptions
 from dpo_assets.feedback.reading import Job, cut, run_jobs, span_sha256, write_refused
+from dpo_assets.feedback.sniff import looked_at_again
 from dpo_assets.feedback.sources import FeedbackFile, FileRefused, Span, verify_unchanged
 
 BATCH_KIND, PLAN_KIND, PAIRED_KIND = "raw_batches", "raw_files", "paired_answers"
@@ -27,13 +30,15 @@ READ_VERSION = 6  # Of what ingestion makes of a row: another version reads ever
 
 @dataclass(frozen=True)
 class FileBatches:
-    """The batches of one file, and whether it was read in this run."""
+    """The batches of one file, how many of them were read in this run, and why it was refused, if it was."""
 
     file: FeedbackFile
     batches: list[Artifact]
     new: int
+    refused: FileRefused | None = None
 
     def row(self) -> dict[str, Any]:
+        """What `raw_preferences` keeps of the file. `unread`: why nothing of it may be, or is, of use."""
         counts = [batch.json(COUNTS) for batch in self.batches]
         shapes: Counter[str] = Counter()
         flags: Counter[str] = Counter()
@@ -42,20 +47,31 @@ class FileBatches:
             flags.update(one["flags"])
         return {
             "file": self.file.name,
+            "unread": self._unread(counts),
             "format": self.file.format,
             "seen": self.file.sniffed,
             "batches": [{"batch": b.fingerprint, "digest": b.digest} for b in self.batches],
             "shapes": dict(sorted(shapes.items())),
             "flags": dict(sorted(flags.items())),
-            **{k: sum(one[k] for one in counts) for k in ("rows", "rows_in", "pairs", "answers", "rejected", "lost")},
+            **{k: sum(one[k] for one in counts) for k in ("rows", "lines", "rows_in", "pairs", "answers", "rejected")},
         }
+
+    def _unread(self, counts: Sequence[Mapping[str, int]]) -> str:
+        import polars as pl
+
+        if self.refused is not None:
+            return f"{self.refused.reason}: {self.refused.message}"
+        if any(one["pairs"] or one["answers"] for one in counts):
+            return ""
+        rows = pl.concat([pl.read_parquet(batch.path / QUARANTINE, columns=["reason"]) for batch in self.batches])
+        return looked_at_again(self.file, dict(rows["reason"].value_counts().iter_rows()))
 
 
 def read_into(tree: ArtifactTree, file: FeedbackFile, options: ReadOptions) -> FileBatches:
     """The batches of a file: found, or read now. Spans that an earlier, shorter version of it had are found.
 
     Raises:
-        InfrastructureError: a process that read it died. Worth another try.
+        InfrastructureError: it is being written, or a process that read it died. Worth another try.
     """
     how = {
         "pairing": options.pairing,
@@ -77,6 +93,8 @@ def read_into(tree: ArtifactTree, file: FeedbackFile, options: ReadOptions) -> F
         else:
             batches, new = _read_spans(tree, file, spans, options, how)
     except FileRefused as refused:
+        if refused.passes:
+            raise InfrastructureError(f"feedback file {file.name}: {refused.message}") from None
         return _refused(tree, file, refused, how)
     if len(batches) > 1:
         tree.find_or_build(
@@ -92,7 +110,7 @@ def _refused(tree: ArtifactTree, file: FeedbackFile, refused: FileRefused, how: 
         write_refused(file, refused, folder)
 
     batch, reused = tree.find_or_build(BATCH_KIND, fingerprint(BATCH_KIND, identity, {}), build, {})
-    return FileBatches(file, [batch], int(not reused))
+    return FileBatches(file, [batch], int(not reused), refused)
 
 
 def _planned(tree: ArtifactTree, plan: str) -> list[Artifact] | None:
@@ -112,10 +130,10 @@ def _read_pass(
     def print_(part: int, of: int) -> str:
         return fingerprint(BATCH_KIND, {**file.identity(), **how, "part": part, "of": of}, {})
 
-    # Several are found by their plan; for one there is none.
-    if (only := tree.find(BATCH_KIND, print_(0, 1))) is not None:
-        return [only], 0
     with _scratch(tree, print_(0, 1)) as scratch:
+        # Several are found by their plan; for one there is none.
+        if (only := tree.find(BATCH_KIND, print_(0, 1))) is not None:
+            return [only], 0
         [(counts, folder)] = _read(file, [Job(file, None, options, scratch / "0")])
         return [_kept(tree, print_(n, len(counts)), folder / str(n)) for n in range(len(counts))], len(counts)
 
@@ -124,24 +142,31 @@ def _read_spans(
     tree: ArtifactTree, file: FeedbackFile, spans: Sequence[Span], options: ReadOptions, how: Mapping[str, Any]
 ) -> tuple[list[Artifact], int]:
     prints = [fingerprint(BATCH_KIND, {**_identity(file, span), **how}, {}) for span in spans]
-    found = [tree.find(BATCH_KIND, print_) for print_ in prints]
-    missing = [n for n, batch in enumerate(found) if batch is None]
     with _scratch(tree, prints[0]) as scratch:
+        found = {n: batch for n, one in enumerate(prints) if (batch := tree.find(BATCH_KIND, one)) is not None}
+        missing = [n for n in range(len(spans)) if n not in found]
         read = _read(file, [Job(file, spans[n], options, scratch / str(n)) for n in missing])
         for n, (_, folder) in zip(missing, read, strict=True):
             found[n] = _kept(tree, prints[n], folder / "0")
-    return [batch for batch in found if batch is not None], len(missing)
+    return [found[n] for n in range(len(spans))], len(missing)
 
 
 @contextmanager
 def _scratch(tree: ArtifactTree, name: str) -> Iterator[Path]:
-    """A folder for what is not yet known to be kept."""
-    scratch = tree.root / "_reading" / f"{name}-{os.getpid()}"
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        yield scratch
-    finally:
+    """An empty folder for what is not yet known to be kept.
+
+    Who reads the same file meanwhile waits, also on another machine, where a process may have the same number. The lock
+    goes with the process that held it; what is found in the folder is of one that died.
+    """
+    scratch = tree.root / "_reading" / name
+    scratch.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{scratch}.lock"):
         shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _read(file: FeedbackFile, jobs: Sequence[Job]) -> list[tuple[list[dict[str, Any]], Path]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dpo_assets.feedback.ingest import KEYS, PAIR_ID, PAIRS, keys_frame
+from dpo_assets.feedback.batches import KEYS, PAIR_ID, PAIRS, keys_frame
 from dpo_assets.feedback.pair import token_schema
 
 if TYPE_CHECKING:

@@ -26,9 +26,11 @@ from queue import Empty, SimpleQueue
 from typing import IO, Any
 
 from dpo_assets.errors import InfrastructureError
-from dpo_assets.feedback.ingest import BATCH_SIZE, BatchSize, read_batches, refused_file, write_batch
+from dpo_assets.feedback.batches import write_batch
+from dpo_assets.feedback.ingest import BATCH_SIZE, BatchSize, read_batches, refused_file
 from dpo_assets.feedback.readers import ReadOptions, format_named
 from dpo_assets.feedback.sources import FeedbackFile, FileRefused, Span, spans_of
+from dpo_assets.feedback.sources.files import open_inside
 from dpo_assets.machine import cpus
 from dpo_assets.secret_shapes import says_secret
 
@@ -88,7 +90,7 @@ def span_sha256(file: FeedbackFile, span: Span) -> str:
     """Digest of the bytes of a span: what was appended to a file leaves its earlier spans as they were."""
     digest = hashlib.sha256()
     left = span.stop - span.start
-    with file.path.open("rb") as handle:
+    with open_inside(file.path, file.root) as handle:  # It may have become a pipe, which would never end.
         handle.seek(span.start)
         while left and (block := handle.read(min(left, 1 << 20))):
             digest.update(block)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_assets.ahead import ahead
-from dpo_assets.feedback.ingest import FLIPPED_ID, PAIR_ID, PROMPT_ID
+from dpo_assets.feedback.batches import FLIPPED_ID, PAIR_ID, PROMPT_ID
 from dpo_assets.feedback.near import BAND_COLUMNS, candidates, similarity
 from dpo_assets.feedback.overlap import EvaluationSets, read_prompts
 from dpo_assets.feedback.pair import PAIR_COLUMNS, QUARANTINE_COLUMNS, Pair, pandera_schema, polars_schema

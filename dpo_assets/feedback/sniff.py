@@ -15,6 +15,15 @@ MOST_READ = 1_000  # Rows read to find them.
 LEAST = 0.6  # Mean fit below which a format is no answer.
 APART = 0.05  # By how much the best has to lead: a format with columns of its own says 1, a general one at most 0.9.
 _MOST_KEYS = 3
+# Reasons that say that a row was not understood: it is damaged, or of another format.
+NOT_UNDERSTOOD = frozenset(
+    {
+        "wrong_shape", "missing_field", "missing_text", "wrong_type", "unknown_role", "bad_role_order",
+        "no_shared_prompt", "invalid_json", "duplicate_key", "not_an_object", "too_deep", "row_too_large",
+        "invalid_utf8", "invalid_csv", "wrong_cells", "unclosed_quote", "invalid_number", "reserved_name",
+        "reader_failed", "not_used",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,31 @@ def sniff(file: FeedbackFile) -> Sniffed:
     if not rows:
         raise FileRefused("unknown_format", f"none of its first {read} rows can be read, so nothing tells its format")
     return judge(rows, list(formats().values()))
+
+
+def looked_at_again(file: FeedbackFile, reasons: Mapping[str, int]) -> str:
+    """What is wrong with a file that was read and gave nothing; empty where its format is not to blame.
+
+    Args:
+        file: as it was read.
+        reasons: its rejected rows by reason, which are all of its rows.
+    """
+    strange = sum(count for reason, count in reasons.items() if reason in NOT_UNDERSTOOD)
+    told = f"none of its {sum(reasons.values())} rows is of use as `{file.format}`"
+    for one in [file, replace(file, columns={})] if file.columns else [file]:
+        try:
+            sniffed = sniff(one)
+        except FileRefused as refused:
+            unknown = refused.message
+            continue
+        if sniffed.format != file.format:
+            way = "" if one.columns == file.columns else " without `columns`"
+            return f"{told}, and it looks like {sniffed.message}: write `format: {sniffed.format}`{way} for its source"
+        unknown = f"`auto` takes it for `{file.format}` too: see the reasons in quarantine, and its `columns`"
+        break
+    if 2 * strange < sum(reasons.values()):
+        return ""
+    return f"{told} ({', '.join(f'{reason} {count}' for reason, count in sorted(reasons.items()))}); {unknown}"
 
 
 def judge(rows: Sequence[Mapping[str, Any]], known: Sequence[Format]) -> Sniffed:

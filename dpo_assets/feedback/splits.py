@@ -77,3 +77,21 @@ def split(
     ordered = pairs.with_columns(mask).sort("pair_id")
     train = ordered.filter(~pl.col("held_out")).drop("held_out")
     return train, ordered.filter(pl.col("held_out")).drop("held_out")
+
+
+def shared_prompts(one: pl.DataFrame, other: pl.DataFrame) -> int:
+    """Opening messages that stand in both tables, after white-space folding.
+
+    Compared are the texts themselves: a fault of the ids that the split keeps together would not show in the ids.
+    """
+    shared: pl.DataFrame = _openings(one).join(_openings(other), on="opening", how="semi")
+    return int(shared.height)
+
+
+def _openings(pairs: pl.DataFrame) -> pl.DataFrame:
+    import polars as pl
+
+    # The first message of the user, with or without a system message before it.
+    asked = pl.element().filter(pl.element().struct.field("role") == "user").struct.field("content")
+    text = pl.col("prompt").list.eval(asked).list.first().str.replace_all(r"\s+", " ").str.strip_chars()
+    return pairs.select(opening=text).unique()

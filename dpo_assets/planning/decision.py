@@ -10,7 +10,7 @@ from dpo_assets.planning.dataset import DatasetStats
 from dpo_assets.planning.memory import MemoryFit, fit
 from dpo_assets.planning.precision import Device, Precision, PrecisionChoice, choose_precision
 from dpo_assets.planning.shape import Kernels, ModelShape
-from dpo_assets.recipe import Recipe
+from dpo_assets.recipe import ALL_LINEAR, Recipe
 
 SHORTEST_LENGTH = 64  # Tokens; a shorter max_length leaves no answer worth comparing.
 UNSLOTH_FP8 = (9, 0)  # Unsloth 2026.10.9 refuses fp8 below this capability.
@@ -64,6 +64,11 @@ def choose_kernels(recipe: Recipe, shape: ModelShape, max_length: int, device: D
         ConfigError: for `fused` with an architecture, or a sliding window, that they do not compute.
     """
     requested = recipe.hardware.kernels
+    if requested == "unsloth" and (other := _beyond_unsloth(recipe)):
+        raise ConfigError(
+            f"hardware.kernels `unsloth` adapts {', '.join(ALL_LINEAR)} alone, and lora names {', '.join(other)}; use "
+            "`auto`."
+        )
     if recipe.hardware.speedups:
         _check_speedups(recipe, device)
         return "transformers"
@@ -89,6 +94,13 @@ def choose_kernels(recipe: Recipe, shape: ModelShape, max_length: int, device: D
     packed = recipe.dpo.trainer == "packed"  # TRL's trainer calls the model in its own way.
     plain = packed and not _drops_out(recipe)
     return "fused" if device.kind == "cuda" and plain and shape.fused_at(max_length) else "transformers"
+
+
+def _beyond_unsloth(recipe: Recipe) -> list[str]:
+    """Targets that Unsloth's own adapter code does not know."""
+    lora = recipe.lora
+    named = [] if isinstance(lora.target_modules, str) else lora.target_modules
+    return [name for name in named if name not in ALL_LINEAR] + lora.target_parameters
 
 
 def _check_speedups(recipe: Recipe, device: Device) -> None:

@@ -55,6 +55,7 @@ def plan_rows(plan: TrainingPlan, size: Size, device: Device) -> Iterator[tuple[
     else:
         yield "checkpointing", "none: no layer is computed twice"
     tight = not plan.fits and plan.memory_gib <= plan.memory_available_gib
+    yield "scored", f"{plan.scored}: {plan.scoring.reason}"
     yield "fits", "yes" if plan.fits else "no: nothing is left for fragments" if tight else "no"
     for change in plan.would_fit:
         yield "would fit", change
@@ -64,8 +65,14 @@ def plan_rows(plan: TrainingPlan, size: Size, device: Device) -> Iterator[tuple[
         "planned for",
         f"pairs of at most {plan.longest_pair:,} tokens, {plan.max_length:,} on average (supposed from "
         f"max_length; a run takes those of its pairs); LoRA rank {plan.lora.rank} on "
-        f"{len(plan.lora.target_modules)} linear layers a block",
+        f"{_targets(plan)}",
     )
+
+
+def _targets(plan: TrainingPlan) -> str:
+    modules, experts = plan.lora.target_modules, plan.lora.target_parameters
+    linear = modules if isinstance(modules, str) else f"{len(modules)} linear layers a block"
+    return f"{linear} and {', '.join(experts)}" if experts else linear
 
 
 def plan_json(plan: TrainingPlan, size: Size, gpu: str) -> dict[str, Any]:
@@ -79,6 +86,7 @@ def plan_json(plan: TrainingPlan, size: Size, gpu: str) -> dict[str, Any]:
         "layers": size.shape.layers,
         "precision": plan.precision,
         "reason": plan.precision_reason,
+        "computed_in": plan.compute,
         "kernels": plan.kernels,
         "token_budget": plan.token_budget,
         "recomputed_layers": plan.recomputed_layers,
@@ -88,6 +96,10 @@ def plan_json(plan: TrainingPlan, size: Size, gpu: str) -> dict[str, Any]:
         "memory_parts": {name: round(gib, 3) for name, gib in plan.memory_parts.items()},
         "fits": plan.fits,
         "would_fit": plan.would_fit,
+        "scored": plan.scored,
+        "target_modules": plan.lora.target_modules,
+        "target_parameters": plan.lora.target_parameters,
+        "adapted_share": round(plan.coverage.share, 4),
         "max_length": plan.max_length,
         "longest_pair": plan.longest_pair,
         "batch_size": plan.dpo.batch_size,

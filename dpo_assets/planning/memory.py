@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
-from dpo_assets.planning.precision import Precision
+from dpo_assets.planning.precision import QUANTISED, Precision
 from dpo_assets.planning.shape import Kernels, ModelShape
+from dpo_assets.planning.targets import adapted_kinds
 from dpo_assets.recipe import LoraSection
 
 GIB = 2**30
@@ -22,7 +24,6 @@ GIB = 2**30
 BODY_BYTES: dict[Precision, float] = {
     "fp32": 4, "bf16": 2, "fp16": 2, "8bit": 1, "fp8": 1, "4bit": 0.5 + 1 / 64 + 4 / (64 * 256),
 }  # fmt: skip
-QUANTISED: tuple[Precision, ...] = ("4bit", "8bit", "fp8")
 # Fitted for Transformers' layers with PEFT: bytes per token, layer and hidden unit (2.05 MiB a token at 1B, 7.4 at 8B,
 # 0.6 at 8B with checkpointing, on an H200).
 TRANSFORMERS_KEPT, TRANSFORMERS_CHECKPOINTED = 62.0, 5.0
@@ -55,22 +56,15 @@ class MemoryFit:
 
 
 def body_parameters(shape: ModelShape) -> int:
-    """Weights of the decoder's linear layers."""
+    """Weights of the decoder's linear layers. Experts are none: they are not quantised, being parameters."""
+    if shape.matrices is not None:
+        return sum(kind.weights for kind in shape.matrices if kind.role == "linear")
     return shape.layers * sum(rows * columns for rows, columns in linear_shapes(shape).values())
 
 
 def linear_shapes(shape: ModelShape) -> dict[str, tuple[int, int]]:
-    """(output, input) width of each linear layer of a decoder layer."""
-    attention, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    return {
-        "q_proj": (attention, shape.hidden),
-        "k_proj": (kv, shape.hidden),
-        "v_proj": (kv, shape.hidden),
-        "o_proj": (shape.hidden, attention),
-        "gate_proj": (shape.intermediate, shape.hidden),
-        "up_proj": (shape.intermediate, shape.hidden),
-        "down_proj": (shape.hidden, shape.intermediate),
-    }
+    """(output, input) width of each linear layer of a decoder layer of the Llama family."""
+    return shape.linear_shapes()
 
 
 def weights_bytes(shape: ModelShape, precision: Precision) -> float:
@@ -81,9 +75,28 @@ def weights_bytes(shape: ModelShape, precision: Precision) -> float:
 
 def adapter_bytes(shape: ModelShape, lora: LoraSection) -> float:
     """LoRA weights, gradients and both Adam moments in fp32, and the 16-bit copy that the layers compute with."""
+    return 18 * lora.rank * sum(kind.sides for kind in adapted_kinds(lora, shape))
+
+
+def forward_peak(shape: ModelShape, precision: Precision, tokens: int, device: Literal["cpu", "cuda"]) -> float:
+    """Estimated peak in GiB of a forward of `tokens` tokens without gradient: nothing is kept from layer to layer."""
+    width = 4 if precision == "fp32" else 2
+    layer = tokens * width * (3 * shape.intermediate + 5 * shape.hidden)
+    head = head_chunk(tokens, device) * shape.vocabulary * (4 + width) + tokens * shape.hidden * width
+    return (weights_bytes(shape, precision) + dequantised_bytes(shape, precision) + max(layer, head)) / GIB
+
+
+def cache_bytes(shape: ModelShape, tokens: int) -> float:
+    """Keys and values, in 16 bit, of `tokens` tokens that are generated from."""
+    return 4.0 * tokens * shape.layers * shape.kv_heads * shape.head_dim
+
+
+def dequantised_bytes(shape: ModelShape, precision: Precision) -> float:
+    """The largest group of linear layers that is dequantised at one time, in 16 bit; 0 where nothing is quantised."""
+    if precision not in QUANTISED:
+        return 0.0
     shapes = linear_shapes(shape)
-    per_layer = sum(lora.rank * sum(shapes[target]) for target in lora.target_modules)
-    return 18 * per_layer * shape.layers
+    return 2.0 * max(2 * math.prod(shapes["gate_proj"]), sum(math.prod(shapes[f"{p}_proj"]) for p in "qkv"))
 
 
 def head_chunk(budget: int, device: Literal["cpu", "cuda"]) -> int:
@@ -174,6 +187,14 @@ class _Estimate:
     def _width(self) -> int:
         return 4 if self.precision == "fp32" else 2
 
+    @cached_property
+    def _adapter_bytes(self) -> float:
+        return adapter_bytes(self.shape, self.lora)
+
+    @cached_property
+    def _adapted_a_layer(self) -> int:
+        return len(adapted_kinds(self.lora, self.shape))
+
     def fewest_recomputed(self, usable_gib: float) -> int:
         layers = self.shape.layers
         steps = range(layers + 1) if self.kernels == "fused" else (0, layers)
@@ -214,18 +235,14 @@ class _Estimate:
         else:
             unit = TRANSFORMERS_CHECKPOINTED if recomputed else TRANSFORMERS_KEPT
             saved, working = tokens * unit * (self._width / 2) * s.layers * s.hidden, 0.0
-        scratch = 0.0
-        if self.precision in QUANTISED:
-            shapes = linear_shapes(s)
-            scratch = 2.0 * max(2 * math.prod(shapes["gate_proj"]), sum(math.prod(shapes[f"{p}_proj"]) for p in "qkv"))
         # The logits of a chunk in fp32 and their gradient, and the gradient of each scored hidden state.
         head = chunk * s.vocabulary * (4 + self._width) + 2 * tokens * s.hidden * self._width
         # The logits go before the first layer is differentiated.
         parts = {
             "weights": self.bases * weights_bytes(s, self.precision),
-            "adapter and optimizer": adapter_bytes(s, self.lora),
+            "adapter and optimizer": self._adapter_bytes,
             "kept activations": saved,
-            "dequantised layer": scratch,
+            "dequantised layer": dequantised_bytes(s, self.precision),
             "working memory": max(head, working),
         }
         return {name: size / GIB for name, size in parts.items()}
@@ -235,5 +252,5 @@ class _Estimate:
         s = self.shape
         attention = s.heads * s.head_dim
         values = 2 * s.hidden + attention + 2 * s.kv_heads * s.head_dim + attention + 2 * s.intermediate
-        ranks = self.lora.rank * len(self.lora.target_modules)
+        ranks = self.lora.rank * self._adapted_a_layer
         return self._width * (values + ranks) + 4 * (s.heads + 2)

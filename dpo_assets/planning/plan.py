@@ -10,8 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dpo_assets.planning.dataset import DatasetStats
 from dpo_assets.planning.decision import decide, what_would_fit
-from dpo_assets.planning.precision import Device, Precision
+from dpo_assets.planning.precision import QUANTISED, Compute, Device, Half, Precision, compute_format
+from dpo_assets.planning.schedule import warmup_steps
+from dpo_assets.planning.scoring import Scoring, choose_scoring
 from dpo_assets.planning.shape import Kernels, ModelShape
+from dpo_assets.planning.targets import LoraCoverage, planned_coverage, resolve_targets
 from dpo_assets.recipe import DpoSection, LoraSection, Recipe, SftSection, Speedup
 
 __all__ = ["DatasetStats", "Kernels", "ModelShape", "TrainingPlan", "make_plan", "steps_of"]
@@ -25,8 +28,10 @@ class TrainingPlan(BaseModel):
     device_name: str
     device_index: int = Field(default=0, description="The one GPU that the worker may see, as NVML counts them.")
     device_uuid: str = Field(default="", description="The same by its UUID, which no order of devices changes.")
-    precision: Precision
+    precision: Precision = Field(description="What the base's linear weights are kept in while it trains.")
     precision_reason: str
+    half: Half = Field(default="bf16", description="The 16-bit format of the device, for what is quantised.")
+    scoring: Scoring = Field(default=Scoring(), description="Which weights are scored as the release.")
     kernels: Kernels
     speedups: tuple[Speedup, ...] = Field(default=(), description="What makes Transformers' layers faster.")
     gradient_checkpointing: bool
@@ -47,18 +52,50 @@ class TrainingPlan(BaseModel):
     sft_steps: int
     dpo_steps: int
     lora: LoraSection
+    coverage: LoraCoverage = Field(default=LoraCoverage(), description="What of the layers the adapter will change.")
     sft: SftSection
     dpo: DpoSection
 
+    @property
+    def compute(self) -> Compute:
+        """What layers compute in. The worker, the checks and the identity of what is trained read it here."""
+        return compute_format(self.precision, self.half)
+
+    @property
+    def scored(self) -> str:
+        """What is scored as the release, in words."""
+        if self.scoring.subject == "merged":
+            return f"merged model in {self.at_release().compute}"
+        return f"adapter on the {self.precision.replace('bit', '-bit')} base"
+
+    @property
+    def dpo_warmup_steps(self) -> int:
+        """DPO steps whose learning rate still rises."""
+        return warmup_steps(self.dpo.warmup_ratio, self.dpo_steps)
+
     def sft_part(self) -> dict[str, object]:
         """What the SFT checkpoint depends on: a change of DPO settings must not retrain it."""
-        keys = {"device", "precision", "kernels", "speedups", "max_length", "lora", "sft"}
+        keys = {"device", "precision", "half", "kernels", "speedups", "max_length", "lora", "sft"}
         return self.model_dump(include=keys)
 
     def dpo_part(self) -> dict[str, object]:
         """What the DPO adapter depends on, beside its inputs."""
-        keys = {"device", "precision", "kernels", "speedups", "max_length", "lora", "dpo"}
+        keys = {"device", "precision", "half", "kernels", "speedups", "max_length", "lora", "dpo"}
         return self.model_dump(include=keys)
+
+    def at_release(self) -> TrainingPlan:
+        """The plan by which the release is scored: merged weights in their own format, never quantised."""
+        if self.scoring.subject == "adapter":
+            return self
+        budget = min(self.token_budget, self.scoring.token_budget or self.token_budget)
+        precision = self.half if self.precision in QUANTISED else self.precision
+        return self.model_copy(update={"precision": precision, "token_budget": budget})
+
+    def at_proof(self) -> TrainingPlan:
+        """The plan by which a merge is proven: never on a quantised base, so on the CPU where 16 bit do not fit."""
+        if self.scoring.subject == "merged":
+            return self.at_release()
+        return self.model_copy(update={"device": "cpu", "precision": "bf16"})
 
     def with_half_budget(self) -> TrainingPlan | None:
         """The same plan in forwards of half the size, or None where a forward holds no more than the longest pair.
@@ -66,7 +103,11 @@ class TrainingPlan(BaseModel):
         Pairs per optimizer step do not change: a step takes more forwards.
         """
         smaller = max(self.token_budget // 2, self.longest_pair, 1)
-        return self.model_copy(update={"token_budget": smaller}) if smaller < self.token_budget else None
+        if smaller >= self.token_budget:
+            return None
+        scored = self.scoring.token_budget and max(self.scoring.token_budget // 2, self.longest_pair, 1)
+        scoring = self.scoring.model_copy(update={"token_budget": scored})
+        return self.model_copy(update={"token_budget": smaller, "scoring": scoring})
 
 
 def steps_of(pairs: int, batch: int, epochs: float) -> int:
@@ -82,6 +123,8 @@ def make_plan(recipe: Recipe, shape: ModelShape, data: DatasetStats, device: Dev
     """
     available = min(device.memory_gib, recipe.hardware.memory_gib or device.memory_gib)
     device = replace(device, memory_gib=available)
+    lora = resolve_targets(recipe.lora, shape)
+    recipe = recipe.model_copy(update={"lora": lora})
     decision = decide(recipe, shape, data, device)
     memory = decision.memory
     return TrainingPlan(
@@ -91,6 +134,8 @@ def make_plan(recipe: Recipe, shape: ModelShape, data: DatasetStats, device: Dev
         device_uuid=device.uuid,
         precision=decision.precision,
         precision_reason=decision.reason,
+        half=device.half,
+        scoring=choose_scoring(decision.precision, memory.token_budget, shape, data, device),
         kernels=decision.kernels,
         speedups=tuple(sorted(set(recipe.hardware.speedups))),
         gradient_checkpointing=memory.gradient_checkpointing,
@@ -110,7 +155,8 @@ def make_plan(recipe: Recipe, shape: ModelShape, data: DatasetStats, device: Dev
         if recipe.sft.strategy == "adopt"
         else steps_of(data.train_pairs, recipe.sft.batch_size, recipe.sft.epochs),
         dpo_steps=steps_of(data.train_pairs, recipe.dpo.batch_size, recipe.dpo.epochs),
-        lora=recipe.lora,
+        lora=lora,
+        coverage=planned_coverage(lora, shape),
         sft=recipe.sft,
         dpo=recipe.dpo,
     )

@@ -9,6 +9,9 @@ from typing import Literal, Protocol
 from dpo_assets.errors import ConfigError
 
 Precision = Literal["4bit", "8bit", "fp8", "bf16", "fp16", "fp32"]
+Half = Literal["bf16", "fp16"]
+Compute = Literal["bf16", "fp16", "fp32"]
+QUANTISED: tuple[Precision, ...] = ("4bit", "8bit", "fp8")
 # Least CUDA capability of each precision. bf16: Ampere. fp8: hardware conversion from e4m3, which Ada (8.9) brought;
 # weights are stored in it and computed with in 16 bit. int8 and NF4: bitsandbytes' installation guide.
 NEEDED_CAPABILITY: dict[Precision, tuple[int, int]] = {
@@ -29,14 +32,22 @@ class Device:
     uuid: str = ""  # NVML's name of this very GPU, or of a part of one (MIG); empty where it is only described.
 
     @property
-    def half(self) -> Literal["bf16", "fp16"]:
-        """The 16-bit format that this GPU computes in."""
-        return "bf16" if (self.capability or (0, 0)) >= AMPERE else "fp16"
+    def half(self) -> Half:
+        """The 16-bit format that this device computes in. PyTorch computes bf16 on any CPU."""
+        return "bf16" if self.kind == "cpu" or (self.capability or (0, 0)) >= AMPERE else "fp16"
 
     def supports(self, precision: Precision) -> bool:
         if self.kind == "cpu":
             return precision == "fp32"
         return (self.capability or (0, 0)) >= NEEDED_CAPABILITY[precision]
+
+
+def compute_format(precision: Precision, half: Half) -> Compute:
+    """What layers compute in: plain weights in their own format, quantised ones in `half`, the device's 16 bit."""
+    match precision:
+        case "bf16" | "fp16" | "fp32":
+            return precision
+    return half
 
 
 class Fitted(Protocol):

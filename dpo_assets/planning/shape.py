@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from dpo_assets.planning.matrices import Matrices
+
 Kernels = Literal["fused", "transformers", "unsloth"]
 
 
@@ -26,7 +28,25 @@ class ModelShape(BaseModel):
     architecture: str = ""
     fusable: bool = False  # Whether the fused kernels compute this architecture as it is configured.
     sliding_window: int | None = None  # Tokens that attention looks back; None: all.
+    matrices: tuple[Matrices, ...] | None = None  # Of the decoder layers, where the model's files were read.
 
     def fused_at(self, max_length: int) -> bool:
         """Whether the fused kernels serve rows of `max_length` tokens: they attend to the whole row."""
         return self.fusable and (self.sliding_window is None or self.sliding_window >= max_length)
+
+    def with_matrices(self, matrices: tuple[Matrices, ...]) -> ModelShape:
+        """The shape, with what the model's files hold."""
+        return self.model_copy(update={"matrices": matrices})
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """(output, input) width of each linear layer of a decoder layer of the Llama family."""
+        attention, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "q_proj": (attention, self.hidden),
+            "k_proj": (kv, self.hidden),
+            "v_proj": (kv, self.hidden),
+            "o_proj": (self.hidden, attention),
+            "gate_proj": (self.intermediate, self.hidden),
+            "up_proj": (self.intermediate, self.hidden),
+            "down_proj": (self.hidden, self.intermediate),
+        }

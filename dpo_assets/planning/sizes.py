@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_assets.errors import ConfigError
+from dpo_assets.planning.matrices import read_matrices
 from dpo_assets.planning.model_folder import inspect_model
 from dpo_assets.planning.shape import ModelShape
 
@@ -60,7 +61,8 @@ def find_model(name: str) -> Size:
         return known
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return Size(name, name, inspect_model(folder).shape)
+        shape = inspect_model(folder).shape
+        return Size(name, name, shape.with_matrices(read_matrices(folder, shape.layers)))
     near = _nearest(name.strip().lower())
     hint = f"did you mean `{near}`? " if near else ""
     raise ConfigError(

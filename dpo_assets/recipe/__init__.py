@@ -26,10 +26,10 @@ from dpo_assets.recipe.running import (
 )
 from dpo_assets.recipe.training import (
     ALL_LINEAR,
+    EVERY_LINEAR,
     DpoSection,
     FDivergence,
     LoraSection,
-    LoraTarget,
     OptimSection,
     SftSection,
 )
@@ -38,6 +38,7 @@ from dpo_assets.recipe.whole import OVERRIDABLE, Overrides, Recipe, apply_overri
 __all__ = [
     "ALL_LINEAR",
     "BUILTIN",
+    "EVERY_LINEAR",
     "OVERRIDABLE",
     "BandOverride",
     "BaseModelSection",
@@ -51,7 +52,6 @@ __all__ = [
     "FeedbackSource",
     "HardwareSection",
     "LoraSection",
-    "LoraTarget",
     "OptimSection",
     "Overrides",
     "PublishingSection",

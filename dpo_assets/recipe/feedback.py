@@ -9,7 +9,8 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from dpo_assets.recipe.model import _is_commit
-from dpo_assets.section import Section
+from dpo_assets.secret_shapes import MASK, without_url_secrets
+from dpo_assets.section import Section, hidden_fault
 
 
 class SqlSource(Section):
@@ -22,7 +23,6 @@ class SqlSource(Section):
     )
     url_env: str | None = Field(
         default=None,
-        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
         description="Environment variable with the URL (`postgresql://user:password@host/db` or `sqlite:///file.db`).",
         examples=["FEEDBACK_DATABASE_URL"],
     )
@@ -41,6 +41,27 @@ class SqlSource(Section):
         ),
     )
 
+    # Not by `pattern` or after the model: both would repeat the value, and people write the URL itself here.
+    @field_validator("url_env")
+    @classmethod
+    def _names_a_variable(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
+            raise hidden_fault(
+                "`url_env` is the name of an environment variable (letters, digits and `_`), not the URL: export "
+                "FEEDBACK_DATABASE_URL=..., and write FEEDBACK_DATABASE_URL here. If it is a URL with a password, it "
+                "stands in this file now."
+            )
+        return value
+
+    @field_validator("database")
+    @classmethod
+    def _is_a_file(cls, value: str | None) -> str | None:
+        if value is not None and "://" in value:
+            raise hidden_fault(
+                "`database` is a file; put a URL into an environment variable and its name in `url_env`."
+            )
+        return value
+
     @model_validator(mode="after")
     def _one_database_and_one_table(self) -> SqlSource:
         if (self.database is None) == (self.url_env is None):
@@ -48,8 +69,6 @@ class SqlSource(Section):
                 "name one database: `database: ./feedback.db` for an SQLite file, or `url_env` with the name of the "
                 "environment variable that holds the URL."
             )
-        if self.database is not None and "://" in self.database:
-            raise ValueError("`database` is a file; put a URL into an environment variable and its name in `url_env`.")
         if (self.table is None) == (self.query is None):
             raise ValueError("name one of `table` and `query`.")
         if self.query is not None and not self.query.lstrip().lower().startswith(("select", "with")):
@@ -64,8 +83,8 @@ class FeedbackSource(Section):
         default=None,
         description=(
             "File or glob (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`; all but the last also with `.gz` or `.zst` "
-            "behind), relative to the folder of the YAML file, or a URL such as `s3://bucket/feedback/*.jsonl.gz`; "
-            "`builtin:oasst` is a real sample."
+            "behind), relative to the folder of the YAML file, or a URL such as `s3://bucket/feedback/*.jsonl.gz` "
+            "(its query is never shown; credentials belong into the environment); `builtin:oasst` is a real sample."
         ),
         examples=["feedback/*.jsonl", "builtin:oasst"],
     )
@@ -124,6 +143,16 @@ class FeedbackSource(Section):
     def _one_file_or_several(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
+    @field_validator("path")
+    @classmethod
+    def _without_credentials(cls, value: str | None) -> str | None:
+        if value is not None and _has_credentials(value):
+            raise hidden_fault(
+                "`path` holds credentials, which would be kept in every run's record; set them in the environment, "
+                "where the file system's package looks for them."
+            )
+        return value
+
     @model_validator(mode="after")
     def _one_source(self) -> FeedbackSource:
         given = [name for name in ("path", "hub", "sql") if getattr(self, name) is not None]
@@ -140,11 +169,6 @@ class FeedbackSource(Section):
             )
         if self.hub is None and (self.revision is not None or self.files):
             raise ValueError("`revision` and `files` belong to `hub`; name files on disk in `path`.")
-        if self.path is not None and _has_credentials(self.path):
-            raise ValueError(
-                "`path` holds credentials, which would be kept in every run's record; set them in the environment, "
-                "where the file system's package looks for them."
-            )
         return self
 
     @property
@@ -153,7 +177,9 @@ class FeedbackSource(Section):
         if self.sql is not None:
             database = Path(self.sql.database).name if self.sql.database else self.sql.url_env
             return f"sql:{database}:{self.sql.table or 'query'}"
-        return f"hub:{self.hub}@{str(self.revision)[:8]}" if self.hub is not None else str(self.path)
+        if self.hub is not None:
+            return f"hub:{self.hub}@{str(self.revision)[:8]}"
+        return without_url_secrets(str(self.path))
 
 
 ContentAction = Literal["flag", "redact", "quarantine"]
@@ -235,6 +261,15 @@ class FeedbackSection(Section):
     max_quarantine_rate: float = Field(
         default=0.2, ge=0.0, le=1.0, description="A larger share of rejected rows blocks the run; single rows never do."
     )
+    max_row_fall: float = Field(
+        default=0.1,
+        ge=0.0,
+        le=1.0,
+        description=(
+            "A source that lost a larger share of its rows, or a whole file, since the last materialisation is warned "
+            "of; with `checks.severity.feedback_volume: error` it blocks."
+        ),
+    )
     max_unpacked_gib: float = Field(
         default=4.0,
         gt=0.0,
@@ -261,4 +296,5 @@ def is_url(path: str) -> bool:
 
 
 def _has_credentials(path: str) -> bool:
-    return is_url(path) and "@" in path.split("://", 1)[1].split("/", 1)[0] and not path.startswith(("abfs", "hf:"))
+    """Whether a URL, or what was to be one, names a user or a password before its host."""
+    return re.search(rf":/{{1,3}}{re.escape(MASK)}", without_url_secrets(path)) is not None

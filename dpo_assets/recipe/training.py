@@ -8,13 +8,13 @@ from pydantic import Field, field_validator, model_validator
 
 from dpo_assets.section import Section
 
-LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
 FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 
-ALL_LINEAR: tuple[LoraTarget, ...] = (
-    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-)  # fmt: skip
+EVERY_LINEAR: Literal["all-linear"] = "all-linear"
+# The linear layers of the Llama family.
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# What a reference cannot share with the policy once it is trained, and what is scored in fp32 by its own weight.
+NOT_IN_LAYERS = frozenset({"lm_head", "embed_tokens", "embed_in", "embed_out", "wte", "wpe"})
 
 
 class LoraSection(Section):
@@ -23,9 +23,56 @@ class LoraSection(Section):
     rank: int = Field(default=16, ge=1, le=1024, description="Rank r of the LoRA matrices.")
     alpha: int = Field(default=16, ge=1, description="LoRA alpha; the update is scaled by alpha / rank.")
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="LoRA dropout, SFT only: DPO trains without.")
-    target_modules: list[LoraTarget] = Field(
-        default=list(ALL_LINEAR), min_length=1, description="Linear layers that get an adapter."
+    target_modules: str | list[str] = Field(
+        default=EVERY_LINEAR,
+        description=(
+            "Linear layers that get an adapter: `all-linear`, which is every one of the decoder layers, or names that "
+            "the base has there, such as q_proj (Llama) or qkv_proj (Phi-3)."
+        ),
+        examples=["all-linear", ["q_proj", "v_proj"]],
     )
+    target_parameters: list[str] = Field(
+        default=[],
+        description=(
+            "Experts that get an adapter: `experts.gate_up_proj`, `experts.down_proj`. `all-linear` leaves them and "
+            "the router frozen."
+        ),
+    )
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _all_or_some(cls, value: Any) -> str | list[str]:
+        """One spelling of each choice: `all-linear`, or a list of names."""
+        parts = value.split(",") if isinstance(value, str) else value
+        if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
+            raise ValueError("write `all-linear`, or a list of names such as [q_proj, v_proj].")
+        names = [part.strip() for part in parts]
+        if names == [EVERY_LINEAR]:
+            return EVERY_LINEAR
+        if not names or not all(names):
+            raise ValueError("a layer has no name; write `all-linear`, or a list of names such as [q_proj, v_proj].")
+        if EVERY_LINEAR in names:
+            raise ValueError("`all-linear` stands alone, or leave it out and name the layers.")
+        if outside := [name for name in names if name in NOT_IN_LAYERS]:
+            raise ValueError(f"`{outside[0]}` is no layer of the decoder: embeddings and head stay as they are.")
+        return _once(names)
+
+    @field_validator("target_parameters")
+    @classmethod
+    def _parameters_once(cls, value: list[str]) -> list[str]:
+        return _once(value)
+
+    @model_validator(mode="after")
+    def _experts_without_dropout(self) -> LoraSection:
+        if self.target_parameters and self.dropout:
+            raise ValueError("`target_parameters` cannot be trained with dropout; set `dropout` to 0.")
+        return self
+
+
+def _once(names: list[str]) -> list[str]:
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"`{twice[0]}` stands twice; name it once.")
+    return names
 
 
 class OptimSection(Section):
@@ -34,9 +81,14 @@ class OptimSection(Section):
     learning_rate: float = Field(gt=0.0, description="Peak learning rate of AdamW.")
     epochs: float = Field(default=1.0, gt=0.0, description="Passes over the training pairs.")
     batch_size: int = Field(default=16, ge=1, description="Pairs per optimizer step (the effective batch).")
-    warmup_ratio: float = Field(default=0.1, ge=0.0, lt=1.0, description="Share of the steps spent warming up.")
+    warmup_ratio: float = Field(
+        default=0.1,
+        ge=0.0,
+        lt=1.0,
+        description="Share of the steps, rounded up, whose rate rises to the peak; the first of them moves already.",
+    )
     schedule: Literal["linear", "cosine", "constant"] = Field(
-        default="linear", description="Learning-rate schedule after the warm-up."
+        default="linear", description="Learning-rate schedule after the warm-up; every one of them is warmed up."
     )
     weight_decay: float = Field(default=0.0, ge=0.0, description="AdamW weight decay.")
     max_grad_norm: float = Field(default=1.0, gt=0.0, description="Gradient clipping threshold.")

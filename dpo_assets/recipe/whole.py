@@ -45,6 +45,11 @@ class Recipe(Section):
                 f"base_model.source `{source}` is a Hub id and needs `revision`: the 40-digit commit sha from the "
                 "model page (a branch such as `main` can change under you). For a local folder write `./` in front."
             )
+        if self.lora.target_parameters and self.dpo.reference_strategy == "merged" and self.dpo.reference == "sft":
+            raise ValueError(
+                "dpo.reference_strategy `merged` joins two adapters into one, which those of lora.target_parameters "
+                "cannot be; use `cached`, which measures against the same reference."
+            )
         if self.hardware.device == "cpu" and self.hardware.precision not in ("auto", "fp32"):
             raise ValueError(
                 f"hardware.precision `{self.hardware.precision}` needs a GPU; with `device: cpu` use `fp32` or `auto`."

@@ -5,7 +5,8 @@ Every part is either numbers or `{"not_measured": why}`; the checks turn the lat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -142,7 +143,7 @@ def _capability(
 
 @torch.no_grad()
 def adapter_norm(model: Any, start: AdapterState) -> Part:
-    """Largest ||s (B A - B0 A0)|| / ||W|| over the adapted layers (Frobenius norms), and the layer where it stands.
+    """Largest ||s (B A - B0 A0)|| / ||W|| over adapted layers and experts (Frobenius norms), and where it stands.
 
     The change is one product of stacked factors, [s B, -s B0] [A; A0], and ||B A||^2 = trace((A A^T) (B^T B)) needs no
     matrix larger than twice the rank. In fp64: the start cancels where an adapter hardly moved.
@@ -151,21 +152,18 @@ def adapter_norm(model: Any, start: AdapterState) -> Part:
     for name, layer in model.named_modules():
         if ADAPTER_NAME not in getattr(layer, "lora_A", {}) or not hasattr(layer, "get_base_layer"):
             continue
-        weight = _weight(layer.get_base_layer())
-        if weight is None:
+        weights = _weights(layer)
+        if weights is None:
             return not_measured(f"the weight of {name} is kept in a form that has no plain norm")
-        norm = float(weight.float().norm())
         scale = float(layer.scaling[ADAPTER_NAME])
         a, b = layer.lora_A[ADAPTER_NAME].weight, layer.lora_B[ADAPTER_NAME].weight
         key = next((n for n in start.factors if n.endswith(f"{name}.lora_A.{ADAPTER_NAME}.weight")), None)
         if key is None:
             return not_measured(f"{name} has no adapter at the start to compare with")
         a0, b0 = start.factors[key], start.factors[key.replace(".lora_A.", ".lora_B.")]
-        change = product_norm(
-            torch.cat([b.double().cpu(), -b0.double()], dim=1) * scale, torch.cat([a.double().cpu(), a0.double()])
-        )
         layers += 1
-        share = change / norm if norm else float("nan")
+        factors = zip(weights, _factors(layer, b, a), _factors(layer, b0, a0), strict=True)
+        share = max_or_nan(_change(weight, scale, now, before) for weight, now, before in factors)
         if not share <= largest:  # NaN too must show.
             largest, where = share, name
             if share != share:
@@ -179,6 +177,37 @@ def product_norm(b: Tensor, a: Tensor) -> float:
     """Frobenius norm of B A for B [out, r] and A [r, in], without the product: its square is trace(A A^T B^T B)."""
     square = ((a @ a.T) * (b.T @ b).T).sum()
     return float(square.clamp(min=0.0).sqrt()) if bool(torch.isfinite(square)) else float("nan")
+
+
+def max_or_nan(values: Iterable[float]) -> float:
+    """The largest, or NaN where one is: `max` would lose it, depending on where it stands."""
+    return float(torch.tensor(list(values), dtype=torch.double).max())
+
+
+Factors = tuple[Tensor, Tensor]  # B [out, r] and A [r, in].
+
+
+def _change(weight: Tensor, scale: float, now: Factors, before: Factors) -> float:
+    """||s (B A - B0 A0)|| / ||W||."""
+    (b, a), (b0, a0) = now, before
+    norm = float(weight.float().norm())
+    return product_norm(torch.cat([b, -b0], dim=1) * scale, torch.cat([a, a0])) / norm if norm else math.nan
+
+
+def _factors(layer: Any, b: Tensor, a: Tensor) -> list[Factors]:
+    """The factors in fp64 of a layer, or of each of its experts, whose factors PEFT keeps in one matrix."""
+    b, a = b.detach().double().cpu(), a.detach().double().cpu()
+    experts: int = getattr(layer, "num_experts", 1)
+    return list(zip(b.reshape(len(b), -1, experts).unbind(2), a.reshape(experts, -1, a.shape[1]), strict=True))
+
+
+def _weights(layer: Any) -> Sequence[Tensor] | None:
+    """The weight [out, in] of an adapted layer, or that of each of its experts; None where nothing here knows how."""
+    if hasattr(layer, "parameter_name"):
+        stacked: Tensor = layer.get_param()
+        return list(stacked) if stacked.is_floating_point() and stacked.dim() == 3 else None
+    weight = _weight(layer.get_base_layer())
+    return None if weight is None else [weight]
 
 
 def _weight(base: Any) -> Tensor | None:

@@ -30,6 +30,7 @@ from dpo_assets.training.dpo_trainer import TRL_REFERENCE
 from dpo_assets.training.guards import check_first_loss
 from dpo_assets.training.losses import DpoLoss
 from dpo_assets.training.packed import trainer_arguments
+from dpo_assets.training.schedule import MovingSchedule
 from dpo_assets.training.unsloth_kernels import check_adapter_only
 
 CLASSIC_MICRO_BATCH = 2
@@ -37,7 +38,7 @@ COLUMNS = ("prompt", "chosen", "rejected")
 NOT_MODEL_INPUTS = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps"})
 
 
-class ClassicDPOTrainer(trl.DPOTrainer):
+class ClassicDPOTrainer(MovingSchedule, trl.DPOTrainer):
     """TRL's DPOTrainer that checks its first loss before the first update.
 
     Args:

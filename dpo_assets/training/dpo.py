@@ -21,14 +21,15 @@ from dpo_assets.training.classic import ClassicDPOTrainer, classic_trainer
 from dpo_assets.training.collapse import CollapseGuard
 from dpo_assets.training.data import dpo_group, load_split
 from dpo_assets.training.dpo_trainer import REFERENCE_COLUMNS, PackedDPOTrainer
-from dpo_assets.training.guards import StopOnNonFinite
-from dpo_assets.training.loading import autocast_of, load_tokenizer, save_adapter
+from dpo_assets.training.guards import StopOnNonFinite, check_trained
+from dpo_assets.training.loading import ADAPTER_NAME, autocast_of, load_tokenizer, save_adapter
 from dpo_assets.training.logprobs import assert_packing_is_exact
 from dpo_assets.training.losses import DpoLoss
 from dpo_assets.training.packed import PackedCollator, end_quietly, packed_arguments, trainer_arguments
 from dpo_assets.training.reporting import ProgressLines, Reporter, all_finite, write_metrics
 from dpo_assets.training.sampling import AdapterState, Watched, first_prompts
 from dpo_assets.training.strategies import Start, join_adapters, load_start, score_reference, step_reference
+from dpo_assets.training.targets import coverage
 
 CLOSING = ("loss", "logps/chosen", "rewards/chosen", "rewards/margins", "rewards/accuracies")
 LAST_LOGS = 5  # Closing values are means over this many logs: one batch of a small run is noise.
@@ -81,6 +82,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     with policy.computing(plan):
         trainer.train()
         trained = time.perf_counter()
+        check_trained("finite", policy.model)
         if guard is not None and watched is not None and spec.guard is not None:
             reporter.log("dpo: measuring the adapter against its start")
             measured = measure(watched, spec.guard, held_out_rows(spec), guard.tasks)
@@ -169,14 +171,17 @@ def write_report(
 ) -> None:
     """`metrics.jsonl`, and what the checks judge the run by."""
     plan = spec.plan
+    model = trainer.accelerator.unwrap_model(trainer.model)
     rows = write_metrics(trainer.state.log_history, spec.output_dir / "metrics.jsonl")
     last = {key: fmean(row[key] for row in rows[-LAST_LOGS:]) for key in CLOSING}
     reference_logp = last["logps/chosen"] - last["rewards/chosen"] / plan.dpo.beta if plan.dpo.beta else float("nan")
-    first_loss = rows[0]["loss"]
-    expected = getattr(trainer, "expected_first_loss", None) or DpoLoss.of(plan.dpo).at_zero_margin() or first_loss
+    # With an `sft` term it depends on the data, and TRL's trainer does not tell its parts.
+    expected = getattr(trainer, "expected_first_loss", None)
+    if expected is None:
+        expected = DpoLoss.of(plan.dpo).at_zero_margin()
     report = {
         "steps": trainer.state.global_step,
-        "first_loss": first_loss,
+        "first_loss": rows[0]["loss"],
         "expected_first_loss": expected,
         "first_loss_tokens": trainer.first_loss_tokens,
         "last_loss": last["loss"],
@@ -184,6 +189,8 @@ def write_report(
         "last_accuracy": last["rewards/accuracies"],
         "nll_ratio": last["logps/chosen"] / reference_logp,
         "finite": all_finite(rows),
+        "lora_coverage": coverage(model, ADAPTER_NAME).model_dump(mode="json"),
+        "lora_planned": plan.coverage.model_dump(mode="json"),
         "trainer": plan.dpo.trainer,
         "kernels": kernels,
         **measured,

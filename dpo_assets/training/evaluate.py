@@ -1,4 +1,4 @@
-"""Stage `evaluate`: held-out pairs and greedy answers, for the SFT policy and for the merged policy.
+"""Stage `evaluate`: held-out pairs and greedy answers, for the SFT policy and for what is released.
 
 Implicit reward (Rafailov et al., arXiv 2305.18290, section 4): log pi(y|x) - log pi_ref(y|x), summed over the answer
 with its EOS. RewardBench's DPO mode uses the same masks and sums.
@@ -10,6 +10,7 @@ import gc
 import time
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
@@ -19,6 +20,8 @@ import torch
 from dpo_assets.artifact import VOLATILE, write_json
 from dpo_assets.checks.statistics import pick_the_longer, tie_aware_accuracy
 from dpo_assets.contract import EvaluateSpec, Progress
+from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.planning.scoring import GENERATION_BATCH as GENERATION_BATCH
 from dpo_assets.training.data import TOKEN_COLUMNS, dpo_group, load_split
 from dpo_assets.training.loading import (
     attach_adapter,
@@ -32,13 +35,12 @@ from dpo_assets.training.logprobs import assert_packing_is_exact, score_groups
 from dpo_assets.training.packing import Group
 from dpo_assets.training.reporting import Reporter
 
-GENERATION_BATCH = 8
 REPEATED_NGRAM, REPEATS = 4, 3  # An answer that says one 4-gram of tokens three times or more repeats itself.
 
 
 def run(spec: EvaluateSpec, reporter: Reporter) -> None:
     """Writes `scores.parquet` (a row a pair), `generations.json` and `report.json`."""
-    plan = spec.plan
+    plan = spec.plan.at_release()
     started = time.perf_counter()
     tokenizer = load_tokenizer(spec.base_model)
     held_out = load_split(spec.dataset, "eval", [*TOKEN_COLUMNS, "prompt", "prompt_id"], spec.scratch)
@@ -46,16 +48,15 @@ def run(spec: EvaluateSpec, reporter: Reporter) -> None:
     groups = [to_group(row) for row in held_out]
     prompts = _first_of_each(held_out, spec.generations, plan.max_length - spec.max_new_tokens)
 
-    sft = load_base(spec.base_model, plan)
-    if spec.sft_adapter is not None:
-        sft = attach_adapter(sft, plan, spec.sft_adapter, seed=0, dropout=0.0)  # type: ignore[assignment]
-    choose_kernels(sft, plan)
-    reference, answers = _score_and_answer(sft, "SFT", groups, prompts, tokenizer, spec, reporter)
+    reporter.log(f"evaluate: the policy is the {spec.plan.scored}: {plan.scoring.reason}")
+
+    sft = _load(spec.base_model, spec.sft_adapter, plan)
+    reference, answers = _score_and_answer(sft, "SFT", groups, prompts, tokenizer, plan, spec, reporter)
     del sft
     gc.collect()
-    policy_model = load_base(spec.policy, plan)
-    choose_kernels(policy_model, plan)
-    policy, policy_answers = _score_and_answer(policy_model, "policy", groups, prompts, tokenizer, spec, reporter)
+    merged = plan.scoring.subject == "merged"
+    policy_model = _load(spec.policy, None, plan) if merged else _load(spec.base_model, spec.adapter, plan)
+    policy, policy_answers = _score_and_answer(policy_model, "policy", groups, prompts, tokenizer, plan, spec, reporter)
 
     table = _score_table(held_out["pair_id"], held_out["prompt_id"], groups, reference, policy)
     table.write_parquet(spec.output_dir / "scores.parquet")
@@ -66,10 +67,19 @@ def run(spec: EvaluateSpec, reporter: Reporter) -> None:
             for row, before, after in zip(prompts, answers, policy_answers, strict=True)
         ],
     )
-    report = summarise(table, spec.confidence)
+    report = summarise(table, spec.confidence) | {"scored": spec.plan.scored}
     report["generation"] = {"sft": generation_health(answers), "policy": generation_health(policy_answers)}
     write_json(spec.output_dir / "report.json", report)
     write_json(spec.output_dir / VOLATILE, {"seconds": time.perf_counter() - started})
+
+
+def _load(folder: Path, adapter: Path | None, plan: TrainingPlan) -> Any:
+    """A model on the plan's kernels, with its adapter if it has one."""
+    model: Any = load_base(folder, plan)
+    if adapter is not None:
+        model = attach_adapter(model, plan, adapter, seed=0, dropout=0.0)
+    choose_kernels(model, plan)
+    return model
 
 
 def summarise(table: pl.DataFrame, confidence: float) -> dict[str, Any]:
@@ -123,13 +133,14 @@ def _score_and_answer(
     groups: list[Group],
     prompts: list[dict[str, Any]],
     tokenizer: Any,
+    plan: TrainingPlan,
     spec: EvaluateSpec,
     reporter: Reporter,
 ) -> tuple[list[float], list[dict[str, Any]]]:
     model.eval()
-    with autocast_of(spec.plan):
+    with autocast_of(plan):
         assert_packing_is_exact(model, max(groups, key=lambda group: group.longest_row))
-        logps, _ = score_groups(model, groups, spec.plan.token_budget)
+        logps, _ = score_groups(model, groups, plan.token_budget)
         reporter.log(f"evaluate: {len(groups)} held-out pairs scored by the {who}")
         answers = generate(model, [row["prompt_ids"] for row in prompts], tokenizer, spec.max_new_tokens)
     reporter.log(Progress(stage="evaluate", done=1 if who == "SFT" else 2, total=2, note=f"{who} done").line())

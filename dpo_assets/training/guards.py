@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dpo_assets.checks.bands import default_bands, first_loss_holds, first_loss_tolerance
@@ -61,6 +63,17 @@ def first_non_finite(values: Mapping[str, Any]) -> tuple[str, float] | None:
         if isinstance(value, float) and not math.isfinite(value):
             return name, value
     return None
+
+
+def check_trained(check: str, model: nn.Module) -> None:
+    """What was trained must be numbers. The last update comes after the last loss, so no log tells of it.
+
+    Raises:
+        GateError: naming the first parameter that is not finite.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+            raise diverged(check, name, math.nan, "the end of training")
 
 
 class StopOnNonFinite(TrainerCallback):

@@ -27,6 +27,7 @@ from dpo_assets.training import attention
 from dpo_assets.training.fp8 import quantise_layers
 from dpo_assets.training.fused.decoder import attach_fused
 from dpo_assets.training.speedups import speed_up
+from dpo_assets.training.targets import peft_targets
 
 # The adapter must carry PEFT's default name: TRL reads `peft_config["default"]` unguarded.
 ADAPTER_NAME = "default"
@@ -73,16 +74,8 @@ def load_base(folder: Path, plan: TrainingPlan, *, packed: bool = True) -> PreTr
 
 
 def compute_dtype(plan: TrainingPlan) -> torch.dtype:
-    """What the layers compute in: quantised weights are computed in the device's 16 bit."""
-    match plan.precision:
-        case "fp32":
-            return torch.float32
-        case "fp16":
-            return torch.float16
-        case "bf16":
-            return torch.bfloat16
-    old = plan.device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.float16 if old else torch.bfloat16
+    """The plan's `compute` as torch has it."""
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[plan.compute]
 
 
 def _quantisation(plan: TrainingPlan) -> Mapping[str, Any]:
@@ -121,7 +114,7 @@ def choose_kernels(model: Any, plan: TrainingPlan) -> tuple[str, str]:
 
 def autocast_of(plan: TrainingPlan) -> torch.autocast:
     """The autocast that accelerate uses in training, for scoring outside of it."""
-    return torch.autocast(plan.device, dtype=compute_dtype(plan), enabled=plan.precision != "fp32")
+    return torch.autocast(plan.device, dtype=compute_dtype(plan), enabled=plan.compute != "fp32")
 
 
 def attach_adapter(
@@ -130,7 +123,7 @@ def attach_adapter(
     """The policy: a trained adapter to go on with, or a new one whose B is zero (so that it starts as the base).
 
     Raises:
-        ConfigError: when no adapter, or far too much, would be trained.
+        ConfigError: when no adapter, or far too much, would be trained; for a target that the base does not have.
     """
     set_seed(seed)
     if start is not None:
@@ -140,7 +133,7 @@ def attach_adapter(
             r=plan.lora.rank,
             lora_alpha=plan.lora.alpha,
             lora_dropout=dropout,
-            target_modules=list(plan.lora.target_modules),
+            **peft_targets(base, plan.lora),
             bias="none",
             task_type="CAUSAL_LM",
         )
@@ -166,6 +159,8 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     # set, which changes from process to process: equal adapters would differ by either.
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     config |= {"base_model_name_or_path": None, "target_modules": sorted(config["target_modules"])}
+    if config.get("target_parameters"):
+        config["target_parameters"] = sorted(config["target_parameters"])
     write_json(folder / "adapter_config.json", config)
     # PEFT writes a card that names the local folder of the base; the release gets a card of its own.
     (folder / "README.md").unlink(missing_ok=True)

@@ -5,27 +5,27 @@ from __future__ import annotations
 import gc
 import json
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from dpo_assets.artifact import VOLATILE, write_json
+from dpo_assets.checks.reports import MergeReport
 from dpo_assets.contract import MergeSpec, Progress
 from dpo_assets.errors import GateError
-from dpo_assets.planning.memory import GIB, QUANTISED
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.data import dpo_group, load_split
 from dpo_assets.training.loading import attach_adapter, autocast_of, choose_kernels, load_base, load_tokenizer
 from dpo_assets.training.logprobs import assert_packing_is_exact, score_groups
-from dpo_assets.training.merging import NotStreamable, plan_merge, stream_merge
+from dpo_assets.training.merging import NotStreamable, plan_merge, stored_format, stream_merge
 from dpo_assets.training.packing import Group
 from dpo_assets.training.reporting import Reporter
 
 GENERATION = "generation_config.json"
-SHARE_FOR_WEIGHTS = 0.85  # Of the device, beside what scoring a few pairs needs.
 
 
 def run(spec: MergeSpec, reporter: Reporter) -> None:
@@ -36,20 +36,20 @@ def run(spec: MergeSpec, reporter: Reporter) -> None:
         ConfigError: when base or adapter cannot be read.
     """
     started = time.perf_counter()
-    # The merge never goes through a quantised base: 4-bit weights would be rounded into the release.
-    plan = _plan_of_proof(spec.plan)
+    plan = spec.plan.at_proof()
     folder = spec.output_dir / "model"
     folder.mkdir()
 
     def on_file(done: int, total: int) -> None:
         reporter.log(Progress(stage="merge", done=done, total=total, note="files").line())
 
+    method: Literal["streamed", "peft"]
     try:
         merge = plan_merge(spec.base_model, spec.adapter)
     except NotStreamable as why:
         reporter.log(f"merge: {why}, so PEFT merges it with the whole model in memory")
         method = "peft"
-        merge_in_memory(spec, plan, folder)
+        merge_in_memory(spec, folder)
     else:
         method = "streamed"
         stream_merge(merge, folder, on_file=on_file)
@@ -62,27 +62,33 @@ def run(spec: MergeSpec, reporter: Reporter) -> None:
     to_group = partial(dpo_group, max_length=plan.max_length)
     groups = [to_group(row) for row in held_out.select(range(min(spec.probe_pairs, len(held_out))))]
     by_adapter, lengths = _scores_by_adapter(spec, plan, groups)
-    by_merged, parameters = _scores_by_merged(folder, plan, groups)
+    by_merged, released = _scores_by_merged(folder, plan, groups)
     differences = [abs(a - b) / max(1, n) for a, b, n in zip(by_adapter, by_merged, lengths, strict=True)]
-    report = {
-        "mean_difference_per_token": fmean(differences),
-        "max_difference_per_token": max(differences),
-        "probe_pairs": len(groups),
-        "finite": True,  # Nothing gets here otherwise.
-        "parameters": parameters,
-        "method": method,
-    }
-    write_json(spec.output_dir / "report.json", report)
+    report = MergeReport(
+        mean_difference_per_token=fmean(differences),
+        max_difference_per_token=max(differences),
+        probe_pairs=len(groups),
+        finite=not released.not_finite,
+        not_finite=released.not_finite,
+        parameters=released.parameters,
+        method=method,
+        proven_in=f"{plan.compute} on {plan.device}",
+    )
+    write_json(spec.output_dir / "report.json", report.model_dump(mode="json"))
     write_json(spec.output_dir / VOLATILE, {"seconds": time.perf_counter() - started})
-    reporter.log(f"merge: adapter and merged model differ by {report['mean_difference_per_token']:.2g} nats per token")
+    reporter.log(f"merge: adapter and merged model differ by {report.mean_difference_per_token:.2g} nats per token")
 
 
-def merge_in_memory(spec: MergeSpec, plan: TrainingPlan, folder: Path) -> None:
-    """PEFT's own merge, for adapters that are more than LoRA on linear layers. Weights get the plan's dtype.
+def merge_in_memory(spec: MergeSpec, folder: Path) -> None:
+    """PEFT's own merge, for adapters that are more than LoRA on linear layers; on the CPU, in the base's own format.
+
+    What a card computes in has no say: a base in bf16 that was trained on a card without it is released in bf16.
 
     Raises:
         GateError: when a merged weight is not finite.
     """
+    stored = stored_format(spec.base_model)
+    plan = spec.plan.model_copy(update={"device": "cpu", "precision": stored})
     model = attach_adapter(load_base(spec.base_model, plan), plan, spec.adapter, seed=0, dropout=0.0).eval()
     try:
         merged = model.merge_and_unload(safe_merge=True)
@@ -99,14 +105,6 @@ def merge_in_memory(spec: MergeSpec, plan: TrainingPlan, folder: Path) -> None:
     _free()
 
 
-def _plan_of_proof(plan: TrainingPlan) -> TrainingPlan:
-    """In 16 bit for a quantised base; on the CPU where 16 bit do not fit the card that 4 bit were chosen for."""
-    if plan.precision not in QUANTISED:
-        return plan
-    fits = 2 * plan.parameters / GIB < SHARE_FOR_WEIGHTS * plan.memory_available_gib
-    return plan.model_copy(update={"precision": "bf16", "device": plan.device if fits else "cpu"})
-
-
 def _scores_by_adapter(spec: MergeSpec, plan: TrainingPlan, groups: list[Group]) -> tuple[list[float], list[int]]:
     model = attach_adapter(load_base(spec.base_model, plan), plan, spec.adapter, seed=0, dropout=0.0).eval()
     choose_kernels(model, plan)
@@ -118,13 +116,27 @@ def _scores_by_adapter(spec: MergeSpec, plan: TrainingPlan, groups: list[Group])
     return scores, lengths
 
 
-def _scores_by_merged(folder: Path, plan: TrainingPlan, groups: list[Group]) -> tuple[list[float], int]:
+@dataclass(frozen=True)
+class Released:
+    """What was seen of the weights that were written, once they were loaded again."""
+
+    parameters: int
+    not_finite: tuple[str, ...]
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> Released:
+        bad = tuple(name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all()))
+        return cls(sum(p.numel() for p in model.parameters()), bad)
+
+
+def _scores_by_merged(folder: Path, plan: TrainingPlan, groups: list[Group]) -> tuple[list[float], Released]:
     """Scores of the files as written, so that the proof covers what is released."""
     model = load_base(folder, plan).eval()
+    released = Released.of(model)
     choose_kernels(model, plan)
     with autocast_of(plan):
         scores, _ = score_groups(model, groups, plan.token_budget)
-    return scores, sum(p.numel() for p in model.parameters())
+    return scores, released
 
 
 def _write_tokenizer(base: Path, folder: Path) -> None:

@@ -11,6 +11,7 @@ import json
 import math
 import re
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from dpo_assets.artifact import write_json
 from dpo_assets.errors import ConfigError, GateError
+from dpo_assets.planning.precision import Compute
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -356,3 +358,17 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{path} is not a JSON object")
     return value
+
+
+def stored_format(base: Path) -> Compute:
+    """The format that most values of a base are stored in; bf16 where that is none that layers compute in.
+
+    Raises:
+        ConfigError: as `base_files` and `read_header` do.
+    """
+    sizes = Counter[str]()
+    for path in base_files(base):
+        for tensor in read_header(path).tensors:
+            sizes[tensor.dtype] += math.prod(tensor.shape)
+    formats: dict[str, Compute] = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+    return formats.get(next((name for name, _ in sizes.most_common(1)), ""), "bf16")

@@ -6,7 +6,6 @@ the gradient is that of one forward over all pairs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,12 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.planning.schedule import warmup_steps
 from dpo_assets.recipe import OptimSection
 from dpo_assets.training.fused.decoder import renew_fused
-from dpo_assets.training.loading import compute_dtype
 from dpo_assets.training.logprobs import causal_lm, to_device
 from dpo_assets.training.packing import Group, PackedBatch, balanced, by_width, pack
+from dpo_assets.training.schedule import SCHEDULER_TYPES, MovingSchedule
 
 LOGGED_STEPS = 200  # A run logs every step up to this many steps, and about this many times beyond.
 
@@ -34,9 +34,8 @@ def trainer_arguments(plan: TrainingPlan, section: OptimSection, output_dir: Pat
         "num_train_epochs": section.epochs,
         "max_steps": steps,
         "learning_rate": section.learning_rate,
-        "lr_scheduler_type": section.schedule,
-        # The first step of a warm-up has rate zero: a run of one step would train nothing.
-        "warmup_steps": min(math.ceil(section.warmup_ratio * steps), steps - 1),
+        "lr_scheduler_type": SCHEDULER_TYPES[section.schedule],
+        "warmup_steps": warmup_steps(section.warmup_ratio, steps),
         "weight_decay": section.weight_decay,
         "max_grad_norm": section.max_grad_norm,
         "optim": "adamw_torch",
@@ -45,8 +44,8 @@ def trainer_arguments(plan: TrainingPlan, section: OptimSection, output_dir: Pat
         "adam_epsilon": 1e-8,
         "seed": section.seed,
         "data_seed": section.seed,
-        "bf16": plan.device == "cuda" and compute_dtype(plan) == torch.bfloat16,
-        "fp16": plan.device == "cuda" and compute_dtype(plan) == torch.float16,
+        "bf16": plan.device == "cuda" and plan.compute == "bf16",
+        "fp16": plan.device == "cuda" and plan.compute == "fp16",
         "use_cpu": plan.device == "cpu",
         "gradient_checkpointing": plan.gradient_checkpointing,
         "logging_steps": max(1, steps // LOGGED_STEPS),
@@ -108,12 +107,11 @@ class PackedCollator:
         }
 
 
-class PackedSteps:
+class PackedSteps(MovingSchedule):
     """Mixin for transformers.Trainer: runs the forwards of a step and adds up their weighted losses."""
 
     # Provided by transformers.Trainer.
     accelerator: Any
-    optimizer: Any
     state: Any
 
     def begin_step(self, model: Any, step: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ class Policy:
 
         Under autocast the first cast only costs memory and time.
         """
-        if self.kernels == "transformers" and plan.precision != "fp32":
+        if self.kernels == "transformers" and plan.compute != "fp32":
             context: AbstractContextManager[Any] = disable_input_dtype_casting(self.model)
             return context
         return nullcontext()

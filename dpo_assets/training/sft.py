@@ -14,8 +14,8 @@ from transformers import Trainer, TrainingArguments
 from dpo_assets.artifact import VOLATILE, write_json
 from dpo_assets.contract import TrainSpec
 from dpo_assets.training.data import load_split, sft_group
-from dpo_assets.training.guards import StopOnNonFinite
-from dpo_assets.training.loading import autocast_of, load_tokenizer, save_adapter
+from dpo_assets.training.guards import StopOnNonFinite, check_trained
+from dpo_assets.training.loading import ADAPTER_NAME, autocast_of, load_tokenizer, save_adapter
 from dpo_assets.training.logprobs import assert_packing_is_exact, evaluating, score_groups, score_tokens
 from dpo_assets.training.packed import (
     PackedCollator,
@@ -28,6 +28,7 @@ from dpo_assets.training.packed import (
 from dpo_assets.training.packing import Group, PackedBatch
 from dpo_assets.training.policy import load_policy
 from dpo_assets.training.reporting import ProgressLines, Reporter, all_finite, write_metrics
+from dpo_assets.training.targets import coverage
 
 PROBE_PAIRS = 64  # Held-out answers whose loss is measured before and after.
 
@@ -73,6 +74,10 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     probe = [to_group(row) for row in held_out.select(range(min(PROBE_PAIRS, len(held_out))))]
     with autocast_of(plan):
         before = held_out_nll(model, probe, plan.token_budget)
+    covered = coverage(model, ADAPTER_NAME)
+    reporter.log(f"sft: adapters on {100 * covered.share:.3g}% of the layers' weights")
+    if covered.frozen:
+        reporter.log(f"sft: frozen layers: {', '.join(covered.frozen)}")
     reporter.log(f"sft: {len(train)} chosen answers, {plan.sft_steps} steps; held-out loss before: {before:.4f}")
 
     trainer = PackedSFTTrainer(
@@ -87,6 +92,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     end_quietly(trainer, [StopOnNonFinite("sft_finite"), ProgressLines(reporter, "sft", keys)])
     with policy.computing(plan):
         trainer.train()
+    check_trained("sft_finite", model)
 
     with autocast_of(plan):
         after = held_out_nll(model, probe, plan.token_budget)
@@ -99,6 +105,8 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
         "held_out_nll_after": after,
         "finite": all_finite(rows) and math.isfinite(after),
         "kernels": policy.kernels,
+        "adapted_share": covered.share,
+        "lora_coverage": covered.model_dump(mode="json"),
         "ends_with_eos": share_ending_with(train["chosen_ids"], tokenizer.eos_token_id),
     }
     write_json(out / "report.json", report)

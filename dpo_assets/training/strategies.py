@@ -22,8 +22,8 @@ from trl.trainer.utils import disable_dropout_in_model, use_adapter
 from dpo_assets.artifact import write_json
 from dpo_assets.contract import Progress, TrainSpec
 from dpo_assets.errors import ConfigError
-from dpo_assets.planning.memory import QUANTISED
 from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.planning.precision import QUANTISED
 from dpo_assets.training.dpo_trainer import TRL_REFERENCE, StepReference
 from dpo_assets.training.loading import attach_adapter, autocast_of, choose_kernels, load_base
 from dpo_assets.training.logprobs import score_groups, score_tokens, sequence_logps
@@ -143,7 +143,7 @@ def score_reference(policy: Policy, groups: Sequence[Group], spec: TrainSpec, re
             start=spec.inputs.get("sft_checkpoint", "") if spec.start_adapter else "",
             reference=plan.dpo.reference,
             tokenizer=spec.tokenizer_digest,
-            precision=plan.precision,
+            precision=f"{plan.precision} in {plan.compute}",
             kernels=path,
             speedups=",".join(plan.speedups),
             device=plan.device_name,

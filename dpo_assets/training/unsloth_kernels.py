@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.precision import Precision
+from dpo_assets.recipe import ALL_LINEAR, EVERY_LINEAR
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -100,12 +101,14 @@ def load_unsloth(
     """
     from unsloth import FastLanguageModel  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
+    from dpo_assets.training.loading import compute_dtype
+
     checkpointing: str | bool = "unsloth" if plan.gradient_checkpointing else False
     lora = _adapter_shape(start_adapter) if start_adapter else _planned_shape(plan)
     base, _ = FastLanguageModel.from_pretrained(
         model_name=str(folder),
         max_seq_length=plan.max_length,
-        dtype=_dtype(plan),
+        dtype=compute_dtype(plan),
         full_finetuning=False,
         use_gradient_checkpointing=checkpointing,
         trust_remote_code=False,
@@ -303,20 +306,11 @@ def check_shared_prefix(lm: Any, longest_row: int) -> None:
         )
 
 
-def _dtype(plan: TrainingPlan) -> Any:
-    import torch
-
-    if plan.precision == "fp32":
-        return torch.float32
-    no_bf16 = plan.device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.float16 if plan.precision == "fp16" or no_bf16 else torch.bfloat16
-
-
 def _planned_shape(plan: TrainingPlan) -> dict[str, Any]:
     return {
         "r": plan.lora.rank,
         "lora_alpha": plan.lora.alpha,
-        "target_modules": list(plan.lora.target_modules),
+        "target_modules": list(ALL_LINEAR) if plan.lora.target_modules == EVERY_LINEAR else plan.lora.target_modules,
         "use_rslora": False,
     }
 

@@ -461,6 +461,7 @@ FAILING: dict[str, tuple[str, dict[str, Any]]] = {
     "budget": ("warn", {"dpo": {"batch_size": 256}}),
     "schedule_and_precision": ("warn", {"dpo": {"warmup_ratio": 0.0}}),
     "lora_scale": ("warn", {"lora": {"rank": 16, "alpha": 64}}),
+    "lora_coverage": ("warn", {"lora": {"target_modules": ["q_proj", "v_proj"]}}),
     "memory_fits": ("error", {"hardware": {"precision": "bf16"}}),
 }
 

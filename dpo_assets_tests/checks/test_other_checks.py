@@ -15,7 +15,6 @@ from dpo_assets.artifact import Artifact, Manifest
 from dpo_assets.assets.base_model import verdicts as base_model_verdicts
 from dpo_assets.assets.published_model import RELEASE
 from dpo_assets.assets.published_model import verify as release_verified
-from dpo_assets.assets.raw_preferences import accounting
 from dpo_assets.checks.aftermath import aftermath_verdicts, collapse_verdict
 from dpo_assets.checks.bands import default_bands
 from dpo_assets.checks.catalog import CHECKS, checks_of
@@ -28,12 +27,15 @@ from dpo_assets.checks.training import dpo_verdicts, merge_verdicts, sft_verdict
 from dpo_assets.checks.verdict import Level, Verdict, upper_limit, worst
 from dpo_assets.planning.model_folder import ModelFolder
 from dpo_assets.planning.plan import ModelShape
+from dpo_assets.planning.targets import Covered, LoraCoverage
 from dpo_assets.publishing.commit import stage
 from dpo_assets.recipe import BaseModelSection, LoraSection
+from dpo_assets_tests.checks.test_ingest_checks import bad_ingest, good_ingest
 from dpo_assets_tests.samples import (
     SHA,
     aftermath_report,
     answers,
+    coverage,
     dataset_report,
     evaluation_report,
     plan,
@@ -43,6 +45,7 @@ from dpo_assets_tests.samples import (
 )
 
 BANDS = default_bands()
+NOTHING = LoraCoverage(kinds=(Covered(name="self_attn.q_proj", role="linear", weights=1000, adapted=0),))
 
 Report = dict[str, Any]
 SFT: Report = {"finite": True, "steps": 60, "held_out_nll_before": 2.0, "held_out_nll_after": 1.8, "ends_with_eos": 1.0}
@@ -52,6 +55,8 @@ DPO: Report = {
     "first_loss": math.log(2),
     "expected_first_loss": math.log(2),
     "nll_ratio": 1.1,
+    "lora_coverage": coverage().model_dump(),
+    "lora_planned": coverage().model_dump(),
 }
 MERGE: Report = {"finite": True, "probe_pairs": 32, "mean_difference_per_token": 0.005}
 
@@ -122,6 +127,11 @@ def test_a_verdict_passes_only_without_a_warning_and_says_its_value_and_band() -
 @pytest.mark.parametrize(
     ("check", "changes", "level"),
     [
+        ("every_pair_accounted_for", {}, "pass"),
+        ("every_pair_accounted_for", {"rows_in": 1201}, "error"),
+        ("every_pair_accounted_for", {"quarantined": 69}, "error"),
+        ("every_pair_accounted_for", {"duplicates": 11}, "error"),
+        ("every_pair_accounted_for", {"train_pairs": 999}, "error"),
         ("schema", {}, "pass"),
         ("schema", {"reasons": {"schema": 1}}, "error"),
         ("split_leak", {}, "pass"),
@@ -153,7 +163,7 @@ def test_the_limits_of_a_dataset_are_the_recipes() -> None:
     failed = {v.check for v in dataset_verdicts(dataset_report(), strict, BANDS) if not v.passed}
     assert failed == {"quarantine_rate", "enough_pairs"}
     lenient = recipe(feedback={"sources": [{"path": "x"}], "max_quarantine_rate": 1.0, "min_pairs": 1})
-    poor = dataset_report(damaged=1200, train_pairs=1)
+    poor = dataset_report(damaged=1200, train_pairs=1, accepted=121, quarantined=1069)
     assert [v.check for v in dataset_verdicts(poor, lenient, BANDS) if v.level == "error"] == []
 
 
@@ -207,8 +217,15 @@ def test_an_adopted_base_was_not_trained_and_passes() -> None:
         ("reference_is_start", {"first_loss": math.log(2) + 5.1e-4}, "error"),
         ("reference_is_start", {"first_loss": math.log(2) - 5.1e-4}, "error"),
         ("reference_is_start", {"first_loss": math.nan}, "error"),
+        ("reference_is_start", {"expected_first_loss": None}, "warn"),
         ("finite", {}, "pass"),
         ("finite", {"finite": False}, "error"),
+        ("adapter_attached", {}, "pass"),
+        ("adapter_attached", {"lora_planned": LoraCoverage().model_dump()}, "pass"),
+        ("adapter_attached", {"lora_coverage": coverage(down_proj=1).model_dump()}, "pass"),
+        ("adapter_attached", {"lora_coverage": coverage(down_proj=10).model_dump()}, "warn"),
+        ("adapter_attached", {"lora_planned": coverage(down_proj=10).model_dump()}, "warn"),
+        ("adapter_attached", {"lora_coverage": NOTHING.model_dump()}, "error"),
         ("displacement", {}, "pass"),
         ("displacement", {"nll_ratio": 0.5}, "pass"),
         ("displacement", {"nll_ratio": 1.5}, "pass"),
@@ -238,6 +255,7 @@ def test_a_dpo_run_is_held_against_its_report(check: str, changes: Report, level
         ("fidelity", {"mean_difference_per_token": math.nan}, "error"),
         ("all_finite", {}, "pass"),
         ("all_finite", {"finite": False}, "error"),
+        ("all_finite", {"finite": False, "not_finite": ["model.norm.weight"], "parameters": 10}, "error"),
     ],
 )
 def test_a_merge_is_held_against_its_report(check: str, changes: Report, level: str) -> None:
@@ -376,45 +394,6 @@ def test_a_base_model_is_held_against_what_its_folder_holds(
     assert (verdict.level, bool(verdict.fix)) == (level, level != "pass")
 
 
-def counted(**changes: str | int) -> dict[str, str | int]:
-    row: dict[str, str | int] = {
-        "file": "a.jsonl", "rows": 10, "rows_in": 10, "pairs": 5, "answers": 2, "rejected": 3, "lost": 0,
-    }  # fmt: skip
-    return row | changes
-
-
-def indexed(*files: dict[str, str | int], used: int = 2, left: int = 0) -> dict[str, Any]:
-    """What `raw_preferences` knows of these files, whose answers are in a pair (`used`) or were left."""
-    return {"files": list(files), "paired": {"used": used, "rejected": left}}
-
-
-def test_a_row_that_is_neither_pair_nor_rejected_is_missed_and_its_file_named() -> None:
-    assert accounting(indexed(counted(), counted(file="b.jsonl"), used=3, left=1)).level == "pass"
-    # Two files that are wrong by one in opposite directions are still wrong.
-    verdict = accounting(
-        indexed(counted(file="good.jsonl"), counted(rows_in=11), counted(file="b.jsonl", rows_in=9), used=6)
-    )
-    assert verdict.level == "error"
-    assert "a.jsonl, b.jsonl" in verdict.fix
-    assert "good" not in verdict.fix
-
-
-@pytest.mark.parametrize(
-    ("index", "named"),
-    [
-        (indexed(counted(lost=1)), "a.jsonl"),
-        (indexed(counted(rows=11)), "a.jsonl"),
-        (indexed(counted(), used=1), "paired answers"),
-        ({"files": [counted()], "paired": None}, "paired answers"),
-    ],
-    ids=["a row without an item", "fewer items than rows", "an answer without a place", "answers never paired"],
-)
-def test_a_row_or_an_answer_that_led_to_nothing_is_missed(index: dict[str, Any], named: str) -> None:
-    verdict = accounting(index)
-    assert verdict.level == "error"
-    assert named in verdict.fix
-
-
 @pytest.mark.parametrize("flag", ["later_turns_cut", "prompt_repeated", "reasoning_left_out", "foreign_turn"])
 def test_judged_text_that_is_cut_or_is_somebody_elses_is_warned_of_above_one_in_a_hundred(flag: str) -> None:
     def verdict(count: int, paired: int = 0) -> Verdict:
@@ -463,6 +442,7 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
         memory_gib=99.0,
         dpo_steps=5,
         lora=LoraSection(rank=16, alpha=64),
+        coverage=NOTHING,
         dpo={"learning_rate": 1.0, "beta": 0.0, "label_smoothing": 0.1, "batch_size": 1, "warmup_ratio": 0.0},
     )
     bad_scores = evaluation_report(
@@ -476,14 +456,21 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
         ),
     )  # fmt: skip
     bad_sft = SFT | {"finite": False, "held_out_nll_after": 9.0, "ends_with_eos": 0.0}
-    bad_dpo = DPO | {"finite": False, "first_loss": 1.0, "nll_ratio": 9.0, **ruined_report()}
+    bad_dpo = DPO | {
+        "lora_coverage": NOTHING.model_dump(),
+        "finite": False,
+        "first_loss": 1.0,
+        "nll_ratio": 9.0,
+        **ruined_report(),
+    }
     unpinned = BaseModelSection(source="org/name")
     bad_facts = model_folder(safetensors=(), licence=None)
+    judged = {"pairs": 5, "answers": 2, "flags": {"foreign_turn": 7 if fail else 0}}
     return {
         "base_model": base_model_verdicts(unpinned if fail else LOCAL, bad_facts if fail else model_folder()),
         "raw_preferences": [
-            accounting(indexed(counted(rows_in=11 if fail else 10))),
-            judged_text_kept(indexed(counted() | {"flags": {"foreign_turn": 7 if fail else 0}}), BANDS),
+            *(bad_ingest() if fail else good_ingest()),
+            judged_text_kept({"files": [judged], "paired": None}, BANDS),
         ],
         "dpo_dataset": dataset_verdicts(bad_dataset if fail else dataset_report(), recipe(), BANDS),
         "dpo_plan": plan_verdicts(bad_plan if fail else plan(), BANDS),

@@ -15,7 +15,8 @@ from typing import Any
 import pandera.polars  # noqa: F401  Imported here, so that no single test pays for it.
 import pytest
 
-from dpo_assets.feedback.ingest import QUARANTINE, Batch, read_file, write_batch
+from dpo_assets.feedback.batches import QUARANTINE, Batch, write_batch
+from dpo_assets.feedback.ingest import read_file
 from dpo_assets.feedback.pool import stored
 from dpo_assets.feedback.readers import ReadOptions
 from dpo_assets.feedback.screening import Screening
@@ -42,7 +43,7 @@ class Outcome:
         self.quarantine = table.to_dicts()
         self.duplicates = screening.duplicates
         assert self.batch.rows == len(rows)
-        assert self.batch.lost == 0
+        assert self.batch.lines == len(rows)
         assert self.batch.rows_in == len(self.pairs) + len(self.quarantine) + self.duplicates
 
     @property
@@ -254,7 +255,7 @@ def test_case_41_unknown_columns_are_kept_as_json_and_counted(tmp_path: Path) ->
     found = Outcome(tmp_path, [row(lang="de", big=10**30), row(prompt="other?")])
     metas = {pair["line"]: json.loads(pair["meta"]) for pair in found.pairs}
     assert metas == {1: {"lang": "de", "big": 10**30}, 2: {}}
-    assert found.batch.shapes == {"prompt,chosen,rejected,lang,big": 1, "prompt,chosen,rejected": 1}
+    assert found.batch.shapes == {"big,chosen,lang,prompt,rejected": 1, "chosen,prompt,rejected": 1}
 
 
 def test_case_41_a_reserved_name_is_quarantined(tmp_path: Path) -> None:
@@ -264,7 +265,7 @@ def test_case_41_a_reserved_name_is_quarantined(tmp_path: Path) -> None:
 def test_case_42_a_column_that_comes_late_is_kept_and_seen_in_the_shapes(tmp_path: Path) -> None:
     found = Outcome(tmp_path, [*(row(prompt=f"{n}?") for n in range(5)), row(prompt="late?", rater="ann")])
     assert len(found.pairs) == 6
-    assert found.batch.shapes["prompt,chosen,rejected,rater"] == 1
+    assert found.batch.shapes["chosen,prompt,rater,rejected"] == 1
 
 
 def test_case_47_personal_data_and_secrets_are_flagged_masked_or_quarantined(tmp_path: Path) -> None:

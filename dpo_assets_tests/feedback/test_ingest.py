@@ -21,14 +21,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dpo_assets.errors import FeedbackError
-from dpo_assets.feedback.ingest import (
-    NO_ROWS,
-    QUARANTINE,
-    Batch,
-    read_file,
-    write_batch,
-)
+from dpo_assets.feedback.batches import QUARANTINE, Batch, write_batch
+from dpo_assets.feedback.ingest import NO_ROWS, read_file
 from dpo_assets.feedback.pair import PAIR_COLUMNS, QUARANTINE_COLUMNS, Rejected
 from dpo_assets.feedback.pool import stored
 from dpo_assets.feedback.readers import ReadOptions, RowByRow
@@ -327,51 +321,6 @@ def test_every_pair_of_the_embedded_sample_passes_every_rule() -> None:
 # Finding files
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("b.jsonl", "a.jsonl", "deep/er/c.jsonl", "notes.txt"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(row())
-    (tmp_path / "d.jsonl").mkdir()
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def names(*patterns: str) -> list[str]:
-    return [file.name for file in files_of([FeedbackSource(path=pattern) for pattern in patterns])]
-
-
-def test_a_glob_finds_files_in_order_of_their_names_and_no_folders(folder: Path) -> None:
-    assert names("*.jsonl") == ["a.jsonl", "b.jsonl"]
-    assert names("**/*.jsonl") == ["a.jsonl", "b.jsonl", "c.jsonl"]
-
-
-def test_files_come_in_the_order_of_the_sources_each_once(folder: Path) -> None:
-    assert names("b.jsonl", "*.jsonl", "./a.jsonl") == ["b.jsonl", "a.jsonl"]
-    two = [FeedbackSource(path="a.jsonl", format="hh_rlhf"), FeedbackSource(path="*.jsonl")]
-    assert [file.format for file in files_of(two)] == ["hh_rlhf", "trl"]
-
-
-@pytest.mark.parametrize("pattern", ["missing.jsonl", "*.csv", "d.jsonl", "deep"])
-def test_a_source_that_matches_no_file_is_named(folder: Path, pattern: str) -> None:
-    with pytest.raises(FeedbackError, match="matches no file") as refused:
-        names("a.jsonl", pattern)
-    assert f"`{pattern}`" in str(refused.value)
-
-
-def test_an_unknown_builtin_is_told_those_that_exist() -> None:
-    with pytest.raises(FeedbackError, match="there is no `builtin:oast`; built in are: oasst"):
-        names("builtin:oast")
-
-
-@pytest.mark.parametrize("name", ["run[1]/a.jsonl", "feedback [final].jsonl"])
-def test_a_file_whose_path_holds_brackets_is_found(tmp_path: Path, name: str) -> None:
-    path = tmp_path / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(row())
-    assert [file.path for file in files_of([FeedbackSource(path=str(path))])] == [path]
-
-
 def test_two_files_of_one_name_are_named_apart(tmp_path: Path) -> None:
     for part in ("monday", "tuesday"):
         (tmp_path / part).mkdir()
@@ -386,17 +335,6 @@ def test_a_pattern_is_found_in_a_folder_whose_name_holds_brackets(tmp_path: Path
     (folder / "a.jsonl").write_bytes(row())
     resolved = resolve_paths(recipe(feedback={"sources": [{"path": "*.jsonl"}]}), folder)
     assert [file.path for file in files_of(resolved.feedback.sources)] == [folder / "a.jsonl"]
-
-
-def test_the_names_of_files_do_not_depend_on_where_the_project_lies(tmp_path: Path) -> None:
-    found = []
-    for project in ("here", "there"):
-        for part in ("monday", "tuesday"):
-            (tmp_path / project / part).mkdir(parents=True)
-            (tmp_path / project / part / "export.jsonl").write_bytes(row())
-        pattern = str(tmp_path / project / "*" / "export.jsonl")
-        found.append([file.name for file in files_of([FeedbackSource(path=pattern)])])
-    assert found[0] == found[1]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="symbolic links need rights on Windows")

@@ -7,23 +7,30 @@ import io
 import json
 import os
 import pickle
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
 
 from dpo_assets.artifact import ArtifactTree
 from dpo_assets.errors import InfrastructureError
-from dpo_assets.feedback import reading
-from dpo_assets.feedback.ingest import COUNTS, PAIRS, QUARANTINE, BatchSize, read_batches
+from dpo_assets.feedback import ingest as ingest_module
+from dpo_assets.feedback import library, reading
+from dpo_assets.feedback.accounting import Held, held, held_paired
+from dpo_assets.feedback.batches import COUNTS, PAIRS, QUARANTINE
+from dpo_assets.feedback.ingest import BatchSize, read_batches
 from dpo_assets.feedback.library import FileBatches, pair_into, read_into
 from dpo_assets.feedback.pair import JudgedAnswer
-from dpo_assets.feedback.readers import Format, Place, ReadOptions, Row, RowFault
+from dpo_assets.feedback.readers import READERS, Format, Place, ReadOptions, Row, RowFault
 from dpo_assets.feedback.sources import FeedbackFile, FileRefused, files_of
 from dpo_assets.recipe import FeedbackSource
+from dpo_assets_tests.feedback.exported import COMPANIONS, EXPORTS
 from dpo_assets_tests.samples import assistant, user
 
 
@@ -150,7 +157,7 @@ def test_a_file_that_is_refused_behind_its_first_batch_leaves_none(
     [batch] = ingest(tree, path).batches
     assert pl.read_parquet(batch.path / QUARANTINE)["reason"].to_list() == ["truncated_file"]
     assert len(list((tree.root / "raw_batches").glob("*/"))) == 1
-    assert not list((tree.root / "_reading").iterdir())
+    assert not [one for one in (tree.root / "_reading").iterdir() if one.is_dir()]
 
 
 def test_a_span_holds_no_more_rows_than_a_batch_may(tmp_path: Path) -> None:
@@ -183,7 +190,7 @@ def test_a_process_that_dies_is_named_and_worth_another_try(
     monkeypatch.setattr("sys.executable", "/bin/false")
     with pytest.raises(InfrastructureError, match=r"the process that read a\.jsonl died"):
         ingest(tree, write(tmp_path / "a.jsonl", range(100)))
-    assert not list((tree.root / "_reading").iterdir())
+    assert not [path for path in (tree.root / "_reading").iterdir() if path.is_dir()]
 
 
 def test_what_a_worker_prints_does_not_disturb_its_outcomes() -> None:
@@ -204,7 +211,7 @@ def test_what_a_worker_prints_does_not_disturb_its_outcomes() -> None:
     assert isinstance(pickle.load(outcomes), ZeroDivisionError)
 
 
-def test_a_file_that_changes_while_it_is_read_is_refused_and_nothing_of_it_is_kept(
+def test_a_file_that_changes_while_it_is_read_is_worth_another_try_and_nothing_of_it_is_kept(
     tree: ArtifactTree, tmp_path: Path, small_spans: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "a.jsonl", range(100))
@@ -216,11 +223,142 @@ def test_a_file_that_changes_while_it_is_read_is_refused_and_nothing_of_it_is_ke
         return run(job)
 
     monkeypatch.setattr(reading, "run_job", touched)
+    with pytest.raises(InfrastructureError, match=r"feedback file a\.jsonl: it changed while it was read"):
+        read_into(tree, file, ReadOptions())
+    assert not (tree.root / "raw_batches").exists()
+
+
+def test_a_companion_that_changes_while_its_file_is_read_is_worth_another_try(
+    tree: ArtifactTree, tmp_path: Path
+) -> None:
+    write(tmp_path / "a.jsonl", range(3))
+    (tmp_path / "runs.jsonl").write_text("{}")
+    source = FeedbackSource(path=str(tmp_path / "a.jsonl"), companion=str(tmp_path / "runs.jsonl"))
+    [file] = files_of([source])
+    (tmp_path / "runs.jsonl").write_text('{"id": 1}')
+    with pytest.raises(InfrastructureError, match=r"its companion runs\.jsonl changed while it was read"):
+        read_into(tree, file, ReadOptions())
+    (tmp_path / "runs.jsonl").rename(tmp_path.parent / f"{tmp_path.name}.jsonl")
+    (tmp_path / "runs.jsonl").symlink_to(tmp_path.parent / f"{tmp_path.name}.jsonl")
+    [file] = files_of([source])
+    assert read_into(tree, file, ReadOptions()).row()["unread"].startswith("outside_folder: its companion runs.jsonl")
+
+
+def test_a_span_of_a_file_that_became_a_pipe_is_refused_and_not_waited_for(
+    tree: ArtifactTree, tmp_path: Path, small_spans: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.jsonl", range(100))
+    file = found(path)
+    spans = library.cut(file)
+    path.unlink()
+    os.mkfifo(path)
+    monkeypatch.setattr("dpo_assets.feedback.library.cut", lambda file: spans)
+    assert read_into(tree, file, ReadOptions()).row()["unread"].startswith("not_a_regular_file: it is a pipe")
+
+
+def test_who_reads_the_same_file_meanwhile_waits_and_finds_its_batches(
+    tree: ArtifactTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = found(write(tmp_path / "a.jsonl", range(3)))
+    run, others = reading.run_job, []
+
+    def slow(job: reading.Job) -> reading.Outcome:
+        if not others:
+            others.append(pool.submit(read_into, tree, file, ReadOptions()))
+            time.sleep(0.2)  # Time for the other one to come in between, and to sweep this one's folder away.
+        return run(job)
+
+    monkeypatch.setattr(reading, "run_job", slow)
+    with ThreadPoolExecutor(1) as pool:
+        first = read_into(tree, file, ReadOptions())
+    assert (first.new, others[0].result().new) == (1, 0)
+    assert not [path for path in (tree.root / "_reading").iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize(
+    ("format", "said"),
+    [
+        ("trl", "none of its 4 rows is of use as `trl`, and it looks like `openai`, 100% sure"),
+        ("open_webui", "write `format: openai` for its source"),
+        ("openai", ""),
+    ],
+)
+def test_a_file_that_gave_nothing_is_looked_at_again(tree: ArtifactTree, format: str, said: str) -> None:
+    unread = ingest_as(tree, EXPORTS / "openai.jsonl", format)
+    assert said in unread
+    assert bool(unread) == bool(said)
+
+
+def test_of_a_file_that_no_format_fits_its_keys_are_told(tree: ArtifactTree, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"question": "q", "best": "a", "worst": "b"}\n' * 3)
+    assert "no format fits 3 rows with the keys: best, question, worst" in ingest_as(tree, tmp_path / "a.jsonl", "trl")
+    (tmp_path / "b.jsonl").write_text('{"question": "q"\n' * 3)
+    assert "invalid_json 3" in ingest_as(tree, tmp_path / "b.jsonl", "trl")
+
+
+def test_a_column_map_that_hides_what_a_file_is_is_told(tree: ArtifactTree, tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", range(3))
+    columns = {"prompt": "question", "chosen": "best", "rejected": "worst"}
+    [file] = files_of([FeedbackSource(path=str(tmp_path / "a.jsonl"), format="openai", columns=columns)])
+    assert "write `format: trl` without `columns`" in read_into(tree, file, ReadOptions()).row()["unread"]
+
+
+def test_rows_that_were_understood_and_hold_no_preference_are_no_fault_of_the_format(
+    tree: ArtifactTree, tmp_path: Path
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "q", "chosen": "same", "rejected": "same"}\n')
+    assert ingest_as(tree, tmp_path / "a.jsonl", "trl") == ""
+
+
+@pytest.mark.parametrize("writer", ["write_pairs", "answers_frame", "quarantine_frame"])
+def test_a_row_that_does_not_reach_its_table_is_missed(
+    tree: ArtifactTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str
+) -> None:
+    answer = {"prompt": "thumbs", "completion": "good", "label": True}
+    (tmp_path / "a.jsonl").write_bytes(line(1) + b"\n" + json.dumps(answer).encode() + b"\n{broken\n")
+    real = getattr(ingest_module, writer)
+
+    def lossy(rows: Any, *more: Any, **named: Any) -> Any:
+        return real(rows[:-1], *more, **{name: value[:-1] for name, value in named.items()})
+
+    monkeypatch.setattr(ingest_module, writer, lossy)
+    read = ingest(tree, tmp_path / "a.jsonl")
+    tables = held([batch.path for batch in read.batches], "a.jsonl")
+    assert (read.row()["lines"], tables.lines) == (3, 2)
+
+
+def ingest_as(tree: ArtifactTree, path: Path, format: str) -> str:
+    """What `raw_preferences` keeps of why a file gave nothing."""
+    unread: str = read_into(tree, found(path, format), ReadOptions()).row()["unread"]
+    return unread
+
+
+def test_the_order_of_keys_makes_no_other_shape(tree: ArtifactTree, tmp_path: Path) -> None:
+    rows = [{"prompt": "q", "chosen": "a", "rejected": "b"}, {"rejected": "b", "prompt": "q2", "chosen": "a"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert ingest(tree, tmp_path / "a.jsonl").row()["shapes"] == {"chosen,prompt,rejected": 2}
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in sorted(EXPORTS.glob("*.jsonl")) if path.stem in READERS], ids=lambda path: path.stem
+)
+def test_every_row_of_every_export_lies_in_the_tables(tree: ArtifactTree, path: Path) -> None:
+    companion = str(COMPANIONS[path.stem]) if path.stem in COMPANIONS else None
+    [file] = files_of([FeedbackSource(path=str(path), format=path.stem, companion=companion)])
     read = read_into(tree, file, ReadOptions())
-    [batch] = read.batches
-    assert batch.json(COUNTS)["pairs"] == 0
-    assert pl.read_parquet(batch.path / QUARANTINE)["reason"].to_list() == ["changed_while_read"]
-    assert len(list((tree.root / "raw_batches").glob("*/"))) == 1
+    row, tables = read.row(), held([batch.path for batch in read.batches], file.name)
+    assert tables == Held(row["pairs"], row["answers"], row["rejected"], row["lines"], 0)
+    assert row["lines"] == row["rows"] > 0
+
+
+def test_what_is_kept_of_a_file_does_not_say_where_the_project_lies(tree: ArtifactTree, tmp_path: Path) -> None:
+    """What is trained on it would be trained again when the project moves."""
+    kept = []
+    for project in ("here", "there"):
+        (tmp_path / project).mkdir()
+        kept.append(ingest(tree, write(tmp_path / project / "a.jsonl", range(3))).row())
+    assert kept[0] == kept[1]
+    assert str(tmp_path) not in json.dumps(kept)
 
 
 def test_a_refused_file_is_a_batch_that_says_why(tree: ArtifactTree, tmp_path: Path) -> None:
@@ -272,7 +410,9 @@ def test_answers_of_two_files_are_paired_and_those_left_are_quarantined_with_the
     [left] = pl.read_parquet(paired.path / QUARANTINE).to_dicts()
     assert (left["reason"], left["source"], left["line"]) == ("unpaired", "monday.jsonl", 2)
     counts = paired.json(COUNTS)
-    assert (counts["used"], counts["rejected"], counts["pairs"]) == (2, 1, 1)
+    assert (counts["used"], counts["left"], counts["rejected"], counts["pairs"]) == (2, 1, 1, 1)
+    tables = held_paired([batch.path for batch in batches], paired.path)
+    assert (tables.pairs, tables.rejected, tables.left) == (1, 1, 1)
     again = pair_into(tree, batches[::-1], ReadOptions())
     assert again is not None
     assert again.digest == paired.digest

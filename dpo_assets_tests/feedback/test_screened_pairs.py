@@ -21,7 +21,7 @@ from dpo_assets.feedback.readers import ReadOptions
 from dpo_assets.feedback.rules import NOT_DAMAGE, pair_fault
 from dpo_assets.feedback.screening import Screened, _apply_schema, screen
 from dpo_assets.feedback.sources import files_of
-from dpo_assets.feedback.splits import fit_to_model, in_eval_split, split
+from dpo_assets.feedback.splits import fit_to_model, in_eval_split, shared_prompts, split
 from dpo_assets.feedback.tables import pairs_frame, quarantine_frame
 from dpo_assets.recipe import FeedbackSource
 from dpo_assets_tests.samples import assistant, pair, system, user
@@ -363,12 +363,22 @@ def test_no_group_stands_in_both_splits_and_the_order_of_rows_changes_nothing(
     train, held_out = split(table, fraction, seed)
     assert not set(train["group_id"]) & set(held_out["group_id"])
     assert not set(train["prompt_id"]) & set(held_out["prompt_id"])
+    assert shared_prompts(train, held_out) == 0
     assert sorted([*train["pair_id"], *held_out["pair_id"]]) == sorted(table["pair_id"])
     assert train.columns == held_out.columns == table.columns
     order = data.draw(st.permutations(range(len(texts))))
     again = split(table[list(order)], fraction, seed) if order else (train, held_out)
     assert again[0].equals(train)
     assert again[1].equals(held_out)
+
+
+def test_a_prompt_on_both_sides_is_seen_by_its_text_whatever_its_ids_say() -> None:
+    one = asked(["Who  was\nit?", "Why?"])
+    conversation = [system("Be brief."), user(" Who was it?")]
+    other = pairs_frame([pair(7, prompt=conversation), pair(8, prompt=[user("When?")])])
+    assert shared_prompts(one, other.with_columns(group_id=pl.lit("0" * 32), prompt_id=pl.lit("0" * 32))) == 1
+    assert shared_prompts(one, other[1:]) == 0
+    assert shared_prompts(one, other[:0]) == 0
 
 
 @settings(max_examples=40, deadline=None)

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_assets.errors import ConfigError
-from dpo_assets.feedback.ingest import PAIR_ID, Batch, write_batch
+from dpo_assets.feedback.batches import PAIR_ID, Batch, write_batch
 from dpo_assets.feedback.near import similarity
 from dpo_assets.feedback.pair import Pair, digest
 from dpo_assets.feedback.pool import LoadedBatch, Pool, stored
@@ -290,7 +290,8 @@ import sys
 from pathlib import Path
 from dpo_assets.feedback.screening import Screening
 from dpo_assets.feedback.splits import split
-from dpo_assets.feedback.ingest import BatchSize, PairWriter
+from dpo_assets.feedback.batches import PairWriter
+from dpo_assets.feedback.ingest import BatchSize
 from dpo_assets.feedback.pool import stored
 from dpo_assets.feedback.reading import Job, cut, run_jobs
 from dpo_assets.feedback.readers import ReadOptions

@@ -16,7 +16,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dpo_assets.errors import ConfigError
-from dpo_assets.feedback.ingest import COUNTS, PAIRS, read_file, write_batch
+from dpo_assets.feedback.batches import COUNTS, PAIRS, write_batch
+from dpo_assets.feedback.ingest import read_file
 from dpo_assets.feedback.pair import JudgedAnswer, hashed_user
 from dpo_assets.feedback.pairing import pair_answers
 from dpo_assets.feedback.readers import ReadOptions

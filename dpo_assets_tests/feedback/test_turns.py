@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_assets.feedback.ingest import Batch, read_file, write_paired
+from dpo_assets.feedback.batches import Batch, write_paired
+from dpo_assets.feedback.ingest import read_file
 from dpo_assets.feedback.pair import Message, Pair
 from dpo_assets.feedback.pairing import pair_answers
 from dpo_assets.feedback.readers import ReadOptions, RowFault, format_named

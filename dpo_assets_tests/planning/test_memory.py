@@ -31,7 +31,7 @@ from dpo_assets.planning.memory import (
 from dpo_assets.planning.model_folder import inspect_model
 from dpo_assets.planning.precision import Precision
 from dpo_assets.planning.shape import Kernels, ModelShape
-from dpo_assets.recipe import LoraSection
+from dpo_assets.recipe import ALL_LINEAR, LoraSection
 from dpo_assets_tests.planning.cases import EIGHT_B, ONE_B, SEVENTY_B, TINY
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -189,7 +189,7 @@ def test_the_linear_layers_are_those_of_the_built_in_model() -> None:
 def test_an_adapter_is_counted_by_its_rank_and_its_projections() -> None:
     one, two = (adapter_bytes(EIGHT_B, LoraSection(rank=rank)) for rank in (8, 16))
     assert two == 2 * one
-    parts = [adapter_bytes(EIGHT_B, LoraSection(rank=8, target_modules=[name])) for name in LORA.target_modules]
+    parts = [adapter_bytes(EIGHT_B, LoraSection(rank=8, target_modules=[name])) for name in ALL_LINEAR]
     assert sum(parts) == one
     # Weights, gradients and two moments in fp32, and a 16-bit copy, of Llama-3.1-8B's 20.97 million at rank 8.
     assert one == 18 * 20_971_520

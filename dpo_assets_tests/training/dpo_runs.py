@@ -70,7 +70,7 @@ def without_dropout(adapter: Path, folder: Path) -> Path:
 
 
 def short_plan(plan_for: PlanMaker, dpo: dict[str, Any], *, steps: int, **resolved: Any) -> TrainingPlan:
-    """A plan of `steps` steps that all learn: no warm-up, because its first step has rate zero."""
+    """A plan of `steps` steps that all learn: at the peak rate from the first on."""
     section = {"learning_rate": LR, "batch_size": PAIRS, "warmup_ratio": 0.0, **dpo}
     more = {"max_length": ROW, "train_pairs": PAIRS, "dpo_steps": steps, "token_budget": FORWARD, **resolved}
     return plan_for(dpo=section, **more)

@@ -13,6 +13,7 @@ import pytest
 import trl
 import trl.trainer.utils as trl_utils
 from datasets import Dataset
+from torch.optim.lr_scheduler import LambdaLR
 
 from dpo_assets.planning.plan import TrainingPlan, steps_of
 from dpo_assets.training import dpo
@@ -26,7 +27,7 @@ from dpo_assets_tests.training.conftest import Log, PlanMaker, SpecMaker, small_
 from dpo_assets_tests.training.trl_dense_scoring import DenseLogProbs, dense_scoring
 
 LOSS_TOLERANCE, METRIC_TOLERANCE = 1e-5, 1e-4
-UNMOVED_STEPS = 2  # Steps before the first update: the learning rate of step 1 is zero.
+UNMOVED_STEPS = 1  # Steps before the first update.
 FP32_ROUNDING = 1e-6  # Relative: a sum of log-probabilities is some hundreds of nats.
 STEPS, PAIRS, SHORTER = 10, 18, 128
 COMPARED = (
@@ -65,6 +66,19 @@ def start(request: pytest.FixtureRequest, sft_adapter: Path) -> Path | None:
     return sft_adapter if request.param == "sft adapter" else None
 
 
+class TrlAtTheSameRates(trl.DPOTrainer):
+    """TRL's trainer, untouched but for its rates: a linear schedule whose first step moves (`training.schedule`)."""
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        warmup, steps = self.args.warmup_steps, num_training_steps
+
+        def share(step: int) -> float:
+            return (step + 1) / (warmup + 1) if step < warmup else (steps - step) / (steps - warmup)
+
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, share)
+        return self.lr_scheduler
+
+
 def policy(model_folder: Path, plan: TrainingPlan, start: Path | None, *, packed: bool) -> Any:
     return attach_adapter(load_base(model_folder, plan, packed=packed), plan, start, seed=plan.dpo.seed, dropout=0.0)
 
@@ -79,8 +93,9 @@ def by_trl(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[trl.DPOTrainer, History]:
     """TRL's own run, on rows that it tokenizes itself."""
+    assert plan.dpo_warmup_steps > 0
     with dense_scoring():
-        trainer = trl.DPOTrainer(
+        trainer = TrlAtTheSameRates(
             model=policy(model_folder, plan, start, packed=False),
             args=dpo_arguments(plan, tmp_path_factory.mktemp("trl")),
             train_dataset=messages,

@@ -197,7 +197,7 @@ def test_losses_and_adapter_equal_those_of_trl(
 def test_a_run_of_one_step_moves_the_adapter(
     start: str, plan_for: PlanMaker, train_spec: SpecMaker, pairs: Path, sft_adapter: Path, tmp_path: Path
 ) -> None:
-    """A warm-up would spend its one step on a learning rate of zero."""
+    """And at the peak rate: a run of one step has no warm-up."""
     plan = short_plan(plan_for, {"warmup_ratio": 0.1}, steps=1)
     begin = sft_adapter if start == "sft adapter" else None
     run = run_dpo(train_spec(plan, tmp_path, dataset=pairs, start_adapter=begin))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,15 @@ import polars as pl
 import pytest
 import torch
 
+from dpo_assets.contract import EvaluateSpec
+from dpo_assets.planning.scoring import Scoring
+from dpo_assets.training import evaluate
+from dpo_assets.training.data import dpo_group, load_split
 from dpo_assets.training.evaluate import generate, generation_health, repeats_itself, summarise
-from dpo_assets.training.loading import attach_adapter, load_base
+from dpo_assets.training.loading import attach_adapter, autocast_of, load_base
+from dpo_assets.training.logprobs import score_groups
 from dpo_assets.training.packing import Group
-from dpo_assets_tests.training.conftest import PlanMaker
+from dpo_assets_tests.training.conftest import Log, PlanMaker
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +85,38 @@ def test_generation_health_counts_shares() -> None:
         "distinct_2": pytest.approx(5 / 13),
         "mean_tokens": 4.0,
     }
+
+
+@pytest.mark.parametrize(
+    ("scoring", "scored"),
+    [(Scoring(), "merged model in bf16"), (Scoring(subject="adapter"), "adapter on the fp8 base")],
+)
+def test_a_quantised_run_is_scored_as_it_is_released_and_else_as_it_was_trained(
+    scoring: Scoring, scored: str, model_folder: Path, dataset: Path, sft_adapter: Path, plan_for: PlanMaker,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """The other of the two folders is not even looked at: here it does not exist."""
+    gone, out = tmp_path / "gone", tmp_path / "out"
+    out.mkdir()
+    merged = scoring.subject == "merged"
+    spec = EvaluateSpec(
+        output_dir=out, fingerprint="f" * 32, inputs={}, base_model=model_folder, dataset=dataset,
+        plan=plan_for(precision="fp8", scoring=scoring), sft_adapter=None, adapter=gone if merged else sft_adapter,
+        policy=model_folder if merged else gone, confidence=0.95, generations=0, max_new_tokens=1, min_pairs=1,
+    )  # fmt: skip
+    log = Log()
+    evaluate.run(spec, log)
+    assert json.loads((out / "report.json").read_text(encoding="utf-8"))["scored"] == scored
+    assert any(scored in message for message in log.messages)
+    scores = pl.read_parquet(out / "scores.parquet")
+    moved = (scores["policy_chosen"] - scores["sft_chosen"]).abs().max()
+    # The built-in model is released as its own base here; the adapter is one that was trained.
+    assert moved == 0.0 if merged else float(str(moved)) > 1.0
+    plain = load_base(model_folder, plan_for(precision="bf16")).eval()
+    groups = [dpo_group(row, spec.plan.max_length) for row in load_split(dataset, "eval")]
+    with autocast_of(plan_for(precision="bf16")):
+        in_16_bit, _ = score_groups(plain, groups, spec.plan.token_budget)
+    assert (scores["sft_chosen"].to_list() == pytest.approx(in_16_bit[::2], abs=1e-3)) == merged
 
 
 def test_the_ratio_of_likelihoods_is_the_policys_loss_over_that_of_sft() -> None:

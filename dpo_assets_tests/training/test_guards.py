@@ -40,8 +40,11 @@ POISONED_AFTER = 2
 class Poison(TrainerCallback):
     """Puts one NaN into a trained weight after a step, as a diverging update does."""
 
+    def __init__(self, after: int = POISONED_AFTER) -> None:
+        self.after = after
+
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if state.global_step == POISONED_AFTER:
+        if state.global_step == self.after:
             weight = next(p for n, p in model.named_parameters() if p.requires_grad and "lora_B" in n)
             with torch.no_grad():
                 weight[0, 0] = torch.nan
@@ -101,6 +104,30 @@ def test_a_run_that_diverges_ends_in_the_finite_gate(
     with pytest.raises(GateError) as stopped:
         stage.run(train_spec(plan, tmp_path / "out"), Log())
     assert stopped.value.check in ("finite", "sft_finite")
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+@pytest.mark.parametrize(("stage", "check"), [(dpo, "finite"), (sft, "sft_finite")])
+def test_an_update_after_the_last_loss_does_not_go_unseen(
+    stage: Any,
+    check: str,
+    plan_for: PlanMaker,
+    train_spec: SpecMaker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One step: every loss that is logged is that of the start."""
+    section = {"batch_size": 24, "epochs": 1.0}
+    plan = plan_for(dpo=section, sft=section)
+    assert plan.dpo_steps == plan.sft_steps == 1
+
+    def with_poison(trainer: Any, callbacks: list[TrainerCallback]) -> None:
+        end_quietly(trainer, [*callbacks, Poison(after=1)])
+
+    monkeypatch.setattr(stage, "end_quietly", with_poison)
+    with pytest.raises(GateError, match="at the end of training") as stopped:
+        stage.run(train_spec(plan, tmp_path / "out"), Log())
+    assert stopped.value.check == check
     assert not (tmp_path / "out" / "adapter").exists()
 
 

@@ -584,6 +584,43 @@ def test_a_policy_that_the_files_do_not_hold_shows_in_the_proof(
     assert report["mean_difference_per_token"] > 0.1
 
 
+def test_nan_in_the_weights_as_written_turns_the_check_red(
+    run_stage: Any, model_folder: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is judged is the release as it loads, whoever wrote the file, and not that nobody complained before."""
+    name = "model.layers.2.mlp.up_proj.weight"
+
+    def damage(plan: merging.StreamedMerge, out: Path, **_: Any) -> None:
+        tensors = weights(model_folder)
+        tensors[name][3, 5] = math.nan
+        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(merge, "stream_merge", damage)
+    _, report, _ = run_stage(model_folder, adapter)
+    assert (report["finite"], report["not_finite"]) == (False, [name])
+    verdicts = {verdict.check: verdict for verdict in merge_verdicts(report, default_bands())}
+    assert verdicts["all_finite"].level == "error"
+    assert name in str(verdicts["all_finite"].value)
+
+
+@pytest.mark.parametrize("half", ["bf16", "fp16"])
+def test_a_merge_of_a_quantised_plan_is_proven_in_the_16_bit_of_its_card(
+    run_stage: Any, model_folder: Path, adapter: Path, half: str
+) -> None:
+    """A card before Ampere computes no bf16."""
+    _, report, _ = run_stage(model_folder, adapter, precision="4bit", half=half)
+    assert report["proven_in"] == f"{half} on cpu"
+
+
+def test_what_peft_merges_keeps_the_format_of_the_base(run_stage: Any, model_folder: Path, tmp_path: Path) -> None:
+    """The precision of the run, fp32 on this CPU, must not decide what a release is stored in."""
+    base = base_in(model_folder, tmp_path / "base", "bf16")
+    adapter = make_adapter(base, tmp_path / "adapter", OTHER_KINDS["dora"]())
+    model, report, _ = run_stage(base, adapter)
+    assert (report["method"], report["proven_in"]) == ("peft", "fp32 on cpu")
+    assert {value.dtype for value in weights(model).values()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize(
     ("given", "ends"), [(7, [2, 7]), ([9, 1], [1, 2, 9]), (None, [1, 2])], ids=["one", "several", "no file"]
 )

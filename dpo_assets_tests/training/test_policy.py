@@ -33,7 +33,7 @@ from dpo_assets_tests.training.dpo_runs import (
 )
 
 LAYERS, STEPS = 5, 3
-LOSS_TOLERANCE = 1e-5
+LOSS_TOLERANCE = 5e-5  # AdamW divides by the size of a gradient, and so enlarges the rounding of small ones.
 
 
 @pytest.fixture(scope="module")

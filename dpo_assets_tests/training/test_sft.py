@@ -39,7 +39,7 @@ def test_the_loss_of_a_step_is_the_mean_over_its_completion_tokens(
     expected = -sum(summed_logps(base, chosen)) / sum(len(group.completions[0]) for group in chosen)
     assert [row["step"] for row in history] == [1]
     assert history[0]["loss"] == pytest.approx(expected, abs=1e-5)
-    # The warm-up of a single step would have rate zero, and nothing would be trained.
+    # A single step has no warm-up.
     assert report["held_out_nll_after"] < report["held_out_nll_before"] - 0.05
 
 

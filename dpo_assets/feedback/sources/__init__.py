@@ -13,7 +13,7 @@ and what a SQL query gives that is new is written there as one more JSONL file.
 A file is refused as a whole or not at all. `files_of` refuses what can be seen without reading rows (`file.refused`);
 `rows_of` raises FileRefused at any moment, also after rows came out of it (a gzip file that turns out to be cut off, a
 file that changes while it is read). Whoever ingests drops the rows that it got, records the refusal, and goes on with
-the next file.
+the next file; a refusal that `passes` is worth another try.
 """
 
 from __future__ import annotations
@@ -32,12 +32,20 @@ if TYPE_CHECKING:
     from dpo_assets.recipe import FeedbackSection, FeedbackSource
 
 
+CHANGED_WHILE_READ = "changed_while_read"
+
+
 class FileRefused(DpoAssetsError):
     """A file of which no row may be used. `reason` is a code like those of rows, `str()` the message."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason, self.message = reason, message
+
+    @property
+    def passes(self) -> bool:
+        """Whether it says nothing of the file, only of the moment: worth another try."""
+        return self.reason == CHANGED_WHILE_READ
 
     def __reduce__(self) -> tuple[type[FileRefused], tuple[str, str]]:  # So that it crosses processes.
         return FileRefused, (self.reason, self.message)

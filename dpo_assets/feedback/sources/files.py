@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import re
 import stat
 import unicodedata
 from collections import Counter
@@ -13,8 +14,10 @@ from io import BufferedReader, FileIO
 from pathlib import Path
 
 from dpo_assets.errors import FeedbackError
-from dpo_assets.feedback.sources import FeedbackFile, FileRefused
+from dpo_assets.feedback.sources import CHANGED_WHILE_READ, FeedbackFile, FileRefused
+from dpo_assets.secret_shapes import without_url_secrets
 
+DATA_NAME = re.compile(r"\.(jsonl|ndjson|json|csv|tsv)(\.(gz|zst))?$|\.(parquet|pq)$", re.IGNORECASE)
 LONGEST_NAME = 120  # Of a name as people see it; the end of a longer one is kept.
 LINKS_LOOKED_THROUGH = 20_000  # Files in a folder among which the other names of a file are looked for.
 _CHUNK, _BUFFER = 1 << 20, 1 << 16
@@ -22,28 +25,47 @@ _OPEN = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0
 
 
 def matches(pattern: str) -> tuple[Path, list[Path]]:
-    """The folder that a path or pattern starts from, and what it names there: anything but folders, sorted.
+    """The folder that a path or pattern starts from, and what it names there, sorted.
+
+    Folders are none of it, but for those that are called like a file of feedback and of which nothing is found: a tool
+    that writes in parts makes one of a file, and it must not drop out.
 
     Raises:
-        FeedbackError: when that is nothing.
+        FeedbackError: when that is nothing, or a folder on the way may not be listed.
     """
-    root = _fixed_part(pattern)
+    root, said = _fixed_part(pattern), without_url_secrets(pattern)  # A URL with a slip in it is taken for a path.
     if ".." in Path(pattern).parts[len(root.parts) :]:
-        raise FeedbackError(f"feedback source `{pattern}` climbs out of its folder by `..` behind a wildcard.")
+        raise FeedbackError(f"feedback source `{said}` climbs out of its folder by `..` behind a wildcard.")
     literal = Path(os.path.abspath(pattern))
     if os.path.lexists(literal) and not literal.is_dir():  # Also a name that holds brackets, like those of patterns.
         return literal.parent, [literal]
     found = {Path(os.path.abspath(p)) for p in glob.glob(pattern, recursive=True)}
+    if closed := _closed_folders(pattern):
+        raise FeedbackError(
+            f"feedback source `{said}` leads through folders that may not be listed: {', '.join(closed)}"
+        )
     paths = sorted(p for p in found if not p.is_dir())
+    passed = {parent for path in paths for parent in path.parents}
+    if glob.has_magic(pattern):
+        paths += [p for p in found - passed if p.is_dir() and DATA_NAME.search(p.name)]
     if paths:
-        return root.resolve(), paths
+        return root.resolve(), sorted(paths)
     if literal.is_dir():
         raise FeedbackError(
-            f"feedback source `{pattern}` matches no file: it is a folder; name its files, as `{pattern}/*.jsonl`."
+            f"feedback source `{said}` matches no file: it is a folder; name its files, as `{said}/*.jsonl`."
         )
     raise FeedbackError(
-        f"feedback source `{pattern}` matches no file; relative paths start at the folder of the YAML file."
+        f"feedback source `{said}` matches no file; relative paths start at the folder of the YAML file."
     )
+
+
+def _closed_folders(pattern: str) -> list[str]:
+    """Folders that a pattern leads through and that may not be listed. `glob` passes them over without a word."""
+    above = os.path.dirname(pattern)
+    if not glob.has_magic(above):
+        return []
+    folders = [path for path in glob.glob(above, recursive=True) if os.path.isdir(path)]
+    return sorted(shown(path) for path in folders if not os.access(path, os.R_OK | os.X_OK))
 
 
 def _fixed_part(pattern: str) -> Path:
@@ -93,7 +115,11 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
         f"{name} ({hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]})" if counts[name] > 1 else name
         for path, name in zip(paths, names, strict=True)
     ]
-    # What is left has one path in two file systems.
+    return numbered(names)  # What is left has one path in two file systems.
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """The names, of which a second one that is equal is told apart by its number."""
     return [f"{name} #{names[:n].count(name) + 1}" if name in names[:n] else name for n, name in enumerate(names)]
 
 
@@ -153,7 +179,8 @@ def _only_regular(status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFLNK: "a link"}
         kind = kinds.get(stat.S_IFMT(status.st_mode), "a device")
-        raise FileRefused("not_a_regular_file", f"it is {kind}, not a file")
+        way = "; name the files in it, as `.../*`" if stat.S_ISDIR(status.st_mode) else ""
+        raise FileRefused("not_a_regular_file", f"it is {kind}, not a file{way}")
 
 
 def refuse_links_from_outside(path: Path, root: Path | None) -> None:
@@ -195,7 +222,7 @@ def digest_of(path: Path, root: Path | None) -> tuple[str, int]:
             size += len(chunk)
         after = os.fstat(handle.fileno())
     if size != before.st_size or _stamp(before) != _stamp(after):
-        raise FileRefused("changed_while_read", CHANGED)
+        raise FileRefused(CHANGED_WHILE_READ, CHANGED)
     return digest.hexdigest(), size
 
 
@@ -209,4 +236,6 @@ def _stamp(status: os.stat_result) -> tuple[int, ...]:
 def verify(file: FeedbackFile) -> None:
     """See `sources.verify_unchanged`."""
     if file.sha256 and digest_of(file.path, file.root) != (file.sha256, file.size):
-        raise FileRefused("changed_while_read", CHANGED)
+        raise FileRefused(CHANGED_WHILE_READ, CHANGED)
+    if file.companion is not None and digest_of(file.companion, file.companion.parent)[0] != file.companion_sha256:
+        raise FileRefused(CHANGED_WHILE_READ, f"its companion {shown(file.companion.name)} changed while it was read")

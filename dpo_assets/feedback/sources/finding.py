@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from dpo_assets.feedback.sources.files import (
     digest_of,
     distinct_names,
     matches,
+    numbered,
     open_inside,
     refuse_links_from_outside,
     shown,
@@ -43,6 +45,7 @@ class _Found:
     refused: FileRefused | None = None
     facts: tuple[tuple[str, str], ...] = ()
     superseded: tuple[int, ...] = ()
+    sha256: str = ""  # Of what was written into `landing`, where that is known.
 
 
 def find(
@@ -58,7 +61,9 @@ def find(
             found.setdefault(file.path, (file, source))
     unnamed = {path: file.named or path for path, (file, _) in found.items() if not file.name}
     names = dict(zip(unnamed, distinct_names(list(unnamed.values())), strict=True))
-    return [_described(file, source, names.get(path, file.name), limits) for path, (file, source) in found.items()]
+    # Two queries of one database have one name, and so have two revisions of a dataset.
+    told = numbered([names.get(path, file.name) for path, (file, _) in found.items()])
+    return [_described(*one, name, limits) for one, name in zip(found.values(), told, strict=True)]
 
 
 def glance(sources: Sequence[FeedbackSource]) -> list[list[str | int]]:
@@ -107,7 +112,7 @@ def _of_source(
         for part in parts:
             between = (("watermark from", part.since), ("watermark to", part.until), ("rows", str(part.rows)))
             name = shown(f"{source.shown}#{part.number}")
-            yield _Found(part.path, landing, name, facts=between, superseded=part.superseded)
+            yield _Found(part.path, landing, name, facts=between, superseded=part.superseded, sha256=part.sha256)
     elif source.hub is not None:
         from dpo_assets.feedback.sources import hub
 
@@ -117,7 +122,7 @@ def _of_source(
         from dpo_assets.feedback.sources import remote
 
         for file in remote.fetch(str(source.path), landing, limits):
-            yield _Found(file.path, landing, "", Path(file.url), file.refused, (("url", file.url),))
+            yield _Found(file.path, landing, "", file.place, file.refused, (("url", file.url),))
 
 
 def _local(path: str) -> Iterator[_Found]:
@@ -149,7 +154,7 @@ def _described(found: _Found, source: FeedbackSource, name: str, limits: Limits)
         refused=found.refused,
     )
     if file.refused is None:
-        for look in (_hashed, _opened, _with_companion, _with_format):
+        for look in (_hashed, partial(_as_written, found.sha256), _opened, _with_companion, _with_format):
             try:
                 file = look(file, limits)
             except FileRefused as refused:
@@ -160,6 +165,14 @@ def _described(found: _Found, source: FeedbackSource, name: str, limits: Limits)
 def _hashed(file: FeedbackFile, limits: Limits) -> FeedbackFile:
     sha256, size = digest_of(file.path, file.root)
     return replace(file, sha256=sha256, size=size)
+
+
+def _as_written(sha256: str, file: FeedbackFile, limits: Limits) -> FeedbackFile:
+    """Refuses what became of a copy that this package wrote itself, and that holds other bytes by now."""
+    if sha256 not in ("", file.sha256):
+        message = f"its copy was damaged since it was written: remove {file.path.parent}, and all of it is read again"
+        raise FileRefused("damaged_copy", message)
+    return file
 
 
 def _opened(file: FeedbackFile, limits: Limits) -> FeedbackFile:
@@ -177,7 +190,11 @@ def _with_companion(file: FeedbackFile, limits: Limits) -> FeedbackFile:
         return file
     if not file.companion.is_file():
         raise ConfigError(f"feedback source `{file.origin}`: there is no companion file {file.companion}")
-    return replace(file, companion_sha256=digest_of(file.companion, file.companion.parent)[0])
+    try:
+        return replace(file, companion_sha256=digest_of(file.companion, file.companion.parent)[0])
+    except FileRefused as refused:
+        message = f"its companion {shown(file.companion.name)}: {refused.message}"
+        raise FileRefused(refused.reason, message) from None
 
 
 def _with_format(file: FeedbackFile, limits: Limits) -> FeedbackFile:

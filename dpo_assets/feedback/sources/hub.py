@@ -11,12 +11,12 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from dpo_assets.errors import ConfigError, FeedbackError, InfrastructureError
+from dpo_assets.feedback.sources.files import DATA_NAME
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 HubAccess = Callable[[], "HfApi"]
-DATA = re.compile(r"\.(jsonl|ndjson|json|csv|tsv)(\.(gz|zst))?$|\.(parquet|pq)$", re.IGNORECASE)
 # Files of a repository that hold no rows, whatever their names end in.
 _NO_DATA = ("dataset_infos.json", "dataset_info.json", "state.json", "config.json")
 _SPLIT = re.compile(r"(?:^|[/_.-])(train|test|validation|valid|val|dev|eval)(?:[/_.-]|\d|$)", re.IGNORECASE)
@@ -33,10 +33,14 @@ def fetch(
         ConfigError: when repository or revision do not exist or may not be seen; a FeedbackError when no file fits.
         InfrastructureError: when the Hub does not answer.
     """
+    from filelock import FileLock
+
     folder = landing / "hub" / repo.replace("/", "--") / revision
-    chosen = _kept(folder, patterns)
-    if chosen is None:
-        chosen = _download(repo, revision, patterns, folder, access)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):  # The note of what was chosen is read, added to and written.
+        chosen = _kept(folder, patterns)
+        if chosen is None:
+            chosen = _download(repo, revision, patterns, folder, access)
     return [(folder / "files" / path, path) for path in chosen]
 
 
@@ -46,7 +50,7 @@ def choose(repo: str, listed: Sequence[str], patterns: Sequence[str]) -> list[st
     Raises:
         FeedbackError: with the files that there are.
     """
-    data = sorted(p for p in listed if DATA.search(p) and PurePosixPath(p).name not in _NO_DATA and ".." not in p)
+    data = sorted(p for p in listed if DATA_NAME.search(p) and PurePosixPath(p).name not in _NO_DATA and ".." not in p)
     some = ", ".join(data[:_MOST_NAMED]) + (f" and {len(data) - _MOST_NAMED} more" if len(data) > _MOST_NAMED else "")
     if not data:
         kinds = ", ".join(sorted({PurePosixPath(p).suffix for p in listed if PurePosixPath(p).suffix})) or "none"
@@ -123,7 +127,10 @@ def _exactly(path: str) -> str:
 
 def _note(folder: Path, patterns: Sequence[str], chosen: Sequence[str]) -> None:
     target = folder / _NOTE
-    note = json.loads(target.read_text("utf-8")) if target.is_file() else {}
+    try:
+        note = json.loads(target.read_text("utf-8"))
+    except (OSError, ValueError):
+        note = {}
     note[json.dumps(sorted(patterns))] = {path: (folder / "files" / path).stat().st_size for path in chosen}
     part = target.with_suffix(".part")
     part.write_text(json.dumps(note, indent=1), "utf-8")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dpo_assets.errors import ConfigError, FeedbackError, InfrastructureError
-from dpo_assets.feedback.sources import FileRefused, Limits
-from dpo_assets.feedback.sources.files import CHANGED
+from dpo_assets.feedback.sources import CHANGED_WHILE_READ, FileRefused, Limits
+from dpo_assets.feedback.sources.files import CHANGED, digest_of
+from dpo_assets.secret_shapes import masked, without_url_secrets
 
 # What pip installs for a protocol; fsspec's own message names the module.
 PACKAGES = {
@@ -20,14 +22,15 @@ PACKAGES = {
     "smb": "smbprotocol", "http": "aiohttp", "https": "aiohttp", "dropbox": "dropboxdrivefs", "r2": "s3fs",
 }  # fmt: skip
 _BLOCK = 1 << 20
+_NOT_THERE = (401, 403, 404, 410)  # Statuses of HTTP that another try does not change.
 _STAMPS = ("ETag", "etag", "checksum", "md5Hash", "generation", "mtime", "LastModified", "last_modified", "created")
 
 
 class RemoteFile:
-    """A file of a URL and where its copy lies."""
+    """A file of a URL and where its copy lies. `url` is as it may be shown; `place` is what its name is made from."""
 
-    def __init__(self, url: str, path: Path) -> None:
-        self.url, self.path = url, path
+    def __init__(self, remote: str, path: Path) -> None:
+        self.url, self.place, self.path = without_url_secrets(remote), Path(_without_query(remote)), path
         self.refused: FileRefused | None = None
 
 
@@ -42,7 +45,7 @@ def fetch(url: str, landing: Path, limits: Limits) -> list[RemoteFile]:
     files = []
     for remote in found:
         folder = landing / "remote" / hashlib.sha256(f"{filesystem.protocol}:{remote}".encode()).hexdigest()[:20]
-        name = PurePosixPath(remote).name or "file"
+        name = PurePosixPath(_without_query(remote)).name or "file"
         # Its own name may be anything; only its end says what it is.
         local = folder / f"content{''.join(PurePosixPath(name).suffixes[-2:])}"
         file = RemoteFile(remote, local)
@@ -60,7 +63,7 @@ def glance(url: str) -> list[list[str]]:
     """What the files of a URL look like from outside: enough to see that something changed, without reading it."""
     filesystem, found = _found(url)
     try:
-        return [[remote, _stamp(filesystem.info(remote))] for remote in found]
+        return [[without_url_secrets(remote), _stamp(filesystem.info(remote))] for remote in found]
     except Exception as error:
         raise _did_not_answer(url, error) from None
 
@@ -68,55 +71,110 @@ def glance(url: str) -> list[list[str]]:
 def _found(url: str) -> tuple[Any, list[str]]:
     import fsspec
 
-    protocol = url.split("://", 1)[0].lower()
+    protocol, shown = url.split("://", 1)[0].lower(), without_url_secrets(url)
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
     except ImportError:
         package = PACKAGES.get(protocol, "the package that fsspec names for it")
-        raise ConfigError(f"feedback source `{url}`: {protocol}:// needs a package: pip install {package}") from None
+        raise ConfigError(f"feedback source `{shown}`: {protocol}:// needs a package: pip install {package}") from None
     except ValueError as error:
-        raise ConfigError(f"feedback source `{url}`: {error}") from None
+        raise ConfigError(f"feedback source `{shown}`: {without_url_secrets(str(error))}") from None
     try:
         filesystem.invalidate_cache()
-        found = sorted(filesystem.glob(path)) if any(c in path for c in "*?[") else [path]
-        found = [remote for remote in found if filesystem.isfile(remote)]
+        found = _listed(filesystem, path, "*[" if _is_http(url) else "*?[")
     except Exception as error:
         raise _did_not_answer(url, error) from None
     if not found:
-        raise FeedbackError(f"feedback source `{url}` matches no file that these credentials may see.")
+        raise FeedbackError(f"feedback source `{shown}` matches no file that these credentials may see.")
     return filesystem, found
 
 
+def _listed(filesystem: Any, path: str, wildcards: str) -> list[str]:
+    """The files that a path or pattern names, sorted. What cannot be looked at is an error: nothing drops out."""
+    if any(c in path for c in wildcards):
+        infos = filesystem.glob(path, detail=True)
+    else:
+        try:
+            infos = {path: filesystem.info(path)}
+        except FileNotFoundError as error:
+            # fsspec's HTTP says so of whatever went wrong, with the reason as the cause.
+            if error.__cause__ is not None and getattr(error.__cause__, "status", None) not in _NOT_THERE:
+                raise error.__cause__ from None
+            return []
+    return sorted(remote for remote, info in infos.items() if info.get("type") != "directory")
+
+
+def _is_http(url: str) -> bool:
+    return url.lower().startswith(("http://", "https://"))
+
+
+def _without_query(remote: str) -> str:
+    """The path of a URL, without what only HTTP has behind it."""
+    return re.split(r"[?#]", remote, maxsplit=1)[0] if _is_http(remote) else remote
+
+
 def _did_not_answer(url: str, error: Exception) -> InfrastructureError:
-    return InfrastructureError(f"feedback source `{url}` cannot be read: {type(error).__name__}: {str(error)[:200]}")
+    said = masked(without_url_secrets(str(error)))[:200]  # First hidden, then cut: half a signature is one too.
+    return InfrastructureError(
+        f"feedback source `{without_url_secrets(url)}` cannot be read: {type(error).__name__}: {said}"
+    )
 
 
 def _copy(filesystem: Any, remote: str, local: Path, limits: Limits) -> None:
-    """Copies one file, unless the copy is of the same state of it."""
-    stamp = _stamp(before := filesystem.info(remote))
-    note = local.parent / "source.json"
-    if stamp and note.is_file() and local.is_file() and json.loads(note.read_text("utf-8")).get("stamp") == stamp:
-        return
-    size = before.get("size")
-    if isinstance(size, int) and size > limits.file_bytes:
-        raise FileRefused("file_too_large", f"{size} bytes, more than {limits.file_bytes}")
+    """Copies one file, unless the copy is of the same state of it. Runs that copy the same one wait for each other."""
+    from filelock import FileLock
+
     local.parent.mkdir(parents=True, exist_ok=True)
-    note.unlink(missing_ok=True)
-    part = local.with_name(f"{local.name}.part")
-    copied = 0
+    note = local.parent / "source.json"
+    with FileLock(local.parent / "lock"):
+        stamp = _stamp(before := filesystem.info(remote))
+        if stamp and _is_copy(local, _noted(note), stamp):
+            return
+        size = before.get("size")
+        if isinstance(size, int) and size > limits.file_bytes:
+            raise FileRefused("file_too_large", f"{size} bytes, more than {limits.file_bytes}")
+        note.unlink(missing_ok=True)
+        part = local.with_name(f"{local.name}.{os.urandom(4).hex()}.part")
+        for left in local.parent.glob("*.part"):  # Of a writer that died.
+            left.unlink(missing_ok=True)
+        try:
+            copied, sha256 = _written(filesystem, remote, part, limits)
+            filesystem.invalidate_cache()
+            after = filesystem.info(remote)
+            if _stamp(after) != stamp or (isinstance(after.get("size"), int) and after["size"] != copied):
+                raise FileRefused(CHANGED_WHILE_READ, CHANGED)
+            os.replace(part, local)
+        finally:
+            part.unlink(missing_ok=True)
+        said = {"remote": without_url_secrets(remote), "stamp": stamp, "sha256": sha256}
+        note.write_text(json.dumps(said), "utf-8")
+
+
+def _written(filesystem: Any, remote: str, part: Path, limits: Limits) -> tuple[int, str]:
+    """(bytes, sha256) of what was copied into `part`."""
+    copied, digest = 0, hashlib.sha256()
     with filesystem.open(remote, "rb") as source, part.open("wb") as target:
         while block := source.read(_BLOCK):
             copied += len(block)
             if copied > limits.file_bytes:
                 raise FileRefused("file_too_large", f"more than {limits.file_bytes} bytes")
+            digest.update(block)
             target.write(block)
-    filesystem.invalidate_cache()
-    after = filesystem.info(remote)
-    if _stamp(after) != stamp or (isinstance(after.get("size"), int) and after["size"] != copied):
-        part.unlink()
-        raise FileRefused("changed_while_read", CHANGED)
-    os.replace(part, local)
-    note.write_text(json.dumps({"remote": remote, "stamp": stamp}), "utf-8")
+    return copied, digest.hexdigest()
+
+
+def _noted(note: Path) -> Mapping[str, Any]:
+    """What was noted of a copy; nothing where the writer of the note died."""
+    try:
+        said = json.loads(note.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def _is_copy(local: Path, noted: Mapping[str, Any], stamp: str) -> bool:
+    """Whether a copy is of this state, whole: its bytes are what came over the line."""
+    return noted.get("stamp") == stamp and local.is_file() and digest_of(local, None)[0] == noted.get("sha256")
 
 
 def _stamp(info: Mapping[str, Any]) -> str:

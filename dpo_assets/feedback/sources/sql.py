@@ -23,11 +23,12 @@ from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 from uuid import UUID
 
 from dpo_assets.errors import ConfigError, InfrastructureError
-from dpo_assets.recipe import SqlSource
+from dpo_assets.recipe import SqlSource, is_url
+from dpo_assets.secret_shapes import MASK, without_url_secrets
 
 _FETCH = 1_000
 _ALIAS = "dpo_assets_feedback"
@@ -43,6 +44,7 @@ class Extract:
     until: str
     rows: int
     superseded: tuple[int, ...] = ()
+    sha256: str = ""
 
 
 class _Database(Protocol):
@@ -122,7 +124,7 @@ def _known(folder: Path) -> list[dict[str, Any]]:
                 f"{gone} is missing: what was read from the table is kept there. Put it back, or remove {folder}, "
                 "and the whole table is read again."
             )
-        extract = Extract(rows, note["number"], note["since"], note["until"], note["rows"])
+        extract = Extract(rows, note["number"], note["since"], note["until"], note["rows"], sha256=note["sha256"])
         notes.append({**note, "extract": extract})
     return notes
 
@@ -166,7 +168,8 @@ def _extract(
     unfinished = folder / "note.part"
     unfinished.write_text(json.dumps(note, indent=1), "utf-8")
     os.replace(unfinished, folder / f"{number:06d}.note.json")
-    return {**note, "extract": Extract(path, number, note["since"], note["until"], state.rows)}
+    extract = Extract(path, number, note["since"], note["until"], state.rows, sha256=note["sha256"])
+    return {**note, "extract": extract}
 
 
 class _State:
@@ -303,12 +306,14 @@ def _open(source: SqlSource) -> _Database:
     url = os.environ.get(source.url_env)
     if not url:
         raise ConfigError(f"the environment variable `{source.url_env}` is not set; it holds the database's URL.")
-    protocol = url.split(":", 1)[0].lower()
+    protocol = url.split("://", 1)[0].lower() if is_url(url) else ""
     if protocol == "sqlite":
         return _Sqlite(source, Path(unquote(urlsplit(url).path.removeprefix("/"))))
     if protocol in ("postgresql", "postgres"):
         return _Postgres(source, url)
-    raise ConfigError(f"`{source.url_env}` holds a URL of {protocol!r}; known are postgresql:// and sqlite:///.")
+    # What is no URL is not repeated: it may be a password, or hold one (`host=... password=...`).
+    said = f"a URL of {protocol!r}" if protocol else "no URL"
+    raise ConfigError(f"`{source.url_env}` holds {said}; known are postgresql:// and sqlite:///.")
 
 
 class _Sqlite:
@@ -343,6 +348,17 @@ class _Sqlite:
         self._connection.close()
 
 
+def _secrets_of(url: str) -> list[str]:
+    """What a message may not repeat of a database's URL: itself, its password, and the parameters it ends with.
+
+    Raises:
+        ValueError: it is no URL.
+    """
+    parts = urlsplit(url)
+    values = [value for _, value in parse_qsl(parts.query) if len(value) > 5]  # A short one stands in other words.
+    return [one for one in (url, parts.password, unquote(parts.password or ""), *values) if one]
+
+
 class _Postgres:
     mark = "%s"
 
@@ -351,21 +367,25 @@ class _Postgres:
             import psycopg
         except ImportError:
             raise ConfigError("PostgreSQL needs a package: pip install 'dpo-assets[postgres]'") from None
-        self._source, self._url, self._psycopg = source, url, psycopg
+        self._source, self._psycopg = source, psycopg
         try:
+            self._secrets = _secrets_of(url)
             # One snapshot of the table for the whole extract, and no way to change anything.
             self._connection = psycopg.connect(url, connect_timeout=15)
             self._connection.read_only = True
             self._connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        except (psycopg.ProgrammingError, ValueError):  # Of the URL itself, which the message repeats in parts.
+            raise ConfigError(f"the URL in `{source.url_env}` cannot be understood by psycopg.") from None
         except psycopg.Error as error:
             raise self._failed(error) from None
 
     def _failed(self, error: Exception) -> InfrastructureError:
         """Without the URL or its password, which the message of a driver may repeat."""
-        text, password = " ".join(str(error).split())[:300], urlsplit(self._url).password
-        for secret in filter(None, (self._url, password, unquote(password or ""))):
-            text = text.replace(secret, "***")
-        return InfrastructureError(f"the database of `{self._source.url_env}` does not answer: {text}")
+        text = " ".join(str(error).split())
+        for secret in self._secrets:
+            text = text.replace(secret, MASK)
+        said = without_url_secrets(text)[:300]
+        return InfrastructureError(f"the database of `{self._source.url_env}` does not answer: {said}")
 
     def rows(self, statement: str, parameters: Sequence[Any]) -> Iterator[Mapping[str, Any]]:
         psycopg = self._psycopg

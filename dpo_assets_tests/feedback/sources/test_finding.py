@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
+import io
 import json
+import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("b.jsonl", "a.jsonl", "deep/er/c.jsonl", "notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(jsonl())
-    (tmp_path / "d.jsonl").mkdir()
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -33,8 +36,35 @@ def names(*patterns: str) -> list[str]:
 
 
 def test_a_pattern_finds_files_in_order_of_their_names_and_no_folders(folder: Path) -> None:
+    assert names("*") == ["a.jsonl", "b.jsonl", "notes.txt"]
     assert names("*.jsonl") == ["a.jsonl", "b.jsonl"]
     assert names("**/*.jsonl") == ["a.jsonl", "b.jsonl", "c.jsonl"]
+
+
+@pytest.mark.parametrize("linked", [False, True], ids=["a folder", "a link to one"])
+def test_a_folder_that_is_called_like_a_file_is_refused_unless_its_files_are_found(folder: Path, linked: bool) -> None:
+    (folder / "elsewhere").mkdir()
+    if linked:
+        (folder / "d.jsonl").symlink_to("elsewhere")
+    else:
+        (folder / "elsewhere").rename(folder / "d.jsonl")
+    (folder / "d.jsonl" / "part-0.jsonl").write_bytes(jsonl())
+    assert names("*.jsonl") == ["a.jsonl", "b.jsonl", "d.jsonl"]
+    refused = files_of([FeedbackSource(path="*.jsonl")])[-1]
+    assert outcome(refused).reason == "not_a_regular_file"
+    assert "it is a folder, not a file; name the files in it" in str(outcome(refused).refused)
+    assert names("*.jsonl/*") == ["part-0.jsonl"]
+    if not linked:
+        assert names("**/*.jsonl") == ["a.jsonl", "b.jsonl", "part-0.jsonl", "c.jsonl"]
+
+
+def test_a_folder_on_the_way_that_may_not_be_listed_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Root may list everything, so the answer of the system is put in.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "er")
+    for pattern in ("**/*.jsonl", "deep/*/c.jsonl"):
+        with pytest.raises(FeedbackError, match=r"leads through folders that may not be listed: .*er$"):
+            names(pattern)
+    assert names("*.jsonl") == ["a.jsonl", "b.jsonl"]
 
 
 def test_files_come_in_the_order_of_the_sources_each_once(folder: Path) -> None:
@@ -45,6 +75,7 @@ def test_files_come_in_the_order_of_the_sources_each_once(folder: Path) -> None:
 
 @pytest.mark.parametrize("pattern", ["missing.jsonl", "*.csv", "d.jsonl", "deep"])
 def test_a_source_that_matches_no_file_is_named(folder: Path, pattern: str) -> None:
+    (folder / "d.jsonl").mkdir()
     with pytest.raises(FeedbackError, match="matches no file") as refused:
         names("a.jsonl", pattern)
     assert f"`{pattern}`" in str(refused.value)
@@ -192,21 +223,137 @@ def test_a_glance_at_a_url_sees_changes(tmp_path: Path, bucket: Any) -> None:
     assert glance(source) != before
 
 
-def test_a_real_http_server_is_read(tmp_path: Path) -> None:
+@pytest.fixture
+def website(tmp_path: Path) -> Iterator[str]:
+    """The address of a real server of the folder `www`, which refuses `/busy/...` as one that is overloaded."""
     import threading
     from functools import partial
     from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
     pytest.importorskip("aiohttp")
 
-    class Quiet(SimpleHTTPRequestHandler):
+    class Site(SimpleHTTPRequestHandler):
+        def send_head(self) -> Any:
+            return self.send_error(503) if self.path.startswith("/busy/") else super().send_head()
+
         def log_message(self, format: str, *args: Any) -> None:
             """Stay silent."""
 
     (tmp_path / "www").mkdir()
-    (tmp_path / "www" / "a.json").write_text(json.dumps(ROWS))
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path / "www"))) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Site, directory=str(tmp_path / "www"))) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        [file] = fetched(tmp_path / "landing", f"http://127.0.0.1:{server.server_address[1]}/a.json")
+        yield f"http://127.0.0.1:{server.server_address[1]}"
         server.shutdown()
+
+
+def test_a_real_http_server_is_read(tmp_path: Path, website: str) -> None:
+    (tmp_path / "www" / "a.json").write_text(json.dumps(ROWS))
+    [file] = fetched(tmp_path / "landing", f"{website}/a.json")
     assert outcome(file).values == ROWS
+
+
+def test_of_a_presigned_url_only_the_path_is_told(tmp_path: Path, website: str) -> None:
+    (tmp_path / "www" / "a.jsonl.gz").write_bytes(gzip.compress(jsonl(), mtime=0))
+    signed = f"{website}/a.jsonl.gz?X-Amz-Date=20261127T000000Z&X-Amz-Signature=hunter2.x"
+    [file] = fetched(tmp_path / "landing", signed)
+    assert outcome(file).values == ROWS
+    assert (file.name, file.origin) == ("a.jsonl.gz", f"{website}/a.jsonl.gz?[secret]")
+    assert "hunter2" not in repr(file)
+    assert "hunter2" not in repr(glance([FeedbackSource(path=signed)]))
+    assert not [path for path in (tmp_path / "landing").rglob("*") if "hunter2" in path.name]
+    assert not [path for path in (tmp_path / "landing").rglob("*.json") if "hunter2" in path.read_text()]
+
+
+def test_a_url_that_fails_is_told_without_its_signature_and_a_busy_server_is_tried_again(
+    tmp_path: Path, website: str
+) -> None:
+    with pytest.raises(FeedbackError, match=r"/gone\.jsonl\?\[secret\]` matches no file") as gone:
+        fetched(tmp_path, f"{website}/gone.jsonl?sig=hunter2")
+    with pytest.raises(InfrastructureError, match=r"/busy/a\.jsonl\?\[secret\]` cannot be read.*503") as busy:
+        fetched(tmp_path, f"{website}/busy/a.jsonl?sig=hunter2")
+    assert "hunter2" not in f"{gone.value} {busy.value}"
+
+
+def test_a_path_that_was_to_be_a_url_is_told_without_its_password(tmp_path: Path) -> None:
+    from dpo_assets.feedback.sources.files import matches
+
+    with pytest.raises(FeedbackError, match="matches no file") as refused:
+        matches(f"{tmp_path}/https:/me:hunter2@host/a.jsonl")
+    assert "hunter2" not in str(refused.value)
+
+
+# Copies
+
+
+def test_two_runs_that_fetch_one_url_at_once_leave_a_whole_copy(
+    tmp_path: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one starts, and dies, while the first has written half of the file."""
+    import threading
+
+    bucket.pipe("/a.jsonl", jsonl())
+    monkeypatch.setattr("dpo_assets.feedback.sources.remote._BLOCK", 20)
+    real, second = type(bucket).open, threading.Event()
+
+    class Half(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if self.tell():
+                other.start()
+                second.wait(0.3)
+                monkeypatch.setattr(Half, "read", io.BytesIO.read)
+            return super().read(size)
+
+    class Dead(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            second.set()
+            raise OSError("the line is dead")
+
+    def die() -> None:
+        with suppress(InfrastructureError):
+            fetched(tmp_path, "memory://a.jsonl")
+
+    other = threading.Thread(target=die)
+    openers: Iterator[Any] = iter([Half, Dead])
+
+    def opened(self: Any, path: str, *a: Any, **k: Any) -> Any:
+        kind = next(openers, None)
+        content = real(self, path, *a, **k)
+        return kind(content.read()) if kind else content
+
+    monkeypatch.setattr(type(bucket), "open", opened)
+    [file] = fetched(tmp_path, "memory://a.jsonl")
+    other.join()
+    [again] = fetched(tmp_path, "memory://a.jsonl")
+    assert file.sha256 == again.sha256 == hashlib.sha256(jsonl()).hexdigest()
+
+
+@pytest.mark.parametrize("damage", ["the copy", "its note", "the last writer died"])
+def test_a_copy_that_is_not_what_came_over_the_line_is_fetched_again(tmp_path: Path, bucket: Any, damage: str) -> None:
+    bucket.pipe("/a.jsonl", jsonl())
+    [first] = fetched(tmp_path, "memory://a.jsonl")
+    if damage == "the copy":
+        first.path.write_bytes(b"\0" * first.size)
+    elif damage == "its note":
+        (first.path.parent / "source.json").write_text('{"stamp')
+    else:
+        first.path.rename(first.path.with_name("content.jsonl.00.part"))
+    [again] = fetched(tmp_path, "memory://a.jsonl")
+    assert again == first
+    assert not list(first.path.parent.glob("*.part"))
+
+
+def test_a_file_of_a_pattern_that_does_not_answer_is_no_missing_file(
+    tmp_path: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket.pipe("/a.jsonl", jsonl())
+    bucket.pipe("/b.jsonl", jsonl())
+    real = type(bucket).info
+
+    def info(self: Any, path: str, **k: Any) -> Any:
+        if path.endswith("b.jsonl"):
+            raise TimeoutError("the other side is silent")
+        return real(self, path, **k)
+
+    monkeypatch.setattr(type(bucket), "info", info)
+    with pytest.raises(InfrastructureError, match="TimeoutError"):
+        fetched(tmp_path, "memory://*.jsonl")

@@ -146,3 +146,24 @@ def test_without_patterns_several_splits_configs_or_kinds_are_refused(listed: li
 def test_a_dataset_without_data_files_is_refused_with_the_kinds_it_has() -> None:
     with pytest.raises(FeedbackError, match=r"no JSON, CSV or Parquet file \(its files end in: \.json, \.md, \.tar\)"):
         choose(REPO, ["README.md", "data.tar", "state.json"], [])
+
+
+def test_a_note_of_which_half_was_written_costs_a_look_and_two_runs_wait_for_each_other(
+    tmp_path: Path, hub: HubServer, api: HfApi
+) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+    from concurrent.futures import TimeoutError as StillWaiting
+
+    from filelock import FileLock
+
+    revision = commit(api, {"a.jsonl": jsonl()})
+    [first] = read(api, tmp_path, revision)
+    folder = first.path.parent.parent
+    (folder / "files.json").write_text('{"[]": {"a.js')
+    assert read(api, tmp_path, revision) == [first]
+    with ThreadPoolExecutor(1) as other:
+        with FileLock(folder / "lock"):
+            waiting = other.submit(read, api, tmp_path, revision)
+            with pytest.raises(StillWaiting):
+                waiting.result(timeout=0.2)
+        assert waiting.result(timeout=10) == [first]

@@ -236,8 +236,11 @@ def test_a_glance_sees_new_rows_without_reading_them(table: Table, tmp_path: Pat
 
 def test_two_tables_and_two_queries_keep_their_states_apart(table: Table, tmp_path: Path) -> None:
     table.add((1, "2026-01-01"), (2, "2026-01-02"))
-    sources = [table.source(), table.source(table=None, query="SELECT * FROM votes WHERE id = 2")]
-    assert [ids(file) for file in files_of(sources, tmp_path)] == [[1, 2], [2]]
+    queries = [f"SELECT * FROM votes WHERE id = {number}" for number in (2, 1)]
+    sources = [table.source(), *(table.source(table=None, query=query) for query in queries)]
+    files = files_of(sources, tmp_path)
+    assert [ids(file) for file in files] == [[1, 2], [2], [1]]
+    assert [file.name.partition("votes")[0].partition("query")[2] for file in files] == ["", "#1", "#1 #2"]
 
 
 def test_an_interrupted_extract_leaves_no_state(
@@ -250,6 +253,15 @@ def test_an_interrupted_extract_leaves_no_state(
             files_of([sqlite_table.source()], tmp_path)
     [file] = files_of([sqlite_table.source()], tmp_path)
     assert ids(file) == [1]
+
+
+def test_an_extract_that_was_damaged_since_is_refused_with_the_way_out(sqlite_table: Table, tmp_path: Path) -> None:
+    sqlite_table.add((1, "2026-01-01"))
+    [file] = files_of([sqlite_table.source()], tmp_path)
+    file.path.write_bytes(file.path.read_bytes().replace(b"yes", b"no!"))
+    [damaged] = files_of([sqlite_table.source()], tmp_path)
+    assert outcome(damaged).reason == "damaged_copy"
+    assert f"remove {file.path.parent}" in str(outcome(damaged).refused)
 
 
 # Each database's own
@@ -276,6 +288,10 @@ def test_sqlite_by_a_url_in_the_environment(
     assert ids(files_of([source], tmp_path)[0]) == [1]
     monkeypatch.setenv("FEEDBACK_URL", "mysql://me:hunter2@host/db")
     with pytest.raises(ConfigError, match="URL of 'mysql'") as refused:
+        files_of([source], tmp_path)
+    assert "hunter2" not in str(refused.value)
+    monkeypatch.setenv("FEEDBACK_URL", "host=db password=hunter2")
+    with pytest.raises(ConfigError, match="holds no URL") as refused:
         files_of([source], tmp_path)
     assert "hunter2" not in str(refused.value)
 
@@ -327,15 +343,29 @@ def test_postgres_is_read_in_one_snapshot_that_cannot_write(postgres_table: Tabl
     assert ids(files_of([postgres_table.source()], tmp_path)[0]) == [1]
 
 
+@pytest.mark.parametrize(
+    "url", ["postgresql://me:hunter2@127.0.0.1:1/db", "postgresql://127.0.0.1:1/hunter2?password=hunter2"]
+)
 def test_a_server_that_does_not_answer_is_infrastructure_and_its_password_is_not_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str
 ) -> None:
     pytest.importorskip("psycopg")
-    monkeypatch.setenv("FEEDBACK_URL", "postgresql://me:hunter2@127.0.0.1:1/db")
+    monkeypatch.setenv("FEEDBACK_URL", url)
     source = FeedbackSource(sql=SqlSource(url_env="FEEDBACK_URL", table="votes", id="id"))
     with pytest.raises(InfrastructureError, match="the database of `FEEDBACK_URL` does not answer") as refused:
         files_of([source], tmp_path)
     assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize("url", ["postgresql://me:hunter[2@host/db", "postgresql://host/db?hunter2=x"])
+def test_a_url_that_the_driver_cannot_read_is_a_fault_of_the_variable_and_is_not_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    pytest.importorskip("psycopg")
+    monkeypatch.setenv("FEEDBACK_URL", url)
+    with pytest.raises(ConfigError, match="the URL in `FEEDBACK_URL` cannot be understood") as refused:
+        files_of([FeedbackSource(sql=SqlSource(url_env="FEEDBACK_URL", table="votes", id="id"))], tmp_path)
+    assert "hunter" not in str(refused.value)
 
 
 def test_postgres_without_its_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

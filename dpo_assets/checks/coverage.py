@@ -1,0 +1,82 @@
+"""Verdicts on what the adapter changes: by the plan, and as it was attached to the loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dpo_assets.checks.aftermath import OLDER
+from dpo_assets.checks.bands import Bands
+from dpo_assets.checks.verdict import Level, Verdict
+from dpo_assets.planning.targets import EXPERT_PARAMETERS, LoraCoverage
+from dpo_assets.recipe import EVERY_LINEAR
+from dpo_assets.untrusted import in_cell
+
+SAME = 1e-3  # Of the share: no kind of layer is as small, and files may hold a padded row that the model has not.
+NAMED = 6  # Kinds that a verdict lists.
+
+
+def lora_coverage(coverage: LoraCoverage, rank: int, bands: Bands) -> Verdict:
+    """Whether every matrix of the decoder layers gets an adapter, and none that is wider than its layer."""
+    name, limit = "lora_coverage", bands.limit("lora_coverage")
+    band = "every linear layer and expert of the decoder layers, at a rank no larger than its sides"
+    if not coverage.kinds:
+        fix = "materialise dpo_plan again: it was made without the base's files"
+        return Verdict(name, "warn", "not known", band, limit.source, fix)
+    faults, level = [], "pass"  # type: tuple[list[str], Level]
+    if coverage.frozen:
+        faults.append(f"set lora.target_modules to {EVERY_LINEAR}")
+        if coverage.frozen_experts:
+            faults[-1] = f"set lora.target_parameters to [{', '.join(EXPERT_PARAMETERS)}]"
+            if any(kind.role == "linear" and kind.adapted < kind.weights for kind in coverage.kinds):
+                faults[-1] += f", and lora.target_modules to {EVERY_LINEAR}"
+    if coverage.wider_than_layer:
+        faults.append(f"lower lora.rank: {rank} is more than a side of {_some(coverage.wider_than_layer)}")
+    if faults:
+        level = "warn" if coverage.share > 0 else "error"
+    still = f"; frozen: {_some(coverage.frozen)}" if coverage.frozen else ""
+    return Verdict(
+        name,
+        level,
+        f"adapters on {100 * coverage.share:.3g}% of the layers' weights{still}",
+        band,
+        limit.source,
+        "; ".join(faults),
+        shown={"kinds": coverage_table(coverage)},
+    )
+
+
+def adapter_attached(report: Mapping[str, Any], bands: Bands) -> Verdict:
+    """What the trained model was measured to have an adapter on, against what the plan promised."""
+    name, source = "adapter_attached", bands.limit("lora_coverage").source
+    band = "the share of the layers' weights that the plan says"
+    if "lora_coverage" not in report:
+        return Verdict(name, "warn", f"not measured: {OLDER}", band, source, "materialise dpo_adapter again")
+    measured, planned = (LoraCoverage.model_validate(report[key]) for key in ("lora_coverage", "lora_planned"))
+    share, promised = measured.share, planned.share if planned.kinds else measured.share
+    level: Level = "error" if share == 0 else "pass" if abs(share - promised) <= SAME else "warn"
+    return Verdict(
+        name,
+        level,
+        f"{100 * share:.3g}% of {100 * promised:.3g}%",
+        band,
+        source,
+        ""
+        if level == "pass"
+        else "compare the kinds below with those of dpo_plan, and name them in lora.target_modules",
+        shown={"kinds": coverage_table(measured)},
+    )
+
+
+def coverage_table(coverage: LoraCoverage) -> str:
+    """Each kind of matrix with the share of its weights that has an adapter, as Markdown."""
+    rows = "\n".join(
+        f"| {in_cell(kind.name)} | {kind.role} | {kind.weights:,} | {100 * kind.adapted / max(1, kind.weights):.3g}% |"
+        for kind in coverage.kinds
+    )
+    return f"| matrix | is | weights | adapted |\n|---|---|---|---|\n{rows}"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

@@ -1,0 +1,21 @@
+"""What the worker measured, as the checks judge it. A stage writes one of these; its asset reads it back."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class MergeReport(BaseModel):
+    """What stage `merge` measured. Differences are nats per token between adapter and merged model."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+    mean_difference_per_token: float
+    max_difference_per_token: float
+    probe_pairs: int
+    parameters: int = Field(description="Values that were looked at, of the release as it loads.")
+    finite: bool = Field(description="Whether all of them are numbers.")
+    not_finite: tuple[str, ...] = Field(default=(), description="The weights that are not, by name.")
+    method: Literal["streamed", "peft"]
+    proven_in: str = Field(default="", description="What both were computed in, and where.")
