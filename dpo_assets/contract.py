@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from dpo_assets.artifact import file_sha256
 from dpo_assets.checks.bands import Bands
@@ -17,13 +19,23 @@ from dpo_assets.checks.catalog import severity_of
 from dpo_assets.checks.collapse import CHECK, CollapseLimits
 from dpo_assets.checks.configuration import Configuration, rate_ceilings
 from dpo_assets.planning.plan import TrainingPlan
-from dpo_assets.recipe import ChecksSection
+from dpo_assets.recipe import TEMPLATE_DATE, ChecksSection
 
-Stage = Literal["tokenize", "sft", "dpo", "merge", "evaluate"]
-TOKENS = "tokens.parquet"  # What the stage `tokenize` writes.
+Stage = Literal["verify", "tokenize", "sft", "dpo", "merge", "evaluate"]
+# What the stages `verify` and `tokenize` write.
+VERIFIED = "verified.json"
+TOKENS, CHAT_FORMAT = "tokens.parquet", "chat_format.json"
 FAILURE_FILE = "failure.json"
 # Exit status of a worker that explains itself in FAILURE_FILE. Any other non-zero status is an infrastructure failure.
 EXPLAINED_EXIT = 65
+
+
+class TemplateSettings(BaseModel):
+    """How the base's chat template is rendered, wherever it is: part of the base's identity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    arguments: Mapping[str, JsonValue] = Field(default={}, description="What the template gets beside the messages.")
+    day: date = Field(default=TEMPLATE_DATE, description="The day that a template which asks for today's is told.")
 
 
 class Spec(BaseModel):
@@ -35,6 +47,7 @@ class Spec(BaseModel):
     fingerprint: str
     inputs: dict[str, str] = Field(description="Digests of the artefacts this one is made from.")
     base_model: Path = Field(description="Folder of the base model and its tokenizer.")
+    template: TemplateSettings = TemplateSettings()
     threads: int = 1
 
     @property
@@ -43,10 +56,28 @@ class Spec(BaseModel):
         return self.output_dir / "trainer"
 
 
+class VerifySpec(Spec):
+    """Whether the base's files are a whole model, which this environment loads as they are written."""
+
+
+class VerifiedBase(BaseModel):
+    """What `verify` found of a base that it did not refuse."""
+
+    unused_tensors: tuple[str, ...] = Field(description="Tensors of the files that the model has no place for.")
+    ends: tuple[str, ...] = Field(description="Tokens that end a turn.")
+
+
+class ChatFormatFacts(BaseModel):
+    """What `tokenize` knows of the chat format and the model's files alone do not tell."""
+
+    ends: tuple[int, ...] = Field(description="Ids of all tokens that end a turn, the template's own included.")
+
+
 class TokenizeSpec(Spec):
     """Token ids of prompt, chosen and rejected for each pair of a Parquet file."""
 
     pairs: Path
+    vocabulary: int = Field(default=0, description="Rows of the model's embedding; 0: not known.")
     known: Path | None = Field(
         default=None, description="Token ids by the same tokenizer: pairs that stand in it are not tokenized again."
     )

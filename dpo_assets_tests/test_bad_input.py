@@ -8,7 +8,14 @@ from pathlib import Path
 
 import dagster as dg
 import polars as pl
+import pytest
+from huggingface_hub import CommitOperationAdd, HfApi
 
+from dpo_assets.artifact import open_artifact
+from dpo_assets.assets.base_model import _download, _set_template, in_worker
+from dpo_assets.errors import ConfigError
+from dpo_assets.recipe import BaseModelSection
+from dpo_assets_tests.hub_server import HubServer
 from dpo_assets_tests.pipelines import (
     DATA,
     OASST,
@@ -60,7 +67,134 @@ def test_a_base_without_chat_template_is_refused_with_the_way_out(instance: dg.D
     recipe = demo_recipe(base_model={"source": str(folder), "licence": "mit"})
     assert "base_model.chat_template" in failures(materialize(recipe, instance, ["base_model"]))[0]
     recipe["base_model"]["chat_template"] = str(STORIES / "chat_template.jinja")
-    assert materialize(recipe, instance, ["base_model"]).success
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    result = materialize(recipe, instance, ["base_model"])
+    assert result.success
+    said = metadata(result, "base_model")
+    assert (said["parameters"], said["copies left out"]) == (260_032, "consolidated.safetensors")
+    assert (said["a turn ends at"], said["tensors without use"]) == ("<s>, </s>", 0)
+    assert not (Path(str(said["path"])) / "model" / "consolidated.safetensors").exists()
+
+
+def test_a_base_with_missing_tensors_turns_its_own_asset_red_and_is_not_retried(
+    instance: dg.DagsterInstance, tmp_path: Path
+) -> None:
+    """It trained, merged and was released, on weights drawn at random at each load."""
+    folder = tmp_path / "no-head"
+    shutil.copytree(STORIES, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    recipe = demo_recipe(base_model={"source": str(folder), "licence": "mit"})
+    result = materialize(recipe, instance, ["base_model"])
+    assert "no file holds lm_head.weight" in failures(result)[0]
+    assert not [e for e in result.all_events if e.event_type == dg.DagsterEventType.STEP_UP_FOR_RETRY]
+    assert not result.get_asset_materialization_events()
+
+
+def test_a_template_that_fits_no_pair_is_told_once_with_the_way_out(
+    instance: dg.DagsterInstance, tmp_path: Path
+) -> None:
+    """Every row was quarantined, and four checks said to mend the export."""
+    path, template = tmp_path / "reasoned.jsonl", tmp_path / "cut.jinja"
+    rows = [
+        {"prompt": f"Is {n} even?", "chosen": f"<think>\n{n} modulo 2\n</think>\n\nYes: {n}.", "rejected": f"No: {n}."}
+        for n in range(20)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    whole = (STORIES / "chat_template.jinja").read_text(encoding="utf-8")
+    template.write_text(
+        whole.replace("{{ message.content }}{{ eos", "{{ message.content.split('</think>')[-1] }}{{ eos")
+    )
+    recipe = trl_recipe(path)
+    recipe["base_model"]["chat_template"] = str(template)
+    nodes = ["base_model", "raw_preferences", "quarantined_preferences", "dpo_dataset"]
+    result = materialize(recipe, instance, nodes)
+    assert failures(result) == [
+        f"{template} does not fit the feedback: 20 of 20 pairs cannot be rendered: the chat template leaves out text "
+        "of the chosen answer, so nothing would be learnt of it (20). Set base_model.chat_template to a Jinja file "
+        "that renders such conversations whole, or base_model.template_arguments if the template has an argument for "
+        "it."
+    ]
+    assert not failed_checks(result)
+
+
+def test_what_a_template_is_given_is_part_of_the_base_and_told_to_the_worker(
+    instance: dg.DagsterInstance, tmp_path: Path
+) -> None:
+    template = tmp_path / "dated.jinja"
+    whole = (STORIES / "chat_template.jinja").read_text(encoding="utf-8")
+    template.write_text("{{ strftime_now('%d %b %Y') }}{% if enable_thinking %}!{% endif %}" + whole)
+    digests = []
+    for day, arguments in (("2026-01-01", {}), ("2024-07-26", {"enable_thinking": False})):
+        given = {"template_date": day, "template_arguments": arguments} if arguments else {}
+        result = materialize(
+            demo_recipe(base_model={"chat_template": str(template), **given}), instance, ["base_model"]
+        )
+        said = metadata(result, "base_model")
+        digests.append(said["digest"])
+        told = in_worker(open_artifact(Path(str(said["path"]))))["template"]
+        assert (said["template date"], told.day.isoformat()) == (day, day)
+        assert told.arguments == said.get("template arguments", {}) == arguments
+    assert len(set(digests)) == 2
+    recipe = demo_recipe(base_model={"chat_template": str(template), "template_arguments": {"enable_thinkin": False}})
+    assert "has no use for enable_thinkin" in failures(materialize(recipe, instance, ["base_model"]))[0]
+
+
+def test_the_recipes_template_takes_the_place_of_the_models_own(tmp_path: Path) -> None:
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"chat_template": "{{ theirs }}", "eos_token": "</s>"}))
+    _set_template(STORIES / "chat_template.jinja", tmp_path)
+    assert json.loads(config.read_text()) == {"eos_token": "</s>"}
+    assert (tmp_path / "chat_template.jinja").read_bytes() == (STORIES / "chat_template.jinja").read_bytes()
+
+
+def downloaded(files: dict[str, bytes], target: Path) -> tuple[list[str], list[str]]:
+    """(files of the folder, files left behind) of a model that the Hub holds."""
+    with HubServer(token="hf_test") as hub:
+        api = HfApi(endpoint=hub.endpoint, token=hub.token)
+        api.create_repo("org/model")
+        operations = [CommitOperationAdd(name, data) for name, data in files.items()]
+        commit = api.create_commit("org/model", operations=operations, commit_message="a model")
+        left = _download(api, BaseModelSection(source="org/model", revision=commit.oid), target)
+    return sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()), left
+
+
+WEIGHTS = bytes(range(256))
+SHARDED = {
+    "config.json": b"{}",
+    "model.safetensors.index.json": json.dumps(
+        {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    ).encode(),
+    "model-00001-of-00002.safetensors": WEIGHTS,
+    "model-00002-of-00002.safetensors": WEIGHTS + b"x",
+}
+
+
+def test_weights_are_downloaded_once_and_from_nowhere_but_the_top(tmp_path: Path) -> None:
+    """Repositories hold them in several layouts: the download and the memory plan were twice what they should be."""
+    files = {
+        "config.json": b"{}",
+        "model.safetensors": WEIGHTS,
+        "consolidated.safetensors": WEIGHTS + b"x",
+        "original/consolidated.safetensors": WEIGHTS + b"y",
+        "onnx/config.json": b"[]",
+        "pytorch_model.bin": WEIGHTS + b"z",
+        "modeling_own.py": b"raise SystemExit",
+    }
+    found, left = downloaded(files, tmp_path)
+    assert (found, left) == (["config.json", "model.safetensors"], ["consolidated.safetensors"])
+
+
+def test_of_weights_in_parts_those_of_the_index_are_downloaded(tmp_path: Path) -> None:
+    found, left = downloaded(SHARDED | {"consolidated.safetensors": WEIGHTS + b"y"}, tmp_path)
+    assert (found, left) == (sorted(SHARDED), ["consolidated.safetensors"])
+
+
+def test_a_part_that_the_hub_does_not_hold_is_named_before_the_others_are_downloaded(tmp_path: Path) -> None:
+    files = {name: data for name, data in SHARDED.items() if "00002-of" not in name}
+    with pytest.raises(ConfigError, match=r"names model-00002-of-00002\.safetensors, but the repository lacks it"):
+        downloaded(files, tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_an_empty_feedback_file_is_named(instance: dg.DagsterInstance, tmp_path: Path) -> None:

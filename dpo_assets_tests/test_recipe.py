@@ -669,3 +669,27 @@ def test_sources_of_every_kind_are_taken_and_made_absolute(tmp_path: Path) -> No
         "sql:feedback.db:votes",
         "sql:FEEDBACK_URL:query",
     ]
+
+
+# Arguments of the chat template
+
+
+def test_arguments_of_the_chat_template_may_be_any_value_that_yaml_has() -> None:
+    given = {"enable_thinking": False, "reasoning_effort": "low", "xml_tools": ["a"], "budget": 3}
+    section = parse_recipe(with_value("base_model.template_arguments", given)).base_model
+    assert section.template_arguments == given
+    assert section.template_date.isoformat() == "2026-01-01"
+    dated = parse_recipe(with_value("base_model.template_date", "2024-07-26")).base_model
+    assert dated.template_date.isoformat() == "2024-07-26"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("tools", "`tools` is no argument of yours"),
+        ("strftime_now", "`strftime_now` is no argument of yours"),
+        ("enable thinking", "`enable thinking` is no name"),
+    ],
+)
+def test_what_the_pipeline_gives_the_template_itself_cannot_be_given(name: str, said: str) -> None:
+    assert said in refusal(with_value("base_model.template_arguments", {name: 1}))

@@ -31,10 +31,11 @@ from dpo_assets.planning.model_folder import inspect_model
 from dpo_assets.planning.plan import DatasetStats, TrainingPlan, make_plan
 from dpo_assets.planning.precision import Device
 from dpo_assets.recipe import parse_recipe
+from dpo_assets.training.chat_format import load_tokenizer
 from dpo_assets.training.data import dpo_group
 from dpo_assets.training.dpo import dpo_arguments
 from dpo_assets.training.dpo_trainer import REFERENCE_COLUMNS, PackedDPOTrainer
-from dpo_assets.training.loading import autocast_of, load_tokenizer
+from dpo_assets.training.loading import autocast_of
 from dpo_assets.training.logprobs import score_groups
 from dpo_assets.training.losses import DpoLoss
 from dpo_assets.training.packed import PackedCollator, end_quietly

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from dpo_assets.artifact import write_json
+from dpo_assets.artifact import Artifact, write_json
+from dpo_assets.assets.lineage import Inputs
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.verdict import Verdict
+from dpo_assets.contract import VERIFIED, TemplateSettings, VerifiedBase, VerifySpec
 from dpo_assets.errors import ConfigError, InfrastructureError
-from dpo_assets.planning.model_folder import KEPT, ModelFolder, inspect_model
+from dpo_assets.planning.model_folder import (
+    KEPT,
+    TEMPLATE,
+    TOKENIZER_CONFIG,
+    ModelFolder,
+    inspect_model,
+    uses_name,
+)
+from dpo_assets.planning.weights import INDEX, SINGLE, weight_files
 from dpo_assets.publishing.secrets import scrub
 from dpo_assets.recipe import BUILTIN, BaseModelSection, looks_like_hub_id
 
@@ -39,23 +51,23 @@ def materialise(step: Step) -> Events:
     def make(folder: Path, _: str) -> None:
         model = folder / "model"
         if looks_like_hub_id(section.source):
-            _download(step.hub.api(), section, model)
+            left_out = _download(step.hub.api(), section, model)
         else:
             source, _licence = local_source(section)
-            refuse(inspect_model(source))
+            given = inspect_model(source)
+            refuse(given)
+            left_out = list(given.unused)
             _copy(source, model)
         if section.chat_template is not None:
-            _add_template(Path(section.chat_template), model)
+            _set_template(Path(section.chat_template), model)
         facts = inspect_model(model)
         refuse(facts)
-        if not facts.has_chat_template:
-            raise ConfigError(
-                f"{section.source} has no chat template; set `base_model.chat_template` to a Jinja file, or start from "
-                "an instruct model."
-            )
+        _refuse_template(section, facts)
         licence = section.licence or facts.licence or builtin_licence(section)
         described = facts.shape.model_dump() | {"architecture": facts.architecture, "licence": licence}
-        write_json(folder / FACTS, described | {"source": section.source, "revision": section.revision})
+        template = section.model_dump(mode="json", include={"template_arguments", "template_date"})
+        origin = {"source": section.source, "revision": section.revision, "left_out": left_out}
+        write_json(folder / FACTS, described | template | origin)
 
     try:
         artifact, reused = step.build("base_model", _identity(section), step.inputs(), make)
@@ -64,20 +76,89 @@ def materialise(step: Step) -> Events:
             yield step.check_result("base_model", verdict)
         message = "; ".join(f"{v.headline}. {v.fix}" for v in refused)
         raise dg.Failure(description=message, allow_retries=False) from None
-    described = artifact.json(FACTS)
+    described, facts = artifact.json(FACTS), inspect_model(artifact.path / "model")
+    verified = None if section.is_builtin or step.only_checks else _verified(step, artifact)
     yield from step.result(
         "base_model",
         artifact,
         reused,
-        verdicts(section, inspect_model(artifact.path / "model")),
+        verdicts(section, facts),
         {
             "source": section.source,
             "revision": section.revision or "local",
             "licence": described["licence"],
             "architecture": described["architecture"],
             "parameters": described["parameters"],
+            **({"copies left out": ", ".join(described["left_out"])} if described["left_out"] else {}),
+            **_template_facts(section, facts),
+            **(_verified_facts(verified) if verified else {}),
         },
     )
+
+
+def in_worker(base: Artifact) -> dict[str, Any]:
+    """What every spec is told of the base: its folder, and how its chat template is rendered."""
+    facts = base.json(FACTS)
+    template = TemplateSettings(arguments=facts["template_arguments"], day=facts["template_date"])
+    return {"base_model": base.path / "model", "template": template}
+
+
+def _verified(step: Step, base: Artifact) -> VerifiedBase:
+    """What the worker says of the base, which it loads without its values: the tensors that config.json needs are known
+    to the training library alone. A built-in model is part of the package, whose tests verify it.
+
+    Raises:
+        ConfigError: when the base is not whole, or would be read otherwise than it is written.
+    """
+    inputs = Inputs.of("base_model", {"base_model": base})
+
+    def make(folder: Path, print_: str) -> None:
+        step.launch(
+            "verify",
+            VerifySpec(
+                kind="verified_base",
+                output_dir=folder,
+                fingerprint=print_,
+                inputs=inputs.digests,
+                threads=step.recipe.hardware.threads,
+                **in_worker(base),
+            ),
+        )
+
+    verified, _ = step.build("verified_base", {}, inputs, make)
+    return VerifiedBase.model_validate(verified.json(VERIFIED))
+
+
+def _verified_facts(verified: VerifiedBase) -> dict[str, Any]:
+    unused = verified.unused_tensors
+    return {
+        "a turn ends at": ", ".join(verified.ends),
+        "tensors without use": len(unused),
+        **({"tensors without use, by name": dg.MetadataValue.json(list(unused))} if unused else {}),
+    }
+
+
+def _template_facts(section: BaseModelSection, facts: ModelFolder) -> dict[str, Any]:
+    """What decides the text of every prompt beside the template."""
+    shown: dict[str, Any] = {}
+    if section.template_arguments:
+        shown["template arguments"] = dg.MetadataValue.json(section.template_arguments)
+    if facts.prints_date:
+        shown["template date"] = section.template_date.isoformat()
+    return shown
+
+
+def _refuse_template(section: BaseModelSection, facts: ModelFolder) -> None:
+    if not facts.chat_template:
+        raise ConfigError(
+            f"{section.source} has no chat template; set `base_model.chat_template` to a Jinja file, or start from "
+            "an instruct model."
+        )
+    if unknown := [name for name in section.template_arguments if not uses_name(facts.chat_template, name)]:
+        raise ConfigError(
+            f"base_model.template_arguments: the chat template of {section.source} has no use for "
+            f"{', '.join(unknown)}; its own names are in its Jinja text"
+        )
 
 
 class _Refused(Exception):
@@ -154,22 +235,33 @@ def _identity(section: BaseModelSection) -> dict[str, object]:
 def _copy(source: Path, target: Path) -> None:
     """Weights are hard-linked where the file system allows it (a 70B base is not copied), the rest is copied."""
     target.mkdir(parents=True)
-    for path in sorted({p for pattern in KEPT for p in source.glob(pattern)}):
-        if path.suffix == ".safetensors":
-            try:
-                os.link(path.resolve(), target / path.name)
-                continue
-            except OSError:
-                pass
-        shutil.copyfile(path, target / path.name)
+    for path in weight_files(source):
+        try:
+            os.link(path.resolve(), target / path.name)
+        except OSError:
+            shutil.copyfile(path, target / path.name)
+    for path in sorted({p for pattern in KEPT for p in source.glob(pattern) if p.is_file()}):
+        # Beside a single file, which is what is loaded, the index is that of copies left behind.
+        if path.name != INDEX or not (target / SINGLE).is_file():
+            shutil.copyfile(path, target / path.name)
 
 
-def _add_template(template: Path, model: Path) -> None:
-    (model / "chat_template.jinja").write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
+def _set_template(template: Path, model: Path) -> None:
+    """The recipe's template in place of any that the model has, wherever it keeps it."""
+    (model / TEMPLATE).write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
+    config = json.loads((model / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+    if config.pop("chat_template", None) is not None:
+        write_json(model / TOKENIZER_CONFIG, config)
 
 
-def _download(api: HfApi, section: BaseModelSection, target: Path) -> None:
-    """One pinned revision, without pickled weights."""
+def _download(api: HfApi, section: BaseModelSection, target: Path) -> list[str]:
+    """One pinned revision: what `KEPT` names, and the weights that a model is loaded from, once.
+
+    Repositories also hold pickled weights, and second copies in layouts of other libraries.
+
+    Returns:
+        the safetensors files that were left behind.
+    """
     from httpx import HTTPError
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -178,8 +270,30 @@ def _download(api: HfApi, section: BaseModelSection, target: Path) -> None:
         RevisionNotFoundError,
     )
 
+    def fetch(names: Sequence[str]) -> None:
+        # At the top of the repository: `*` of a pattern goes through folders too.
+        api.snapshot_download(
+            section.source,
+            revision=section.revision,
+            local_dir=target,
+            allow_patterns=list(names),
+            ignore_patterns=["*/*"],
+        )
+
     try:
-        api.snapshot_download(section.source, revision=section.revision, local_dir=target, allow_patterns=list(KEPT))
+        listed = api.list_repo_files(section.source, revision=section.revision)
+        there = {name for name in listed if "/" not in name}
+        fetch(KEPT)
+        weights = [SINGLE] if SINGLE in there else []
+        if weights:
+            # Of the copy in parts, which stays behind.
+            (target / INDEX).unlink(missing_ok=True)
+        elif (target / INDEX).is_file():
+            weights = [path.name for path in weight_files(target)]
+        if missing := [name for name in weights if name not in there]:
+            raise ConfigError(f"{section.source}: {INDEX} names {', '.join(missing)}, but the repository lacks it")
+        if weights:
+            fetch(weights)
     except RevisionNotFoundError:
         raise ConfigError(f"{section.source} has no revision {section.revision}; copy the sha from its page") from None
     except GatedRepoError:
@@ -189,6 +303,7 @@ def _download(api: HfApi, section: BaseModelSection, target: Path) -> None:
     except (HfHubHTTPError, HTTPError) as error:
         raise InfrastructureError(f"{section.source} could not be downloaded: {scrub(str(error))}") from None
     shutil.rmtree(target / ".cache", ignore_errors=True)
+    return sorted(name for name in there if name.endswith(".safetensors") and name not in weights)
 
 
 NODE = Node(

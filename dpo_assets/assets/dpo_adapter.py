@@ -12,6 +12,7 @@ from typing import Any
 import dagster as dg
 
 from dpo_assets.artifact import VOLATILE, Artifact
+from dpo_assets.assets.base_model import in_worker
 from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.lineage import Read
 from dpo_assets.assets.node import Node
@@ -24,12 +25,12 @@ from dpo_assets.checks.tasks import read_tasks
 from dpo_assets.checks.training import dpo_verdicts
 from dpo_assets.checks.verdict import Verdict
 from dpo_assets.contract import GuardSpec, TrainSpec
+from dpo_assets.planning.model_folder import TOKENIZER_FILES
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.report.plots import line_plot
 from dpo_assets.report.tables import table
 
 RELATIVE = (ACCURACY, ENTROPY)  # Judged against the first logs, so that a limit in their own unit would mislead.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 
 
 def materialise(step: Step) -> Events:
@@ -49,7 +50,7 @@ def materialise(step: Step) -> Events:
                 output_dir=folder,
                 fingerprint=print_,
                 inputs=inputs.digests,
-                base_model=base.path / "model",
+                **in_worker(base),
                 threads=step.recipe.hardware.threads,
                 dataset=inputs["dpo_dataset"].path,
                 plan=plan,

@@ -15,14 +15,14 @@ from typing import Any
 import dagster as dg
 
 from dpo_assets.artifact import Artifact, file_sha256, fingerprint, write_json
-from dpo_assets.assets.base_model import FACTS
+from dpo_assets.assets.base_model import FACTS, in_worker
 from dpo_assets.assets.kept_models import bound_by_models
 from dpo_assets.assets.lineage import Inputs, Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.raw_preferences import batches_of
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.dataset import KEPT_IN_TRAIN, dataset_verdicts
-from dpo_assets.contract import TOKENS, TokenizeSpec
+from dpo_assets.contract import CHAT_FORMAT, TOKENS, ChatFormatFacts, TokenizeSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.batches import COUNTS, QUARANTINE, PairWriter
 from dpo_assets.feedback.pair import (
@@ -40,7 +40,7 @@ from dpo_assets.feedback.quality_sources import source_report
 from dpo_assets.feedback.quality_tokens import Markers, read_markers
 from dpo_assets.feedback.rules import NOT_DAMAGE
 from dpo_assets.feedback.screening import Screening
-from dpo_assets.feedback.splits import fit_to_model, shared_prompts, split
+from dpo_assets.feedback.splits import fit_to_model, shared_prompts, split, unfit_template
 from dpo_assets.feedback.trained import digest_of
 from dpo_assets.planning.plan import DatasetStats
 from dpo_assets.recipe import FeedbackSection, Recipe
@@ -79,7 +79,12 @@ def materialise(step: Step) -> Events:
                 for part, _ in screening.parts():
                     writer.write(part)
             tokens = _tokenize(step, inputs.only("base_model"), screened)
-            _write(folder, step.recipe, batches, screening, screened, tokens, (context_length, markers), kept_in_train)
+            if tokens is not None:
+                _refuse_template(step, tokens)
+                ends = ChatFormatFacts.model_validate(tokens.json(CHAT_FORMAT)).ends
+                markers = replace(markers, ends=markers.ends.union(ends))
+            table = tokens.path / TOKENS if tokens is not None else None
+            _write(folder, step.recipe, batches, screening, screened, table, (context_length, markers), kept_in_train)
         finally:
             screened.unlink(missing_ok=True)
 
@@ -154,7 +159,25 @@ def _sets(feedback: FeedbackSection) -> list[Path]:
     return paths
 
 
-def _tokenize(step: Step, inputs: Inputs, screened: Path) -> Path | None:
+def _refuse_template(step: Step, tokens: Artifact) -> None:
+    """One message instead of as many quarantined rows as the feedback has.
+
+    Raises:
+        ConfigError: when the chat template fits nearly none of the pairs.
+    """
+    import polars as pl
+
+    faults = pl.read_parquet(tokens.path / TOKENS, columns=[TEMPLATE_FAULT])[TEMPLATE_FAULT]
+    if said := unfit_template(faults):
+        section = step.recipe.base_model
+        template = f"{section.chat_template}" if section.chat_template else f"the chat template of {section.source}"
+        raise ConfigError(
+            f"{template} does not fit the feedback: {said}. Set base_model.chat_template to a Jinja file that renders "
+            "such conversations whole, or base_model.template_arguments if the template has an argument for it."
+        )
+
+
+def _tokenize(step: Step, inputs: Inputs, screened: Path) -> Artifact | None:
     """Token ids of the screened pairs, by the worker: the Dagster process loads no tokenizer library.
 
     They are in the order of the pairs. None where there is no pair. Pairs that were tokenized before are not again.
@@ -174,17 +197,17 @@ def _tokenize(step: Step, inputs: Inputs, screened: Path) -> Path | None:
                 output_dir=folder,
                 fingerprint=print_,
                 inputs=inputs.digests,
-                base_model=inputs["base_model"].path / "model",
+                **in_worker(inputs["base_model"]),
                 threads=step.recipe.hardware.threads,
                 pairs=screened,
+                vocabulary=inputs["base_model"].json(FACTS)["vocabulary"],
                 known=earlier.path / TOKENS if earlier else None,
             ),
         )
 
-    artifact, _ = step.build(
-        "tokens", fingerprint("pairs in this order", [*token_schema(), *identity], {}), inputs, make
-    )
-    return artifact.path / TOKENS
+    columns = [*token_schema(), CHAT_FORMAT]
+    tokens, _ = step.build("tokens", fingerprint("pairs in this order", [*columns, *identity], {}), inputs, make)
+    return tokens
 
 
 def _write(

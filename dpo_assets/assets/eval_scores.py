@@ -7,6 +7,7 @@ from pathlib import Path
 import dagster as dg
 
 from dpo_assets.artifact import Artifact
+from dpo_assets.assets.base_model import in_worker
 from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.kept_models import training_set
 from dpo_assets.assets.lineage import Inputs, Read
@@ -42,7 +43,7 @@ def materialise(step: Step) -> Events:
                 output_dir=folder,
                 fingerprint=print_,
                 inputs=inputs.digests,
-                base_model=inputs["base_model"].path / "model",
+                **in_worker(inputs["base_model"]),
                 threads=step.recipe.hardware.threads,
                 dataset=inputs["dpo_dataset"].path,
                 plan=plan,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dpo_assets.assets.base_model import in_worker
 from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.lineage import Read
 from dpo_assets.assets.node import Node
@@ -26,7 +27,7 @@ def materialise(step: Step) -> Events:
                 output_dir=folder,
                 fingerprint=print_,
                 inputs=inputs.digests,
-                base_model=inputs["base_model"].path / "model",
+                **in_worker(inputs["base_model"]),
                 threads=step.recipe.hardware.threads,
                 adapter=inputs["dpo_adapter"].path / "adapter",
                 dataset=inputs["dpo_dataset"].path,

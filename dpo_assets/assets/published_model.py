@@ -133,6 +133,7 @@ def _facts(step: Step, inputs: Inputs) -> CardFacts:
         decision=decision,
         reason=reason,
         versions=inputs["dpo_adapter"].manifest.versions,
+        template_arguments=base["template_arguments"],
     )
 
 

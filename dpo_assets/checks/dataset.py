@@ -8,6 +8,7 @@ from typing import Any
 from dpo_assets.checks.bands import Bands
 from dpo_assets.checks.dataset_quality import quality_verdicts
 from dpo_assets.checks.verdict import Level, Verdict
+from dpo_assets.feedback.rules import TEMPLATE_FAULTS
 from dpo_assets.recipe import FeedbackSection, Recipe
 
 MIN_EVAL_PAIRS = 1
@@ -100,16 +101,19 @@ def quarantine_rate(report: Mapping[str, Any], feedback: FeedbackSection) -> Ver
     rate = report["damaged"] / max(1, report["rows_in"])
     bad = rate > feedback.max_quarantine_rate
     reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(report["reasons"].items())) or "none"
+    of_template = sum(report["reasons"].get(reason, 0) for reason in TEMPLATE_FAULTS)
+    way = (
+        "set base_model.chat_template to a Jinja file that renders such conversations whole"
+        if 2 * of_template > report["damaged"]
+        else "mend the export, or the `format` and `columns` of its source"
+    )
     return Verdict(
         "quarantine_rate",
         "error" if bad else "pass",
         round(rate, 4),
         f"at most {feedback.max_quarantine_rate:g} of {report['rows_in']} rows",
         "feedback.max_quarantine_rate of the recipe",
-        "mend the export, or the `format` and `columns` of its source: quarantined_preferences holds each row and its "
-        f"reason ({reasons})"
-        if bad
-        else "",
+        f"{way}: quarantined_preferences holds each row and its reason ({reasons})" if bad else "",
         reasons,
     )
 

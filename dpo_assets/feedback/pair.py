@@ -191,12 +191,13 @@ class Column:
     rules: tuple[str, ...] = ()
 
 
+TOOLS = "tools"  # Tool definitions that a prompt came with, as JSON; empty: none. Tables of earlier versions lack it.
 PAIR_COLUMNS: tuple[Column, ...] = (
     Column("pair_id", "string", "Digest of prompt, chosen and rejected.", unique=True, rules=("32 hex digits",)),
     Column("prompt", "messages", "Conversation before the answers.", rules=("ends with a user message",)),
     Column("chosen", "messages", "The preferred answer.", rules=("ends with an assistant message",)),
     Column("rejected", "messages", "The other answer.", rules=("ends with an assistant message",)),
-    Column("tools", "string", "Tools that the prompt offers, as JSON of a list of function definitions; empty: none."),
+    Column(TOOLS, "string", "Tools that the prompt offers, as JSON of a list of function definitions; empty: none."),
     Column("prompt_id", "string", "Digest of the prompt after NFC and white-space folding.", rules=("32 hex digits",)),
     Column("group_id", "string", "What the split keeps together: same opening message.", rules=("32 hex digits",)),
     Column("source", "string", "File the pair came from."),

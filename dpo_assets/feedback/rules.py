@@ -9,7 +9,13 @@ from dpo_assets.feedback.readers.base import RowFault
 from dpo_assets.feedback.readers.written import MESSAGES_AS_TEXT, WAY_OUT, messages_in
 
 Fault = tuple[str, str]
-TEMPLATE_BOUNDARY, TEMPLATE_REFUSED = "template_boundary", "template_refused"  # What only the tokenizer sees.
+# What only the tokenizer and the chat template of the base model see.
+TEMPLATE_BOUNDARY, TEMPLATE_REFUSED = "template_boundary", "template_refused"
+TEMPLATE_DROPS_TEXT = "template_drops_text"
+NO_EMBEDDING = "no_embedding"
+UNSUPPORTED_MODALITY = "unsupported_modality"
+# Those of them that another template would not show.
+TEMPLATE_FAULTS = (TEMPLATE_BOUNDARY, TEMPLATE_REFUSED, TEMPLATE_DROPS_TEXT)
 
 
 def pair_fault(pair: Pair) -> Fault | None:

@@ -7,11 +7,22 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from dpo_assets.feedback.pair import TEMPLATE_FAULT
-from dpo_assets.feedback.rules import TEMPLATE_BOUNDARY, TEMPLATE_REFUSED
+from dpo_assets.feedback.rules import (
+    NO_EMBEDDING,
+    TEMPLATE_BOUNDARY,
+    TEMPLATE_DROPS_TEXT,
+    TEMPLATE_FAULTS,
+    TEMPLATE_REFUSED,
+    UNSUPPORTED_MODALITY,
+)
 from dpo_assets.feedback.tables import quarantine_record
 
 if TYPE_CHECKING:
     import polars as pl
+
+
+UNFIT_SHARE = 0.9  # Of all pairs: a template that fails so many fits none of the data.
+MOST_KINDS = 3
 
 
 def fit_to_model(
@@ -20,8 +31,8 @@ def fit_to_model(
     """Joins token ids to pairs and sets aside what the model could not learn from.
 
     TRL drops a prompt that fills `max_length` silently and trains on pairs that truncation made equal; here both go to
-    quarantine, and so does a pair that the chat template refuses, or whose rendered prompt is not the beginning of its
-    rendered conversation.
+    quarantine, and so does a pair that the chat template refuses, whose prompt it renders differently once an answer
+    follows, or of which it leaves out what people saw or judged.
     """
     import polars as pl
 
@@ -41,16 +52,45 @@ def fit_to_model(
     faults = []
     for record in judged.filter(pl.col("reason").is_not_null()).iter_rows(named=True):
         length = len(record["prompt_ids"])
+        same = (
+            "have the same tokens"
+            if record["chosen_ids"] == record["rejected_ids"]
+            else (f"are equal in the {max_length - length} tokens that max_length leaves them")
+        )
         messages = {
-            TEMPLATE_REFUSED: f"the chat template refuses the conversation: {_said(record[TEMPLATE_FAULT])}",
-            TEMPLATE_BOUNDARY: "the chat template renders the prompt differently once an answer follows it",
             "prompt_too_long": f"the prompt has {length} tokens, max_length is {max_length}",
-            "identical_after_truncation": (
-                f"chosen and rejected are equal in the {max_length - length} tokens that max_length leaves them"
-            ),
+            "identical_after_truncation": f"chosen and rejected {same}",
         }
-        faults.append(quarantine_record(record, record["reason"], messages[record["reason"]]))
+        reason = record["reason"]
+        message = messages.get(reason) or _described(reason, _said(record[TEMPLATE_FAULT]))
+        faults.append(quarantine_record(record, reason, message))
     return judged.filter(pl.col("reason").is_null()).drop(TEMPLATE_FAULT, "reason"), faults
+
+
+def _described(reason: str, said: str) -> str:
+    """What a fault that the worker found is to a person."""
+    return {
+        TEMPLATE_REFUSED: f"the chat template refuses the conversation: {said}",
+        TEMPLATE_BOUNDARY: "the chat template renders the prompt differently once an answer follows it",
+        TEMPLATE_DROPS_TEXT: f"the chat template leaves out text {said}, so nothing would be learnt of it",
+        UNSUPPORTED_MODALITY: said,
+        NO_EMBEDDING: f"the text holds `{said}`, for which the model's embedding has no row",
+    }[reason]
+
+
+def unfit_template(faults: pl.Series) -> str | None:
+    """What the chat template does to nearly all pairs, or None: then it is the template that must change, not the data.
+
+    Args:
+        faults: `template_fault` of every pair.
+    """
+    reasons = faults.str.splitn(":", 2).struct.field("field_0")
+    found = faults.filter(reasons.is_in(TEMPLATE_FAULTS).fill_null(False))
+    if not len(found) or len(found) < UNFIT_SHARE * len(faults):
+        return None
+    counts = found.value_counts(sort=True).head(MOST_KINDS).iter_rows()
+    kinds = [f"{_described(fault.partition(':')[0], _said(fault))} ({count})" for fault, count in counts]
+    return f"{len(found)} of {len(faults)} pairs cannot be rendered: {'; '.join(kinds)}"
 
 
 def _said(template_fault: str | None) -> str:

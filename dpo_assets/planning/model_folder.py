@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import struct
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,46 +15,89 @@ from pydantic import ValidationError
 
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.shape import ModelShape
+from dpo_assets.planning.vocabulary import content, refuse_tokens_without_embedding
+from dpo_assets.planning.weights import Stored, Weights, listed, read_weights, unused_files
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-# What a release or a run needs of a model folder; nothing else is fetched or copied.
-KEPT = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*")
+# What a release or a run needs of a model folder beside the weights; nothing else is fetched or copied.
+KEPT = ("*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*")
+CONFIG, TOKENIZER_CONFIG, TEMPLATE = "config.json", "tokenizer_config.json", "chat_template.jinja"
+HEAD = "lm_head.weight"
+# Files of a tokenizer, as the Hub's models have them.
+TOKENIZER_FILES = (
+    "tokenizer.json", TOKENIZER_CONFIG, TEMPLATE, "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+ADAPTER = "adapter_config.json"
+FLOATS = ("BF16", "F16", "F32", "F64")  # Numbers that weights are stored in as they are.
 # Architectures whose decoder layers the fused kernels compute.
 FUSED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """Facts of a model folder."""
+    """Facts of a model folder.
+
+    `safetensors` are the files that the model is loaded from, `unused` those beside them that nothing loads.
+    `chat_template` is the template as text, of several named ones all; empty where there is none.
+    """
 
     shape: ModelShape
     architecture: str
     safetensors: tuple[str, ...]
+    unused: tuple[str, ...]
     pickled: tuple[str, ...]
     licence: str | None
-    has_chat_template: bool
+    chat_template: str
     eos_token: str | None
+
+    @property
+    def prints_date(self) -> bool:
+        """Whether the chat template asks for today's date (Llama 3.2, SmolLM3 and Granite do)."""
+        return "strftime_now" in self.chat_template
 
 
 def inspect_model(folder: Path) -> ModelFolder:
     """Reads a folder.
 
     Raises:
-        ConfigError: when the folder, its config.json or its tokenizer is missing or unreadable.
+        ConfigError: when the folder, its config.json, its tokenizer or its weights are missing or unreadable, or do not
+            belong together.
     """
     if not folder.is_dir():
         raise ConfigError(f"base_model.source: there is no folder {folder}; a Hub id looks like `org/name`.")
-    config = _json(folder / "config.json", "a model folder needs it")
-    tokenizer = _json(folder / "tokenizer_config.json", "the tokenizer is missing")
-    safetensors = tuple(sorted(p.name for p in folder.glob("*.safetensors")))
-    pickled = tuple(sorted(p.name for pattern in PICKLED for p in folder.glob(pattern)))
+    if (folder / ADAPTER).is_file():
+        raise ConfigError(f"{folder} holds {ADAPTER}: merge the adapter into its base first, and start from the result")
+    config = _json(folder / CONFIG, "a model folder needs it")
+    tokenizer = _json(folder / TOKENIZER_CONFIG, "the tokenizer is missing")
+    _refuse_quantised(folder, config)
+    weights = read_weights(folder)
+    _refuse_foreign_numbers(folder, weights)
+    shape = _shape(folder, config, weights)
+    templates = _templates(folder, tokenizer)
+    refuse_tokens_without_embedding(folder, tokenizer, templates, shape.vocabulary)
+    return ModelFolder(
+        shape=shape,
+        architecture=shape.architecture,
+        safetensors=weights.names,
+        unused=tuple(unused_files(folder, weights.names)),
+        pickled=tuple(sorted(p.name for pattern in PICKLED for p in folder.glob(pattern))),
+        licence=card_licence(folder / "README.md"),
+        chat_template=templates,
+        eos_token=content(tokenizer.get("eos_token")),
+    )
+
+
+def _shape(folder: Path, config: Mapping[str, Any], weights: Weights) -> ModelShape:
     text = config.get("text_config") or config
     architecture = ", ".join(config.get("architectures") or ["unknown"])
-    weights = sum(count_parameters(folder / name) for name in safetensors)
     try:
         heads = text.get("num_attention_heads") or 0
-        shape = ModelShape(
-            parameters=weights,
+        tied = _tied(text, config, weights)
+        # A tied head that is stored as well is the embedding once more.
+        twice = weights.tensors.get(HEAD) if tied else None
+        return ModelShape(
+            parameters=weights.parameters - (math.prod(twice.shape) if twice else 0),
             layers=text["num_hidden_layers"],
             hidden=text["hidden_size"],
             intermediate=text.get("intermediate_size") or 4 * text["hidden_size"],
@@ -63,27 +106,60 @@ def inspect_model(folder: Path) -> ModelFolder:
             heads=heads,
             kv_heads=text.get("num_key_value_heads") or heads,
             head_dim=text.get("head_dim") or (text["hidden_size"] // heads if heads else 0),
-            tied=text.get("tie_word_embeddings", config.get("tie_word_embeddings")) or False,
+            tied=tied,
             architecture=architecture,
             fusable=bool(heads) and _fusable(architecture, text),
             sliding_window=text.get("sliding_window") if text.get("use_sliding_window", True) else None,
         )
     except KeyError as error:
-        raise ConfigError(
-            f"{folder / 'config.json'} has no {error}: only decoder language models are supported"
-        ) from None
+        raise ConfigError(f"{folder / CONFIG} has no {error}: only decoder language models are supported") from None
     except (ValidationError, TypeError, AttributeError):
-        raise ConfigError(f"{folder / 'config.json'} holds a value of the wrong type; download it again") from None
-    eos = tokenizer.get("eos_token")
-    return ModelFolder(
-        shape=shape,
-        architecture=architecture,
-        safetensors=safetensors,
-        pickled=pickled,
-        licence=card_licence(folder / "README.md"),
-        has_chat_template=bool(tokenizer.get("chat_template")) or (folder / "chat_template.jinja").is_file(),
-        eos_token=eos.get("content") if isinstance(eos, dict) else eos,
-    )
+        raise ConfigError(f"{folder / CONFIG} holds a value of the wrong type; download it again") from None
+
+
+def _tied(text: Mapping[str, Any], config: Mapping[str, Any], weights: Weights) -> bool:
+    """Whether the head is the embedding. Where the config leaves it to its class (Gemma), the files tell."""
+    stated = text.get("tie_word_embeddings", config.get("tie_word_embeddings"))
+    if stated is not None:
+        return bool(stated)
+    return bool(weights.files) and not any(name.endswith(HEAD) for name in weights.tensors)
+
+
+def _refuse_quantised(folder: Path, config: Mapping[str, Any]) -> None:
+    """A quantised base can be neither merged nor released in 16 bit."""
+    quantised = config.get("quantization_config")
+    if isinstance(quantised, Mapping):
+        raise ConfigError(
+            f"the weights in {folder} are quantised already ({quantised.get('quant_method', 'quantization_config')} in "
+            f"{CONFIG}): take the 16-bit base, and let `hardware.precision` quantise it while it trains"
+        )
+
+
+def _refuse_foreign_numbers(folder: Path, weights: Weights) -> None:
+    """Weights in 8 bit or in whole numbers need scales that nothing here would multiply them by."""
+    foreign = [f"{t.name} ({t.dtype})" for t in weights.tensors.values() if _is_weight(t) and t.dtype not in FLOATS]
+    if foreign:
+        raise ConfigError(f"{folder} stores {listed(foreign)}; take the base in {', '.join(FLOATS)}")
+
+
+def _is_weight(tensor: Stored) -> bool:
+    return tensor.name.endswith(".weight")
+
+
+def _templates(folder: Path, tokenizer: Mapping[str, Any]) -> str:
+    """The chat template as Transformers chooses it: the file, else the tokenizer's; named ones one after the other."""
+    file = folder / TEMPLATE
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    stated = tokenizer.get("chat_template")
+    if isinstance(stated, list):
+        return "\n".join(str(entry.get("template", "")) for entry in stated if isinstance(entry, Mapping))
+    return stated if isinstance(stated, str) else ""
+
+
+def uses_name(template: str, name: str) -> bool:
+    """Whether a chat template speaks of a variable of this name."""
+    return re.search(rf"\b{re.escape(name)}\b", template) is not None
 
 
 def _fusable(architecture: str, config: Mapping[str, Any]) -> bool:
@@ -91,21 +167,6 @@ def _fusable(architecture: str, config: Mapping[str, Any]) -> bool:
     plain = config.get("hidden_act", "silu") in ("silu", "swish") and not config.get("mlp_bias")
     # Llama's attention_bias also gives o_proj a bias; Qwen2 has q, k and v biases of its own and no such key.
     return architecture in FUSED_ARCHITECTURES and plain and not config.get("attention_bias")
-
-
-def count_parameters(path: Path) -> int:
-    """Number of values in a safetensors file, from its header.
-
-    Raises:
-        ConfigError: when the header cannot be read.
-    """
-    try:
-        with path.open("rb") as handle:
-            (length,) = struct.unpack("<Q", handle.read(8))
-            header = json.loads(handle.read(min(length, 100_000_000)))
-        return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ConfigError(f"{path} is not a readable safetensors file; download it again") from None
 
 
 def card_licence(card: Path) -> str | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
@@ -28,6 +29,7 @@ class CardFacts:
     decision: str
     reason: str
     versions: dict[str, str]
+    template_arguments: dict[str, Any] = field(default_factory=dict)
 
 
 def render_card(facts: CardFacts) -> str:
@@ -63,7 +65,7 @@ SFT: {plan.sft.strategy}. DPO: loss {" + ".join(plan.dpo.losses)}, beta {plan.dp
 {plan.dpo.learning_rate:g} ({plan.dpo.schedule}, warm-up {plan.dpo.warmup_ratio:g}), {plan.dpo_steps} steps of
 {plan.dpo.batch_size} pairs, {plan.dpo.epochs:g} epochs, LoRA rank {plan.lora.rank} alpha {plan.lora.alpha},
 max length {plan.max_length} tokens, seed {plan.dpo.seed}.
-Precision: {in_markdown(plan.precision_reason)}. Versions: {versions}.
+Precision: {in_markdown(plan.precision_reason)}. Versions: {versions}.{_template(facts)}
 
 ## Evaluation on held-out pairs
 | score | value | {percent(scores["confidence"])} interval | pairs |
@@ -85,6 +87,13 @@ with the length baseline: a policy can score well by liking long answers. Licenc
 def _base(facts: CardFacts) -> str:
     revision = f" at revision `{facts.base_revision}`" if facts.base_revision else ""
     return f"{in_code(facts.base_source)}{revision} ({in_markdown(facts.licence)})"
+
+
+def _template(facts: CardFacts) -> str:
+    """What whoever asks the model must give its chat template, to ask as it was trained."""
+    if not facts.template_arguments:
+        return ""
+    return f"\nChat template arguments: {in_code(json.dumps(facts.template_arguments, sort_keys=True))}."
 
 
 def _score(label: str, score: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_assets.artifact import file_sha256
 from dpo_assets.errors import ConfigError, InfrastructureError
+from dpo_assets.planning.model_folder import TOKENIZER_FILES
 from dpo_assets.publishing.secrets import find_secrets, scrub
 
 if TYPE_CHECKING:
@@ -27,11 +28,7 @@ ALLOWED = (
     "adapter_config.json",
     "config.json",
     "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
+    *TOKENIZER_FILES,
     "README.md",
     "provenance.json",
 )

@@ -13,7 +13,7 @@ from dpo_assets.recipe.feedback import (
     SqlSource,
     is_url,
 )
-from dpo_assets.recipe.model import BUILTIN, BaseModelSection, looks_like_hub_id
+from dpo_assets.recipe.model import BUILTIN, TEMPLATE_DATE, BaseModelSection, looks_like_hub_id
 from dpo_assets.recipe.running import (
     BandOverride,
     ChecksSection,
@@ -40,6 +40,7 @@ __all__ = [
     "BUILTIN",
     "EVERY_LINEAR",
     "OVERRIDABLE",
+    "TEMPLATE_DATE",
     "BandOverride",
     "BaseModelSection",
     "ChecksSection",

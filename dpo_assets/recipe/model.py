@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from datetime import date
+
+from pydantic import Field, JsonValue, field_validator
 
 from dpo_assets.section import Section
 
 BUILTIN = "builtin:"
+# What a template that asks for today's date is told: one day for all pairs, the same on every day of a re-run.
+TEMPLATE_DATE = date(2026, 1, 1)
+# Names that a chat template gets from elsewhere (transformers 5.17, `render_jinja_template` and `apply_chat_template`).
+TAKEN_ARGUMENTS = frozenset(
+    {
+        "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "conversation",
+        "chat_template", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+        "return_assistant_tokens_mask", "tokenizer_kwargs", "strftime_now", "raise_exception",
+    }
+)  # fmt: skip
 
 
 class BaseModelSection(Section):
@@ -24,10 +36,29 @@ class BaseModelSection(Section):
         default=None,
         description="Path of a Jinja chat template for a base that has none; it must end each assistant turn with EOS.",
     )
+    template_arguments: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="Arguments of the chat template, for every text it renders: `{enable_thinking: false}` (Qwen3).",
+        examples=[{"enable_thinking": False}],
+    )
+    template_date: date = Field(
+        default=TEMPLATE_DATE,
+        description="The day that a chat template is told which prints today's date (Llama 3.2, SmolLM3, Granite).",
+    )
     licence: str | None = Field(
         default=None,
         description="SPDX id of the model's licence, where its model card does not state one.",
     )
+
+    @field_validator("template_arguments")
+    @classmethod
+    def _names_are_free(cls, arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        for name in arguments:
+            if name in TAKEN_ARGUMENTS:
+                raise ValueError(f"`{name}` is no argument of yours: the pipeline gives it to the template itself")
+            if not name.isidentifier():
+                raise ValueError(f"`{name}` is no name that a template can use")
+        return arguments
 
     @property
     def is_builtin(self) -> bool:

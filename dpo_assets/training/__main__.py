@@ -42,12 +42,14 @@ from dpo_assets.contract import (
     Stage,
     TokenizeSpec,
     TrainSpec,
+    VerifySpec,
     memory_failure,
 )
 from dpo_assets.errors import ConfigError, GateError
 from dpo_assets.feedback.trained import write_trained_groups
 
 SPECS: dict[Stage, type[Spec]] = {
+    "verify": VerifySpec,
     "tokenize": TokenizeSpec,
     "sft": TrainSpec,
     "dpo": TrainSpec,

@@ -89,6 +89,7 @@ def _answers(watched: Watched, guard: GuardSpec, held_out: Any) -> Part:
     prompts = first_prompts(held_out, guard.sampled_answers, room) if held_out is not None else []
     if not prompts:
         return not_measured(f"no held-out prompt leaves room for {tokens} tokens in {plan.max_length}")
+    decode = watched.chat.tokenizer.decode
     policy = watched.answers(prompts, tokens, plan.dpo.seed)
     reference = watched.reference_answers(prompts, tokens, plan.dpo.seed)
     part: Part = {
@@ -100,7 +101,11 @@ def _answers(watched: Watched, guard: GuardSpec, held_out: Any) -> Part:
         "shorter": sum(len(b["ids"]) < len(a["ids"]) for a, b in zip(reference, policy, strict=True)),
         "kl": not_measured(watched.why_no_scores),
         "examples": [
-            [watched.tokenizer.decode(prompt)[-EXAMPLE_LENGTH:], a["text"][:EXAMPLE_LENGTH], b["text"][:EXAMPLE_LENGTH]]
+            [
+                decode(prompt)[-EXAMPLE_LENGTH:],
+                a["text"][:EXAMPLE_LENGTH],
+                b["text"][:EXAMPLE_LENGTH],
+            ]
             for prompt, a, b in list(zip(prompts, reference, policy, strict=True))[:EXAMPLES]
         ],
     }

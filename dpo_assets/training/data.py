@@ -8,8 +8,10 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow.parquet as pq
 from datasets import Dataset
 
+from dpo_assets.feedback.pair import TOOLS
 from dpo_assets.training.packing import Group
 
 TOKEN_COLUMNS = ["pair_id", "prompt_ids", "chosen_ids", "rejected_ids"]
@@ -29,6 +31,18 @@ def load_split(
     columns = columns or TOKEN_COLUMNS
     cache = scratch / f"datasets-{split}"
     return Dataset.from_parquet(str(folder / f"{split}.parquet"), columns=columns, cache_dir=str(cache))
+
+
+def load_conversations(folder: Path, scratch: Path | None = None) -> Dataset:
+    """The training pairs as messages, for a trainer that renders them itself; with TRL's column `tools`, where any pair
+    has tools (JSON, or None)."""
+    columns = ["prompt", "chosen", "rejected"]
+    if TOOLS not in pq.read_schema(folder / "train.parquet").names:
+        return load_split(folder, "train", columns, scratch)
+    rows = load_split(folder, "train", [*columns, TOOLS], scratch)
+    tools = [value or None for value in rows[TOOLS]]
+    rows = rows.remove_columns(TOOLS)
+    return rows.add_column(TOOLS, tools) if any(tools) else rows
 
 
 def dpo_group(row: dict[str, Any], max_length: int) -> Group:

@@ -17,12 +17,13 @@ from dpo_assets.contract import GuardSpec, TrainSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.aftermath import measure
+from dpo_assets.training.chat_format import load_chat_format
 from dpo_assets.training.classic import ClassicDPOTrainer, classic_trainer
 from dpo_assets.training.collapse import CollapseGuard
-from dpo_assets.training.data import dpo_group, load_split
+from dpo_assets.training.data import dpo_group, load_conversations, load_split
 from dpo_assets.training.dpo_trainer import REFERENCE_COLUMNS, PackedDPOTrainer
 from dpo_assets.training.guards import StopOnNonFinite, check_trained
-from dpo_assets.training.loading import ADAPTER_NAME, autocast_of, load_tokenizer, save_adapter
+from dpo_assets.training.loading import ADAPTER_NAME, autocast_of, save_adapter
 from dpo_assets.training.logprobs import assert_packing_is_exact
 from dpo_assets.training.losses import DpoLoss
 from dpo_assets.training.packed import PackedCollator, end_quietly, packed_arguments, trainer_arguments
@@ -55,7 +56,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     packed = plan.dpo.trainer == "packed"
     if not packed and plan.device == "cpu" and plan.kernels != "unsloth":
         raise ConfigError("dpo.trainer `trl` needs a GPU: TRL 1.15 scores with a Triton kernel. Use `packed` on a CPU.")
-    tokenizer = load_tokenizer(spec.base_model)
+    chat = load_chat_format(spec.base_model, spec.template)
     start = load_start(spec, packed=packed)
     policy = start.policy
     if policy.note:
@@ -63,13 +64,13 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     trainer: PackedDPOTrainer | ClassicDPOTrainer
     reused = 0
     if packed:
-        trainer, reused = packed_trainer(start, tokenizer, spec, reporter)
+        trainer, reused = packed_trainer(start, chat.tokenizer, spec, reporter)
     else:
-        rows = load_split(spec.dataset, "train", ["prompt", "chosen", "rejected"], spec.scratch)
-        trainer = classic_trainer(policy.model, tokenizer, rows, plan, spec.scratch)
+        rows = load_conversations(spec.dataset, spec.scratch)
+        trainer = classic_trainer(policy.model, chat.rendering_tokenizer(), rows, plan, spec.scratch)
     guard, watched = None, None
     if spec.guard is not None:
-        watched = Watched(policy.model, AdapterState(policy.model), tokenizer, plan, policy.kernels, packed)
+        watched = Watched(policy.model, AdapterState(policy.model), chat, plan, policy.kernels, packed)
         guard = collapse_guard(watched, spec.guard, spec, reporter)
     reporter.log(
         f"dpo: {plan.train_pairs} pairs, {plan.dpo_steps} steps, lr {plan.dpo.learning_rate:g}, "
@@ -153,9 +154,7 @@ def collapse_guard(watched: Watched, guard: GuardSpec, spec: TrainSpec, reporter
     tasks = []
     if guard.tasks is not None:
         for task in read_tasks(guard.tasks):
-            ids = watched.tokenizer.apply_chat_template(
-                task.messages, tokenize=True, add_generation_prompt=True, return_dict=True
-            )["input_ids"]
+            ids = watched.chat.prompt_ids(task.messages)
             if len(ids) > room:
                 raise ConfigError(
                     f"checks.capability_probe: a prompt of {len(ids)} tokens leaves no room for an answer"

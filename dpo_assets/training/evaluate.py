@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
@@ -16,19 +17,20 @@ from typing import Any
 
 import polars as pl
 import torch
+from transformers import GenerationConfig
 
 from dpo_assets.artifact import VOLATILE, write_json
 from dpo_assets.checks.statistics import pick_the_longer, tie_aware_accuracy
 from dpo_assets.contract import EvaluateSpec, Progress
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.scoring import GENERATION_BATCH as GENERATION_BATCH
+from dpo_assets.training.chat_format import ChatFormat, load_chat_format
 from dpo_assets.training.data import TOKEN_COLUMNS, dpo_group, load_split
 from dpo_assets.training.loading import (
     attach_adapter,
     autocast_of,
     choose_kernels,
     load_base,
-    load_tokenizer,
     plain_attention,
 )
 from dpo_assets.training.logprobs import assert_packing_is_exact, score_groups
@@ -42,7 +44,7 @@ def run(spec: EvaluateSpec, reporter: Reporter) -> None:
     """Writes `scores.parquet` (a row a pair), `generations.json` and `report.json`."""
     plan = spec.plan.at_release()
     started = time.perf_counter()
-    tokenizer = load_tokenizer(spec.base_model)
+    chat = load_chat_format(spec.base_model, spec.template)
     held_out = load_split(spec.dataset, "eval", [*TOKEN_COLUMNS, "prompt", "prompt_id"], spec.scratch)
     to_group = partial(dpo_group, max_length=plan.max_length)
     groups = [to_group(row) for row in held_out]
@@ -51,12 +53,12 @@ def run(spec: EvaluateSpec, reporter: Reporter) -> None:
     reporter.log(f"evaluate: the policy is the {spec.plan.scored}: {plan.scoring.reason}")
 
     sft = _load(spec.base_model, spec.sft_adapter, plan)
-    reference, answers = _score_and_answer(sft, "SFT", groups, prompts, tokenizer, plan, spec, reporter)
+    reference, answers = _score_and_answer(sft, "SFT", groups, prompts, chat, plan, spec, reporter)
     del sft
     gc.collect()
     merged = plan.scoring.subject == "merged"
     policy_model = _load(spec.policy, None, plan) if merged else _load(spec.base_model, spec.adapter, plan)
-    policy, policy_answers = _score_and_answer(policy_model, "policy", groups, prompts, tokenizer, plan, spec, reporter)
+    policy, policy_answers = _score_and_answer(policy_model, "policy", groups, prompts, chat, plan, spec, reporter)
 
     table = _score_table(held_out["pair_id"], held_out["prompt_id"], groups, reference, policy)
     table.write_parquet(spec.output_dir / "scores.parquet")
@@ -132,7 +134,7 @@ def _score_and_answer(
     who: str,
     groups: list[Group],
     prompts: list[dict[str, Any]],
-    tokenizer: Any,
+    chat: ChatFormat,
     plan: TrainingPlan,
     spec: EvaluateSpec,
     reporter: Reporter,
@@ -142,7 +144,7 @@ def _score_and_answer(
         assert_packing_is_exact(model, max(groups, key=lambda group: group.longest_row))
         logps, _ = score_groups(model, groups, plan.token_budget)
         reporter.log(f"evaluate: {len(groups)} held-out pairs scored by the {who}")
-        answers = generate(model, [row["prompt_ids"] for row in prompts], tokenizer, spec.max_new_tokens)
+        answers = generate(model, [row["prompt_ids"] for row in prompts], chat, spec.max_new_tokens)
     reporter.log(Progress(stage="evaluate", done=1 if who == "SFT" else 2, total=2, note=f"{who} done").line())
     return logps, answers
 
@@ -160,18 +162,28 @@ def _first_of_each(held_out: Any, count: int, longest: int) -> list[dict[str, An
 
 @torch.no_grad()
 def generate(
-    model: Any, prompts: list[list[int]], tokenizer: Any, max_new_tokens: int, *, seed: int | None = None
+    model: Any, prompts: list[list[int]], chat: ChatFormat, max_new_tokens: int, *, seed: int | None = None
 ) -> list[dict[str, Any]]:
-    """Answers: `ids` without EOS, `text`, and whether the answer ended by itself.
+    """Answers: `ids` without the token that ended them, `text`, whether the answer `ended` by itself, and at which id
+    (`end`, None if it did not).
 
     Greedy; with a `seed` sampled at temperature 1 from the whole distribution, and the state of torch's generators is
     put back afterwards: a run that is watched must train as one that is not.
     """
     answers = []
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    # Every value set: a model's own generation defaults (top-k, penalties) would make it another distribution.
+    pad = chat.tokenizer.pad_token_id
+    # Top-k is on by default where answers are sampled.
     sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 0} if seed is not None else {}
-    with plain_attention(model), torch.random.fork_rng(enabled=seed is not None):
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=seed is not None,
+        num_beams=1,
+        use_cache=True,
+        eos_token_id=sorted(chat.ends),
+        pad_token_id=pad,
+        **sampling,
+    )
+    with plain_attention(model), own_generation(model, config), torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         for start in range(0, len(prompts), GENERATION_BATCH):
@@ -179,24 +191,34 @@ def generate(
             width = max(len(ids) for ids in batch)
             ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in batch], device=model.device)
             mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=model.device)
-            out = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=seed is not None,
-                num_beams=1,
-                repetition_penalty=1.0,
-                use_cache=True,
-                **sampling,
-                eos_token_id=eos,
-                pad_token_id=pad,
-            )
-            for row in out[:, width:].tolist():
-                ended = eos in row
-                kept = row[: row.index(eos)] if ended else row
-                text = tokenizer.decode(kept, skip_special_tokens=True)
-                answers.append({"ids": kept, "text": text, "ended": ended})
+            out = model.generate(input_ids=ids, attention_mask=mask)
+            answers += [_answer(row, chat) for row in out[:, width:].tolist()]
     return answers
+
+
+def _answer(row: list[int], chat: ChatFormat) -> dict[str, Any]:
+    length = next((n for n, token in enumerate(row) if token in chat.ends), None)
+    kept = row if length is None else row[:length]
+    text = chat.tokenizer.decode(kept, skip_special_tokens=True)
+    return {"ids": kept, "text": text, "ended": length is not None, "end": None if length is None else row[length]}
+
+
+@contextmanager
+def own_generation(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """A generation config in place of the model's own for a while.
+
+    `generate` fills what its arguments leave open from the model's config: a `no_repeat_ngram_size` there would keep a
+    policy that repeats itself from showing it.
+    """
+    holders = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
+    before = [holder.generation_config for holder in holders]
+    for holder in holders:
+        holder.generation_config = config
+    try:
+        yield
+    finally:
+        for holder, own in zip(holders, before, strict=True):
+            holder.generation_config = own
 
 
 def generation_health(answers: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -1,8 +1,9 @@
-"""Base model, tokenizer and adapter from local folders: safetensors only, no remote code, no network."""
+"""Base model and adapter from local folders: safetensors only, no remote code, no network."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import json
 from collections.abc import Iterator, Mapping
@@ -11,18 +12,18 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     set_seed,
 )
 
 from dpo_assets.artifact import write_json
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.planning.weights import listed
 from dpo_assets.training import attention
 from dpo_assets.training.fp8 import quantise_layers
 from dpo_assets.training.fused.decoder import attach_fused
@@ -35,14 +36,48 @@ ADAPTER_NAME = "default"
 LARGEST_TRAINABLE_SHARE = 0.6
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base model; it must have a chat template and an end-of-turn token."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(f"{folder}: the tokenizer has no EOS token, so a model could never end its answer")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+def load_causal_lm(folder: Path, **how: Any) -> tuple[PreTrainedModel, list[str]]:
+    """A causal language model whose weights all come from the folder's files, and the tensors that it has no use for.
+
+    Transformers draws at random what the files lack, and says so in a warning.
+
+    Args:
+        how: arguments of `from_pretrained`; `device_map={"": "meta"}` reads the files' headers alone.
+
+    Raises:
+        ConfigError: naming tensors that config.json needs and no file holds, or holds in another shape; when the files
+            are no model that can be loaded without code of their own.
+    """
+    try:
+        model, told = AutoModelForCausalLM.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            # Told below instead of raised, all at once.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **how,
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        # What the system says is no fault of the folder, and may pass: a disk, memory.
+        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+            raise
+        raise ConfigError(f"the model in {folder} cannot be loaded: {_first_line(error)}") from None
+    lacking = sorted(told["missing_keys"])
+    other = sorted(f"{name} {tuple(stored)}, not {tuple(needed)}" for name, stored, needed in told["mismatched_keys"])
+    if lacking or other:
+        faults = [f"no file holds {listed(lacking)}"] if lacking else []
+        faults += [f"the files hold {listed(other)}"] if other else []
+        raise ConfigError(
+            f"the weights in {folder} are not those that its config.json describes: {'; '.join(faults)}. Download the "
+            "model again, or mend config.json (tie_word_embeddings, num_hidden_layers)."
+        )
+    return model, sorted(told["unexpected_keys"])
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def load_base(folder: Path, plan: TrainingPlan, *, packed: bool = True) -> PreTrainedModel:
@@ -52,13 +87,11 @@ def load_base(folder: Path, plan: TrainingPlan, *, packed: bool = True) -> PreTr
         packed: attach the packed attention; False keeps what Transformers chooses.
 
     Raises:
-        ConfigError: when the architecture cannot be packed.
+        ConfigError: when the weights are not whole, or the architecture cannot be packed.
     """
     dtype, extra = compute_dtype(plan), _quantisation(plan)
     attention.register()
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False, **extra
-    )
+    model, _ = load_causal_lm(folder, dtype=dtype, **extra)
     if packed:
         if not getattr(model, "_supports_attention_backend", False):
             raise ConfigError(

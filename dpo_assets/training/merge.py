@@ -18,8 +18,9 @@ from dpo_assets.checks.reports import MergeReport
 from dpo_assets.contract import MergeSpec, Progress
 from dpo_assets.errors import GateError
 from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.training.chat_format import load_chat_format, write_tokenizer
 from dpo_assets.training.data import dpo_group, load_split
-from dpo_assets.training.loading import attach_adapter, autocast_of, choose_kernels, load_base, load_tokenizer
+from dpo_assets.training.loading import attach_adapter, autocast_of, choose_kernels, load_base
 from dpo_assets.training.logprobs import assert_packing_is_exact, score_groups
 from dpo_assets.training.merging import NotStreamable, plan_merge, stored_format, stream_merge
 from dpo_assets.training.packing import Group
@@ -56,7 +57,7 @@ def run(spec: MergeSpec, reporter: Reporter) -> None:
         config = json.loads((spec.base_model / "config.json").read_text(encoding="utf-8"))
         config.pop("_name_or_path", None)  # Where the base once lay on someone's machine.
         write_json(folder / "config.json", config)
-    _write_tokenizer(spec.base_model, folder)
+    _write_tokenizer(spec, folder)
 
     held_out = load_split(spec.dataset, "eval")
     to_group = partial(dpo_group, max_length=plan.max_length)
@@ -139,17 +140,16 @@ def _scores_by_merged(folder: Path, plan: TrainingPlan, groups: list[Group]) -> 
     return scores, released
 
 
-def _write_tokenizer(base: Path, folder: Path) -> None:
-    """The tokenizer, and generation defaults that stop where the policy was taught to stop."""
-    tokenizer = load_tokenizer(base)
-    tokenizer.save_pretrained(folder)
+def _write_tokenizer(spec: MergeSpec, folder: Path) -> None:
+    """The base's own tokenizer, and generation defaults that stop where the policy was taught to stop."""
+    base = spec.base_model
+    write_tokenizer(base, folder)
+    chat = load_chat_format(base, spec.template)
     values = _object(folder / GENERATION) or _object(base / GENERATION)
     if not values:
         config = _object(base / "config.json")
-        values = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(name)}
-    given = values.get("eos_token_id")
-    ends = given if isinstance(given, list) else [] if given is None else [given]
-    write_json(folder / GENERATION, values | {"eos_token_id": sorted({tokenizer.eos_token_id, *ends})})
+        values = {name: config[name] for name in ("bos_token_id", "pad_token_id") if config.get(name)}
+    write_json(folder / GENERATION, values | {"eos_token_id": sorted(chat.ends)})
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,8 +22,8 @@ from torch import Tensor
 from dpo_assets.artifact import write_json
 from dpo_assets.errors import ConfigError, GateError
 from dpo_assets.planning.precision import Compute
+from dpo_assets.planning.weights import INDEX, SINGLE, Stored, TensorFile, read_header, weight_files
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 BLOCK = 4 * 2**20  # Stored bytes that are worked on at one time; in fp32 they are up to twice that.
 FLOATS: dict[str, torch.dtype] = {
@@ -55,27 +54,6 @@ class NotStreamable(Exception):
 
 
 @dataclass(frozen=True)
-class Stored:
-    """One tensor of a safetensors file; `start` and `stop` are byte positions in the file."""
-
-    path: Path
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class TensorFile:
-    """A safetensors file: its first bytes as they stand, and its tensors in the order of their data."""
-
-    path: Path
-    head: bytes
-    tensors: tuple[Stored, ...]
-
-
-@dataclass(frozen=True)
 class Update:
     """What is added to one weight: scale * B A. The factors stay on disk until they are needed."""
 
@@ -103,7 +81,7 @@ def plan_merge(base: Path, adapter: Path) -> StreamedMerge:
     settings = _json(adapter / ADAPTER_CONFIG)
     _refuse_other_kinds(settings)
     pairs = _pairs(read_header(adapter / ADAPTER_WEIGHTS))
-    files = tuple(read_header(path) for path in base_files(base))
+    files = tuple(read_header(path) for path in weight_files(base))
     stored = {tensor.name: tensor for file in files for tensor in file.tensors}
     names = _names_in_base(sorted(pairs), frozenset(stored))
     if _tied(base) and (heads := [module for module in pairs if not any(p.isdigit() for p in module.split("."))]):
@@ -157,61 +135,6 @@ def stream_merge(
         write_json(out / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
-def base_files(base: Path) -> list[Path]:
-    """The weight files of a model folder as Transformers chooses them: the single one, or those of the index.
-
-    Raises:
-        ConfigError: when there is neither, or the index names a file outside the folder.
-    """
-    if (base / SINGLE).is_file():
-        return [base / SINGLE]
-    if not (base / INDEX).is_file():
-        raise ConfigError(f"{base} holds neither {SINGLE} nor {INDEX}; save the base model as safetensors")
-    weight_map = _json(base / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ConfigError(f"{base / INDEX} has no `weight_map`; download the base model again")
-    names = sorted({str(name) for name in weight_map.values()})
-    if outside := [name for name in names if Path(name).name != name]:
-        raise ConfigError(f"{base / INDEX} names {outside[0]}, which is not a file beside it")
-    return [base / name for name in names]
-
-
-def read_header(path: Path) -> TensorFile:
-    """What a safetensors file holds, without its data.
-
-    Raises:
-        ConfigError: when the file is missing, or its header does not describe its bytes.
-    """
-    try:
-        with path.open("rb") as handle:
-            (length,) = struct.unpack("<Q", handle.read(8))
-            text = handle.read(min(length, 100_000_000))
-        header = json.loads(text)
-        first = 8 + len(text)
-        tensors = sorted(
-            (
-                Stored(path, name, entry["dtype"], tuple(entry["shape"]), *(first + o for o in entry["data_offsets"]))
-                for name, entry in header.items()
-                if name != "__metadata__"
-            ),
-            key=lambda tensor: (tensor.start, tensor.stop),
-        )
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is missing") from None
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ConfigError(f"{path} is not a readable safetensors file; write or download it again") from None
-    position = first
-    for tensor in tensors:
-        size = tensor.stop - tensor.start
-        wanted = math.prod(tensor.shape) * FLOATS[tensor.dtype].itemsize if tensor.dtype in FLOATS else size
-        if tensor.start != position or size != wanted:
-            raise ConfigError(f"{path}: the header does not describe the bytes of {tensor.name}; download it again")
-        position = tensor.stop
-    if position != path.stat().st_size:
-        raise ConfigError(f"{path} has {path.stat().st_size} bytes, its header describes {position}; download it again")
-    return TensorFile(path, struct.pack("<Q", length) + text, tuple(tensors))
-
-
 def _refuse_other_kinds(settings: Mapping[str, Any]) -> None:
     if settings.get("peft_type") != "LORA":
         raise NotStreamable(f"the adapter is of kind {settings.get('peft_type')}, not LoRA")
@@ -258,7 +181,7 @@ def _names_in_base(modules: list[str], stored: frozenset[str]) -> dict[str, str]
 def _tied(base: Path) -> bool:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(base, local_files_only=True)
+    config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
     return any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config()))
 
 
@@ -364,10 +287,10 @@ def stored_format(base: Path) -> Compute:
     """The format that most values of a base are stored in; bf16 where that is none that layers compute in.
 
     Raises:
-        ConfigError: as `base_files` and `read_header` do.
+        ConfigError: as `weight_files` and `read_header` do.
     """
     sizes = Counter[str]()
-    for path in base_files(base):
+    for path in weight_files(base):
         for tensor in read_header(path).tensors:
             sizes[tensor.dtype] += math.prod(tensor.shape)
     formats: dict[str, Compute] = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}

@@ -15,6 +15,7 @@ import torch
 
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training import attention
+from dpo_assets.training.chat_format import ChatFormat
 from dpo_assets.training.evaluate import generate
 from dpo_assets.training.loading import ADAPTER_NAME, autocast_of, plain_attention
 from dpo_assets.training.logprobs import ON_UNSLOTH, causal_lm, evaluating, score_hits
@@ -65,7 +66,7 @@ class Watched:
 
     model: Any
     start: AdapterState
-    tokenizer: Any
+    chat: ChatFormat
     plan: TrainingPlan
     kernels: str
     packed: bool
@@ -92,7 +93,7 @@ class Watched:
     def answers(self, prompts: list[list[int]], tokens: int, seed: int | None) -> list[Answer]:
         """Answers of at most `tokens` tokens, as `evaluate.generate` makes them; greedy without a seed."""
         with evaluating(self.model), autocast_of(self.plan):
-            said: list[Answer] = generate(self.model, prompts, self.tokenizer, tokens, seed=seed)
+            said: list[Answer] = generate(self.model, prompts, self.chat, tokens, seed=seed)
             return said
 
     def scores(self, groups: Sequence[Group]) -> tuple[list[float], list[int]]:
@@ -121,12 +122,11 @@ class Watched:
             return self.answers(prompts, tokens, seed)
 
     def divergence(self, prompts: list[list[int]], answers: Sequence[Answer]) -> list[tuple[float, int]]:
-        """(log pi - log pi_ref, tokens) of each of the policy's own answers with its EOS.
+        """(log pi - log pi_ref, tokens) of each of the policy's own answers with the token that ended it.
 
         Their sum over their tokens estimates KL(policy || reference) per token: the expectation is over the policy.
         """
-        eos = self.tokenizer.eos_token_id
-        said = [[*a["ids"], eos] if a["ended"] else a["ids"] for a in answers]
+        said = [[*a["ids"], a["end"]] if a["ended"] else a["ids"] for a in answers]
         groups = [Group(prompt, (ids,)) for prompt, ids in zip(prompts, said, strict=True) if ids]
         (policy, _), (reference, _) = self.scores(groups), self.reference_scores(groups)
         return [(p - r, len(g.completions[0])) for p, r, g in zip(policy, reference, groups, strict=True)]

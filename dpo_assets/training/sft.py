@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,9 +13,10 @@ from transformers import Trainer, TrainingArguments
 
 from dpo_assets.artifact import VOLATILE, write_json
 from dpo_assets.contract import TrainSpec
+from dpo_assets.training.chat_format import load_chat_format
 from dpo_assets.training.data import load_split, sft_group
 from dpo_assets.training.guards import StopOnNonFinite, check_trained
-from dpo_assets.training.loading import ADAPTER_NAME, autocast_of, load_tokenizer, save_adapter
+from dpo_assets.training.loading import ADAPTER_NAME, autocast_of, save_adapter
 from dpo_assets.training.logprobs import assert_packing_is_exact, evaluating, score_groups, score_tokens
 from dpo_assets.training.packed import (
     PackedCollator,
@@ -56,7 +57,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     """Writes `adapter/`, `metrics.jsonl` and `report.json`."""
     plan, out = spec.plan, spec.output_dir
     started = time.perf_counter()
-    tokenizer = load_tokenizer(spec.base_model)
+    chat = load_chat_format(spec.base_model, spec.template)
     train, held_out = (
         load_split(spec.dataset, "train", scratch=spec.scratch),
         load_split(spec.dataset, "eval", scratch=spec.scratch),
@@ -107,7 +108,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
         "kernels": policy.kernels,
         "adapted_share": covered.share,
         "lora_coverage": covered.model_dump(mode="json"),
-        "ends_with_eos": share_ending_with(train["chosen_ids"], tokenizer.eos_token_id),
+        "ends_with_eos": share_ending_with(train["chosen_ids"], chat.ends),
     }
     write_json(out / "report.json", report)
     write_json(out / VOLATILE, {"seconds": time.perf_counter() - started, **spec.memory_record()})
@@ -122,6 +123,8 @@ def held_out_nll(model: Any, groups: Sequence[Group], budget: int) -> float:
     return -total / max(1, tokens)
 
 
-def share_ending_with(completions: Sequence[Sequence[int]], eos: int) -> float:
-    """Share of untruncated answers that hold EOS in their last two tokens (templates may add a line end after it)."""
-    return sum(eos in list(ids)[-2:] for ids in completions) / max(1, len(completions))
+def share_ending_with(completions: Sequence[Sequence[int]], ends: Collection[int]) -> float:
+    """Share of untruncated answers with a token that ends a turn among their last two (templates may add a line end
+    after it)."""
+    ended = sum(any(token in ends for token in list(ids)[-2:]) for ids in completions)
+    return ended / max(1, len(completions))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -19,9 +20,16 @@ from jinja2 import TemplateError
 
 from dpo_assets.ahead import ahead
 from dpo_assets.artifact import VOLATILE, write_json
-from dpo_assets.contract import TOKENS, Progress, TokenizeSpec
-from dpo_assets.feedback.pair import token_schema
-from dpo_assets.feedback.rules import TEMPLATE_BOUNDARY, TEMPLATE_REFUSED
+from dpo_assets.contract import CHAT_FORMAT, TOKENS, ChatFormatFacts, Progress, TokenizeSpec
+from dpo_assets.feedback.pair import TOOLS, token_schema
+from dpo_assets.feedback.rules import (
+    NO_EMBEDDING,
+    TEMPLATE_BOUNDARY,
+    TEMPLATE_DROPS_TEXT,
+    TEMPLATE_REFUSED,
+    UNSUPPORTED_MODALITY,
+)
+from dpo_assets.training.chat_format import ChatFormat, load_chat_format
 
 if TYPE_CHECKING:
     # For its type alone: the module also has Trainer's callbacks, and Trainer imports PEFT and torch's compiler.
@@ -29,23 +37,24 @@ if TYPE_CHECKING:
 
 PART = 2048  # Pairs rendered and tokenized at once, which is what is held in memory.
 SCHEMA = dict(token_schema())
+COLUMNS = ("pair_id", "prompt", "chosen", "rejected", TOOLS)
+# What a template raises: its own refusals, and what Python says when it handles values of an odd shape.
+RENDERING_ERRORS = (TemplateError, TypeError, ValueError, KeyError)
 
 Conversation = list[dict[str, str]]
 Ids = list[int]
 
 
 def run(spec: TokenizeSpec, reporter: Reporter) -> None:
-    """Writes `tokens.parquet`: pair_id, prompt_ids, chosen_ids, rejected_ids, template_fault.
+    """Writes `tokens.parquet`: pair_id, prompt_ids, chosen_ids, rejected_ids, template_fault; and `chat_format.json`.
 
     What it writes does not depend on what was known before.
     """
-    # Not through `loading`, which would add PEFT; AutoTokenizer alone imports torch already, so this saves little.
-    from transformers import AutoTokenizer
-
     started = time.perf_counter()
     # Nothing forks here, which is what it is off for elsewhere.
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    pairs = PairTokenizer(AutoTokenizer.from_pretrained(spec.base_model, local_files_only=True))
+    chat = load_chat_format(spec.base_model, spec.template)
+    pairs = PairTokenizer(chat, spec.vocabulary)
     known = KnownTokens(spec.known)
     total = pq.read_metadata(spec.pairs).num_rows
     done = reused = 0
@@ -60,13 +69,14 @@ def run(spec: TokenizeSpec, reporter: Reporter) -> None:
             writer.write_table(_arrow(identity.to_frame().join(rows, on="pair_id", how="left", maintain_order="left")))
             done, reused = done + len(identity), reused + have.height
             reporter.log(Progress(stage="tokenize", done=done, total=total).line())
+    write_json(spec.output_dir / CHAT_FORMAT, ChatFormatFacts(ends=tuple(sorted(chat.ends))).model_dump(mode="json"))
     reporter.log(f"tokenize: {reused} of {total} pairs were tokenized before")
     write_json(spec.output_dir / VOLATILE, {"seconds": time.perf_counter() - started})
 
 
 def _parts(path: Path) -> Iterator[pl.DataFrame]:
     with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(PART, columns=["pair_id", "prompt", "chosen", "rejected"]):
+        for batch in file.iter_batches(PART, columns=[name for name in COLUMNS if name in file.schema_arrow.names]):
             part = pl.from_arrow(batch)
             assert isinstance(part, pl.DataFrame)
             yield part
@@ -76,14 +86,40 @@ def _arrow(table: pl.DataFrame) -> Any:
     return table.to_arrow(compat_level=pl.CompatLevel.oldest())
 
 
+class Pair(NamedTuple):
+    """What a template gets of one pair."""
+
+    prompt: Conversation
+    chosen: Conversation
+    rejected: Conversation
+    tools: str
+
+    @property
+    def tool_list(self) -> list[Any] | None:
+        return json.loads(self.tools) if self.tools else None
+
+
+class Texts(NamedTuple):
+    """A pair as text: its prompt with the assistant's turn opened, and its two conversations."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
 @dataclass(frozen=True)
 class Rendered:
     """Pairs as text. `pieces` has four of each pair: what its conversations share, and what follows in prompt, chosen
-    and rejected conversation. `refused` has what the template said by pair; their pieces are empty."""
+    and rejected conversation. `faults` has by pair what keeps it from being rendered; their pieces are empty."""
 
     pair_ids: pl.Series
+    pairs: list[Pair]
     pieces: list[str]
-    refused: dict[int, str]
+    faults: dict[int, str]
+
+    def prompt(self, number: int) -> str:
+        """The rendered prompt of a pair."""
+        return self.pieces[4 * number] + self.pieces[4 * number + 1]
 
 
 class KnownTokens:
@@ -114,61 +150,117 @@ class PairTokenizer:
 
     Whole parts at once, and the prompt once instead of three times: tokenizers split a text at special tokens before
     anything else, so what stands before the last one in the prompt has the same ids whatever follows it.
+
+    Args:
+        vocabulary: rows of the model's embedding; 0: not known.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, chat: ChatFormat, vocabulary: int = 0) -> None:
+        self._chat, self._tokenizer, self._vocabulary = chat, chat.tokenizer, vocabulary
 
-    def rendered(self, pairs: pl.DataFrame) -> Rendered:
-        """Pairs (pair_id, prompt, chosen, rejected) in the chat template."""
-        conversations = [pairs[name].to_list() for name in ("prompt", "chosen", "rejected")]
-        refused: dict[int, str] = {}
-        try:
-            texts = self._three(*conversations)
-        except TemplateError:
-            # Templates refuse what their model was not trained on, a system message for example. Those pairs only.
-            texts = []
-            for n, pair in enumerate(zip(*conversations, strict=True)):
-                try:
-                    texts += self._three(*([one] for one in pair))
-                except TemplateError as error:
-                    texts.append(("", "", ""))
-                    refused[n] = str(error)
+    def rendered(self, table: pl.DataFrame) -> Rendered:
+        """Pairs (pair_id, prompt, chosen, rejected, and tools or not) in the chat template."""
+        tools = table[TOOLS].fill_null("").to_list() if TOOLS in table.columns else [""] * table.height
+        conversations = (table[name].to_list() for name in ("prompt", "chosen", "rejected"))
+        pairs = [Pair(*row) for row in zip(*conversations, tools, strict=True)]
+        texts: list[Texts] = [Texts("", "", "")] * len(pairs)
+        faults: dict[int, str] = {}
+        by_tools: dict[str, list[int]] = {}
+        for n, pair in enumerate(pairs):
+            by_tools.setdefault(pair.tools, []).append(n)
+        for numbers in by_tools.values():
+            self._render([(n, pairs[n]) for n in numbers], texts, faults)
+        for n, pair in enumerate(pairs):
+            if n not in faults and (fault := self._lost(pair, texts[n])):
+                faults[n], texts[n] = fault, Texts("", "", "")
         pieces: list[str] = []
         for three in texts:
             cut = self._shared(*three)
-            pieces += (three[0][:cut], three[0][cut:], three[1][cut:], three[2][cut:])
-        return Rendered(pairs["pair_id"], pieces, refused)
+            pieces += (three.prompt[:cut], three.prompt[cut:], three.chosen[cut:], three.rejected[cut:])
+        return Rendered(table["pair_id"], pairs, pieces, faults)
+
+    def _render(self, pairs: list[tuple[int, Pair]], texts: list[Texts], faults: dict[int, str]) -> None:
+        """Puts the texts of pairs with equal tools in their places, and what the template refuses."""
+        try:
+            made = self._texts([pair for _, pair in pairs])
+        except RENDERING_ERRORS as error:
+            # Templates refuse what their model was not trained on, a system message for example. Those pairs only.
+            if len(pairs) == 1:
+                faults[pairs[0][0]] = f"{TEMPLATE_REFUSED}: {error}"
+                return
+            for one in pairs:
+                self._render([one], texts, faults)
+            return
+        for (n, _), three in zip(pairs, made, strict=True):
+            texts[n] = three
+
+    def _texts(self, pairs: Sequence[Pair]) -> list[Texts]:
+        """Pairs with equal tools as text.
+
+        Raises:
+            TemplateError, TypeError, ValueError, KeyError: the chat template refuses one of them.
+        """
+        tools = pairs[0].tool_list if pairs else None
+        prompts = self._chat.texts([pair.prompt for pair in pairs], answer_follows=True, tools=tools)
+        chosen, rejected = (
+            self._chat.texts([pair.prompt + answer for pair, answer in answered], answer_follows=False, tools=tools)
+            for answered in ([(p, p.chosen) for p in pairs], [(p, p.rejected) for p in pairs])
+        )
+        return list(map(Texts, prompts, chosen, rejected))
+
+    def _lost(self, pair: Pair, texts: Texts) -> str | None:
+        """What the template leaves out of what people saw or judged, as a fault; None: nothing.
+
+        Reasoning of earlier turns may go: many models were trained on conversations without it.
+        """
+        if pair.tools and self._texts([pair._replace(tools="")])[0].prompt == texts.prompt:
+            return f"{UNSUPPORTED_MODALITY}: the chat template has no place for tools"
+        asked = [m["content"] for m in pair.prompt if m["role"] != "assistant"]
+        if not _holds(texts.prompt, asked):
+            return f"{TEMPLATE_DROPS_TEXT}: of the prompt"
+        for side, answer, text in (("chosen", pair.chosen, texts.chosen), ("rejected", pair.rejected, texts.rejected)):
+            # Behind the prompt, which may hold the same words.
+            start = len(texts.prompt) if text.startswith(texts.prompt) else self._shared(*texts)
+            if not _holds(text[start:], [m["content"] for m in answer]):
+                return f"{TEMPLATE_DROPS_TEXT}: of the {side} answer"
+        return None
 
     def encoded(self, part: Rendered) -> pl.DataFrame:
         """`tokens.parquet` for rendered pairs."""
         ids = self._ids(part.pieces)
         rows = [_row(ids[n] + ids[n + 1], ids[n] + ids[n + 2], ids[n] + ids[n + 3]) for n in range(0, len(ids), 4)]
         prompts, chosen, rejected = (_column([row.ids[n] for row in rows]) for n in range(3))
-        faults = [TEMPLATE_BOUNDARY if row.boundary_fault else None for row in rows]
-        for n, said in part.refused.items():
-            faults[n] = f"{TEMPLATE_REFUSED}: {said}"
+        highest = max((column.explode().max() or 0 for column in (prompts, chosen, rejected)), default=0)
+        beyond = bool(self._vocabulary) and highest >= self._vocabulary
+        faults = [part.faults.get(n) or self._fault(part, n, row, beyond) for n, row in enumerate(rows)]
         return pl.DataFrame(dict(zip(SCHEMA, (part.pair_ids, prompts, chosen, rejected, faults), strict=True)), SCHEMA)
 
-    def _three(
-        self, prompts: list[Conversation], chosen: list[Conversation], rejected: list[Conversation]
-    ) -> list[tuple[str, str, str]]:
-        """(prompt, chosen conversation, rejected conversation) of each pair.
+    def _fault(self, part: Rendered, number: int, row: _Row, beyond: bool) -> str | None:
+        """What only the ids show. `beyond`: some pair of the part has an id for which the embedding has no row."""
+        if row.unshared and not self._only_opening(part, number, len(row.ids[0])):
+            return TEMPLATE_BOUNDARY
+        if beyond and (highest := max(chain(*row.ids), default=0)) >= self._vocabulary:
+            return f"{NO_EMBEDDING}: {self._tokenizer.convert_ids_to_tokens(highest)}"
+        return None
 
-        Raises:
-            TemplateError: the chat template refuses one of them.
+    def _only_opening(self, part: Rendered, number: int, shared: int) -> bool:
+        """Whether all that prompt and conversations do not share is of the assistant's opened turn, and no message's.
+
+        Thinking templates open the turn with `<think>` and a line end, and render a finished one with an empty block,
+        whose two line ends may be one token.
         """
-        answered = ([p + a for p, a in zip(prompts, side, strict=True)] for side in (chosen, rejected))
-        good, bad = (self._texts(side, answer_follows=False) for side in answered)
-        return list(zip(self._texts(prompts, answer_follows=True), good, bad, strict=True))
-
-    def _texts(self, conversations: list[Conversation], *, answer_follows: bool) -> list[str]:
-        if not conversations:
-            return []
-        texts: list[str] = self._tokenizer.apply_chat_template(
-            conversations, tokenize=False, add_generation_prompt=answer_follows
-        )
-        return texts
+        pair, prompt = part.pairs[number], part.prompt(number)
+        [unopened] = self._chat.texts([pair.prompt], answer_follows=False, tools=pair.tool_list)
+        messages = unopened.rstrip()
+        if not prompt.startswith(messages):
+            return False
+        if len(messages) <= len(part.pieces[4 * number]):
+            return True
+        if not self._tokenizer.is_fast:
+            return len(self._tokenizer(messages, add_special_tokens=False)["input_ids"]) <= shared
+        places = self._tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        first_unshared: int = places[shared][0]
+        return first_unshared >= len(messages)
 
     def _ids(self, texts: list[str]) -> list[Ids]:
         filled = [text for text in texts if text]
@@ -200,9 +292,21 @@ def _overlap(mark: str, other: str) -> bool:
     return mark in other or any(other.endswith(mark[:n]) for n in range(1, len(mark)))
 
 
+def _holds(text: str, parts: Iterable[str]) -> bool:
+    """Whether a text holds each part, white space aside: templates strip it and set it around blocks."""
+    bare: str | None = None
+    for part in parts:
+        if part.strip() in text:
+            continue
+        bare = "".join(text.split()) if bare is None else bare
+        if "".join(part.split()) not in bare:
+            return False
+    return True
+
+
 class _Row(NamedTuple):
     ids: tuple[Ids, Ids, Ids]  # Of the prompt and of both answers.
-    boundary_fault: bool
+    unshared: bool  # Whether the rendered prompt has more tokens than both conversations begin with.
 
 
 def _row(prompt: Ids, chosen: Ids, rejected: Ids) -> _Row:

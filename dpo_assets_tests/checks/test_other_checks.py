@@ -361,9 +361,10 @@ def model_folder(**changes: Any) -> ModelFolder:
         "shape": ModelShape(parameters=1, layers=1, hidden=1, intermediate=1, vocabulary=1, context=1),
         "architecture": "LlamaForCausalLM",
         "safetensors": ("model.safetensors",),
+        "unused": (),
         "pickled": (),
         "licence": "mit",
-        "has_chat_template": True,
+        "chat_template": "{{ messages }}",
         "eos_token": "</s>",
     }
     return ModelFolder(**values | changes)

@@ -18,10 +18,10 @@ from pandera.errors import SchemaErrors
 from dpo_assets.feedback.ingest import read_file
 from dpo_assets.feedback.pair import LABEL_KINDS, PAIR_COLUMNS, Message, Pair, Rejected, fold, token_schema
 from dpo_assets.feedback.readers import ReadOptions
-from dpo_assets.feedback.rules import NOT_DAMAGE, pair_fault
+from dpo_assets.feedback.rules import NOT_DAMAGE, TEMPLATE_FAULTS, pair_fault
 from dpo_assets.feedback.screening import Screened, _apply_schema, screen
 from dpo_assets.feedback.sources import files_of
-from dpo_assets.feedback.splits import fit_to_model, in_eval_split, shared_prompts, split
+from dpo_assets.feedback.splits import fit_to_model, in_eval_split, shared_prompts, split, unfit_template
 from dpo_assets.feedback.tables import pairs_frame, quarantine_frame
 from dpo_assets.recipe import FeedbackSource
 from dpo_assets_tests.samples import assistant, pair, system, user
@@ -321,6 +321,51 @@ def test_a_pair_that_the_template_refuses_is_quarantined_with_what_the_template_
     assert fault["message"] == "the chat template refuses the conversation: no system: really"
 
 
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("template_drops_text: of the chosen answer", "leaves out text of the chosen answer"),
+        ("unsupported_modality: the chat template has no place for tools", "has no place for tools"),
+        ("no_embedding: <image>", "the text holds `<image>`, for which the model's embedding has no row"),
+    ],
+)
+def test_what_the_worker_finds_of_a_pair_is_told_in_its_quarantine(fault: str, message: str) -> None:
+    rows = [tokens(0, 2, [1], [2], fault)]
+    assert fitted(*rows) == ([], {"row-0": fault.partition(":")[0]})
+    _, [told] = fit_to_model(pairs_frame([pair(0)]), pl.DataFrame(rows, schema=TOKENS, orient="row"), 8)
+    assert message in told["message"]
+
+
+def test_answers_that_the_template_or_the_tokenizer_makes_equal_are_not_told_to_be_cut() -> None:
+    """White space may be all in which two answers differ, and a template may strip it."""
+    rows = [tokens(0, 2, [1, 3], [1, 3])]
+    _, [told] = fit_to_model(pairs_frame([pair(0)]), pl.DataFrame(rows, schema=TOKENS, orient="row"), 8)
+    assert (told["reason"], told["message"]) == (
+        "identical_after_truncation",
+        "chosen and rejected have the same tokens",
+    )
+
+
+@pytest.mark.parametrize(
+    ("faults", "said"),
+    [
+        ([None] * 10, None),
+        ([], None),
+        (["template_refused: no system"] * 8 + [None] * 2, None),
+        # Tools that a template has no place for are the rows' own.
+        (["unsupported_modality: the chat template has no place for tools"] * 10, None),
+        (
+            ["template_refused: no system"] * 7 + ["template_boundary"] * 2 + [None],
+            "9 of 10 pairs cannot be rendered: the chat template refuses the conversation: no system (7); the chat "
+            "template renders the prompt differently once an answer follows it (2)",
+        ),
+    ],
+    ids=["fine", "no pair", "some", "tools", "nearly all"],
+)
+def test_a_template_that_fits_nearly_no_pair_is_told_of_once(faults: list[str | None], said: str | None) -> None:
+    assert unfit_template(pl.Series(faults, dtype=pl.String)) == said
+
+
 def test_when_no_pair_fits_the_table_keeps_its_columns() -> None:
     assert fitted(tokens(0, 9, [1], [2])) == ([], {"row-0": "prompt_too_long"})
     assert fitted() == ([], {})
@@ -333,7 +378,7 @@ def test_an_answer_longer_than_the_room_is_kept_whole_for_whoever_trains() -> No
 
 
 def test_only_rows_left_out_by_choice_or_by_the_models_size_are_no_damage() -> None:
-    later = {"conflict", "schema", "template_boundary", "template_refused"}
+    later = {"conflict", "schema", *TEMPLATE_FAULTS, "unsupported_modality", "no_embedding"}
     assert NOT_DAMAGE.isdisjoint({reason for reason, _ in FAULTY} | later)
     assert {"synthetic", "tie", "no_comparison", "prompt_too_long", "identical_after_truncation"} <= NOT_DAMAGE
 

@@ -651,6 +651,12 @@ def test_a_licence_that_yaml_would_read_as_something_else_stays_text() -> None:
     assert front_matter(render_card(facts(licence="1.0")))["license"] == "1.0"
 
 
+def test_the_card_tells_what_the_chat_template_must_be_given() -> None:
+    assert "Chat template arguments" not in render_card(facts())
+    told = render_card(facts(template_arguments={"enable_thinking": False}))
+    assert 'Chat template arguments: `{"enable_thinking": false}`.' in told
+
+
 def test_the_level_of_the_intervals_is_shown_as_it_is() -> None:
     assert "99.5% interval" in render_card(facts(scores=evaluation_report(confidence=0.995)))
 

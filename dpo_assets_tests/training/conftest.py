@@ -25,6 +25,7 @@ from dpo_assets.planning.plan import DatasetStats, TrainingPlan, make_plan
 from dpo_assets.planning.precision import Device
 from dpo_assets.recipe import FeedbackSource, parse_recipe
 from dpo_assets.training import sft, tokenize
+from dpo_assets.training.chat_format import ChatFormat, load_chat_format
 from dpo_assets.training.data import dpo_group, load_split
 from dpo_assets.training.packing import Group
 
@@ -63,7 +64,12 @@ def model_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(model_folder: Path) -> Any:
-    return AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
+    return AutoTokenizer.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
+
+
+@pytest.fixture(scope="session")
+def chat(model_folder: Path) -> ChatFormat:
+    return load_chat_format(model_folder)
 
 
 @pytest.fixture(scope="session")

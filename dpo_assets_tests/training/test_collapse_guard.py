@@ -27,11 +27,13 @@ from dpo_assets.errors import ConfigError
 from dpo_assets.recipe import BandOverride, ChecksSection
 from dpo_assets.training import dpo
 from dpo_assets.training.aftermath import measure, product_norm
+from dpo_assets.training.chat_format import ChatFormat
 from dpo_assets.training.classic import classic_trainer
 from dpo_assets.training.collapse import CollapseGuard, advice, near_identical
 from dpo_assets.training.data import load_split
 from dpo_assets.training.loading import attach_adapter, load_base
 from dpo_assets.training.packed import end_quietly
+from dpo_assets.training.packing import Group
 from dpo_assets.training.policy import load_policy
 from dpo_assets.training.sampling import AdapterState, Watched, first_prompts
 from dpo_assets_tests.training.conftest import Log, PlanMaker, SpecMaker
@@ -193,13 +195,13 @@ def test_a_state_in_the_middle_of_a_run_is_put_back_whole(spec_of: Any) -> None:
 
 @pytest.mark.parametrize(("nll_ratio", "kept_step"), [(1.0, 2), (1.6, 0)], ids=["healthy", "with a sign"])
 def test_a_state_is_kept_only_while_the_run_shows_no_sign(
-    spec_of: Any, tokenizer: Any, tmp_path: Path, nll_ratio: float, kept_step: int
+    spec_of: Any, chat: ChatFormat, tmp_path: Path, nll_ratio: float, kept_step: int
 ) -> None:
     """A sign stops nothing by itself, but a state that shows one is none to go back to."""
     spec = spec_of(1e-4, QUIET)
     policy = load_policy(spec.base_model, spec.plan, None, seed=0, dropout=0.0)
     start = AdapterState(policy.model)
-    watched = Watched(policy.model, start, tokenizer, spec.plan, "transformers", packed=True)
+    watched = Watched(policy.model, start, chat, spec.plan, "transformers", packed=True)
     guard = CollapseGuard(watched, spec.guard, Log(), [], [], (8.0, 8.0))
     state, control, arguments = TrainerState(max_steps=STEPS), TrainerControl(), TrainingArguments(str(tmp_path))
     for step in (1, 2):
@@ -258,7 +260,7 @@ def test_a_policy_that_was_ruined_is_seen_in_every_part(noted: Run) -> None:
 
 
 @pytest.fixture(scope="module")
-def watched(spec_of: Any, tokenizer: Any) -> Watched:
+def watched(spec_of: Any, chat: ChatFormat) -> Watched:
     """A policy that moved away from its start by hand."""
     spec = spec_of(1e-4)
     policy = load_policy(spec.base_model, spec.plan, None, seed=0, dropout=0.0)
@@ -268,7 +270,25 @@ def watched(spec_of: Any, tokenizer: Any) -> Watched:
         for name, parameter in policy.model.named_parameters():
             if ".lora_B." in name:
                 parameter.normal_(std=0.05)
-    return Watched(policy.model, start, tokenizer, spec.plan, "transformers", packed=True)
+    return Watched(policy.model, start, chat, spec.plan, "transformers", packed=True)
+
+
+def test_the_divergence_scores_an_answer_with_the_token_that_ended_it(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which need not be the tokenizer's EOS: Gemma's turns end with another."""
+    scored: list[Group] = []
+    score = Watched.scores
+
+    def recorded(self: Watched, groups: Any) -> tuple[list[float], list[int]]:
+        scored.extend(groups)
+        return score(self, groups)
+
+    monkeypatch.setattr(Watched, "scores", recorded)
+    answers = [{"ids": [5, 6], "ended": True, "end": 7}, {"ids": [8], "ended": False, "end": None}]
+    parts = watched.divergence([[1, 3], [1, 4]], answers)
+    assert [group.completions for group in scored[:2]] == [([5, 6, 7],), ([8],)]
+    assert [tokens for _, tokens in parts] == [3, 1]
 
 
 def test_the_reference_is_the_start_and_the_policy_is_back_afterwards(watched: Watched, pairs: Path) -> None:
@@ -346,7 +366,7 @@ def test_what_cannot_be_measured_says_why(watched: Watched, spec_of: Any) -> Non
     part = measure(watched, guard, None, [])
     assert part["held_out"] == part["capability"] == {"not_measured": "the dataset has no held-out pairs"}
     assert "no held-out prompt leaves room" in part["answers"]["not_measured"]
-    on_unsloth = Watched(watched.model, watched.start, watched.tokenizer, watched.plan, "unsloth", packed=False)
+    on_unsloth = Watched(watched.model, watched.start, watched.chat, watched.plan, "unsloth", packed=False)
     assert "Unsloth" in measure(on_unsloth, guard, None, [])["answers"]["not_measured"]
     assert "no packed scorer" in on_unsloth.why_no_scores
 
@@ -409,17 +429,17 @@ def _dense() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_dense")
 def test_trls_own_trainer_is_watched_too(
-    plan_for: PlanMaker, dataset: Path, model_folder: Path, tokenizer: Any, tmp_path: Path
+    plan_for: PlanMaker, dataset: Path, model_folder: Path, chat: ChatFormat, tmp_path: Path
 ) -> None:
     section = {"trainer": "trl", "learning_rate": 1e-3, "warmup_ratio": 0.0}
     plan = plan_for(dpo=section)
     model = attach_adapter(load_base(model_folder, plan, packed=False), plan, None, seed=0, dropout=0.0)
     trainer = classic_trainer(
-        model, tokenizer, load_split(dataset, "train", ["prompt", "chosen", "rejected"]), plan, tmp_path
+        model, chat.tokenizer, load_split(dataset, "train", ["prompt", "chosen", "rejected"]), plan, tmp_path
     )
     limits = CollapseLimits.of(default_bands(), losses=("sigmoid",), beta=0.1)
     guard_spec = GuardSpec(limits=limits, source="-", probe_prompts=2, probe_every=0.34, probe_tokens=8)
-    watched = Watched(model, AdapterState(model), tokenizer, plan, "transformers", packed=False)
+    watched = Watched(model, AdapterState(model), chat, plan, "transformers", packed=False)
     prompts = first_prompts(load_split(dataset, "train"), 2, 150)
     guard = CollapseGuard(watched, guard_spec, Log(), prompts, [], (50.0, 40.0))
     end_quietly(trainer, [guard])

@@ -9,10 +9,12 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from dpo_assets.contract import EvaluateSpec
 from dpo_assets.planning.scoring import Scoring
 from dpo_assets.training import evaluate
+from dpo_assets.training.chat_format import ChatFormat
 from dpo_assets.training.data import dpo_group, load_split
 from dpo_assets.training.evaluate import generate, generation_health, repeats_itself, summarise
 from dpo_assets.training.loading import attach_adapter, autocast_of, load_base
@@ -27,29 +29,68 @@ def policy(model_folder: Path, plan_for: PlanMaker, sft_adapter: Path) -> Any:
     return attach_adapter(load_base(model_folder, plan_for()), plan_for(), sft_adapter, seed=0, dropout=0.0).eval()
 
 
-def test_an_answer_does_not_depend_on_the_prompts_beside_it(policy: Any, tokenizer: Any, groups: list[Group]) -> None:
+def test_an_answer_does_not_depend_on_the_prompts_beside_it(policy: Any, chat: ChatFormat, groups: list[Group]) -> None:
     prompts = [list(group.prompt) for group in groups[:5]]
     assert len({len(prompt) for prompt in prompts}) > 1, "equal lengths would need no padding"
-    together = generate(policy, prompts, tokenizer, 12)
-    alone = [generate(policy, [prompt], tokenizer, 12)[0] for prompt in prompts]
+    together = generate(policy, prompts, chat, 12)
+    alone = [generate(policy, [prompt], chat, 12)[0] for prompt in prompts]
     assert together == alone
 
 
-def test_answers_take_the_best_token_of_the_plain_forward(policy: Any, tokenizer: Any, groups: list[Group]) -> None:
+def test_answers_take_the_best_token_of_the_plain_forward(policy: Any, chat: ChatFormat, groups: list[Group]) -> None:
     prompt = list(groups[0].prompt)
-    (answer,) = generate(policy, [prompt], tokenizer, 6)
+    (answer,) = generate(policy, [prompt], chat, 6)
     expected: list[int] = []
     for _ in range(6):
         with torch.no_grad():
             expected.append(int(policy(input_ids=torch.tensor([prompt + expected])).logits[0, -1].argmax()))
-        if expected[-1] == tokenizer.eos_token_id:
+        if expected[-1] in chat.ends:
             break
-    assert answer["ids"] == [token for token in expected if token != tokenizer.eos_token_id]
-    assert answer["ended"] == (tokenizer.eos_token_id in expected)
+    assert answer["ids"] == [token for token in expected if token not in chat.ends]
+    assert answer["ended"] == (expected[-1] in chat.ends)
 
 
-def test_no_prompt_gives_no_answer_and_a_report_that_says_so(policy: Any, tokenizer: Any) -> None:
-    assert generation_health(generate(policy, [], tokenizer, 4)) == {"answers": 0}
+@pytest.mark.parametrize("seed", [None, 3], ids=["greedy", "sampled"])
+def test_a_bases_own_generation_defaults_do_not_hide_repetition(
+    policy: Any, chat: ChatFormat, groups: list[Group], seed: int | None
+) -> None:
+    """A `no_repeat_ngram_size` in generation_config.json made a repetition of 1 a repetition of 0 in every check."""
+    prompts = [list(group.prompt) for group in groups[:4]]
+    plain = generate(policy, prompts, chat, 40, seed=seed)
+    holders = (policy, policy.get_base_model())
+    before = [holder.generation_config for holder in holders]
+    theirs = GenerationConfig(
+        no_repeat_ngram_size=1, repetition_penalty=1.5, suppress_tokens=[5], min_new_tokens=9, bad_words_ids=[[7]],
+        top_k=3, do_sample=True, eos_token_id=300, max_length=20,
+    )  # fmt: skip
+    try:
+        for holder in holders:
+            holder.generation_config = theirs
+        assert generate(policy, prompts, chat, 40, seed=seed) == plain
+        assert all(holder.generation_config is theirs for holder in holders)
+    finally:
+        for holder, own in zip(holders, before, strict=True):
+            holder.generation_config = own
+
+
+def test_an_answer_ends_at_any_token_that_ends_a_turn(policy: Any, chat: ChatFormat, groups: list[Group]) -> None:
+    """Gemma's turns end with another token than its EOS: answers ran on past the turn."""
+    prompt = list(groups[0].prompt)
+    (free,) = generate(policy, [prompt], chat, 12)
+    end = free["ids"][5]
+    forwards: list[int] = []
+    counter = policy.get_base_model().register_forward_hook(lambda *_: forwards.append(1))
+    (ended,) = generate(policy, [prompt], ChatFormat(chat.tokenizer, named_ends={end}), 12)
+    counter.remove()
+    length = free["ids"].index(end)
+    assert len(forwards) == length + 1, "it stops there, and is not only cut there"
+    assert (ended["ids"], ended["ended"], ended["end"]) == (free["ids"][:length], True, end)
+    (cut,) = generate(policy, [prompt], chat, 3)
+    assert (len(cut["ids"]), cut["ended"], cut["end"]) == (3, False, None)
+
+
+def test_no_prompt_gives_no_answer_and_a_report_that_says_so(policy: Any, chat: ChatFormat) -> None:
+    assert generation_health(generate(policy, [], chat, 4)) == {"answers": 0}
 
 
 @pytest.mark.parametrize(

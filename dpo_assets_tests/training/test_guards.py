@@ -21,11 +21,12 @@ from dpo_assets.checks.bands import first_loss_tolerance
 from dpo_assets.errors import GateError
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training import dpo, packed, sft
+from dpo_assets.training.chat_format import load_tokenizer
 from dpo_assets.training.data import dpo_group, load_split, sft_group
 from dpo_assets.training.dpo import dpo_arguments
 from dpo_assets.training.dpo_trainer import REFERENCE_COLUMNS, PackedDPOTrainer
 from dpo_assets.training.guards import StopOnNonFinite, check_first_loss, first_non_finite
-from dpo_assets.training.loading import attach_adapter, load_base, load_tokenizer
+from dpo_assets.training.loading import attach_adapter, load_base
 from dpo_assets.training.losses import DpoLoss, PairScores
 from dpo_assets.training.packed import PackedCollator, end_quietly, trainer_arguments
 from dpo_assets.training.policy import Policy

@@ -13,7 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dpo_assets.errors import ConfigError
-from dpo_assets.training.loading import attach_adapter, load_base, load_tokenizer, save_adapter
+from dpo_assets.training.chat_format import load_chat_format
+from dpo_assets.training.loading import attach_adapter, load_base, save_adapter
 from dpo_assets_tests.training.conftest import PlanMaker
 
 
@@ -58,19 +59,26 @@ def test_an_adapter_as_large_as_its_base_is_refused(model_folder: Path, plan_for
         attach_adapter(load_base(model_folder, plan), plan, None, seed=1, dropout=0.0)
 
 
-def test_a_tokenizer_without_eos_is_refused(copied: Path) -> None:
-    path = copied / "tokenizer_config.json"
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(config | {"eos_token": None, "pad_token": None}), encoding="utf-8")
-    with pytest.raises(ConfigError, match="no EOS token"):
-        load_tokenizer(copied)
+def rewritten(path: Path, **changes: Any) -> None:
+    """A JSON file with keys changed; None takes a key away."""
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) | changes
+    path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}), encoding="utf-8")
+
+
+def test_a_model_none_of_whose_files_names_an_end_is_refused(copied: Path) -> None:
+    rewritten(copied / "tokenizer_config.json", eos_token=None, pad_token=None)
+    rewritten(copied / "generation_config.json", eos_token_id=None)
+    assert load_chat_format(copied).ends == {1}, "config.json names one"
+    rewritten(copied / "config.json", eos_token_id=None)
+    with pytest.raises(ConfigError, match="nothing ends an answer"):
+        load_chat_format(copied)
 
 
 def test_a_tokenizer_without_padding_pads_with_eos(copied: Path) -> None:
     path = copied / "tokenizer_config.json"
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(config | {"pad_token": None}), encoding="utf-8")
-    tokenizer: Any = load_tokenizer(copied)
+    tokenizer: Any = load_chat_format(copied).tokenizer
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
 
 
@@ -78,7 +86,7 @@ def test_pickled_weights_are_never_read(copied: Path, plan_for: PlanMaker) -> No
     state = AutoModelForCausalLM.from_pretrained(copied).state_dict()
     (copied / "model.safetensors").unlink()
     torch.save(state, copied / "pytorch_model.bin")
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(ConfigError, match=r"no file named model\.safetensors"):
         load_base(copied, plan_for())
 
 

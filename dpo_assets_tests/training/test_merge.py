@@ -622,9 +622,9 @@ def test_what_peft_merges_keeps_the_format_of_the_base(run_stage: Any, model_fol
 
 
 @pytest.mark.parametrize(
-    ("given", "ends"), [(7, [2, 7]), ([9, 1], [1, 2, 9]), (None, [1, 2])], ids=["one", "several", "no file"]
+    ("given", "ends"), [(7, [1, 2, 7]), ([9, 1], [1, 2, 9]), (None, [1, 2])], ids=["one", "several", "no file"]
 )
-def test_generation_ends_where_the_tokenizer_ends_an_answer(
+def test_generation_ends_where_any_file_of_the_base_ends_an_answer(
     run_stage: Any, model_folder: Path, adapter: Path, tmp_path: Path, given: Any, ends: list[int]
 ) -> None:
     base = tmp_path / "base"

@@ -63,5 +63,6 @@ def test_training_goes_on_from_an_adapter_that_has_dropout(
 
 
 def test_an_answer_ends_with_eos_even_when_the_template_ends_the_line_after_it() -> None:
-    assert share_ending_with([[5, 2], [5, 2, 13], [5, 6], [2, 5, 6]], eos=2) == 0.5
-    assert share_ending_with([], eos=2) == 0.0
+    assert share_ending_with([[5, 2], [5, 2, 13], [5, 6], [2, 5, 6]], {2}) == 0.5
+    assert share_ending_with([[5, 2], [5, 3], [5, 4], [5]], {2, 3}) == 0.5, "any token that ends a turn"
+    assert share_ending_with([], {2}) == 0.0

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dpo_assets.contract import TOKENS, TokenizeSpec
+from dpo_assets.contract import CHAT_FORMAT, TOKENS, ChatFormatFacts, TokenizeSpec
 from dpo_assets.feedback.pair import PAIR_COLUMNS, polars_schema
 from dpo_assets.feedback.screening import Screened
 from dpo_assets.training import tokenize
+from dpo_assets.training.chat_format import ChatFormat
 from dpo_assets.training.tokenize import PairTokenizer
 
 CHATML = (
@@ -86,13 +87,26 @@ def as_trl_does(tokenizer: Any, pair: dict[str, Any]) -> dict[str, Any]:
     length = 0
     while length < min(map(len, [prompt, *answers])) and prompt[length] == answers[0][length] == answers[1][length]:
         length += 1
+    whole = length == len(prompt) or only_opening(tokenizer, pair, length)
     return {
         "pair_id": pair["pair_id"],
         "prompt_ids": prompt[:length],
         "chosen_ids": answers[0][length:],
         "rejected_ids": answers[1][length:],
-        "template_fault": "template_boundary" if length < len(prompt) else None,
+        "template_fault": None if whole else "template_boundary",
     }
+
+
+def only_opening(tokenizer: Any, pair: dict[str, Any], shared: int) -> bool:
+    """Whether the token of the last letter of the prompt's messages is among the first `shared`."""
+    opened, closed = (
+        tokenizer.apply_chat_template(pair["prompt"], tokenize=False, add_generation_prompt=opens)
+        for opens in (True, False)
+    )
+    tokens = tokenizer(opened, add_special_tokens=False)
+    # A letter that NFC joined to the one before has no token of its own.
+    of_letters = [tokens.char_to_token(n) for n in range(len(closed.rstrip()))]
+    return opened.startswith(closed.rstrip()) and max(n for n in of_letters if n is not None) < shared
 
 
 def table(pairs: list[dict[str, Any]]) -> pl.DataFrame:
@@ -108,7 +122,7 @@ texts = st.lists(
 
 
 def tokenized(tokenizer: Any, pairs: pl.DataFrame) -> pl.DataFrame:
-    worker = PairTokenizer(tokenizer)
+    worker = PairTokenizer(ChatFormat(tokenizer))
     return worker.encoded(worker.rendered(pairs))
 
 
@@ -189,7 +203,7 @@ def test_the_prompt_is_tokenized_once(name: str) -> None:
     question = "the quick brown fox " * 50
     pair = {"pair_id": "0" * 32, "prompt": [message("user", question)]}
     pair |= {side: [message("assistant", side)] for side in ("chosen", "rejected")}
-    pieces = PairTokenizer(TOKENIZERS[name]).rendered(table([pair])).pieces
+    pieces = PairTokenizer(ChatFormat(TOKENIZERS[name])).rendered(table([pair])).pieces
     assert [question in piece for piece in pieces] == [True, False, False, False]
 
 
@@ -197,7 +211,7 @@ def test_where_no_mark_can_be_trusted_the_prompt_is_tokenized_with_each_answer()
     pair = {"pair_id": "0" * 32, "prompt": [message("user", "q")]}
     pair |= {side: [message("assistant", side)] for side in ("chosen", "rejected")}
     for name in ("bytes-plain", "marks that take white space"):
-        assert PairTokenizer(TOKENIZERS[name]).rendered(table([pair])).pieces[0] == ""
+        assert PairTokenizer(ChatFormat(TOKENIZERS[name])).rendered(table([pair])).pieces[0] == ""
 
 
 def test_a_pair_that_the_template_refuses_costs_itself_and_says_what_the_template_said() -> None:
@@ -212,3 +226,147 @@ def test_a_pair_that_the_template_refuses_costs_itself_and_says_what_the_templat
     assert made["template_fault"].to_list() == [said, None, said]
     assert made.row(1, named=True) == as_trl_does(tokenizer, good)
     assert made["prompt_ids"][0].is_empty()
+
+
+def pair_of(
+    prompt: list[dict[str, str]], chosen: str = "yes, it is", rejected: str = "no", **more: str
+) -> dict[str, Any]:
+    answers = {"chosen": [message("assistant", chosen)], "rejected": [message("assistant", rejected)]}
+    return {"pair_id": "a" * 32, "prompt": prompt, **answers, **more}
+
+
+def one_row(template: str, pair: dict[str, Any], *, joined: tuple[str, ...] = ()) -> Any:
+    """(row of tokens.parquet, tokenizer); each text of `joined` is one token."""
+    tokenizer = trained("bytes", template, plain_marks())
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in joined])
+    worker = PairTokenizer(ChatFormat(tokenizer))
+    given = table([{k: v for k, v in pair.items() if k != "tools"}])
+    if "tools" in pair:
+        given = given.with_columns(tools=pl.lit(pair["tools"]))
+    return worker.encoded(worker.rendered(given)).row(0, named=True), tokenizer
+
+
+QUESTION = [message("user", "the quick brown fox?")]
+EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
+
+
+def thinking(*, answers: str = "{{ m.content }}", start: str = "<|im_start|>") -> str:
+    """Qwen3.5's shape: the prompt opens `<think>` and a line end, a finished turn holds an empty block."""
+    turn = f"{{% if m.role == 'assistant' %}}{EMPTY_THOUGHT}{answers}{{% else %}}{{{{ m.content }}}}{{% endif %}}"
+    return (
+        f"{{% for m in messages %}}{start}{{{{ m.role }}}}\n{turn}<|im_end|>\n{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{start}assistant\n<think>\n{{% endif %}}"
+    )
+
+
+@pytest.mark.parametrize("start", ["<|im_start|>", "# "], ids=["marks", "no mark before the turn"])
+def test_a_thinking_template_parts_where_both_renderings_do(start: str) -> None:
+    """Every row of such a base was quarantined, with the advice to mend the export."""
+    row, tokenizer = one_row(thinking(start=start), pair_of(QUESTION), joined=("\n\n",))
+    assert row["template_fault"] is None
+    prompt = tokenizer.decode(row["prompt_ids"])
+    assert prompt == f"{start}user\nthe quick brown fox?<|im_end|>\n{start}assistant\n<think>"
+    for side, answer in (("chosen_ids", "yes, it is"), ("rejected_ids", "no")):
+        whole = f"{start}user\nthe quick brown fox?<|im_end|>\n{start}assistant\n{EMPTY_THOUGHT}{answer}<|im_end|>\n"
+        assert prompt + tokenizer.decode(row[side]) == whole
+
+
+@pytest.mark.parametrize("template", [CHATML, PLAIN], ids=["marks", "no marks"])
+def test_a_prompt_that_changes_once_an_answer_follows_is_still_quarantined(template: str) -> None:
+    """Only what opens the assistant's turn may differ: here the question itself does."""
+    changing = template.replace("{{ m.content }}", "{{ m.content if loop.last else m.content | upper }}")
+    row, _ = one_row(changing, pair_of(QUESTION))
+    assert row["template_fault"] == "template_boundary"
+
+
+REASONED = "<think>\nthe fox is quick\n</think>\n\nyes, it is"
+
+
+@pytest.mark.parametrize(
+    ("content", "chosen", "fault"),
+    [
+        ("{{ m.content.split('</think>')[-1] }}", REASONED, "template_drops_text: of the chosen answer"),
+        ("{{ m.content.split('</think>')[-1] }}", "yes, it is", None),
+        ("{{ m.content | trim }}", f"  {REASONED}\n", None),
+        # Qwen3 takes the block out and sets it again, with white space of its own.
+        ("{{ m.content.replace('<think>\n', '<think>').replace('\n\nyes', ' yes') }}", REASONED, None),
+    ],
+    ids=["reasoning cut off", "no reasoning", "trimmed", "white space of its own"],
+)
+def test_reasoning_that_people_judged_is_not_lost_without_a_word(content: str, chosen: str, fault: str | None) -> None:
+    """Templates of DeepSeek-R1's shape render what follows the block, and nothing would be learnt of the rest."""
+    row, _ = one_row(CHATML.replace("{{ m.content }}", content), pair_of(QUESTION, chosen))
+    assert row["template_fault"] == fault
+
+
+def test_an_answer_is_not_found_in_the_question_that_holds_the_same_words() -> None:
+    silent = CHATML.replace("{{ m.content }}", "{{ '' if m.role == 'assistant' else m.content }}")
+    row, _ = one_row(silent, pair_of([message("user", "say: yes, it is, or no")]))
+    assert row["template_fault"] == "template_drops_text: of the chosen answer"
+
+
+def test_a_system_message_that_the_template_leaves_out_is_told() -> None:
+    deaf = (
+        "{% for m in messages %}{% if m.role != 'system' %}<|im_start|>{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    row, _ = one_row(deaf, pair_of([message("system", "be brief"), *QUESTION]))
+    assert row["template_fault"] == "template_drops_text: of the prompt"
+
+
+def test_reasoning_of_earlier_turns_may_go() -> None:
+    """Qwen3 and DeepSeek-R1 were trained on conversations without it."""
+    last = "{{ m.content if loop.last or m.role == 'user' else m.content.split('</think>')[-1] }}"
+    turns = [*QUESTION, message("assistant", REASONED), message("user", "and now?")]
+    row, _ = one_row(CHATML.replace("{{ m.content }}", last), pair_of(turns))
+    assert row["template_fault"] is None
+
+
+TOOLS = '[{"type": "function", "function": {"name": "weather", "parameters": {}}}]'
+WITH_TOOLS = "{% if tools %}<|im_start|>tools {{ tools[0].function.name }}<|im_end|>{% endif %}" + CHATML
+
+
+def test_tools_are_rendered_into_the_prompt_they_belong_to() -> None:
+    row, tokenizer = one_row(WITH_TOOLS, pair_of(QUESTION, tools=TOOLS))
+    assert row["template_fault"] is None
+    assert tokenizer.decode(row["prompt_ids"]).startswith("<|im_start|>tools weather<|im_end|>")
+
+
+def test_pairs_with_and_without_tools_keep_their_places() -> None:
+    tokenizer = trained("bytes", WITH_TOOLS, plain_marks())
+    worker = PairTokenizer(ChatFormat(tokenizer))
+    given = ["", TOOLS, "", TOOLS.replace("weather", "clock"), TOOLS]
+    rows = [pair_of([message("user", f"number {n}")]) | {"pair_id": str(n) * 32} for n in range(len(given))]
+    made = worker.encoded(worker.rendered(table(rows).with_columns(tools=pl.Series(given))))
+    for n, (name, row) in enumerate(zip(["", "weather", "", "clock", "weather"], made.to_dicts(), strict=True)):
+        tools = f"<|im_start|>tools {name}<|im_end|>" if name else ""
+        opened = f"{tools}<|im_start|>user\nnumber {n}<|im_end|>\n<|im_start|>assistant\n"
+        assert (row["pair_id"], tokenizer.decode(row["prompt_ids"])) == (str(n) * 32, opened)
+
+
+@pytest.mark.parametrize(
+    ("template", "tools", "reason"),
+    [
+        (CHATML, TOOLS, "unsupported_modality"),
+        (WITH_TOOLS, "[5]", "template_refused"),
+        (CHATML, "[", "template_refused"),
+    ],
+    ids=["no place for tools", "no tool", "no JSON"],
+)
+def test_tools_that_cannot_be_rendered_cost_their_row(template: str, tools: str, reason: str) -> None:
+    row, _ = one_row(template, pair_of(QUESTION, tools=tools))
+    assert row["template_fault"].startswith(f"{reason}: ")
+
+
+@pytest.mark.parametrize(("rows", "fault"), [(0, None), (400, "no_embedding: <image>"), (500, None)])
+def test_a_pair_whose_text_holds_a_token_without_an_embedding_is_told(rows: int, fault: str | None) -> None:
+    """An index beyond the embedding ends a CPU stage in an IndexError, and a GPU in a device-side assert."""
+    pair = pair_of(QUESTION, chosen="see <image>")
+    inner = trained("bytes", CHATML, plain_marks())
+    inner.add_special_tokens({"additional_special_tokens": [AddedToken("<image>", special=True, normalized=False)]})
+    worker = PairTokenizer(ChatFormat(inner), min(rows, len(inner) - 1) if rows == 400 else rows)
+    assert worker.encoded(worker.rendered(table([pair])))["template_fault"].to_list() == [fault]
+
+
+def test_the_stage_tells_what_ends_a_turn(screened: Screened, model_folder: Path, tmp_path: Path) -> None:
+    made_of(screened.pairs.head(2), model_folder, tmp_path / "out")
+    assert ChatFormatFacts.model_validate_json((tmp_path / "out" / CHAT_FORMAT).read_bytes()).ends == (1, 2)

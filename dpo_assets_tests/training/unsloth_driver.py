@@ -50,8 +50,9 @@ def trained(request: Request, plan: TrainingPlan, model: Any) -> Answer:
     """Losses of a run of the classic trainer, and what it changed around it."""
     from datasets import Dataset
 
+    from dpo_assets.training.chat_format import load_tokenizer
     from dpo_assets.training.classic import classic_trainer
-    from dpo_assets.training.loading import load_tokenizer, save_adapter
+    from dpo_assets.training.loading import save_adapter
     from dpo_assets.training.packed import end_quietly
 
     out = Path(request["out"])
@@ -78,8 +79,9 @@ def peft_config_trap(request: Request) -> Answer:
     from datasets import Dataset
     from peft import LoraConfig
 
+    from dpo_assets.training.chat_format import load_tokenizer
     from dpo_assets.training.classic import classic_arguments
-    from dpo_assets.training.loading import load_base, load_tokenizer
+    from dpo_assets.training.loading import load_base
 
     plan = TrainingPlan.model_validate(request["plan"])
     model: Any = load_base(Path(request["model"]), plan, packed=False)
