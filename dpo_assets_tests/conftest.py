@@ -23,8 +23,9 @@ os.environ.pop("HF_TOKEN", None)
 # Files of few tests that take minutes, the longest first. A process takes the next file when it is done with one, so
 # a long file that begins last is waited for by itself.
 LONGEST = (
-    "test_demo.py", "test_stages.py", "test_launcher.py", "test_out_of_memory.py", "test_feedback_assets.py",
-    "test_collapse.py", "test_speedups.py", "test_bad_input.py", "test_collapse_guard.py", "test_dpo_equals_trl.py",
+    "test_demo.py", "test_out_of_memory.py", "test_stages.py", "test_launcher.py", "test_collapse.py",
+    "test_dpo_equals_trl.py", "test_speedups.py", "test_memory.py", "test_feedback_assets.py", "test_bad_input.py",
+    "test_collapse_guard.py",
 )  # fmt: skip
 
 
@@ -43,3 +44,13 @@ def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
     home.mkdir()
     with dg.DagsterInstance.local_temp(str(home)) as opened:
         yield opened
+
+
+@pytest.fixture(scope="session")
+def homes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `instance_after` keeps what it made, for all processes of this test session."""
+    own = tmp_path_factory.getbasetemp()
+    # Under xdist each process has a folder of its own in the session's.
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "homes"
+    folder.mkdir(exist_ok=True)
+    return folder

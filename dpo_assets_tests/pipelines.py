@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import yaml
+from filelock import FileLock
 
 from dpo_assets import build_dpo_defs
 
 PACKAGE = Path(str(files("dpo_assets")))
 OASST = PACKAGE / "data" / "oasst" / "oasst_en_100_tree.jsonl"
 STORIES = PACKAGE / "data" / "stories260k"
+DATA = ("base_model", "raw_preferences", "quarantined_preferences", "dpo_dataset")
 
 
 def demo_recipe(**changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -27,6 +32,11 @@ def demo_recipe(**changes: Mapping[str, Any]) -> dict[str, Any]:
     for section, values in changes.items():
         recipe[section] = {**recipe.get(section, {}), **copy.deepcopy(dict(values))}
     return recipe
+
+
+def short_recipe(**changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The demo's recipe on its short pairs alone: the same stages, with a fraction of the tokens."""
+    return demo_recipe(feedback={"max_length": 96, "max_quarantine_rate": 1.0, "min_pairs": 10}, **changes)
 
 
 def trl_feedback(path: Path, pairs: int = 80) -> Path:
@@ -60,6 +70,30 @@ def materialize(
     job = dg.define_asset_job("test_job", selection=selection, op_retry_policy=op_retry_policy)
     resolved = dg.Definitions.merge(defs, dg.Definitions(jobs=[job])).resolve_job_def("test_job")
     return resolved.execute_in_process(instance=instance, run_config=run_config, raise_on_error=False)
+
+
+@contextmanager
+def instance_after(
+    recipe: Mapping[str, Any], assets: Sequence[str], homes: Path, target: Path
+) -> Iterator[dg.DagsterInstance]:
+    """An instance of its own, in `target`, in which these assets of a pipeline `demo` stand.
+
+    The first who asks makes them, once for all processes of a test session, which share `homes`; everyone gets a copy.
+    """
+    identity = json.dumps([recipe, list(assets)], sort_keys=True, default=str)
+    home = homes / hashlib.sha256(identity.encode()).hexdigest()[:16]
+    with FileLock(f"{home}.lock"):
+        if not home.exists():
+            unfinished = home.with_suffix(".unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)  # Of somebody who failed.
+            unfinished.mkdir()
+            with dg.DagsterInstance.local_temp(str(unfinished)) as instance:
+                made = materialize(recipe, instance, assets)
+                assert made.success, failures(made)
+            unfinished.rename(home)
+    shutil.copytree(home, target)
+    with dg.DagsterInstance.local_temp(str(target)) as instance:
+        yield instance
 
 
 def failures(result: dg.ExecuteInProcessResult) -> list[str]:

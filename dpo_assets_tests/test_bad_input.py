@@ -17,13 +17,16 @@ from dpo_assets.errors import ConfigError
 from dpo_assets.recipe import BaseModelSection
 from dpo_assets_tests.hub_server import HubServer
 from dpo_assets_tests.pipelines import (
+    DATA,
     OASST,
     STORIES,
     demo_recipe,
     failed_checks,
     failures,
+    instance_after,
     materialize,
     metadata,
+    short_recipe,
     trl_feedback,
     trl_recipe,
 )
@@ -247,13 +250,12 @@ def test_max_length_beyond_the_models_context_is_refused(instance: dg.DagsterIns
     assert "context of 512 tokens" in failures(materialize(recipe, instance, nodes))[0]
 
 
-def test_a_red_upstream_is_refused_also_outside_its_run(instance: dg.DagsterInstance) -> None:
-    recipe = demo_recipe()
-    data = ["base_model", "raw_preferences", "quarantined_preferences", "dpo_dataset"]
-    assert materialize(recipe, instance, data).success
+def test_a_red_upstream_is_refused_also_outside_its_run(homes: Path, tmp_path: Path) -> None:
+    recipe = short_recipe()
     config = {"ops": {"demo__dpo_plan": {"config": {"dpo": {"learning_rate": 1e-3}}}}}
-    assert not materialize(recipe, instance, ["dpo_plan"], run_config=config).success
-    result = materialize(recipe, instance, ["sft_checkpoint"])
+    with instance_after(recipe, DATA, homes, tmp_path / "home") as instance:
+        assert not materialize(recipe, instance, ["dpo_plan"], run_config=config).success
+        result = materialize(recipe, instance, ["sft_checkpoint"])
     assert failures(result) == [
         "`demo/dpo_plan` did not pass dpo_rate_against_sft, learning_rate_band, training_dose; mend it before going on "
         "from it."

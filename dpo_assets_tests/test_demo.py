@@ -1,4 +1,4 @@
-"""The whole pipeline as a user runs it: `dpo-assets demo`, again, broken on purpose, and published to a Hub.
+"""The whole pipeline as a user runs it: `dpo-assets demo`, again, published to a Hub, broken on purpose, and again.
 
 One home is shared by the tests of this file, in the order in which a user would do these things.
 """
@@ -139,15 +139,42 @@ def test_the_dry_run_release_is_complete_and_loads_with_plain_transformers(first
     assert model.generate(**ids, max_new_tokens=4).shape[1] > 4
 
 
-def test_a_second_run_with_unchanged_inputs_trains_nothing_and_says_so(home: Path, first: dict[str, Any]) -> None:
+def test_a_second_run_with_unchanged_inputs_trains_nothing(home: Path, first: dict[str, Any]) -> None:
     result = cli(home, "demo", "--json")
     assert result.returncode == 0, result.stderr
     summary = json.loads(result.stdout)
     assert summary["reused"] == summary["materialised"]
     assert summary["worker_stages"] == []
     assert summary["scores"] == first["scores"]
-    text = cli(home, "demo").stdout
-    assert "inputs unchanged, nothing trained again" in text
+
+
+def test_a_release_is_published_verified_and_not_sent_twice(
+    first: dict[str, Any], demo_instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with HubServer() as hub:
+        monkeypatch.setenv("HF_TOKEN", hub.token)
+        publishing = {"dry_run": False, "repo_id": "tester/bot", "endpoint": hub.endpoint}
+        if first["verdict"]["decision"] != "first_publication":
+            pytest.fail("the demo's policy was held, so there is nothing to publish")
+        result = materialize(demo_recipe(publishing=publishing), demo_instance, ["published_model"])
+        assert failures(result) == []
+        shown = metadata(result, "published_model")
+        sent = hub.repo("tester/bot").files(shown["commit"])
+        release = Path(shown["release"])
+        assert {p.name: p.read_bytes() for p in release.iterdir()}.items() <= sent.items()
+        assert hub.repo("tester/bot").tags[shown["tag"]] == shown["commit"]
+        before = len(hub.repo("tester/bot").history())
+        again = materialize(demo_recipe(publishing=publishing), demo_instance, ["published_model"])
+        assert again.success
+        assert len(hub.repo("tester/bot").history()) == before
+        log = "\n".join(e.user_message for e in demo_instance.all_logs(result.run_id))
+        assert hub.token not in log
+
+
+def test_publishing_without_a_token_names_the_variable(demo_instance: dg.DagsterInstance) -> None:
+    publishing = {"dry_run": False, "repo_id": "tester/bot"}
+    result = materialize(demo_recipe(publishing=publishing), demo_instance, ["published_model"])
+    assert "HF_TOKEN is not set in the environment" in failures(result)[0]
 
 
 def test_every_artefact_records_all_that_its_asset_declares_to_read(
@@ -219,35 +246,12 @@ def test_earlier_artefacts_stand_after_red_runs(home: Path, first: dict[str, Any
         assert all(open_artifact(folder) for folder in folders)
 
 
-def test_a_release_is_published_verified_and_not_sent_twice(
-    home: Path, first: dict[str, Any], demo_instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # The red runs left their last materialisations red; a green one puts the pipeline back first.
-    assert cli(home, "demo", "--json").returncode == 0
-    with HubServer() as hub:
-        monkeypatch.setenv("HF_TOKEN", hub.token)
-        publishing = {"dry_run": False, "repo_id": "tester/bot", "endpoint": hub.endpoint}
-        if first["verdict"]["decision"] != "first_publication":
-            pytest.fail("the demo's policy was held, so there is nothing to publish")
-        result = materialize(demo_recipe(publishing=publishing), demo_instance, ["published_model"])
-        assert failures(result) == []
-        shown = metadata(result, "published_model")
-        sent = hub.repo("tester/bot").files(shown["commit"])
-        release = Path(shown["release"])
-        assert {p.name: p.read_bytes() for p in release.iterdir()}.items() <= sent.items()
-        assert hub.repo("tester/bot").tags[shown["tag"]] == shown["commit"]
-        before = len(hub.repo("tester/bot").history())
-        again = materialize(demo_recipe(publishing=publishing), demo_instance, ["published_model"])
-        assert again.success
-        assert len(hub.repo("tester/bot").history()) == before
-        log = "\n".join(e.user_message for e in demo_instance.all_logs(result.run_id))
-        assert hub.token not in log
-
-
-def test_publishing_without_a_token_names_the_variable(demo_instance: dg.DagsterInstance) -> None:
-    publishing = {"dry_run": False, "repo_id": "tester/bot"}
-    result = materialize(demo_recipe(publishing=publishing), demo_instance, ["published_model"])
-    assert "HF_TOKEN is not set in the environment" in failures(result)[0]
+def test_a_run_after_red_ones_is_green_trains_nothing_and_says_so(home: Path, first: dict[str, Any]) -> None:
+    result = cli(home, "demo")
+    assert result.returncode == 0, result.stdout + result.stderr
+    reused, unchanged, _ = " ".join(result.stdout.split()).partition(": inputs unchanged, nothing trained again")
+    assert unchanged
+    assert all(node.name in reused.rpartition("reused ")[2] for node in NODES)
 
 
 def test_recipe_prints_every_field_with_its_meaning(home: Path) -> None:

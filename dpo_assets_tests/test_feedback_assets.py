@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import polars as pl
+import pytest
 
-from dpo_assets_tests.pipelines import failures, materialize, metadata, trl_feedback, trl_recipe
-
-DATA = ["base_model", "raw_preferences", "quarantined_preferences", "dpo_dataset"]
+from dpo_assets_tests.pipelines import DATA, failures, materialize, metadata, trl_feedback, trl_recipe
 
 
 def report(result: dg.ExecuteInProcessResult) -> dict[str, Any]:
@@ -20,10 +21,23 @@ def report(result: dg.ExecuteInProcessResult) -> dict[str, Any]:
     return found
 
 
-def test_the_quarantine_is_shown_over_runs_and_a_rule_takes_rows_out_of_it(
-    instance: dg.DagsterInstance, tmp_path: Path
-) -> None:
-    path = trl_feedback(tmp_path / "votes.jsonl", pairs=150)
+NOTE = "a tutorial on chat templates, looked through"
+RELEASE = [{"reason": "template_marks", "source": "votes*", "note": NOTE}]
+
+
+@dataclass(frozen=True)
+class History:
+    """Two runs of one pipeline: before the second came a new file, and a rule that releases rows."""
+
+    first: dg.ExecuteInProcessResult
+    second: dg.ExecuteInProcessResult
+    log_of_second: list[str]
+
+
+@pytest.fixture(scope="module")
+def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[History]:
+    folder = tmp_path_factory.mktemp("feedback")
+    votes = trl_feedback(folder / "votes.jsonl", pairs=150)
     marked = {
         "prompt": "How does a chat template end a turn?",
         "chosen": "With <|im_end|>.",
@@ -36,9 +50,19 @@ def test_the_quarantine_is_shown_over_runs_and_a_rule_takes_rows_out_of_it(
         {"prompt": "thumbs", "completion": "a bad one", "label": False, "id": "down"},
         {"prompt": "alone", "completion": "only one", "label": True, "id": "alone"},
     ]
-    with path.open("a", encoding="utf-8") as handle:
+    with votes.open("a", encoding="utf-8") as handle:
         handle.write("".join(json.dumps(row) + "\n" for row in rows))
-    first = materialize(trl_recipe(path), instance, DATA)
+    source = folder / "*.jsonl"
+    with dg.DagsterInstance.local_temp(str(tmp_path_factory.mktemp("home"))) as instance:
+        first = materialize(trl_recipe(source), instance, DATA)
+        row = {"prompt": "What is new?", "chosen": "One pair, on Tuesday.", "rejected": "Nothing at all."}
+        (folder / "tuesday.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+        second = materialize(trl_recipe(source, release=RELEASE), instance, DATA)
+        yield History(first, second, [event.message for event in instance.all_logs(second.run_id)])
+
+
+def test_the_first_run_counts_every_row_once(history: History) -> None:
+    first = history.first
     assert first.success, failures(first)
     raw = metadata(first, "raw_preferences")
     assert (raw["rows_in"], raw["dagster/row_count"]) == (155, 153)
@@ -53,14 +77,14 @@ def test_the_quarantine_is_shown_over_runs_and_a_rule_takes_rows_out_of_it(
     kinds = {row["name"]: row["pairs"] for row in said["sources"]["by_label_kind"]}
     assert kinds["human_thumb"] == 1
 
-    note = "a tutorial on chat templates, looked through"
-    release = [{"reason": "template_marks", "source": "votes*", "note": note}]
-    second = materialize(trl_recipe(path, release=release), instance, DATA)
-    assert second.success
-    assert metadata(second, "raw_preferences")["files_read_now"] == 0
-    assert report(second)["released"] == [{**release[0], "rows": 1}]
+
+def test_the_quarantine_is_shown_over_runs_and_a_rule_takes_rows_out_of_it(history: History) -> None:
+    second = history.second
+    assert second.success, failures(second)
+    assert metadata(second, "raw_preferences")["files_read_now"] == 1, "the file of the first run was read again"
+    assert report(second)["released"] == [{**RELEASE[0], "rows": 1}]
     after = metadata(second, "quarantined_preferences")
-    assert note in after["released"]
+    assert NOTE in after["released"]
     assert [line.split("|")[1].strip() for line in after["trend"].splitlines()[2:]] == [
         "unpaired",
         "template_marks",
@@ -72,21 +96,16 @@ def test_the_quarantine_is_shown_over_runs_and_a_rule_takes_rows_out_of_it(
     assert pairs.filter(pl.col("flags").str.contains("released:template_marks")).height == 1
 
 
+def test_a_refresh_tokenizes_new_pairs_only(history: History) -> None:
+    """Of the second run's pairs one is of the new file, and one was in quarantine before."""
+    assert any("152 of 154 pairs were tokenized before" in message for message in history.log_of_second), (
+        history.log_of_second
+    )
+
+
 def test_an_evaluation_set_that_is_not_there_is_named(instance: dg.DagsterInstance, tmp_path: Path) -> None:
     path = trl_feedback(tmp_path / "votes.jsonl", pairs=5)
     missing = str(tmp_path / "judged_by.jsonl")
     result = materialize(trl_recipe(path, cleaning={"evaluation_sets": [missing]}), instance, DATA)
     assert not result.success
     assert any(missing in str(event.event_specific_data) for event in result.all_events if event.is_failure)
-
-
-def test_a_refresh_tokenizes_new_pairs_only(instance: dg.DagsterInstance, tmp_path: Path) -> None:
-    trl_feedback(tmp_path / "monday.jsonl", pairs=150)
-    recipe = trl_recipe(tmp_path / "*.jsonl")
-    assert materialize(recipe, instance, DATA).success
-    row = {"prompt": "What is new?", "chosen": "One pair, on Tuesday.", "rejected": "Nothing at all."}
-    (tmp_path / "tuesday.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
-    second = materialize(recipe, instance, DATA)
-    assert second.success, failures(second)
-    logged = [event.message for event in instance.all_logs(second.run_id)]
-    assert any("150 of 151 pairs were tokenized before" in message for message in logged), logged

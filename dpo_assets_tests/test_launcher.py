@@ -10,7 +10,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,10 +26,10 @@ from dpo_assets.errors import ConfigError, GateError, StageTimeout
 from dpo_assets.planning.precision import Device
 from dpo_assets.resources.environment import worker_environment
 from dpo_assets.training.devices import refuse_other_devices
-from dpo_assets_tests.pipelines import demo_recipe, failures, materialize, metadata
+from dpo_assets_tests.pipelines import DATA, failures, instance_after, materialize, metadata, short_recipe
 from dpo_assets_tests.planning.cases import TINY, planned
 
-DATA = ["base_model", "raw_preferences", "quarantined_preferences", "dpo_dataset", "dpo_plan"]
+TO_SFT = ["dpo_plan", "sft_checkpoint"]
 PATIENCE = 60.0
 
 
@@ -56,9 +56,16 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_module, "RETRY_SECONDS", 0.1)
 
 
-def recipe() -> dict[str, object]:
+def endless() -> dict[str, object]:
     # Steps enough that a kill always comes before the end.
-    return demo_recipe(sft={"epochs": 50})
+    return short_recipe(sft={"epochs": 50})
+
+
+@pytest.fixture
+def with_data(homes: Path, tmp_path: Path) -> Iterator[dg.DagsterInstance]:
+    """A real instance, in which the data stands that SFT trains on."""
+    with instance_after(short_recipe(), DATA, homes, tmp_path / "with_data") as opened:
+        yield opened
 
 
 @dataclass
@@ -76,14 +83,16 @@ class Killer:
                     worker.send_signal(signal.SIGKILL)
 
 
-@pytest.fixture
-def killer() -> Iterator[Killer]:
-    hunter, stop = Killer(), threading.Event()
+@contextmanager
+def at_large(limit: int) -> Iterator[Killer]:
+    hunter, stop = Killer(limit), threading.Event()
     thread = threading.Thread(target=hunter.hunt, args=(stop,))
     thread.start()
-    yield hunter
-    stop.set()
-    thread.join()
+    try:
+        yield hunter
+    finally:
+        stop.set()
+        thread.join()
 
 
 def artefacts(instance: dg.DagsterInstance, node: str) -> list[Path]:
@@ -93,48 +102,54 @@ def artefacts(instance: dg.DagsterInstance, node: str) -> list[Path]:
 
 
 def test_a_worker_that_keeps_dying_fails_the_run_and_leaves_earlier_artefacts_standing(
-    instance: dg.DagsterInstance, killer: Killer
+    with_data: dg.DagsterInstance,
 ) -> None:
-    assert materialize(recipe(), instance, DATA).success
-    killer.limit = 10
-    result = materialize(recipe(), instance, ["sft_checkpoint"])
+    with at_large(limit=10) as killer:
+        result = materialize(endless(), with_data, TO_SFT)
     assert not result.success
     assert len(killer.killed) == 1 + step_module.MAX_RETRIES
     assert "was ended by SIGKILL" in failures(result)[-1]
     assert "Given up after 3 attempts" in failures(result)[-1]
-    assert artefacts(instance, "sft_checkpoint") == []
+    assert artefacts(with_data, "sft_checkpoint") == []
     for node in ("base_model", "raw_preferences", "dpo_dataset", "dpo_plan"):
-        assert [open_artifact(folder) for folder in artefacts(instance, node)]
+        assert [open_artifact(folder) for folder in artefacts(with_data, node)]
 
 
-def test_the_attempt_after_a_killed_one_starts_clean_and_reuses_what_stands(
-    instance: dg.DagsterInstance, killer: Killer
+def test_the_attempt_after_a_killed_one_starts_clean_reuses_what_stands_and_reports_while_it_runs(
+    with_data: dg.DagsterInstance,
 ) -> None:
-    short = demo_recipe(sft={"epochs": 0.1}, feedback={"max_length": 128, "max_quarantine_rate": 1.0})
-    assert materialize(short, instance, DATA).success
-    killer.limit = 1
-    result = materialize(short, instance, [*DATA, "sft_checkpoint"])
+    with at_large(limit=1) as killer:
+        result = materialize(short_recipe(sft={"epochs": 0.3}), with_data, [*DATA, *TO_SFT])
     assert result.success
     assert len(killer.killed) == 1
     assert str(metadata(result, "dpo_dataset")["reused"]).startswith("yes")
     assert metadata(result, "sft_checkpoint")["reused"] == "no"
-    (made,) = artefacts(instance, "sft_checkpoint")
+    (made,) = artefacts(with_data, "sft_checkpoint")
     assert open_artifact(made).json("report.json")["finite"]
+
+    lines = [(e.timestamp, e.user_message) for e in with_data.all_logs(result.run_id) if e.dagster_event is None]
+    steps = [(when, p) for when, text in lines if (p := parse_progress(text)) and p.stage == "sft"]
+    assert steps, "no progress line of the worker is in the run's log"
+    assert steps[-1][1].done == steps[-1][1].total
+    done = max(
+        e.timestamp for e in with_data.all_logs(result.run_id) if e.dagster_event and e.dagster_event.is_step_success
+    )
+    assert steps[0][0] < done
 
 
 RUN = """
 import sys
 import dagster as dg
-from dpo_assets_tests.pipelines import demo_recipe, materialize
+from dpo_assets_tests.pipelines import materialize, short_recipe
 with dg.DagsterInstance.from_config(sys.argv[1]) as instance:
-    materialize(demo_recipe(sft={"epochs": 50}), instance, ["sft_checkpoint"])
+    materialize(short_recipe(sft={"epochs": 50}), instance, ["sft_checkpoint"])
 """
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
-def test_ending_the_run_ends_the_worker(instance: dg.DagsterInstance, tmp_path: Path, sign: signal.Signals) -> None:
-    assert materialize(recipe(), instance, DATA).success
-    home = instance.root_directory
+def test_ending_the_run_ends_the_worker(with_data: dg.DagsterInstance, sign: signal.Signals) -> None:
+    assert materialize(endless(), with_data, ["dpo_plan"]).success
+    home = with_data.root_directory
     (Path(home) / "dagster.yaml").touch()
     run = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(RUN), home], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -149,24 +164,9 @@ def test_ending_the_run_ends_the_worker(instance: dg.DagsterInstance, tmp_path: 
     finally:
         run.kill()
         run.wait()
-    (last,) = instance.get_runs(limit=1)
-    kinds = [entry.dagster_event.event_type for entry in instance.all_logs(last.run_id) if entry.dagster_event]
+    (last,) = with_data.get_runs(limit=1)
+    kinds = [entry.dagster_event.event_type for entry in with_data.all_logs(last.run_id) if entry.dagster_event]
     assert dg.DagsterEventType.STEP_UP_FOR_RETRY not in kinds, "nobody starts again what someone stopped"
-
-
-def test_progress_reaches_the_runs_log_while_the_worker_runs(instance: dg.DagsterInstance) -> None:
-    short = demo_recipe(sft={"epochs": 0.3}, feedback={"max_length": 128, "max_quarantine_rate": 1.0})
-    assert materialize(short, instance, DATA).success
-    result = materialize(short, instance, ["sft_checkpoint"])
-    assert result.success
-    lines = [(e.timestamp, e.user_message) for e in instance.all_logs(result.run_id) if e.dagster_event is None]
-    steps = [(when, p) for when, text in lines if (p := parse_progress(text)) and p.stage == "sft"]
-    assert steps, "no progress line of the worker is in the run's log"
-    assert steps[-1][1].done == steps[-1][1].total
-    (done,) = [
-        e.timestamp for e in instance.all_logs(result.run_id) if e.dagster_event and e.dagster_event.is_step_success
-    ]
-    assert steps[0][0] < done
 
 
 def spec_on(device: Device) -> TrainSpec:

@@ -13,6 +13,7 @@ import json
 import os
 import stat
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,9 @@ from dpo_assets import LocalLauncher
 from dpo_assets.artifact import VOLATILE, ArtifactTree, open_artifact
 from dpo_assets.assets.dpo_plan import PLAN
 from dpo_assets.contract import Failure, TokenizeSpec, TrainSpec, memory_failure
-from dpo_assets_tests.pipelines import demo_recipe, failures, materialize, metadata
+from dpo_assets_tests.pipelines import DATA, failures, instance_after, materialize, metadata, short_recipe
 from dpo_assets_tests.samples import plan
 
-DATA = ["base_model", "raw_preferences", "quarantined_preferences", "dpo_dataset", "dpo_plan"]
 TOKEN_BYTES = 8 * 2**20  # A token of a forward of an 8B model keeps about as much.
 SLACK_TOKENS = 128  # What the process itself grows by while it trains.
 # Address space is reserved, never written, so the test needs none of this memory itself.
@@ -80,11 +80,14 @@ class Scarce:
 
 def recipe() -> dict[str, Any]:
     """Short pairs and large steps, so that a step's tokens are several times the longest pair's."""
-    return demo_recipe(
-        feedback={"max_length": 96, "max_quarantine_rate": 1.0, "min_pairs": 10},
-        sft={"epochs": 0.5, "batch_size": 32},
-        dpo={"epochs": 0.5, "batch_size": 32},
-    )
+    return short_recipe(sft={"epochs": 0.5, "batch_size": 32}, dpo={"epochs": 0.5, "batch_size": 32})
+
+
+@pytest.fixture
+def instance(homes: Path, tmp_path: Path) -> Iterator[dg.DagsterInstance]:
+    """A real instance, in which the data stands that both stages train on."""
+    with instance_after(short_recipe(), DATA, homes, tmp_path / "dagster_home") as opened:
+        yield opened
 
 
 def warnings_of(instance: dg.DagsterInstance, result: dg.ExecuteInProcessResult) -> list[str]:
@@ -103,41 +106,40 @@ def made(instance: dg.DagsterInstance, node: str) -> list[Path]:
     return [p for p in folder.iterdir() if p.is_dir()]
 
 
-def test_a_stage_goes_on_with_smaller_forwards_and_the_same_steps(instance: dg.DagsterInstance, tmp_path: Path) -> None:
-    assert materialize(recipe(), instance, DATA).success
+def test_a_stage_goes_on_with_smaller_forwards_and_the_same_steps(
+    instance: dg.DagsterInstance, homes: Path, tmp_path: Path
+) -> None:
+    assert materialize(recipe(), instance, ["dpo_plan"]).success
     planned = plan_of(instance)
     budget = planned["token_budget"]
     assert budget // 4 >= planned["longest_pair"], "the dataset leaves no room for two halvings"
-    scarce = Scarce(tmp_path / "scarce", tokens=budget // 4 + SLACK_TOKENS)
-    result = materialize(recipe(), instance, ["sft_checkpoint", "dpo_adapter"], resources=scarce.resources)
-    assert result.success, failures(result)
-
-    started, retries = [], 0
-    for asset, stage in (("sft_checkpoint", "sft"), ("dpo_adapter", "dpo")):
+    for asset, stage, halvings in (("sft_checkpoint", "sft", 2), ("dpo_adapter", "dpo", 1)):
+        scarce = Scarce(tmp_path / stage, tokens=(budget >> halvings) + SLACK_TOKENS)
+        result = materialize(recipe(), instance, [asset], resources=scarce.resources)
+        assert result.success, failures(result)
         said = metadata(result, asset)
-        # How many it takes is up to how full the forwards are; a quarter fits in any case.
-        assert 1 <= said["out_of_memory_retries"] <= 2
-        assert said["token_budget_used"] == budget >> said["out_of_memory_retries"]
+        # How many it takes is up to how full the forwards are; these fit in any case.
+        retries = said["out_of_memory_retries"]
+        assert 1 <= retries <= halvings
+        assert said["token_budget_used"] == budget >> retries
         assert said["steps"] == planned[f"{stage}_steps"]
         (artefact,) = map(open_artifact, made(instance, asset))
         assert artefact.json(VOLATILE)["token_budget_used"] == said["token_budget_used"]
-        started += [stage] * (1 + said["out_of_memory_retries"])
-        retries += said["out_of_memory_retries"]
-    assert scarce.stages == started
-    assert len(scarce.processes) == len(started), "a retry must be a fresh process"
-    warnings = warnings_of(instance, result)
-    assert len(warnings) == retries
-    assert f"`sft` ran out of memory in forwards of {budget} tokens" in warnings[0]
-    assert f"with {budget // 2} (retry 1 of 3); pairs per optimizer step stay the same" in warnings[0]
-    assert "can't allocate memory" in warnings[0]
+        assert scarce.stages == [stage] * (1 + retries)
+        assert len(scarce.processes) == 1 + retries, "a retry must be a fresh process"
+        warnings = warnings_of(instance, result)
+        assert len(warnings) == retries
+        assert f"`{stage}` ran out of memory in forwards of {budget} tokens" in warnings[0]
+        assert f"with {budget // 2} (retry 1 of 3); pairs per optimizer step stay the same" in warnings[0]
+        assert "can't allocate memory" in warnings[0]
 
     # The same gradients, and the same artefact: a run with enough memory finds it and trains nothing.
     ample = materialize(recipe(), instance, ["sft_checkpoint", "dpo_adapter"])
     assert all(str(metadata(ample, asset)["reused"]).startswith("yes") for asset in ("sft_checkpoint", "dpo_adapter"))
     assert metadata(ample, "dpo_adapter")["out_of_memory_retries"] >= 1
-    with_room = dg.DagsterInstance.ephemeral(str(tmp_path / "ample"))
-    assert materialize(recipe(), with_room, [*DATA, "sft_checkpoint"]).success
-    (whole,), (parts,) = made(with_room, "sft_checkpoint"), made(instance, "sft_checkpoint")
+    with instance_after(short_recipe(), DATA, homes, tmp_path / "with_room") as with_room:
+        assert materialize(recipe(), with_room, ["dpo_plan", "sft_checkpoint"]).success
+        (whole,), (parts,) = made(with_room, "sft_checkpoint"), made(instance, "sft_checkpoint")
     assert whole.name == parts.name
     after = [open_artifact(p).json("report.json")["held_out_nll_after"] for p in (whole, parts)]
     assert after[0] == pytest.approx(after[1], abs=1e-5)
@@ -146,7 +148,7 @@ def test_a_stage_goes_on_with_smaller_forwards_and_the_same_steps(instance: dg.D
 def test_after_the_last_halving_the_run_says_what_to_change(
     instance: dg.DagsterInstance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert materialize(recipe(), instance, DATA).success
+    assert materialize(recipe(), instance, ["dpo_plan"]).success
     scarce = Scarce(tmp_path / "scarce", tokens=1)
     assert step_module.MAX_HALVINGS == 3
     monkeypatch.setattr(step_module, "MAX_HALVINGS", 1)
@@ -164,13 +166,13 @@ def test_after_the_last_halving_the_run_says_what_to_change(
 def test_forwards_never_get_smaller_than_the_longest_pair(instance: dg.DagsterInstance, tmp_path: Path) -> None:
     small = recipe() | {
         "dpo": {
-            "batch_size": 4,
-            "epochs": 0.1,
+            "batch_size": 2,
+            "epochs": 0.05,
             "learning_rate": 5e-5,
         },
         "sft": {"strategy": "adopt"},
     }
-    assert materialize(small, instance, [*DATA, "sft_checkpoint"]).success
+    assert materialize(small, instance, ["dpo_plan", "sft_checkpoint"]).success
     planned = plan_of(instance)
     assert planned["token_budget"] < 4 * planned["longest_pair"]
     scarce = Scarce(tmp_path / "scarce", tokens=1)

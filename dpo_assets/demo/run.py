@@ -105,14 +105,15 @@ def _messages(instance: dg.DagsterInstance, mark: str, process: subprocess.Popen
     ended = False
     while True:
         runs = instance.get_runs(filters=dg.RunsFilter(tags={TAG: mark}), limit=1)
-        entries = instance.all_logs(runs[0].run_id) if runs else []
-        for entry in entries[position:]:
+        # From where the last look ended: a run has hundreds of entries and minutes to be looked at.
+        entries = instance.logs_after(runs[0].run_id, position - 1) if runs else []
+        for entry in entries:
             event = entry.dagster_event
             if event is None:
                 yield entry.user_message
             elif event.is_step_materialization and event.asset_key:
                 yield "+" + event.asset_key.path[-1]
-        position = len(entries)
+        position += len(entries)
         if ended:
             return
         ended = process.poll() is not None

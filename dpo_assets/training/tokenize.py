@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -30,7 +30,10 @@ from dpo_assets.feedback.rules import (
     UNSUPPORTED_MODALITY,
 )
 from dpo_assets.training.chat_format import ChatFormat, load_chat_format
-from dpo_assets.training.reporting import Reporter
+
+if TYPE_CHECKING:
+    # For its type alone: the module also has Trainer's callbacks, and Trainer imports PEFT and torch's compiler.
+    from dpo_assets.training.reporting import Reporter
 
 PART = 2048  # Pairs rendered and tokenized at once, which is what is held in memory.
 SCHEMA = dict(token_schema())

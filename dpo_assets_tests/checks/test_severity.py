@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,23 @@ from dpo_assets.checks.catalog import CHECKS, VITAL, severity_of
 from dpo_assets.checks.verdict import Level, Verdict, with_severity
 from dpo_assets.errors import ConfigError
 from dpo_assets.recipe import BandOverride
-from dpo_assets_tests.pipelines import materialize, trl_feedback, trl_recipe
+from dpo_assets_tests.pipelines import DATA, instance_after, materialize, trl_feedback, trl_recipe
 
-UP_TO_PLAN = ("base_model", "raw_preferences", "quarantined_preferences", "dpo_dataset", "dpo_plan")
+UP_TO_PLAN = (*DATA, "dpo_plan")
 HOT = {"learning_rate": 3e-4, "epochs": 1.0, "batch_size": 16}
 RAISED = {"learning_rate_band": {"numbers": {"error_above": 1e-3}, "reason": "a sweep over 6 seeds kept every fact"}}
 
 
+@pytest.fixture(scope="module")
+def feedback(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trl_feedback(tmp_path_factory.mktemp("feedback") / "pairs.jsonl", pairs=120)
+
+
 @pytest.fixture
-def feedback(tmp_path: Path) -> Path:
-    return trl_feedback(tmp_path / "pairs.jsonl", pairs=120)
+def with_data(feedback: Path, homes: Path, tmp_path: Path) -> Iterator[dg.DagsterInstance]:
+    """An instance in which the dataset of the recipe stands; a pipeline may change its checks without another."""
+    with instance_after(trl_recipe(feedback), DATA, homes, tmp_path / "with_data") as opened:
+        yield opened
 
 
 def again(recipe: Mapping[str, Any], instance: dg.DagsterInstance, *checks: str) -> dg.ExecuteInProcessResult:
@@ -107,32 +114,32 @@ def test_an_override_changes_its_number_and_no_other(value: float, number: str) 
     assert math.isinf(before.limit("budget").warn)
 
 
-def test_a_raised_band_lets_a_run_pass_and_shows_its_reason(feedback: Path, instance: dg.DagsterInstance) -> None:
+def test_a_raised_band_lets_a_run_pass_and_shows_its_reason(feedback: Path, with_data: dg.DagsterInstance) -> None:
     recipe = trl_recipe(feedback) | {"dpo": HOT}
-    assert not materialize(recipe, instance, UP_TO_PLAN).success
-    result = materialize(recipe | {"checks": {"bands": RAISED}}, instance, UP_TO_PLAN)
+    assert not materialize(recipe, with_data, ["dpo_plan"]).success
+    result = materialize(recipe | {"checks": {"bands": RAISED}}, with_data, ["dpo_plan"])
     assert result.success
     check = next(c for c in result.get_asset_check_evaluations() if c.check_name == "learning_rate_band")
     assert "a sweep over 6 seeds" in str(check.metadata["band changed"].value)
 
 
-def test_a_lowered_check_warns_and_lets_downstream_start(feedback: Path, instance: dg.DagsterInstance) -> None:
+def test_a_lowered_check_warns_and_lets_downstream_start(feedback: Path, with_data: dg.DagsterInstance) -> None:
     recipe = trl_recipe(feedback) | {"dpo": HOT, "checks": {"severity": {"learning_rate_band": "warn"}}}
-    result = materialize(recipe, instance, UP_TO_PLAN)
+    result = materialize(recipe, with_data, UP_TO_PLAN)
     check = next(c for c in result.get_asset_check_evaluations() if c.check_name == "learning_rate_band")
     assert result.success
     assert (check.passed, check.severity) == (False, dg.AssetCheckSeverity.WARN)
 
 
 def test_a_check_is_executed_again_by_itself_with_the_bands_of_now(
-    feedback: Path, instance: dg.DagsterInstance
+    feedback: Path, with_data: dg.DagsterInstance
 ) -> None:
     recipe = trl_recipe(feedback) | {"dpo": HOT}
-    materialize(recipe, instance, UP_TO_PLAN)
-    made = instance.fetch_materializations(dg.AssetKey(["demo", "dpo_plan"]), limit=10).records
+    materialize(recipe, with_data, ["dpo_plan"])
+    made = with_data.fetch_materializations(dg.AssetKey(["demo", "dpo_plan"]), limit=10).records
     # The rate of the recipe has changed too, and nothing was planned with it: the check stands on what was made.
     changed = recipe | {"checks": {"bands": RAISED}, "dpo": {**HOT, "learning_rate": 9e-3}}
-    result = again(changed, instance, "learning_rate_band", "budget")
+    result = again(changed, with_data, "learning_rate_band", "budget")
     found = {c.check_name: c for c in result.get_asset_check_evaluations()}
     assert result.success
     assert set(found) == {"learning_rate_band", "budget"}
@@ -140,7 +147,7 @@ def test_a_check_is_executed_again_by_itself_with_the_bands_of_now(
         3e-4,
         dg.AssetCheckSeverity.WARN,
     )
-    assert instance.fetch_materializations(dg.AssetKey(["demo", "dpo_plan"]), limit=10).records == made
+    assert with_data.fetch_materializations(dg.AssetKey(["demo", "dpo_plan"]), limit=10).records == made
 
 
 def test_a_check_of_an_asset_that_was_never_made_says_so(feedback: Path, instance: dg.DagsterInstance) -> None:

@@ -40,3 +40,8 @@ def test_the_worker_reaches_dagster_pipes_only_inside_a_dagster_run(worker: set[
 
 def test_the_worker_needs_neither_unsloth_nor_triton(worker: set[str]) -> None:
     assert not worker & {"unsloth", "unsloth_zoo", "triton", "bitsandbytes"}
+
+
+def test_the_module_that_tokenizes_imports_no_trainer() -> None:
+    """A refresh tokenizes before it knows whether anything is to be trained."""
+    assert not {"peft", "trl", "datasets"} & imported_by("dpo_assets.training.tokenize")

@@ -16,7 +16,8 @@ from dpo_assets_tests.feedback.sources.reading import row
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="peak memory as Linux tells it")
 MIB = 2**20
-# Rows of at most 4 MiB, cut, pushed back and parsed: a few copies of one, and the interpreter's own.
+# Rows of at most 4 MiB, cut, pushed back and parsed: a few copies of one, and the interpreter's own. What the files
+# hold is larger by so much that one copy of it would show.
 GROWTH = 150
 # Of this process alone: `ru_maxrss` begins with what the process had that started it, which hides as much.
 PEAK = """
