@@ -25,7 +25,7 @@ from dpo_assets.feedback.sources import FeedbackFile, FileRefused, Span, verify_
 
 BATCH_KIND, PLAN_KIND, PAIRED_KIND = "raw_batches", "raw_files", "paired_answers"
 SPANS = "spans.json"
-READ_VERSION = 6  # Of what ingestion makes of a row: another version reads every file again.
+READ_VERSION = 7  # Of what ingestion makes of a row: another version reads every file again.
 
 
 @dataclass(frozen=True)

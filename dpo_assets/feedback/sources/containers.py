@@ -9,7 +9,6 @@ from pathlib import PurePath
 from typing import Any, Literal
 
 from dpo_assets.feedback.sources import FileRefused
-from dpo_assets.feedback.sources.json_values import wraps_rows
 from dpo_assets.feedback.sources.streams import GZIP, UNPACK, ZSTD
 
 Kind = Literal["lines", "values", "csv", "parquet"]
@@ -124,8 +123,6 @@ def _json_kind(head: bytes, any_layout: bool) -> Kind:
     stays damage of that line.
     """
     text = head.lstrip()
-    if wraps_rows(text):
-        return "values"
     line, _, others = text.partition(b"\n")
     try:
         value, end = json.JSONDecoder().raw_decode(line.decode("utf-8", "surrogateescape"))
@@ -133,14 +130,16 @@ def _json_kind(head: bytes, any_layout: bool) -> Kind:
         # No value by itself: the first of several lines of one, or damaged, or longer than what was looked at.
         opens_array = re.match(rb"\[\s*+([{\]]|\Z)", text) is not None
         goes_on = others and re.fullmatch(rb"[{\[]\s*+|.*[,{\[]\s*+", line, re.DOTALL) is not None
-        if opens_array or (goes_on and _goes_on(others)) or (any_layout and others):
+        if opens_array or (goes_on and _goes_on(others)) or any_layout:
             return "values"
         return "lines"
     rest = line.decode("utf-8", "surrogateescape")[end:]
     if rest.strip():
         return "values"  # Several values on one line, or all on one with other line ends.
+    if any_layout and not others.strip():
+        return "values"  # All of the file, so that it may be an object around the rows.
     # A list of rows: there may be one on every line.
-    if isinstance(value, list) and (_holds_rows(value) or (any_layout and not others.strip())):
+    if isinstance(value, list) and _holds_rows(value):
         return "values"
     return "lines"
 

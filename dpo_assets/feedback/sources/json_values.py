@@ -1,8 +1,8 @@
 """JSON rows in any layout: in arrays, one after another, over any number of lines, cut by their brackets.
 
 Nothing is parsed here that is sound: a value's end is found by counting brackets outside strings, and its bytes are
-then parsed by themselves, like a line. Arrays, also in one another, and objects that wrap one (`{"data": [...]}`) hold
-rows and are none.
+then parsed by themselves, like a line. Arrays, also in one another, and an object that wraps one and is the whole file
+(`wrappers`) hold rows and are none.
 
 Damage costs the row that it is in. A missing bracket or quote makes the rows behind it part of the value; where they
 are is told by JSON's own grammar, which breaks near the damage, and by how the file's rows begin: `{"prompt":`, with
@@ -21,6 +21,7 @@ from typing import Any
 from dpo_assets.feedback.sources import FileRefused
 from dpo_assets.feedback.sources.json_grammar import Brackets, Grammar, breaks, grammar_of, parsed
 from dpo_assets.feedback.sources.streams import MARK_INSIDE
+from dpo_assets.feedback.sources.wrappers import judge_rest, rows_begin_in, rows_in, something_behind
 
 PIECE = 64 * 1024
 CHECKED_FROM = 64 * 1024  # A value that is longer is asked on the way whether it is still JSON.
@@ -29,7 +30,6 @@ MOST_OPENINGS = 16  # Keys that rows of one file begin with.
 # What reading again behind damaged values may cost: so many bytes, and so many for each byte of the file.
 READ_AGAIN, READ_AGAIN_OF_ALL = 2**28, 16
 WRAPPED = "rows_in_a_wrapper"
-_WRAPPERS = rb"data|rows|records|examples|samples|results|entries|feedback|preferences|train"
 _LOOKED_AT_BEHIND = 256  # Bytes in which what comes behind a value is looked for.
 _TAIL = 4096  # Kept of what is skipped, so that the beginning of a row is found across pieces.
 
@@ -38,16 +38,8 @@ _BETWEEN = re.compile(rb"(?:[\s,]|" + _MARK + rb")*+")
 _SCALAR = re.compile(rb'"[^"\\\n]*+(?:\\[^\n][^"\\\n]*+)*+"|\}++|\]++|[^\s,{}\[\]]++')
 _OPENING = re.compile(rb'\{\s*+("[^"\\]{1,200}+")\s*+:')
 _ANY_OPENING = re.compile(rb'\{\s*+"[^"\\]*+"\s*+:')
+_LAST_NAME = re.compile(rb'"([^"\\]*+)"\s*+:\s*+\Z')
 _HOLDS_ROWS = re.compile(rb"\[\s*+[{\[]")
-_WRAPPER = re.compile(
-    rb'\{\s*+(?:"[^"\\]{0,100}+"\s*+:\s*+(?:"[^"\\]{0,200}+"|[^\s"{}\[\],]{1,50}+)\s*+,\s*+){0,20}'
-    rb'"(?:' + _WRAPPERS + rb')"\s*+:\s*+\[(?=\s*+\{)'
-)
-
-
-def wraps_rows(text: bytes) -> bool:
-    """Whether a text begins with an object that holds a list of rows under a name that no row has it under."""
-    return _WRAPPER.match(text) is not None
 
 
 class JsonValues:
@@ -60,14 +52,19 @@ class JsonValues:
         self._stream, self._limit = stream, limit
         self._flags: Counter[str] = Counter() if flags is None else flags
         self._text, self._at, self._ended = b"", 0, False  # The text at hand, from its beginning or what comes next.
-        self._inside = bytearray()  # What closes the arrays and wrappers that it stands in.
-        self._wrapped = False
+        self._ahead = io.BytesIO()  # What was read to see the end of the first value, and is still to be cut.
+        self._inside = bytearray()  # What closes the arrays and the wrapper that it stands in.
+        self._wrapper = ""  # What the list of rows in the wrapper is called, when the file is one.
         self._rows = _Rows()
         self._read = self._read_again = 0
         self.unfinished = False
 
     def __iter__(self) -> Iterator[bytes]:
+        if self._skip() == b"{":
+            self._open_wrapper()
         while byte := self._skip():
+            if self._wrapper and not self._inside:
+                raise something_behind()
             if byte in b"]}" and self._inside[-1:] == byte:
                 self._inside.pop()
                 self._at += 1
@@ -76,8 +73,6 @@ class JsonValues:
             elif byte == b"[" and self._holds_rows():
                 self._inside += b"]"
                 self._at += 1
-            elif byte == b"{" and self._wraps_rows():
-                self._inside += b"}]"
             elif byte in b"{[":
                 yield self._value()
             else:
@@ -89,7 +84,8 @@ class JsonValues:
     def _more(self) -> bool:
         """More text, behind what is at hand; False at its end."""
         rest = self._text[self._at :]
-        piece = self._stream.read(max(PIECE, len(rest)))
+        size = max(PIECE, len(rest))
+        piece = self._ahead.read(size) or self._stream.read(size)
         self._text, self._at = rest + piece, 0
         self._read += len(piece)
         self._ended |= not piece
@@ -120,25 +116,56 @@ class JsonValues:
         self._reach(_TAIL)
         return len(self._inside) < MOST_ARRAYS and _HOLDS_ROWS.match(self._text, self._at) is not None
 
-    def _wraps_rows(self) -> bool:
-        """Whether an object is a wrapper. The first value of a file says what its values are."""
-        if (self._rows.last and not self._wrapped) or len(self._inside) >= MOST_ARRAYS:
-            return False
-        self._reach(_TAIL)
-        head = _WRAPPER.match(self._text, self._at)
-        if head is None:
-            return False
-        self._at = head.end()
-        self._wrapped = True
-        self._flags[WRAPPED] += 1
-        return True
+    def _open_wrapper(self) -> None:
+        """Goes to the rows where the file is an object that wraps them. A row that looks like one is seen whole.
+
+        Raises:
+            FileRefused: `ambiguous_rows`.
+        """
+        end = self._end_of_first()
+        head = self._text[self._at :]
+        begin = None
+        try:
+            if end is None:
+                begin = rows_begin_in(head)
+            elif not head[end:].strip():
+                begin = rows_in(head[:end])
+        except (ValueError, RecursionError):
+            begin = rows_begin_in(head)
+        if begin is not None:
+            opening = _LAST_NAME.search(head[:begin])
+            self._wrapper = opening[1].decode("utf-8", "replace") if opening else "its list"
+            self._flags[WRAPPED] += 1
+            self._inside += b"}]"
+            self._at += begin + 1
+        self._ahead = io.BytesIO(self._text[self._at + PIECE :])
+        self._text, self._ended = self._text[: self._at + PIECE], False
+        self._read = len(self._text)
+
+    def _end_of_first(self) -> int | None:
+        """Where the first value ends, with something of what follows it at hand; None when it is longer than a row."""
+        brackets, seen = Brackets(), 0
+        while (end := brackets.close(self._text, self._at + seen)) is None:
+            seen = len(self._text) - self._at
+            if brackets.broken or seen > self._limit or not self._more():
+                return None
+        size = end - self._at
+        if size > self._limit:
+            return None
+        while not self._text[self._at + size :].strip() and self._more():
+            pass
+        return size
 
     def _end_of_wrapper(self) -> Iterator[bytes]:
-        """What stands beside the rows, to the wrapper's end: nothing when it is plain, else a value that is no row."""
-        beside = self._value(b"{")
+        """What stands behind the rows, to the wrapper's end: nothing when it is plain, a value when it is damaged.
+
+        Raises:
+            FileRefused: `ambiguous_rows` where it may be what the rows are.
+        """
+        behind = self._value(b"{")
         self._inside.pop()
-        if b"{" in beside or b"[" in beside:
-            yield beside
+        if not judge_rest(self._wrapper, behind):
+            yield behind
 
     # Values
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from contextlib import suppress
 from typing import Any
 from unittest.mock import patch
@@ -17,6 +18,7 @@ from dpo_assets.feedback.readers import RowFault
 from dpo_assets.feedback.sources import FileRefused
 from dpo_assets.feedback.sources import json_values as module
 from dpo_assets.feedback.sources.json_values import JsonValues
+from dpo_assets.feedback.sources.wrappers import NAMES
 
 
 def cut(content: bytes, limit: int = 2**20, piece: int = module.PIECE) -> tuple[list[bytes], bool]:
@@ -285,8 +287,9 @@ def test_objects_inside_a_damaged_row_are_no_rows() -> None:
         b'[[{"a": 1}], [], [{"a": 2}, {"a": 3}]]',
         b'{"data": [{"a": 1}, {"a": 2}, {"a": 3}]}',
         b'{\n  "total": 3,\n  "rows": [\n    {"a": 1}, {"a": 2}, {"a": 3}],\n  "next": null\n}',
-        b'{"data": [{"a": 1}, {"a": 2}], "next": "x"}\n{"data": [{"a": 3}], "next": null}\n',
-        b'[{"data": [{"a": 1}]}, {"data": [{"a": 2}, {"a": 3}]}]',
+        b'{"data": [{"a": 1}, {"a": 2}, {"a": 3}], "page": {"n": 1, "of": {"all": 2}}, "errors": []}',
+        b'{"meta": {"v": 1}, "data": [{"a": 1}, {"a": 2}, {"a": 3}]}\n\n',
+        b'{"train": [ ], "data": [{"a": 1}, {"a": 2}, {"a": 3}]}',
         b'{"a": 1}\n\xef\xbb\xbf{"a": 2}{"a": 3}',
         b'[{"a": 1}]\xef\xbb\xbf[{"a": 2}, {"a": 3}]',
     ],
@@ -298,15 +301,89 @@ def test_rows_are_read_wherever_arrays_and_wrappers_hold_them(content: bytes, pi
     assert not unfinished
 
 
-def test_what_stands_beside_the_rows_of_a_wrapper_is_told_when_it_could_be_rows() -> None:
-    values, _ = cut(b'{"data": [{"a": 1}], "deleted": [{"a": 2}]}')
-    assert values == [b'{"a": 1}', b'"deleted": [{"a": 2}]}']
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"train": [{"a": 1}, {"a": 2}], "test": [{"a": 3}]}',
+        b'{"features": [{"a": 1}], "rows": [{"a": 2}, {"a": 3}]}',
+        b'{"data": [{"a": 1}], "data": [{"a": 2}]}',
+    ],
+)
+@pytest.mark.parametrize("limit", [2**20, 30])
+def test_two_lists_that_may_be_the_rows_refuse_the_file_with_the_command_for_each(content: bytes, limit: int) -> None:
+    """Also where the object is longer than a row may be, so that the second list is seen when the first was read."""
+    with pytest.raises(FileRefused) as refused:
+        cut(content, limit)
+    names = re.findall(rb'"(\w+)": \[', content)
+    assert refused.value.reason == "ambiguous_rows"
+    assert all(f"`{name.decode()}`" in refused.value.message for name in names)
+    assert all(f"jq -c '.{name.decode()}[]' FILE > {name.decode()}.jsonl" in refused.value.message for name in names)
 
 
-def test_a_list_of_messages_is_no_wrapper_of_rows() -> None:
-    row = b'{"id": "x", "messages": [{"role": "user"}], "data": [{"a": 1}]}'
-    assert cut(row)[0] == [row]
-    assert cut(b'{"a": 1}{"data": [{"a": 1}]}')[0] == [b'{"a": 1}', b'{"data": [{"a": 1}]}']
+@pytest.mark.parametrize(
+    "rest",
+    [b', "chosen": "x"}', b', "test": [{"a": 9}]}', b', "tags": ["a"]}', b', "chosen": "x', b"}\n{}", b'}{"data": []}'],
+)
+def test_a_wrapper_that_turns_out_to_be_none_voids_its_rows(rest: bytes) -> None:
+    rows = b", ".join(b'{"a": %d}' % n for n in range(20))
+    with pytest.raises(FileRefused, match="take the rows out"):
+        cut(b'{"data": [' + rows + b"]" + rest, limit=50)
+
+
+def test_a_wrapper_that_was_cut_keeps_its_rows() -> None:
+    for end in (b"", b"]", b'], "pa', b'], "page": {"n"'):
+        values, unfinished = cut(b'{"data": [{"a": 1}, {"a": 2}' + end)
+        assert values[:2] == [b'{"a": 1}', b'{"a": 2}']
+        assert unfinished
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"id": "x", "messages": [{"role": "user"}], "data": [{"a": 1}]},
+        {"id": 2, "prompt": "d e", "examples": [{"prompt": "e1", "chosen": "good", "rejected": "bad"}], "chosen": "x"},
+        {"examples": [{"prompt": "e1", "chosen": "good", "rejected": "bad"}], "prompt": "d e"},
+        {"prompt": [{"role": "user", "content": "q"}], "chosen": [{"role": "a"}], "feedback": [{"stars": 5}]},
+        {"results": [{"a": 1}], "meta": {"by": {"name": "somebody"}}},
+        {"results": [{"a": 1}], "tags": [1]},
+    ],
+)
+def test_a_row_with_a_column_of_objects_is_no_wrapper(row: dict[str, Any]) -> None:
+    """Also where it is the only value of its file."""
+    written = json.dumps(row).encode()
+    assert cut(written)[0] == [written]
+
+
+_cells = _texts | st.integers() | st.lists(st.dictionaries(_texts, _texts, min_size=1, max_size=2), max_size=2)
+_wide_rows = st.dictionaries(st.sampled_from([*sorted(NAMES), "prompt", "chosen", "messages"]), _cells, max_size=4)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rows=st.lists(_wide_rows, min_size=1, max_size=4),
+    between=st.sampled_from([None, "\n", " "]),
+    indent=st.sampled_from([None, 1]),
+    limit=st.sampled_from([20, 2**20]),
+    piece=st.sampled_from([1, 7, 65536]),
+)
+def test_rows_with_list_columns_come_out_whole_or_refuse_the_file(
+    rows: list[Any], between: str | None, indent: int | None, limit: int, piece: int
+) -> None:
+    parts = [json.dumps(row, indent=indent) for row in rows]
+    text = json.dumps(rows, indent=indent) if between is None else between.join(parts)
+    try:
+        values, _ = cut(text.encode(), limit, piece)
+    except FileRefused:
+        return
+    wraps = between is not None and len(rows) == 1 and values != [text.encode()[: limit + 1]]
+    if wraps:  # One object that holds nothing but numbers beside its only list of objects.
+        [row] = rows
+        assert not any(isinstance(cell, str) for cell in row.values())
+        [inside] = [cell for cell in row.values() if isinstance(cell, list) and cell] or [[]]
+        assert len(values) == len(inside)
+    else:
+        assert len(values) == len(rows)
+        assert all(len(value) > limit or json.loads(value) == row for value, row in zip(values, rows, strict=True))
 
 
 def test_what_a_bracket_too_early_leaves_of_a_row_is_no_row() -> None:
