@@ -20,6 +20,7 @@ from dpo_assets.feedback.sources import FileRefused
 from dpo_assets.feedback.sources.streams import MARK_INSIDE
 
 DELIMITERS = ",;\t|"
+ROWS_IN_A_CELL = "lines_like_rows_in_a_cell"  # The flag of a sound record that may be several, or hold a table.
 MOST_LINES = 100_000  # Of one row.
 MOST_ASKED = 1_000  # Lines of a damaged row that are asked whether they are rows.
 # What reading again behind quotes that do not match may cost: so many bytes, and so many for each byte of the file.
@@ -38,7 +39,7 @@ class Record(NamedTuple):
 class CsvRows:
     """Iterates over (line, bytes, row or fault) of each record behind the header.
 
-    `unfinished` is set where the text ends inside a record.
+    `unfinished` is set where the text ends inside a record, `has_header` once there was one.
     """
 
     def __init__(self, stream: io.BufferedReader, limit: int, flags: Counter[str], delimiter: str | None) -> None:
@@ -54,7 +55,7 @@ class CsvRows:
         self._width = 0  # Columns of the header.
         self._read = self._read_again = 0  # Bytes.
         self._again: deque[bytes] = deque()
-        self.unfinished = False
+        self.unfinished = self.has_header = False
 
     def __iter__(self) -> Iterator[tuple[int, bytes, Mapping[str, Any] | RowFault]]:
         if self._delimiter != ",":
@@ -66,14 +67,16 @@ class CsvRows:
                 continue
             if header is None:
                 header = _header(cells)
-                self._width = len(header)
+                self._width, self.has_header = len(header), True
             elif isinstance(cells, RowFault):
                 yield number, raw, cells
-            elif self._reads_as_rows(lines):
+            elif len(cells) != self._width and self._reads_as_rows(lines):
                 message = "a quote that closes lines later, and each of these lines reads as a row: a quote is missing"
                 for n, line in enumerate(lines):
                     yield number + n, line.rstrip(b"\r\n"), RowFault("invalid_csv", message)
             else:
+                if len(cells) == self._width and self._reads_as_rows(lines):
+                    self._flags[ROWS_IN_A_CELL] += 1
                 yield number, raw, self._row(header, cells, raw)
 
     def _records(self) -> Iterator[Record]:
@@ -156,7 +159,8 @@ class CsvRows:
         """Whether every line of a record of several lines is a row where its quotes are taken for text.
 
         So it is where one quote was not closed and another, rows later, not opened. In a cell of prose or of code not
-        every line has just as many delimiters as the header, and none before a space.
+        every line has just as many delimiters as the header, and none before a space. In one that holds a table they
+        may: a record with as many cells as the header is sound (RFC 4180), and only flagged.
         """
         if len(lines) < 3 or self._width < 2:
             return False

@@ -152,13 +152,22 @@ def test_an_unclosed_quote_whose_end_is_found_rows_later_costs_its_own_line() ->
         assert [cells[0] for cells in accepted.values()] == ["q0", "q2", "q3", "q4"]
 
 
-def test_a_quote_that_another_fault_closes_holds_no_other_row_as_text() -> None:
-    """One quote is not closed, another not opened: together they are sound CSV, and one answer of four rows."""
+def test_a_quote_that_another_fault_closes_in_another_column_holds_no_other_row_as_text() -> None:
+    """One quote is not closed, another not opened: together they would be one answer of four rows."""
     accepted, rejected, _ = read(
-        body("q0,g0,b0", 'q1,"never closed,b1', "q2,g2,b2", "q3,g3,b3", 'q4,g4",b4', "q5,g5,b5")
+        body("q0,g0,b0", 'q1,"never closed,b1', "q2,g2,b2", "q3,g3,b3", 'q4,g4,b4"', "q5,g5,b5")
     )
     assert sorted(accepted) == [2, 7]
     assert rejected == dict.fromkeys(range(3, 7), "invalid_csv")
+
+
+@pytest.mark.parametrize(("delimiter", "cell"), [("\t", "a\tb\n1\t2\t3\n4\t5"), (",", "x,y\n1,2,3\n4,5")])
+def test_a_cell_that_holds_a_table_is_a_cell_and_flagged(delimiter: str, cell: str) -> None:
+    """By RFC 4180 nothing tells it from two quotes that were lost in one column, so it is counted for a look."""
+    content = written([HEADER, ["q", cell, "r"], ["q2", "x", "y"]], delimiter=delimiter).encode()
+    accepted, rejected, rows = read(content)
+    assert (list(accepted.values()), rejected) == ([["q", cell, "r"], ["q2", "x", "y"]], {})
+    assert rows._flags[module.ROWS_IN_A_CELL] == 1
 
 
 def test_lines_of_a_damaged_cell_are_no_rows() -> None:
