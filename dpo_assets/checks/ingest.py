@@ -11,10 +11,10 @@ from dpo_assets.feedback.accounting import Held, HeldPaired
 from dpo_assets.recipe import FeedbackSection
 
 NAMED = 8  # Files that a verdict names.
-KEPT_NAMES = 200  # Names of a source's files that are kept with its volume.
+KEPT_NAMES = 200  # Files of a source whose rows are kept one by one with its volume.
 
-Volumes = Mapping[str, Mapping[str, Any]]  # Source of the recipe -> files, rows, and the names of the first files.
-NOTHING: Mapping[str, Any] = {"files": 0, "rows": 0, "names": []}
+Volumes = Mapping[str, Mapping[str, Any]]  # Source of the recipe -> files, rows, and the rows of the first files.
+NOTHING: Mapping[str, Any] = {"files": 0, "rows": 0, "names": {}}
 
 
 def ingest_verdicts(
@@ -44,7 +44,9 @@ def ingest_verdicts(
 
 def every_file_read(index: Mapping[str, Any]) -> Verdict:
     """A file that is refused as a whole, or of which no row has the shape that its source says, drops out with all of
-    its rows: what is left can look perfectly sound."""
+    its rows: what is left can look perfectly sound. A whole export without a row (an empty array, a header alone) drops
+    nothing: it is counted, and `feedback_volume` sees what it held before."""
+    empty = [row["file"] for row in index["files"] if row.get("empty")]
     unread = {row["file"]: row["unread"] for row in index["files"] if row["unread"]}
     return Verdict(
         "every_file_read",
@@ -56,6 +58,7 @@ def every_file_read(index: Mapping[str, Any]) -> Verdict:
         "folder or the pattern of `feedback.sources`, or set checks.severity.every_file_read to warn"
         if unread
         else "",
+        f"{len(empty)} whole files without a row: {_some(empty)}" if empty else "",
     )
 
 
@@ -110,18 +113,19 @@ def volumes(read: Iterable[tuple[str, str, int]]) -> Volumes:
     """What each source gave, from (source, file, rows). It says where a project lies, so no artefact holds it."""
     found: dict[str, dict[str, Any]] = {}
     for source, file, rows in read:
-        volume = found.setdefault(source, {"files": 0, "rows": 0, "names": []})
+        volume = found.setdefault(source, {"files": 0, "rows": 0, "names": {}})
         volume["files"] += 1
         volume["rows"] += rows
-        volume["names"] = [*volume["names"], file][:KEPT_NAMES]
+        if len(volume["names"]) < KEPT_NAMES:
+            volume["names"][file] = rows
     return found
 
 
 def feedback_volume(now: Volumes, before: Volumes | None, feedback: FeedbackSection) -> Verdict:
     """Rows that are gone since the last materialisation: a share of a source of the recipe, or a whole file of it.
 
-    What grows elsewhere does not make up for a source that lost its rows. Renamed files, of which there are as many as
-    before, are no loss.
+    What grows elsewhere, in another source or another file that was there before, does not make up for lost rows. Files
+    under new names do: an export that is renamed, or parts that are put together, are no loss.
     """
     fallen = [
         f"{source} ({was['rows']} rows in {was['files']} files before, {is_['rows']} in {is_['files']} now)"
@@ -136,7 +140,8 @@ def feedback_volume(now: Volumes, before: Volumes | None, feedback: FeedbackSect
         f"{_rows(now)} rows" + (f", {_rows(before)} before" if before is not None else ""),
         f"no source lost more than {feedback.max_row_fall:g} of its rows, nor a whole file",
         "feedback.max_row_fall of the recipe",
-        f"put back what is missing: {_some(fallen)}. If it is meant, go on: the next run is held against this one"
+        f"put back what is missing: {_some(fallen)}. If it is meant, raise feedback.max_row_fall for one run (1 lets "
+        "any file go); where this only warns, the next run is held against this one anyway"
         if fallen
         else "",
         f"files that were there before: {_some(sorted(gone))}" if gone else "",
@@ -148,8 +153,18 @@ def _rows(given: Volumes) -> int:
 
 
 def _has_fallen(was: Mapping[str, Any], is_: Mapping[str, Any], limit: float) -> bool:
-    lost = was["rows"] - is_["rows"]
-    return bool(lost > limit * was["rows"] or (lost > 0 and is_["files"] < was["files"]))
+    lost = _lost_rows(was, is_)
+    return bool(lost > limit * was["rows"] or (lost > 0 and is_["files"] < was["files"] and limit < 1))
+
+
+def _lost_rows(was: Mapping[str, Any], is_: Mapping[str, Any]) -> int:
+    """Rows that files lost, less those of new files. Of more than KEPT_NAMES files only the sums are known."""
+    total = int(was["rows"] - is_["rows"])
+    before, now = was["names"], is_["names"]
+    if not isinstance(before, Mapping) or max(was["files"], is_["files"]) > KEPT_NAMES:
+        return total
+    lost = sum(max(0, rows - now.get(name, 0)) for name, rows in before.items())
+    return lost - sum(rows for name, rows in now.items() if name not in before)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -50,6 +50,11 @@ def test_a_file_that_was_refused_is_named_with_its_reason_and_the_ways_out() -> 
     assert "checks.severity.every_file_read" in verdict.fix
 
 
+def test_a_whole_export_of_nothing_is_noted_and_no_fault() -> None:
+    verdict = every_file_read(indexed(counted(), counted("b.json", empty=True, rows=0)))
+    assert (verdict.level, verdict.note) == ("pass", "1 whole files without a row: b.json")
+
+
 def test_of_many_refused_files_some_are_named_and_the_others_counted() -> None:
     many = [counted(f"{n}.jsonl", unread="empty_file: it holds no byte") for n in range(30)]
     assert every_file_read(indexed(*many)).fix.count("empty_file") == 8
@@ -129,8 +134,19 @@ def test_feedback_that_grows_or_is_the_first_is_no_fall() -> None:
         ([A, ("votes", "b.jsonl", 79), ("table", "c.jsonl", 9000)], "votes (200 rows in 2 files before, 179 in 2 now)"),
         ([A, B], "table (1000 rows in 1 files before, 0 in 0 now)"),
         ([("votes", "a.jsonl", 199), C], "votes (200 rows in 2 files before, 199 in 1 now)"),
+        ([("votes", "a.jsonl", 900), C], "votes (200 rows in 2 files before, 900 in 1 now)"),
+        ([("votes", "a.jsonl", 900), ("votes", "b.jsonl", 0), C], "votes (200 rows in 2 files before, 900 in 2 now)"),
+        ([("votes", "a.jsonl", 900), ("votes", "d.jsonl", 1), C], "votes (200 rows in 2 files before, 901 in 2 now)"),
     ],
-    ids=["rows", "rows, though another source grew", "a whole source", "a whole file"],
+    ids=[
+        "rows",
+        "rows, though another source grew",
+        "a whole source",
+        "a whole file",
+        "a file, though another grew",
+        "all rows of a file, though another grew",
+        "a file, though another grew and a small one came",
+    ],
 )
 def test_a_source_that_lost_rows_or_a_file_is_named(now: list[Given], said: str) -> None:
     verdict = volume(*now)
@@ -144,6 +160,18 @@ def test_a_small_fall_and_a_renamed_export_pass_and_the_bound_is_the_recipes() -
     assert volume(*fallen, max_row_fall=0.05).level == "error"
     renamed = volume(A, ("votes", "b2.jsonl", 95), C)
     assert (renamed.level, renamed.note) == ("pass", "files that were there before: b.jsonl")
+
+
+def test_files_that_were_put_together_are_no_loss_and_the_fix_names_the_setting_that_lets_a_file_go() -> None:
+    assert volume(("votes", "all.jsonl", 200), C).level == "pass"
+    assert "feedback.max_row_fall" in volume(A, C).fix
+    assert volume(A, C, max_row_fall=1.0).level == "pass"
+
+
+def test_volumes_of_an_earlier_version_are_compared_by_their_sums() -> None:
+    before = {"votes": {"files": 1, "rows": 100, "names": ["a.jsonl"]}}
+    assert feedback_volume(volumes([A]), before, FEEDBACK).level == "pass"
+    assert feedback_volume(volumes([("votes", "a.jsonl", 50)]), before, FEEDBACK).level == "error"
 
 
 def test_of_a_source_of_many_files_some_names_are_kept() -> None:
