@@ -17,7 +17,7 @@ import pytest
 
 from dpo_assets import build_dpo_defs
 from dpo_assets.assets import dpo_dataset
-from dpo_assets.feedback import ingest, reading
+from dpo_assets.feedback import batches, reading
 from dpo_assets.recipe import Severity
 from dpo_assets_tests.feedback.exported import EXPORTS
 from dpo_assets_tests.pipelines import (
@@ -231,8 +231,8 @@ def test_a_row_that_does_not_reach_its_table_turns_the_account_red(
 ) -> None:
     with (folder / "small.jsonl").open("a", encoding="utf-8") as handle:
         handle.write('{"prompt": "thumbs", "completion": "good", "label": true}\n{"broken\n')
-    real = ingest.quarantine_frame
-    monkeypatch.setattr(ingest, "quarantine_frame", lambda rejected: real(rejected[:-1]))
+    real = batches.quarantine_frame
+    monkeypatch.setattr(batches, "quarantine_frame", lambda rejected: real(rejected[:-1]))
     result = materialize(trl_recipe(folder / "*.jsonl"), instance, RAW)
     assert not result.success
     gate = failed_checks(result)["every_row_accounted_for"]

@@ -19,14 +19,22 @@ from dpo_assets.feedback.pair import JudgedAnswer, Message, Pair, Rejected, dige
 from dpo_assets.feedback.readers import FileReader, Item, Place, ReadOptions, Row, RowByRow, RowFault, format_named
 from dpo_assets.feedback.rules import answer_fault, differ_in_space_alone, pair_fault
 from dpo_assets.feedback.scan import MISREAD
-from dpo_assets.feedback.sources import FeedbackFile, FileRefused, SourceRow, Span, rows_of
+from dpo_assets.feedback.sources import (
+    EMPTY_EXPORT,
+    NO_ROWS,
+    FeedbackFile,
+    FileRefused,
+    SourceRow,
+    Span,
+    rows_of,
+)
 from dpo_assets.feedback.turns import settled_answer, settled_pair
 
 ItemT = TypeVar("ItemT", Pair, JudgedAnswer)
 
 MONGO_VERSION = "__v"  # Of every document that Mongoose writes, as LibreChat's.
-EMPTY_FILE, NO_ROWS = "empty_file", "no_rows"
-EMPTY = frozenset({EMPTY_FILE, NO_ROWS})  # Refusals of a file that holds nothing.
+EMPTY_FILE = "empty_file"
+EMPTY = frozenset({EMPTY_FILE, NO_ROWS, EMPTY_EXPORT})  # Refusals of a file that holds nothing.
 SPACE_ALONE = "white_space_alone"  # Of a pair: nothing else tells its answers apart.
 SHAPES = 20  # Different sets of keys that are counted by name.
 

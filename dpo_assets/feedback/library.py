@@ -21,7 +21,7 @@ from dpo_assets.feedback.pairing import pair_answers
 from dpo_assets.feedback.readers import ReadOptions
 from dpo_assets.feedback.reading import Job, cut, run_jobs, span_sha256, write_refused
 from dpo_assets.feedback.sniff import looked_at_again
-from dpo_assets.feedback.sources import FeedbackFile, FileRefused, Span, verify_unchanged
+from dpo_assets.feedback.sources import EMPTY_EXPORT, FeedbackFile, FileRefused, Span, verify_unchanged
 
 BATCH_KIND, PLAN_KIND, PAIRED_KIND = "raw_batches", "raw_files", "paired_answers"
 SPANS = "spans.json"
@@ -38,7 +38,8 @@ class FileBatches:
     refused: FileRefused | None = None
 
     def row(self) -> dict[str, Any]:
-        """What `raw_preferences` keeps of the file. `unread`: why nothing of it may be, or is, of use."""
+        """What `raw_preferences` keeps of the file. `unread`: why nothing of it may be, or is, of use. `empty`: it is a
+        whole export without a row, which drops nothing."""
         counts = [batch.json(COUNTS) for batch in self.batches]
         shapes: Counter[str] = Counter()
         flags: Counter[str] = Counter()
@@ -48,6 +49,7 @@ class FileBatches:
         return {
             "file": self.file.name,
             "unread": self._unread(counts),
+            "empty": self._is_empty(),
             "format": self.file.format,
             "seen": self.file.sniffed,
             "batches": [{"batch": b.fingerprint, "digest": b.digest} for b in self.batches],
@@ -56,9 +58,14 @@ class FileBatches:
             **{k: sum(one[k] for one in counts) for k in ("rows", "lines", "rows_in", "pairs", "answers", "rejected")},
         }
 
+    def _is_empty(self) -> bool:
+        return self.refused is not None and self.refused.reason == EMPTY_EXPORT
+
     def _unread(self, counts: Sequence[Mapping[str, int]]) -> str:
         import polars as pl
 
+        if self._is_empty():
+            return ""
         if self.refused is not None:
             return f"{self.refused.reason}: {self.refused.message}"
         if any(one["pairs"] or one["answers"] for one in counts):

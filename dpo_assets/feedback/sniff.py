@@ -62,11 +62,16 @@ def sniff(file: FeedbackFile) -> Sniffed:
 def looked_at_again(file: FeedbackFile, reasons: Mapping[str, int]) -> str:
     """What is wrong with a file that was read and gave nothing; empty where its format is not to blame.
 
+    Rows that were understood and held no preference, or that are damaged in a file of the right format, are for
+    `quarantine_rate`: a small file may hold nothing else.
+
     Args:
         file: as it was read.
         reasons: its rejected rows by reason, which are all of its rows.
     """
     strange = sum(count for reason, count in reasons.items() if reason in NOT_UNDERSTOOD)
+    if 2 * strange < sum(reasons.values()):
+        return ""
     told = f"none of its {sum(reasons.values())} rows is of use as `{file.format}`"
     for one in [file, replace(file, columns={})] if file.columns else [file]:
         try:
@@ -74,13 +79,14 @@ def looked_at_again(file: FeedbackFile, reasons: Mapping[str, int]) -> str:
         except FileRefused as refused:
             unknown = refused.message
             continue
+        mapped = one.columns == file.columns
         if sniffed.format != file.format:
-            way = "" if one.columns == file.columns else " without `columns`"
+            way = "" if mapped else " without `columns`"
             return f"{told}, and it looks like {sniffed.message}: write `format: {sniffed.format}`{way} for its source"
-        unknown = f"`auto` takes it for `{file.format}` too: see the reasons in quarantine, and its `columns`"
+        if mapped:
+            return ""
+        unknown = f"without its `columns` `auto` takes it for `{file.format}`"
         break
-    if 2 * strange < sum(reasons.values()):
-        return ""
     return f"{told} ({', '.join(f'{reason} {count}' for reason, count in sorted(reasons.items()))}); {unknown}"
 
 

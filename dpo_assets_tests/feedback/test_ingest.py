@@ -22,12 +22,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dpo_assets.feedback.batches import QUARANTINE, Batch, write_batch
-from dpo_assets.feedback.ingest import NO_ROWS, read_file
+from dpo_assets.feedback.ingest import read_file
 from dpo_assets.feedback.pair import PAIR_COLUMNS, QUARANTINE_COLUMNS, Rejected
 from dpo_assets.feedback.pool import stored
 from dpo_assets.feedback.readers import ReadOptions, RowByRow
 from dpo_assets.feedback.screening import Screening, screen
-from dpo_assets.feedback.sources import FeedbackFile, SourceRow, files_of
+from dpo_assets.feedback.sources import NO_ROWS, FeedbackFile, SourceRow, files_of
 from dpo_assets.feedback.sources import rows_of as rows_of_file
 from dpo_assets.feedback.tables import pairs_frame, quarantine_frame
 from dpo_assets.recipe import FeedbackSource, resolve_paths

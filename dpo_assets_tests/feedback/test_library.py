@@ -20,7 +20,7 @@ import pytest
 
 from dpo_assets.artifact import ArtifactTree
 from dpo_assets.errors import InfrastructureError
-from dpo_assets.feedback import ingest as ingest_module
+from dpo_assets.feedback import batches as batches_module
 from dpo_assets.feedback import library, reading
 from dpo_assets.feedback.accounting import Held, held, held_paired
 from dpo_assets.feedback.batches import COUNTS, PAIRS, QUARANTINE
@@ -28,6 +28,7 @@ from dpo_assets.feedback.ingest import BatchSize, read_batches
 from dpo_assets.feedback.library import FileBatches, pair_into, read_into
 from dpo_assets.feedback.pair import JudgedAnswer
 from dpo_assets.feedback.readers import READERS, Format, Place, ReadOptions, Row, RowFault
+from dpo_assets.feedback.sniff import looked_at_again
 from dpo_assets.feedback.sources import FeedbackFile, FileRefused, files_of
 from dpo_assets.recipe import FeedbackSource
 from dpo_assets_tests.feedback.exported import COMPANIONS, EXPORTS
@@ -303,6 +304,35 @@ def test_a_column_map_that_hides_what_a_file_is_is_told(tree: ArtifactTree, tmp_
     assert "write `format: trl` without `columns`" in read_into(tree, file, ReadOptions()).row()["unread"]
 
 
+def test_a_file_of_its_own_format_with_rows_that_cannot_be_used_is_left_to_the_quarantine_rate(
+    tree: ArtifactTree, tmp_path: Path
+) -> None:
+    """A small file may hold nothing else: one export an hour."""
+    (tmp_path / "a.jsonl").write_text('{"prompt": "q", "chosen": "yes", "rejected": ["no"]}\n')
+    (tmp_path / "b.jsonl").write_text('{"prompt": "q", "chosen": "same", "rejected": "same"}\n{"prompt": "q", "cho')
+    for name, reason in (("a.jsonl", "wrong_type"), ("b.jsonl", "no_preference")):
+        batch = read_into(tree, found(tmp_path / name), ReadOptions()).batches[0]
+        assert reason in pl.read_parquet(batch.path / QUARANTINE)["reason"].to_list()
+        assert ingest_as(tree, tmp_path / name, "trl") == ""
+
+
+def test_rows_that_hold_no_preference_do_not_blame_the_format_that_another_one_looks_like(
+    tree: ArtifactTree, tmp_path: Path
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"conversation_id": "1", "prompt": "q", "chosen": "same", "rejected": "same"}\n')
+    file = replace(found(tmp_path / "a.jsonl"), format="openai")
+    assert looked_at_again(file, {"no_preference": 3, "missing_field": 1}) == ""
+    assert "looks like `trl`" in looked_at_again(file, {"no_preference": 1, "missing_field": 3})
+
+
+def test_a_whole_export_of_nothing_is_counted_and_blocks_nothing(tree: ArtifactTree, tmp_path: Path) -> None:
+    for name, content in (("a.json", b"[]"), ("b.csv", b"prompt,chosen,rejected\n"), ("c.jsonl", b"")):
+        (tmp_path / name).write_bytes(content)
+    rows = [read_into(tree, found(tmp_path / n), ReadOptions()).row() for n in ("a.json", "b.csv", "c.jsonl")]
+    assert [row["empty"] for row in rows] == [True, True, False]
+    assert [row["unread"][:10] for row in rows] == ["", "", "empty_file"]
+
+
 def test_rows_that_were_understood_and_hold_no_preference_are_no_fault_of_the_format(
     tree: ArtifactTree, tmp_path: Path
 ) -> None:
@@ -316,12 +346,12 @@ def test_a_row_that_does_not_reach_its_table_is_missed(
 ) -> None:
     answer = {"prompt": "thumbs", "completion": "good", "label": True}
     (tmp_path / "a.jsonl").write_bytes(line(1) + b"\n" + json.dumps(answer).encode() + b"\n{broken\n")
-    real = getattr(ingest_module, writer)
+    real = getattr(batches_module, writer)
 
     def lossy(rows: Any, *more: Any, **named: Any) -> Any:
         return real(rows[:-1], *more, **{name: value[:-1] for name, value in named.items()})
 
-    monkeypatch.setattr(ingest_module, writer, lossy)
+    monkeypatch.setattr(batches_module, writer, lossy)
     read = ingest(tree, tmp_path / "a.jsonl")
     tables = held([batch.path for batch in read.batches], "a.jsonl")
     assert (read.row()["lines"], tables.lines) == (3, 2)

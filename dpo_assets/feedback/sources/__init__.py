@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 
 CHANGED_WHILE_READ = "changed_while_read"
+NO_ROWS, EMPTY_EXPORT = "no_rows", "empty_export"  # The second is whole: an empty array, a header alone.
 
 
 class FileRefused(DpoAssetsError):

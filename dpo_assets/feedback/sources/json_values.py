@@ -45,7 +45,8 @@ _HOLDS_ROWS = re.compile(rb"\[\s*+[{\[]")
 class JsonValues:
     """Iterates over the bytes of each row. One longer than `limit` comes out cut to one byte more than that.
 
-    `unfinished` is set where the text ends inside a value or before an array is closed.
+    `unfinished` is set where the text ends inside a value or before an array is closed, `has_lists` where there was an
+    array for rows, empty or not.
     """
 
     def __init__(self, stream: io.BufferedReader, limit: int, flags: Counter[str] | None = None) -> None:
@@ -57,7 +58,7 @@ class JsonValues:
         self._wrapper = ""  # What the list of rows in the wrapper is called, when the file is one.
         self._rows = _Rows()
         self._read = self._read_again = 0
-        self.unfinished = False
+        self.unfinished = self.has_lists = False
 
     def __iter__(self) -> Iterator[bytes]:
         if self._skip() == b"{":
@@ -73,6 +74,7 @@ class JsonValues:
             elif byte == b"[" and self._holds_rows():
                 self._inside += b"]"
                 self._at += 1
+                self.has_lists = True
             elif byte in b"{[":
                 yield self._value()
             else:
@@ -137,6 +139,7 @@ class JsonValues:
             self._wrapper = opening[1].decode("utf-8", "replace") if opening else "its list"
             self._flags[WRAPPED] += 1
             self._inside += b"}]"
+            self.has_lists = True
             self._at += begin + 1
         self._ahead = io.BytesIO(self._text[self._at + PIECE :])
         self._text, self._ended = self._text[: self._at + PIECE], False

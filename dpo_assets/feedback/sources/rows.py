@@ -11,7 +11,7 @@ from typing import Any
 
 from dpo_assets.feedback.lines import parse_line
 from dpo_assets.feedback.readers import RowFault
-from dpo_assets.feedback.sources import FeedbackFile, FileRefused, Limits, SourceRow, Span
+from dpo_assets.feedback.sources import EMPTY_EXPORT, NO_ROWS, FeedbackFile, FileRefused, Limits, SourceRow, Span
 from dpo_assets.feedback.sources.containers import (
     Kind,
     kind_of,
@@ -41,6 +41,7 @@ class Rows:
     def __init__(self, file: FeedbackFile, span: Span | None, parse: Parse | None) -> None:
         self.flags: Counter[str] = Counter()
         self._last_is_whole = True
+        self._is_whole_without_rows = False
         self._file, self._span, self._parse, self._limits = file, span, parse or parse_line, file.limits
         self._unpack = ""  # What unpacks it by hand, for a file that is packed.
         self._superseded = frozenset(file.superseded)
@@ -62,8 +63,10 @@ class Rows:
                 yield row
         if self._span is None:
             refuse_encoding(bad, rows, self._limits)
+            if not rows and self._is_whole_without_rows:
+                raise FileRefused(EMPTY_EXPORT, "it is whole and holds no row, as an export of nothing does")
             if not rows:
-                raise FileRefused("no_rows", "it holds no row")
+                raise FileRefused(NO_ROWS, "it holds no row")
             verify(self._file)
 
     def raw_rows(self, handle: io.BufferedReader) -> Iterator[_Raw]:
@@ -78,6 +81,7 @@ class Rows:
         if kind == "parquet":
             from dpo_assets.feedback.sources.parquet_rows import ParquetRows
 
+            self._is_whole_without_rows = True  # Its footer was read.
             return iter(ParquetRows(handle, self._limits, self.flags))
         if kind == "csv":
             return self._csv(stream, name)
@@ -87,6 +91,7 @@ class Rows:
         delimiter = "\t" if name.endswith(".tsv") else None
         rows = CsvRows(with_line_feeds(stream, self.flags), self._limits.row_bytes, self.flags, delimiter)
         yield from rows
+        self._is_whole_without_rows = rows.has_header
         self._note(TRUNCATED, rows.unfinished)
 
     def _lines(self, stream: io.BufferedReader, number: int) -> Iterator[_Raw]:
@@ -115,6 +120,7 @@ class Rows:
         values = JsonValues(stream, limit, self.flags)
         for number, raw in enumerate(values, 1):
             yield number, raw[: limit + 1], _too_long(raw, limit) if len(raw) > limit else None
+        self._is_whole_without_rows = values.has_lists and not values.unfinished
         self._note(TRUNCATED, values.unfinished)
 
     def _note(self, flag: str, seen: bool) -> None:

@@ -46,8 +46,13 @@ def test_case_02_a_file_of_blank_lines_has_no_rows(tmp_path: Path, content: byte
     assert read(tmp_path, content, name).reason == "no_rows"
 
 
-def test_case_02_a_csv_file_of_a_header_has_no_rows(tmp_path: Path) -> None:
-    assert read(tmp_path, b"prompt,chosen,rejected\n", "a.csv").reason == "no_rows"
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.csv", b"prompt,chosen,rejected\n"), ("a.json", b"[]"), ("a.json", b'{"data": [], "page": {"n": 0}}\n')],
+)
+def test_a_whole_export_of_nothing_is_told_from_a_file_that_was_cut(tmp_path: Path, name: str, content: bytes) -> None:
+    assert read(tmp_path, content, name).reason == "empty_export"
+    assert read(tmp_path, b"[" if name == "a.json" else b"\n", name).reason == "no_rows"
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
