@@ -18,6 +18,7 @@ from dpo_assets.feedback.sources import CHANGED_WHILE_READ, FeedbackFile, FileRe
 from dpo_assets.secret_shapes import without_url_secrets
 
 DATA_NAME = re.compile(r"\.(jsonl|ndjson|json|csv|tsv)(\.(gz|zst))?$|\.(parquet|pq)$", re.IGNORECASE)
+_APPENDED = re.compile(r"\.(jsonl|ndjson)$", re.IGNORECASE)
 LONGEST_NAME = 120  # Of a name as people see it; the end of a longer one is kept.
 LINKS_LOOKED_THROUGH = 20_000  # Files in a folder among which the other names of a file are looked for.
 _CHUNK, _BUFFER = 1 << 20, 1 << 16
@@ -208,8 +209,20 @@ def refuse_links_from_outside(path: Path, root: Path | None) -> None:
         raise FileRefused("hard_link", message)
 
 
-def digest_of(path: Path, root: Path | None) -> tuple[str, int]:
+def is_appended(name: str) -> bool:
+    """Whether a file of this name may be one that is always appended to, and is read as it was when it was found."""
+    return _APPENDED.search(name) is not None
+
+
+def digest_of(path: Path, root: Path | None, first: int | None = None) -> tuple[str, int]:
     """(sha256, size) of a file's bytes, of one and the same content.
+
+    Of plain JSONL that is appended to at this moment it is the content that there was, to the end of its last line.
+
+    Args:
+        path: of the file.
+        root: see `open_inside`.
+        first: only so many bytes, whatever stands behind them.
 
     Raises:
         FileRefused: see `open_inside`; `changed_while_read` when it is written at this moment.
@@ -217,16 +230,39 @@ def digest_of(path: Path, root: Path | None) -> tuple[str, int]:
     digest, size = hashlib.sha256(), 0
     with open_inside(path, root) as handle:
         before = os.fstat(handle.fileno())
-        while chunk := handle.read(_CHUNK):
+        wanted = before.st_size if first is None else first
+        while chunk := handle.read(min(_CHUNK, wanted - size)):
             digest.update(chunk)
             size += len(chunk)
         after = os.fstat(handle.fileno())
-    if size != before.st_size or _stamp(before) != _stamp(after):
+        if first is not None or (size == wanted and _stamp(before) == _stamp(after)):
+            return digest.hexdigest(), size
+        lines = _end_of_lines(handle, wanted) if _has_grown(before, after) and is_appended(path.name) else 0
+    if not lines:
         raise FileRefused(CHANGED_WHILE_READ, CHANGED)
-    return digest.hexdigest(), size
+    return digest_of(path, root, lines)
 
 
-CHANGED = "it changed while it was read; run again once its writer is done"
+def _has_grown(before: os.stat_result, after: os.stat_result) -> bool:
+    return (before.st_dev, before.st_ino) == (after.st_dev, after.st_ino) and after.st_size > before.st_size
+
+
+def _end_of_lines(handle: BufferedReader, size: int) -> int:
+    """Where the last line ends in the first `size` bytes; 0 where none does."""
+    at = size
+    while at > 0:
+        start = max(0, at - _CHUNK)
+        handle.seek(start)
+        if (found := handle.read(at - start).rfind(b"\n")) >= 0:
+            return start + found + 1
+        at = start
+    return 0
+
+
+CHANGED = (
+    "it changed while it was read; run again once its writer is done, and where it never is, rotate the file or copy "
+    "it and read the copy"
+)
 
 
 def _stamp(status: os.stat_result) -> tuple[int, ...]:
@@ -235,7 +271,8 @@ def _stamp(status: os.stat_result) -> tuple[int, ...]:
 
 def verify(file: FeedbackFile) -> None:
     """See `sources.verify_unchanged`."""
-    if file.sha256 and digest_of(file.path, file.root) != (file.sha256, file.size):
+    first = file.size if is_appended(file.path.name) else None
+    if file.sha256 and digest_of(file.path, file.root, first) != (file.sha256, file.size):
         raise FileRefused(CHANGED_WHILE_READ, CHANGED)
     if file.companion is not None and digest_of(file.companion, file.companion.parent)[0] != file.companion_sha256:
         raise FileRefused(CHANGED_WHILE_READ, f"its companion {shown(file.companion.name)} changed while it was read")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import io
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -22,7 +23,7 @@ from dpo_assets.feedback.sources.containers import (
     unpacker,
 )
 from dpo_assets.feedback.sources.csv_rows import CsvRows
-from dpo_assets.feedback.sources.files import open_inside, verify
+from dpo_assets.feedback.sources.files import is_appended, open_inside, verify
 from dpo_assets.feedback.sources.json_values import JsonValues
 from dpo_assets.feedback.sources.streams import MARK_INSIDE, as_utf8, decompressed, unpacked_too_large, with_line_feeds
 from dpo_assets.feedback.sources.values import clean, mapped, may_hold_controls, too_deep, unpacked
@@ -73,7 +74,7 @@ class Rows:
         """The rows as they are cut from an open file, before anything is parsed."""
         if self._span is not None:
             return self._lines(_part(handle, self._span), self._span.line)
-        return self._contents(handle)
+        return self._contents(_as_found(handle, self._file))
 
     def _contents(self, handle: io.BufferedReader) -> Iterator[_Raw]:
         kind, stream, name = opened(handle, self._file.path.name, self._limits, self.flags)
@@ -218,7 +219,7 @@ def cut(file: FeedbackFile, size: int, lines: int) -> list[Span] | None:
         if kind != "lines" or stream is not handle:
             return None
         first, text = handle.tell(), _TextCheck()
-        spans = _spans(handle, size, lines, text)
+        spans = _spans(handle, size, lines, text, _bytes_found(file))
         if not text.sound:
             rows = bad = 0
             for _, raw, _ in Rows(file, Span(first, spans[-1].stop, 1, spans[-1].end), None).raw_rows(handle):
@@ -241,12 +242,12 @@ class _TextCheck:
                 self.sound = False
 
 
-def _spans(stream: io.BufferedReader, size: int, lines: int, text: _TextCheck) -> list[Span]:
-    """Spans of at least `size` bytes, or of `lines` lines, that end behind a line, over all that is left."""
+def _spans(stream: io.BufferedReader, size: int, lines: int, text: _TextCheck, stop: int) -> list[Span]:
+    """Spans of at least `size` bytes, or of `lines` lines, that end behind a line, over all that is left to `stop`."""
     spans: list[Span] = []
     start = at = stream.tell()
     line = first_line = 1
-    while block := stream.read(_BLOCK):
+    while block := stream.read(max(0, min(_BLOCK, stop - at))):
         text.feed(block)
         begin = 0
         while end := _end_of_span(block, begin, start + size - at, lines - (line - first_line)):
@@ -277,6 +278,17 @@ def _is_utf8(content: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
+
+
+def _as_found(handle: io.BufferedReader, file: FeedbackFile) -> io.BufferedReader:
+    """An open file without what was appended to it since it was found."""
+    stop = _bytes_found(file)
+    return handle if stop == sys.maxsize else _part(handle, Span(0, stop, 1, 1))
+
+
+def _bytes_found(file: FeedbackFile) -> int:
+    """Of a file that may be appended to, and whose bytes are known; all of another."""
+    return file.size if file.sha256 and is_appended(file.path.name) else sys.maxsize
 
 
 class _Part(io.RawIOBase):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
+import os
 import pickle
 import tempfile
 from dataclasses import replace
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 
 from dpo_assets.feedback.readers import RowFault
 from dpo_assets.feedback.sources import FileRefused, rows_of, spans_of, verify_unchanged
+from dpo_assets.feedback.sources import files as files_module
 from dpo_assets_tests.feedback.sources.reading import ROWS, found, jsonl, outcome, read, row
 
 NAMES = ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "a.jsonl.gz", "a.csv.zst", "a.txt", "a"]
@@ -109,10 +112,46 @@ def test_cutting_refuses_a_file_in_another_encoding(tmp_path: Path) -> None:
 def test_who_reads_by_spans_sees_a_change_at_the_end(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(jsonl())
     file = found(tmp_path / "a.jsonl")
-    (tmp_path / "a.jsonl").write_bytes(jsonl() + b"\n")
+    (tmp_path / "a.jsonl").write_bytes(jsonl().replace(b"q", b"Q"))
     with pytest.raises(FileRefused) as refused:
         verify_unchanged(file)
     assert refused.value.reason == "changed_while_read"
+    assert "rotate the file or copy it" in refused.value.message
+
+
+@pytest.mark.parametrize("spans", [False, True])
+def test_a_file_that_is_appended_to_is_read_as_it_was_found(tmp_path: Path, spans: bool) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl())
+    file = found(path)
+    with path.open("ab") as handle:
+        handle.write(row(0) + b'\n{"half')
+    if spans:
+        cut = spans_of(file, 10) or []
+        assert [one.value for span in cut for one in rows_of(file, span)] == ROWS
+        verify_unchanged(file)
+    else:
+        assert (outcome(file).values, outcome(file).faults) == (ROWS, [])
+
+
+def test_a_file_that_grows_while_it_is_hashed_is_found_to_the_end_of_its_last_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, real = tmp_path / "a.jsonl", os.fstat
+    path.write_bytes(jsonl() + b'{"half')
+
+    def written_meanwhile(handle: int) -> os.stat_result:
+        status = real(handle)
+        with path.open("ab") as end:
+            end.write(b" ")
+        return status
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files_module.os, "fstat", written_meanwhile)
+        file = found(path)
+    assert file.size == jsonl().rindex(b"\n") + 1
+    assert file.sha256 == hashlib.sha256(jsonl()[: file.size]).hexdigest()
+    assert outcome(file).faults == []
 
 
 def test_files_spans_and_refusals_can_be_sent_to_another_process(tmp_path: Path) -> None:
