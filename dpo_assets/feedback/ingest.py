@@ -10,7 +10,7 @@ import re
 import sys
 import unicodedata
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -32,7 +32,8 @@ from dpo_assets.feedback.turns import settled_answer, settled_pair
 
 ItemT = TypeVar("ItemT", Pair, JudgedAnswer)
 
-MONGO_VERSION = "__v"  # Of every document that Mongoose writes, as LibreChat's.
+# Keys that tools write beside the row's own: Mongoose into every document (LibreChat), pandas for its index.
+OF_TOOLS = frozenset({"__v", "__index_level_0__"})
 EMPTY_FILE = "empty_file"
 EMPTY = frozenset({EMPTY_FILE, NO_ROWS, EMPTY_EXPORT})  # Refusals of a file that holds nothing.
 SPACE_ALONE = "white_space_alone"  # Of a pair: nothing else tells its answers apart.
@@ -119,6 +120,7 @@ class _Sorting:
         self._kept: dict[int, bytes] | None = {} if keeps_rows else None
         self._open: dict[int, None] = {}  # Rows without an item so far, in order.
         self._number, self._raw = 0, b""
+        self._values: Collection[Any] = ()  # Of the row at hand.
         self._flags: tuple[str, ...] = ()
         self._odd = False
 
@@ -130,6 +132,7 @@ class _Sorting:
         try:
             if isinstance(value, RowFault):
                 raise value
+            self._values = value.values()
             self._shape_of(value)
             for at, item in reader.read(value, place):
                 self.add(item, at)
@@ -157,7 +160,7 @@ class _Sorting:
     def _shape_of(self, row: Row) -> None:
         """Counts the row's keys; a key that is kept for this package's own is a fault of the row."""
         keys = ",".join(sorted(map(str, row)))  # In whose order somebody wrote them is no other shape.
-        if "__" in keys and any(str(key).startswith("__") and key != MONGO_VERSION for key in row):
+        if "__" in keys and any(str(key).startswith("__") and key not in OF_TOOLS for key in row):
             raise RowFault("reserved_name", f"keys that begin with two underscores are reserved; the row has: {keys}")
         shapes = self.batch.shapes
         shapes[keys if keys in shapes or len(shapes) < SHAPES else "other"] += 1
@@ -180,19 +183,27 @@ class _Sorting:
             self._reject(_fault_of(error, self._name), at, raw)
 
     def _add_pair(self, pair: Pair, at: Place, raw: bytes, odd: bool) -> None:
+        are_texts = at.line == self._number and self._stand_as_texts(pair)
         prompt, chosen, rejected, flags = _at_the_door((pair.prompt, pair.chosen, pair.rejected), odd)
         pair = _copy(
             pair, prompt=prompt, chosen=chosen, rejected=rejected,
             flags=(*pair.flags, *self._flags, *flags), row_hash=digest(raw), line=at.line, source=self._name,
             user=hashed_user(pair.user, self._user_key),
         )  # fmt: skip
-        pair = settled_pair(pair, self._fields)
+        pair = settled_pair(pair, self._fields, are_texts=are_texts)
         if fault := pair_fault(pair):
             raise RowFault(*fault)
         if differ_in_space_alone(pair):
             pair = _copy(pair, flags=(*pair.flags, SPACE_ALONE))
         self.batch.flags.update(set(pair.flags).difference(self._flags))
         self.batch.pairs.append(pair)
+
+    def _stand_as_texts(self, pair: Pair) -> bool:
+        """Whether both answers are the text of a column of the row, as it was written."""
+        if len(pair.chosen) != 1 or len(pair.rejected) != 1:
+            return False
+        texts = [value for value in self._values if isinstance(value, str)]
+        return pair.chosen[0]["content"] in texts and pair.rejected[0]["content"] in texts
 
     def _add_answer(self, answer: JudgedAnswer, at: Place, raw: bytes, odd: bool) -> None:
         prompt, text, _, flags = _at_the_door((answer.prompt, answer.answer, []), odd)

@@ -29,7 +29,7 @@ class Message(TypedDict):
     """One turn. `role` is system, user or assistant.
 
     `reasoning_content` is what a model thought, where a row keeps it apart from what was said. Only readers give it:
-    `turns.settled` says what becomes of it, and no table has it.
+    `turns.settled_pair` says what becomes of it, and no table has it.
     """
 
     role: str

@@ -20,6 +20,7 @@ FOREIGN_TURN = "foreign_turn"
 SEEN_IN_PAIRS = frozenset({LATER_TURNS_CUT, PROMPT_REPEATED})  # What takes both sides to be seen.
 REASONING_APART, TRANSCRIPT = "reasoning_apart", "transcript_as_text"  # Reasons.
 LEAVE_OUT = "leave_out"  # What a recipe writes under `fields: {reasoning: ...}`.
+KEEP = "keep"  # And under `fields: {repeated_prompt: ...}`.
 
 # Of a prompt that an answer may be said to repeat: "Hi" is answered with "Hi". Letters count where nothing stands
 # between words.
@@ -30,13 +31,18 @@ _TURN = re.compile(r"(?:\A\s*|\n[^\S\n]*\n\s*)(?:Human|User|USER|### Instruction
 _TRANSCRIPT = re.compile(r"\A\s*Human:.*\n\nAssistant:|\A\n\nHuman:", re.DOTALL)
 
 
-def settled_pair(pair: Pair, fields: Mapping[str, str]) -> Pair:
+def settled_pair(pair: Pair, fields: Mapping[str, str], *, are_texts: bool = True) -> Pair:
     """A pair with one answer on each side (`one_answer`), every message of which is its text alone.
 
     Reasoning that stands apart from an answer was judged with it but would not be trained, so such a row is refused,
     unless the recipe says `fields: {reasoning: leave_out}` of its source. In the prompt it is left out, as chat
     templates leave it out of earlier turns. An answer that is a transcript is refused; text that goes on with somebody
     else's turn is flagged only, because it may be quoted.
+
+    Args:
+        pair: as its reader read it.
+        fields: of its source. `repeated_prompt: keep` says that answers which begin with the prompt do so by right.
+        are_texts: its answers stand in the row as plain text, not in messages, which never hold their prompt.
 
     Raises:
         RowFault: `reasoning_apart`, `transcript_as_text`.
@@ -47,7 +53,7 @@ def settled_pair(pair: Pair, fields: Mapping[str, str]) -> Pair:
     rejected = _answer("rejected", pair.rejected, fields, flags)
     if flags:
         pair = replace(pair, prompt=prompt, chosen=chosen, rejected=rejected, flags=(*pair.flags, *flags))
-    return one_answer(pair)
+    return one_answer(pair, are_texts=are_texts and fields.get("repeated_prompt") != KEEP)
 
 
 def settled_answer(judged: JudgedAnswer, fields: Mapping[str, str]) -> JudgedAnswer:
@@ -104,14 +110,16 @@ def _holds_a_mark(text: str) -> bool:
     return "\n" in text and ("Human:" in text or "User:" in text or "USER:" in text or "### Instruction:" in text)
 
 
-def one_answer(pair: Pair) -> Pair:
+def one_answer(pair: Pair, *, are_texts: bool = True) -> Pair:
     """The pair with one answer on each side, where its conversations part at an answer.
 
     Turns that both share are moved to the prompt; those after the first answer that differs are cut, with the flag
-    `later_turns_cut`. A prompt that both answers repeat is taken off them (TRL's text form knows answers with their
-    prompt), with the flag `prompt_repeated`. A pair that parts elsewhere stays as it is: the dataset's rules refuse it.
+    `later_turns_cut`. A prompt that both answers repeat is taken off them where they are texts (TRL's text form knows
+    answers with their prompt), with the flag `prompt_repeated`. A pair that parts elsewhere stays as it is: the
+    dataset's rules refuse it.
     """
-    return _unrepeated(_parted(pair) if len(pair.chosen) > 1 or len(pair.rejected) > 1 else pair)
+    pair = _parted(pair) if len(pair.chosen) > 1 or len(pair.rejected) > 1 else pair
+    return _unrepeated(pair) if are_texts else pair
 
 
 def _parted(pair: Pair) -> Pair:

@@ -129,9 +129,10 @@ class FeedbackSource(Section):
         default={},
         description=(
             "Names that a format leaves to its users' configuration (Label Studio, Argilla). For all formats, "
-            "`reasoning: leave_out` drops reasoning that stands apart from an answer; without it such rows are refused."
+            "`reasoning: leave_out` drops reasoning that stands apart from an answer (else it refuses the row), "
+            "and `repeated_prompt: keep` leaves answers as they are that begin with their prompt, as code may."
         ),
-        examples=[{"question": "helpful"}, {"reasoning": "leave_out"}],
+        examples=[{"question": "helpful"}, {"reasoning": "leave_out"}, {"repeated_prompt": "keep"}],
     )
     companion: str | None = Field(
         default=None,

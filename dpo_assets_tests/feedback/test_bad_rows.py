@@ -258,7 +258,13 @@ def test_case_41_unknown_columns_are_kept_as_json_and_counted(tmp_path: Path) ->
     assert found.batch.shapes == {"big,chosen,lang,prompt,rejected": 1, "chosen,prompt,rejected": 1}
 
 
-def test_case_41_a_reserved_name_is_quarantined(tmp_path: Path) -> None:
+def test_keys_that_pandas_and_mongoose_write_beside_a_row_cost_it_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(row(__index_level_0__=7, __v=0)))
+    [found] = read_file(FeedbackFile(tmp_path / "a.jsonl", "a.jsonl", "trl"), ReadOptions()).pairs
+    assert found.meta["__index_level_0__"] == 7
+
+
+def test_a_reserved_name_is_quarantined(tmp_path: Path) -> None:
     refused(tmp_path, row(__index__=1), "reserved_name")
 
 

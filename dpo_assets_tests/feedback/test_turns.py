@@ -258,6 +258,16 @@ def test_a_prompt_that_both_answers_repeat_is_taken_off_them_and_flagged(
     assert (found.flags, batch.flags["prompt_repeated"]) == (("prompt_repeated",), 1)
 
 
+def test_answers_that_begin_with_their_prompt_by_right_stay(tmp_path: Path) -> None:
+    """In messages, which never hold their prompt, and where the recipe says so."""
+    header = "def add(a, b):"
+    texts = {"prompt": header, "chosen": f"{header}\n    return a + b", "rejected": f"{header}\n    return a"}
+    messages = {"prompt": [user(header)], **{k: [assistant(texts[k])] for k in ("chosen", "rejected")}}
+    for row, fields in ((messages, {}), (texts, {"repeated_prompt": "keep"})):
+        [found] = ingested(tmp_path, [row], **fields).pairs
+        assert (found.chosen, found.flags) == ([assistant(texts["chosen"])], ())
+
+
 @pytest.mark.parametrize(
     ("prompt", "chosen", "rejected"),
     [

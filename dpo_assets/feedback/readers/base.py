@@ -59,7 +59,7 @@ class ReadOptions:
         user_key: key of `hashed_user`; without one no user is kept.
         include_synthetic: keep pairs with a machine-written side, where a format says so.
         fields: names in the row for what a format leaves to its users' configuration (Label Studio, Argilla), and what
-            is to be done with reasoning that stands apart (see `turns.settled`).
+            is to be done with reasoning that stands apart and with a prompt that answers repeat (`turns.settled_pair`).
         companion: a second file that a format joins with (the observations of Langfuse, the runs of LangSmith).
     """
 
