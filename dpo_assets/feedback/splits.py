@@ -108,13 +108,15 @@ def split(
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """(train, eval), by group, each in pair_id order so that file order does not matter.
 
-    Groups of `kept_in_train` are trained on whatever is drawn for them.
+    Groups of `kept_in_train` are trained on whatever is drawn for them. A group is that of the text as it was read:
+    where cleaning made openings of several groups equal, they are held out only if all of them are.
     """
     import polars as pl
 
     held_out = [in_eval_split(g, fraction, seed) and g not in kept_in_train for g in pairs["group_id"]]
     mask = pl.Series("held_out", held_out, dtype=pl.Boolean)
-    ordered = pairs.with_columns(mask).sort("pair_id")
+    together = pl.coalesce(_opening(), pl.col("group_id"))
+    ordered = pairs.with_columns(mask).with_columns(pl.col("held_out").all().over(together)).sort("pair_id")
     train = ordered.filter(~pl.col("held_out")).drop("held_out")
     return train, ordered.filter(pl.col("held_out")).drop("held_out")
 
@@ -129,9 +131,12 @@ def shared_prompts(one: pl.DataFrame, other: pl.DataFrame) -> int:
 
 
 def _openings(pairs: pl.DataFrame) -> pl.DataFrame:
+    return pairs.select(opening=_opening()).unique()
+
+
+def _opening() -> pl.Expr:
+    """The first message of the user, with or without a system message before it, white space folded."""
     import polars as pl
 
-    # The first message of the user, with or without a system message before it.
     asked = pl.element().filter(pl.element().struct.field("role") == "user").struct.field("content")
-    text = pl.col("prompt").list.eval(asked).list.first().str.replace_all(r"\s+", " ").str.strip_chars()
-    return pairs.select(opening=text).unique()
+    return pl.col("prompt").list.eval(asked).list.first().str.replace_all(r"\s+", " ").str.strip_chars()

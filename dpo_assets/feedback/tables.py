@@ -143,10 +143,14 @@ def quarantine_record(record: dict[str, Any], reason: str, message: str) -> dict
 
 
 def with_new_content(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of the pair table whose conversations were changed, with the ids that they have now."""
+    """Rows of the pair table whose conversations were changed, with the ids that they have now.
+
+    The group stays that of the text as it was read: what a kept model was trained on is known by it, and another
+    cleaning must not make held-out pairs of it.
+    """
     changed = []
     for record in records:
-        prompt, group = prompt_ids(record["prompt"], record["tools"])
+        prompt, _ = prompt_ids(record["prompt"], record["tools"])
         pair = conversations_id(*(record[name] for name in CONVERSATIONS), tools=record["tools"])
-        changed.append(record | {"pair_id": pair, "prompt_id": prompt, "group_id": group})
+        changed.append(record | {"pair_id": pair, "prompt_id": prompt})
     return changed

@@ -272,7 +272,7 @@ def test_no_order_of_rows_no_cut_into_batches_and_no_size_of_parts_changes_the_r
 
 
 def test_rows_are_taken_from_the_groups_that_hold_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dpo_assets.feedback.ingest.ROW_GROUP", 3)
+    monkeypatch.setattr("dpo_assets.feedback.batches.ROW_GROUP", 3)
     pool = write(tmp_path, [[pair(n) for n in range(10)], [pair(n) for n in range(10, 14)]])
     keys = pool.keys(list(PAIR_ID))
     for wanted in ([0], [2, 3], [9], [0, 5, 9, 10, 13], list(range(14))):

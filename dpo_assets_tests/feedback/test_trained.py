@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_assets.feedback.splits import split
-from dpo_assets.feedback.tables import pairs_frame
+from dpo_assets.feedback.tables import pairs_frame, with_new_content
 from dpo_assets.feedback.trained import (
     TRAINED_GROUPS,
     bound_to_train,
@@ -18,7 +18,7 @@ from dpo_assets.feedback.trained import (
     trained_groups,
     write_trained_groups,
 )
-from dpo_assets_tests.samples import pair
+from dpo_assets_tests.samples import assistant, pair, user
 
 PAIRS = pairs_frame([pair(number) for number in range(60)])
 _fractions, _seeds = st.floats(0.05, 0.85), st.integers(0, 5)
@@ -79,3 +79,16 @@ def test_a_scored_pair_that_the_dataset_does_not_hold_out_counts_as_seen(tmp_pat
     scored.write_parquet(tmp_path / "scores.parquet")
     assert seen_pairs(tmp_path / "scores.parquet", first / "eval.parquet", [tmp_path / TRAINED_GROUPS]) == 1
     assert seen_pairs(first / "eval.parquet", first / "eval.parquet", []) == 0
+
+
+def test_another_cleaning_keeps_the_groups_by_which_a_model_knows_what_it_was_trained_on() -> None:
+    """And openings that it made equal are on one side: that of whatever may not be held out."""
+    asked = [user(f"Mail bob{n}@corp.com please.") for n in range(40)]
+    read = pairs_frame([pair(prompt=[one], chosen=[assistant(f"yes {n}")]) for n, one in enumerate(asked)])
+    records = [one | {"prompt": [user("Mail [EMAIL] please.")]} for one in read.to_dicts()]
+    cleaned = pl.DataFrame(with_new_content(records), schema=read.schema)
+    assert cleaned["group_id"].to_list() == read["group_id"].to_list()
+    assert cleaned["prompt_id"].n_unique() == 1
+    train, held_out = split(cleaned, 0.5, 1)
+    assert (train.height, held_out.height) == (40, 0)
+    assert all(side.height for side in split(read, 0.5, 1))
