@@ -364,3 +364,11 @@ def test_any_value_is_tools_is_nothing_or_is_refused(value: Any) -> None:
         return
     assert (text == "") is (not filled(value) or value == [])
     assert text == "" or tools_text(text, "t") == text
+
+
+@pytest.mark.parametrize("value", [["search"], "search, calculator", {"used": "search"}])
+def test_a_column_of_tools_that_is_something_else_is_told_how_to_rename_it(value: Any) -> None:
+    row = {"prompt": "q", "chosen": "yes", "rejected": "no", "tools": value}
+    fault = the_fault(items_of("trl", row))
+    assert fault.reason == "unsupported_modality"
+    assert "if it is something else, rename it: `columns: {my_tools: tools}`" in fault.message

@@ -42,8 +42,12 @@ def refuse_media(row: Row, where: str = "") -> None:
         return
     for name in sorted(MEDIA):
         if filled(row.get(name)):
-            hint = "" if where else f"; if it is something else, rename it: `columns: {{my_{name}: {name}}}`"
+            hint = "" if where else f"; if it is something else, {_rename(name)}"
             raise RowFault(UNSUPPORTED, f"`{where}{name}` is filled; only text can be read{hint}")
+
+
+def _rename(name: str) -> str:
+    return f"rename it: `columns: {{my_{name}: {name}}}`"
 
 
 def refuse_beside_text(message: Row, where: str) -> None:
@@ -65,7 +69,12 @@ def without_tools(row: Row) -> tuple[Row, str]:
     """
     if TOOLS not in row:
         return row, ""
-    return {name: value for name, value in row.items() if name != TOOLS}, tools_text(row[TOOLS], TOOLS)
+    try:
+        tools = tools_text(row[TOOLS], TOOLS)
+    except RowFault as fault:
+        # Names alone, or notes of a tool that was used: a column that only happens to be called so.
+        raise RowFault(fault.reason, f"{fault.message}; if it is something else, {_rename(TOOLS)}") from None
+    return {name: value for name, value in row.items() if name != TOOLS}, tools
 
 
 def with_tools(items: Iterable[Item], tools: str) -> Iterator[Item]:
