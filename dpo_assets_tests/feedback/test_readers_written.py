@@ -111,6 +111,21 @@ def test_text_that_only_looks_like_messages_stays_as_it_is(text: str) -> None:
     assert pair_fault(pair(chosen=[assistant(text)])) is None
 
 
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [
+        ([user("Hi")], [user("Yo")]),
+        (GOOD, "No."),
+        ("No.", GOOD),
+    ],
+    ids=["ends with the user", "only the chosen side", "only the rejected side"],
+)
+def test_an_answer_that_is_messages_by_right_is_not_opened(chosen: Any, rejected: Any) -> None:
+    row = {"prompt": "Give me messages as JSON", "chosen": json.dumps(chosen), "rejected": json.dumps(rejected)}
+    assert opened(row) == (row, False)
+    assert opened(row | {"chosen": json.dumps(GOOD), "rejected": BAD})[0]["chosen"] == GOOD
+
+
 def test_a_message_whose_text_is_a_list_of_messages_is_refused_wherever_it_came_from() -> None:
     for name in ("prompt", "chosen", "rejected"):
         for text in (json.dumps(GOOD), str(GOOD), NUMPY):

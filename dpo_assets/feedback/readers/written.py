@@ -16,6 +16,8 @@ from dpo_assets.feedback.pair import ROLES
 from dpo_assets.feedback.readers.base import ROLE_NAMES, TOOL_ROLES, Row, RowFault
 
 MESSAGES_AS_TEXT = "messages_as_text"
+SIDES = ("chosen", "rejected")
+ANSWERS = frozenset({*SIDES, "completion", "response", "rejected_response", "answer", "output"})
 _FORMS = (("role", "content"), ("from", "value"), ("role", "parts"))  # Of a message: who, and what.
 _KNOWN = {*ROLES, *ROLE_NAMES, *TOOL_ROLES}
 _LONGEST = 1 << 20  # Characters of Python's text that are parsed: the parser takes about a hundred bytes for each.
@@ -31,6 +33,9 @@ WAY_OUT = "write the column as JSON and name it under `json_columns`"
 def opened(row: Row) -> tuple[Row, bool]:
     """The row with the messages of its text columns as messages, and whether there were any.
 
+    An answer may be such text by right ("Give me a chat message as JSON"): a column of answers is opened only where its
+    messages end with the assistant's, and one of two sides only where the other holds messages too.
+
     Raises:
         RowFault: `messages_as_text` for text that begins as messages do and cannot be read.
     """
@@ -39,7 +44,25 @@ def opened(row: Row) -> tuple[Row, bool]:
         # The first letter first: a million rows have several texts each.
         if type(value) is str and value[:1] in "[{a \n\t" and (said := messages_in(value, f"`{name}`")) is not None:
             found[name] = said
+    for name in ANSWERS & found.keys():
+        if not _ends_with_an_answer(found[name]):
+            del found[name]
+    if any(name in found for name in SIDES) and not all(name in found or _holds_messages(row, name) for name in SIDES):
+        for name in SIDES:
+            found.pop(name, None)
     return ({**row, **found}, True) if found else (row, False)
+
+
+def _holds_messages(row: Row, name: str) -> bool:
+    """Whether a side is not there at all, or is no text."""
+    return not isinstance(row.get(name), str)
+
+
+def _ends_with_an_answer(said: Any) -> bool:
+    messages = said["messages"] if isinstance(said, Mapping) and "messages" in said else said
+    last = messages[-1] if isinstance(messages, list) else messages
+    who = str(last.get("role", last.get("from"))).lower()
+    return ROLE_NAMES.get(who, who) == "assistant"
 
 
 def messages_in(text: str, where: str) -> Any | None:
