@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.shape import ModelShape
 from dpo_assets.planning.vocabulary import content, refuse_tokens_without_embedding
-from dpo_assets.planning.weights import Stored, Weights, listed, read_weights, unused_files
+from dpo_assets.planning.weights import FLOATS, Stored, Weights, listed, read_weights, unused_files
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 # What a release or a run needs of a model folder beside the weights; nothing else is fetched or copied.
@@ -29,7 +29,6 @@ TOKENIZER_FILES = (
     "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
 ADAPTER = "adapter_config.json"
-FLOATS = ("BF16", "F16", "F32", "F64")  # Numbers that weights are stored in as they are.
 # Architectures whose decoder layers the fused kernels compute.
 FUSED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 

@@ -20,6 +20,7 @@ ITEMSIZE = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+FLOATS = ("BF16", "F16", "F32", "F64")  # Numbers that weights are stored in as they are.
 NAMED = 8  # Names that a message lists before it counts the rest.
 
 

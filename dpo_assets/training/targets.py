@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from dpo_assets.planning.matrices import Matrices, Role, role_of
+from dpo_assets.planning.matrices import Matrices, Role, is_stack, role_of
 from dpo_assets.planning.targets import Covered, LoraCoverage, all_linear, refuse_unknown
 from dpo_assets.recipe import EVERY_LINEAR, LoraSection
 
@@ -95,7 +95,7 @@ def _weights(layer: nn.Module) -> Iterator[tuple[str, tuple[int, ...], bool]]:
             yield plain, (module.nf, module.nx), False
         elif not isinstance(module, LoraLayer):
             for own, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() == 3 and parameter.shape[1] > 1:
+                if is_stack(f"{plain}.{own}", parameter.shape):
                     yield f"{plain}.{own}", tuple(parameter.shape), True
 
 
