@@ -49,6 +49,11 @@ class Matrices(BaseModel):
             smallest_side=min(min(shape) for shape in shapes),
         )
 
+    @property
+    def last(self) -> str:
+        """The last part of the name."""
+        return self.name.rpartition(".")[2]
+
     def answers_to(self, name: str) -> bool:
         """Whether `name` means this kind: its whole name, or the end of it after a dot."""
         return f".{self.name}".endswith(f".{name}")

@@ -107,6 +107,7 @@ def _shape(folder: Path, config: Mapping[str, Any], weights: Weights) -> ModelSh
             head_dim=text.get("head_dim") or (text["hidden_size"] // heads if heads else 0),
             tied=tied,
             architecture=architecture,
+            model_type=config.get("model_type") or "",
             fusable=bool(heads) and _fusable(architecture, text),
             sliding_window=text.get("sliding_window") if text.get("use_sliding_window", True) else None,
         )

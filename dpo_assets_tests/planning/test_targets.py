@@ -125,6 +125,9 @@ def test_experts_are_counted_and_named_as_frozen_until_the_recipe_names_them(ten
         (MIXTRAL, {"target_modules": ["gate_proj"]}, r"target_parameters, as in \[experts.gate_up_proj, experts"),
         (LLAMA, {"target_parameters": EXPERTS}, "matches nothing in SomeForCausalLM, which has no experts"),
         (MIXTRAL, {"target_parameters": ["experts.gate_proj"]}, "has: experts.gate_up_proj, experts.down_proj"),
+        # Names in the files, which the loaded model does not have.
+        (MIXTRAL, {"target_modules": ["q_proj", "w1"]}, "`w1` match"),
+        (MIXTRAL, {"target_parameters": ["experts.w1"]}, "has: experts.gate_up_proj, experts.down_proj"),
         (AROUND, {}, "has no linear layers"),
     ],
 )  # fmt: skip
