@@ -28,7 +28,7 @@ from dpo_assets.training import attention
 from dpo_assets.training.fp8 import quantise_layers
 from dpo_assets.training.fused.decoder import attach_fused
 from dpo_assets.training.speedups import speed_up
-from dpo_assets.training.targets import peft_targets
+from dpo_assets.training.targets import chosen_places, peft_targets, refuse_other_places
 
 # The adapter must carry PEFT's default name: TRL reads `peft_config["default"]` unguarded.
 ADAPTER_NAME = "default"
@@ -156,12 +156,14 @@ def attach_adapter(
     """The policy: a trained adapter to go on with, or a new one whose B is zero (so that it starts as the base).
 
     Raises:
-        ConfigError: when no adapter, or far too much, would be trained; for a target that the base does not have.
+        ConfigError: when no adapter, or far too much, would be trained; for a target that the base does not have, or
+            that PEFT takes for another.
     """
     set_seed(seed)
     if start is not None:
         model = PeftModel.from_pretrained(base, start, adapter_name=ADAPTER_NAME, is_trainable=True)
     else:
+        chosen = chosen_places(base, plan.lora)
         config = LoraConfig(
             r=plan.lora.rank,
             lora_alpha=plan.lora.alpha,
@@ -172,6 +174,7 @@ def attach_adapter(
         )
         wrapped = get_peft_model(base, config, adapter_name=ADAPTER_NAME)
         assert isinstance(wrapped, PeftModel)
+        refuse_other_places(wrapped, ADAPTER_NAME, chosen)
         model = wrapped
     if dropout == 0.0:
         # A starting adapter brings the dropout it was trained with; two scores of one pair would differ.
