@@ -19,6 +19,7 @@ from dpo_assets.checks.catalog import severity_of
 from dpo_assets.checks.verdict import Verdict, with_severity
 from dpo_assets.contract import PlannedSpec, Spec, Stage
 from dpo_assets.errors import ConfigError, GateError, InfrastructureError, OutOfMemory, StageTimeout
+from dpo_assets.planning.scoring import GENERATION_BATCH
 from dpo_assets.publishing.secrets import scrub
 from dpo_assets.recipe import Recipe
 from dpo_assets.resources.artifacts import ArtifactStore
@@ -334,11 +335,15 @@ def memory_record(artifact: Artifact) -> dict[str, int]:
 
 
 def _given_up(stage: Stage, spec: PlannedSpec, error: OutOfMemory) -> str:
-    plan, retries = spec.plan, spec.out_of_memory_retries
+    answers = stage == "evaluate"
+    plan, retries = spec.plan.at_release() if answers else spec.plan, spec.out_of_memory_retries
     tried = f" after {retries} {'retry' if retries == 1 else 'retries'} with smaller ones" if retries else ""
     least = "; the longest pair alone takes that many" if plan.token_budget <= plan.longest_pair else ""
-    ways = ["lower feedback.max_length or lora.rank", "take a smaller base"]
-    if plan.device == "cuda" and plan.precision != "4bit":
+    ways = [f"lower feedback.max_length{'' if answers else ' or lora.rank'}", "take a smaller base"]
+    if answers:
+        least += f", and answers take forwards of {GENERATION_BATCH} prompts that no retry makes smaller"
+        ways.insert(0, f"set evaluation.generations below {GENERATION_BATCH}")
+    if plan.device == "cuda" and spec.plan.precision != "4bit":
         ways.insert(0, "set hardware.precision to 4bit")
     return (
         f"stage `{stage}` ran out of memory in forwards of {plan.token_budget} tokens{tried}{least}: {error} "

@@ -73,10 +73,18 @@ def adapter_bytes(shape: ModelShape, lora: LoraSection) -> float:
     return 18 * lora.rank * sum(kind.sides for kind in adapted_kinds(lora, shape))
 
 
-def forward_peak(shape: ModelShape, precision: Precision, tokens: int, device: Literal["cpu", "cuda"]) -> float:
-    """Estimated peak in GiB of a forward of `tokens` tokens without gradient: nothing is kept from layer to layer."""
+def forward_peak(
+    shape: ModelShape, precision: Precision, tokens: int, device: Literal["cpu", "cuda"], prompts: int = 0
+) -> float:
+    """Estimated peak in GiB of forwards without gradient: nothing is kept from layer to layer.
+
+    Args:
+        tokens: of a forward that scores answers.
+        prompts: tokens of a batch of prompts that answers are generated from, computed in one forward too; of these
+            only the last has logits.
+    """
     width = 4 if precision == "fp32" else 2
-    layer = tokens * width * (3 * shape.intermediate + 5 * shape.hidden)
+    layer = max(tokens, prompts) * width * (3 * shape.intermediate + 5 * shape.hidden)
     head = head_chunk(tokens, device) * shape.vocabulary * (4 + width) + tokens * shape.hidden * width
     return (weights_bytes(shape, precision) + dequantised_bytes(shape, precision) + max(layer, head)) / GIB
 

@@ -109,6 +109,7 @@ def _shape(folder: Path, config: Mapping[str, Any], weights: Weights) -> ModelSh
             tied=tied,
             architecture=architecture,
             model_type=config.get("model_type") or "",
+            stored=weights.format,
             fusable=bool(text.get("num_attention_heads")) and _fusable(architecture, text),
             sliding_window=text.get("sliding_window") if text.get("use_sliding_window", True) else None,
         )

@@ -56,6 +56,7 @@ def test_a_folder_tells_its_shape_weights_template_licence_and_eos(tmp_path: Pat
         vocabulary=16,
         context=2**20,
         architecture="LlamaForCausalLM",
+        stored="fp32",
     )
     assert (facts.architecture, facts.licence, facts.eos_token) == ("LlamaForCausalLM", "apache-2.0", "</s>")
     assert (facts.safetensors, facts.pickled) == (("model.safetensors",), ("old.bin", "optimizer.pt"))
@@ -253,7 +254,14 @@ def test_shards_are_added_up_and_a_text_config_inside_is_found(tmp_path: Path) -
     facts = inspect_model(folder)
     assert facts.safetensors == ("one.safetensors", "two.safetensors")
     assert facts.shape == ModelShape(
-        parameters=17, layers=3, hidden=4, intermediate=6, vocabulary=5, context=7, architecture="unknown"
+        parameters=17,
+        layers=3,
+        hidden=4,
+        intermediate=6,
+        vocabulary=5,
+        context=7,
+        architecture="unknown",
+        stored="fp32",
     )
     assert (facts.architecture, facts.chat_template, facts.eos_token) == ("unknown", "", None)
 
