@@ -59,7 +59,12 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     # Its first layer is dense, its second has experts beside a shared one.
     "glm4_moe": lambda: Glm4MoeConfig(
-        **SMALL, head_dim=8, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, first_k_dense_replace=1
+        **SMALL,
+        head_dim=8,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        first_k_dense_replace=1,
     ),
 }
 Made = tuple[Path, TrainingPlan]

@@ -79,7 +79,9 @@ def test_a_model_whose_decoder_layers_cannot_be_told_is_refused_before_it_is_pla
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(LlamaForCausalLM, "get_decoder", lambda self: self.lm_head)
-    with pytest.raises(ConfigError, match="LlamaForCausalLM should have one list of its 5 decoder layers, and has none"):
+    with pytest.raises(
+        ConfigError, match="LlamaForCausalLM should have one list of its 5 decoder layers, and has none"
+    ):
         verified(copied)
 
 
