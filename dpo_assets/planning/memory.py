@@ -90,7 +90,7 @@ def forward_peak(
 
 
 def cache_bytes(shape: ModelShape, tokens: int) -> float:
-    """Keys and values, in 16 bit, of `tokens` tokens that are generated from; of whole width where heads are unknown."""
+    """Keys and values, in 16 bit, of `tokens` tokens to generate from; of whole width where heads are unknown."""
     return 4.0 * tokens * shape.layers * (shape.kv_heads * shape.head_dim or shape.hidden)
 
 

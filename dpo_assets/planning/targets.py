@@ -87,8 +87,8 @@ def resolve_targets(lora: LoraSection, shape: ModelShape) -> LoraSection:
     lost = [kind for kind in linear if out_of_reach(kind, shape.model_type)]
     if taken := [name for name in names if any(kind.answers_to(name) for kind in lost)]:
         raise ConfigError(
-            f"lora.target_modules: PEFT takes {_listed(taken)} for the experts of a {shape.model_type}, and would adapt "
-            f"these instead. Leave it out, or write `{EVERY_LINEAR}`.{_experts_hint(kinds)}"
+            f"lora.target_modules: PEFT takes {_listed(taken)} for the experts of a {shape.model_type}, and would "
+            f"adapt these instead. Leave it out, or write `{EVERY_LINEAR}`.{_experts_hint(kinds)}"
         )
     return lora.model_copy(update={"target_modules": names})
 

@@ -73,9 +73,9 @@ class ChatFormat:
         )
         return texts
 
-    def prompt_ids(self, messages: Conversation) -> list[int]:
+    def prompt_ids(self, messages: Conversation, tools: list[Any] | None = None) -> list[int]:
         """Token ids of a conversation whose next turn is the assistant's."""
-        [text] = self.texts([messages], answer_follows=True)
+        [text] = self.texts([messages], answer_follows=True, tools=tools)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
