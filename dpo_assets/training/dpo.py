@@ -17,7 +17,7 @@ from dpo_assets.contract import GuardSpec, TrainSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.aftermath import measure
-from dpo_assets.training.chat_format import load_chat_format
+from dpo_assets.training.chat_format import RENDERING_ERRORS, load_chat_format
 from dpo_assets.training.classic import ClassicDPOTrainer, classic_trainer
 from dpo_assets.training.collapse import CollapseGuard
 from dpo_assets.training.data import dpo_group, load_asked, load_conversations, load_split
@@ -154,7 +154,10 @@ def collapse_guard(watched: Watched, guard: GuardSpec, spec: TrainSpec, reporter
     tasks = []
     if guard.tasks is not None:
         for task in read_tasks(guard.tasks):
-            ids = watched.chat.prompt_ids(task.messages)
+            try:
+                ids = watched.chat.prompt_ids(task.messages)
+            except RENDERING_ERRORS as error:
+                raise ConfigError(f"checks.capability_probe: the chat template refuses a prompt: {error}") from None
             if len(ids) > room:
                 raise ConfigError(
                     f"checks.capability_probe: a prompt of {len(ids)} tokens leaves no room for an answer"
