@@ -34,6 +34,7 @@ from dpo_assets.training.targets import chosen_places, peft_targets, refuse_othe
 ADAPTER_NAME = "default"
 # A LoRA that trains a larger share than this is not a LoRA: a dropped `peft_config` once meant full fine-tuning.
 LARGEST_TRAINABLE_SHARE = 0.6
+CONVERSION = "conversion of the weights"  # What Transformers 5 says of experts that it cannot join into one tensor.
 
 
 def load_causal_lm(folder: Path, **how: Any) -> tuple[PreTrainedModel, list[str]]:
@@ -64,6 +65,17 @@ def load_causal_lm(folder: Path, **how: Any) -> tuple[PreTrainedModel, list[str]
         if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
             raise
         raise ConfigError(f"the model in {folder} cannot be loaded: {_first_line(error)}") from None
+    except ImportError as error:
+        raise ConfigError(
+            f"the model in {folder} needs a package that this environment lacks: {_first_line(error)}"
+        ) from None
+    except RuntimeError as error:
+        # Memory and devices speak by a RuntimeError too; these are no fault of the folder.
+        if CONVERSION not in str(error):
+            raise
+        raise ConfigError(
+            f"the weights in {folder} cannot be put into the form that Transformers computes: {_first_line(error)}"
+        ) from None
     lacking = sorted(told["missing_keys"])
     other = sorted(f"{name} {tuple(stored)}, not {tuple(needed)}" for name, stored, needed in told["mismatched_keys"])
     if lacking or other:
