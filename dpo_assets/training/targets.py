@@ -115,7 +115,7 @@ def coverage(model: nn.Module, adapter: str) -> LoraCoverage:
 
 def places_of(model: nn.Module, adapter: str = "") -> Iterator[Place]:
     """Linear layers and stacked experts of the decoder layers, in their order, adapted ones by their own name."""
-    name, layers = _decoder_layers(model)
+    name, layers = decoder_layers(model)
     for number, layer in enumerate(layers):
         adapted = {
             _WRAPPED.sub("", f".{path}") + (f".{module.parameter_name}" if hasattr(module, "parameter_name") else "")
@@ -143,7 +143,7 @@ def _weights(layer: nn.Module) -> Iterator[tuple[str, tuple[int, ...], bool]]:
                     yield f"{plain}.{own}", tuple(parameter.shape), True
 
 
-def _decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
+def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
     """The list of decoder layers and its name in the model.
 
     Raises:
