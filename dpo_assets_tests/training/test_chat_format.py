@@ -132,7 +132,7 @@ def test_a_tokenizer_that_fails_on_a_text_is_refused_and_named(copied: Path, mon
 
 def test_a_template_that_finds_no_key_is_refused_as_one_that_refuses(copied: Path) -> None:
     """What Python says of a message of an odd shape is a refusal of the template's too."""
-    (copied / "chat_template.jinja").write_text("{{ {}.popitem() }}")
+    (copied / "chat_template.jinja").write_text("{{ '{a}'.format(b=1) }}")
     with pytest.raises(ConfigError, match="cannot render a question"):
         load_chat_format(copied)
 
