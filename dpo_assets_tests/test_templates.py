@@ -65,7 +65,7 @@ def test_a_template_works_for_every_type_of_field(monkeypatch: pytest.MonkeyPatc
         dpo={"learning_rate": "{{ env.RATE }}", "batch_size": "{{ env.BATCH }}", "loss": ["sigmoid", "sft"],
              "loss_weights": "{{ env.WEIGHTS }}"},
         hardware={"device": "{{ env.DEVICE }}", "speedups": "{{ env.SPEEDUPS }}", "memory_gib": "{{ env.MEMORY }}"},
-        checks={"bands": {"learning_rate_band": {"numbers": {"error_above": "{{ env.HIGHEST }}"}, "reason": "our sweep 7"}}},
+        checks={"bands": {"learning_rate_band": {"numbers": {"error_above": "{{ env.HIGHEST }}"}, "reason": "our sweeps"}}},
         feedback={"sources": [{"hub": "{{ env.REPO }}", "revision": "{{ env.SHA }}", "format": "{{ 'trl' }}"}]},
     )  # fmt: skip
     assert recipe.base_model.revision == ZEROS
