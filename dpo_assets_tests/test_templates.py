@@ -55,7 +55,7 @@ def test_text_from_the_environment_stays_text_where_the_field_takes_text(
 def test_a_template_works_for_every_type_of_field(monkeypatch: pytest.MonkeyPatch) -> None:
     given_ = {
         "DRY": "false", "RATE": "3e-6", "BATCH": "8", "DEVICE": "cpu", "REPO": "org/bot", "SPEEDUPS": "[compile]",
-        "MEMORY": "", "WEIGHTS": "[1, 0.2]", "SHA": ZEROS, "MOST": "3e-4",
+        "MEMORY": "", "WEIGHTS": "[1, 0.2]", "SHA": ZEROS, "TOP": "3e-4",
     }  # fmt: skip
     for name, value in given_.items():
         monkeypatch.setenv(name, value)
@@ -65,7 +65,7 @@ def test_a_template_works_for_every_type_of_field(monkeypatch: pytest.MonkeyPatc
         dpo={"learning_rate": "{{ env.RATE }}", "batch_size": "{{ env.BATCH }}", "loss": ["sigmoid", "sft"],
              "loss_weights": "{{ env.WEIGHTS }}"},
         hardware={"device": "{{ env.DEVICE }}", "speedups": "{{ env.SPEEDUPS }}", "memory_gib": "{{ env.MEMORY }}"},
-        checks={"bands": {"learning_rate_band": {"numbers": {"error_above": "{{ env.MOST }}"}, "reason": "our sweeps"}}},
+        checks={"bands": {"learning_rate_band": {"numbers": {"error_above": "{{ env.TOP }}"}, "reason": "our sweeps"}}},
         feedback={"sources": [{"hub": "{{ env.REPO }}", "revision": "{{ env.SHA }}", "format": "{{ 'trl' }}"}]},
     )  # fmt: skip
     assert recipe.base_model.revision == ZEROS
