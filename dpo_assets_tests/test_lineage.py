@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -26,10 +26,11 @@ from dpo_assets.assets.eval_scores import SCORES
 from dpo_assets.assets.graph import LINEAGE, NODES
 from dpo_assets.assets.lineage import Conflict, Inputs, Lineage, Read
 from dpo_assets.assets.node import Node
-from dpo_assets.assets.step import FINGERPRINT, Events, Step, guarded
+from dpo_assets.assets.step import FINGERPRINT, PAGE, Events, Step, guarded
 from dpo_assets.component import DpoPipeline, build_dpo_defs
 from dpo_assets.feedback.trained import TRAINED_GROUPS
 from dpo_assets.recipe import parse_recipe
+from dpo_assets.resources.artifacts import ArtifactStore
 from dpo_assets_tests.pipelines import demo_recipe, failures
 from dpo_assets_tests.samples import evaluation_report, plan
 
@@ -51,6 +52,7 @@ class Shelf:
         *,
         leave_out: tuple[str, ...] = (),
         also: Callable[[Path], None] = lambda _: None,
+        shown: Mapping[str, Any] = {},
         **of_plan: Any,
     ) -> Artifact:
         """An artefact made from what stands on the shelf now, but for what it was not made from."""
@@ -66,7 +68,7 @@ class Shelf:
         print_ = fingerprint(node, [content, repr(of_plan)], inputs)
         artifact, _ = self.tree.find_or_build(node, print_, fill, inputs)
         self.now[node] = artifact
-        event = dg.AssetMaterialization(["demo", node], metadata={FINGERPRINT: print_})
+        event = dg.AssetMaterialization(["demo", node], metadata={**shown, FINGERPRINT: print_})
         self.instance.report_runless_asset_event(event)
         return artifact
 
@@ -160,6 +162,41 @@ def test_scores_of_a_model_on_pairs_of_another_split_are_refused_with_what_to_ma
         "merged_model",
         "eval_scores",
     ]
+
+
+def by_hand(shelf: Shelf, node: str) -> None:
+    """What `Report materialization` of the UI writes."""
+    shelf.instance.report_runless_asset_event(dg.AssetMaterialization(["demo", node]))
+
+
+def test_a_materialisation_that_was_reported_by_hand_names_no_artefact_and_is_passed_over(shelf: Shelf) -> None:
+    for node in ORDER:
+        by_hand(shelf, node)
+    found = reads(shelf, "published_model")
+    assert {node: artifact.digest for node, artifact in found.items()} == {
+        node: shelf.now[node].digest for node in found
+    }
+    assert not (shelf.tree.root / "_rejected").exists()
+
+
+def test_what_was_only_reported_by_hand_was_not_materialised(instance: dg.DagsterInstance) -> None:
+    shelf = Shelf(instance)
+    shelf.make("base_model")
+    by_hand(shelf, "dpo_dataset")
+    assert "`demo/dpo_dataset` has not been materialised yet" in refused(shelf, "dpo_plan")
+
+
+def test_the_history_goes_back_behind_as_many_held_tries_as_there_were(instance: dg.DagsterInstance) -> None:
+    shelf = Shelf(instance)
+    for number in range(PAGE + 3):
+        artifact = shelf.make("raw_preferences", str(number), shown={"volume": number})
+        if number:
+            write_json(artifact.path.with_name(f"{artifact.fingerprint}.gates.json"), {"feedback_volume": "error"})
+    context = dg.build_asset_context(instance=instance, resources={"demo_artifacts": ArtifactStore()})
+    step = Step(context, readers()[0].pipeline, "raw_preferences", LINEAGE)
+    told = list(step.history("raw_preferences", "volume"))
+    assert [value for value, _ in told] == list(range(PAGE + 2, -1, -1))
+    assert [value for value, is_held in told if not is_held] == [0]
 
 
 def test_scores_that_an_earlier_step_took_of_a_mixed_chain_are_not_released(shelf: Shelf) -> None:

@@ -6,12 +6,13 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
-from dpo_assets.artifact import VOLATILE, Artifact, ArtifactTree, fingerprint, write_json
+from dpo_assets.artifact import VOLATILE, Artifact, ArtifactTree, fingerprint, is_fingerprint, write_json
 from dpo_assets.assets.event_log import Event, scrubbed, without_secrets
 from dpo_assets.assets.lineage import Conflict, Inputs, Lineage, Read, whole
 from dpo_assets.checks.bands import Bands, default_bands
@@ -30,6 +31,7 @@ Events = Iterator[Event]
 MAX_RETRIES, RETRY_SECONDS = 2, 5.0  # Of faults of infrastructure; the wait doubles.
 MAX_HALVINGS = 3  # Of the token budget, after a stage ran out of memory.
 FINGERPRINT, PATH, DIGEST, REUSED = "dpo_assets/fingerprint", "path", "digest", "reused"
+PAGE = 20  # Events that are asked of the event log at a time.
 
 
 @dataclass(frozen=True)
@@ -181,13 +183,26 @@ class Step:
 
     def _latest_fingerprint(self, node: str) -> str | None:
         """That of this run's materialisation, or else of the latest; None where there is none."""
-        records = self.context.instance.fetch_materializations(self.pipeline.key(node), limit=20).records
-        mine = [record for record in records if record.run_id == self.context.run_id]
-        record = next(iter(mine or records), None)
-        if record is None or record.asset_materialization is None:
-            return None
-        entry = record.asset_materialization.metadata.get(FINGERPRINT)
-        return str(entry.value) if entry is not None else ""
+        recent = list(islice(self._materialisations(node), PAGE))
+        mine = [metadata for run, metadata in recent if run == self.context.run_id]
+        found = mine or [metadata for _, metadata in recent]
+        return str(found[0][FINGERPRINT].value) if found else None
+
+    def _materialisations(self, node: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """(run, metadata) of every materialisation that names an artefact, newest first.
+
+        Not of one that somebody reported by hand, as the UI offers: nothing was made for it.
+        """
+        cursor: str | None = None
+        while True:
+            page = self.context.instance.fetch_materializations(self.pipeline.key(node), limit=PAGE, cursor=cursor)
+            for record in page.records:
+                metadata = record.asset_materialization.metadata if record.asset_materialization is not None else {}
+                if FINGERPRINT in metadata and is_fingerprint(str(metadata[FINGERPRINT].value)):
+                    yield record.run_id, metadata
+            if not page.has_more:
+                return
+            cursor = page.cursor
 
     def build(self, node: str, config: Any, inputs: Inputs, make: Callable[[Path, str], None]) -> tuple[Artifact, bool]:
         """The artefact for `config` and `inputs`, and whether an equal one was there already.
@@ -208,19 +223,15 @@ class Step:
         """The newest artefact of `node` made from `inputs`, whatever its config was."""
         return self.tree.latest(node, inputs.digests)
 
-    def history(self, node: str, name: str) -> list[tuple[Any, bool]]:
-        """(value of a metadata entry, whether a gate holds what was made) of the last materialisations, newest first.
+    def history(self, node: str, name: str) -> Iterator[tuple[Any, bool]]:
+        """(value of a metadata entry, whether a gate holds what was made) of all materialisations, newest first.
 
-        One whose artefact is gone is left out, and so is one without the entry.
+        None stands for the value of one without the entry. One whose artefact is gone is left out.
         """
-        told = []
-        for record in self.context.instance.fetch_materializations(self.pipeline.key(node), limit=20).records:
-            metadata = record.asset_materialization.metadata if record.asset_materialization is not None else {}
-            if name in metadata and FINGERPRINT in metadata:
-                made = self.tree.find(node, str(metadata[FINGERPRINT].value))
-                if made is not None:
-                    told.append((metadata[name].value, bool(self._failed_gates(made))))
-        return told
+        for _, metadata in self._materialisations(node):
+            if (made := self.tree.find(node, str(metadata[FINGERPRINT].value))) is not None:
+                value = metadata[name].value if name in metadata else None
+                yield value, bool(self._failed_gates(made))
 
     def launch(self, stage: Stage, spec: Spec) -> None:
         """Runs a worker stage to its end.
