@@ -11,14 +11,14 @@ import dagster as dg
 
 from dpo_assets.artifact import Artifact, file_sha256, write_json
 from dpo_assets.assets.base_model import FACTS
-from dpo_assets.assets.dpo_plan import read_plan
+from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.lineage import Inputs, Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step
-from dpo_assets.checks.promotion import decide
+from dpo_assets.checks.promotion import decide, promotion_verdict
 from dpo_assets.checks.verdict import Verdict
 from dpo_assets.errors import ConfigError
-from dpo_assets.publishing.card import CardFacts, render_card
+from dpo_assets.publishing.card import CardFacts, card_settings, render_card
 from dpo_assets.publishing.commit import Operation, Release, publish, stage
 from dpo_assets.report.tables import table
 
@@ -29,6 +29,9 @@ def materialise(step: Step) -> Events:
     """Stages the release; sends it when the recipe says so and the environment holds a token."""
     publishing = step.recipe.publishing
     inputs = step.inputs()
+    sends = not publishing.dry_run and not step.only_checks
+    if sends:
+        _refuse_held(step, inputs)
 
     def make(folder: Path, _: str) -> None:
         target = folder / RELEASE
@@ -41,7 +44,7 @@ def materialise(step: Step) -> Events:
     config = {"artifact": publishing.artifact, "title": _title(step), "min_pairs": step.recipe.evaluation.min_pairs}
     artifact, reused = step.build("published_model", config, inputs, make)
     operations = [Operation(**o) for o in artifact.json(OPERATIONS)]
-    release = None if publishing.dry_run else _send(step, artifact, operations)
+    release = _send(step, artifact, operations) if sends else None
     yield from step.result(
         "published_model",
         artifact,
@@ -75,7 +78,7 @@ def materialise(step: Step) -> Events:
 
 
 def verify(artifact: Artifact, operations: list[Operation], release: Release | None) -> Verdict:
-    """The staged folder holds what the operations say; a sent release was compared by `publish` already."""
+    """The staged folder holds what the operations say. What is on the Hub, `publish` compares, and fails this check."""
     folder = artifact.path / RELEASE
     wrong = [o.path for o in operations if not (folder / o.path).is_file() or file_sha256(folder / o.path) != o.sha256]
     extra = {p.name for p in folder.iterdir()} - {o.path for o in operations}
@@ -93,9 +96,23 @@ def verify(artifact: Artifact, operations: list[Operation], release: Release | N
 def _outcome(release: Release | None) -> str:
     """What this run did about a release, and no more than that."""
     if release is None:
-        return "dry run, nothing sent"
+        return "nothing sent"
     sent = f"commit {release.commit[:12]}" + (", sent" if release.sent else " was there already, nothing sent")
     return f"{sent}, " + ("re-downloaded and equal" if release.read_back else "found equal when it was tagged")
+
+
+def _refuse_held(step: Step, inputs: Inputs) -> None:
+    """A hold only warns in a dry run, so scores that were taken under one may have passed their gate.
+
+    Raises:
+        ConfigError: when the scores do not carry a release under the recipe of now.
+    """
+    verdict = promotion_verdict(inputs["eval_scores"].json("report.json"), step.recipe)
+    if step.judged(verdict).level == "error":
+        raise ConfigError(
+            f"publishing.dry_run is false, and the scores do not carry a release: {verdict.headline}: {verdict.note}. "
+            f"{verdict.fix}."
+        )
 
 
 def _send(step: Step, artifact: Artifact, operations: list[Operation]) -> Release:
@@ -107,7 +124,14 @@ def _send(step: Step, artifact: Artifact, operations: list[Operation]) -> Releas
         )
     assert publishing.repo_id is not None, "the recipe requires repo_id when dry_run is false"
     folder = artifact.path / RELEASE
-    return publish(step.hub.api(), publishing.repo_id, folder, operations, private=publishing.private)
+    return publish(
+        step.hub.api(),
+        publishing.repo_id,
+        folder,
+        operations,
+        private=publishing.private,
+        token_variable=step.hub.token_variable,
+    )
 
 
 def _title(step: Step) -> str:
@@ -163,12 +187,12 @@ NODE = Node(
     kinds=frozenset({"huggingface"}),
     body=materialise,
     reads=(
-        Read("dpo_plan"),
+        followed(card_settings),
         Read("eval_scores"),
         Read("merged_model"),
         Read("dpo_adapter"),
         Read("dpo_dataset"),
         Read("base_model"),
     ),
-    recipe=("publishing",),
+    recipe=("publishing", "evaluation"),
 )

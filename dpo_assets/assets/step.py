@@ -278,8 +278,8 @@ class Step:
 
         The verdicts are kept beside the artefact for `inputs`.
         """
-        key, severities = self.pipeline.key(node), self.recipe.checks.severity
-        verdicts = [with_severity(v, severity_of(v.check, severities)) for v in verdicts]
+        key = self.pipeline.key(node)
+        verdicts = [self.judged(verdict) for verdict in verdicts]
         write_json(self._gates_file(artifact), {v.check: v.level for v in verdicts})
         for verdict in verdicts:
             if not verdict.passed:
@@ -305,6 +305,10 @@ class Step:
             },
             check_results=results,
         )
+
+    def judged(self, verdict: Verdict) -> Verdict:
+        """The verdict under the severity that the recipe gives its check."""
+        return with_severity(verdict, severity_of(verdict.check, self.recipe.checks.severity))
 
     def check_result(self, node: str, verdict: Verdict) -> dg.AssetCheckResult:
         """A verdict as Dagster shows it."""
