@@ -200,6 +200,17 @@ def test_a_worker_gets_what_it_computes_with_and_nothing_that_may_be_a_secret(mo
     assert "correct horse battery" not in environment.values()
 
 
+@pytest.mark.parametrize(
+    "value", ["postgresql://me:hunter2222@db/x", "jdbc:mysql://me:hunter2222@db/x", "host=db password=hunter2222"]
+)
+def test_a_variable_of_a_harmless_name_that_holds_a_password_stays_here(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("TORCH_STORE", value)
+    monkeypatch.setenv("ASKED_FOR", value)
+    assert not {"TORCH_STORE", "ASKED_FOR"} & set(worker_environment(spec_on(CPU), ["ASKED_FOR"]))
+
+
 def test_a_worker_is_offline_whatever_this_process_is(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in OFFLINE:
         monkeypatch.setenv(name, "0")

@@ -9,6 +9,7 @@ from dpo_assets.contract import PlannedSpec, Spec
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.publishing.secrets import is_secret
 from dpo_assets.resources.nvml import BY_BUS, ORDER, VISIBLE, gpus_in_sight
+from dpo_assets.secret_shapes import masked
 
 # The machine and its user, the interpreter and its libraries, the compilers that Triton and torch.compile call.
 NAMES = frozenset({
@@ -32,7 +33,8 @@ OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 def worker_environment(spec: Spec, more: Sequence[str] = ()) -> dict[str, str]:
-    """The variables of a worker: those of NAMES and PREFIXES, and `more`; a secret is never among them.
+    """The variables of a worker: those of NAMES and PREFIXES, and `more`; a secret is never among them, by its name or by
+    what it looks like.
 
     The worker is offline and needs no credential, so what is not known to be of use stays here. Of the devices it sees
     the one that was planned for, by its UUID, or else the one equal GPU here (`gpu_for`), and none where there is no plan or the plan is for the CPU: with several
@@ -45,7 +47,7 @@ def worker_environment(spec: Spec, more: Sequence[str] = ()) -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if (name in wanted or name.startswith(PREFIXES)) and not is_secret(name)
+        if (name in wanted or name.startswith(PREFIXES)) and not is_secret(name) and masked(value) == value
     }
     return kept | {
         "OMP_NUM_THREADS": str(spec.threads),
