@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -35,6 +36,11 @@ from dpo_assets_tests.pipelines import demo_recipe, failures
 from dpo_assets_tests.samples import evaluation_report, plan
 
 ORDER = [node.name for node in NODES if node.name != "quarantined_preferences"]
+
+
+def gates_of(artifact: Artifact) -> Path:
+    """Where the levels of its checks are kept."""
+    return artifact.path.with_name(f"{artifact.fingerprint}.gates.json")
 
 
 class Shelf:
@@ -68,6 +74,7 @@ class Shelf:
         print_ = fingerprint(node, [content, repr(of_plan)], inputs)
         artifact, _ = self.tree.find_or_build(node, print_, fill, inputs)
         self.now[node] = artifact
+        write_json(gates_of(artifact), {})
         event = dg.AssetMaterialization(["demo", node], metadata={**shown, FINGERPRINT: print_})
         self.instance.report_runless_asset_event(event)
         return artifact
@@ -152,7 +159,8 @@ def test_scores_of_a_model_on_pairs_of_another_split_are_refused_with_what_to_ma
         "`demo/dpo_adapter`, `demo/sft_checkpoint`: made from another `demo/dpo_dataset` than is there now. "
         "Materialise again, in this order: demo/dpo_plan, demo/sft_checkpoint, demo/dpo_adapter, demo/merged_model. "
         "Or, to keep what was made, give `demo/dpo_dataset` its earlier settings and inputs back and materialise that: "
-        "it is reused."
+        "it is reused, unless a model was trained on another split since: its pairs stay in train, which makes another "
+        "dataset."
     )
     release = refused(shelf, "published_model")
     assert to_make_again(release) == [
@@ -191,7 +199,7 @@ def test_the_history_goes_back_behind_as_many_held_tries_as_there_were(instance:
     for number in range(PAGE + 3):
         artifact = shelf.make("raw_preferences", str(number), shown={"volume": number})
         if number:
-            write_json(artifact.path.with_name(f"{artifact.fingerprint}.gates.json"), {"feedback_volume": "error"})
+            write_json(gates_of(artifact), {"feedback_volume": "error"})
     context = dg.build_asset_context(instance=instance, resources={"demo_artifacts": ArtifactStore()})
     step = Step(context, readers()[0].pipeline, "raw_preferences", LINEAGE)
     told = list(step.history("raw_preferences", "volume"))
@@ -301,6 +309,26 @@ def test_scores_against_another_start_than_the_adapters_are_not_released(shelf: 
     shelf.make("sft_checkpoint", "other")
     shelf.make("eval_scores", "of another start")
     assert "another `demo/sft_checkpoint`" in refused(shelf, "published_model")
+
+
+@pytest.mark.parametrize(
+    "damage", [Path.unlink, lambda path: path.write_text('{"split_leak"')], ids=["gone", "cut off"]
+)
+def test_a_gate_whose_record_cannot_be_read_is_closed(shelf: Shelf, damage: Callable[[Path], Any]) -> None:
+    damage(gates_of(shelf.now["dpo_dataset"]))
+    assert refused(shelf, "dpo_plan") == (
+        "`demo/dpo_dataset` did not pass its checks, of which no record can be read (execute them again); mend it "
+        "before going on from it."
+    )
+
+
+def test_a_node_without_checks_leaves_the_gates_of_the_artefact_that_it_shares(shelf: Shelf) -> None:
+    context = dg.build_asset_context(instance=shelf.instance, resources={"demo_artifacts": ArtifactStore()})
+    step, artifact = Step(context, readers()[0].pipeline, "dpo_dataset", LINEAGE), shelf.now["dpo_dataset"]
+    write_json(gates_of(artifact), {"split_leak": "error"})
+    with suppress(dg.DagsterError):  # The event that follows needs a run.
+        list(step.result("quarantined_preferences", artifact, reused=True))
+    assert step._failed_gates(artifact) == ["split_leak"]
 
 
 def test_checks_are_evaluated_again_beside_what_their_artefact_was_made_from(shelf: Shelf) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -16,7 +18,7 @@ from dpo_assets.artifact import VOLATILE, Artifact, ArtifactTree, fingerprint, i
 from dpo_assets.assets.event_log import Event, scrubbed, without_secrets
 from dpo_assets.assets.lineage import Conflict, Inputs, Lineage, Read, whole
 from dpo_assets.checks.bands import Bands, default_bands
-from dpo_assets.checks.catalog import severity_of
+from dpo_assets.checks.catalog import checks_of, severity_of
 from dpo_assets.checks.verdict import Verdict, with_severity
 from dpo_assets.contract import PlannedSpec, Spec, Stage
 from dpo_assets.errors import ConfigError, GateError, InfrastructureError, OutOfMemory, StageTimeout
@@ -31,6 +33,7 @@ Events = Iterator[Event]
 MAX_RETRIES, RETRY_SECONDS = 2, 5.0  # Of faults of infrastructure; the wait doubles.
 MAX_HALVINGS = 3  # Of the token budget, after a stage ran out of memory.
 FINGERPRINT, PATH, DIGEST, REUSED = "dpo_assets/fingerprint", "path", "digest", "reused"
+UNLESS_TRAINED = ", unless a model was trained on another split since: what that one learned stays in train, and makes another dataset"
 PAGE = 20  # Events that are asked of the event log at a time.
 
 
@@ -136,8 +139,9 @@ class Step:
             if read.part is whole and told.digest != recorded:
                 continue
             found = self.tree.find(read.node, told.path.name)
-            if found is not None and read.part(found) == recorded:
-                return found
+            with suppress(ConfigError):  # One of an earlier version.
+                if found is not None and read.part(found) == recorded:
+                    return found
         raise ConfigError(
             f"the `{self._shown(read.node)}` that `{self._shown(self.node)}` was made from is no longer kept, so its "
             f"checks cannot be evaluated again; materialise `{self._shown(self.node)}` again."
@@ -160,7 +164,7 @@ class Step:
         return (
             f"what `{self._shown(self.node)}` reads was not made from one another. {'; '.join(told)}. Materialise "
             f"again, in this order: {again}. Or, to keep what was made, give {roots} its earlier settings and inputs "
-            "back and materialise that: it is reused."
+            f"back and materialise that: it is reused{UNLESS_TRAINED if 'dpo_dataset' in readers else ''}."
         )
 
     def _shown(self, node: str) -> str:
@@ -280,7 +284,8 @@ class Step:
         """
         key = self.pipeline.key(node)
         verdicts = [self.judged(verdict) for verdict in verdicts]
-        write_json(self._gates_file(artifact), {v.check: v.level for v in verdicts})
+        if checks_of(node):  # Another node's artefact may be the same one.
+            self._keep_gates(artifact, verdicts)
         for verdict in verdicts:
             if not verdict.passed:
                 self.context.log.warning(scrub(f"{verdict.headline} {verdict.fix}".strip()))
@@ -332,11 +337,22 @@ class Step:
     def _gates_file(self, artifact: Artifact) -> Path:
         return artifact.path.parent / f"{artifact.path.name}.gates.json"
 
-    def _failed_gates(self, artifact: Artifact) -> list[str]:
+    def _keep_gates(self, artifact: Artifact, verdicts: Sequence[Verdict]) -> None:
+        """Whole or not at all: a run that ends in mid-write must leave no open gate."""
         path = self._gates_file(artifact)
-        if not path.is_file():
+        partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+        write_json(partial, {verdict.check: verdict.level for verdict in verdicts})
+        partial.replace(path)
+
+    def _failed_gates(self, artifact: Artifact) -> list[str]:
+        """The checks that hold an artefact back. Where no record of its checks can be read, nobody knows: it is held."""
+        severities = self.recipe.checks.severity
+        if all(severity_of(check.name, severities) == "warn" for check in checks_of(artifact.manifest.kind)):
             return []
-        levels: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            levels: dict[str, str] = json.loads(self._gates_file(artifact).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return ["its checks, of which no record can be read (execute them again)"]
         return sorted(name for name, level in levels.items() if level == "error")
 
 
@@ -374,13 +390,13 @@ def guarded(step: Step, node: str, events: Events) -> Events:
     except GateError as error:
         fault = Verdict(error.check, "error", error.value, error.band, error.source, error.fix, note=str(error))
         yield scrubbed(step.check_result(node, fault))
-        raise _final(f"{error} {error.fix}") from None
+        raise final(f"{error} {error.fix}") from None
     except (ConfigError, OutOfMemory, StageTimeout) as error:
-        raise _final(str(error)) from None
+        raise final(str(error)) from None
     except InfrastructureError as error:
         said, attempt = scrub(str(error)), step.context.op_execution_context.retry_number
         if attempt >= MAX_RETRIES:
-            raise _final(f"{said}\nGiven up after {attempt + 1} attempts.") from None
+            raise final(f"{said}\nGiven up after {attempt + 1} attempts.") from None
         step.context.log.warning(f"attempt {attempt + 1} failed, another follows: {said}")
         wait = RETRY_SECONDS * 2**attempt
         raise dg.RetryRequested(max_retries=MAX_RETRIES, seconds_to_wait=wait) from InfrastructureError(said)
@@ -390,6 +406,6 @@ def guarded(step: Step, node: str, events: Events) -> Events:
         raise safe from None
 
 
-def _final(message: str) -> dg.Failure:
-    """A failure that no retry policy, of whatever job, tries again."""
+def final(message: str) -> dg.Failure:
+    """A failure, scrubbed, that no retry policy, of whatever job, tries again."""
     return dg.Failure(description=scrub(message), allow_retries=False)
