@@ -20,7 +20,8 @@ from dpo_assets.assets.published_model import verify
 from dpo_assets.errors import ConfigError, GateError
 from dpo_assets.publishing.card import CardFacts, card_settings, render_card
 from dpo_assets.publishing.commit import Operation, PublishError, Release, content_tag, publish, stage
-from dpo_assets.publishing.secrets import MASK, PATTERNS, SECRET_VARIABLES, find_secrets, name_secrets, scrub
+from dpo_assets.publishing.secrets import SECRET_VARIABLES, find_secrets, name_secrets, scrub
+from dpo_assets.secret_shapes import MASK, PATTERNS
 from dpo_assets_tests.hub_server import HubServer, Repo
 from dpo_assets_tests.samples import SHA, dataset_report, evaluation_report, plan
 
