@@ -15,14 +15,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dpo_assets.errors import CorruptArtifact
+from dpo_assets.errors import ConfigError, CorruptArtifact
 from dpo_assets.version import __version__
 
+ModelT = TypeVar("ModelT", bound=BaseModel)
 MANIFEST = "manifest.json"
 # Timings differ between runs of equal inputs, so they stay outside the digest; their bytes are still in the manifest.
 VOLATILE = "timings.json"
@@ -146,6 +147,20 @@ def open_artifact(directory: Path) -> Artifact:
     if extra := present - set(manifest.files):
         raise CorruptArtifact(f"{directory}: files that the manifest does not list: {', '.join(sorted(extra))}")
     return Artifact(directory, manifest)
+
+
+def read_kept(artifact: Artifact, name: str, model: type[ModelT]) -> ModelT:
+    """A JSON file of an artefact, as this version of the package understands it.
+
+    Raises:
+        ConfigError: the file is not there or says other things, as in an artefact of an earlier version.
+    """
+    try:
+        return model.model_validate_json((artifact.path / name).read_bytes())
+    except (FileNotFoundError, ValidationError):
+        raise ConfigError(
+            f"{artifact.path / name} is of an earlier version; materialise `{artifact.manifest.kind}` again."
+        ) from None
 
 
 @dataclass(frozen=True)

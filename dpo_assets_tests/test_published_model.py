@@ -14,7 +14,9 @@ import pytest
 
 from dpo_assets import build_dpo_defs
 from dpo_assets.artifact import write_json
-from dpo_assets.assets.base_model import FACTS
+from dpo_assets.assets.base_model import FACTS, read_facts
+from dpo_assets.assets.dpo_plan import PLAN, read_plan
+from dpo_assets.errors import ConfigError
 from dpo_assets_tests.hub_server import HubServer
 from dpo_assets_tests.pipelines import demo_recipe, failed_checks, failures, materialize, metadata
 from dpo_assets_tests.samples import dataset_report, evaluation_report, score
@@ -106,6 +108,18 @@ def test_plans_that_differ_in_memory_and_device_give_the_same_release(shelf: She
         assert (again["operations"], again["digest"]) == (made["operations"], made["digest"])
     fill(shelf, evaluation_report(), dpo={"beta": 0.2})
     assert metadata(release(shelf, demo_recipe()), "published_model")["digest"] != made["digest"]
+
+
+@pytest.mark.parametrize(("node", "name"), [("base_model", FACTS), ("dpo_plan", PLAN)])
+def test_an_artefact_of_an_earlier_version_is_told_by_name(shelf: Shelf, node: str, name: str) -> None:
+    """Not by a traceback, which the retry policy of a job would try again."""
+    fill(shelf, evaluation_report())
+    written = shelf.now[node].json(name)
+    del written["template_arguments" if node == "base_model" else "max_length"]
+    made = shelf.make(node, "earlier", also=lambda folder: write_json(folder / name, written))
+    read = {"base_model": read_facts, "dpo_plan": read_plan}[node]
+    with pytest.raises(ConfigError, match=rf"{name} is of an earlier version; materialise `{node}` again"):
+        read(made)
 
 
 def test_a_hub_that_holds_something_else_fails_the_check_and_is_not_tried_again(shelf: Shelf, hub: HubServer) -> None:

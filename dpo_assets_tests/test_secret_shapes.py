@@ -116,7 +116,7 @@ def test_what_only_stands_near_such_a_word_is_no_secret(text: str) -> None:
 @pytest.mark.parametrize(
     "value",
     [
-        "postgresql://me:hunter2222@db/x", "jdbc:postgresql://me:hunter2222@db/x", "use postgres://me:hunter2222@db now",
+        "postgresql://me:hunter2222@db/x", "jdbc:postgresql://me:hunter2222@db/x", "use pg://me:hunter2222@db now",
         "host=db user=me password=hunter2222", "jdbc:sqlserver://db;user=me;password=hunter2222;encrypt=true",
         "jdbc:oracle:thin:me/hunter2222@//db", "redis://a:b@c redis://me:hunter2222@db",
     ],

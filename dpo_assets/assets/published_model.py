@@ -10,7 +10,7 @@ from typing import Any
 import dagster as dg
 
 from dpo_assets.artifact import Artifact, file_sha256, write_json
-from dpo_assets.assets.base_model import FACTS
+from dpo_assets.assets.base_model import read_facts
 from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.lineage import Inputs, Read
 from dpo_assets.assets.node import Node
@@ -139,16 +139,14 @@ def _title(step: Step) -> str:
 
 
 def _facts(step: Step, inputs: Inputs) -> CardFacts:
-    base, scores = inputs["base_model"].json(FACTS), inputs["eval_scores"].json("report.json")
+    base, scores = read_facts(inputs["base_model"]), inputs["eval_scores"].json("report.json")
     decision, reason = decide(scores, step.recipe.evaluation.min_pairs)
     return CardFacts(
         title=_title(step),
         # A local folder's path says nothing to a reader of the card, and would publish the author's file system.
-        base_source=base["source"]
-        if base["revision"] or base["source"].startswith("builtin:")
-        else Path(base["source"]).name,
-        base_revision=base["revision"],
-        licence=base["licence"],
+        base_source=base.source if base.revision or base.source.startswith("builtin:") else Path(base.source).name,
+        base_revision=base.revision,
+        licence=base.licence,
         artifact=step.recipe.publishing.artifact,
         plan=read_plan(inputs["dpo_plan"]),
         dataset=inputs["dpo_dataset"].json("report.json"),
@@ -157,14 +155,14 @@ def _facts(step: Step, inputs: Inputs) -> CardFacts:
         decision=decision,
         reason=reason,
         versions=inputs["dpo_adapter"].manifest.versions,
-        template_arguments=base["template_arguments"],
+        template_arguments=base.template_arguments,
     )
 
 
 def _adapter(inputs: Inputs, folder: Path) -> Path:
     """The adapter with the Hub id of its base in place of a local path."""
-    base = inputs["base_model"].json(FACTS)
-    if not base["revision"]:
+    base = read_facts(inputs["base_model"])
+    if not base.revision:
         raise ConfigError(
             "publishing.artifact `adapter` needs a base from the Hub: an adapter is of no use without one that others "
             "can fetch. Release `merged` instead."
@@ -175,7 +173,7 @@ def _adapter(inputs: Inputs, folder: Path) -> Path:
     for path in source.iterdir():
         (patched / path.name).write_bytes(path.read_bytes())
     config: dict[str, Any] = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
-    config["base_model_name_or_path"], config["revision"] = base["source"], base["revision"]
+    config["base_model_name_or_path"], config["revision"] = base.source, base.revision
     write_json(patched / "adapter_config.json", config)
     return patched
 

@@ -33,7 +33,9 @@ Events = Iterator[Event]
 MAX_RETRIES, RETRY_SECONDS = 2, 5.0  # Of faults of infrastructure; the wait doubles.
 MAX_HALVINGS = 3  # Of the token budget, after a stage ran out of memory.
 FINGERPRINT, PATH, DIGEST, REUSED = "dpo_assets/fingerprint", "path", "digest", "reused"
-UNLESS_TRAINED = ", unless a model was trained on another split since: what that one learned stays in train, and makes another dataset"
+UNLESS_TRAINED = (
+    ", unless a model was trained on another split since: its pairs stay in train, which makes another dataset"
+)
 PAGE = 20  # Events that are asked of the event log at a time.
 
 
@@ -345,7 +347,7 @@ class Step:
         partial.replace(path)
 
     def _failed_gates(self, artifact: Artifact) -> list[str]:
-        """The checks that hold an artefact back. Where no record of its checks can be read, nobody knows: it is held."""
+        """The checks that hold an artefact back. One is held too where no record of its checks can be read."""
         severities = self.recipe.checks.severity
         if all(severity_of(check.name, severities) == "warn" for check in checks_of(artifact.manifest.kind)):
             return []

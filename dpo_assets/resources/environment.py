@@ -33,12 +33,12 @@ OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 def worker_environment(spec: Spec, more: Sequence[str] = ()) -> dict[str, str]:
-    """The variables of a worker: those of NAMES and PREFIXES, and `more`; a secret is never among them, by its name or by
-    what it looks like.
+    """The variables of a worker: those of NAMES and PREFIXES, and `more`; a secret is never among them, neither by its
+    name nor by what it looks like.
 
     The worker is offline and needs no credential, so what is not known to be of use stays here. Of the devices it sees
-    the one that was planned for, by its UUID, or else the one equal GPU here (`gpu_for`), and none where there is no plan or the plan is for the CPU: with several
-    GPUs in sight, Transformers multiplies the batch by their number.
+    the one that was planned for, by its UUID, or else the only equal one here (`gpu_for`), and none where there is no
+    plan or the plan is for the CPU: with several GPUs in sight, Transformers multiplies the batch by their number.
 
     Args:
         more: names of further variables.
@@ -72,8 +72,8 @@ def gpu_for(plan: TrainingPlan) -> str:
     """The planned GPU, or the only one in sight that is its equal where that one is not in sight.
 
     A step may run in another container or on another node than its plan was made in. Equal are GPUs of one name (so of
-    one compute capability), with memory for the plan's estimated peak. Of several none is taken: the worker then refuses
-    the plan.
+    one compute capability), with memory for the plan's estimated peak. Of several none is taken: the worker then
+    refuses the plan.
     """
     in_sight = gpus_in_sight(plan.memory_available_gib)
     equal = [gpu.uuid for gpu in in_sight if gpu.name == plan.device_name and gpu.memory_gib >= plan.memory_gib]
