@@ -53,6 +53,19 @@ def test_a_model_with_pickled_weights_only_fails_its_gate_and_is_not_kept(
     assert not list((Path(instance.storage_directory()) / "dpo_assets" / "demo" / "base_model").glob("*/model.json"))
 
 
+def test_a_refused_base_is_told_without_a_secret(
+    instance: dg.DagsterInstance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEEDBACK_PASSWORD", "correct-horse-battery")
+    folder = tmp_path / "pickled"
+    shutil.copytree(STORIES, folder)
+    (folder / "model.safetensors").rename(folder / "correct-horse-battery.bin")
+    result = materialize(demo_recipe(base_model={"source": str(folder), "licence": "mit"}), instance, ["base_model"])
+    [said] = failures(result)
+    assert "[secret].bin" in said
+    assert "correct-horse-battery" not in said
+
+
 def test_a_model_of_unknown_licence_fails_its_gate(instance: dg.DagsterInstance, tmp_path: Path) -> None:
     folder = tmp_path / "unlicensed"
     shutil.copytree(STORIES, folder)
