@@ -9,18 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dpo_assets.errors import CorruptArtifact
+from dpo_assets.errors import ConfigError, CorruptArtifact
 from dpo_assets.version import __version__
 
+ModelT = TypeVar("ModelT", bound=BaseModel)
 MANIFEST = "manifest.json"
 # Timings differ between runs of equal inputs, so they stay outside the digest; their bytes are still in the manifest.
 VOLATILE = "timings.json"
@@ -79,6 +82,11 @@ def fingerprint(kind: str, config: Any, inputs: Mapping[str, str]) -> str:
     """Identity of a computation before it is done: kind, package version, relevant config, input digests (32 hex)."""
     payload = {"kind": kind, "package": __version__, "config": config, "inputs": dict(inputs)}
     return hashlib.sha256(json.dumps(payload, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def is_fingerprint(text: str) -> bool:
+    """Whether a text has the form of a fingerprint: 32 hexadecimal digits."""
+    return re.fullmatch(r"[0-9a-f]{32}", text) is not None
 
 
 def file_sha256(path: Path) -> str:
@@ -141,6 +149,20 @@ def open_artifact(directory: Path) -> Artifact:
     return Artifact(directory, manifest)
 
 
+def read_kept(artifact: Artifact, name: str, model: type[ModelT]) -> ModelT:
+    """A JSON file of an artefact, as this version of the package understands it.
+
+    Raises:
+        ConfigError: the file is not there or says other things, as in an artefact of an earlier version.
+    """
+    try:
+        return model.model_validate_json((artifact.path / name).read_bytes())
+    except (FileNotFoundError, ValidationError):
+        raise ConfigError(
+            f"{artifact.path / name} is of an earlier version; materialise `{artifact.manifest.kind}` again."
+        ) from None
+
+
 @dataclass(frozen=True)
 class ArtifactTree:
     """The artefacts of one pipeline: `root/<kind>/<fingerprint>`.
@@ -152,6 +174,13 @@ class ArtifactTree:
     root: Path
 
     def directory(self, kind: str, fingerprint: str) -> Path:
+        """Where the artefact lies, or would.
+
+        Raises:
+            ValueError: when it is no fingerprint: such a path could be a folder of many artefacts.
+        """
+        if not is_fingerprint(fingerprint):
+            raise ValueError(f"`{fingerprint}` is no fingerprint of a `{kind}`")
         return self.root / kind / fingerprint
 
     def find(self, kind: str, fingerprint: str) -> Artifact | None:
@@ -168,12 +197,15 @@ class ArtifactTree:
     def listed(self, kind: str) -> Iterator[Artifact]:
         """Every artefact of a kind as its manifest tells it, newest first. Its files are not verified: see `find`."""
         # Not what somebody is still writing: its folder has another name until it is complete.
-        made = [path for path in (self.root / kind).glob(f"*/{MANIFEST}") if ".tmp-" not in path.parent.name]
-        for path in sorted(made, key=lambda path: path.stat().st_mtime_ns, reverse=True):
-            try:
-                yield Artifact(path.parent, Manifest.model_validate_json(path.read_bytes()))
-            except ValidationError:
-                continue
+        made: list[tuple[int, Path]] = []
+        for path in (self.root / kind).glob(f"*/{MANIFEST}"):
+            if is_fingerprint(path.parent.name):
+                with suppress(FileNotFoundError):  # Somebody set it aside since.
+                    made.append((path.stat().st_mtime_ns, path))
+        for _, path in sorted(made, key=lambda one: one[0], reverse=True):
+            with suppress(FileNotFoundError, ValidationError):
+                manifest = Manifest.model_validate_json(path.read_bytes())
+                yield Artifact(path.parent, manifest)
 
     def latest(self, kind: str, inputs: Mapping[str, str]) -> Artifact | None:
         """The newest artefact of a kind that this version of the package made from these inputs, verified, or None."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -137,7 +138,7 @@ def _plan(args: argparse.Namespace) -> int:
     from dpo_assets.planning.sizes import find_model
     from dpo_assets.report.verdicts import verdict_json, verdict_rows
 
-    recipe = parse_recipe(_planned_recipe(args))
+    recipe = _recipe_of(_planned_recipe(args))
     validate_severities(recipe.checks.severity)
     bands = default_bands().with_overrides(recipe.checks.bands)
     size = find_model(args.model)
@@ -177,6 +178,24 @@ def _planned_recipe(args: argparse.Namespace) -> dict[str, Any]:
             if isinstance(written, dict):
                 values[section] = {**written, _field_of(option, section): value}
     return values
+
+
+def _recipe_of(values: dict[str, Any]) -> Recipe:
+    """The recipe of these values, whose templates are rendered in the environment. Dagster's own scope is not here.
+
+    Raises:
+        ConfigError: one line per fault.
+    """
+    from dpo_assets.templates import ResolveFaults, SetVariables, resolve, templates_in
+
+    if not templates_in(values):
+        return parse_recipe(values)
+    try:
+        filled = resolve(Recipe, values, {"env": SetVariables(os.environ)})
+    except ResolveFaults as error:
+        told = (f"{'.'.join(map(str, place))}: {said}" for place, said in error.faults.items())
+        raise ConfigError("\n".join(told)) from None
+    return parse_recipe(filled.model_dump())
 
 
 def _declared(path: Path) -> dict[str, Any]:

@@ -4,14 +4,14 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import dagster as dg
 from pydantic import BaseModel, Field
 
-from dpo_assets.assets.graph import LINEAGE, NODES, steps
+from dpo_assets.assets.graph import LINEAGE, steps
 from dpo_assets.assets.node import Node, column_schema
 from dpo_assets.assets.step import Events, Pipeline, Step, guarded
 from dpo_assets.automation import new_feedback_sensor, refresh_job, refresh_schedule
@@ -203,11 +203,6 @@ def build_dpo_defs(
     """
     checked = recipe if isinstance(recipe, Recipe) else parse_recipe(recipe)
     return DpoPipeline(name, resolve_paths(checked, Path(base_dir or Path.cwd())), resources).build_defs()
-
-
-def asset_names() -> Sequence[str]:
-    """The nodes of the graph, in order."""
-    return [node.name for node in NODES]
 
 
 def _told(context: dg.ResolutionContext, place: Place, message: str) -> str:

@@ -186,6 +186,12 @@ class EvaluateSpec(PlannedSpec):
             raise ValueError("the plan scores the adapter on its quantised base, and no `adapter` is given")
         return self
 
+    def smaller_forwards(self) -> Self | None:
+        """None where the release is scored in the smallest forwards already: training may have had larger ones."""
+        smaller = super().smaller_forwards()
+        shrinks = smaller and smaller.plan.at_release().token_budget < self.plan.at_release().token_budget
+        return smaller if shrinks else None
+
 
 class Failure(BaseModel):
     """Why a worker stopped, for the asset to show. `gate` failures carry the check they failed."""

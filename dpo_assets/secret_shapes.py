@@ -50,14 +50,38 @@ _SECRET_FIELD = (
     r"x-(?:amz|goog|oss)-(?:signature|credential|security-token)|signature|sig|awsaccesskeyid|googleaccessid"
     r"|(?:[a-z0-9]+[_-])*(?:token|secret|password|passwd|pwd|credentials?|apikey|key|auth|code)"
 )
+_NOTHING = r"(?!(?:none|null|true|false)\b)"
+_UNQUOTED = r"[^\s&;,)\"'<>`]{4,}"
+_PASSWORDS = (
+    _PASSWORD,
+    re.compile(r"(?P<before>\bjdbc:oracle:[a-z]{1,8}:[^\s:/@\"'<>`]{1,128}/)[^\s@\"'<>`]+(?=@)", re.IGNORECASE),
+    re.compile(rf"(?P<before>(?:password|passwd|(?<![A-Za-z])pwd)=){_NOTHING}{_UNQUOTED}", re.IGNORECASE),
+    # With spaces it may be code, so the value must have a digit.
+    re.compile(
+        rf"(?P<before>(?:password|passwd)(?=\s)\s{{0,3}}=\s{{0,3}}){_NOTHING}(?=\S{{0,64}}[0-9]){_UNQUOTED}",
+        re.IGNORECASE,
+    ),
+)
+# Ends of names: what stands before them (`aws_secret_`, `PG`) does not matter. `token` alone is a word of tokenizers.
+_QUOTED_FIELD = (
+    r"passw(?:or)?d|passphrase|(?<![A-Za-z])pwd|secret|(?:access|account|api|private|secret|shared)[_-]?key"
+    r"|(?:access|api|auth|bearer|hf|refresh|security|session)[_-]?token"
+)
 # Where a secret stands, whatever it looks like. `before` stays, what follows it is masked.
 _PLACES = (
-    _PASSWORD,
+    *_PASSWORDS,
     # The user of an HTTP address without a password is a token in its place.
     re.compile(r"(?P<before>https?://)[^\s:/@?#\"'<>`]+(?=@)", re.IGNORECASE),
     re.compile(rf"(?P<before>[?&;](?:{_SECRET_FIELD})=)[^&;\s\"'<>`]+", re.IGNORECASE),
+    # A quoted value as JSON, Python, YAML and TOML write it, up to the same quote; also where it was quoted again.
     re.compile(
-        r"(?P<before>\b(?:password|passwd|pwd)=)(?!(?:none|null|true|false)\b)[^\s&;,)\"'<>`]{4,}", re.IGNORECASE
+        rf"(?P<before>(?:{_QUOTED_FIELD})(?:\\{{0,3}}[\"'])?\s{{0,3}}[:=]\s{{0,3}}(?P<quote>\\{{0,3}}[\"']))"
+        rf"(?:(?!(?P=quote))(?:\\.|[^\\\n])){{4,}}(?=(?P=quote))",
+        re.IGNORECASE,
+    ),
+    # A key of a cloud in its own files: connection strings of Azure, credentials of AWS.
+    re.compile(
+        r"(?P<before>(?:access|account|api|secret)[_-]?key\s{0,3}=\s{0,3})[A-Za-z0-9/+_.-]{16,}={0,2}", re.IGNORECASE
     ),
     re.compile(r"(?P<before>\b(?:bearer|basic)\s+)(?=\S*[0-9=])[A-Za-z0-9._~+/=-]{16,}", re.IGNORECASE),
 )
@@ -108,18 +132,22 @@ def _without_user(scheme: str, rest: str) -> str:
 
 
 def passwords_in(value: str) -> set[str]:
-    """The password of a URL as it is written and as it is meant; empty for any other text."""
-    found = _PASSWORD.match(value)
-    if found is None:
-        return set()
-    return {found["secret"], unquote(found["secret"])}
+    """The passwords in URLs and connection strings, as they are written and as they are meant.
+
+    `postgresql://me:password@host/db`, `jdbc:...;password=...`, `host=... password=...`: wherever in the text.
+    """
+    found = (one[0][len(one["before"]) :] for pattern in _PASSWORDS for one in pattern.finditer(value))
+    return {form for secret in found for form in (secret, unquote(secret))}
 
 
 # Last words of the names of variables that hold a secret, and words that make one wherever they stand.
 _LAST = re.compile(
-    r"(?:TOKENS?|KEYS?|SECRETS?|PASSWORDS?|PASSWD|PASSPHRASE|CREDENTIALS?|APIKEY|_PWD|_PASS|_PAT|_DSN|CONNECTION_STRING)$"
+    r"(?:TOKENS?|KEYS?|SECRETS?|PASSWORDS?|PASSWD|PASSPHRASE|CREDENTIALS?|APIKEY|_PWD|_PASS|_PAT|_DSN|CONNECTION_STRING"
+    r"|(?:^|_)(?:AUTH|JWT|SAS))$"
 )
-_ANYWHERE = re.compile(r"SECRET|PASSW|PRIVATE_KEY|ACCESS_KEY|API_?KEY|AUTH_?TOKEN|TOKEN_(?!IZ)|_TOKEN_|HF_TOKEN")
+_ANYWHERE = re.compile(
+    r"SECRET|PASSW|PASSFILE|PRIVATE_KEY|ACCESS_KEY|API_?KEY|AUTH_?TOKEN|TOKEN_(?!IZ)|_TOKEN_|HF_TOKEN"
+)
 
 
 def says_secret(name: str) -> bool:

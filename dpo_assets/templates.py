@@ -24,6 +24,8 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 # Fields that hold sentences: braces in them are text, unless they name something of the scope.
 PROSE = frozenset({"reason", "note"})
+# Fields that take a value of any kind: no type says whether "false" is meant as text, so it is what YAML reads.
+ANY_VALUE = frozenset({"template_arguments"})
 _MARK = r"\{[{%]"
 _WHOLE = re.compile(r"\s*\{\{(.*)\}\}\s*", re.DOTALL)
 _JINJA = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
@@ -66,6 +68,15 @@ def templates_in(values: Any, at: Place = ()) -> dict[Place, str]:
     return {place: text for key, value in inner for place, text in templates_in(value, (*at, key)).items()}
 
 
+def _keys_in(values: Any, at: Place = ()) -> list[Place]:
+    """The places of keys that hold a template."""
+    if isinstance(values, Mapping):
+        own = [(*at, key) for key in values if re.search(_MARK, str(key))]
+        return own + [place for key, value in values.items() for place in _keys_in(value, (*at, key))]
+    several = enumerate(values) if isinstance(values, Sequence) and not isinstance(values, str | bytes) else ()
+    return [place for n, value in several for place in _keys_in(value, (*at, n))]
+
+
 def rendered(text: str, scope: Mapping[str, Any], *, prose: bool = False) -> Any:
     """The value of a template: what a lone `{{ expression }}` gives, as it is; else a text.
 
@@ -105,7 +116,7 @@ def resolve(model: type[ModelT], values: Mapping[str, Any], scope: Mapping[str, 
     """
     found = templates_in(values)
     filled: dict[Place, Any] = {}
-    faults: dict[Place, str] = {}
+    faults = dict.fromkeys(_keys_in(values), "a key is no template: write its name, and a template as its value")
     for place, text in found.items():
         try:
             filled[place] = rendered(text, scope, prose=place[-1] in PROSE)
@@ -113,20 +124,24 @@ def resolve(model: type[ModelT], values: Mapping[str, Any], scope: Mapping[str, 
             faults[place] = f"the template {text}: {error}"
     if faults:
         raise ResolveFaults(faults)
+    untyped = {place for place in filled if any(part in ANY_VALUE for part in place)}
+    filled |= {place: _as_yaml(filled[place]) for place in untyped}
     try:
         return model.model_validate(_with(values, filled))
     except ValidationError as error:
-        as_text = {place for place in filled if isinstance(filled[place], str)}
-        refused = {place for place in as_text if any(_below(fault["loc"], place) for fault in error.errors())}
+        first = error
+    refused = {p for p in filled if any(_below(fault["loc"], p) for fault in first.errors())}
     try:
         return model.model_validate(_with(values, filled | {place: _as_yaml(filled[place]) for place in refused}))
     except ValidationError as error:
-        for fault in error.errors(include_url=False):
-            place = tuple(fault["loc"])
-            template = next((text for at, text in found.items() if _below(place, at)), None)
-            said = fault["msg"].removeprefix("Value error, ")
-            faults[place] = f"{said} (from the template {template})" if template else describe_fault(fault)
-        raise ResolveFaults(faults) from None
+        still = {tuple(fault["loc"]): fault for fault in error.errors(include_url=False)}
+    # What is said of the text itself says more than what is said of the value that YAML made of it.
+    of_text = {tuple(fault["loc"]): fault for fault in first.errors(include_url=False)}
+    for place, fault in still.items():
+        template = next((text for at, text in found.items() if _below(place, at)), None)
+        said = of_text.get(place, fault)["msg"].removeprefix("Value error, ")
+        faults[place] = f"{said} (from the template {template})" if template else describe_fault(fault)
+    raise ResolveFaults(faults)
 
 
 class ResolveFaults(Exception):
@@ -137,11 +152,12 @@ class ResolveFaults(Exception):
         self.faults = faults
 
 
-def _as_yaml(text: str) -> Any:
+def _as_yaml(value: Any) -> Any:
+    """What YAML reads from a text; any other value as it is."""
     try:
-        return yaml.safe_load(text)
+        return yaml.safe_load(value) if isinstance(value, str) else value
     except yaml.YAMLError:
-        return text
+        return value
 
 
 def _with(values: Any, filled: Mapping[Place, Any], at: Place = ()) -> Any:

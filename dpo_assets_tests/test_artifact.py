@@ -268,6 +268,25 @@ def test_artefacts_of_another_version_of_the_package_are_not_taken_up(
     assert tree.latest(KIND, {"base_model": "d"}) is None
 
 
+@pytest.mark.parametrize("name", ["", ".", "..", "0" * 31, "G" * 32, f"{PRINT}/..", f"{PRINT}.lock"])
+def test_what_is_no_fingerprint_names_no_folder_and_moves_none(tree: ArtifactTree, name: str) -> None:
+    tree.find_or_build(KIND, PRINT, builder({"a": b"1"}), {})
+    with pytest.raises(ValueError, match="is no fingerprint of a `dpo_adapter`"):
+        tree.find(KIND, name)
+    assert entries(tree) == {PRINT}
+    assert not (tree.root / "_rejected").exists()
+
+
+def test_an_artefact_that_is_set_aside_while_they_are_listed_is_passed_over(tree: ArtifactTree) -> None:
+    for number in "12":
+        made, _ = tree.find_or_build(KIND, number * 32, builder({"a": b"1"}), {})
+        os.utime(made.path / MANIFEST, (int(number), int(number)))
+    listing = tree.listed(KIND)
+    assert next(listing).fingerprint == "2" * 32
+    shutil.rmtree(tree.directory(KIND, "1" * 32))
+    assert list(listing) == []
+
+
 def test_what_was_never_built_is_not_found(tree: ArtifactTree) -> None:
     assert tree.find(KIND, PRINT) is None
     assert not tree.root.exists()

@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from dpo_assets.artifact import open_artifact
-from dpo_assets.assets.base_model import _download, _set_template, in_worker
+from dpo_assets.assets.base_model import _download, _set_template, in_worker, needs_worker
 from dpo_assets.errors import ConfigError
 from dpo_assets.recipe import BaseModelSection
 from dpo_assets_tests.hub_server import HubServer
@@ -51,6 +51,19 @@ def test_a_model_with_pickled_weights_only_fails_its_gate_and_is_not_kept(
     assert gate["value"] == "pytorch_model.bin"
     assert "save_pretrained" in gate["what to change"]
     assert not list((Path(instance.storage_directory()) / "dpo_assets" / "demo" / "base_model").glob("*/model.json"))
+
+
+def test_a_refused_base_is_told_without_a_secret(
+    instance: dg.DagsterInstance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEEDBACK_PASSWORD", "correct-horse-battery")
+    folder = tmp_path / "pickled"
+    shutil.copytree(STORIES, folder)
+    (folder / "model.safetensors").rename(folder / "correct-horse-battery.bin")
+    result = materialize(demo_recipe(base_model={"source": str(folder), "licence": "mit"}), instance, ["base_model"])
+    [said] = failures(result)
+    assert "[secret].bin" in said
+    assert "correct-horse-battery" not in said
 
 
 def test_a_model_of_unknown_licence_fails_its_gate(instance: dg.DagsterInstance, tmp_path: Path) -> None:
@@ -148,6 +161,20 @@ def test_the_recipes_template_takes_the_place_of_the_models_own(tmp_path: Path) 
     assert (tmp_path / "chat_template.jinja").read_bytes() == (STORIES / "chat_template.jinja").read_bytes()
 
 
+def test_a_built_in_model_is_verified_where_the_recipe_brings_another_template() -> None:
+    assert not needs_worker(BaseModelSection(source="builtin:stories260k"))
+    assert needs_worker(BaseModelSection(source="builtin:stories260k", chat_template="mine.jinja"))
+    assert needs_worker(BaseModelSection(source="org/model", revision="0" * 40))
+
+
+def test_the_hub_asks_for_the_token_in_the_variable_that_holds_it(tmp_path: Path) -> None:
+    section = BaseModelSection(source="org/none", revision="0" * 40)
+    with HubServer(token="hf_test") as hub:
+        api = HfApi(endpoint=hub.endpoint, token=hub.token)
+        with pytest.raises(ConfigError, match="the token in MY_HUB_LOGIN may not see it"):
+            _download(api, section, tmp_path / "model", "MY_HUB_LOGIN")
+
+
 def downloaded(files: dict[str, bytes], target: Path) -> tuple[list[str], list[str]]:
     """(files of the folder, files left behind) of a model that the Hub holds."""
     with HubServer(token="hf_test") as hub:
@@ -155,7 +182,7 @@ def downloaded(files: dict[str, bytes], target: Path) -> tuple[list[str], list[s
         api.create_repo("org/model")
         operations = [CommitOperationAdd(name, data) for name, data in files.items()]
         commit = api.create_commit("org/model", operations=operations, commit_message="a model")
-        left = _download(api, BaseModelSection(source="org/model", revision=commit.oid), target)
+        left = _download(api, BaseModelSection(source="org/model", revision=commit.oid), target, "HF_TOKEN")
     return sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()), left
 
 

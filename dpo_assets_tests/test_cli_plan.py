@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from dpo_assets.checks.catalog import checks_of
 from dpo_assets.cli import main
 from dpo_assets.planning.cards import CARDS
 from dpo_assets.planning.sizes import SIZES
-from dpo_assets_tests.pipelines import STORIES
+from dpo_assets_tests.pipelines import STORIES, demo_recipe
 
 PROBE = """
 import json, sys
@@ -256,6 +257,22 @@ def test_a_recipe_that_cannot_be_read_is_refused_with_the_place(
     said = capsys.readouterr()
     assert message in said.err
     assert said.out == ""
+
+
+def test_the_templates_of_a_recipe_are_rendered_in_the_environment(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "defs.yaml"
+    recipe = demo_recipe() | {"name": "bot", "lora": {"rank": "{{ env.RANK }}"}}
+    path.write_text(yaml.safe_dump({"type": "dpo_assets.DpoPipeline", "attributes": recipe}), encoding="utf-8")
+    arguments = ("--gpu", "h200", "--model", "8b", "--recipe", str(path))
+    monkeypatch.delenv("RANK", raising=False)
+    assert main(["plan", *arguments]) == 1
+    assert "lora.rank: the template {{ env.RANK }}: the environment variable RANK is not set" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    monkeypatch.setenv("RANK", "48")
+    assert plan_json(capsys, *arguments, status=1)["rank"] == 48  # The rates of the demo are too high for it.
 
 
 def test_a_recipe_file_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

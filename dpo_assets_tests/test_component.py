@@ -189,13 +189,20 @@ def test_an_override_out_of_its_domain_names_the_field() -> None:
         apply_overrides(parse_recipe(demo_recipe()), {"dpo": {"schedule": "zigzag"}})
 
 
-def test_a_change_of_dpo_settings_leaves_the_code_version_of_sft_alone() -> None:
+def test_a_code_version_changes_with_the_sections_that_decide_a_result() -> None:
     def versions(**changes: Any) -> dict[str, str]:
         specs = build_dpo_defs("bot", demo_recipe(**changes)).resolve_all_asset_specs()
         return {spec.key.path[-1]: str(spec.code_version) for spec in specs}
 
-    before, after = versions(), versions(dpo={"beta": 0.2})
-    assert {name for name in before if before[name] != after[name]} == {"dpo_plan", "dpo_adapter"}
+    before = versions()
+
+    def changed_by(**changes: Any) -> set[str]:
+        after = versions(**changes)
+        return {name for name in before if before[name] != after[name]}
+
+    assert changed_by(dpo={"beta": 0.2}) == {"dpo_plan", "dpo_adapter"}
+    assert changed_by(checks={"severity": {"collapse": "warn"}}) == {"dpo_adapter"}
+    assert changed_by(evaluation={"min_pairs": 7}) == {"eval_scores", "published_model"}
 
 
 def test_an_unknown_resource_is_named() -> None:

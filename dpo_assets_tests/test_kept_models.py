@@ -10,7 +10,7 @@ import dagster as dg
 import polars as pl
 import pytest
 
-from dpo_assets.artifact import ArtifactTree, write_json
+from dpo_assets.artifact import ArtifactTree, fingerprint, write_json
 from dpo_assets.assets import kept_models
 from dpo_assets.assets.kept_models import bound_by_models
 from dpo_assets.errors import ConfigError
@@ -26,7 +26,7 @@ def train_on(tree: ArtifactTree, dataset: dict[str, Any], kind: str = "dpo_adapt
         write_trained_groups(Path(dataset["path"]), folder)
 
     inputs = {"dpo_dataset": dataset["digest"]}
-    return tree.find_or_build(kind, f"{kind}-{dataset['digest'][:8]}", work, inputs)[0].path
+    return tree.find_or_build(kind, fingerprint(kind, {}, inputs), work, inputs)[0].path
 
 
 def groups(dataset: dict[str, Any], side: str) -> set[str]:
@@ -74,7 +74,7 @@ def kept_dataset(tree: ArtifactTree, count: int = 40) -> dict[str, Any]:
     def fill(folder: Path) -> None:
         pl.DataFrame({"group_id": [f"{n:032x}" for n in range(count)]}).write_parquet(folder / "train.parquet")
 
-    made, _ = tree.find_or_build("dpo_dataset", f"dataset-{count}", fill, {})
+    made, _ = tree.find_or_build("dpo_dataset", fingerprint("dpo_dataset", count, {}), fill, {})
     return {"path": str(made.path), "digest": made.digest}
 
 
@@ -90,7 +90,7 @@ def test_every_kind_of_trained_model_binds_its_pairs(tree: ArtifactTree, kind: s
 
 def test_an_adopted_base_binds_nothing(tree: ArtifactTree) -> None:
     kept_dataset(tree)
-    tree.find_or_build("sft_checkpoint", "s", lambda f: write_json(f / "report.json", {}), {"base_model": "b"})
+    tree.find_or_build("sft_checkpoint", "0" * 32, lambda f: write_json(f / "report.json", {}), {"base_model": "b"})
     assert bound_by_models(tree, 0.3, 0) == frozenset()
 
 
@@ -104,7 +104,7 @@ def test_a_model_outlives_its_dataset(tree: ArtifactTree) -> None:
 def test_a_model_without_a_record_is_known_by_its_dataset_and_without_either_it_is_named(tree: ArtifactTree) -> None:
     dataset = kept_dataset(tree)
     inputs = {"dpo_dataset": dataset["digest"]}
-    model, _ = tree.find_or_build("dpo_adapter", "a", lambda f: write_json(f / "report.json", {}), inputs)
+    model, _ = tree.find_or_build("dpo_adapter", "0" * 32, lambda f: write_json(f / "report.json", {}), inputs)
     assert not (model.path / TRAINED_GROUPS).exists()
     assert bound_by_models(tree, 0.3, 0) == drawn(40, 0.3, 0)
     Path(dataset["path"]).rename(tree.root / "gone")

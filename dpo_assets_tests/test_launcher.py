@@ -24,7 +24,7 @@ from dpo_assets.artifact import open_artifact
 from dpo_assets.contract import EXPLAINED_EXIT, FAILURE_FILE, Failure, TokenizeSpec, TrainSpec, parse_progress
 from dpo_assets.errors import ConfigError, GateError, StageTimeout
 from dpo_assets.planning.precision import Device
-from dpo_assets.resources.environment import worker_environment
+from dpo_assets.resources.environment import OFFLINE, worker_environment
 from dpo_assets.training.devices import refuse_other_devices
 from dpo_assets_tests.pipelines import DATA, failures, instance_after, materialize, metadata, short_recipe
 from dpo_assets_tests.planning.cases import TINY, planned
@@ -198,6 +198,26 @@ def test_a_worker_gets_what_it_computes_with_and_nothing_that_may_be_a_secret(mo
     assert {name: environment[name] for name in KEPT} == KEPT
     assert not set(WITHHELD) & set(environment)
     assert "correct horse battery" not in environment.values()
+
+
+@pytest.mark.parametrize(
+    "value", ["postgresql://me:hunter2222@db/x", "jdbc:mysql://me:hunter2222@db/x", "host=db password=hunter2222"]
+)
+def test_a_variable_of_a_harmless_name_that_holds_a_password_stays_here(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("TORCH_STORE", value)
+    monkeypatch.setenv("ASKED_FOR", value)
+    assert not {"TORCH_STORE", "ASKED_FOR"} & set(worker_environment(spec_on(CPU), ["ASKED_FOR"]))
+
+
+def test_a_worker_is_offline_whatever_this_process_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in OFFLINE:
+        monkeypatch.setenv(name, "0")
+    environment = worker_environment(spec_on(CPU))
+    assert {name: environment[name] for name in OFFLINE} == dict.fromkeys(
+        ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "1"
+    )
 
 
 def test_a_variable_that_is_asked_for_is_passed_on_unless_it_is_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -26,14 +27,20 @@ from dpo_assets.assets.eval_scores import SCORES
 from dpo_assets.assets.graph import LINEAGE, NODES
 from dpo_assets.assets.lineage import Conflict, Inputs, Lineage, Read
 from dpo_assets.assets.node import Node
-from dpo_assets.assets.step import FINGERPRINT, Events, Step, guarded
+from dpo_assets.assets.step import FINGERPRINT, PAGE, Events, Step, guarded
 from dpo_assets.component import DpoPipeline, build_dpo_defs
 from dpo_assets.feedback.trained import TRAINED_GROUPS
 from dpo_assets.recipe import parse_recipe
+from dpo_assets.resources.artifacts import ArtifactStore
 from dpo_assets_tests.pipelines import demo_recipe, failures
 from dpo_assets_tests.samples import evaluation_report, plan
 
 ORDER = [node.name for node in NODES if node.name != "quarantined_preferences"]
+
+
+def gates_of(artifact: Artifact) -> Path:
+    """Where the levels of its checks are kept."""
+    return artifact.path.with_name(f"{artifact.fingerprint}.gates.json")
 
 
 class Shelf:
@@ -51,6 +58,7 @@ class Shelf:
         *,
         leave_out: tuple[str, ...] = (),
         also: Callable[[Path], None] = lambda _: None,
+        shown: Mapping[str, Any] = {},
         **of_plan: Any,
     ) -> Artifact:
         """An artefact made from what stands on the shelf now, but for what it was not made from."""
@@ -66,7 +74,8 @@ class Shelf:
         print_ = fingerprint(node, [content, repr(of_plan)], inputs)
         artifact, _ = self.tree.find_or_build(node, print_, fill, inputs)
         self.now[node] = artifact
-        event = dg.AssetMaterialization(["demo", node], metadata={FINGERPRINT: print_})
+        write_json(gates_of(artifact), {})
+        event = dg.AssetMaterialization(["demo", node], metadata={**shown, FINGERPRINT: print_})
         self.instance.report_runless_asset_event(event)
         return artifact
 
@@ -150,7 +159,8 @@ def test_scores_of_a_model_on_pairs_of_another_split_are_refused_with_what_to_ma
         "`demo/dpo_adapter`, `demo/sft_checkpoint`: made from another `demo/dpo_dataset` than is there now. "
         "Materialise again, in this order: demo/dpo_plan, demo/sft_checkpoint, demo/dpo_adapter, demo/merged_model. "
         "Or, to keep what was made, give `demo/dpo_dataset` its earlier settings and inputs back and materialise that: "
-        "it is reused."
+        "it is reused, unless a model was trained on another split since: its pairs stay in train, which makes another "
+        "dataset."
     )
     release = refused(shelf, "published_model")
     assert to_make_again(release) == [
@@ -160,6 +170,41 @@ def test_scores_of_a_model_on_pairs_of_another_split_are_refused_with_what_to_ma
         "merged_model",
         "eval_scores",
     ]
+
+
+def by_hand(shelf: Shelf, node: str) -> None:
+    """What `Report materialization` of the UI writes."""
+    shelf.instance.report_runless_asset_event(dg.AssetMaterialization(["demo", node]))
+
+
+def test_a_materialisation_that_was_reported_by_hand_names_no_artefact_and_is_passed_over(shelf: Shelf) -> None:
+    for node in ORDER:
+        by_hand(shelf, node)
+    found = reads(shelf, "published_model")
+    assert {node: artifact.digest for node, artifact in found.items()} == {
+        node: shelf.now[node].digest for node in found
+    }
+    assert not (shelf.tree.root / "_rejected").exists()
+
+
+def test_what_was_only_reported_by_hand_was_not_materialised(instance: dg.DagsterInstance) -> None:
+    shelf = Shelf(instance)
+    shelf.make("base_model")
+    by_hand(shelf, "dpo_dataset")
+    assert "`demo/dpo_dataset` has not been materialised yet" in refused(shelf, "dpo_plan")
+
+
+def test_the_history_goes_back_behind_as_many_held_tries_as_there_were(instance: dg.DagsterInstance) -> None:
+    shelf = Shelf(instance)
+    for number in range(PAGE + 3):
+        artifact = shelf.make("raw_preferences", str(number), shown={"volume": number})
+        if number:
+            write_json(gates_of(artifact), {"feedback_volume": "error"})
+    context = dg.build_asset_context(instance=instance, resources={"demo_artifacts": ArtifactStore()})
+    step = Step(context, readers()[0].pipeline, "raw_preferences", LINEAGE)
+    told = list(step.history("raw_preferences", "volume"))
+    assert [value for value, _ in told] == list(range(PAGE + 2, -1, -1))
+    assert [value for value, is_held in told if not is_held] == [0]
 
 
 def test_scores_that_an_earlier_step_took_of_a_mixed_chain_are_not_released(shelf: Shelf) -> None:
@@ -264,6 +309,26 @@ def test_scores_against_another_start_than_the_adapters_are_not_released(shelf: 
     shelf.make("sft_checkpoint", "other")
     shelf.make("eval_scores", "of another start")
     assert "another `demo/sft_checkpoint`" in refused(shelf, "published_model")
+
+
+@pytest.mark.parametrize(
+    "damage", [Path.unlink, lambda path: path.write_text('{"split_leak"')], ids=["gone", "cut off"]
+)
+def test_a_gate_whose_record_cannot_be_read_is_closed(shelf: Shelf, damage: Callable[[Path], Any]) -> None:
+    damage(gates_of(shelf.now["dpo_dataset"]))
+    assert refused(shelf, "dpo_plan") == (
+        "`demo/dpo_dataset` did not pass its checks, of which no record can be read (execute them again); mend it "
+        "before going on from it."
+    )
+
+
+def test_a_node_without_checks_leaves_the_gates_of_the_artefact_that_it_shares(shelf: Shelf) -> None:
+    context = dg.build_asset_context(instance=shelf.instance, resources={"demo_artifacts": ArtifactStore()})
+    step, artifact = Step(context, readers()[0].pipeline, "dpo_dataset", LINEAGE), shelf.now["dpo_dataset"]
+    write_json(gates_of(artifact), {"split_leak": "error"})
+    with suppress(dg.DagsterError):  # The event that follows needs a run.
+        list(step.result("quarantined_preferences", artifact, reused=True))
+    assert step._failed_gates(artifact) == ["split_leak"]
 
 
 def test_checks_are_evaluated_again_beside_what_their_artefact_was_made_from(shelf: Shelf) -> None:

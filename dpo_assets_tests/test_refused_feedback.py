@@ -57,6 +57,14 @@ def verdict_of(result: dg.ExecuteInProcessResult, check: str) -> dg.AssetCheckEv
     return next(one for one in result.get_asset_check_evaluations() if one.check_name == check)
 
 
+def checked_again(recipe: dict[str, Any], instance: dg.DagsterInstance) -> dg.ExecuteInProcessResult:
+    """The check `feedback_volume` executed by itself."""
+    key = dg.AssetCheckKey(dg.AssetKey(["demo", "raw_preferences"]), "feedback_volume")
+    job = dg.define_asset_job("only_checks", selection=dg.AssetSelection.checks(key))
+    defs = dg.Definitions.merge(build_dpo_defs("demo", recipe), dg.Definitions(jobs=[job]))
+    return defs.resolve_job_def("only_checks").execute_in_process(instance=instance)
+
+
 def to_an_outside_link(path: Path) -> None:
     path.rename(path.parent.parent / "elsewhere.jsonl")
     path.symlink_to(path.parent.parent / "elsewhere.jsonl")
@@ -176,11 +184,9 @@ def test_a_file_that_is_gone_is_warned_of_and_the_next_run_is_held_against_this_
     assert fallen.metadata["value"].value == "77 rows, 100 before"
     assert fallen.metadata["note"].value == "files that were there before: small.jsonl"
     # The check by itself is held against what was there before the artefact that it stands on.
-    key = dg.AssetCheckKey(dg.AssetKey(["demo", "raw_preferences"]), "feedback_volume")
-    job = dg.define_asset_job("only_checks", selection=dg.AssetSelection.checks(key))
-    defs = dg.Definitions.merge(build_dpo_defs("demo", recipe), dg.Definitions(jobs=[job]))
-    again = defs.resolve_job_def("only_checks").execute_in_process(instance=instance)
-    assert verdict_of(again, "feedback_volume").metadata["value"].value == "77 rows, 100 before"
+    assert (
+        verdict_of(checked_again(recipe, instance), "feedback_volume").metadata["value"].value == "77 rows, 100 before"
+    )
     assert verdict_of(materialize(recipe, instance, RAW), "feedback_volume").passed
 
 
@@ -196,6 +202,21 @@ def test_a_fall_that_the_recipe_calls_an_error_blocks_until_the_rows_are_back_or
         assert "100 rows in 2 files before, 83 in 2 now" in failed_checks(stopped)["feedback_volume"]["what to change"]
     raised = trl_recipe(folder / "*.jsonl", max_row_fall=0.2) | severity(feedback_volume="error")
     assert materialize(raised, instance, RAW).success
+
+
+def test_files_of_the_launchpad_are_held_against_nothing_and_are_no_measure(
+    instance: dg.DagsterInstance, folder: Path
+) -> None:
+    recipe = trl_recipe(folder / "*.jsonl") | severity(feedback_volume="error")
+    config = {"ops": {"demo__raw_preferences": {"config": {"paths": [str(folder / "small.jsonl")]}}}}
+    assert materialize(recipe, instance, RAW).success
+    once = materialize(recipe, instance, RAW, run_config=config)
+    assert once.success, failures(once)
+    assert verdict_of(once, "feedback_volume").metadata["value"].value == "23 rows"
+    again = checked_again(recipe, instance)
+    assert verdict_of(again, "feedback_volume").metadata["value"].value == "23 rows"
+    (folder / "small.jsonl").unlink()
+    assert "100 rows in 2 files before" in str(failed_checks(materialize(recipe, instance, RAW)))
 
 
 def test_a_table_that_is_read_anew_is_no_file_that_is_gone(instance: dg.DagsterInstance, tmp_path: Path) -> None:

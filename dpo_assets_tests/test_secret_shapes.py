@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.reading import _Process
 from dpo_assets.recipe import parse_recipe
-from dpo_assets.secret_shapes import HINT, MASK, PATTERNS, masked, without_url_secrets
+from dpo_assets.secret_shapes import HINT, MASK, PATTERNS, masked, passwords_in, says_secret, without_url_secrets
 from dpo_assets_tests.publishing.test_release import KEYS, MORE_KEYS
 from dpo_assets_tests.samples import RECIPE
 
@@ -76,6 +76,22 @@ def test_what_holds_no_secret_is_shown_as_it_is(text: str) -> None:
             f"GET https://b.example/f?X-Amz-Signature={MASK}&x=1 403",
         ),
         ("host=db user=me password=hunter2 dbname=x", f"host=db user=me password={MASK} dbname=x"),
+        ('{"password": "hunter2222", "user": "me"}', f'{{"password": "{MASK}", "user": "me"}}'),
+        (r'{"said": "{\"password\": \"hunter2222\"}"}', rf'{{"said": "{{\"password\": \"{MASK}\"}}"}}'),
+        (r'{"db_password": "hunter\"2222"}', rf'{{"db_password": "{MASK}"}}'),
+        ("password = 'hunt er2222' # mine", f"password = '{MASK}' # mine"),
+        ("api_key: 'hunter2222'", f"api_key: '{MASK}'"),
+        ("{'access_token': 'hunter2222'}", f"{{'access_token': '{MASK}'}}"),
+        ("password = hunter2222", f"password = {MASK}"),
+        ("PGPASSWORD=hunter2222 psql", f"PGPASSWORD={MASK} psql"),
+        (
+            "AccountName=me;AccountKey=aGVsbG8gd29ybGQgaHVudGVyMg==;EndpointSuffix=x",
+            f"AccountName=me;AccountKey={MASK};EndpointSuffix=x",
+        ),
+        ("aws_secret_access_key = wJalrXUtnFEMI/K7MDENG/bPx", f"aws_secret_access_key = {MASK}"),
+        ("jdbc:postgresql://me:hunter2222@db/x", f"jdbc:postgresql://me:{MASK}@db/x"),
+        ("jdbc:sqlserver://db;user=me;password=hunter2222;", f"jdbc:sqlserver://db;user=me;password={MASK};"),
+        ("jdbc:oracle:thin:me/hunter2222@//db:1521/x", f"jdbc:oracle:thin:me/{MASK}@//db:1521/x"),
         ("Authorization: Bearer abcdefgh.12345678_xyz", f"Authorization: Bearer {MASK}"),
         ("Authorization: Basic cmVhZGVyOmh1bnRlcjI=", f"Authorization: Basic {MASK}"),
     ],
@@ -85,7 +101,57 @@ def test_a_secret_is_masked_by_where_it_stands(text: str, safe: str) -> None:
     assert masked(safe) == safe
 
 
-@pytest.mark.parametrize("part", ["a", "a-", "sk-", "eyJa", "x@", "b:", "?a_", "a://b:", "hf_", "-----BEGIN "])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"eos_token": "<|im_end|>", "pad_token": "</s>"}', "password = get_password(prompt)", '{"password": null}',
+        "the secret: 'tis a long story", "password: must have eight characters", "token='hello'", 'the key = "value"',
+        '{"passwords": "2 of 3"}', "OLDPWD=/home/me",
+    ],
+)  # fmt: skip
+def test_what_only_stands_near_such_a_word_is_no_secret(text: str) -> None:
+    assert masked(text) == text
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "postgresql://me:hunter2222@db/x", "jdbc:postgresql://me:hunter2222@db/x", "use pg://me:hunter2222@db now",
+        "host=db user=me password=hunter2222", "jdbc:sqlserver://db;user=me;password=hunter2222;encrypt=true",
+        "jdbc:oracle:thin:me/hunter2222@//db", "redis://a:b@c redis://me:hunter2222@db",
+    ],
+)  # fmt: skip
+def test_a_password_in_any_variable_is_known_wherever_it_stands(value: str) -> None:
+    assert "hunter2222" in passwords_in(value)
+
+
+@pytest.mark.parametrize("name", ["BASIC_AUTH", "JWT", "MY_JWT", "AZURE_STORAGE_SAS", "PGPASSFILE"])
+def test_the_name_of_such_a_variable_says_secret(name: str) -> None:
+    assert says_secret(name)
+    assert not says_secret(f"{name}_COUNT") or name == "PGPASSFILE"
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "password='",
+        "password=\"a'",
+        'api_key: "',
+        "password = ",
+        "jdbc:oracle:a:b",
+        "secret\\",
+        "a",
+        "a-",
+        "sk-",
+        "eyJa",
+        "x@",
+        "b:",
+        "?a_",
+        "a://b:",
+        "hf_",
+        "-----BEGIN ",
+    ],
+)
 def test_a_long_text_takes_no_longer_than_it_is(part: str) -> None:
     """Whoever writes feedback chooses the text; patterns that look at each place twice would take minutes here."""
     started = time.process_time()

@@ -35,11 +35,11 @@ def refusal(**changes: Any) -> str:
 
 @pytest.mark.parametrize("text", [ZEROS, "None", "123", "1e9", "true", "[1, 2]", "{'a': 1}", "007", "0x10", "a\n"])
 def test_text_that_looks_like_another_value_stays_text(text: str) -> None:
-    bands = {"low_beta": {"numbers": {"below": 0.01}, "reason": f"{text:<10}"}}
+    bands = {"learning_rate_band": {"numbers": {"error_above": 3e-4}, "reason": f"{text:<10}"}}
     source = {"path": "x.jsonl", "format": "trl", "columns": {"prompt": text, "chosen": "a", "rejected": "b"}}
     recipe = loaded(base_model={"licence": text}, checks={"bands": bands}, feedback={"sources": [source]})
     assert recipe.base_model.licence == text
-    assert recipe.checks.bands["low_beta"].reason == f"{text:<10}"
+    assert recipe.checks.bands["learning_rate_band"].reason == f"{text:<10}"
     assert recipe.feedback.sources[0].columns["prompt"] == text
 
 
@@ -55,7 +55,7 @@ def test_text_from_the_environment_stays_text_where_the_field_takes_text(
 def test_a_template_works_for_every_type_of_field(monkeypatch: pytest.MonkeyPatch) -> None:
     given_ = {
         "DRY": "false", "RATE": "3e-6", "BATCH": "8", "DEVICE": "cpu", "REPO": "org/bot", "SPEEDUPS": "[compile]",
-        "MEMORY": "", "WEIGHTS": "[1, 0.2]", "SHA": ZEROS, "BELOW": "0.02",
+        "MEMORY": "", "WEIGHTS": "[1, 0.2]", "SHA": ZEROS, "TOP": "3e-4",
     }  # fmt: skip
     for name, value in given_.items():
         monkeypatch.setenv(name, value)
@@ -65,14 +65,14 @@ def test_a_template_works_for_every_type_of_field(monkeypatch: pytest.MonkeyPatc
         dpo={"learning_rate": "{{ env.RATE }}", "batch_size": "{{ env.BATCH }}", "loss": ["sigmoid", "sft"],
              "loss_weights": "{{ env.WEIGHTS }}"},
         hardware={"device": "{{ env.DEVICE }}", "speedups": "{{ env.SPEEDUPS }}", "memory_gib": "{{ env.MEMORY }}"},
-        checks={"bands": {"low_beta": {"numbers": {"below": "{{ env.BELOW }}"}, "reason": "a sweep of ours"}}},
+        checks={"bands": {"learning_rate_band": {"numbers": {"error_above": "{{ env.TOP }}"}, "reason": "our sweeps"}}},
         feedback={"sources": [{"hub": "{{ env.REPO }}", "revision": "{{ env.SHA }}", "format": "{{ 'trl' }}"}]},
     )  # fmt: skip
     assert recipe.base_model.revision == ZEROS
     assert (recipe.publishing.repo_id, recipe.publishing.dry_run) == ("org/bot", False)
     assert (recipe.dpo.learning_rate, recipe.dpo.batch_size, recipe.dpo.loss_weights) == (3e-6, 8, [1.0, 0.2])
     assert (recipe.hardware.device, recipe.hardware.speedups, recipe.hardware.memory_gib) == ("cpu", ["compile"], None)
-    assert recipe.checks.bands["low_beta"].numbers == {"below": 0.02}
+    assert recipe.checks.bands["learning_rate_band"].numbers == {"error_above": 3e-4}
     assert (recipe.feedback.sources[0].hub, recipe.feedback.sources[0].revision) == ("org/bot", ZEROS)
 
 
@@ -109,16 +109,16 @@ def test_a_default_stands_in_for_an_unset_variable(template: str) -> None:
     "text", ["our {{ bos }} sweeps say so", "sets of {{ a, b }", "{% of all runs", "use {{ and }}"]
 )
 def test_braces_in_prose_stay(text: str) -> None:
-    bands = {"low_beta": {"numbers": {"below": 0.01}, "reason": text}}
-    assert loaded(checks={"bands": bands}).checks.bands["low_beta"].reason == text
+    bands = {"learning_rate_band": {"numbers": {"error_above": 3e-4}, "reason": text}}
+    assert loaded(checks={"bands": bands}).checks.bands["learning_rate_band"].reason == text
     note = {"reason": "conflict", "source": "*", "note": text}
     assert loaded(feedback={"release": [note]}).feedback.release[0].note == text
 
 
 def test_a_template_in_prose_is_rendered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TICKET", "ML-12")
-    bands = {"low_beta": {"numbers": {"below": 0.01}, "reason": "decided in {{ env.TICKET }}"}}
-    assert loaded(checks={"bands": bands}).checks.bands["low_beta"].reason == "decided in ML-12"
+    bands = {"learning_rate_band": {"numbers": {"error_above": 3e-4}, "reason": "decided in {{ env.TICKET }}"}}
+    assert loaded(checks={"bands": bands}).checks.bands["learning_rate_band"].reason == "decided in ML-12"
 
 
 def test_the_fields_of_prose_exist() -> None:
@@ -140,6 +140,25 @@ def test_a_value_that_does_not_fit_names_the_template_and_keeps_the_value_to_its
     assert "attributes.dpo.learning_rate" in said
     assert "{{ env.RATE }}" in said
     assert "hunter2" not in said
+
+
+@pytest.mark.parametrize(("given", "value"), [("false", False), ("4", 4), ("plain", "plain"), ("[1]", [1])])
+def test_an_argument_of_any_kind_is_what_yaml_reads(given: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As text, `false` would switch thinking on: Jinja takes any text for true."""
+    monkeypatch.setenv("THINKING", given)
+    recipe = loaded(base_model={"template_arguments": {"enable_thinking": "{{ env.THINKING }}"}})
+    assert recipe.base_model.template_arguments == {"enable_thinking": value}
+
+
+def test_what_is_wrong_with_a_text_is_said_of_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NAME", "007")
+    with pytest.raises(ConfigError, match="should match pattern"):
+        DpoPipeline.from_attributes_dict(attributes={"name": "{{ env.NAME }}", **demo_recipe()})
+
+
+def test_a_template_as_a_key_is_refused_and_not_kept_as_text() -> None:
+    source = {"path": "x.jsonl", "format": "trl", "columns": {"{{ env.COLUMN }}": "q"}}
+    assert "a key is no template" in refusal(feedback={"sources": [source]})
 
 
 def test_a_rule_between_fields_holds_for_rendered_values(monkeypatch: pytest.MonkeyPatch) -> None:

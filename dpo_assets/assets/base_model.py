@@ -6,16 +6,18 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from datetime import date
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
+from pydantic import JsonValue
 
-from dpo_assets.artifact import Artifact, write_json
+from dpo_assets.artifact import Artifact, read_kept, write_json
 from dpo_assets.assets.lineage import Inputs
 from dpo_assets.assets.node import Node
-from dpo_assets.assets.step import Events, Step
+from dpo_assets.assets.step import Events, Step, final
 from dpo_assets.checks.verdict import Verdict
 from dpo_assets.contract import VERIFIED, TemplateSettings, VerifiedBase, VerifySpec
 from dpo_assets.errors import ConfigError, InfrastructureError
@@ -27,6 +29,7 @@ from dpo_assets.planning.model_folder import (
     inspect_model,
     uses_name,
 )
+from dpo_assets.planning.shape import ModelShape
 from dpo_assets.planning.weights import INDEX, SINGLE, weight_files
 from dpo_assets.publishing.secrets import scrub
 from dpo_assets.recipe import BUILTIN, BaseModelSection, looks_like_hub_id
@@ -51,7 +54,7 @@ def materialise(step: Step) -> Events:
     def make(folder: Path, _: str) -> None:
         model = folder / "model"
         if looks_like_hub_id(section.source):
-            left_out = _download(step.hub.api(), section, model)
+            left_out = _download(step.hub.api(), section, model, step.hub.token_variable)
         else:
             source, _licence = local_source(section)
             given = inspect_model(source)
@@ -75,9 +78,9 @@ def materialise(step: Step) -> Events:
         for verdict in refused:
             yield step.check_result("base_model", verdict)
         message = "; ".join(f"{v.headline}. {v.fix}" for v in refused)
-        raise dg.Failure(description=message, allow_retries=False) from None
-    described, facts = artifact.json(FACTS), inspect_model(artifact.path / "model")
-    verified = None if section.is_builtin or step.only_checks else _verified(step, artifact)
+        raise final(message) from None
+    described, facts = read_facts(artifact), inspect_model(artifact.path / "model")
+    verified = _verified(step, artifact) if needs_worker(section) and not step.only_checks else None
     yield from step.result(
         "base_model",
         artifact,
@@ -86,26 +89,51 @@ def materialise(step: Step) -> Events:
         {
             "source": section.source,
             "revision": section.revision or "local",
-            "licence": described["licence"],
-            "architecture": described["architecture"],
-            "parameters": described["parameters"],
-            **({"copies left out": ", ".join(described["left_out"])} if described["left_out"] else {}),
+            "licence": described.licence,
+            "architecture": described.architecture,
+            "parameters": described.parameters,
+            **({"copies left out": ", ".join(described.left_out)} if described.left_out else {}),
             **_template_facts(section, facts),
             **(_verified_facts(verified) if verified else {}),
         },
     )
 
 
+class BaseFacts(ModelShape):
+    """What a base model is, as its artefact keeps it."""
+
+    licence: str
+    source: str
+    revision: str | None
+    left_out: tuple[str, ...]
+    template_arguments: dict[str, JsonValue]
+    template_date: date
+
+
+def read_facts(base: Artifact) -> BaseFacts:
+    """What the artefact of a base says of it.
+
+    Raises:
+        ConfigError: it is one of an earlier version, which said less.
+    """
+    return read_kept(base, FACTS, BaseFacts)
+
+
+def needs_worker(section: BaseModelSection) -> bool:
+    """Whether the worker verifies the base: a built-in one is verified by the tests, with its own template."""
+    return not section.is_builtin or section.chat_template is not None
+
+
 def in_worker(base: Artifact) -> dict[str, Any]:
     """What every spec is told of the base: its folder, and how its chat template is rendered."""
-    facts = base.json(FACTS)
-    template = TemplateSettings(arguments=facts["template_arguments"], day=facts["template_date"])
+    facts = read_facts(base)
+    template = TemplateSettings(arguments=facts.template_arguments, day=facts.template_date)
     return {"base_model": base.path / "model", "template": template}
 
 
 def _verified(step: Step, base: Artifact) -> VerifiedBase:
     """What the worker says of the base, which it loads without its values: the tensors that config.json needs are known
-    to the training library alone. A built-in model is part of the package, whose tests verify it.
+    to the training library alone.
 
     Raises:
         ConfigError: when the base is not whole, or would be read otherwise than it is written.
@@ -254,7 +282,7 @@ def _set_template(template: Path, model: Path) -> None:
         write_json(model / TOKENIZER_CONFIG, config)
 
 
-def _download(api: HfApi, section: BaseModelSection, target: Path) -> list[str]:
+def _download(api: HfApi, section: BaseModelSection, target: Path, token_variable: str) -> list[str]:
     """One pinned revision: what `KEPT` names, and the weights that a model is loaded from, once.
 
     Repositories also hold pickled weights, and second copies in layouts of other libraries.
@@ -297,9 +325,11 @@ def _download(api: HfApi, section: BaseModelSection, target: Path) -> list[str]:
     except RevisionNotFoundError:
         raise ConfigError(f"{section.source} has no revision {section.revision}; copy the sha from its page") from None
     except GatedRepoError:
-        raise ConfigError(f"{section.source} is gated: accept its terms on the Hub and set HF_TOKEN") from None
+        raise ConfigError(f"{section.source} is gated: accept its terms on the Hub and set {token_variable}") from None
     except RepositoryNotFoundError:
-        raise ConfigError(f"the Hub has no model {section.source}, or the token in HF_TOKEN may not see it") from None
+        raise ConfigError(
+            f"the Hub has no model {section.source}, or the token in {token_variable} may not see it"
+        ) from None
     except (HfHubHTTPError, HTTPError) as error:
         raise InfrastructureError(f"{section.source} could not be downloaded: {scrub(str(error))}") from None
     shutil.rmtree(target / ".cache", ignore_errors=True)

@@ -141,6 +141,6 @@ NODE = Node(
     kinds=frozenset({"pytorch", "huggingface"}),
     body=materialise,
     reads=(followed(TrainingPlan.dpo_part), Read("sft_checkpoint"), Read("dpo_dataset"), Read("base_model")),
-    recipe=("lora", "dpo"),
+    recipe=("lora", "dpo", "checks"),
     trains=True,
 )

@@ -15,7 +15,7 @@ from typing import Any
 import dagster as dg
 
 from dpo_assets.artifact import Artifact, file_sha256, fingerprint, write_json
-from dpo_assets.assets.base_model import FACTS, in_worker
+from dpo_assets.assets.base_model import in_worker, read_facts
 from dpo_assets.assets.kept_models import bound_by_models
 from dpo_assets.assets.lineage import Inputs, Read
 from dpo_assets.assets.node import Node
@@ -41,7 +41,7 @@ from dpo_assets.feedback.quality_tokens import Markers, read_markers
 from dpo_assets.feedback.rules import NOT_DAMAGE
 from dpo_assets.feedback.screening import Screening
 from dpo_assets.feedback.splits import fit_to_model, shared_prompts, split, unfit_template
-from dpo_assets.feedback.trained import digest_of
+from dpo_assets.feedback.trained import groups_digest
 from dpo_assets.planning.plan import DatasetStats
 from dpo_assets.recipe import FeedbackSection, Recipe
 from dpo_assets.report.feedback import released_table, source_views, trend_table
@@ -53,7 +53,7 @@ def materialise(step: Step) -> Events:
     """Screens, tokenizes, splits; writes both tables and their report in one artefact."""
     inputs = step.inputs()
     raw, base = inputs["raw_preferences"], inputs["base_model"]
-    feedback, context_length = step.recipe.feedback, base.json(FACTS)["context"]
+    feedback, context_length = step.recipe.feedback, read_facts(base).context
     if feedback.max_length > context_length:
         raise ConfigError(
             f"feedback.max_length is {feedback.max_length}, but {step.recipe.base_model.source} has a context of "
@@ -65,7 +65,7 @@ def materialise(step: Step) -> Events:
     if not step.only_checks:
         kept_in_train = bound_by_models(step.tree, feedback.eval_fraction, feedback.seed)
     if kept_in_train:
-        config |= {"kept_in_train": digest_of(kept_in_train)}
+        config |= {"kept_in_train": groups_digest(kept_in_train)}
 
     def make(folder: Path, print_: str) -> None:
         batches = batches_of(step, raw)
@@ -200,7 +200,7 @@ def _tokenize(step: Step, inputs: Inputs, screened: Path) -> Artifact | None:
                 **in_worker(inputs["base_model"]),
                 threads=step.recipe.hardware.threads,
                 pairs=screened,
-                vocabulary=inputs["base_model"].json(FACTS)["vocabulary"],
+                vocabulary=read_facts(inputs["base_model"]).vocabulary,
                 known=earlier.path / TOKENS if earlier else None,
             ),
         )

@@ -11,8 +11,8 @@ from typing import Any, get_args
 import dagster as dg
 from pydantic import Field, create_model
 
-from dpo_assets.artifact import Artifact, write_json
-from dpo_assets.assets.base_model import FACTS
+from dpo_assets.artifact import Artifact, read_kept, write_json
+from dpo_assets.assets.base_model import read_facts
 from dpo_assets.assets.dpo_dataset import dataset_stats
 from dpo_assets.assets.lineage import Read
 from dpo_assets.assets.node import Node
@@ -20,7 +20,7 @@ from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.config import plan_verdicts
 from dpo_assets.checks.coverage import coverage_table
 from dpo_assets.planning.matrices import read_matrices
-from dpo_assets.planning.plan import ModelShape, TrainingPlan, make_plan
+from dpo_assets.planning.plan import TrainingPlan, make_plan
 from dpo_assets.recipe import OVERRIDABLE, Recipe, apply_overrides
 from dpo_assets.report.tables import table
 from dpo_assets.section import Section
@@ -33,8 +33,8 @@ def materialise(step: Step) -> Events:
     inputs = step.inputs()
     dataset, base = inputs["dpo_dataset"], inputs["base_model"]
     recipe = apply_overrides(step.recipe, {name: step.config.get(name, {}) for name in OVERRIDABLE})
-    shape = ModelShape.model_validate(base.json(FACTS))
-    shape = shape.with_matrices(read_matrices(base.path / "model", shape.layers))
+    facts = read_facts(base)
+    shape = facts.with_matrices(read_matrices(base.path / "model", facts.layers))
     plan = make_plan(recipe, shape, dataset_stats(dataset), step.gpu.detect())
 
     def make(folder: Path, _: str) -> None:
@@ -73,8 +73,12 @@ def materialise(step: Step) -> Events:
 
 
 def read_plan(artifact: Artifact) -> TrainingPlan:
-    """The plan that a training stage follows."""
-    return TrainingPlan.model_validate(artifact.json(PLAN))
+    """The plan that a training stage follows.
+
+    Raises:
+        ConfigError: it is one of an earlier version.
+    """
+    return read_kept(artifact, PLAN, TrainingPlan)
 
 
 def followed(settings: Callable[[TrainingPlan], dict[str, object]]) -> Read:

@@ -10,15 +10,15 @@ from typing import Any
 import dagster as dg
 
 from dpo_assets.artifact import Artifact, file_sha256, write_json
-from dpo_assets.assets.base_model import FACTS
-from dpo_assets.assets.dpo_plan import read_plan
+from dpo_assets.assets.base_model import read_facts
+from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.lineage import Inputs, Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step
-from dpo_assets.checks.promotion import decide
+from dpo_assets.checks.promotion import decide, promotion_verdict
 from dpo_assets.checks.verdict import Verdict
 from dpo_assets.errors import ConfigError
-from dpo_assets.publishing.card import CardFacts, render_card
+from dpo_assets.publishing.card import CardFacts, card_settings, render_card
 from dpo_assets.publishing.commit import Operation, Release, publish, stage
 from dpo_assets.report.tables import table
 
@@ -29,6 +29,9 @@ def materialise(step: Step) -> Events:
     """Stages the release; sends it when the recipe says so and the environment holds a token."""
     publishing = step.recipe.publishing
     inputs = step.inputs()
+    sends = not publishing.dry_run and not step.only_checks
+    if sends:
+        _refuse_held(step, inputs)
 
     def make(folder: Path, _: str) -> None:
         target = folder / RELEASE
@@ -41,7 +44,7 @@ def materialise(step: Step) -> Events:
     config = {"artifact": publishing.artifact, "title": _title(step), "min_pairs": step.recipe.evaluation.min_pairs}
     artifact, reused = step.build("published_model", config, inputs, make)
     operations = [Operation(**o) for o in artifact.json(OPERATIONS)]
-    release = None if publishing.dry_run else _send(step, artifact, operations)
+    release = _send(step, artifact, operations) if sends else None
     yield from step.result(
         "published_model",
         artifact,
@@ -75,7 +78,7 @@ def materialise(step: Step) -> Events:
 
 
 def verify(artifact: Artifact, operations: list[Operation], release: Release | None) -> Verdict:
-    """The staged folder holds what the operations say; a sent release was compared by `publish` already."""
+    """The staged folder holds what the operations say. What is on the Hub, `publish` compares, and fails this check."""
     folder = artifact.path / RELEASE
     wrong = [o.path for o in operations if not (folder / o.path).is_file() or file_sha256(folder / o.path) != o.sha256]
     extra = {p.name for p in folder.iterdir()} - {o.path for o in operations}
@@ -93,9 +96,23 @@ def verify(artifact: Artifact, operations: list[Operation], release: Release | N
 def _outcome(release: Release | None) -> str:
     """What this run did about a release, and no more than that."""
     if release is None:
-        return "dry run, nothing sent"
+        return "nothing sent"
     sent = f"commit {release.commit[:12]}" + (", sent" if release.sent else " was there already, nothing sent")
     return f"{sent}, " + ("re-downloaded and equal" if release.read_back else "found equal when it was tagged")
+
+
+def _refuse_held(step: Step, inputs: Inputs) -> None:
+    """A hold only warns in a dry run, so scores that were taken under one may have passed their gate.
+
+    Raises:
+        ConfigError: when the scores do not carry a release under the recipe of now.
+    """
+    verdict = promotion_verdict(inputs["eval_scores"].json("report.json"), step.recipe)
+    if step.judged(verdict).level == "error":
+        raise ConfigError(
+            f"publishing.dry_run is false, and the scores do not carry a release: {verdict.headline}: {verdict.note}. "
+            f"{verdict.fix}."
+        )
 
 
 def _send(step: Step, artifact: Artifact, operations: list[Operation]) -> Release:
@@ -107,7 +124,14 @@ def _send(step: Step, artifact: Artifact, operations: list[Operation]) -> Releas
         )
     assert publishing.repo_id is not None, "the recipe requires repo_id when dry_run is false"
     folder = artifact.path / RELEASE
-    return publish(step.hub.api(), publishing.repo_id, folder, operations, private=publishing.private)
+    return publish(
+        step.hub.api(),
+        publishing.repo_id,
+        folder,
+        operations,
+        private=publishing.private,
+        token_variable=step.hub.token_variable,
+    )
 
 
 def _title(step: Step) -> str:
@@ -115,16 +139,14 @@ def _title(step: Step) -> str:
 
 
 def _facts(step: Step, inputs: Inputs) -> CardFacts:
-    base, scores = inputs["base_model"].json(FACTS), inputs["eval_scores"].json("report.json")
+    base, scores = read_facts(inputs["base_model"]), inputs["eval_scores"].json("report.json")
     decision, reason = decide(scores, step.recipe.evaluation.min_pairs)
     return CardFacts(
         title=_title(step),
         # A local folder's path says nothing to a reader of the card, and would publish the author's file system.
-        base_source=base["source"]
-        if base["revision"] or base["source"].startswith("builtin:")
-        else Path(base["source"]).name,
-        base_revision=base["revision"],
-        licence=base["licence"],
+        base_source=base.source if base.revision or base.source.startswith("builtin:") else Path(base.source).name,
+        base_revision=base.revision,
+        licence=base.licence,
         artifact=step.recipe.publishing.artifact,
         plan=read_plan(inputs["dpo_plan"]),
         dataset=inputs["dpo_dataset"].json("report.json"),
@@ -133,14 +155,14 @@ def _facts(step: Step, inputs: Inputs) -> CardFacts:
         decision=decision,
         reason=reason,
         versions=inputs["dpo_adapter"].manifest.versions,
-        template_arguments=base["template_arguments"],
+        template_arguments=base.template_arguments,
     )
 
 
 def _adapter(inputs: Inputs, folder: Path) -> Path:
     """The adapter with the Hub id of its base in place of a local path."""
-    base = inputs["base_model"].json(FACTS)
-    if not base["revision"]:
+    base = read_facts(inputs["base_model"])
+    if not base.revision:
         raise ConfigError(
             "publishing.artifact `adapter` needs a base from the Hub: an adapter is of no use without one that others "
             "can fetch. Release `merged` instead."
@@ -151,7 +173,7 @@ def _adapter(inputs: Inputs, folder: Path) -> Path:
     for path in source.iterdir():
         (patched / path.name).write_bytes(path.read_bytes())
     config: dict[str, Any] = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
-    config["base_model_name_or_path"], config["revision"] = base["source"], base["revision"]
+    config["base_model_name_or_path"], config["revision"] = base.source, base.revision
     write_json(patched / "adapter_config.json", config)
     return patched
 
@@ -163,12 +185,12 @@ NODE = Node(
     kinds=frozenset({"huggingface"}),
     body=materialise,
     reads=(
-        Read("dpo_plan"),
+        followed(card_settings),
         Read("eval_scores"),
         Read("merged_model"),
         Read("dpo_adapter"),
         Read("dpo_dataset"),
         Read("base_model"),
     ),
-    recipe=("publishing",),
+    recipe=("publishing", "evaluation"),
 )

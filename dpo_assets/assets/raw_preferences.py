@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from dpo_assets.section import describe_validation_error
 
 INDEX = "batches.json"
 VOLUMES = "dpo_assets/volumes"  # What each source gave, for the next materialisation.
+PATHS = "paths of the launchpad"
 PAIRED = ""  # No file has that name.
 
 
@@ -46,8 +47,8 @@ def materialise(step: Step) -> Events:
     history = step.history("raw_preferences", VOLUMES)
     if step.only_checks:
         found, reused = step.build("raw_preferences", None, step.inputs(), lambda folder, _: None)
-        given = history[0][0] if history else {}
-        yield from step.result("raw_preferences", found, reused, _verdicts(step, found, given, history[1:]))
+        given, _ = next(history, (None, False))
+        yield from step.result("raw_preferences", found, reused, _verdicts(step, found, given, history))
         return
     landing = step.tree.root / "landing"
     feedback = step.recipe.feedback
@@ -71,27 +72,41 @@ def materialise(step: Step) -> Events:
         write_json(folder / INDEX, index)
 
     artifact, reused = step.build("raw_preferences", index, step.inputs(), make)
-    given = volumes((one.file.origin, one.file.name, sum(b.json(COUNTS)["rows"] for b in one.batches)) for one in read)
-    shown = _metadata(index, batches_of(step, artifact), [one.new for one in read]) | {VOLUMES: given}
+    shown = _metadata(index, batches_of(step, artifact), [one.new for one in read])
+    given = None
+    if not step.config.get("paths"):
+        given = volumes(
+            (one.file.origin, one.file.name, sum(b.json(COUNTS)["rows"] for b in one.batches)) for one in read
+        )
+        shown[VOLUMES] = given
     yield from step.result("raw_preferences", artifact, reused, _verdicts(step, artifact, given, history), shown)
 
 
-def _verdicts(step: Step, raw: Artifact, given: Volumes, history: Sequence[tuple[Volumes, bool]]) -> list[Verdict]:
+def _verdicts(
+    step: Step, raw: Artifact, given: Volumes | None, history: Iterator[tuple[Volumes | None, bool]]
+) -> list[Verdict]:
     """The checks of what was read, held against the tables as they lie on disk, and against earlier volumes.
 
     What a gate holds is no measure: a run that was stopped for its fall would let the next one pass.
+
+    Args:
+        given: what each source gave; None where files of the launchpad were read in place of the sources. Those are
+            neither held against an earlier volume, nor a measure for a later one.
     """
     index = raw.json(INDEX)
     if "found" not in index:
         raise ConfigError("this `raw_preferences` is of an earlier version; materialise it again.")
     batches = {name: [batch.path for batch in found] for name, found in _batches(step, raw).items()}
     paired = batches.pop(PAIRED, [])
+    before = None
+    if given is not None:
+        before = next((volume for volume, is_held in history if volume is not None and not is_held), None)
     verdicts = ingest_verdicts(
         index,
         {file: held(folders, file) for file, folders in batches.items()},
         held_paired([folder for folders in batches.values() for folder in folders], paired[0]) if paired else None,
-        given,
-        next((before for before, is_held in history if not is_held), None),
+        given if given is not None else volumes((PATHS, row["file"], row["rows"]) for row in index["files"]),
+        before,
         step.recipe.feedback,
     )
     return [*verdicts, judged_text_kept(index, step.bands)]
@@ -130,7 +145,7 @@ def _sources(step: Step) -> list[FeedbackSource]:
     try:
         return [FeedbackSource(path=path, format=declared[0].format) for path in given] or declared
     except ValidationError as error:
-        raise ConfigError(f"paths of the launchpad: {describe_validation_error(error)}") from None
+        raise ConfigError(f"{PATHS}: {describe_validation_error(error)}") from None
 
 
 def _nothing(read: Sequence[FileBatches]) -> str:

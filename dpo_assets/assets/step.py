@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
-from dpo_assets.artifact import VOLATILE, Artifact, ArtifactTree, fingerprint, write_json
+from dpo_assets.artifact import VOLATILE, Artifact, ArtifactTree, fingerprint, is_fingerprint, write_json
 from dpo_assets.assets.event_log import Event, scrubbed, without_secrets
 from dpo_assets.assets.lineage import Conflict, Inputs, Lineage, Read, whole
 from dpo_assets.checks.bands import Bands, default_bands
-from dpo_assets.checks.catalog import severity_of
+from dpo_assets.checks.catalog import checks_of, severity_of
 from dpo_assets.checks.verdict import Verdict, with_severity
 from dpo_assets.contract import PlannedSpec, Spec, Stage
 from dpo_assets.errors import ConfigError, GateError, InfrastructureError, OutOfMemory, StageTimeout
+from dpo_assets.planning.scoring import GENERATION_BATCH
 from dpo_assets.publishing.secrets import scrub
 from dpo_assets.recipe import Recipe
 from dpo_assets.resources.artifacts import ArtifactStore
@@ -30,6 +34,10 @@ Events = Iterator[Event]
 MAX_RETRIES, RETRY_SECONDS = 2, 5.0  # Of faults of infrastructure; the wait doubles.
 MAX_HALVINGS = 3  # Of the token budget, after a stage ran out of memory.
 FINGERPRINT, PATH, DIGEST, REUSED = "dpo_assets/fingerprint", "path", "digest", "reused"
+UNLESS_TRAINED = (
+    ", unless a model was trained on another split since: its pairs stay in train, which makes another dataset"
+)
+PAGE = 20  # Events that are asked of the event log at a time.
 
 
 @dataclass(frozen=True)
@@ -134,8 +142,9 @@ class Step:
             if read.part is whole and told.digest != recorded:
                 continue
             found = self.tree.find(read.node, told.path.name)
-            if found is not None and read.part(found) == recorded:
-                return found
+            with suppress(ConfigError):  # One of an earlier version.
+                if found is not None and read.part(found) == recorded:
+                    return found
         raise ConfigError(
             f"the `{self._shown(read.node)}` that `{self._shown(self.node)}` was made from is no longer kept, so its "
             f"checks cannot be evaluated again; materialise `{self._shown(self.node)}` again."
@@ -158,7 +167,7 @@ class Step:
         return (
             f"what `{self._shown(self.node)}` reads was not made from one another. {'; '.join(told)}. Materialise "
             f"again, in this order: {again}. Or, to keep what was made, give {roots} its earlier settings and inputs "
-            "back and materialise that: it is reused."
+            f"back and materialise that: it is reused{UNLESS_TRAINED if 'dpo_dataset' in readers else ''}."
         )
 
     def _shown(self, node: str) -> str:
@@ -181,13 +190,26 @@ class Step:
 
     def _latest_fingerprint(self, node: str) -> str | None:
         """That of this run's materialisation, or else of the latest; None where there is none."""
-        records = self.context.instance.fetch_materializations(self.pipeline.key(node), limit=20).records
-        mine = [record for record in records if record.run_id == self.context.run_id]
-        record = next(iter(mine or records), None)
-        if record is None or record.asset_materialization is None:
-            return None
-        entry = record.asset_materialization.metadata.get(FINGERPRINT)
-        return str(entry.value) if entry is not None else ""
+        recent = list(islice(self._materialisations(node), PAGE))
+        mine = [metadata for run, metadata in recent if run == self.context.run_id]
+        found = mine or [metadata for _, metadata in recent]
+        return str(found[0][FINGERPRINT].value) if found else None
+
+    def _materialisations(self, node: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """(run, metadata) of every materialisation that names an artefact, newest first.
+
+        Not of one that somebody reported by hand, as the UI offers: nothing was made for it.
+        """
+        cursor: str | None = None
+        while True:
+            page = self.context.instance.fetch_materializations(self.pipeline.key(node), limit=PAGE, cursor=cursor)
+            for record in page.records:
+                metadata = record.asset_materialization.metadata if record.asset_materialization is not None else {}
+                if FINGERPRINT in metadata and is_fingerprint(str(metadata[FINGERPRINT].value)):
+                    yield record.run_id, metadata
+            if not page.has_more:
+                return
+            cursor = page.cursor
 
     def build(self, node: str, config: Any, inputs: Inputs, make: Callable[[Path, str], None]) -> tuple[Artifact, bool]:
         """The artefact for `config` and `inputs`, and whether an equal one was there already.
@@ -208,19 +230,15 @@ class Step:
         """The newest artefact of `node` made from `inputs`, whatever its config was."""
         return self.tree.latest(node, inputs.digests)
 
-    def history(self, node: str, name: str) -> list[tuple[Any, bool]]:
-        """(value of a metadata entry, whether a gate holds what was made) of the last materialisations, newest first.
+    def history(self, node: str, name: str) -> Iterator[tuple[Any, bool]]:
+        """(value of a metadata entry, whether a gate holds what was made) of all materialisations, newest first.
 
-        One whose artefact is gone is left out, and so is one without the entry.
+        None stands for the value of one without the entry. One whose artefact is gone is left out.
         """
-        told = []
-        for record in self.context.instance.fetch_materializations(self.pipeline.key(node), limit=20).records:
-            metadata = record.asset_materialization.metadata if record.asset_materialization is not None else {}
-            if name in metadata and FINGERPRINT in metadata:
-                made = self.tree.find(node, str(metadata[FINGERPRINT].value))
-                if made is not None:
-                    told.append((metadata[name].value, bool(self._failed_gates(made))))
-        return told
+        for _, metadata in self._materialisations(node):
+            if (made := self.tree.find(node, str(metadata[FINGERPRINT].value))) is not None:
+                value = metadata[name].value if name in metadata else None
+                yield value, bool(self._failed_gates(made))
 
     def launch(self, stage: Stage, spec: Spec) -> None:
         """Runs a worker stage to its end.
@@ -267,9 +285,10 @@ class Step:
 
         The verdicts are kept beside the artefact for `inputs`.
         """
-        key, severities = self.pipeline.key(node), self.recipe.checks.severity
-        verdicts = [with_severity(v, severity_of(v.check, severities)) for v in verdicts]
-        write_json(self._gates_file(artifact), {v.check: v.level for v in verdicts})
+        key = self.pipeline.key(node)
+        verdicts = [self.judged(verdict) for verdict in verdicts]
+        if checks_of(node):  # Another node's artefact may be the same one.
+            self._keep_gates(artifact, verdicts)
         for verdict in verdicts:
             if not verdict.passed:
                 self.context.log.warning(scrub(f"{verdict.headline} {verdict.fix}".strip()))
@@ -295,6 +314,10 @@ class Step:
             check_results=results,
         )
 
+    def judged(self, verdict: Verdict) -> Verdict:
+        """The verdict under the severity that the recipe gives its check."""
+        return with_severity(verdict, severity_of(verdict.check, self.recipe.checks.severity))
+
     def check_result(self, node: str, verdict: Verdict) -> dg.AssetCheckResult:
         """A verdict as Dagster shows it."""
         parts: dict[str, Any] = {
@@ -317,11 +340,22 @@ class Step:
     def _gates_file(self, artifact: Artifact) -> Path:
         return artifact.path.parent / f"{artifact.path.name}.gates.json"
 
-    def _failed_gates(self, artifact: Artifact) -> list[str]:
+    def _keep_gates(self, artifact: Artifact, verdicts: Sequence[Verdict]) -> None:
+        """Whole or not at all: a run that ends in mid-write must leave no open gate."""
         path = self._gates_file(artifact)
-        if not path.is_file():
+        partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+        write_json(partial, {verdict.check: verdict.level for verdict in verdicts})
+        partial.replace(path)
+
+    def _failed_gates(self, artifact: Artifact) -> list[str]:
+        """The checks that hold an artefact back. One is held too where no record of its checks can be read."""
+        severities = self.recipe.checks.severity
+        if all(severity_of(check.name, severities) == "warn" for check in checks_of(artifact.manifest.kind)):
             return []
-        levels: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            levels: dict[str, str] = json.loads(self._gates_file(artifact).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return ["its checks, of which no record can be read (execute them again)"]
         return sorted(name for name, level in levels.items() if level == "error")
 
 
@@ -334,11 +368,15 @@ def memory_record(artifact: Artifact) -> dict[str, int]:
 
 
 def _given_up(stage: Stage, spec: PlannedSpec, error: OutOfMemory) -> str:
-    plan, retries = spec.plan, spec.out_of_memory_retries
+    answers = stage == "evaluate"
+    plan, retries = spec.plan.at_release() if answers else spec.plan, spec.out_of_memory_retries
     tried = f" after {retries} {'retry' if retries == 1 else 'retries'} with smaller ones" if retries else ""
     least = "; the longest pair alone takes that many" if plan.token_budget <= plan.longest_pair else ""
-    ways = ["lower feedback.max_length or lora.rank", "take a smaller base"]
-    if plan.device == "cuda" and plan.precision != "4bit":
+    ways = [f"lower feedback.max_length{'' if answers else ' or lora.rank'}", "take a smaller base"]
+    if answers:
+        least += f", and answers take forwards of {GENERATION_BATCH} prompts that no retry makes smaller"
+        ways.insert(0, f"set evaluation.generations below {GENERATION_BATCH}")
+    if plan.device == "cuda" and spec.plan.precision != "4bit":
         ways.insert(0, "set hardware.precision to 4bit")
     return (
         f"stage `{stage}` ran out of memory in forwards of {plan.token_budget} tokens{tried}{least}: {error} "
@@ -359,13 +397,13 @@ def guarded(step: Step, node: str, events: Events) -> Events:
     except GateError as error:
         fault = Verdict(error.check, "error", error.value, error.band, error.source, error.fix, note=str(error))
         yield scrubbed(step.check_result(node, fault))
-        raise _final(f"{error} {error.fix}") from None
+        raise final(f"{error} {error.fix}") from None
     except (ConfigError, OutOfMemory, StageTimeout) as error:
-        raise _final(str(error)) from None
+        raise final(str(error)) from None
     except InfrastructureError as error:
         said, attempt = scrub(str(error)), step.context.op_execution_context.retry_number
         if attempt >= MAX_RETRIES:
-            raise _final(f"{said}\nGiven up after {attempt + 1} attempts.") from None
+            raise final(f"{said}\nGiven up after {attempt + 1} attempts.") from None
         step.context.log.warning(f"attempt {attempt + 1} failed, another follows: {said}")
         wait = RETRY_SECONDS * 2**attempt
         raise dg.RetryRequested(max_retries=MAX_RETRIES, seconds_to_wait=wait) from InfrastructureError(said)
@@ -375,6 +413,6 @@ def guarded(step: Step, node: str, events: Events) -> Events:
         raise safe from None
 
 
-def _final(message: str) -> dg.Failure:
-    """A failure that no retry policy, of whatever job, tries again."""
+def final(message: str) -> dg.Failure:
+    """A failure, scrubbed, that no retry policy, of whatever job, tries again."""
     return dg.Failure(description=scrub(message), allow_retries=False)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from dpo_assets.checks.aftermath import OLDER
@@ -24,12 +25,16 @@ def lora_coverage(coverage: LoraCoverage, rank: int, bands: Bands) -> Verdict:
         fix = "materialise dpo_plan again: it was made without the base's files"
         return Verdict(name, "warn", "not known", band, limit.source, fix)
     faults, level = [], "pass"  # type: tuple[list[str], Level]
-    if coverage.frozen:
-        faults.append(f"set lora.target_modules to {EVERY_LINEAR}")
-        if coverage.frozen_experts:
-            faults[-1] = f"set lora.target_parameters to [{', '.join(EXPERT_PARAMETERS)}]"
-            if any(kind.role == "linear" and kind.adapted < kind.weights for kind in coverage.kinds):
-                faults[-1] += f", and lora.target_modules to {EVERY_LINEAR}"
+    ways = []
+    if coverage.frozen_experts:
+        ways.append(f"set lora.target_parameters to [{', '.join(EXPERT_PARAMETERS)}]")
+    partly = [kind.name for kind in coverage.kinds if kind.role == "linear" and kind.adapted < kind.weights]
+    if any(name not in coverage.out_of_reach for name in partly):
+        ways.append(f"{'' if ways else 'set '}lora.target_modules to {EVERY_LINEAR}")
+    if ways:
+        faults.append(", and ".join(ways))
+    if coverage.out_of_reach:
+        faults.append(f"PEFT takes {_some(coverage.out_of_reach)} for experts, so no setting adapts these")
     if coverage.wider_than_layer:
         faults.append(f"lower lora.rank: {rank} is more than a side of {_some(coverage.wider_than_layer)}")
     if faults:
@@ -54,11 +59,14 @@ def adapter_attached(report: Mapping[str, Any], bands: Bands) -> Verdict:
         return Verdict(name, "warn", f"not measured: {OLDER}", band, source, "materialise dpo_adapter again")
     measured, planned = (LoraCoverage.model_validate(report[key]) for key in ("lora_coverage", "lora_planned"))
     share, promised = measured.share, planned.share if planned.kinds else measured.share
-    level: Level = "error" if share == 0 else "pass" if abs(share - promised) <= SAME else "warn"
+    less, more = _moved(planned, measured) if planned.kinds else ([], [])
+    faults = [f"less of {', '.join(less)} than planned"] if less else []
+    faults += [f"more of {', '.join(more)} than planned"] if more else []
+    level: Level = "error" if share == 0 or faults else "pass" if abs(share - promised) <= SAME else "warn"
     return Verdict(
         name,
         level,
-        f"{100 * share:.3g}% of {100 * promised:.3g}%",
+        f"{100 * share:.3g}% of {100 * promised:.3g}%" + (f": {'; '.join(faults)}" if faults else ""),
         band,
         source,
         ""
@@ -66,6 +74,27 @@ def adapter_attached(report: Mapping[str, Any], bands: Bands) -> Verdict:
         else "compare the kinds below with those of dpo_plan, and name them in lora.target_modules",
         shown={"kinds": coverage_table(measured)},
     )
+
+
+def _moved(planned: LoraCoverage, measured: LoraCoverage) -> tuple[list[str], list[str]]:
+    """Of what less, and of what more, has an adapter than planned.
+
+    Compared kind by kind; by role where the files name a kind otherwise than the model (experts stored one by one).
+    """
+    known = {kind.name for kind in planned.kinds} & {kind.name for kind in measured.kinds}
+    before, now = _shares(planned, known), _shares(measured, known)
+    changes = {name: now.get(name, 0.0) - before.get(name, 0.0) for name in [*before, *now]}
+    return [name for name, by in changes.items() if by < -SAME], [name for name, by in changes.items() if by > SAME]
+
+
+def _shares(coverage: LoraCoverage, known: Set[str]) -> dict[str, float]:
+    """The adapted share of each kind that is known by its name, and of the others by role."""
+    weights, adapted = Counter[str](), Counter[str]()
+    for kind in coverage.kinds:
+        name = kind.name if kind.name in known else kind.role
+        weights[name] += kind.weights
+        adapted[name] += kind.adapted
+    return {name: adapted[name] / max(1, held) for name, held in weights.items()}
 
 
 def coverage_table(coverage: LoraCoverage) -> str:

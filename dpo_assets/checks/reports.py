@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 
 class MergeReport(BaseModel):
@@ -15,7 +15,11 @@ class MergeReport(BaseModel):
     max_difference_per_token: float
     probe_pairs: int
     parameters: int = Field(description="Values that were looked at, of the release as it loads.")
-    finite: bool = Field(description="Whether all of them are numbers.")
-    not_finite: tuple[str, ...] = Field(default=(), description="The weights that are not, by name.")
+    not_finite: tuple[str, ...] = Field(default=(), description="The weights that are not all numbers, by name.")
     method: Literal["streamed", "peft"]
     proven_in: str = Field(default="", description="What both were computed in, and where.")
+
+    @computed_field(description="Whether all of them are numbers.")  # type: ignore[prop-decorator]
+    @property
+    def finite(self) -> bool:
+        return not self.not_finite

@@ -56,6 +56,6 @@ def seen_pairs(scored: Path, held_out: Path, trained: Iterable[Path]) -> int:
     return int(pairs.filter(pl.col("group_id").is_null() | pl.col("group_id").is_in(known.to_list())).height)
 
 
-def digest_of(groups: Iterable[str]) -> str:
+def groups_digest(groups: Iterable[str]) -> str:
     """sha256 of a set of groups."""
     return hashlib.sha256("\n".join(sorted(groups)).encode()).hexdigest()

@@ -6,22 +6,24 @@ one by one (`experts.0.w1`, Mixtral) or as one tensor of three dimensions (`inpu
 
 from __future__ import annotations
 
-import json
 import re
-import struct
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dpo_assets.errors import ConfigError
+from dpo_assets.planning.weights import FLOATS, read_weights
 
 Role = Literal["linear", "experts", "router"]
-_LAYER = re.compile(r"(?P<before>(?:[^.]+\.)*?)(?:layers|h|blocks)\.(?P<number>\d+)\.(?P<rest>.+)")
+_LAYER = re.compile(r"(?P<list>(?P<before>(?:[^.]+\.)*?)(?:layers|h|blocks))\.(?P<number>\d+)\.(?P<rest>.+)")
 # Towers beside the language model of a multimodal checkpoint.
 _TOWERS = re.compile(r"vision|visual|audio|image|encoder", re.IGNORECASE)
-_ROUTERS = frozenset({"gate", "router"})  # Qwen2-MoE's gate on its shared expert ends in `_gate`.
+# Qwen2-MoE gates its shared expert; Hunyuan's router is a layer of its gate. MiniMax's `output_gate` is attention's.
+_ROUTERS = ("gate", "router", "shared_expert_gate", "gate.wg")
+# Buffers, biases and norms may have two or three dimensions too (Cohere's norms of queries: heads times width).
+_NO_MATRIX = re.compile(r"(norm|bias|mask|freq)(\.weight)?$")
 
 
 class Matrices(BaseModel):
@@ -47,6 +49,11 @@ class Matrices(BaseModel):
             smallest_side=min(min(shape) for shape in shapes),
         )
 
+    @property
+    def last(self) -> str:
+        """The last part of the name."""
+        return self.name.rpartition(".")[2]
+
     def answers_to(self, name: str) -> bool:
         """Whether `name` means this kind: its whole name, or the end of it after a dot."""
         return f".{self.name}".endswith(f".{name}")
@@ -54,27 +61,37 @@ class Matrices(BaseModel):
 
 def role_of(name: str) -> Role:
     """What a matrix does, by its name in the layer."""
-    last = name.rpartition(".")[2]
-    if last in _ROUTERS or last.endswith("_gate") or "router" in name:
+    if any(f".{name}".endswith(f".{router}") for router in _ROUTERS) or "router" in name:
         return "router"
     return "experts" if ".experts." in f".{name}" else "linear"
+
+
+def is_stack(name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor of a layer is the matrices of all its experts. A convolution over time has 1 in the middle."""
+    return len(shape) == 3 and shape[1] > 1 and _NO_MATRIX.search(name) is None
 
 
 def matrices_of(tensors: Iterable[tuple[str, Sequence[int]]], layers: int) -> tuple[Matrices, ...]:
     """The kinds among (name, shape) of stored tensors, in the order of the first layer that has each.
 
+    Checkpoints may hold more lists of layers than the decoder's (a resampler's, `mtp` for predicting further tokens),
+    and more layers in it (DeepSeek-V3): the decoder's list is the one that has the most of the model's layers.
+
     Args:
-        layers: decoder layers of the model; checkpoints may hold more, for predicting further tokens (DeepSeek-V3).
+        layers: decoder layers of the model.
     """
-    shapes: dict[str, list[tuple[int, int]]] = {}
-    roles: dict[str, Role] = {}
+    lists: dict[str, list[tuple[int, str, Sequence[int]]]] = defaultdict(list)
     for name, shape in tensors:
         found = _LAYER.fullmatch(name)
-        if found is None or int(found["number"]) >= layers or _TOWERS.search(found["before"]):
-            continue
-        kind = re.sub(r"\.experts\.\d+\.", ".experts.", f".{found['rest']}")[1:]
-        stacked = len(shape) == 3 and shape[1] > 1  # A convolution over time has 1 there.
-        if not stacked and not (len(shape) == 2 and kind.endswith(".weight")):
+        if found is not None and int(found["number"]) < layers and not _TOWERS.search(found["before"]):
+            lists[found["list"]].append((int(found["number"]), found["rest"], shape))
+    decoder = max(lists.values(), key=lambda held: (len({number for number, _, _ in held}), len(held)), default=[])
+    shapes: dict[str, list[tuple[int, int]]] = {}
+    roles: dict[str, Role] = {}
+    for _, rest, shape in decoder:
+        kind = re.sub(r"\.experts\.\d+\.", ".experts.", f".{rest}")[1:]
+        stacked = is_stack(kind, shape)
+        if not stacked and not (len(shape) == 2 and kind.endswith(".weight") and not _NO_MATRIX.search(kind)):
             continue
         kind = kind.removesuffix(".weight")
         roles.setdefault(kind, "experts" if stacked else role_of(kind))
@@ -84,21 +101,10 @@ def matrices_of(tensors: Iterable[tuple[str, Sequence[int]]], layers: int) -> tu
 
 
 def read_matrices(folder: Path, layers: int) -> tuple[Matrices, ...]:
-    """The kinds of matrices in the safetensors files of a model folder. Headers only.
+    """The kinds of matrices in the files that a model folder is loaded from. Headers only.
 
     Raises:
-        ConfigError: when a file cannot be read.
+        ConfigError: as `read_weights`.
     """
-    single = folder / "model.safetensors"
-    paths = [single] if single.is_file() else sorted(folder.glob("model-*.safetensors"))
-    return matrices_of((entry for path in paths for entry in _shapes(path)), layers)
-
-
-def _shapes(path: Path) -> list[tuple[str, list[int]]]:
-    try:
-        with path.open("rb") as handle:
-            (length,) = struct.unpack("<Q", handle.read(8))
-            header = json.loads(handle.read(min(length, 100_000_000)))
-        return [(name, entry["shape"]) for name, entry in header.items() if name != "__metadata__"]
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(f"{path} is not a readable safetensors file; download it again") from None
+    stored = read_weights(folder).tensors.values()
+    return matrices_of(((tensor.name, tensor.shape) for tensor in stored if tensor.dtype in FLOATS), layers)

@@ -59,12 +59,7 @@ def body_parameters(shape: ModelShape) -> int:
     """Weights of the decoder's linear layers. Experts are none: they are not quantised, being parameters."""
     if shape.matrices is not None:
         return sum(kind.weights for kind in shape.matrices if kind.role == "linear")
-    return shape.layers * sum(rows * columns for rows, columns in linear_shapes(shape).values())
-
-
-def linear_shapes(shape: ModelShape) -> dict[str, tuple[int, int]]:
-    """(output, input) width of each linear layer of a decoder layer of the Llama family."""
-    return shape.linear_shapes()
+    return shape.layers * sum(rows * columns for rows, columns in shape.linear_shapes().values())
 
 
 def weights_bytes(shape: ModelShape, precision: Precision) -> float:
@@ -78,24 +73,32 @@ def adapter_bytes(shape: ModelShape, lora: LoraSection) -> float:
     return 18 * lora.rank * sum(kind.sides for kind in adapted_kinds(lora, shape))
 
 
-def forward_peak(shape: ModelShape, precision: Precision, tokens: int, device: Literal["cpu", "cuda"]) -> float:
-    """Estimated peak in GiB of a forward of `tokens` tokens without gradient: nothing is kept from layer to layer."""
+def forward_peak(
+    shape: ModelShape, precision: Precision, tokens: int, device: Literal["cpu", "cuda"], prompts: int = 0
+) -> float:
+    """Estimated peak in GiB of forwards without gradient: nothing is kept from layer to layer.
+
+    Args:
+        tokens: of a forward that scores answers.
+        prompts: tokens of a batch of prompts that answers are generated from, computed in one forward too; of these
+            only the last has logits.
+    """
     width = 4 if precision == "fp32" else 2
-    layer = tokens * width * (3 * shape.intermediate + 5 * shape.hidden)
+    layer = max(tokens, prompts) * width * (3 * shape.intermediate + 5 * shape.hidden)
     head = head_chunk(tokens, device) * shape.vocabulary * (4 + width) + tokens * shape.hidden * width
     return (weights_bytes(shape, precision) + dequantised_bytes(shape, precision) + max(layer, head)) / GIB
 
 
 def cache_bytes(shape: ModelShape, tokens: int) -> float:
-    """Keys and values, in 16 bit, of `tokens` tokens that are generated from."""
-    return 4.0 * tokens * shape.layers * shape.kv_heads * shape.head_dim
+    """Keys and values, in 16 bit, of `tokens` tokens to generate from; of whole width where heads are unknown."""
+    return 4.0 * tokens * shape.layers * (shape.kv_heads * shape.head_dim or shape.hidden)
 
 
 def dequantised_bytes(shape: ModelShape, precision: Precision) -> float:
     """The largest group of linear layers that is dequantised at one time, in 16 bit; 0 where nothing is quantised."""
     if precision not in QUANTISED:
         return 0.0
-    shapes = linear_shapes(shape)
+    shapes = shape.linear_shapes()
     return 2.0 * max(2 * math.prod(shapes["gate_proj"]), sum(math.prod(shapes[f"{p}_proj"]) for p in "qkv"))
 
 

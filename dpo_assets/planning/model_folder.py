@@ -16,20 +16,20 @@ from pydantic import ValidationError
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.shape import ModelShape
 from dpo_assets.planning.vocabulary import content, refuse_tokens_without_embedding
-from dpo_assets.planning.weights import Stored, Weights, listed, read_weights, unused_files
+from dpo_assets.planning.weights import FLOATS, Stored, Weights, listed, read_weights, unused_files
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 # What a release or a run needs of a model folder beside the weights; nothing else is fetched or copied.
 KEPT = ("*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*")
 CONFIG, TOKENIZER_CONFIG, TEMPLATE = "config.json", "tokenizer_config.json", "chat_template.jinja"
 HEAD = "lm_head.weight"
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "tok_embeddings.weight")
 # Files of a tokenizer, as the Hub's models have them.
 TOKENIZER_FILES = (
     "tokenizer.json", TOKENIZER_CONFIG, TEMPLATE, "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
 ADAPTER = "adapter_config.json"
-FLOATS = ("BF16", "F16", "F32", "F64")  # Numbers that weights are stored in as they are.
 # Architectures whose decoder layers the fused kernels compute.
 FUSED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 
@@ -92,7 +92,7 @@ def _shape(folder: Path, config: Mapping[str, Any], weights: Weights) -> ModelSh
     text = config.get("text_config") or config
     architecture = ", ".join(config.get("architectures") or ["unknown"])
     try:
-        heads = text.get("num_attention_heads") or 0
+        heads, kv_heads, head_dim = _attention(text, weights)
         tied = _tied(text, config, weights)
         # A tied head that is stored as well is the embedding once more.
         twice = weights.tensors.get(HEAD) if tied else None
@@ -101,20 +101,43 @@ def _shape(folder: Path, config: Mapping[str, Any], weights: Weights) -> ModelSh
             layers=text["num_hidden_layers"],
             hidden=text["hidden_size"],
             intermediate=text.get("intermediate_size") or 4 * text["hidden_size"],
-            vocabulary=text["vocab_size"],
+            vocabulary=_embedding_rows(weights) or text["vocab_size"],
             context=text.get("max_position_embeddings") or 2**20,
             heads=heads,
-            kv_heads=text.get("num_key_value_heads") or heads,
-            head_dim=text.get("head_dim") or (text["hidden_size"] // heads if heads else 0),
+            kv_heads=kv_heads,
+            head_dim=head_dim,
             tied=tied,
             architecture=architecture,
-            fusable=bool(heads) and _fusable(architecture, text),
+            model_type=config.get("model_type") or "",
+            stored=weights.format,
+            fusable=bool(text.get("num_attention_heads")) and _fusable(architecture, text),
             sliding_window=text.get("sliding_window") if text.get("use_sliding_window", True) else None,
         )
     except KeyError as error:
         raise ConfigError(f"{folder / CONFIG} has no {error}: only decoder language models are supported") from None
     except (ValidationError, TypeError, AttributeError):
         raise ConfigError(f"{folder / CONFIG} holds a value of the wrong type; download it again") from None
+
+
+def _embedding_rows(weights: Weights) -> int:
+    """Rows of the stored embedding of tokens; 0 where none is found. A config may leave the number to its class."""
+    tables = [t.shape for t in weights.tensors.values() if t.name.endswith(EMBEDDINGS) and len(t.shape) == 2]
+    return max((rows for rows, _ in tables), default=0)
+
+
+def _attention(text: Mapping[str, Any], weights: Weights) -> tuple[int, int, int]:
+    """(heads, heads of keys and values, their width) by the config; where it leaves them to its class (the short
+    `text_config` of Gemma 3), by the shapes of a layer. Zeros where neither tells."""
+    if heads := text.get("num_attention_heads"):
+        return heads, text.get("num_key_value_heads") or heads, text.get("head_dim") or text["hidden_size"] // heads
+    rows = {
+        part: next((t.shape[0] for t in weights.tensors.values() if t.name.endswith(f"layers.0.self_attn.{part}")), 0)
+        for part in ("q_proj.weight", "k_proj.weight", "q_norm.weight")
+    }
+    queries, keys, norm = rows.values()
+    # Without a norm of its own width, keys of one head: their width is what counts.
+    width = text.get("head_dim") or norm or keys
+    return (queries // width, keys // width, width) if width else (0, 0, 0)
 
 
 def _tied(text: Mapping[str, Any], config: Mapping[str, Any], weights: Weights) -> bool:

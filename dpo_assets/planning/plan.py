@@ -65,7 +65,8 @@ class TrainingPlan(BaseModel):
     def scored(self) -> str:
         """What is scored as the release, in words."""
         if self.scoring.subject == "merged":
-            return f"merged model in {self.at_release().compute}"
+            compute, stored = self.at_release().compute, self.scoring.stored
+            return f"merged model in {compute}" + (f", stored in {stored}" if stored not in ("", compute) else "")
         return f"adapter on the {self.precision.replace('bit', '-bit')} base"
 
     @property
@@ -75,16 +76,22 @@ class TrainingPlan(BaseModel):
 
     def sft_part(self) -> dict[str, object]:
         """What the SFT checkpoint depends on: a change of DPO settings must not retrain it."""
-        keys = {"device", "precision", "half", "kernels", "speedups", "max_length", "lora", "sft"}
-        return self.model_dump(include=keys)
+        return self._identity("sft")
 
     def dpo_part(self) -> dict[str, object]:
         """What the DPO adapter depends on, beside its inputs."""
-        keys = {"device", "precision", "half", "kernels", "speedups", "max_length", "lora", "dpo"}
-        return self.model_dump(include=keys)
+        return self._identity("dpo")
+
+    def _identity(self, section: Literal["sft", "dpo"]) -> dict[str, object]:
+        """What any training depends on, and the section of the stage. `half` counts where layers compute in it."""
+        keys = {"device", "precision", "kernels", "speedups", "max_length", "lora", section}
+        return self.model_dump(include=keys) | {"compute": self.compute}
 
     def at_release(self) -> TrainingPlan:
-        """The plan by which the release is scored: merged weights in their own format, never quantised."""
+        """The plan by which the release is scored: merged weights in what their layers compute in, never quantised.
+
+        The release is stored in the base's own format, whatever it is scored in (bf16 weights on a card without it).
+        """
         if self.scoring.subject == "adapter":
             return self
         budget = min(self.token_budget, self.scoring.token_budget or self.token_budget)
@@ -92,10 +99,14 @@ class TrainingPlan(BaseModel):
         return self.model_copy(update={"precision": precision, "token_budget": budget})
 
     def at_proof(self) -> TrainingPlan:
-        """The plan by which a merge is proven: never on a quantised base, so on the CPU where 16 bit do not fit."""
+        """The plan by which a merge is proven: never on a quantised base, so on the CPU where 16 bit do not fit.
+
+        What makes layers faster on a GPU has no part in it there.
+        """
         if self.scoring.subject == "merged":
             return self.at_release()
-        return self.model_copy(update={"device": "cpu", "precision": "bf16"})
+        on_cpu = {"device": "cpu", "precision": "bf16", "kernels": "transformers", "speedups": ()}
+        return self.model_copy(update=on_cpu)
 
     def with_half_budget(self) -> TrainingPlan | None:
         """The same plan in forwards of half the size, or None where a forward holds no more than the longest pair.

@@ -23,6 +23,7 @@ class Scoring(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     subject: Literal["merged", "adapter"] = "merged"
+    stored: str = Field(default="", description="The format of the released weights, where it is known.")
     token_budget: int = Field(default=0, description="Most tokens of one forward; 0: as many as in training.")
     reason: str = ""
 
@@ -38,16 +39,23 @@ def choose_scoring(
     """
     if precision not in QUANTISED:
         computed = compute_format(precision, device.half)
-        return Scoring(token_budget=token_budget, reason=f"it was trained on the base in {computed}")
+        return Scoring(
+            stored=shape.stored, token_budget=token_budget, reason=f"it was trained on the base in {computed}"
+        )
     half = device.half
     usable = USABLE[device.kind] * device.memory_gib - FRAMEWORK_GIB[device.kind]
-    answers = cache_bytes(shape, GENERATION_BATCH * data.max_length) / GIB
+    prompts = GENERATION_BATCH * data.max_length
+    answers = cache_bytes(shape, prompts) / GIB
+
+    def needed(budget: int) -> float:
+        return forward_peak(shape, half, budget, device.kind, prompts) + answers
+
     budget, longest = token_budget, max(1, data.longest_pair)
-    while budget > longest and forward_peak(shape, half, budget, device.kind) + answers > usable:
+    while budget > longest and needed(budget) > usable:
         budget = max(longest, budget // 2)
-    peak = forward_peak(shape, half, budget, device.kind) + answers
+    peak = needed(budget)
     need = f"{peak:.1f} of {device.memory_gib:.1f} GiB at the peak"
     if peak <= usable:
-        return Scoring(token_budget=budget, reason=f"it fits in {half} ({need})")
+        return Scoring(stored=shape.stored, token_budget=budget, reason=f"it fits in {half} ({need})")
     why = f"the merged model does not fit in {half} ({need})"
     return Scoring(subject="adapter", token_budget=token_budget, reason=why)

@@ -26,6 +26,8 @@ class ModelShape(BaseModel):
     head_dim: int = 0
     tied: bool = False
     architecture: str = ""
+    model_type: str = ""  # Of config.json: by it PEFT and Transformers tell families apart.
+    stored: str = ""  # What most weights are stored in, as `compute` names it; empty where no file was read.
     fusable: bool = False  # Whether the fused kernels compute this architecture as it is configured.
     sliding_window: int | None = None  # Tokens that attention looks back; None: all.
     matrices: tuple[Matrices, ...] | None = None  # Of the decoder layers, where the model's files were read.

@@ -18,7 +18,16 @@ STORED_AS: dict[str, frozenset[str]] = {
     "gate_up_proj": frozenset({"gate_up_proj", "gate_proj", "up_proj", "w1", "w3", "input_linear"}),
     "down_proj": frozenset({"down_proj", "w2", "output_linear"}),
 }
+OLDER_NAMES = frozenset[str]().union(*STORED_AS.values()) - STORED_AS.keys()
 EXPERT_PARAMETERS = ("experts.gate_up_proj", "experts.down_proj")
+# Of these model types PEFT 0.21 takes three names for the experts' wherever they stand (`_convert_peft_config_moe`, for
+# adapters made with Transformers 4): shared experts and dense MLPs of the same names cannot be adapted.
+EXPERTS_ALONE = frozenset({"gate_proj", "up_proj", "down_proj"})
+EXPERTS_ALONE_IN = frozenset({
+    "afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe",
+    "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe", "longcat_flash", "mellum",
+    "olmoe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_thinker", "solar_open",
+})  # fmt: skip
 
 
 class Covered(BaseModel):
@@ -37,6 +46,7 @@ class LoraCoverage(BaseModel):
     model_config = ConfigDict(frozen=True)
     kinds: tuple[Covered, ...] = ()
     wider_than_layer: tuple[str, ...] = Field(default=(), description="Adapted kinds with a side below the rank.")
+    out_of_reach: tuple[str, ...] = Field(default=(), description="Linear kinds that PEFT cannot put an adapter on.")
 
     @property
     def share(self) -> float:
@@ -62,7 +72,7 @@ def resolve_targets(lora: LoraSection, shape: ModelShape) -> LoraSection:
 
     Raises:
         ConfigError: for a name that matches nothing, with what there is; for a base without linear layers; for expert
-            parameters of a base that has no experts.
+            parameters of a base that has no experts; for layers that PEFT takes for experts.
     """
     kinds = kinds_of(shape)
     if kinds is None:
@@ -71,8 +81,15 @@ def resolve_targets(lora: LoraSection, shape: ModelShape) -> LoraSection:
     who = shape.architecture or "this base"
     if not linear:
         raise ConfigError(f"{who} has no linear layers that an adapter could be put on; take a decoder language model.")
-    names = all_linear(linear) if lora.target_modules == EVERY_LINEAR else list(lora.target_modules)
+    every = lora.target_modules == EVERY_LINEAR
+    names = all_linear(linear, shape.model_type) if every else list(lora.target_modules)
     refuse_unknown(names, lora.target_parameters, kinds, who)
+    lost = [kind for kind in linear if out_of_reach(kind, shape.model_type)]
+    if taken := [name for name in names if any(kind.answers_to(name) for kind in lost)]:
+        raise ConfigError(
+            f"lora.target_modules: PEFT takes {_listed(taken)} for the experts of a {shape.model_type}, and would "
+            f"adapt these instead. Leave it out, or write `{EVERY_LINEAR}`.{_experts_hint(kinds)}"
+        )
     return lora.model_copy(update={"target_modules": names})
 
 
@@ -90,9 +107,14 @@ def _llama_kinds(shape: ModelShape) -> tuple[Matrices, ...]:
     return tuple(Matrices.of(name, "linear", [sides] * layers) for name, sides in shape.linear_shapes().items())
 
 
-def all_linear(kinds: Sequence[Matrices]) -> list[str]:
+def out_of_reach(kind: Matrices, model_type: str) -> bool:
+    """Whether PEFT takes a linear kind of this name for experts."""
+    return kind.role == "linear" and model_type in EXPERTS_ALONE_IN and kind.last in EXPERTS_ALONE
+
+
+def all_linear(kinds: Sequence[Matrices], model_type: str) -> list[str]:
     """The last parts of the names of all linear kinds: Llama's seven in their usual order, then the others."""
-    last = {kind.name.rpartition(".")[2] for kind in kinds if kind.role == "linear"}
+    last = {kind.last for kind in kinds if kind.role == "linear" and not out_of_reach(kind, model_type)}
     return [name for name in ALL_LINEAR if name in last] + sorted(last - set(ALL_LINEAR))
 
 
@@ -107,25 +129,31 @@ def refuse_unknown(
     Raises:
         ConfigError: with the names, and with what the base has.
     """
-    modules = [kind for kind in kinds if kind.role != "experts" or not exact]
+    modules = [kind for kind in kinds if kind.role != "experts"]
     if unknown := [name for name in names if not any(kind.answers_to(name) for kind in modules)]:
-        has = ", ".join(kind.name for kind in kinds if kind.role != "experts")
+        has = ", ".join(kind.name for kind in modules)
         raise ConfigError(
             f"lora.target_modules: {_listed(unknown)} matches nothing in the decoder layers of {who}, which have: "
             f"{has}. Name some of these, or write `{EVERY_LINEAR}`.{_experts_hint(kinds)}"
         )
     experts = [kind for kind in kinds if kind.role == "experts"]
-    if unknown := [name for name in parameters if not any(covers(name, kind) for kind in experts)]:
+    meant = Matrices.answers_to if exact else _stored_for
+    if unknown := [name for name in parameters if not any(meant(kind, name) for kind in experts)]:
         has = f"has: {', '.join(_expert_names(experts, exact=exact))}" if experts else "has no experts; leave it out"
         raise ConfigError(f"lora.target_parameters: {_listed(unknown)} matches nothing in {who}, which {has}.")
 
 
 def covers(parameter: str, kind: Matrices) -> bool:
-    """Whether an entry of `target_parameters` means these experts."""
-    if kind.role != "experts" or kind.answers_to(parameter):
-        return kind.role == "experts"
+    """Whether an entry of `target_parameters` means these experts, as they are stored."""
+    return kind.role == "experts" and _stored_for(kind, parameter)
+
+
+def _stored_for(kind: Matrices, parameter: str) -> bool:
+    """Whether stored experts are those of a parameter: by its own name, where the loaded model has them under it."""
     before, _, last = parameter.rpartition(".")
-    return before.rpartition(".")[2] in ("", "experts") and kind.name.rpartition(".")[2] in STORED_AS.get(last, ())
+    if before.rpartition(".")[2] in ("", "experts") and kind.last in STORED_AS.get(last, ()):
+        return True
+    return kind.answers_to(parameter) and kind.last not in OLDER_NAMES
 
 
 def adapted_kinds(lora: LoraSection, shape: ModelShape) -> tuple[Matrices, ...]:
@@ -152,6 +180,7 @@ def planned_coverage(lora: LoraSection, shape: ModelShape) -> LoraCoverage:
             for k in kinds
         ),
         wider_than_layer=tuple(k.name for k in kinds if k.name in chosen and lora.rank > k.smallest_side),
+        out_of_reach=tuple(kind.name for kind in kinds if out_of_reach(kind, shape.model_type)),
     )
 
 

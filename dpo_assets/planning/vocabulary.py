@@ -38,8 +38,8 @@ def refuse_tokens_without_embedding(folder: Path, tokenizer: Mapping[str, Any], 
         highest = max(number for number, _ in used)
         shown = listed([f"`{text}` ({number})" for number, text in sorted(set(used))])
         raise ConfigError(
-            f"the tokenizer in {folder} numbers its tokens up to {highest}, but config.json gives the embedding {rows} "
-            f"rows (vocab_size): there is none for {shown}. Take the tokenizer that belongs to these weights, or "
+            f"the tokenizer in {folder} numbers its tokens up to {highest}, but the embedding has {rows} rows: "
+            f"there is none for {shown}. Take the tokenizer that belongs to these weights, or "
             "enlarge the embedding with resize_token_embeddings and save model and tokenizer together."
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,10 @@ ITEMSIZE = {
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 NAMED = 8  # Names that a message lists before it counts the rest.
+
+
+NAMES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F64": "fp64"}  # As plans say it.
+FLOATS = tuple(NAMES)  # Numbers that weights are stored in as they are.
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,14 @@ class Weights:
     def parameters(self) -> int:
         """Values in all tensors."""
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+
+    @property
+    def format(self) -> str:
+        """The format of most values, as plans say it; empty where there are none."""
+        held = Counter[str]()
+        for tensor in self.tensors.values():
+            held[tensor.dtype] += math.prod(tensor.shape)
+        return next((NAMES.get(dtype, dtype) for dtype, _ in held.most_common(1)), "")
 
 
 def read_weights(folder: Path) -> Weights:

@@ -32,6 +32,13 @@ class CardFacts:
     template_arguments: dict[str, Any] = field(default_factory=dict)
 
 
+def card_settings(plan: TrainingPlan) -> dict[str, object]:
+    """What a card says of a plan: with the same of it, a plan for another device or with other memory is no other
+    release."""
+    told = {"precision", "max_length", "dpo_steps", "sft", "dpo", "lora"}
+    return {**plan.model_dump(mode="json", include=told), "compute": plan.compute}
+
+
 def render_card(facts: CardFacts) -> str:
     """README.md of a release: front matter that the Hub reads, and a body for people."""
     plan, data, scores = facts.plan, facts.dataset, facts.scores
@@ -65,7 +72,7 @@ SFT: {plan.sft.strategy}. DPO: loss {" + ".join(plan.dpo.losses)}, beta {plan.dp
 {plan.dpo.learning_rate:g} ({plan.dpo.schedule}, warm-up {plan.dpo.warmup_ratio:g}), {plan.dpo_steps} steps of
 {plan.dpo.batch_size} pairs, {plan.dpo.epochs:g} epochs, LoRA rank {plan.lora.rank} alpha {plan.lora.alpha},
 max length {plan.max_length} tokens, seed {plan.dpo.seed}.
-Precision: {in_markdown(plan.precision_reason)}. Versions: {versions}.{_template(facts)}
+Precision: base weights in {plan.precision}, computed in {plan.compute}. Versions: {versions}.{_template(facts)}
 
 ## Evaluation on held-out pairs
 | score | value | {percent(scores["confidence"])} interval | pairs |

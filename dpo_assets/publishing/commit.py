@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_assets.artifact import file_sha256
-from dpo_assets.errors import ConfigError, InfrastructureError
+from dpo_assets.errors import ConfigError, GateError, InfrastructureError
 from dpo_assets.planning.model_folder import TOKENIZER_FILES
 from dpo_assets.publishing.secrets import find_secrets, scrub
 
@@ -36,7 +36,7 @@ HUB_OWNED = frozenset({".gitattributes"})
 
 
 class PublishError(InfrastructureError):
-    """The Hub did not take, or did not give back, what was sent."""
+    """The Hub did not answer, or did not take what was sent."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,20 @@ def content_tag(operations: list[Operation]) -> str:
     return "content-" + hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]
 
 
-def publish(api: HfApi, repo_id: str, folder: Path, operations: list[Operation], *, private: bool) -> Release:
+def publish(
+    api: HfApi, repo_id: str, folder: Path, operations: list[Operation], *, private: bool, token_variable: str
+) -> Release:
     """Sends a staged release as one commit on the head that was read, compares it byte for byte, and tags it.
 
     A release whose tag is on the head was compared before it was tagged, so it is neither sent nor downloaded again.
 
+    Args:
+        token_variable: environment variable that holds the token, for messages.
+
     Raises:
-        PublishError: on any refusal of the Hub, with secrets masked.
+        ConfigError: the token is refused, or may not write there.
+        GateError: what the Hub holds is not what was sent, or not what its tag says.
+        PublishError: on any other refusal of the Hub, with secrets masked.
     """
     from httpx import HTTPError
     from huggingface_hub.errors import HfHubHTTPError
@@ -104,7 +111,13 @@ def publish(api: HfApi, repo_id: str, folder: Path, operations: list[Operation],
         return _publish(api, repo_id, folder, operations, private)
     # The client lets broken connections through as httpx errors, and wraps a refused upload as RuntimeError.
     except (HfHubHTTPError, HTTPError, OSError, RuntimeError) as error:
-        raise PublishError(f"publishing {repo_id} failed: {scrub(str(error))}") from None
+        said = scrub(str(error))
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+            raise ConfigError(
+                f"publishing {repo_id} is refused: the token in {token_variable} must be valid, and may write there: "
+                f"{said}"
+            ) from None
+        raise PublishError(f"publishing {repo_id} failed: {said}") from None
 
 
 def _publish(api: HfApi, repo_id: str, folder: Path, operations: list[Operation], private: bool) -> Release:
@@ -117,7 +130,10 @@ def _publish(api: HfApi, repo_id: str, folder: Path, operations: list[Operation]
     if tagged == head:
         return Release(url, head, tag, sent=False, read_back=False)
     if tagged is not None and _differing(api, repo_id, tagged, operations):
-        raise PublishError(f"tag {tag} of {repo_id} points at {tagged}, which holds something else; nothing was sent")
+        raise _not_equal(
+            f"tag {tag} of {repo_id} points at {tagged}, which holds something else; nothing was sent",
+            f"delete the tag {tag} of {repo_id}, and materialise published_model again",
+        )
     keep = {o.path for o in operations} | HUB_OWNED
     stale = [name for name in api.list_repo_files(repo_id, revision=head) if name not in keep]
     commit = api.create_commit(
@@ -130,12 +146,26 @@ def _publish(api: HfApi, repo_id: str, folder: Path, operations: list[Operation]
         parent_commit=head,
     )
     if wrong := _differing(api, repo_id, commit.oid, operations):
-        raise PublishError(f"{', '.join(wrong)} at {repo_id}@{commit.oid} is not what was sent")
+        raise _not_equal(
+            f"{', '.join(wrong)} at {repo_id}@{commit.oid} is not what was sent",
+            "do not use that commit; it has no tag. Materialise published_model again: that sends the release anew",
+        )
     # Last: the tag says that the content was read back. Going back to an older release leaves its tag where it is.
     if tagged is None:
         api.create_tag(repo_id, tag=tag, revision=commit.oid, exist_ok=True)
     # The client makes no commit where nothing would change, as after an answer that was lost, and names the head.
     return Release(url, commit.oid, tag, sent=commit.oid != head, read_back=True)
+
+
+def _not_equal(message: str, fix: str) -> GateError:
+    return GateError(
+        "release_verified",
+        message,
+        value=message,
+        band="every file of the release on the Hub, byte for byte",
+        source="docs/design.md, publishing",
+        fix=fix,
+    )
 
 
 def _differing(api: HfApi, repo_id: str, commit: str, operations: list[Operation]) -> list[str]:

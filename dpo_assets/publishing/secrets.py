@@ -10,8 +10,6 @@ from urllib.parse import quote, unquote
 
 from dpo_assets.secret_shapes import MASK, PATTERNS, masked, passwords_in, says_secret
 
-__all__ = ["MASK", "PATTERNS", "SECRET_VARIABLES", "find_secrets", "is_secret", "name_secrets", "scrub", "scrub_all"]
-
 SECRET_VARIABLES = frozenset({"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN", "WANDB_API_KEY"})
 SHORTEST = 8  # Characters; a shorter value would mask ordinary words.
 # Variables that recipes and resources of this process name as secret; names are only ever added.

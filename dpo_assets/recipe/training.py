@@ -27,7 +27,8 @@ class LoraSection(Section):
         default=EVERY_LINEAR,
         description=(
             "Linear layers that get an adapter: `all-linear`, which is every one of the decoder layers, or names that "
-            "the base has there, such as q_proj (Llama) or qkv_proj (Phi-3)."
+            "the base has there, such as q_proj (Llama) or qkv_proj (Phi-3). Where PEFT takes a name for the experts "
+            "(shared experts of DeepSeek and GLM-4 MoE), it stays frozen, and check `lora_coverage` says so."
         ),
         examples=["all-linear", ["q_proj", "v_proj"]],
     )

@@ -8,6 +8,7 @@ import secrets
 from pathlib import Path
 
 import dagster as dg
+from filelock import FileLock
 from pydantic import Field
 
 from dpo_assets.artifact import ArtifactTree
@@ -37,15 +38,9 @@ class ArtifactStore(dg.ConfigurableResource):  # type: ignore[type-arg]
         path = self._folder(instance) / USER_KEY
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            fresh = path.with_name(f"{USER_KEY}.{secrets.token_hex(8)}")
-            with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as handle:
-                handle.write(secrets.token_hex(KEY_BYTES))
-            try:
-                os.link(fresh, path)  # Of two runs that start at once, one makes the key of both.
-            except FileExistsError:
-                pass
-            finally:
-                fresh.unlink()
+            with FileLock(f"{path}.lock"):  # Of two runs that start at once, one makes the key of both.
+                if not path.exists():
+                    self._make_key(path)
         written = path.read_text(encoding="ascii", errors="replace").strip()
         if not re.fullmatch(rf"[0-9a-f]{{{2 * KEY_BYTES}}}", written):
             raise ConfigError(
@@ -53,6 +48,12 @@ class ArtifactStore(dg.ConfigurableResource):  # type: ignore[type-arg]
                 "users then get new digests, and all feedback is read again."
             )
         return bytes.fromhex(written)
+
+    def _make_key(self, path: Path) -> None:
+        fresh = path.with_name(f"{USER_KEY}.{secrets.token_hex(8)}")
+        with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as handle:
+            handle.write(secrets.token_hex(KEY_BYTES))
+        fresh.replace(path)
 
     def _folder(self, instance: dg.DagsterInstance) -> Path:
         return (Path(self.root) if self.root else Path(instance.storage_directory()) / "dpo_assets").absolute()

@@ -15,11 +15,12 @@ from typing import IO
 import dagster as dg
 from pydantic import Field, field_validator
 
-from dpo_assets.contract import EXPLAINED_EXIT, FAILURE_FILE, Failure, Spec, Stage
+from dpo_assets.contract import EXPLAINED_EXIT, FAILURE_FILE, Failure, PlannedSpec, Spec, Stage
 from dpo_assets.errors import ConfigError, DpoAssetsError, GateError, InfrastructureError, OutOfMemory, StageTimeout
 from dpo_assets.publishing.secrets import is_secret, scrub, scrub_all
-from dpo_assets.resources.environment import worker_environment
+from dpo_assets.resources.environment import planned_gpu, worker_environment
 from dpo_assets.resources.messages import ScrubbedMessageReader
+from dpo_assets.resources.nvml import VISIBLE
 
 TAIL_LINES = 30
 
@@ -106,6 +107,11 @@ class LocalLauncher(TrainingLauncher):
             environment = {**worker_environment(spec, self.environment), "TMPDIR": str(work)}
             process = self._start(command, {**environment, **session.get_bootstrap_env_vars()}, output)
             context.log.info(f"started worker stage `{stage}`, process group {process.pid}")
+            if isinstance(spec, PlannedSpec) and (shown := environment[VISIBLE]) not in ("", planned_gpu(spec.plan)):
+                context.log.info(
+                    f"the planned GPU {planned_gpu(spec.plan)} is not in sight here; the worker has {shown}, the only "
+                    f"other {spec.plan.device_name}"
+                )
             try:
                 return _wait(process, timeout_seconds)
             finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -48,6 +48,35 @@ def gpu_in_sight(number: int, memory_gib: float | None = None) -> Device:
         NoGpu: there truly is none, or CUDA_VISIBLE_DEVICES hides all.
         ConfigError: one is there and cannot be used: it does not answer, or what was asked for is another one.
     """
+    with _nvml():
+        found = next(islice(_in_sight(), number, None), None)
+        if found is None:
+            raise _no_such(number)
+        return _described(found, memory_gib)
+
+
+def gpus_in_sight(memory_gib: float) -> list[Device]:
+    """All that are in sight and answer, in CUDA's order; empty where there is none.
+
+    Args:
+        memory_gib: of a GPU whose memory NVML does not tell.
+    """
+    found: list[Device] = []
+    with suppress(NoGpu, ConfigError), _nvml():
+        for gpu in _in_sight():
+            with suppress(ConfigError):
+                found.append(_described(gpu, memory_gib))
+    return found
+
+
+@contextmanager
+def _nvml() -> Iterator[None]:
+    """NVML, started.
+
+    Raises:
+        NoGpu: there is none.
+        ConfigError: there is one, and its driver does not answer.
+    """
     import pynvml
 
     try:
@@ -55,10 +84,7 @@ def gpu_in_sight(number: int, memory_gib: float | None = None) -> Device:
     except pynvml.NVMLError as error:
         raise _not_started(error) from None
     try:
-        found = next(islice(_in_sight(), number, None), None)
-        if found is None:
-            raise _no_such(number)
-        return _described(found, memory_gib)
+        yield
     finally:
         with suppress(pynvml.NVMLError):
             pynvml.nvmlShutdown()
@@ -133,8 +159,8 @@ def _in_sight() -> Iterator[_Gpu]:
         raise NoGpu("NVML finds no NVIDIA GPU here")
     listed = os.environ.get(VISIBLE)
     if listed is None:
-        for index in range(count):
-            yield from _permitted(index)
+        for index in _permitted(count):
+            yield from _parts(_ask(f"GPU {index}", "nvmlDeviceGetHandleByIndex", index), index)
         return
     entries = [entry.strip() for entry in listed.split(",")]
     if entries[0].lower() in HIDES_ALL:
@@ -148,17 +174,19 @@ def _in_sight() -> Iterator[_Gpu]:
         yield found
 
 
-def _permitted(index: int) -> Iterator[_Gpu]:
-    """A GPU or its parts; none where others have it: a container's NVML counts all GPUs of the machine."""
+def _permitted(count: int) -> list[int]:
+    """The GPUs that this process may use. A container's NVML counts all of the machine; CUDA counts these alone."""
     import pynvml
 
-    try:
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    except pynvml.NVMLError as error:
-        if error.value == pynvml.NVML_ERROR_NO_PERMISSION:
-            return
-        raise _silent(f"GPU {index}", "nvmlDeviceGetHandleByIndex", error) from None
-    yield from _parts(handle, index)
+    mine = []
+    for index in range(count):
+        try:
+            pynvml.nvmlDeviceGetHandleByIndex(index)
+        except pynvml.NVMLError as error:
+            if error.value == pynvml.NVML_ERROR_NO_PERMISSION:
+                continue
+        mine.append(index)
+    return mine
 
 
 def _parts(handle: Any, index: int) -> Sequence[_Gpu]:
@@ -184,18 +212,19 @@ def _parts(handle: Any, index: int) -> Sequence[_Gpu]:
 def _named(entry: str, count: int) -> _Gpu | None:
     """The GPU, or part of one, of an entry of CUDA_VISIBLE_DEVICES: a number, or the start of a UUID."""
     if entry.isdecimal():
-        if int(entry) >= count:
+        mine = _permitted(count)
+        if int(entry) >= len(mine):
             return None
-        _refuse_order_by_speed(entry, count)
-        handle = _ask(f"GPU {entry}", "nvmlDeviceGetHandleByIndex", int(entry))
-        return _parts(handle, int(entry))[0]
+        _refuse_order_by_speed(entry, mine, count)
+        index = mine[int(entry)]
+        return _parts(_ask(f"GPU {index}", "nvmlDeviceGetHandleByIndex", index), index)[0]
     found = [gpu for uuid, gpu in _by_uuid(count) if entry and uuid.startswith(entry)]
     return found[0] if len(found) == 1 else None
 
 
-def _refuse_order_by_speed(entry: str, count: int) -> None:
+def _refuse_order_by_speed(entry: str, mine: Sequence[int], count: int) -> None:
     """A number means another GPU to CUDA than to NVML where cards differ and CUDA counts the fastest first."""
-    names = {_name(index) for index in range(count)}
+    names = {_name(index) for index in mine}
     if os.environ.get(ORDER) == BY_BUS or len(names) == 1:
         return
     raise ConfigError(

@@ -37,7 +37,7 @@ def measure(watched: Watched, guard: GuardSpec, held_out: Any, tasks: Sequence[t
     """The parts `held_out`, `answers`, `capability` and `adapter_norm` of the report of stage `dpo`.
 
     Args:
-        held_out: rows of the held-out split with their token ids, or None where there is none.
+        held_out: rows of the held-out split with their token ids and prompts, or None where there is none.
         tasks: the user's capability probe with the token ids of its prompts; without one token accuracy is compared.
     """
     plan = watched.plan
@@ -86,7 +86,7 @@ def _answers(watched: Watched, guard: GuardSpec, held_out: Any) -> Part:
     if not guard.sampled_answers:
         return not_measured("checks.sampled_answers is 0")
     room = plan.max_length - tokens
-    prompts = first_prompts(held_out, guard.sampled_answers, room) if held_out is not None else []
+    prompts = first_prompts(held_out, watched.chat, guard.sampled_answers, room) if held_out is not None else []
     if not prompts:
         return not_measured(f"no held-out prompt leaves room for {tokens} tokens in {plan.max_length}")
     decode = watched.chat.tokenizer.decode

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dpo_assets.contract import TemplateSettings
@@ -28,7 +28,10 @@ PROBES = (
     "caf\u00e9 na\u00efve e\u0301 \u00bd \ufb01 \u0434\u0430 \u65e5\u672c\u8a9e \U0001f642",
     "I'LL say it's what we'd don't",
 )
-MOST_MARKS = 64  # Added tokens that are tried between words; a tokenizer may have thousands that are never used.
+MOST_MARKS = 64  # Added tokens that no template uses and that are tried all the same; there may be thousands.
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # Of an added token.
+# What a template raises: its own refusals, and what Python says when it handles values of an odd shape.
+RENDERING_ERRORS = (TemplateError, TypeError, ValueError, KeyError)
 # The class that reads tokenizer.json as it stands. Transformers 4 and 5, vLLM and TGI know it by this name.
 GENERIC_CLASS = "PreTrainedTokenizerFast"
 
@@ -60,7 +63,7 @@ class ChatFormat:
         """Conversations as text; `answer_follows` opens the assistant's turn.
 
         Raises:
-            TemplateError: the chat template refuses one of them.
+            TemplateError, TypeError, ValueError, KeyError: the chat template refuses one of them (RENDERING_ERRORS).
         """
         if not conversations:
             return []
@@ -73,9 +76,9 @@ class ChatFormat:
         )
         return texts
 
-    def prompt_ids(self, messages: Conversation) -> list[int]:
+    def prompt_ids(self, messages: Conversation, tools: list[Any] | None = None) -> list[int]:
         """Token ids of a conversation whose next turn is the assistant's."""
-        [text] = self.texts([messages], answer_follows=True)
+        [text] = self.texts([messages], answer_follows=True, tools=tools)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
@@ -101,7 +104,7 @@ class ChatFormat:
                 [[{"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": answer}]],
                 answer_follows=False,
             )
-        except TemplateError:
+        except RENDERING_ERRORS:
             return None
         tail = text.rpartition(answer)[2].lstrip()
         ids: list[int] = self.tokenizer(tail, add_special_tokens=False)["input_ids"] if tail else []
@@ -120,7 +123,7 @@ def load_chat_format(folder: Path, template: TemplateSettings | None = None) -> 
     chat = ChatFormat(tokenizer, template, read_markers(folder).ends)
     try:
         chat.texts([[{"role": "user", "content": "Is it so?"}]], answer_follows=True)
-    except (TemplateError, ValueError, TypeError) as error:
+    except RENDERING_ERRORS as error:
         # Several named templates without a default one are a ValueError.
         raise ConfigError(
             f"the chat template in {folder} cannot render a question: {error}. "
@@ -172,17 +175,18 @@ def write_tokenizer(base: Path, folder: Path) -> None:
 def _read(folder: Path) -> tuple[PreTrainedTokenizerBase, bool]:
     """The tokenizer, and whether it is the one that its files name."""
     ways = (_as_named, _as_it_stands) if (folder / TOKENIZER).is_file() else (_as_named,)
-    exact = _exact(folder / TOKENIZER) if len(ways) > 1 else None
+    exact = _exact(folder) if len(ways) > 1 else None
     said = []
     for way in ways:
         try:
             tokenizer = way(folder)
-        # Readers of tokenizers raise Exception itself for a file that they do not understand.
+            difference = None if exact is None else _difference(tokenizer, exact)
+        # Readers of tokenizers raise Exception itself for a file, or a text, that they do not understand.
         except Exception as error:
-            said.append(f"{type(error).__name__}: {error}".splitlines()[0])
-            continue
-        if exact is None or (difference := _difference(tokenizer, exact)) is None:
-            return tokenizer, way is _as_named
+            difference = f"{type(error).__name__}: {error}".splitlines()[0]
+        else:
+            if difference is None:
+                return tokenizer, way is _as_named
         said.append(difference)
     raise ConfigError(f"the tokenizer in {folder} cannot be loaded as its files describe it: {'; '.join(said)}")
 
@@ -201,9 +205,18 @@ def _as_it_stands(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _exact(path: Path) -> Tokenizer:
+def _exact(folder: Path) -> Tokenizer:
+    """What tokenizer.json describes, its added tokens with the flags that tokenizer_config.json gives them.
+
+    Where the two differ, Transformers, vLLM and TGI all follow the config.
+    """
+    path = folder / TOKENIZER
     try:
         exact = Tokenizer.from_file(str(path))
+        stored = exact.get_added_tokens_decoder()
+        for number, token in _configured(folder / TOKENIZER_CONFIG).items():
+            if number in stored and stored[number].content == token.content and _flags(stored[number]) != _flags(token):
+                (exact.add_special_tokens if token.special else exact.add_tokens)([token])
     except Exception as error:
         raise ConfigError(f"{path} is no tokenizer that can be read: {error}") from None
     exact.no_padding()
@@ -211,10 +224,33 @@ def _exact(path: Path) -> Tokenizer:
     return exact
 
 
+def _configured(path: Path) -> dict[int, AddedToken]:
+    """The added tokens of a tokenizer_config.json by their ids."""
+    said = json.loads(path.read_text(encoding="utf-8")).get("added_tokens_decoder") or {}
+    return {
+        int(number): AddedToken(**{name: row[name] for name in ("content", *FLAGS) if name in row})
+        for number, row in said.items()
+    }
+
+
+def _flags(token: AddedToken) -> tuple[bool, ...]:
+    return tuple(getattr(token, name) for name in FLAGS)
+
+
+def _marks(tokenizer: Any, exact: Tokenizer) -> list[str]:
+    """Added tokens to try: those of the chat template, which every text has, then the first of the others."""
+    template = tokenizer.chat_template
+    text = template if isinstance(template, str) else json.dumps(template or "")
+    marks = [token.content for _, token in sorted(exact.get_added_tokens_decoder().items())]
+    used = [mark for mark in marks if mark in text]
+    return used + [mark for mark in marks if mark not in text][:MOST_MARKS]
+
+
 def _difference(tokenizer: Any, exact: Tokenizer) -> str | None:
     """The first text for which a tokenizer gives other ids, or another text back, than tokenizer.json; None: none."""
-    marks = [t.content for _, t in sorted(exact.get_added_tokens_decoder().items())][:MOST_MARKS]
-    for text in (*PROBES, *marks, *(f"a{mark}b" for mark in marks)):
+    marks = _marks(tokenizer, exact)
+    # White space beside a mark is the mark's own where its flags say so (`rstrip`).
+    for text in (*PROBES, *marks, *(form.replace("@", mark) for mark in marks for form in ("a@b", "a @\n b"))):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         wanted = exact.encode(text, add_special_tokens=False).ids
         if ids != wanted:

@@ -8,7 +8,7 @@ from dpo_assets.planning.plan import TrainingPlan
 
 def refuse_other_devices(plan: TrainingPlan, gpus: int) -> None:
     """Raises:
-    ConfigError: when this process does not see exactly the one device that the plan was made for.
+    ConfigError: when the plan is for a GPU and this process sees none, or more than one. Which one, is not compared.
     """
     if plan.device == "cpu" or gpus == 1:
         return

@@ -17,10 +17,10 @@ from dpo_assets.contract import GuardSpec, TrainSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.aftermath import measure
-from dpo_assets.training.chat_format import load_chat_format
+from dpo_assets.training.chat_format import RENDERING_ERRORS, load_chat_format
 from dpo_assets.training.classic import ClassicDPOTrainer, classic_trainer
 from dpo_assets.training.collapse import CollapseGuard
-from dpo_assets.training.data import dpo_group, load_conversations, load_split
+from dpo_assets.training.data import dpo_group, load_asked, load_conversations, load_split
 from dpo_assets.training.dpo_trainer import REFERENCE_COLUMNS, PackedDPOTrainer
 from dpo_assets.training.guards import StopOnNonFinite, check_trained
 from dpo_assets.training.loading import ADAPTER_NAME, autocast_of, save_adapter
@@ -134,27 +134,30 @@ def packed_trainer(start: Start, tokenizer: Any, spec: TrainSpec, reporter: Repo
 
 
 def held_out_rows(spec: TrainSpec) -> Any:
-    """The held-out split with its token ids, or None where the dataset has none."""
+    """The held-out split with its token ids and prompts, or None where the dataset has none."""
     if not (spec.dataset / "eval.parquet").is_file():
         return None
-    return load_split(spec.dataset, "eval", scratch=spec.scratch)
+    return load_asked(spec.dataset, "eval", spec.scratch)
 
 
 def collapse_guard(watched: Watched, guard: GuardSpec, spec: TrainSpec, reporter: Reporter) -> CollapseGuard:
     """The guard of this run. Half of its prompts are of training pairs and half are held out, where there are any."""
     plan = watched.plan
-    room, train = plan.max_length - guard.probe_tokens, load_split(spec.dataset, "train", scratch=spec.scratch)
+    room, train = plan.max_length - guard.probe_tokens, load_asked(spec.dataset, "train", spec.scratch)
     prompts: list[list[int]] = []
     if guard.probe_prompts and watched.why_no_answers:
         reporter.log(f"dpo: no answers are sampled while it trains: {watched.why_no_answers}")
     elif guard.probe_prompts:
         held_out = held_out_rows(spec)
-        theirs = [] if held_out is None else first_prompts(held_out, guard.probe_prompts // 2, room)
-        prompts = [*first_prompts(train, guard.probe_prompts - len(theirs), room), *theirs]
+        theirs = [] if held_out is None else first_prompts(held_out, watched.chat, guard.probe_prompts // 2, room)
+        prompts = [*first_prompts(train, watched.chat, guard.probe_prompts - len(theirs), room), *theirs]
     tasks = []
     if guard.tasks is not None:
         for task in read_tasks(guard.tasks):
-            ids = watched.chat.prompt_ids(task.messages)
+            try:
+                ids = watched.chat.prompt_ids(task.messages)
+            except RENDERING_ERRORS as error:
+                raise ConfigError(f"checks.capability_probe: the chat template refuses a prompt: {error}") from None
             if len(ids) > room:
                 raise ConfigError(
                     f"checks.capability_probe: a prompt of {len(ids)} tokens leaves no room for an answer"

@@ -25,7 +25,7 @@ from dpo_assets.contract import EvaluateSpec, Progress
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.scoring import GENERATION_BATCH as GENERATION_BATCH
 from dpo_assets.training.chat_format import ChatFormat, load_chat_format
-from dpo_assets.training.data import TOKEN_COLUMNS, dpo_group, load_split
+from dpo_assets.training.data import dpo_group, first_asked, load_asked
 from dpo_assets.training.loading import (
     attach_adapter,
     autocast_of,
@@ -45,10 +45,12 @@ def run(spec: EvaluateSpec, reporter: Reporter) -> None:
     plan = spec.plan.at_release()
     started = time.perf_counter()
     chat = load_chat_format(spec.base_model, spec.template)
-    held_out = load_split(spec.dataset, "eval", [*TOKEN_COLUMNS, "prompt", "prompt_id"], spec.scratch)
+    held_out = load_asked(spec.dataset, "eval", spec.scratch, ["prompt_id"])
     to_group = partial(dpo_group, max_length=plan.max_length)
     groups = [to_group(row) for row in held_out]
-    prompts = _first_of_each(held_out, spec.generations, plan.max_length - spec.max_new_tokens)
+    room = plan.max_length - spec.max_new_tokens
+    asked = first_asked(held_out, chat, spec.generations, room, by="prompt_id")
+    prompts = [ids for _, ids in asked]
 
     reporter.log(f"evaluate: the policy is the {spec.plan.scored}: {plan.scoring.reason}")
 
@@ -66,7 +68,7 @@ def run(spec: EvaluateSpec, reporter: Reporter) -> None:
         spec.output_dir / "generations.json",
         [
             {"prompt": row["prompt"], "sft": before["text"], "policy": after["text"]}
-            for row, before, after in zip(prompts, answers, policy_answers, strict=True)
+            for (row, _), before, after in zip(asked, answers, policy_answers, strict=True)
         ],
     )
     report = summarise(table, spec.confidence) | {"scored": spec.plan.scored}
@@ -133,7 +135,7 @@ def _score_and_answer(
     model: Any,
     who: str,
     groups: list[Group],
-    prompts: list[dict[str, Any]],
+    prompts: list[list[int]],
     chat: ChatFormat,
     plan: TrainingPlan,
     spec: EvaluateSpec,
@@ -144,20 +146,9 @@ def _score_and_answer(
         assert_packing_is_exact(model, max(groups, key=lambda group: group.longest_row))
         logps, _ = score_groups(model, groups, plan.token_budget)
         reporter.log(f"evaluate: {len(groups)} held-out pairs scored by the {who}")
-        answers = generate(model, [row["prompt_ids"] for row in prompts], chat, spec.max_new_tokens)
+        answers = generate(model, prompts, chat, spec.max_new_tokens)
     reporter.log(Progress(stage="evaluate", done=1 if who == "SFT" else 2, total=2, note=f"{who} done").line())
     return logps, answers
-
-
-def _first_of_each(held_out: Any, count: int, longest: int) -> list[dict[str, Any]]:
-    """The first row of up to `count` different prompts that leave room for an answer."""
-    seen: dict[str, dict[str, Any]] = {}
-    for row in held_out:
-        if len(seen) == count:
-            break
-        if len(row["prompt_ids"]) <= longest:
-            seen.setdefault(row["prompt_id"], row)
-    return list(seen.values())
 
 
 @torch.no_grad()

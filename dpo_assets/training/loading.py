@@ -28,12 +28,13 @@ from dpo_assets.training import attention
 from dpo_assets.training.fp8 import quantise_layers
 from dpo_assets.training.fused.decoder import attach_fused
 from dpo_assets.training.speedups import speed_up
-from dpo_assets.training.targets import peft_targets
+from dpo_assets.training.targets import chosen_places, peft_targets, refuse_other_places
 
 # The adapter must carry PEFT's default name: TRL reads `peft_config["default"]` unguarded.
 ADAPTER_NAME = "default"
 # A LoRA that trains a larger share than this is not a LoRA: a dropped `peft_config` once meant full fine-tuning.
 LARGEST_TRAINABLE_SHARE = 0.6
+CONVERSION = "conversion of the weights"  # What Transformers 5 says of experts that it cannot join into one tensor.
 
 
 def load_causal_lm(folder: Path, **how: Any) -> tuple[PreTrainedModel, list[str]]:
@@ -64,6 +65,17 @@ def load_causal_lm(folder: Path, **how: Any) -> tuple[PreTrainedModel, list[str]
         if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
             raise
         raise ConfigError(f"the model in {folder} cannot be loaded: {_first_line(error)}") from None
+    except ImportError as error:
+        raise ConfigError(
+            f"the model in {folder} needs a package that this environment lacks: {_first_line(error)}"
+        ) from None
+    except RuntimeError as error:
+        # Memory and devices speak by a RuntimeError too; these are no fault of the folder.
+        if CONVERSION not in str(error):
+            raise
+        raise ConfigError(
+            f"the weights in {folder} cannot be put into the form that Transformers computes: {_first_line(error)}"
+        ) from None
     lacking = sorted(told["missing_keys"])
     other = sorted(f"{name} {tuple(stored)}, not {tuple(needed)}" for name, stored, needed in told["mismatched_keys"])
     if lacking or other:
@@ -156,12 +168,14 @@ def attach_adapter(
     """The policy: a trained adapter to go on with, or a new one whose B is zero (so that it starts as the base).
 
     Raises:
-        ConfigError: when no adapter, or far too much, would be trained; for a target that the base does not have.
+        ConfigError: when no adapter, or far too much, would be trained; for a target that the base does not have, or
+            that PEFT takes for another.
     """
     set_seed(seed)
     if start is not None:
         model = PeftModel.from_pretrained(base, start, adapter_name=ADAPTER_NAME, is_trainable=True)
     else:
+        chosen = chosen_places(base, plan.lora)
         config = LoraConfig(
             r=plan.lora.rank,
             lora_alpha=plan.lora.alpha,
@@ -172,6 +186,7 @@ def attach_adapter(
         )
         wrapped = get_peft_model(base, config, adapter_name=ADAPTER_NAME)
         assert isinstance(wrapped, PeftModel)
+        refuse_other_places(wrapped, ADAPTER_NAME, chosen)
         model = wrapped
     if dropout == 0.0:
         # A starting adapter brings the dropout it was trained with; two scores of one pair would differ.

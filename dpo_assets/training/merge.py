@@ -69,7 +69,6 @@ def run(spec: MergeSpec, reporter: Reporter) -> None:
         mean_difference_per_token=fmean(differences),
         max_difference_per_token=max(differences),
         probe_pairs=len(groups),
-        finite=not released.not_finite,
         not_finite=released.not_finite,
         parameters=released.parameters,
         method=method,

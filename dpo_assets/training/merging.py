@@ -26,7 +26,7 @@ from dpo_assets.planning.weights import INDEX, SINGLE, Stored, TensorFile, read_
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 BLOCK = 4 * 2**20  # Stored bytes that are worked on at one time; in fp32 they are up to twice that.
-FLOATS: dict[str, torch.dtype] = {
+DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -202,7 +202,7 @@ def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
 
 
 def _copied(source: BinaryIO, tensor: Stored, block: int) -> Iterator[bytes | bytearray]:
-    dtype = FLOATS.get(tensor.dtype)
+    dtype = DTYPES.get(tensor.dtype)
     item = dtype.itemsize if dtype else 1
     step = max(item, block // item * item)
     source.seek(tensor.start)
@@ -217,7 +217,7 @@ def _merged(source: BinaryIO, tensor: Stored, update: Update, block: int) -> Ite
     down, up = _load(update.down), _load(update.up)
     if not (_finite(down) and _finite(up)):
         raise _not_finite(f"LoRA of {update.module}", "in the adapter", "lower the learning rate and train again")
-    dtype, (out, width) = FLOATS[tensor.dtype], tensor.shape
+    dtype, (out, width) = DTYPES[tensor.dtype], tensor.shape
     rows = max(1, block // (width * dtype.itemsize))
     source.seek(tensor.start)
     for first in range(0, out, rows):
@@ -227,7 +227,7 @@ def _merged(source: BinaryIO, tensor: Stored, update: Update, block: int) -> Ite
 
 def _sum(data: bytearray, tensor: Stored, up: Tensor, down: Tensor, scale: float) -> Any:
     """Some rows of a weight, as stored, plus scale * B A for these rows; as the bytes to store."""
-    dtype = FLOATS[tensor.dtype]
+    dtype = DTYPES[tensor.dtype]
     # In fp32 `float()` is the buffer itself, which nobody else reads.
     exact = torch.frombuffer(data, dtype=dtype).float().view(len(up), -1).addmm_(up, down, alpha=scale)
     if not _finite(exact):
@@ -244,7 +244,7 @@ def _load(tensor: Stored) -> Tensor:
     with tensor.path.open("rb") as handle:
         handle.seek(tensor.start)
         data = _read(handle, tensor, tensor.stop - tensor.start)
-    return torch.frombuffer(data, dtype=FLOATS[tensor.dtype]).view(tensor.shape).float()
+    return torch.frombuffer(data, dtype=DTYPES[tensor.dtype]).view(tensor.shape).float()
 
 
 def _read(handle: BinaryIO, tensor: Stored, count: int) -> bytearray:

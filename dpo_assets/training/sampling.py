@@ -16,6 +16,7 @@ import torch
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training import attention
 from dpo_assets.training.chat_format import ChatFormat
+from dpo_assets.training.data import first_asked
 from dpo_assets.training.evaluate import generate
 from dpo_assets.training.loading import ADAPTER_NAME, autocast_of, plain_attention
 from dpo_assets.training.logprobs import ON_UNSLOTH, causal_lm, evaluating, score_hits
@@ -132,12 +133,6 @@ class Watched:
         return [(p - r, len(g.completions[0])) for p, r, g in zip(policy, reference, groups, strict=True)]
 
 
-def first_prompts(rows: Any, count: int, longest: int) -> list[list[int]]:
-    """Token ids of the first `count` different prompts of at most `longest` tokens."""
-    seen: dict[tuple[int, ...], list[int]] = {}
-    for ids in rows["prompt_ids"]:
-        if len(seen) == count:
-            break
-        if len(ids) <= longest:
-            seen.setdefault(tuple(ids), list(ids))
-    return list(seen.values())
+def first_prompts(rows: Any, chat: ChatFormat, count: int, longest: int) -> list[list[int]]:
+    """Token ids of the first `count` different prompts of at most `longest` tokens, for a model to answer."""
+    return [ids for _, ids in first_asked(rows, chat, count, longest)]

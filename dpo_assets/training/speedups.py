@@ -18,6 +18,7 @@ import torch
 
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.training.targets import decoder_layers
 
 BACKEND = "inductor"
 # Round where the plain layers do: by default what is fused stays in fp32, so that rounding depends on what a graph
@@ -35,7 +36,7 @@ def speed_up(model: Any, plan: TrainingPlan) -> None:
     if "liger" in plan.speedups:
         _apply_liger(lm)
     if "compile" in plan.speedups:
-        for layer in lm.get_decoder().layers:
+        for layer in decoder_layers(lm)[1]:
             # Packed forwards differ in length; static shapes would compile each one anew.
             layer.compile(backend=BACKEND, dynamic=True, options=OPTIONS if BACKEND == "inductor" else None)
 

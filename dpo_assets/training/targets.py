@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from dpo_assets.planning.matrices import Matrices, Role, role_of
+from dpo_assets.errors import ConfigError
+from dpo_assets.planning.matrices import Matrices, Role, is_stack, role_of
 from dpo_assets.planning.targets import Covered, LoraCoverage, all_linear, refuse_unknown
+from dpo_assets.planning.weights import listed
 from dpo_assets.recipe import EVERY_LINEAR, LoraSection
 
 _WRAPPED = re.compile(r"\.base_layer(?=\.|$)")
@@ -27,6 +29,58 @@ class Place:
     adapted: bool
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """What a section means in a loaded model: its names, and the full names of linear layers and of experts."""
+
+    names: list[str]
+    linear: frozenset[str]
+    experts: frozenset[str]
+
+
+def chosen_places(model: nn.Module, lora: LoraSection) -> Chosen:
+    """The places that a section puts an adapter on.
+
+    Raises:
+        ConfigError: for a name that matches nothing, with what the model has.
+    """
+    places = list(places_of(model))
+    kinds, every = _distinct([place.kind for place in places]), lora.target_modules == EVERY_LINEAR
+    names = all_linear(kinds, model.config.model_type) if every else list(lora.target_modules)
+    refuse_unknown(names, lora.target_parameters, kinds, type(model).__name__, exact=True)
+    roles: tuple[Role, ...] = ("linear",) if every else ("linear", "router")
+    return Chosen(
+        names,
+        frozenset(p.full for p in places if p.kind.role in roles and any(map(p.kind.answers_to, names))),
+        frozenset(
+            p.full for p in places if p.kind.role == "experts" and any(map(p.kind.answers_to, lora.target_parameters))
+        ),
+    )
+
+
+def refuse_other_places(model: nn.Module, adapter: str, chosen: Chosen) -> None:
+    """PEFT rewrites the targets of some model types (experts that Transformers 5 stores otherwise than 4).
+
+    Raises:
+        ConfigError: when an adapter is elsewhere than it was asked for, with the names of both.
+    """
+    asked = chosen.linear | chosen.experts
+    has = {place.full for place in places_of(model, adapter) if place.adapted}
+    if has == asked:
+        return
+    faults = [f"{listed(_in_layer(has - asked))} would be adapted"] if has - asked else []
+    faults += [f"{listed(_in_layer(asked - has))} would stay frozen"] if asked - has else []
+    raise ConfigError(
+        f"PEFT reads lora.target_modules [{', '.join(chosen.names)}] otherwise than the plan: {', and '.join(faults)}. "
+        "Leave the frozen names out of lora.target_modules, and name experts in lora.target_parameters."
+    )
+
+
+def _in_layer(places: AbstractSet[str]) -> list[str]:
+    """Names of places without the number of their layer."""
+    return sorted({re.sub(r"^.*?\.\d+\.", "", place) for place in places})
+
+
 def peft_targets(model: nn.Module, lora: LoraSection) -> dict[str, list[str] | None]:
     """`target_modules` and `target_parameters` of a LoraConfig, so that it adapts what the section says and no more.
 
@@ -36,23 +90,15 @@ def peft_targets(model: nn.Module, lora: LoraSection) -> dict[str, list[str] | N
     Raises:
         ConfigError: for a name that matches nothing, with what the model has.
     """
-    places = list(places_of(model))
-    kinds = [place.kind for place in places]
-    names = all_linear(kinds) if lora.target_modules == EVERY_LINEAR else list(lora.target_modules)
-    refuse_unknown(names, lora.target_parameters, _distinct(kinds), type(model).__name__, exact=True)
-    linear = {p.full for p in places if p.kind.role != "experts" and any(p.kind.answers_to(name) for name in names)}
-    if lora.target_modules == EVERY_LINEAR:
-        linear -= {p.full for p in places if p.kind.role == "router"}
-    experts = {
-        p.full for p in places if p.kind.role == "experts" and any(p.kind.answers_to(n) for n in lora.target_parameters)
-    }
+    chosen = chosen_places(model, lora)
     modules = [name for name, _ in model.named_modules()]
     parameters = [name for name, _ in model.named_parameters()]
-    exact = _ending_in(lora.target_parameters, parameters) == experts
+    exact = _ending_in(lora.target_parameters, parameters) == chosen.experts
+    plain = _ending_in(chosen.names, modules) == chosen.linear
     return {
-        "target_modules": names if _ending_in(names, modules) == linear else sorted(linear),
+        "target_modules": chosen.names if plain else sorted(chosen.linear),
         # None and not empty: that is what a plain adapter has.
-        "target_parameters": (lora.target_parameters if exact else sorted(experts)) or None,
+        "target_parameters": (lora.target_parameters if exact else sorted(chosen.experts)) or None,
     }
 
 
@@ -69,7 +115,7 @@ def coverage(model: nn.Module, adapter: str) -> LoraCoverage:
 
 def places_of(model: nn.Module, adapter: str = "") -> Iterator[Place]:
     """Linear layers and stacked experts of the decoder layers, in their order, adapted ones by their own name."""
-    name, layers = _decoder_layers(model)
+    name, layers = decoder_layers(model)
     for number, layer in enumerate(layers):
         adapted = {
             _WRAPPED.sub("", f".{path}") + (f".{module.parameter_name}" if hasattr(module, "parameter_name") else "")
@@ -91,22 +137,35 @@ def _weights(layer: nn.Module) -> Iterator[tuple[str, tuple[int, ...], bool]]:
         plain = _WRAPPED.sub("", f".{path}")[1:]
         if isinstance(module, nn.Linear):  # Quantised layers pack their weight, so its own shape says nothing.
             yield plain, (module.out_features, module.in_features), False
-        elif isinstance(module, Conv1D):
-            yield plain, (module.nf, module.nx), False
         elif not isinstance(module, LoraLayer):
             for own, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() == 3 and parameter.shape[1] > 1:
+                if is_stack(f"{plain}.{own}", parameter.shape):
                     yield f"{plain}.{own}", tuple(parameter.shape), True
 
 
-def _decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
-    """The list of decoder layers and its name in the model."""
+def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
+    """The list of decoder layers and its name in the model.
+
+    Raises:
+        ConfigError: when there is none, or nothing tells which one it is.
+    """
     lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder, layers = lm.get_decoder(), lm.config.get_text_config().num_hidden_layers
-    for name, module in lm.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == layers and any(m is module for m in decoder.children()):
-            return name, module
-    raise AssertionError(f"{type(lm).__name__} has no list of {layers} decoder layers")
+    lists = {name: held for name, held in lm.named_modules() if isinstance(held, nn.ModuleList) and len(held) == layers}
+    own = {name: held for name, held in lists.items() if any(child is held for child in decoder.children())}
+    # Llama 4's decoder is the whole language model: one of its children owns the list.
+    below = {
+        name: held
+        for name, held in lists.items()
+        if any(grandchild is held for child in decoder.children() for grandchild in child.children())
+    }
+    if not own and len(below) != 1:
+        has = f"several, {', '.join(below)}" if below else "none"
+        raise ConfigError(
+            f"{type(lm).__name__} should have one list of its {layers} decoder layers, and has {has}; take a decoder "
+            "language model of another family."
+        )
+    return next(iter((own or below).items()))
 
 
 def _ending_in(names: list[str], paths: list[str]) -> set[str]:

@@ -16,7 +16,6 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jinja2 import TemplateError
 
 from dpo_assets.ahead import ahead
 from dpo_assets.artifact import VOLATILE, write_json
@@ -29,7 +28,7 @@ from dpo_assets.feedback.rules import (
     TEMPLATE_REFUSED,
     UNSUPPORTED_MODALITY,
 )
-from dpo_assets.training.chat_format import ChatFormat, load_chat_format
+from dpo_assets.training.chat_format import RENDERING_ERRORS, ChatFormat, load_chat_format
 
 if TYPE_CHECKING:
     # For its type alone: the module also has Trainer's callbacks, and Trainer imports PEFT and torch's compiler.
@@ -38,8 +37,6 @@ if TYPE_CHECKING:
 PART = 2048  # Pairs rendered and tokenized at once, which is what is held in memory.
 SCHEMA = dict(token_schema())
 COLUMNS = ("pair_id", "prompt", "chosen", "rejected", TOOLS)
-# What a template raises: its own refusals, and what Python says when it handles values of an odd shape.
-RENDERING_ERRORS = (TemplateError, TypeError, ValueError, KeyError)
 
 Conversation = list[dict[str, str]]
 Ids = list[int]

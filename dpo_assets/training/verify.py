@@ -17,6 +17,7 @@ from dpo_assets.planning.weights import read_weights
 from dpo_assets.training.chat_format import load_chat_format
 from dpo_assets.training.loading import load_causal_lm
 from dpo_assets.training.reporting import Reporter
+from dpo_assets.training.targets import places_of
 
 ROWS = 4096  # Of two embeddings, compared at one time.
 
@@ -26,11 +27,13 @@ def run(spec: VerifySpec, reporter: Reporter) -> None:
 
     Raises:
         ConfigError: naming what is missing, stored in another shape, stored twice and differently, or read otherwise
-            than it is written.
+            than it is written; where no decoder layers are found that could be adapted.
     """
     chat = load_chat_format(spec.base_model, spec.template)
     model, unused = load_causal_lm(spec.base_model, device_map={"": "meta"})
     refuse_two_heads(spec.base_model, model)
+    if not any(places_of(model)):
+        raise ConfigError(f"{type(model).__name__} in {spec.base_model} has no linear layers that could be adapted")
     found = VerifiedBase(
         unused_tensors=tuple(unused),
         ends=tuple(chat.tokenizer.convert_ids_to_tokens(sorted(chat.ends))),

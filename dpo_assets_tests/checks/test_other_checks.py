@@ -20,11 +20,13 @@ from dpo_assets.checks.bands import default_bands
 from dpo_assets.checks.catalog import CHECKS, checks_of
 from dpo_assets.checks.collapse import CollapseLimits
 from dpo_assets.checks.config import plan_verdicts
+from dpo_assets.checks.coverage import lora_coverage
 from dpo_assets.checks.dataset import dataset_verdicts
 from dpo_assets.checks.judged_text import judged_text_kept
 from dpo_assets.checks.promotion import decide, evaluation_verdicts, greedy_health, promotion_verdict
 from dpo_assets.checks.training import dpo_verdicts, merge_verdicts, sft_verdicts
 from dpo_assets.checks.verdict import Level, Verdict, upper_limit, worst
+from dpo_assets.planning.matrices import Role
 from dpo_assets.planning.model_folder import ModelFolder
 from dpo_assets.planning.plan import ModelShape
 from dpo_assets.planning.targets import Covered, LoraCoverage
@@ -206,6 +208,54 @@ def test_an_adopted_base_was_not_trained_and_passes() -> None:
 
 
 # dpo_adapter
+
+
+def kinds(*names: tuple[str, Role, int, int]) -> Report:
+    """A coverage of (name, role, weights, adapted)."""
+    made = [Covered(name=name, role=role, weights=weights, adapted=adapted) for name, role, weights, adapted in names]
+    return LoraCoverage(kinds=tuple(made)).model_dump()
+
+
+@pytest.mark.parametrize(
+    ("planned", "measured", "level", "said"),
+    [
+        # As PEFT rewrites some models: the same share of other weights.
+        (
+            kinds(("up_proj", "linear", 100, 100), ("experts.w1", "experts", 50, 0), ("experts.w3", "experts", 50, 0)),
+            kinds(("up_proj", "linear", 100, 0), ("experts.gate_up_proj", "experts", 100, 100)),
+            "error",
+            "less of up_proj than planned; more of experts than planned",
+        ),
+        (
+            kinds(("q_proj", "linear", 100, 100), ("k_proj", "linear", 100, 0)),
+            kinds(("q_proj", "linear", 100, 0), ("k_proj", "linear", 100, 100)),
+            "error",
+            "less of q_proj than planned; more of k_proj than planned",
+        ),
+        (
+            kinds(("q_proj", "linear", 9, 9), ("experts.w1", "experts", 50, 50), ("experts.w3", "experts", 50, 50)),
+            kinds(("q_proj", "linear", 9, 9), ("experts.gate_up_proj", "experts", 100, 100)),
+            "pass",
+            "100% of 100%",
+        ),
+    ],
+    ids=["experts for linear layers", "one kind for another", "experts stored one by one"],
+)
+def test_an_adapter_elsewhere_than_planned_blocks(planned: Report, measured: Report, level: str, said: str) -> None:
+    changes = {"lora_coverage": measured, "lora_planned": planned}
+    verdict = named("adapter_attached", dpo_verdicts(DPO | changes, BANDS))
+    assert verdict.level == level
+    assert said in str(verdict.value)
+
+
+def test_layers_that_no_setting_adapts_are_told_as_such() -> None:
+    some = coverage(**{"mlp.shared_experts.up_proj": 10}).model_copy(
+        update={"out_of_reach": ("mlp.shared_experts.up_proj",)}
+    )
+    verdict = lora_coverage(some, 4, BANDS)
+    assert verdict.level == "warn"
+    assert "lora.target_modules" not in verdict.fix
+    assert "PEFT takes mlp.shared_experts.up_proj for experts" in verdict.fix
 
 
 @pytest.mark.parametrize(

@@ -169,13 +169,21 @@ def test_without_a_key_no_user_is_kept(tmp_path: Path) -> None:
     assert ingested_user(tmp_path / "a", b"")[0] is None
 
 
-def test_the_key_of_a_store_is_made_once_and_is_its_owners(tmp_path: Path, instance: dg.DagsterInstance) -> None:
+def test_the_key_of_a_store_is_made_once_and_is_its_owners(
+    tmp_path: Path, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on a file system without hard links."""
+
+    def no_links(*_: object) -> None:
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr("os.link", no_links)
     store = ArtifactStore(root=str(tmp_path / "store"))
     with ThreadPoolExecutor(8) as pool:
         keys = {done.result() for done in [pool.submit(store.user_key, instance) for _ in range(8)]}
     assert len(keys) == 1
-    [path] = (tmp_path / "store").iterdir()
-    assert path.name == USER_KEY
+    path = tmp_path / "store" / USER_KEY
+    assert {file.name for file in path.parent.iterdir()} <= {USER_KEY, f"{USER_KEY}.lock"}
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert keys.isdisjoint({ArtifactStore(root=str(tmp_path / "other")).user_key(instance)})
 

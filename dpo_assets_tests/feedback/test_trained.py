@@ -13,7 +13,7 @@ from dpo_assets.feedback.tables import pairs_frame, with_new_content
 from dpo_assets.feedback.trained import (
     TRAINED_GROUPS,
     bound_to_train,
-    digest_of,
+    groups_digest,
     seen_pairs,
     trained_groups,
     write_trained_groups,
@@ -48,7 +48,7 @@ def test_the_same_split_again_is_the_same_whatever_was_trained_on_it(
     bound = bound_to_train(earlier, fraction, seed)
     train, held_out = split(PAIRS, fraction, seed, bound)
     again = bound_to_train(earlier | set(train["group_id"]), fraction, seed)
-    assert digest_of(again) == digest_of(bound)
+    assert groups_digest(again) == groups_digest(bound)
     assert split(PAIRS, fraction, seed, again)[1].equals(held_out)
     assert bound_to_train(split(PAIRS, fraction, seed)[0]["group_id"], fraction, seed) == frozenset()
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.cards import CARDS, device_of, find_card
-from dpo_assets.planning.memory import linear_shapes
 from dpo_assets.planning.sizes import SIZES, Size, find_model
 from dpo_assets_tests.pipelines import STORIES
 
@@ -102,7 +101,7 @@ def test_the_cpu_is_this_machine() -> None:
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: size.key)
 def test_the_parameters_of_a_size_are_those_of_its_shape(size: Size) -> None:
     shape = size.shape
-    layer = sum(rows * columns for rows, columns in linear_shapes(shape).values()) + 2 * shape.hidden
+    layer = sum(rows * columns for rows, columns in shape.linear_shapes().values()) + 2 * shape.hidden
     if shape.architecture == "Qwen2ForCausalLM":  # Biases of q, k and v.
         layer += (shape.heads + 2 * shape.kv_heads) * shape.head_dim
     embeddings = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)

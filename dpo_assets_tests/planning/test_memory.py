@@ -25,7 +25,6 @@ from dpo_assets.planning.memory import (
     estimate_peak,
     fit,
     head_chunk,
-    linear_shapes,
     weights_bytes,
 )
 from dpo_assets.planning.model_folder import inspect_model
@@ -182,7 +181,7 @@ def test_the_linear_layers_are_those_of_the_built_in_model() -> None:
         for name in weights.keys():  # noqa: SIM118 (no mapping)
             if name.endswith("_proj.weight"):
                 seen.setdefault(name.split(".")[-2], set()).add(tuple(weights.get_slice(name).get_shape()))
-    assert {name: {size} for name, size in linear_shapes(shape).items()} == seen
+    assert {name: {size} for name, size in shape.linear_shapes().items()} == seen
     assert body_parameters(shape) == shape.layers * sum(math.prod(*sizes) for sizes in seen.values())
 
 

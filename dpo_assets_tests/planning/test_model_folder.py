@@ -10,6 +10,7 @@ from typing import Any, Literal
 import pytest
 
 from dpo_assets.errors import ConfigError
+from dpo_assets.planning.memory import cache_bytes
 from dpo_assets.planning.model_folder import card_licence, inspect_model, uses_name
 from dpo_assets.planning.shape import ModelShape
 from dpo_assets_tests.planning.weights import save_index, save_tensors
@@ -55,6 +56,7 @@ def test_a_folder_tells_its_shape_weights_template_licence_and_eos(tmp_path: Pat
         vocabulary=16,
         context=2**20,
         architecture="LlamaForCausalLM",
+        stored="fp32",
     )
     assert (facts.architecture, facts.licence, facts.eos_token) == ("LlamaForCausalLM", "apache-2.0", "</s>")
     assert (facts.safetensors, facts.pickled) == (("model.safetensors",), ("old.bin", "optimizer.pt"))
@@ -121,7 +123,7 @@ def test_a_token_without_an_embedding_is_refused_with_both_numbers(
     if not refused:
         assert inspect_model(folder).shape.vocabulary == 16
         return
-    with pytest.raises(ConfigError, match=r"up to 16, but config\.json gives the embedding 16 rows"):
+    with pytest.raises(ConfigError, match=r"up to 16, but the embedding has 16 rows"):
         inspect_model(folder)
 
 
@@ -252,9 +254,33 @@ def test_shards_are_added_up_and_a_text_config_inside_is_found(tmp_path: Path) -
     facts = inspect_model(folder)
     assert facts.safetensors == ("one.safetensors", "two.safetensors")
     assert facts.shape == ModelShape(
-        parameters=17, layers=3, hidden=4, intermediate=6, vocabulary=5, context=7, architecture="unknown"
+        parameters=17,
+        layers=3,
+        hidden=4,
+        intermediate=6,
+        vocabulary=5,
+        context=7,
+        architecture="unknown",
+        stored="fp32",
     )
     assert (facts.architecture, facts.chat_template, facts.eos_token) == ("unknown", "", None)
+
+
+def test_what_a_short_config_leaves_to_its_class_is_read_from_the_files(tmp_path: Path) -> None:
+    """Gemma 3 writes no vocabulary and no heads: neither is an error, and neither is nothing."""
+    inner = {"num_hidden_layers": 2, "hidden_size": 48, "intermediate_size": 96, "model_type": "gemma3_text"}
+    folder = model(tmp_path, config={"model_type": "gemma3", "text_config": inner})
+    attention = {"q_proj.weight": [64, 48], "k_proj.weight": [32, 48], "q_norm.weight": [16]}
+    layer = {f"language_model.model.layers.0.self_attn.{name}": shape for name, shape in attention.items()}
+    table = {"language_model.model.embed_tokens.weight": [20, 48]}
+    save_tensors(folder / "model.safetensors", table | layer)
+    shape = inspect_model(folder).shape
+    assert (shape.vocabulary, shape.heads, shape.kv_heads, shape.head_dim) == (20, 4, 2, 16)
+    assert (shape.model_type, shape.fusable) == ("gemma3", False)
+    save_tensors(folder / "model.safetensors", table)
+    unknown = inspect_model(folder).shape
+    assert unknown.heads == 0
+    assert cache_bytes(unknown, 10) == 4 * 10 * 2 * 48
 
 
 def test_a_template_beside_the_tokenizer_counts_and_an_eos_as_text_too(tmp_path: Path) -> None:

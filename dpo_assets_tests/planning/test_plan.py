@@ -250,6 +250,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "lora": {"lora": recipe(lora={"rank": 2}).lora},
     "precision": {"precision": "4bit"},
     "kernels": {"kernels": "fused"},
+    "the card's 16 bit, unused": {"half": "fp16"},
     "checkpointing": {"gradient_checkpointing": True, "recomputed_layers": 3},
     "estimate": {"memory_gib": 1.0, "memory_available_gib": 1.0, "memory_parts": {"weights": 1.0}},
     "budget": {"token_budget": 99, "longest_pair": 98},
@@ -265,6 +266,7 @@ CHANGED: dict[str, dict[str, Any]] = {
         ("lora", True, True),
         ("precision", True, True),
         ("kernels", True, True),
+        ("the card's 16 bit, unused", False, False),
         ("checkpointing", False, False),
         ("estimate", False, False),
         ("budget", False, False),
@@ -275,3 +277,9 @@ def test_a_stage_is_trained_again_only_for_a_change_that_it_depends_on(change: s
     before, after = plan(), plan(**CHANGED[change])
     assert (before.sft_part() != after.sft_part()) is sft
     assert (before.dpo_part() != after.dpo_part()) is dpo
+
+
+def test_what_a_quantised_base_computes_in_is_part_of_what_is_trained() -> None:
+    before, after = (plan(precision="4bit", half=half) for half in ("bf16", "fp16"))
+    assert before.sft_part() != after.sft_part()
+    assert before.dpo_part() != after.dpo_part()

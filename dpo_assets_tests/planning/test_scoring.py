@@ -10,14 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from dpo_assets.assets.step import _given_up
 from dpo_assets.checks.bands import default_bands
 from dpo_assets.checks.config import schedule_and_precision
 from dpo_assets.checks.configuration import Configuration
 from dpo_assets.contract import EvaluateSpec
+from dpo_assets.errors import OutOfMemory
 from dpo_assets.planning.cards import CARDS, find_card
-from dpo_assets.planning.memory import FRAMEWORK_GIB, USABLE, forward_peak, weights_bytes
+from dpo_assets.planning.memory import FRAMEWORK_GIB, GIB, USABLE, cache_bytes, forward_peak, weights_bytes
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.precision import Device
+from dpo_assets.planning.scoring import GENERATION_BATCH
 from dpo_assets.planning.sizes import SIZES
 from dpo_assets_tests.planning.cases import CPU, EIGHT_B, L4, ONE_B, RTX_4090, SEVENTY_B, T4, data, planned
 
@@ -51,6 +54,34 @@ def test_a_merge_that_does_not_fit_the_card_is_proven_on_the_cpu_and_never_on_a_
     small, large = (planned(shape, T4, hardware={"precision": "4bit"}) for shape in (ONE_B, EIGHT_B))
     assert (small.at_proof().device, small.at_proof().precision) == ("cuda", "fp16")
     assert (large.at_proof().device, large.at_proof().precision) == ("cpu", "bf16")
+
+
+def test_what_needs_a_gpu_takes_no_part_in_a_proof_on_the_cpu() -> None:
+    made = planned(EIGHT_B, T4, hardware={"precision": "4bit", "speedups": ["liger"]})
+    assert (made.speedups, made.scoring.subject) == (("liger",), "adapter")
+    assert (made.at_proof().speedups, made.at_proof().kernels) == ((), "transformers")
+    assert planned(EIGHT_B, T4, hardware={"precision": "4bit"}).kernels == "fused"
+
+
+def test_a_release_that_is_scored_in_another_format_than_it_is_stored_in_says_both() -> None:
+    said = {stored: planned(ONE_B.model_copy(update={"stored": stored}), T4).scored for stored in ("bf16", "fp16", "")}
+    assert said == {
+        "bf16": "merged model in fp16, stored in bf16", "fp16": "merged model in fp16", "": "merged model in fp16"
+    }  # fmt: skip
+
+
+def test_answers_to_long_prompts_need_room_for_their_prompts_too() -> None:
+    """Eight prompts of 16,384 tokens are one forward, whatever the size of those that score."""
+    stats = data(max_length=16_384, longest_pair=512, mean_pair=512.0)
+    card = Device("cuda", "of 48 GiB", 48.0, (8, 9))
+    made = planned(EIGHT_B, card, stats, hardware={"precision": "4bit"})
+    assert made.scoring.subject == "adapter"
+    prompts = GENERATION_BATCH * stats.max_length
+    alone, with_prompts = (forward_peak(EIGHT_B, "bf16", 512, "cuda", n) for n in (0, prompts))
+    values = 3 * EIGHT_B.intermediate + 5 * EIGHT_B.hidden
+    assert with_prompts * GIB == pytest.approx(weights_bytes(EIGHT_B, "bf16") + 2 * prompts * values)
+    cache = cache_bytes(EIGHT_B, prompts) / GIB
+    assert alone + cache < USABLE["cuda"] * 48 - FRAMEWORK_GIB["cuda"] < with_prompts + cache
 
 
 def test_layers_compute_in_the_format_of_the_card_whatever_their_weights_are_kept_in() -> None:
@@ -108,3 +139,24 @@ def test_an_adapter_that_is_to_be_scored_must_be_given(tmp_path: Path) -> None:
     EvaluateSpec(**values, plan=planned(EIGHT_B, RTX_4090))
     with pytest.raises(ValidationError, match="no `adapter` is given"):
         EvaluateSpec(**values, plan=planned(EIGHT_B, T4))
+
+
+def test_scoring_that_cannot_be_made_smaller_is_not_tried_again_and_says_why(tmp_path: Path) -> None:
+    """Training may have had larger forwards, whose halves would be the same forwards of scoring."""
+    made = planned(EIGHT_B, RTX_4090, hardware={"precision": "4bit"})
+    least = made.model_copy(update={"scoring": made.scoring.model_copy(update={"token_budget": made.longest_pair})})
+    specs = [
+        EvaluateSpec(
+            output_dir=tmp_path, fingerprint="f", inputs={}, base_model=tmp_path, dataset=tmp_path, sft_adapter=None,
+            policy=tmp_path, confidence=0.95, generations=0, max_new_tokens=1, min_pairs=1, plan=plan,
+        )
+        for plan in (made, least)
+    ]  # fmt: skip
+    assert specs[0].smaller_forwards() is not None
+    assert least.with_half_budget() is not None
+    assert specs[1].smaller_forwards() is None
+    said = _given_up("evaluate", specs[1], OutOfMemory("no memory"))
+    assert f"in forwards of {made.longest_pair} tokens; the longest pair alone takes that many" in said
+    assert "answers take forwards of 8 prompts that no retry makes smaller" in said
+    assert "set evaluation.generations below 8" in said
+    assert "set hardware.precision to 4bit" not in said

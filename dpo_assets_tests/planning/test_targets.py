@@ -12,7 +12,7 @@ import pytest
 from dpo_assets.checks.bands import default_bands
 from dpo_assets.checks.coverage import lora_coverage
 from dpo_assets.errors import ConfigError
-from dpo_assets.planning.matrices import Matrices, matrices_of, read_matrices
+from dpo_assets.planning.matrices import Matrices, matrices_of, read_matrices, role_of
 from dpo_assets.planning.memory import adapter_bytes, body_parameters
 from dpo_assets.planning.model_folder import inspect_model
 from dpo_assets.planning.plan import TrainingPlan
@@ -20,6 +20,7 @@ from dpo_assets.planning.shape import ModelShape
 from dpo_assets.planning.targets import resolve_targets
 from dpo_assets.recipe import ALL_LINEAR, LoraSection
 from dpo_assets_tests.planning.cases import CPU, EIGHT_B, RTX_4090, TINY, planned
+from dpo_assets_tests.planning.weights import save_index, save_tensors
 from dpo_assets_tests.samples import recipe
 
 LAYERS, H, WIDE, E = 2, 64, 128, 4
@@ -124,6 +125,9 @@ def test_experts_are_counted_and_named_as_frozen_until_the_recipe_names_them(ten
         (MIXTRAL, {"target_modules": ["gate_proj"]}, r"target_parameters, as in \[experts.gate_up_proj, experts"),
         (LLAMA, {"target_parameters": EXPERTS}, "matches nothing in SomeForCausalLM, which has no experts"),
         (MIXTRAL, {"target_parameters": ["experts.gate_proj"]}, "has: experts.gate_up_proj, experts.down_proj"),
+        # Names in the files, which the loaded model does not have.
+        (MIXTRAL, {"target_modules": ["q_proj", "w1"]}, "`w1` match"),
+        (MIXTRAL, {"target_parameters": ["experts.w1"]}, "has: experts.gate_up_proj, experts.down_proj"),
         (AROUND, {}, "has no linear layers"),
     ],
 )  # fmt: skip
@@ -154,13 +158,17 @@ def test_a_plan_that_knows_no_matrices_does_not_pass() -> None:
 
 
 def test_only_the_decoder_layers_that_the_model_has_are_counted() -> None:
-    """Not a vision tower, not layers for predicting further tokens, not a convolution over time."""
+    """Not a vision tower, not layers for predicting further tokens, not a convolution over time, a norm or a buffer."""
     more: Tensors = {
         "model.vision_tower.encoder.layers.0.self_attn.q_proj.weight": (H, H),
         "visual.blocks.0.attn.qkv.weight": (192, H),
         f"model.layers.{LAYERS}.self_attn.q_proj.weight": (H, H),
         "model.layers.0.linear_attn.conv1d.weight": (H, 1, 4),
-        "model.layers.0.self_attn.q_norm.weight": (H,),
+        "mtp.layers.0.self_attn.q_proj.weight": (H, H),
+        "model.resampler.layers.0.attn.weight": (H, H),
+        "model.layers.0.self_attn.q_norm.weight": (4, 16),
+        "model.layers.0.self_attn.mask": (1, 8, 8),
+        "model.layers.0.self_attn.bias": (4, 8, 8),
         "model.layers.0.mixer.A_log": (H, 16),
     }
     assert matrices_of((LLAMA | more).items(), LAYERS) == matrices_of(LLAMA.items(), LAYERS)
@@ -188,6 +196,30 @@ def test_files_and_widths_agree_on_the_built_in_model(tmp_path: Path) -> None:
     assert resolve_targets(lora, read) == resolve_targets(lora, shape)
     assert adapter_bytes(read, resolve_targets(lora, read)) == adapter_bytes(shape, resolve_targets(lora, shape))
     assert body_parameters(read) == body_parameters(shape)
+
+
+def test_matrices_are_read_from_the_files_of_the_index_whatever_their_names(tmp_path: Path) -> None:
+    """Qwen3.5 names its parts otherwise; a second copy in another layout lies beside them."""
+    names = list(LLAMA)
+    parts = {f"model.safetensors-0000{n + 1}-of-00002.safetensors": names[n::2] for n in range(2)}
+    for file, held in parts.items():
+        save_tensors(tmp_path / file, {name: LLAMA[name] for name in held})
+    save_index(tmp_path, {name: file for file, held in parts.items() for name in held})
+    save_tensors(tmp_path / "model-00001-of-00001.safetensors", {"model.layers.0.attention.wq.weight": (H, H)})
+    read = {kind.name: kind for kind in read_matrices(tmp_path, LAYERS)}
+    assert read == {kind.name: kind for kind in matrices_of(LLAMA.items(), LAYERS)}
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("mlp.gate.wg", "router"), ("mlp.gate", "router"), ("mlp.shared_expert_gate", "router"),
+        ("block_sparse_moe.router.layer", "router"), ("self_attn.output_gate", "linear"), ("mlp.gate_proj", "linear"),
+        ("mlp.experts.w1", "experts"), ("mlp.shared_experts.gate_proj", "linear"),
+    ],
+)  # fmt: skip
+def test_a_router_is_told_from_a_gate(name: str, role: str) -> None:
+    assert role_of(name) == role
 
 
 def test_a_file_that_is_none_is_refused_by_name(tmp_path: Path) -> None:

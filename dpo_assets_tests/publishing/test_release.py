@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 
 from dpo_assets.artifact import seal
 from dpo_assets.assets.published_model import verify
-from dpo_assets.errors import ConfigError
-from dpo_assets.publishing.card import CardFacts, render_card
+from dpo_assets.errors import ConfigError, GateError
+from dpo_assets.publishing.card import CardFacts, card_settings, render_card
 from dpo_assets.publishing.commit import Operation, PublishError, Release, content_tag, publish, stage
-from dpo_assets.publishing.secrets import MASK, PATTERNS, SECRET_VARIABLES, find_secrets, name_secrets, scrub
+from dpo_assets.publishing.secrets import SECRET_VARIABLES, find_secrets, name_secrets, scrub
+from dpo_assets.secret_shapes import MASK, PATTERNS
 from dpo_assets_tests.hub_server import HubServer, Repo
 from dpo_assets_tests.samples import SHA, dataset_report, evaluation_report, plan
 
@@ -157,7 +158,7 @@ def api(hub: HubServer) -> HfApi:
 
 
 def send(api: HfApi, release: tuple[Path, list[Operation]]) -> Release:
-    return publish(api, REPO, *release, private=True)
+    return publish(api, REPO, *release, private=True, token_variable="HF_TOKEN")
 
 
 def summaries(repo: Repo) -> list[str]:
@@ -181,7 +182,7 @@ def test_a_release_is_one_commit_with_a_tag_and_reads_back_equal(hub: HubServer,
 def test_a_repository_is_as_private_as_the_recipe_says(
     hub: HubServer, api: HfApi, tmp_path: Path, private: bool
 ) -> None:
-    publish(api, REPO, *staged(tmp_path), private=private)
+    publish(api, REPO, *staged(tmp_path), private=private, token_variable="HF_TOKEN")
     assert hub.repo(REPO).private is private
 
 
@@ -246,23 +247,24 @@ def test_another_writers_commit_is_not_overwritten(hub: HubServer, tmp_path: Pat
 
 def test_corrupted_bytes_are_noticed_when_the_release_is_read_back(hub: HubServer, tmp_path: Path) -> None:
     corrupt = Interrupted(hub, after=lambda: hub.repo(REPO).flip_byte("model.safetensors"))
-    with pytest.raises(PublishError, match=r"model\.safetensors at org/bot@[0-9a-f]{40} is not what was sent"):
+    with pytest.raises(GateError, match=r"model\.safetensors at org/bot@[0-9a-f]{40} is not what was sent") as red:
         send(corrupt, staged(tmp_path))
+    assert red.value.check == "release_verified"
 
 
 def test_a_release_that_did_not_read_back_equal_is_no_success_on_the_next_try(
     hub: HubServer, api: HfApi, tmp_path: Path
 ) -> None:
     corrupt = Interrupted(hub, after=lambda: hub.repo(REPO).flip_byte("model.safetensors"))
-    with pytest.raises(PublishError):
+    with pytest.raises(GateError):
         send(corrupt, staged(tmp_path))
-    with pytest.raises(PublishError):
+    with pytest.raises(GateError):
         send(api, staged(tmp_path))
 
 
 def test_a_release_that_did_not_read_back_equal_gets_no_tag(hub: HubServer, tmp_path: Path) -> None:
     corrupt = Interrupted(hub, after=lambda: hub.repo(REPO).flip_byte("config.json"))
-    with pytest.raises(PublishError):
+    with pytest.raises(GateError):
         send(corrupt, staged(tmp_path))
     assert hub.repo(REPO).tags == {}
 
@@ -275,7 +277,7 @@ def test_a_tag_of_this_content_on_another_commit_is_a_failure_and_is_not_moved(
     elsewhere = hub.repo(REPO).resolve().oid
     hub.repo(REPO).tags[content_tag(operations)] = elsewhere
     head = hub.repo(REPO).commit("by hand", hub.repo(REPO).resolve().files)
-    with pytest.raises(PublishError, match=f"points at {elsewhere}"):
+    with pytest.raises(GateError, match=f"points at {elsewhere}"):
         send(api, (folder, operations))
     assert hub.repo(REPO).tags == {content_tag(operations): elsewhere}
     assert hub.repo(REPO).resolve() == head
@@ -319,7 +321,7 @@ def test_a_commit_whose_answer_is_lost_is_made_once_and_tagged_by_the_next_try(
         (True, True, "7 files, commit 0123456789ab, sent, re-downloaded and equal"),
         (False, True, "7 files, commit 0123456789ab was there already, nothing sent, re-downloaded and equal"),
         (False, False, "7 files, commit 0123456789ab was there already, nothing sent, found equal when it was tagged"),
-        (None, None, "7 files, dry run, nothing sent"),
+        (None, None, "7 files, nothing sent"),
     ],
 )
 def test_the_check_of_a_release_says_what_this_run_did(
@@ -368,11 +370,11 @@ def test_a_refused_upload_is_a_publish_error_and_leaves_no_commit(hub: HubServer
         ("GET", "/resolve/"),
     ],
 )
-def test_a_refusal_at_any_step_is_a_publish_error_and_the_next_try_completes(
+def test_a_refusal_at_any_step_is_told_by_the_tokens_variable_and_a_later_run_completes(
     hub: HubServer, api: HfApi, tmp_path: Path, method: str, path: str
 ) -> None:
     hub.fail_next(method, path, status=403)
-    with pytest.raises(PublishError, match="publishing org/bot failed: "):
+    with pytest.raises(ConfigError, match="publishing org/bot is refused: the token in HF_TOKEN must be valid"):
         send(api, staged(tmp_path))
     assert hub.faults.pending == []
     release = send(api, staged(tmp_path))
@@ -384,7 +386,7 @@ def test_a_refusal_at_any_step_is_a_publish_error_and_the_next_try_completes(
 
 def test_a_refused_token_changes_nothing_and_is_in_no_text(hub: HubServer, tmp_path: Path) -> None:
     bad = HfApi(endpoint=hub.endpoint, token=TOKEN)
-    with pytest.raises(PublishError) as refused:
+    with pytest.raises(ConfigError) as refused:
         send(bad, staged(tmp_path))
     assert "401" in str(refused.value)
     error: BaseException | None = refused.value
@@ -629,7 +631,7 @@ def test_a_card_says_the_numbers_of_its_artefacts() -> None:
         f"Dataset digest `{'c' * 64}`",
         "loss sigmoid, beta 0.2, learning rate 1e-05",
         "63 steps of 16 pairs, 2 epochs",
-        "bf16: NVIDIA L4 supports it and it fits",
+        "Precision: base weights in bf16, computed in bf16.",
         "dpo_assets 0.1.0, torch 2.9.0",
         "| policy, implicit reward against SFT | 0.700 | [0.610, 0.780] | 120 |",
         "| SFT, log-probability per token | 0.580 | [0.490, 0.660] | 120 |",
@@ -638,6 +640,19 @@ def test_a_card_says_the_numbers_of_its_artefacts() -> None:
         "Verdict: **first_publication** (better than its start).",
     ):
         assert text in card
+
+
+def test_a_card_says_no_more_of_a_plan_than_its_settings() -> None:
+    """What differs here from night to night on a shared machine, or from one card to the next."""
+    other = plan(
+        dpo={"beta": 0.2, "learning_rate": 1e-5, "epochs": 2.0}, device_name="NVIDIA H200", device_index=3,
+        device_uuid="GPU-2b3c", precision_reason="bf16: of the 7.25 GiB", token_budget=512, memory_gib=3.0,
+        memory_available_gib=7.25, gradient_checkpointing=True, recomputed_layers=2,
+    )  # fmt: skip
+    assert card_settings(other) == card_settings(facts().plan)
+    assert render_card(facts(plan=other)) == render_card(facts())
+    more = facts().plan.model_copy(update={"dpo_steps": 64})
+    assert card_settings(more) != card_settings(facts().plan)
 
 
 def test_a_card_without_rejected_rows_or_revision_still_reads() -> None:

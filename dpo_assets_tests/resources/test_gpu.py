@@ -19,6 +19,8 @@ from dpo_assets import GpuResource
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.precision import Device
 from dpo_assets.resources import nvml
+from dpo_assets.resources.environment import worker_environment
+from dpo_assets_tests.test_launcher import spec_on
 
 GIB = 2**30
 
@@ -240,6 +242,43 @@ def test_a_gpu_of_another_container_is_passed_over(detect: Detect) -> None:
     assert detect([foreign, SECOND]).uuid == SECOND.uuid
     with pytest.raises(ConfigError, match="this process may use none of them"):
         detect([foreign])
+
+
+def test_a_number_counts_the_gpus_that_this_process_may_use(detect: Detect) -> None:
+    """As CUDA does: in a container the driver lists all GPUs of the machine."""
+    foreign = Card("NVIDIA H200", "GPU-far", fails={"nvmlDeviceGetHandleByIndex": PERMISSION})
+    assert detect([foreign, FIRST, SECOND], "0").uuid == FIRST.uuid
+    assert detect([foreign, FIRST, SECOND], "1").uuid == SECOND.uuid
+    with pytest.raises(ConfigError, match="no GPU `2` here"):
+        detect([foreign, FIRST, SECOND], "2")
+
+
+PLANNED_FOR = Device("cuda", "NVIDIA L4", 20.0, (8, 9), 0, FIRST.uuid)
+
+
+@pytest.mark.parametrize(
+    ("cards", "visible", "uuid"),
+    [
+        ([FIRST, SECOND], None, FIRST.uuid),
+        ([FIRST, SECOND], "1", SECOND.uuid),  # The planned one is another container's.
+        ([SECOND], None, SECOND.uuid),
+        ([OTHER, SECOND, OLD], None, SECOND.uuid),
+        ([SECOND, Card(uuid="GPU-ffff")], None, FIRST.uuid),  # Which of the two is nobody's guess.
+        ([OTHER], None, FIRST.uuid),
+        ([Card(uuid="GPU-full", free=0)], None, FIRST.uuid),
+        ([Card(uuid="GPU-dead", fails={"nvmlDeviceGetMemoryInfo": LOST}), SECOND], None, SECOND.uuid),
+        ([], None, FIRST.uuid),
+    ],
+)
+def test_where_the_planned_gpu_is_not_in_sight_the_only_equal_one_takes_its_place(
+    monkeypatch: pytest.MonkeyPatch, cards: list[Card], visible: str | None, uuid: str
+) -> None:
+    machine = Machine(cards)
+    machine.install(monkeypatch)
+    if visible is not None:
+        monkeypatch.setenv(nvml.VISIBLE, visible)
+    assert worker_environment(spec_on(PLANNED_FOR))[nvml.VISIBLE] == uuid
+    assert machine.shut_down == 1
 
 
 def test_memory_that_nvml_does_not_tell_is_asked_of_the_recipe(detect: Detect) -> None:

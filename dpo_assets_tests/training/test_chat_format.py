@@ -11,12 +11,20 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dpo_assets.contract import TemplateSettings
 from dpo_assets.errors import ConfigError
 from dpo_assets.recipe import TEMPLATE_DATE
-from dpo_assets.training.chat_format import ChatFormat, load_chat_format, load_tokenizer, write_tokenizer
+from dpo_assets.training.chat_format import (
+    MOST_MARKS,
+    ChatFormat,
+    _difference,
+    _marks,
+    load_chat_format,
+    load_tokenizer,
+    write_tokenizer,
+)
 from dpo_assets_tests.training.bases import byte_level, copy_of, rewrite
 
 SENTENCE = "Hello, how are you doing?\n\n  x"
@@ -84,6 +92,49 @@ def test_a_tokenizer_that_no_way_of_loading_reads_as_its_file_is_refused(copied:
     byte_level(copied, added_tokens_decoder={"400": word | {"special": False}})
     with pytest.raises(ConfigError, match=r"cannot be loaded as its files describe it: .* reads 'Hello, how are"):
         load_tokenizer(copied)
+
+
+IM = {"content": "<|im_end|>", "lstrip": False, "single_word": False, "normalized": False, "special": True}
+
+
+@pytest.mark.parametrize("rstrip", [True, False])
+def test_where_only_flags_of_a_mark_differ_the_tokenizers_config_is_followed(copied: Path, rstrip: bool) -> None:
+    """As vLLM and TGI do. The file says that the mark does not take the line end behind it (Phi-3's does)."""
+    byte_level(copied, ("<s>", "</s>", "<|im_end|>"), added_tokens_decoder={"2": IM | {"rstrip": rstrip}})
+    read = ids(load_tokenizer(copied), "a <|im_end|>\n b")
+    assert (read == ids(load_tokenizer(copied), "a <|im_end|> b")) is rstrip
+
+
+def test_white_space_beside_a_mark_is_compared(copied: Path) -> None:
+    byte_level(copied, ("<s>", "</s>", "<|im_end|>"), added_tokens_decoder={"2": IM | {"rstrip": True}})
+    plain = Tokenizer.from_file(str(copied / "tokenizer.json"))
+    assert "reads 'a <|im_end|>\\n b' as" in str(_difference(load_tokenizer(copied), plain))
+
+
+def test_the_marks_of_the_template_are_compared_first_and_all(copied: Path) -> None:
+    """A tokenizer may have thousands of added tokens before those that every text has."""
+    marks = ("<s>", "</s>", *(f"<|{n}|>" for n in range(99)), "<|im_start|>", "<|im_end|>")
+    byte_level(copied, marks)
+    (copied / "chat_template.jinja").write_text(CHATML)
+    found = _marks(load_tokenizer(copied), Tokenizer.from_file(str(copied / "tokenizer.json")))
+    assert found[:2] == ["<|im_start|>", "<|im_end|>"]
+    assert len(found) == 2 + MOST_MARKS
+
+
+def test_a_tokenizer_that_fails_on_a_text_is_refused_and_named(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise TypeError("no such text")
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "decode", fail)
+    with pytest.raises(ConfigError, match=r"cannot be loaded as its files describe it: TypeError: no such text"):
+        load_tokenizer(copied)
+
+
+def test_a_template_that_finds_no_key_is_refused_as_one_that_refuses(copied: Path) -> None:
+    """What Python says of a message of an odd shape is a refusal of the template's too."""
+    (copied / "chat_template.jinja").write_text("{{ '{a}'.format(b=1) }}")
+    with pytest.raises(ConfigError, match="cannot render a question"):
+        load_chat_format(copied)
 
 
 @pytest.mark.parametrize("content", ["{", '{"model": {"type": "BPE"}}'])

@@ -30,7 +30,7 @@ from dpo_assets.training.aftermath import measure, product_norm
 from dpo_assets.training.chat_format import ChatFormat
 from dpo_assets.training.classic import classic_trainer
 from dpo_assets.training.collapse import CollapseGuard, advice, near_identical
-from dpo_assets.training.data import load_split
+from dpo_assets.training.data import load_asked, load_split
 from dpo_assets.training.loading import attach_adapter, load_base
 from dpo_assets.training.packed import end_quietly
 from dpo_assets.training.packing import Group
@@ -303,7 +303,7 @@ def test_the_reference_is_the_start_and_the_policy_is_back_afterwards(watched: W
 
 
 def test_divergence_is_the_log_ratio_of_the_policys_own_answers(watched: Watched, pairs: Path) -> None:
-    prompts = first_prompts(load_split(pairs, "train"), 2, ROW - 8)
+    prompts = first_prompts(load_asked(pairs, "train"), watched.chat, 2, ROW - 8)
     answers = watched.answers(prompts, 8, seed=1)
     assert answers == watched.answers(prompts, 8, seed=1)
     assert answers != watched.answers(prompts, 8, seed=2)
@@ -327,7 +327,7 @@ def dpo_plain(model: Any) -> Any:
 
 
 def test_sampling_leaves_the_random_state_of_training_alone(watched: Watched, pairs: Path) -> None:
-    prompts = first_prompts(load_split(pairs, "train"), 1, ROW - 8)
+    prompts = first_prompts(load_asked(pairs, "train"), watched.chat, 1, ROW - 8)
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
@@ -440,7 +440,7 @@ def test_trls_own_trainer_is_watched_too(
     limits = CollapseLimits.of(default_bands(), losses=("sigmoid",), beta=0.1)
     guard_spec = GuardSpec(limits=limits, source="-", probe_prompts=2, probe_every=0.34, probe_tokens=8)
     watched = Watched(model, AdapterState(model), chat, plan, "transformers", packed=False)
-    prompts = first_prompts(load_split(dataset, "train"), 2, 150)
+    prompts = first_prompts(load_asked(dataset, "train"), chat, 2, 150)
     guard = CollapseGuard(watched, guard_spec, Log(), prompts, [], (50.0, 40.0))
     end_quietly(trainer, [guard])
     trainer.train()

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo_assets.errors import ConfigError
 from dpo_assets.training.chat_format import load_chat_format
-from dpo_assets.training.loading import attach_adapter, load_base, save_adapter
+from dpo_assets.training.loading import attach_adapter, load_base, load_causal_lm, save_adapter
 from dpo_assets_tests.training.conftest import PlanMaker
 
 
@@ -88,6 +88,28 @@ def test_pickled_weights_are_never_read(copied: Path, plan_for: PlanMaker) -> No
     torch.save(state, copied / "pytorch_model.bin")
     with pytest.raises(ConfigError, match=r"no file named model\.safetensors"):
         load_base(copied, plan_for())
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ImportError("Mamba needs causal_conv1d"), "needs a package that this environment lacks: Mamba needs causal"),
+        (RuntimeError("some issues during automatic conversion of the weights."), "cannot be put into the form"),
+        (torch.OutOfMemoryError("CUDA out of memory"), ""),
+    ],
+    ids=["package", "conversion", "memory"],
+)
+def test_what_keeps_a_model_from_being_loaded_is_a_fault_of_the_folder_unless_memory_is(
+    error: Exception, said: str, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Put in, because neither such a model nor such a device is here."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(ConfigError if said else torch.OutOfMemoryError, match=said):
+        load_causal_lm(model_folder)
 
 
 def test_a_quantised_base_without_bitsandbytes_is_refused_with_what_to_install(

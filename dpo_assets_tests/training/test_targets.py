@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    Glm4MoeConfig,
     GlmConfig,
     GPTNeoXConfig,
     MixtralConfig,
@@ -32,13 +33,13 @@ from dpo_assets.errors import ConfigError
 from dpo_assets.planning.matrices import read_matrices
 from dpo_assets.planning.model_folder import inspect_model
 from dpo_assets.planning.plan import TrainingPlan
-from dpo_assets.planning.targets import planned_coverage, resolve_targets
-from dpo_assets.recipe import LoraSection
+from dpo_assets.planning.targets import EXPERTS_ALONE, EXPERTS_ALONE_IN, planned_coverage, resolve_targets
+from dpo_assets.recipe import ALL_LINEAR, LoraSection
 from dpo_assets.training import merge
 from dpo_assets.training.aftermath import adapter_norm
 from dpo_assets.training.loading import ADAPTER_NAME, attach_adapter, load_base, save_adapter
 from dpo_assets.training.sampling import AdapterState
-from dpo_assets.training.targets import coverage, peft_targets
+from dpo_assets.training.targets import coverage, peft_targets, places_of
 from dpo_assets_tests.training.conftest import MAX_LENGTH, Log, PlanMaker
 from dpo_assets_tests.training.dpo_runs import run_dpo, short_plan, write_pairs
 
@@ -55,6 +56,15 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "mixtral": lambda: MixtralConfig(**SMALL, num_local_experts=3),
     "qwen2_moe": lambda: Qwen2MoeConfig(
         **SMALL, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16
+    ),
+    # Its first layer is dense, its second has experts beside a shared one.
+    "glm4_moe": lambda: Glm4MoeConfig(
+        **SMALL,
+        head_dim=8,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        first_k_dense_replace=1,
     ),
 }
 Made = tuple[Path, TrainingPlan]
@@ -106,6 +116,8 @@ def attached(folder: Path, plan: TrainingPlan) -> PeftModel:
         ("mixtral", {"target_parameters": EXPERTS}, 1.0),
         ("mixtral", {"target_parameters": EXPERTS[1:], "target_modules": ["k_proj"]}, None),
         ("qwen2_moe", {"target_parameters": EXPERTS}, 1.0),
+        ("glm4_moe", {}, None),
+        ("glm4_moe", {"target_parameters": EXPERTS}, None),
         ("starcoder2", {"target_modules": ["mlp.c_fc", "q_proj"]}, None),
     ],
 )
@@ -136,6 +148,41 @@ def test_a_name_that_the_loaded_model_does_not_have_is_refused(
     wrong = plan.model_copy(update={"lora": LoraSection(rank=2, **lora)})
     with pytest.raises(ConfigError, match=said):
         attached(folder, wrong)
+
+
+def test_names_that_peft_takes_for_experts_are_left_out_by_the_plan_and_refused_by_the_worker(
+    made: Callable[..., Made],
+) -> None:
+    """Experts would be trained, and the shared expert and the dense MLP frozen: the reverse of what was asked for."""
+    folder, plan = made("glm4_moe")
+    assert plan.lora.target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert "mlp.shared_experts.gate_proj" in plan.coverage.out_of_reach
+    with pytest.raises(ConfigError, match="PEFT takes `gate_proj` for the experts of a glm4_moe"):
+        made("glm4_moe", target_modules=["q_proj", "gate_proj"])
+    forced = plan.model_copy(update={"lora": LoraSection(rank=2, target_modules=list(ALL_LINEAR))})
+    said = r"mlp\.experts\.down_proj, .* would be adapted, and .*mlp\.shared_experts\.up_proj, .* would stay frozen"
+    with pytest.raises(ConfigError, match=said):
+        attached(folder, forced)
+
+
+def test_the_model_types_that_peft_rewrites_are_all_known() -> None:
+    from peft.utils import transformers_weight_conversion as peft_conversion
+
+    pattern, names = peft_conversion._MODEL_TO_CONVERSION_PATTERN, peft_conversion._MOE_TARGET_MODULE_MAPPING
+    assert {model_type for model_type, like in pattern.items() if like == "qwen2_moe"} == EXPERTS_ALONE_IN
+    assert names["qwen2_moe"].keys() - {"gate"} == EXPERTS_ALONE
+    assert names.keys() == {"qwen2_moe", "mixtral"}, "another family is rewritten"
+
+
+def test_a_decoder_that_is_the_whole_model_is_searched_for_its_layers(model_folder: Path, plan_for: PlanMaker) -> None:
+    """Llama 4 answers so when it is asked for its decoder."""
+    model = load_base(model_folder, plan_for())
+    wanted = [place.full for place in places_of(model)]
+    model.get_decoder = lambda: model
+    assert [place.full for place in places_of(model)] == wanted
+    model.config.num_hidden_layers += 1
+    with pytest.raises(ConfigError, match="one list of its 6 decoder layers, and has none"):
+        list(places_of(model))
 
 
 def test_a_name_that_also_means_something_elsewhere_is_written_out(model_folder: Path, plan_for: PlanMaker) -> None:

@@ -17,6 +17,7 @@ from dpo_assets.feedback.pair import PAIR_COLUMNS, polars_schema
 from dpo_assets.feedback.screening import Screened
 from dpo_assets.training import tokenize
 from dpo_assets.training.chat_format import ChatFormat
+from dpo_assets.training.data import first_asked
 from dpo_assets.training.tokenize import PairTokenizer
 
 CHATML = (
@@ -269,6 +270,23 @@ def test_a_thinking_template_parts_where_both_renderings_do(start: str) -> None:
     for side, answer in (("chosen_ids", "yes, it is"), ("rejected_ids", "no")):
         whole = f"{start}user\nthe quick brown fox?<|im_end|>\n{start}assistant\n{EMPTY_THOUGHT}{answer}<|im_end|>\n"
         assert prompt + tokenizer.decode(row[side]) == whole
+
+
+def test_a_model_answers_to_the_whole_opened_turn_and_not_to_what_answers_share() -> None:
+    """Sampled from the shared start, a thinking model is asked what no one ever asks it."""
+    row, tokenizer = one_row(thinking(), pair_of(QUESTION), joined=("\n\n",))
+    asked, chat = {"prompt": QUESTION, "prompt_ids": list(row["prompt_ids"])}, ChatFormat(tokenizer)
+    [(found, ids)] = first_asked([asked, asked], chat, 2, 1000)
+    assert found is asked
+    assert tokenizer.decode(ids) == tokenizer.decode(row["prompt_ids"]) + "\n"
+    assert len(ids) > len(row["prompt_ids"])
+    assert first_asked([asked], chat, 1, len(ids) - 1) == []
+
+
+def test_a_model_is_asked_with_the_tools_of_its_prompt() -> None:
+    row, tokenizer = one_row(WITH_TOOLS, pair_of(QUESTION, tools=TOOLS))
+    asked = {"prompt": QUESTION, "prompt_ids": list(row["prompt_ids"]), "tools": TOOLS}
+    assert [ids for _, ids in first_asked([asked], ChatFormat(tokenizer), 1, 1000)] == [list(row["prompt_ids"])]
 
 
 @pytest.mark.parametrize("template", [CHATML, PLAIN], ids=["marks", "no marks"])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from dpo_assets.contract import VERIFIED, TemplateSettings, VerifiedBase, VerifySpec
 from dpo_assets.errors import ConfigError
@@ -72,6 +73,16 @@ def test_tensors_that_would_be_drawn_at_random_are_named(copied: Path, plan_for:
         verified(copied)
     with pytest.raises(ConfigError, match=message):
         load_base(copied, plan_for())
+
+
+def test_a_model_whose_decoder_layers_cannot_be_told_is_refused_before_it_is_planned_for(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "get_decoder", lambda self: self.lm_head)
+    with pytest.raises(
+        ConfigError, match="LlamaForCausalLM should have one list of its 5 decoder layers, and has none"
+    ):
+        verified(copied)
 
 
 def test_a_missing_part_of_the_weights_is_a_fault_of_the_folder(copied: Path) -> None:

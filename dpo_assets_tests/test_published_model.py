@@ -1,0 +1,134 @@
+"""Who sends a release, and when: never a check, never a policy that is held, and not twice for what says the same.
+
+The artefacts are small and made by hand; the step, the Hub's client and the Hub that it speaks to are real.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from dpo_assets import build_dpo_defs
+from dpo_assets.artifact import write_json
+from dpo_assets.assets.base_model import FACTS, read_facts
+from dpo_assets.assets.dpo_plan import PLAN, read_plan
+from dpo_assets.errors import ConfigError
+from dpo_assets_tests.hub_server import HubServer
+from dpo_assets_tests.pipelines import demo_recipe, failed_checks, failures, materialize, metadata
+from dpo_assets_tests.samples import dataset_report, evaluation_report, score
+from dpo_assets_tests.test_lineage import ORDER, Shelf
+
+REPO = "org/bot"
+HELD = evaluation_report(implicit_reward_accuracy=score(0.55, 0.46, 0.64))
+DESCRIBED = {
+    "parameters": 1, "layers": 1, "hidden": 1, "intermediate": 1, "vocabulary": 1, "context": 64, "architecture": "x",
+    "licence": "mit", "template_arguments": {}, "template_date": "2024-07-26", "source": "builtin:stories260k",
+    "revision": None, "left_out": [],
+}  # fmt: skip
+
+
+def fill(shelf: Shelf, scores: dict[str, Any], **of_plan: Any) -> None:
+    """What a release is made of."""
+
+    def write(node: str, folder: Path) -> None:
+        reports = {"dpo_dataset": dataset_report(), "eval_scores": scores}
+        if node == "base_model":
+            write_json(folder / FACTS, DESCRIBED)
+        if node in reports:
+            write_json(folder / "report.json", reports[node])
+        if node == "merged_model":
+            (folder / "model").mkdir()
+            (folder / "model" / "model.safetensors").write_bytes(bytes(range(256)))
+
+    for node in ORDER[:-1]:
+        plan = of_plan if node == "dpo_plan" else {}
+        shelf.make(node, str(scores), also=lambda folder, node=node: write(node, folder), **plan)
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Iterator[Shelf]:
+    with dg.DagsterInstance.ephemeral(tempdir=str(tmp_path)) as opened:
+        yield Shelf(opened)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    with HubServer() as server:
+        monkeypatch.setenv("HF_TOKEN", server.token)
+        yield server
+
+
+def sending(hub: HubServer) -> dict[str, Any]:
+    return demo_recipe(publishing={"dry_run": False, "repo_id": REPO, "endpoint": hub.endpoint})
+
+
+def release(shelf: Shelf, recipe: dict[str, Any]) -> dg.ExecuteInProcessResult:
+    return materialize(recipe, shelf.instance, ["published_model"])
+
+
+def test_executing_the_check_of_a_release_sends_nothing(shelf: Shelf, hub: HubServer) -> None:
+    fill(shelf, evaluation_report())
+    assert release(shelf, demo_recipe(publishing={"dry_run": True, "repo_id": REPO})).success
+    check = dg.AssetCheckKey(dg.AssetKey(["demo", "published_model"]), "release_verified")
+    job = dg.define_asset_job("check", selection=dg.AssetSelection.checks(check))
+    defs = dg.Definitions.merge(build_dpo_defs("demo", sending(hub)), dg.Definitions(jobs=[job]))
+    result = defs.resolve_job_def("check").execute_in_process(instance=shelf.instance, raise_on_error=False)
+    assert [found.passed for found in result.get_asset_check_evaluations()] == [True]
+    assert hub.repos == {}
+    assert release(shelf, sending(hub)).success
+    assert len(hub.repo(REPO).history()) == 2
+
+
+def test_a_policy_that_a_dry_run_only_warned_of_is_not_sent(shelf: Shelf, hub: HubServer) -> None:
+    fill(shelf, HELD)
+    assert release(shelf, demo_recipe(publishing={"dry_run": True, "repo_id": REPO})).success
+    [said] = failures(release(shelf, sending(hub)))
+    assert "the scores do not carry a release: promotion_verdict: hold" in said
+    assert "collect more pairs" in said
+    assert hub.repos == {}
+    allowed = sending(hub) | {"checks": {"severity": {"promotion_verdict": "warn"}}}
+    assert release(shelf, allowed).success
+
+
+def test_plans_that_differ_in_memory_and_device_give_the_same_release(shelf: Shelf) -> None:
+    first, *others = [
+        {"memory_available_gib": 22.5, "device_uuid": "GPU-a"},
+        {"memory_available_gib": 20.25, "device_uuid": "GPU-a"},
+        {"memory_available_gib": 22.5, "device_uuid": "GPU-b", "precision_reason": "bf16: another card"},
+    ]
+    fill(shelf, evaluation_report(), **first)
+    made = metadata(release(shelf, demo_recipe()), "published_model")
+    for other in others:
+        fill(shelf, evaluation_report(), **other)
+        again = metadata(release(shelf, demo_recipe()), "published_model")
+        assert (again["operations"], again["digest"]) == (made["operations"], made["digest"])
+    fill(shelf, evaluation_report(), dpo={"beta": 0.2})
+    assert metadata(release(shelf, demo_recipe()), "published_model")["digest"] != made["digest"]
+
+
+@pytest.mark.parametrize(("node", "name"), [("base_model", FACTS), ("dpo_plan", PLAN)])
+def test_an_artefact_of_an_earlier_version_is_told_by_name(shelf: Shelf, node: str, name: str) -> None:
+    """Not by a traceback, which the retry policy of a job would try again."""
+    fill(shelf, evaluation_report())
+    written = shelf.now[node].json(name)
+    del written["template_arguments" if node == "base_model" else "max_length"]
+    made = shelf.make(node, "earlier", also=lambda folder: write_json(folder / name, written))
+    read = {"base_model": read_facts, "dpo_plan": read_plan}[node]
+    with pytest.raises(ConfigError, match=rf"{name} is of an earlier version; materialise `{node}` again"):
+        read(made)
+
+
+def test_a_hub_that_holds_something_else_fails_the_check_and_is_not_tried_again(shelf: Shelf, hub: HubServer) -> None:
+    fill(shelf, evaluation_report())
+    sent = metadata(release(shelf, sending(hub)), "published_model")
+    repo = hub.repo(REPO)
+    repo.tags[sent["tag"]] = repo.history()[-1].oid
+    result = release(shelf, sending(hub))
+    assert f"tag {sent['tag']} of {REPO} points at" in failed_checks(result)["release_verified"]["value"]
+    events = [event.event_type for event in result.all_events]
+    assert dg.DagsterEventType.STEP_UP_FOR_RETRY not in events
+    assert f"delete the tag {sent['tag']}" in failures(result)[0]
