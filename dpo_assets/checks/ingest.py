@@ -160,7 +160,8 @@ def _has_fallen(was: Mapping[str, Any], is_: Mapping[str, Any], limit: float) ->
 def _lost_rows(was: Mapping[str, Any], is_: Mapping[str, Any]) -> int:
     """Rows that files lost, less those of new files. Of more than KEPT_NAMES files only the sums are known."""
     total = int(was["rows"] - is_["rows"])
-    before, now = was["names"], is_["names"]
+    before: Mapping[str, int] = was["names"]
+    now: Mapping[str, int] = is_["names"]
     if not isinstance(before, Mapping) or max(was["files"], is_["files"]) > KEPT_NAMES:
         return total
     lost = sum(max(0, rows - now.get(name, 0)) for name, rows in before.items())

@@ -32,7 +32,7 @@ from dpo_assets.feedback.readers import ReadOptions, format_named
 from dpo_assets.feedback.sources import FeedbackFile, FileRefused, Span, spans_of
 from dpo_assets.feedback.sources.files import open_inside
 from dpo_assets.machine import cpus
-from dpo_assets.secret_shapes import says_secret
+from dpo_assets.secret_shapes import masked, says_secret
 
 PROCESSES = 2
 WORTH_A_PROCESS = 2 * BATCH_SIZE.size  # Below, starting one takes longer than reading.
@@ -128,6 +128,12 @@ def run_jobs(jobs: Sequence[Job], processes: int = PROCESSES) -> list[Outcome]:
     return [outcomes[number] for number in range(len(jobs))]
 
 
+def _without_secrets() -> dict[str, str]:
+    """This process's environment without what its name or its value says is secret, as a URL with a password does:
+    files that were fetched before are read without a credential."""
+    return {k: v for k, v in os.environ.items() if not says_secret(k) and masked(v) == v}
+
+
 class _Process:
     """A worker, for as long as the context lasts."""
 
@@ -139,8 +145,7 @@ class _Process:
             [sys.executable, "-m", "dpo_assets.feedback.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            # It reads files that were fetched before, so it needs no credential.
-            env={k: v for k, v in os.environ.items() if not says_secret(k)} | one | {"PYTHONPATH": path},
+            env=_without_secrets() | one | {"PYTHONPATH": path},
         )
         return self
 

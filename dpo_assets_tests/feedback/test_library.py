@@ -463,3 +463,23 @@ def test_the_worker_needs_no_main_module_and_ends_with_its_parent(tmp_path: Path
         number = process._process.pid
     with pytest.raises(ProcessLookupError):
         os.kill(number, 0)
+
+
+def test_the_worker_does_not_get_what_its_name_or_its_value_says_is_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WHERE_THE_VOTES_ARE", "postgresql://reader:hunter22@db/votes")
+    monkeypatch.setenv("VOTES_TOKEN", "a1b2c3d4e5")
+    monkeypatch.setenv("HARMLESS", "postgresql://db:5432/votes")
+    given: list[dict[str, str]] = []
+
+    class Started(Exception):
+        pass
+
+    def start(command: list[str], *, env: dict[str, str], **_: Any) -> None:
+        given.append(env)
+        raise Started
+
+    monkeypatch.setattr(reading.subprocess, "Popen", start)
+    with pytest.raises(Started), reading._Process():
+        pass
+    assert "HARMLESS" in given[0]
+    assert not {"WHERE_THE_VOTES_ARE", "VOTES_TOKEN"} & given[0].keys()
