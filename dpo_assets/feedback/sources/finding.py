@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -58,12 +59,23 @@ def find(
     found: dict[Path, tuple[_Found, FeedbackSource]] = {}
     for source in sources:
         for file in _of_source(source, landing, hub, limits):
-            found.setdefault(file.path, (file, source))
+            _, first = found.setdefault(file.path, (file, source))
+            # One that names a single file before a pattern makes an exception of it.
+            if glob.has_magic(str(first.path)) and _way_of_reading(first) != _way_of_reading(source):
+                raise ConfigError(
+                    f"feedback sources `{first.shown}` and `{source.shown}` both name {shown(file.path.name)} and read "
+                    "it in two ways (format, columns, fields or companion): let only one of them name it, or put one "
+                    "that names this file alone before them."
+                )
     unnamed = {path: file.named or path for path, (file, _) in found.items() if not file.name}
     names = dict(zip(unnamed, distinct_names(list(unnamed.values())), strict=True))
     # Two queries of one database have one name, and so have two revisions of a dataset.
     told = numbered([names.get(path, file.name) for path, (file, _) in found.items()])
     return [_described(*one, name, limits) for one, name in zip(found.values(), told, strict=True)]
+
+
+def _way_of_reading(source: FeedbackSource) -> tuple[object, ...]:
+    return source.format, source.columns, source.json_columns, source.fields, source.companion
 
 
 def glance(sources: Sequence[FeedbackSource]) -> list[list[str | int]]:

@@ -357,3 +357,12 @@ def test_a_file_of_a_pattern_that_does_not_answer_is_no_missing_file(
     monkeypatch.setattr(type(bucket), "info", info)
     with pytest.raises(InfrastructureError, match="TimeoutError"):
         fetched(tmp_path, "memory://*.jsonl")
+
+
+def test_two_patterns_that_read_one_file_in_two_ways_are_refused_and_in_one_way_read_it_once(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl())
+    one, other = (FeedbackSource(path=str(tmp_path / name), format="trl") for name in ("a*.jsonl", "*.jsonl"))
+    assert len(files_of([one, other])) == 1
+    for change in ({"format": "openai"}, {"columns": {"prompt": "question"}}):
+        with pytest.raises(ConfigError, match=r"both name a\.jsonl and read it in two ways"):
+            files_of([one, other.model_copy(update=change)])
