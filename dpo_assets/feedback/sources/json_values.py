@@ -36,6 +36,9 @@ _TAIL = 4096  # Kept of what is skipped, so that the beginning of a row is found
 _MARK = codecs.BOM_UTF8  # Of a file that was put behind another.
 _BETWEEN = re.compile(rb"(?:[\s,]|" + _MARK + rb")*+")
 _SCALAR = re.compile(rb'"[^"\\\n]*+(?:\\[^\n][^"\\\n]*+)*+"|\}++|\]++|[^\s,{}\[\]]++')
+# One between values, and not the rest of a row that closed too early.
+_WHOLE_SCALAR = re.compile(rb'(?:null|true|false|-?[0-9][0-9.eE+-]*+|"[^"\\\n]*+(?:\\[^\n][^"\\\n]*+)*+")\s*+[,\]]')
+_KEY = re.compile(rb'("[^"\\]{1,200}+")\s*+:')
 _OPENING = re.compile(rb'\{\s*+("[^"\\]{1,200}+")\s*+:')
 _ANY_OPENING = re.compile(rb'\{\s*+"[^"\\]*+"\s*+:')
 _LAST_NAME = re.compile(rb'"([^"\\]*+)"\s*+:\s*+\Z')
@@ -174,6 +177,10 @@ class JsonValues:
 
     def _scalar(self) -> bytes:
         """A number, a word, a string or stray brackets: no row, but it is accounted for."""
+        self._reach(_LOOKED_AT_BEHIND)
+        key = _KEY.match(self._text, self._at)
+        if key is not None and self._rows.has_key(key[1]):  # Of a row that lost its opening brace.
+            return self._to_next_row(self._at)
         while True:
             scalar = _SCALAR.match(self._text, self._at)
             line = self._text.find(b"\n", self._at)
@@ -226,6 +233,7 @@ class JsonValues:
             between = _BETWEEN.match(self._text, end)
             assert between is not None
             goes_on = self._text[between.end() : between.end() + 1] not in b"{[]}"
+            goes_on = goes_on and _WHOLE_SCALAR.match(self._text, between.end()) is None
             if goes_on and not self._rows.same_keys(found):
                 return self._to_next_row(end)
             self._rows.saw(value)
@@ -340,6 +348,11 @@ class _Rows:
                 return pattern
             self._begins = pattern
         return self._begins
+
+    def has_key(self, key: bytes) -> bool:
+        """Whether the last sound row has a key, which is given with its quotes."""
+        known = parsed(self.last)
+        return isinstance(known, dict) and parsed(key) in known
 
     def same_keys(self, found: Any) -> bool:
         """Whether a value has the keys of the last sound row; of the first one nothing else is known."""

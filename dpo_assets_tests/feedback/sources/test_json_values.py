@@ -375,7 +375,8 @@ def test_rows_with_list_columns_come_out_whole_or_refuse_the_file(
         values, _ = cut(text.encode(), limit, piece)
     except FileRefused:
         return
-    wraps = between is not None and len(rows) == 1 and values != [text.encode()[: limit + 1]]
+    heads = [value[: limit + 1] for value in values]
+    wraps = between is not None and len(rows) == 1 and heads != [text.encode()[: limit + 1]]
     if wraps:  # One object that holds nothing but numbers beside its only list of objects.
         [row] = rows
         assert not any(isinstance(cell, str) for cell in row.values())
@@ -394,6 +395,20 @@ def test_what_a_bracket_too_early_leaves_of_a_row_is_no_row() -> None:
     values, _ = cut(_laid_out(written, "one line"))
     assert _sound(values) == [rows[0], rows[2]]
     assert len(values) == 3
+
+
+@pytest.mark.parametrize("scalar", ["null", "1.5", '"note"', "true"])
+def test_a_scalar_between_rows_costs_no_row_with_fewer_keys(scalar: str) -> None:
+    values, _ = cut(f'[{{"a": 1, "id": 1}}, {{"a": 2}}, {scalar}, {{"a": 3}}]'.encode())
+    assert values == [b'{"a": 1, "id": 1}', b'{"a": 2}', scalar.encode(), b'{"a": 3}']
+
+
+def test_a_row_that_lost_its_opening_brace_is_one_row() -> None:
+    written = [json.dumps(_row(n, "a, b", False)) for n in range(4)]
+    written[2] = written[2][1:]
+    values, _ = cut(_laid_out(written, "one line"))
+    assert len(values) == 4
+    assert _sound(values) == [_row(n, "a, b", False) for n in (0, 1, 3)]
 
 
 def test_a_row_behind_a_stray_quote_is_read() -> None:
