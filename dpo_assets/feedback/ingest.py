@@ -28,6 +28,7 @@ from dpo_assets.feedback.sources import (
     Span,
     rows_of,
 )
+from dpo_assets.feedback.sources.values import CONTROLS, LINE_ENDS
 from dpo_assets.feedback.turns import settled_answer, settled_pair
 
 ItemT = TypeVar("ItemT", Pair, JudgedAnswer)
@@ -277,10 +278,10 @@ def _clean(message: Message, flags: dict[str, None]) -> Message:
         return message
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
-        flags["line_ends"] = None
+        flags[LINE_ENDS] = None
     if _CONTROL.search(text):
         text = _CONTROL.sub("", text)
-        flags["controls"] = None
+        flags[CONTROLS] = None
     if text.isascii():
         return message if text is message["content"] else {**message, "content": text}
     if not unicodedata.is_normalized("NFC", text):
