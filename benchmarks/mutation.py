@@ -36,8 +36,8 @@ TESTS = (
     "dpo_assets_tests/checks", "dpo_assets_tests/test_collapse_cases.py", "dpo_assets_tests/publishing",
     "dpo_assets_tests/test_docs.py",
 )  # fmt: skip
-# Modules whose tests run torch or polars, which have threads of their own: a forked process hangs. Each of their mutants
-# gets a fresh process, with the tests that are about the module.
+# Modules whose tests run torch or polars, which have threads of their own: a forked process hangs. Each mutant gets a
+# fresh process, with the tests that are about its module.
 FRESH: dict[str, tuple[str, ...]] = {
     "dpo_assets/training/losses.py": ("dpo_assets_tests/training/test_losses.py",),
     "dpo_assets/training/packing.py": ("dpo_assets_tests/training/test_packing.py",),
@@ -99,11 +99,10 @@ def exit_code(folder: Path, mutant: Mutant) -> int:
     environment["PYTHONPATH"] = os.pathsep.join([str(folder / "mutants"), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *FRESH[mutant.module]]
     try:
-        return subprocess.run(
-            command, cwd=folder / "mutants", env=environment, capture_output=True, timeout=600
-        ).returncode
+        done = subprocess.run(command, cwd=folder / "mutants", env=environment, capture_output=True, timeout=600)
     except subprocess.TimeoutExpired:
         return -1
+    return done.returncode
 
 
 def mutants_of(folder: Path) -> Iterator[Mutant]:
