@@ -126,15 +126,15 @@ def test_a_refused_file_that_the_recipe_may_do_without_is_warned_of(instance: dg
 
 @pytest.fixture
 def writer(monkeypatch: pytest.MonkeyPatch, no_wait: None) -> Iterator[Callable[[Path, int], None]]:
-    """Somebody who writes to a file while it is read, so many times."""
+    """Somebody who writes another first row into a file while it is read, so many times."""
     left: list[Path] = []
     run = reading.run_jobs
 
     def while_it_is_read(jobs: Any) -> Any:
         if left and jobs and jobs[0].file.path == left[0]:
-            with left.pop().open("a", encoding="utf-8") as handle:
-                row = {"prompt": f"And {len(left)}?", "chosen": "yes", "rejected": "no"}
-                handle.write(json.dumps(row) + "\n")
+            path = left.pop()
+            row = {"prompt": f"And {len(left)}?", "chosen": "yes", "rejected": "no"}
+            path.write_bytes(f"{json.dumps(row)}\n".encode() + path.read_bytes())
         return run(jobs)
 
     monkeypatch.setattr("dpo_assets.feedback.library.run_jobs", while_it_is_read)
@@ -161,8 +161,8 @@ def test_a_file_that_is_written_all_the_time_stops_the_run_and_what_was_read_bef
     writer(folder / "large.jsonl", 3)
     result = materialize(recipe, instance, RAW)
     assert failures(result) == [
-        "feedback file large.jsonl: it changed while it was read; run again once its writer is done\n"
-        "Given up after 3 attempts."
+        "feedback file large.jsonl: it changed while it was read; run again once its writer is done, and where it never "
+        "is, rotate the file or copy it and read the copy\nGiven up after 3 attempts."
     ]
     assert result.get_asset_materialization_events() == []
 

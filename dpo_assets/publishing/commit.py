@@ -171,6 +171,7 @@ def _not_equal(message: str, fix: str) -> GateError:
 def _differing(api: HfApi, repo_id: str, commit: str, operations: list[Operation]) -> list[str]:
     """Files of a commit, downloaded into a fresh folder, that are missing or not as listed."""
     with tempfile.TemporaryDirectory(prefix="dpo-assets-verify-") as fresh:
-        api.snapshot_download(repo_id, revision=commit, local_dir=fresh)
+        # By force: the client would copy what this machine's cache holds of the commit, and nothing was read back.
+        api.snapshot_download(repo_id, revision=commit, local_dir=fresh, force_download=True)
         paths = {o.path: Path(fresh) / o.path for o in operations}
         return [o.path for o in operations if not paths[o.path].is_file() or file_sha256(paths[o.path]) != o.sha256]

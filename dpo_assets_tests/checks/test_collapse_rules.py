@@ -129,6 +129,11 @@ def test_each_sign_by_itself_stops_no_run_and_makes_its_state_none_to_keep(sign:
     assert not healthy(rows, LIMITS)
 
 
+def test_a_log_without_the_ratio_is_no_sign_of_a_lost_likelihood() -> None:
+    rows = [{"step": n, "loss": 0.6, "chosen_nats_per_token": -0.4} for n in range(1, 21)]
+    assert healthy(rows, LIMITS)
+
+
 def test_a_weak_beta_lets_the_policy_go_further() -> None:
     # Weak by the fact of its loss, as for the advice of a stop: 0.049 for sigmoid, and not 0.001 for sppo_hard.
     def ratio(loss: str, beta: float) -> float:
