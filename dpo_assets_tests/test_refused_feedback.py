@@ -161,8 +161,8 @@ def test_a_file_that_is_written_all_the_time_stops_the_run_and_what_was_read_bef
     writer(folder / "large.jsonl", 3)
     result = materialize(recipe, instance, RAW)
     assert failures(result) == [
-        "feedback file large.jsonl: it changed while it was read; run again once its writer is done, and where it never "
-        "is, rotate the file or copy it and read the copy\nGiven up after 3 attempts."
+        "feedback file large.jsonl: it changed while it was read; run again once its writer is done, and where it "
+        "never is, rotate the file or copy it and read the copy\nGiven up after 3 attempts."
     ]
     assert result.get_asset_materialization_events() == []
 
