@@ -115,6 +115,11 @@ def test_a_pair_says_what_it_was_made_of() -> None:
     assert mixed.user is None
 
 
+def test_an_answer_that_is_left_is_found_again_by_its_file_row_line_and_bytes() -> None:
+    [left] = paired(answer("a", 1, source="b.jsonl", row="r7", line=7)).rejected
+    assert (left.reason, left.source, left.row, left.line, left.raw) == ("unpaired", "b.jsonl", "r7", 7, b"raw of a")
+
+
 def test_an_unknown_policy_is_told_those_that_exist() -> None:
     with pytest.raises(ValueError, match="best_worst, adjacent, all_above_margin"):
         proposed([1, 2], "worst_best")
