@@ -77,6 +77,15 @@ def test_the_tables_of_flash_attention_are_those_of_each_row(groups: list[Group]
     assert seen == [[*prompt, *completion] for prompt, completion in rows_of(groups)]
 
 
+@settings(deadline=None)
+@given(random_groups())
+def test_every_slot_of_keys_is_that_of_one_token_and_is_found_from_it(groups: list[Group]) -> None:
+    """Gradients of keys are gathered by these: a slot that is missed or taken twice is a wrong gradient on a GPU."""
+    batch = pack(groups)
+    found = sorted((slot, token) for token, slots in enumerate(batch["slots"].tolist()) for slot in slots if slot >= 0)
+    assert found == list(enumerate(batch["kv_source"].tolist()))
+
+
 def test_the_longest_queries_and_the_longest_keys_can_be_those_of_different_rows() -> None:
     batch = pack([Group([1] * 6, ([2], [3] * 4))])
     assert batch["longest"] == (7, 10)
