@@ -34,7 +34,7 @@ demo: $(VENV)/installed ## run the whole pipeline on real data, on a CPU
 	@$(BIN)/dpo-assets demo
 
 demo-chat: $(VENV)/installed-chat ## the same with a real assistant, SmolLM2-135M-Instruct
-	@$(BIN)/python -m dpo_assets.training.smollm2 $(CHAT_MODEL)
+	@$(BIN)/python -m dpo_assets.training.models.smollm2 $(CHAT_MODEL)
 	@$(BIN)/dpo-assets demo --chat
 
 ui: $(VENV)/installed ## open the demo's instance in Dagster's UI on localhost:3000

@@ -22,10 +22,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dpo_assets.training import attention
-from dpo_assets.training.fused.decoder import attach_fused, renew_fused
-from dpo_assets.training.logprobs import causal_lm, score_tokens, sequence_logps
-from dpo_assets.training.packing import Group, pack
+from dpo_assets.training.batches.packing import Group, pack
+from dpo_assets.training.engines import attention
+from dpo_assets.training.engines.fused.decoder import attach_fused, renew_fused
+from dpo_assets.training.scoring.logprobs import causal_lm, score_tokens, sequence_logps
 
 WIDTH, LAYERS, VOCABULARY, STEPS, RATE, BETA = 384, 6, 2_000, 8, 1e-4, 0.1
 

@@ -47,7 +47,7 @@ from dpo_assets.feedback.sources import files_of
 from dpo_assets.feedback.splits import fit_to_model
 from dpo_assets.feedback.tables import pairs_frame, quarantine_frame
 from dpo_assets.recipe import FeedbackSource
-from dpo_assets.training import tokenize
+from dpo_assets.training.stages import tokenize
 
 MODEL = Path(str(files("dpo_assets") / "data" / "stories260k"))
 MAX_LENGTH = 512

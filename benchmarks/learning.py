@@ -136,7 +136,7 @@ def prepare(model: Path, data: Path, max_length: int) -> None:
     from dpo_assets.feedback.splits import fit_to_model, split
     from dpo_assets.feedback.tables import pairs_frame, quarantine_frame
     from dpo_assets.recipe import FeedbackSource
-    from dpo_assets.training import tokenize
+    from dpo_assets.training.stages import tokenize
 
     options = ReadOptions(pairing="best_worst", include_synthetic=False)
     sources = [FeedbackSource(path="builtin:oasst", format="oasst_tree")]
@@ -233,7 +233,7 @@ def plan_of(variant: str, seed: int, args: argparse.Namespace) -> Any:
     from dpo_assets.planning.plan import DatasetStats, make_plan
     from dpo_assets.planning.precision import Device
     from dpo_assets.recipe import parse_recipe
-    from dpo_assets.training.data import dpo_group, load_split
+    from dpo_assets.training.batches.data import dpo_group, load_split
 
     with _scoring:  # `datasets` caches on disk, and its threads get in each other's way.
         groups = [dpo_group(row, args.max_length) for row in load_split(args.data, "train")]
@@ -263,9 +263,9 @@ def plan_of(variant: str, seed: int, args: argparse.Namespace) -> Any:
 def held_out(folder: Path, adapter: Path, plan: Any, data: Path) -> dict[str, Any]:
     """Implicit-reward accuracy on the eval split; both trainers' adapters are scored by the same forward in fp32."""
     from dpo_assets.checks.statistics import tie_aware_accuracy
-    from dpo_assets.training.data import dpo_group, load_split
-    from dpo_assets.training.logprobs import score_groups
-    from dpo_assets.training.policy import load_policy
+    from dpo_assets.training.batches.data import dpo_group, load_split
+    from dpo_assets.training.models.policy import load_policy
+    from dpo_assets.training.scoring.logprobs import score_groups
 
     exact = plan.model_copy(update={"precision": "fp32", "kernels": "transformers"})
     groups = [dpo_group(row, plan.max_length) for row in load_split(data, "eval")]

@@ -29,8 +29,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MUTATED = (
-    "dpo_assets/checks/*", "dpo_assets/publishing/*", "dpo_assets/training/losses.py", "dpo_assets/training/packing.py",
-    "dpo_assets/training/reference.py", "dpo_assets/feedback/screening.py", "dpo_assets/feedback/pairing.py",
+    "dpo_assets/checks/*", "dpo_assets/publishing/*", "dpo_assets/training/trainers/losses.py",
+    "dpo_assets/training/batches/packing.py",
+    "dpo_assets/training/scoring/reference.py", "dpo_assets/feedback/screening.py", "dpo_assets/feedback/pairing.py",
 )  # fmt: skip
 TESTS = (
     "dpo_assets_tests/checks", "dpo_assets_tests/test_collapse_cases.py", "dpo_assets_tests/publishing",
@@ -39,9 +40,9 @@ TESTS = (
 # Modules whose tests run torch or polars, which have threads of their own: a forked process hangs. Each mutant gets a
 # fresh process, with the tests that are about its module.
 FRESH: dict[str, tuple[str, ...]] = {
-    "dpo_assets/training/losses.py": ("dpo_assets_tests/training/test_losses.py",),
-    "dpo_assets/training/packing.py": ("dpo_assets_tests/training/test_packing.py",),
-    "dpo_assets/training/reference.py": ("dpo_assets_tests/training/test_reference.py",),
+    "dpo_assets/training/trainers/losses.py": ("dpo_assets_tests/training/test_losses.py",),
+    "dpo_assets/training/batches/packing.py": ("dpo_assets_tests/training/test_packing.py",),
+    "dpo_assets/training/scoring/reference.py": ("dpo_assets_tests/training/test_reference.py",),
     "dpo_assets/feedback/screening.py": (
         "dpo_assets_tests/feedback/test_screening.py", "dpo_assets_tests/feedback/test_screened_pairs.py",
     ),

@@ -89,7 +89,7 @@ def plan_of(args: argparse.Namespace, precision: str) -> tuple[TrainingPlan, str
     from dpo_assets.planning.plan import DatasetStats, make_plan
     from dpo_assets.planning.precision import Device
     from dpo_assets.recipe import parse_recipe
-    from dpo_assets.training.data import dpo_group, load_split
+    from dpo_assets.training.batches.data import dpo_group, load_split
 
     sizes = [dpo_group(row, LENGTH).tokens for row in load_split(args.data, "train")]
     stats = DatasetStats(
@@ -114,10 +114,10 @@ def plan_of(args: argparse.Namespace, precision: str) -> tuple[TrainingPlan, str
 
 def distances(base: Path, folder: dict[str, Path], plan: TrainingPlan, data: Path) -> dict[str, float]:
     """Mean distance, in nats a pair, of margins scored in other ways from those of the release."""
-    from dpo_assets.training.data import dpo_group, load_split
-    from dpo_assets.training.loading import load_base
-    from dpo_assets.training.logprobs import score_groups
-    from dpo_assets.training.policy import load_policy
+    from dpo_assets.training.batches.data import dpo_group, load_split
+    from dpo_assets.training.models.loading import load_base
+    from dpo_assets.training.models.policy import load_policy
+    from dpo_assets.training.scoring.logprobs import score_groups
 
     groups = [dpo_group(row, plan.max_length) for row in load_split(data, "eval")]
 

@@ -25,7 +25,7 @@ from dpo_assets.contract import EXPLAINED_EXIT, FAILURE_FILE, Failure, TokenizeS
 from dpo_assets.errors import ConfigError, GateError, StageTimeout
 from dpo_assets.planning.precision import Device
 from dpo_assets.resources.environment import OFFLINE, worker_environment
-from dpo_assets.training.devices import refuse_other_devices
+from dpo_assets.training.models.devices import refuse_other_devices
 from dpo_assets_tests.pipelines import DATA, failures, instance_after, materialize, metadata, short_recipe
 from dpo_assets_tests.planning.cases import TINY, planned
 

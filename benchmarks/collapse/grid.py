@@ -62,7 +62,7 @@ def quiet() -> None:
     import torch
     import transformers
 
-    from dpo_assets.training import evaluate
+    from dpo_assets.training.stages import evaluate
 
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)

@@ -105,7 +105,7 @@ def write_dataset(fault: str, seed: int, model: Path, folder: Path) -> None:
     from dpo_assets.feedback.splits import fit_to_model, in_eval_split, split
     from dpo_assets.feedback.tables import pairs_frame, quarantine_frame
     from dpo_assets.recipe import CleaningSection, FeedbackSource
-    from dpo_assets.training import tokenize
+    from dpo_assets.training.stages import tokenize
 
     folder.mkdir(parents=True)
     source = folder / "feedback.jsonl"

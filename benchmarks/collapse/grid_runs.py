@@ -73,7 +73,7 @@ def plan_of(work: Path, cell: Cell, rate: float = REFERENCE_RATE) -> Any:
     from dpo_assets.planning.model_folder import inspect_model
     from dpo_assets.planning.plan import DatasetStats, make_plan
     from dpo_assets.planning.precision import Device
-    from dpo_assets.training.data import dpo_group, load_split
+    from dpo_assets.training.batches.data import dpo_group, load_split
 
     data = work / "data" / f"{cell.fault}-{cell.seed}"
     groups = [dpo_group(row, world.MAX_LENGTH) for row in load_split(data, "train")]
@@ -114,8 +114,8 @@ def snapshots(folder: Path) -> Iterator[None]:
     from safetensors.torch import save_file
     from transformers import TrainerCallback
 
-    from dpo_assets.training.collapse import CollapseGuard
-    from dpo_assets.training.dpo_trainer import PackedDPOTrainer
+    from dpo_assets.training.guard.collapse import CollapseGuard
+    from dpo_assets.training.trainers.dpo import PackedDPOTrainer
 
     class Keep(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -155,7 +155,7 @@ def run(work: Path, cell: Cell, rate: float = REFERENCE_RATE, keep: bool = True,
     from dpo_assets.checks.bands import default_bands
     from dpo_assets.contract import GuardSpec, TrainSpec
     from dpo_assets.errors import GateError
-    from dpo_assets.training import dpo
+    from dpo_assets.training.stages import dpo
 
     if cell.fault in UNTRAINED:
         return asdict(cell)
@@ -237,7 +237,7 @@ def _short(value: float) -> float:
 def sft_adapter(work: Path, seed: int) -> Path:
     """An adapter that stage `sft` trained on chosen answers: a start that is not the base."""
     from dpo_assets.contract import TrainSpec
-    from dpo_assets.training import sft
+    from dpo_assets.training.stages import sft
 
     out = work / "sft" / str(seed)
     if not (out / "adapter").is_dir():

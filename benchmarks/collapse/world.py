@@ -169,7 +169,7 @@ class Behaviour:
 
 def behaviour_of(questions: Sequence[Question], answers: Sequence[dict[str, Any]]) -> Behaviour:
     """Behaviour from answers as `training.evaluate.generate` describes them."""
-    from dpo_assets.training.evaluate import repeats_itself
+    from dpo_assets.training.stages.evaluate import repeats_itself
 
     count = len(answers)
     texts = [" ".join(answer["text"].split()) for answer in answers]
@@ -201,7 +201,7 @@ def sample(model: Any, tokenizer: Any, questions: Sequence[Question], seed: int 
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache, out = DynamicCache(), []
     ended = torch.zeros(len(rows), dtype=torch.bool)
-    from dpo_assets.training.loading import plain_attention
+    from dpo_assets.training.models.loading import plain_attention
 
     with torch.no_grad(), plain_attention(model):
         step_ids, step_positions = ids, positions

@@ -31,17 +31,17 @@ from dpo_assets.planning.model_folder import inspect_model
 from dpo_assets.planning.plan import DatasetStats, TrainingPlan, make_plan
 from dpo_assets.planning.precision import Device
 from dpo_assets.recipe import parse_recipe
-from dpo_assets.training.chat_format import load_tokenizer
-from dpo_assets.training.data import dpo_group
-from dpo_assets.training.dpo import dpo_arguments
-from dpo_assets.training.dpo_trainer import REFERENCE_COLUMNS, PackedDPOTrainer
-from dpo_assets.training.loading import autocast_of
-from dpo_assets.training.logprobs import score_groups
-from dpo_assets.training.losses import DpoLoss
-from dpo_assets.training.packed import PackedCollator, end_quietly
-from dpo_assets.training.packing import Group
-from dpo_assets.training.policy import Policy, load_policy
-from dpo_assets.training.unsloth_kernels import reference_mode
+from dpo_assets.training.batches.data import dpo_group
+from dpo_assets.training.batches.packing import Group
+from dpo_assets.training.engines.unsloth import reference_mode
+from dpo_assets.training.models.chat_format import load_tokenizer
+from dpo_assets.training.models.loading import autocast_of
+from dpo_assets.training.models.policy import Policy, load_policy
+from dpo_assets.training.scoring.logprobs import score_groups
+from dpo_assets.training.stages.dpo import dpo_arguments
+from dpo_assets.training.trainers.dpo import REFERENCE_COLUMNS, PackedDPOTrainer
+from dpo_assets.training.trainers.losses import DpoLoss
+from dpo_assets.training.trainers.packed import PackedCollator, end_quietly
 
 SEED = 42
 CPU_GIB = 4.0

@@ -128,7 +128,7 @@ def _run(stage: Stage, spec: Spec, reporter: Any) -> None:
     if any(spec.output_dir.iterdir()):
         raise ConfigError(f"output_dir {spec.output_dir} is not empty; a stage writes into a folder of its own.")
     if isinstance(spec, PlannedSpec) and spec.plan.kernels == "unsloth" and stage in ("sft", "dpo"):
-        from dpo_assets.training.unsloth_kernels import prepare_unsloth
+        from dpo_assets.training.engines.unsloth import prepare_unsloth
 
         # It patches what is imported after it. The compile cache outlives the run beside the reference cache, if any.
         cache = getattr(spec, "reference_cache", None)
@@ -138,13 +138,13 @@ def _run(stage: Stage, spec: Spec, reporter: Any) -> None:
             import torch
             import transformers
 
-            from dpo_assets.training.devices import refuse_other_devices
+            from dpo_assets.training.models.devices import refuse_other_devices
 
             torch.set_num_threads(spec.threads)
             if isinstance(spec, PlannedSpec):
                 refuse_other_devices(spec.plan, torch.cuda.device_count())
             transformers.logging.set_verbosity_error()
-        stage_module = importlib.import_module(f"dpo_assets.training.{stage}")
+        stage_module = importlib.import_module(f"dpo_assets.training.stages.{stage}")
     stage_module.run(spec, reporter)
     if isinstance(spec, TrainSpec):
         write_trained_groups(spec.dataset, spec.output_dir)

@@ -24,10 +24,10 @@ from dpo_assets.planning.model_folder import inspect_model
 from dpo_assets.planning.plan import DatasetStats, TrainingPlan, make_plan
 from dpo_assets.planning.precision import Device
 from dpo_assets.recipe import FeedbackSource, parse_recipe
-from dpo_assets.training import sft, tokenize
-from dpo_assets.training.chat_format import ChatFormat, load_chat_format
-from dpo_assets.training.data import dpo_group, load_split
-from dpo_assets.training.packing import Group
+from dpo_assets.training.batches.data import dpo_group, load_split
+from dpo_assets.training.batches.packing import Group
+from dpo_assets.training.models.chat_format import ChatFormat, load_chat_format
+from dpo_assets.training.stages import sft, tokenize
 
 MAX_LENGTH = 192
 TRAIN_PAIRS, EVAL_PAIRS = 24, 10

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_assets.training.packing import Group
+from dpo_assets.training.batches.packing import Group
 
 
 def row_logits(model: Any, prompt: Sequence[int], completion: Sequence[int]) -> Tensor:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from dpo_assets.contract import TrainSpec
 from dpo_assets.planning.plan import TrainingPlan
-from dpo_assets.training import dpo
-from dpo_assets.training.data import dpo_group, load_split
-from dpo_assets.training.packed import PackedCollator
+from dpo_assets.training.batches.data import dpo_group, load_split
+from dpo_assets.training.stages import dpo
+from dpo_assets.training.trainers.packed import PackedCollator
 from dpo_assets_tests.training.conftest import Log, PlanMaker, small_part
 
 ROW = 96  # Tokens of a row: long enough for answers of several lengths, short enough for many runs.

@@ -36,10 +36,10 @@ from transformers import (
 from dpo_assets.contract import EvaluateSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
-from dpo_assets.training import dpo, evaluate
-from dpo_assets.training.loading import load_base, plain_attention
-from dpo_assets.training.logprobs import assert_packing_is_exact, score_groups
-from dpo_assets.training.packing import Group
+from dpo_assets.training.batches.packing import Group
+from dpo_assets.training.models.loading import load_base, plain_attention
+from dpo_assets.training.scoring.logprobs import assert_packing_is_exact, score_groups
+from dpo_assets.training.stages import dpo, evaluate
 from dpo_assets_tests.training.conftest import Log, PlanMaker, SpecMaker
 from dpo_assets_tests.training.dense import summed_logps
 

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from dpo_assets.contract import TemplateSettings
 from dpo_assets.errors import ConfigError
 from dpo_assets.recipe import TEMPLATE_DATE
-from dpo_assets.training.chat_format import (
+from dpo_assets.training.models.chat_format import (
     MOST_MARKS,
     ChatFormat,
     _difference,

@@ -21,8 +21,10 @@ from trl import DPOConfig
 from dpo_assets.errors import ConfigError, GateError
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.recipe import parse_recipe
-from dpo_assets.training import classic
-from dpo_assets.training.classic import (
+from dpo_assets.training.batches.data import load_split
+from dpo_assets.training.models.loading import attach_adapter, load_base, save_adapter
+from dpo_assets.training.trainers import classic
+from dpo_assets.training.trainers.classic import (
     ClassicDPOTrainer,
     accumulation,
     check_arguments,
@@ -31,9 +33,7 @@ from dpo_assets.training.classic import (
     loss_arguments,
     optimizer_of,
 )
-from dpo_assets.training.data import load_split
-from dpo_assets.training.loading import attach_adapter, load_base, save_adapter
-from dpo_assets.training.packed import end_quietly
+from dpo_assets.training.trainers.packed import end_quietly
 from dpo_assets_tests.training.conftest import TRAIN_PAIRS, PlanMaker
 from dpo_assets_tests.training.trl_dense_scoring import dense_scoring
 

@@ -25,17 +25,17 @@ from dpo_assets.checks.collapse import CollapseLimits, first_trigger
 from dpo_assets.contract import GuardSpec, TrainSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.recipe import BandOverride, ChecksSection
-from dpo_assets.training import dpo
-from dpo_assets.training.aftermath import measure, product_norm
-from dpo_assets.training.chat_format import ChatFormat
-from dpo_assets.training.classic import classic_trainer
-from dpo_assets.training.collapse import CollapseGuard, advice, near_identical
-from dpo_assets.training.data import load_asked, load_split
-from dpo_assets.training.loading import attach_adapter, load_base
-from dpo_assets.training.packed import end_quietly
-from dpo_assets.training.packing import Group
-from dpo_assets.training.policy import load_policy
-from dpo_assets.training.sampling import AdapterState, Watched, first_prompts
+from dpo_assets.training.batches.data import load_asked, load_split
+from dpo_assets.training.batches.packing import Group
+from dpo_assets.training.guard.aftermath import measure, product_norm
+from dpo_assets.training.guard.collapse import CollapseGuard, advice, near_identical
+from dpo_assets.training.guard.sampling import AdapterState, Watched, first_prompts
+from dpo_assets.training.models.chat_format import ChatFormat
+from dpo_assets.training.models.loading import attach_adapter, load_base
+from dpo_assets.training.models.policy import load_policy
+from dpo_assets.training.stages import dpo
+from dpo_assets.training.trainers.classic import classic_trainer
+from dpo_assets.training.trainers.packed import end_quietly
 from dpo_assets_tests.training.conftest import Log, PlanMaker, SpecMaker
 from dpo_assets_tests.training.dpo_runs import ROW, Run, largest_difference, run_dpo, short_plan, write_pairs
 from dpo_assets_tests.training.trl_dense_scoring import dense_scoring
@@ -131,7 +131,7 @@ def test_with_the_sampled_probe_off_nothing_is_generated(spec_of: Any, monkeypat
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("an answer was generated")
 
-    monkeypatch.setattr("dpo_assets.training.sampling.generate", refuse)
+    monkeypatch.setattr("dpo_assets.training.guard.sampling.generate", refuse)
     run = run_dpo(spec_of(1e-4, QUIET, steps=4))
     assert not any(name.startswith("probe/") for row in run.rows for name in row)
     assert run.report["answers"] == {"not_measured": "checks.sampled_answers is 0"}
@@ -321,7 +321,7 @@ def test_divergence_is_the_log_ratio_of_the_policys_own_answers(watched: Watched
 
 
 def dpo_plain(model: Any) -> Any:
-    from dpo_assets.training.loading import plain_attention
+    from dpo_assets.training.models.loading import plain_attention
 
     return plain_attention(model)
 
@@ -336,7 +336,7 @@ def test_sampling_leaves_the_random_state_of_training_alone(watched: Watched, pa
 
 
 def test_the_adapters_norm_is_that_of_the_whole_product(watched: Watched) -> None:
-    from dpo_assets.training.aftermath import adapter_norm
+    from dpo_assets.training.guard.aftermath import adapter_norm
 
     found, layers = adapter_norm(watched.model, watched.start), []
     for name, layer in watched.model.named_modules():

@@ -16,13 +16,13 @@ from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
 
 from dpo_assets.planning.plan import TrainingPlan, steps_of
-from dpo_assets.training import dpo
-from dpo_assets.training.data import dpo_group, load_split
-from dpo_assets.training.dpo import dpo_arguments
-from dpo_assets.training.dpo_trainer import PackedDPOTrainer
-from dpo_assets.training.loading import attach_adapter, load_base
-from dpo_assets.training.packed import PackedCollator, end_quietly
-from dpo_assets.training.packing import under_budget
+from dpo_assets.training.batches.data import dpo_group, load_split
+from dpo_assets.training.batches.packing import under_budget
+from dpo_assets.training.models.loading import attach_adapter, load_base
+from dpo_assets.training.stages import dpo
+from dpo_assets.training.stages.dpo import dpo_arguments
+from dpo_assets.training.trainers.dpo import PackedDPOTrainer
+from dpo_assets.training.trainers.packed import PackedCollator, end_quietly
 from dpo_assets_tests.training.conftest import Log, PlanMaker, SpecMaker, small_part
 from dpo_assets_tests.training.trl_dense_scoring import DenseLogProbs, dense_scoring
 

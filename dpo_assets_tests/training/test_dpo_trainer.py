@@ -20,14 +20,14 @@ from torch import Tensor
 from dpo_assets.checks.losses import LOSSES
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.recipe import DpoSection
-from dpo_assets.training.data import dpo_group, load_split
-from dpo_assets.training.dpo import dpo_arguments, packed_trainer
-from dpo_assets.training.dpo_trainer import TRL_REFERENCE
-from dpo_assets.training.loading import attach_adapter, load_base
-from dpo_assets.training.losses import DpoLoss
-from dpo_assets.training.packed import RunningMeans, end_quietly
-from dpo_assets.training.packing import balanced
-from dpo_assets.training.strategies import load_start
+from dpo_assets.training.batches.data import dpo_group, load_split
+from dpo_assets.training.batches.packing import balanced
+from dpo_assets.training.models.loading import attach_adapter, load_base
+from dpo_assets.training.stages.dpo import dpo_arguments, packed_trainer
+from dpo_assets.training.trainers.dpo import TRL_REFERENCE
+from dpo_assets.training.trainers.losses import DpoLoss
+from dpo_assets.training.trainers.packed import RunningMeans, end_quietly
+from dpo_assets.training.trainers.strategies import load_start
 from dpo_assets_tests.training.conftest import Log, PlanMaker, SpecMaker
 from dpo_assets_tests.training.dpo_runs import (
     LR,

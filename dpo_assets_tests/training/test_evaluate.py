@@ -13,13 +13,13 @@ from transformers import GenerationConfig
 
 from dpo_assets.contract import EvaluateSpec
 from dpo_assets.planning.scoring import Scoring
-from dpo_assets.training import evaluate
-from dpo_assets.training.chat_format import ChatFormat
-from dpo_assets.training.data import dpo_group, load_split
-from dpo_assets.training.evaluate import generate, generation_health, repeats_itself, summarise
-from dpo_assets.training.loading import attach_adapter, autocast_of, load_base
-from dpo_assets.training.logprobs import score_groups
-from dpo_assets.training.packing import Group
+from dpo_assets.training.batches.data import dpo_group, load_split
+from dpo_assets.training.batches.packing import Group
+from dpo_assets.training.models.chat_format import ChatFormat
+from dpo_assets.training.models.loading import attach_adapter, autocast_of, load_base
+from dpo_assets.training.scoring.logprobs import score_groups
+from dpo_assets.training.stages import evaluate
+from dpo_assets.training.stages.evaluate import generate, generation_health, repeats_itself, summarise
 from dpo_assets_tests.training.conftest import Log, PlanMaker
 
 

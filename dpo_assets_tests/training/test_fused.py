@@ -11,10 +11,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from dpo_assets.training import attention
-from dpo_assets.training.fused.decoder import attach_fused, renew_fused
-from dpo_assets.training.logprobs import causal_lm, score_groups, score_tokens, sequence_logps
-from dpo_assets.training.packing import Group, pack
+from dpo_assets.training.batches.packing import Group, pack
+from dpo_assets.training.engines import attention
+from dpo_assets.training.engines.fused.decoder import attach_fused, renew_fused
+from dpo_assets.training.scoring.logprobs import causal_lm, score_groups, score_tokens, sequence_logps
 
 SMALL = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dpo_assets.training import attention
-from dpo_assets.training.fused.decoder import attach_fused
-from dpo_assets.training.logprobs import score_tokens, sequence_logps, to_device
-from dpo_assets.training.packing import Group, pack
+from dpo_assets.training.batches.packing import Group, pack
+from dpo_assets.training.engines import attention
+from dpo_assets.training.engines.fused.decoder import attach_fused
+from dpo_assets.training.scoring.logprobs import score_tokens, sequence_logps, to_device
 from dpo_assets_tests.training.test_fused import with_lora
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -14,12 +14,18 @@ from torch import Tensor
 
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
-from dpo_assets.training.data import dpo_group, load_split
-from dpo_assets.training.fused.decoder import attach_fused, fused_decoder
-from dpo_assets.training.fused.layer import FusedLayer
-from dpo_assets.training.loading import attach_adapter, choose_kernels, load_base
-from dpo_assets.training.logprobs import assert_packing_is_exact, causal_lm, score_groups, score_tokens, sequence_logps
-from dpo_assets.training.packing import Group, pack
+from dpo_assets.training.batches.data import dpo_group, load_split
+from dpo_assets.training.batches.packing import Group, pack
+from dpo_assets.training.engines.fused.decoder import attach_fused, fused_decoder
+from dpo_assets.training.engines.fused.layer import FusedLayer
+from dpo_assets.training.models.loading import attach_adapter, choose_kernels, load_base
+from dpo_assets.training.scoring.logprobs import (
+    assert_packing_is_exact,
+    causal_lm,
+    score_groups,
+    score_tokens,
+    sequence_logps,
+)
 from dpo_assets_tests.training.conftest import PlanMaker
 from dpo_assets_tests.training.dense import summed_logps
 from dpo_assets_tests.training.dpo_runs import (

@@ -20,18 +20,19 @@ from trl import DPOConfig
 from dpo_assets.checks.bands import first_loss_tolerance
 from dpo_assets.errors import GateError
 from dpo_assets.planning.plan import TrainingPlan
-from dpo_assets.training import dpo, packed, sft
-from dpo_assets.training.chat_format import load_tokenizer
-from dpo_assets.training.data import dpo_group, load_split, sft_group
-from dpo_assets.training.dpo import dpo_arguments
-from dpo_assets.training.dpo_trainer import REFERENCE_COLUMNS, PackedDPOTrainer
-from dpo_assets.training.guards import StopOnNonFinite, check_first_loss, first_non_finite
-from dpo_assets.training.loading import attach_adapter, load_base
-from dpo_assets.training.losses import DpoLoss, PairScores
-from dpo_assets.training.packed import PackedCollator, end_quietly, trainer_arguments
-from dpo_assets.training.policy import Policy
-from dpo_assets.training.sft import PackedSFTTrainer
-from dpo_assets.training.strategies import score_reference
+from dpo_assets.training.batches.data import dpo_group, load_split, sft_group
+from dpo_assets.training.guard.finite import StopOnNonFinite, check_first_loss, first_non_finite
+from dpo_assets.training.models.chat_format import load_tokenizer
+from dpo_assets.training.models.loading import attach_adapter, load_base
+from dpo_assets.training.models.policy import Policy
+from dpo_assets.training.stages import dpo, sft
+from dpo_assets.training.stages.dpo import dpo_arguments
+from dpo_assets.training.stages.sft import PackedSFTTrainer
+from dpo_assets.training.trainers import packed
+from dpo_assets.training.trainers.dpo import REFERENCE_COLUMNS, PackedDPOTrainer
+from dpo_assets.training.trainers.losses import DpoLoss, PairScores
+from dpo_assets.training.trainers.packed import PackedCollator, end_quietly, trainer_arguments
+from dpo_assets.training.trainers.strategies import score_reference
 from dpo_assets_tests.training.conftest import Log, PlanMaker, SpecMaker
 
 LN2 = math.log(2)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_assets.training.fused import ops
-from dpo_assets.training.fused.ops import Angles
-from dpo_assets.training.fused.weights import Nf4, RowScaled
-from dpo_assets.training.packing import Group, pack
+from dpo_assets.training.batches.packing import Group, pack
+from dpo_assets.training.engines.fused import ops
+from dpo_assets.training.engines.fused.ops import Angles
+from dpo_assets.training.engines.fused.weights import Nf4, RowScaled
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

@@ -44,4 +44,4 @@ def test_the_worker_needs_neither_unsloth_nor_triton(worker: set[str]) -> None:
 
 def test_the_module_that_tokenizes_imports_no_trainer() -> None:
     """A refresh tokenizes before it knows whether anything is to be trained."""
-    assert not {"peft", "trl", "datasets"} & imported_by("dpo_assets.training.tokenize")
+    assert not {"peft", "trl", "datasets"} & imported_by("dpo_assets.training.stages.tokenize")

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dpo_assets.errors import ConfigError
-from dpo_assets.training.chat_format import load_chat_format
-from dpo_assets.training.loading import attach_adapter, load_base, load_causal_lm, save_adapter
+from dpo_assets.training.models.chat_format import load_chat_format
+from dpo_assets.training.models.loading import attach_adapter, load_base, load_causal_lm, save_adapter
 from dpo_assets_tests.training.conftest import PlanMaker
 
 

@@ -17,7 +17,7 @@ from dpo_assets.checks.bands import first_loss_tolerance
 from dpo_assets.checks.losses import LOSSES
 from dpo_assets.errors import ConfigError
 from dpo_assets.recipe import DpoSection, FDivergence
-from dpo_assets.training.losses import DpoLoss, PairScores, divergence_score
+from dpo_assets.training.trainers.losses import DpoLoss, PairScores, divergence_score
 
 DIVERGENCES: tuple[FDivergence, ...] = get_args(FDivergence)
 LN2 = math.log(2)

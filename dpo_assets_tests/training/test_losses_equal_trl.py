@@ -15,10 +15,10 @@ from torch import Tensor
 
 from dpo_assets.checks.losses import LOSSES, TRL_LACKS
 from dpo_assets.recipe import FDivergence
-from dpo_assets.training.data import load_split
-from dpo_assets.training.dpo import dpo_arguments
-from dpo_assets.training.loading import attach_adapter, load_base
-from dpo_assets.training.losses import DpoLoss, PairScores
+from dpo_assets.training.batches.data import load_split
+from dpo_assets.training.models.loading import attach_adapter, load_base
+from dpo_assets.training.stages.dpo import dpo_arguments
+from dpo_assets.training.trainers.losses import DpoLoss, PairScores
 from dpo_assets_tests.training.conftest import PlanMaker
 from dpo_assets_tests.training.trl_dense_scoring import dense_scoring
 

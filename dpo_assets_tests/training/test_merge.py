@@ -26,8 +26,9 @@ from dpo_assets.checks.training import merge_verdicts
 from dpo_assets.contract import MergeSpec
 from dpo_assets.errors import ConfigError, GateError
 from dpo_assets.publishing.commit import ALLOWED
-from dpo_assets.training import merge, merging
-from dpo_assets.training.merging import NotStreamable, plan_merge, stream_merge
+from dpo_assets.training.models import merging
+from dpo_assets.training.models.merging import NotStreamable, plan_merge, stream_merge
+from dpo_assets.training.stages import merge
 from dpo_assets_tests.training.conftest import EVAL_PAIRS, Log, PlanMaker
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -281,7 +282,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 from safetensors.torch import load_file
-from dpo_assets.training.merging import plan_merge, stream_merge
+from dpo_assets.training.models.merging import plan_merge, stream_merge
 
 
 def status(field):

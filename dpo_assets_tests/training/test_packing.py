@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dpo_assets.errors import ConfigError
-from dpo_assets.training import attention, logprobs
-from dpo_assets.training.head import Head, ScoredHead
-from dpo_assets.training.logprobs import score_groups, score_tokens, sequence_logps
-from dpo_assets.training.packing import Group, PackedBatch, pack, under_budget
+from dpo_assets.training.batches.packing import Group, PackedBatch, pack, under_budget
+from dpo_assets.training.engines import attention
+from dpo_assets.training.scoring import logprobs
+from dpo_assets.training.scoring.head import Head, ScoredHead
+from dpo_assets.training.scoring.logprobs import score_groups, score_tokens, sequence_logps
 from dpo_assets_tests.training.dense import row_logits, row_logps, rows_of
 
 VOCABULARY = 512

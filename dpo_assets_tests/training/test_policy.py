@@ -15,11 +15,12 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
-from dpo_assets.training import attention, sft
-from dpo_assets.training.fused.decoder import fused_decoder
-from dpo_assets.training.loading import choose_kernels, load_base
-from dpo_assets.training.logprobs import causal_lm
-from dpo_assets.training.policy import Policy, load_policy
+from dpo_assets.training.engines import attention
+from dpo_assets.training.engines.fused.decoder import fused_decoder
+from dpo_assets.training.models.loading import choose_kernels, load_base
+from dpo_assets.training.models.policy import Policy, load_policy
+from dpo_assets.training.scoring.logprobs import causal_lm
+from dpo_assets.training.stages import sft
 from dpo_assets_tests.training.conftest import Log, PlanMaker, SpecMaker
 from dpo_assets_tests.training.dpo_runs import (
     LR,

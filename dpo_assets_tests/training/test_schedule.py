@@ -20,12 +20,12 @@ from dpo_assets.checks.configuration import Configuration
 from dpo_assets.contract import GuardSpec
 from dpo_assets.planning.schedule import warmup_steps
 from dpo_assets.recipe import ChecksSection
-from dpo_assets.training import sft
-from dpo_assets.training.classic import ClassicDPOTrainer
-from dpo_assets.training.dpo_trainer import PackedDPOTrainer
-from dpo_assets.training.packed import trainer_arguments
-from dpo_assets.training.schedule import SCHEDULER_TYPES, MovingSchedule, make_schedule
-from dpo_assets.training.sft import PackedSFTTrainer
+from dpo_assets.training.stages import sft
+from dpo_assets.training.stages.sft import PackedSFTTrainer
+from dpo_assets.training.trainers.classic import ClassicDPOTrainer
+from dpo_assets.training.trainers.dpo import PackedDPOTrainer
+from dpo_assets.training.trainers.packed import trainer_arguments
+from dpo_assets.training.trainers.schedule import SCHEDULER_TYPES, MovingSchedule, make_schedule
 from dpo_assets_tests.training.conftest import Log, PlanMaker, SpecMaker
 from dpo_assets_tests.training.dpo_runs import LR, run_dpo, short_plan, write_pairs
 

@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dpo_assets.planning.plan import TrainingPlan
-from dpo_assets.training import sft
-from dpo_assets.training.packing import Group
-from dpo_assets.training.sft import share_ending_with
+from dpo_assets.training.batches.packing import Group
+from dpo_assets.training.stages import sft
+from dpo_assets.training.stages.sft import share_ending_with
 from dpo_assets_tests.training.conftest import TRAIN_PAIRS, Log, PlanMaker, SpecMaker
 from dpo_assets_tests.training.dense import summed_logps
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_assets.training import smollm2
-from dpo_assets.training.smollm2 import GGUF_NAME, INSTALL, REQUIRED_FILES, convert, find_gguf, is_complete, main
+from dpo_assets.training.models import smollm2
+from dpo_assets.training.models.smollm2 import GGUF_NAME, INSTALL, REQUIRED_FILES, convert, find_gguf, is_complete, main
 
 
 @pytest.fixture

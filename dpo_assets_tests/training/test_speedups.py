@@ -16,11 +16,11 @@ from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import DatasetStats, make_plan
 from dpo_assets.planning.precision import Device
 from dpo_assets.planning.sizes import find_model
-from dpo_assets.training import speedups
-from dpo_assets.training.loading import load_base
-from dpo_assets.training.logprobs import score_groups
-from dpo_assets.training.packing import Group
-from dpo_assets.training.speedups import comparable, speed_up
+from dpo_assets.training.batches.packing import Group
+from dpo_assets.training.engines import speedups
+from dpo_assets.training.engines.speedups import comparable, speed_up
+from dpo_assets.training.models.loading import load_base
+from dpo_assets.training.scoring.logprobs import score_groups
 from dpo_assets_tests.samples import recipe
 from dpo_assets_tests.training.conftest import PlanMaker, SpecMaker
 from dpo_assets_tests.training.dpo_runs import largest_difference, run_dpo, short_plan, write_pairs

@@ -37,8 +37,8 @@ from dpo_assets.feedback.screening import Screened
 from dpo_assets.feedback.trained import TRAINED_GROUPS, trained_groups
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.__main__ import main
-from dpo_assets.training.data import dpo_group, load_split
-from dpo_assets.training.packed import LOGGED_STEPS
+from dpo_assets.training.batches.data import dpo_group, load_split
+from dpo_assets.training.trainers.packed import LOGGED_STEPS
 from dpo_assets_tests.training.conftest import EVAL_PAIRS, MAX_LENGTH, TRAIN_PAIRS, PlanMaker, SpecMaker
 from dpo_assets_tests.training.dense import summed_logps
 

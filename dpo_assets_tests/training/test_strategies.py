@@ -17,14 +17,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from dpo_assets.errors import ConfigError, GateError
-from dpo_assets.training import dpo, strategies
-from dpo_assets.training.data import dpo_group, load_split
-from dpo_assets.training.dpo import packed_trainer
-from dpo_assets.training.dpo_trainer import TRL_REFERENCE
-from dpo_assets.training.loading import load_base, save_adapter
-from dpo_assets.training.packed import end_quietly
-from dpo_assets.training.packing import Group
-from dpo_assets.training.strategies import join_adapters, load_start, step_reference
+from dpo_assets.training.batches.data import dpo_group, load_split
+from dpo_assets.training.batches.packing import Group
+from dpo_assets.training.models.loading import load_base, save_adapter
+from dpo_assets.training.stages import dpo
+from dpo_assets.training.stages.dpo import packed_trainer
+from dpo_assets.training.trainers import strategies
+from dpo_assets.training.trainers.dpo import TRL_REFERENCE
+from dpo_assets.training.trainers.packed import end_quietly
+from dpo_assets.training.trainers.strategies import join_adapters, load_start, step_reference
 from dpo_assets_tests.training.conftest import Log, PlanMaker, SpecMaker
 from dpo_assets_tests.training.dense import summed_logps
 from dpo_assets_tests.training.dpo_runs import (

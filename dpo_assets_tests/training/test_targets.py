@@ -35,11 +35,11 @@ from dpo_assets.planning.model_folder import inspect_model
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.targets import EXPERTS_ALONE, EXPERTS_ALONE_IN, planned_coverage, resolve_targets
 from dpo_assets.recipe import ALL_LINEAR, LoraSection
-from dpo_assets.training import merge
-from dpo_assets.training.aftermath import adapter_norm
-from dpo_assets.training.loading import ADAPTER_NAME, attach_adapter, load_base, save_adapter
-from dpo_assets.training.sampling import AdapterState
-from dpo_assets.training.targets import coverage, peft_targets, places_of
+from dpo_assets.training.guard.aftermath import adapter_norm
+from dpo_assets.training.guard.sampling import AdapterState
+from dpo_assets.training.models.loading import ADAPTER_NAME, attach_adapter, load_base, save_adapter
+from dpo_assets.training.models.targets import coverage, peft_targets, places_of
+from dpo_assets.training.stages import merge
 from dpo_assets_tests.training.conftest import MAX_LENGTH, Log, PlanMaker
 from dpo_assets_tests.training.dpo_runs import run_dpo, short_plan, write_pairs
 

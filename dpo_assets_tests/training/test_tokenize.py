@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerFast
 from dpo_assets.contract import CHAT_FORMAT, TOKENS, ChatFormatFacts, TokenizeSpec
 from dpo_assets.feedback.pair import PAIR_COLUMNS, polars_schema
 from dpo_assets.feedback.screening import Screened
-from dpo_assets.training import tokenize
-from dpo_assets.training.chat_format import ChatFormat
-from dpo_assets.training.data import first_asked
-from dpo_assets.training.tokenize import PairTokenizer
+from dpo_assets.training.batches.data import first_asked
+from dpo_assets.training.models.chat_format import ChatFormat
+from dpo_assets.training.stages import tokenize
+from dpo_assets.training.stages.tokenize import PairTokenizer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -25,17 +25,17 @@ from safetensors.torch import load_file
 from dpo_assets.checks.bands import first_loss_tolerance
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan, steps_of
-from dpo_assets.training import unsloth_kernels
-from dpo_assets.training.loading import attach_adapter, load_base
-from dpo_assets.training.packing import Group, pack
-from dpo_assets.training.speedups import comparable
-from dpo_assets.training.unsloth_kernels import (
+from dpo_assets.training.batches.packing import Group, pack
+from dpo_assets.training.engines import unsloth as unsloth_kernels
+from dpo_assets.training.engines.speedups import comparable
+from dpo_assets.training.engines.unsloth import (
     check_precision,
     check_shared_prefix,
     precision_flags,
     prepare_unsloth,
     reference_mode,
 )
+from dpo_assets.training.models.loading import attach_adapter, load_base
 from dpo_assets_tests.training.conftest import TRAIN_PAIRS, PlanMaker
 
 REPOSITORY = Path(__file__).parents[2]
@@ -70,7 +70,7 @@ def test_a_process_that_imported_transformers_first_is_refused(monkeypatch: pyte
 
 
 def test_the_module_itself_imports_nothing_that_unsloth_patches() -> None:
-    code = "import sys, dpo_assets.training.unsloth_kernels; print([n for n in sys.modules if n in sys.argv[1:]])"
+    code = "import sys, dpo_assets.training.engines.unsloth; print([n for n in sys.modules if n in sys.argv[1:]])"
     line = [sys.executable, "-c", code, *unsloth_kernels.PATCHED, "torch"]
     assert subprocess.run(line, capture_output=True, text=True, check=True, timeout=60).stdout.strip() == "[]"
 
@@ -376,7 +376,7 @@ def test_unsloths_loader_knows_what_is_asked_of_it(generated: Driven) -> None:
 def test_unsloth_after_transformers_is_refused(tmp_path: Path) -> None:
     code = (
         "import sys, transformers; from pathlib import Path\n"
-        "from dpo_assets.training.unsloth_kernels import prepare_unsloth\n"
+        "from dpo_assets.training.engines.unsloth import prepare_unsloth\n"
         "prepare_unsloth(Path(sys.argv[1]))"
     )
     line = [PYTHON, "-c", code, str(tmp_path / "scratch")]

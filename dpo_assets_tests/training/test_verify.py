@@ -13,8 +13,8 @@ from transformers import LlamaForCausalLM
 
 from dpo_assets.contract import VERIFIED, TemplateSettings, VerifiedBase, VerifySpec
 from dpo_assets.errors import ConfigError
-from dpo_assets.training import verify
-from dpo_assets.training.loading import load_base, load_causal_lm
+from dpo_assets.training.models.loading import load_base, load_causal_lm
+from dpo_assets.training.stages import verify
 from dpo_assets_tests.training.bases import copy_of, retensor, rewrite
 from dpo_assets_tests.training.conftest import Log, PlanMaker
 
@@ -149,6 +149,6 @@ def test_what_the_system_says_is_no_fault_of_the_folder(
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("dpo_assets.training.loading.AutoModelForCausalLM.from_pretrained", fail)
+    monkeypatch.setattr("dpo_assets.training.models.loading.AutoModelForCausalLM.from_pretrained", fail)
     with pytest.raises(OSError, match="Input/output error"):
         load_base(copied, plan_for())

@@ -17,7 +17,7 @@ from typing import Any
 
 from dpo_assets.errors import ConfigError, GateError
 from dpo_assets.planning.plan import TrainingPlan
-from dpo_assets.training.unsloth_kernels import load_unsloth, prepare_unsloth
+from dpo_assets.training.engines.unsloth import load_unsloth, prepare_unsloth
 
 Request = dict[str, Any]
 Answer = dict[str, Any]
@@ -33,7 +33,7 @@ def load(request: Request) -> Answer:
 
 def generated(request: Request) -> Answer:
     """The trainer that Unsloth generates for GPUs, on Transformers layers."""
-    from dpo_assets.training.loading import attach_adapter, load_base
+    from dpo_assets.training.models.loading import attach_adapter, load_base
     from dpo_assets_tests.training.trl_dense_scoring import dense_scoring
 
     plan = TrainingPlan.model_validate(request["plan"])
@@ -50,10 +50,10 @@ def trained(request: Request, plan: TrainingPlan, model: Any) -> Answer:
     """Losses of a run of the classic trainer, and what it changed around it."""
     from datasets import Dataset
 
-    from dpo_assets.training.chat_format import load_tokenizer
-    from dpo_assets.training.classic import classic_trainer
-    from dpo_assets.training.loading import save_adapter
-    from dpo_assets.training.packed import end_quietly
+    from dpo_assets.training.models.chat_format import load_tokenizer
+    from dpo_assets.training.models.loading import save_adapter
+    from dpo_assets.training.trainers.classic import classic_trainer
+    from dpo_assets.training.trainers.packed import end_quietly
 
     out = Path(request["out"])
     rows = Dataset.from_parquet(request["rows"], columns=["prompt", "chosen", "rejected"], cache_dir=str(out / "cache"))
@@ -79,9 +79,9 @@ def peft_config_trap(request: Request) -> Answer:
     from datasets import Dataset
     from peft import LoraConfig
 
-    from dpo_assets.training.chat_format import load_tokenizer
-    from dpo_assets.training.classic import classic_arguments
-    from dpo_assets.training.loading import load_base
+    from dpo_assets.training.models.chat_format import load_tokenizer
+    from dpo_assets.training.models.loading import load_base
+    from dpo_assets.training.trainers.classic import classic_arguments
 
     plan = TrainingPlan.model_validate(request["plan"])
     model: Any = load_base(Path(request["model"]), plan, packed=False)
@@ -103,9 +103,9 @@ def shared_prefix(request: Request) -> Answer:
     import torch
     from unsloth.utils import prefix_grouper_kernel as kernel
 
-    from dpo_assets.training.attention import Tables, packed_rows
-    from dpo_assets.training.packing import Group, pack
-    from dpo_assets.training.unsloth_kernels import on_blocks
+    from dpo_assets.training.batches.packing import Group, pack
+    from dpo_assets.training.engines.attention import Tables, packed_rows
+    from dpo_assets.training.engines.unsloth import on_blocks
 
     worst = 0.0
     for n, groups in enumerate(request["groups"]):

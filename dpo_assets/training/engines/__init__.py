@@ -1,0 +1,1 @@
+"""What computes a policy's hidden states: this project's layers, Transformers', Unsloth's."""

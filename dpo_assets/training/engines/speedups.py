@@ -1,0 +1,61 @@
+"""Faster layers for what runs on Transformers' own: Liger's kernels, and torch.compile layer by layer.
+
+Both round differently from the plain layers, so both are part of what a reference score depends on. A compiled layer
+has two graphs, one for training and one for no_grad, and nothing promises that they round alike (on an H100 with
+OPTIONS they did, within 0.0001 nats a row). So where layers are compiled, whatever is compared with the policy goes
+through the policy's graph: gradients are recorded and thrown away (`comparable`). Unsloth's forwards part in the same
+way (`unsloth_kernels.reference_mode`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from dpo_assets.errors import ConfigError
+from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.training.models.targets import decoder_layers
+
+BACKEND = "inductor"
+# Round where the plain layers do: by default what is fused stays in fp32, so that rounding depends on what a graph
+# happens to fuse, and two graphs of one layer part.
+OPTIONS = {"emulate_precision_casts": True}
+
+
+def speed_up(model: Any, plan: TrainingPlan) -> None:
+    """Puts the plan's speedups into a loaded model, its adapter attached.
+
+    Raises:
+        ConfigError: when Liger is not installed, or knows no kernels for the architecture.
+    """
+    lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if "liger" in plan.speedups:
+        _apply_liger(lm)
+    if "compile" in plan.speedups:
+        for layer in decoder_layers(lm)[1]:
+            # Packed forwards differ in length; static shapes would compile each one anew.
+            layer.compile(backend=BACKEND, dynamic=True, options=OPTIONS if BACKEND == "inductor" else None)
+
+
+def comparable(plan: TrainingPlan) -> AbstractContextManager[Any]:
+    """Around a forward that will be compared with the policy's: switches to the graph that the policy takes."""
+    return torch.enable_grad() if "compile" in plan.speedups or plan.kernels == "unsloth" else nullcontext()
+
+
+def _apply_liger(lm: Any) -> None:
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise ConfigError(
+            "hardware.speedups `liger` needs the package liger-kernel, which this environment lacks: "
+            "pip install 'dpo-assets[liger]', or leave it out."
+        )
+    patches = importlib.import_module("liger_kernel.transformers.monkey_patch")
+    kind = lm.config.model_type
+    if kind not in patches.MODEL_TYPE_TO_APPLY_LIGER_FN:
+        known = ", ".join(sorted(patches.MODEL_TYPE_TO_APPLY_LIGER_FN))
+        raise ConfigError(f"Liger has no layers for `{kind}`; it has: {known}. Leave `liger` out of hardware.speedups.")
+    # Layers only: the head is this project's, and it is scored in fp32.
+    patches._apply_liger_kernel_to_instance(lm, fused_linear_cross_entropy=False, cross_entropy=False)

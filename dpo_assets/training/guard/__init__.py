@@ -1,0 +1,1 @@
+"""What watches a run: values that are not finite, collapse, and what an adapter did."""

@@ -1,0 +1,138 @@
+"""What the policy says by itself, beside what the reference says: sampled answers, and how far apart the two are.
+
+The reference is where training starts, so the adapter as it was then, put back for a moment, is the reference for every
+reference strategy, and no second model is held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.training.batches.data import first_asked
+from dpo_assets.training.batches.packing import Group
+from dpo_assets.training.engines import attention
+from dpo_assets.training.engines.unsloth import reference_mode
+from dpo_assets.training.models.chat_format import ChatFormat
+from dpo_assets.training.models.loading import ADAPTER_NAME, autocast_of, plain_attention
+from dpo_assets.training.scoring.logprobs import ON_UNSLOTH, causal_lm, evaluating, score_hits
+from dpo_assets.training.stages.evaluate import generate
+
+Answer = dict[str, Any]
+
+
+class AdapterState:
+    """The trained adapter's factors at one moment, copied to the CPU."""
+
+    def __init__(self, model: Any) -> None:
+        self.factors = {
+            name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if _is_trained(name, p)
+        }
+
+    @torch.no_grad()
+    def put_into(self, model: Any) -> None:
+        """Overwrites the factors in place, so that an optimizer keeps hold of them."""
+        for name, parameter in model.named_parameters():
+            if name in self.factors:
+                parameter.copy_(self.factors[name])
+
+    @contextmanager
+    def in_place(self, model: Any) -> Iterator[None]:
+        """The model with these factors for a while."""
+        now = AdapterState(model)
+        self.put_into(model)
+        try:
+            yield
+        finally:
+            now.put_into(model)
+
+
+def _is_trained(name: str, parameter: torch.nn.Parameter) -> bool:
+    """Not TRL's frozen copy of the start, which it makes beside the adapter that is trained."""
+    return parameter.requires_grad and (".lora_" not in name or f".{ADAPTER_NAME}." in name)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A policy in training with its start, and how it is scored.
+
+    Args:
+        packed: whether the model is scored by packed batches in training; a model that TRL trains is not.
+    """
+
+    model: Any
+    start: AdapterState
+    chat: ChatFormat
+    plan: TrainingPlan
+    kernels: str
+    packed: bool
+
+    @property
+    def why_no_scores(self) -> str:
+        """Why pairs cannot be scored here; empty when they can."""
+        lm = causal_lm(self.model)
+        if self.kernels == "unsloth":
+            return (
+                "" if getattr(lm, ON_UNSLOTH, False) else "TRL's own trainer on Unsloth's kernels has no packed scorer"
+            )
+        if not getattr(lm, "_supports_attention_backend", False):
+            return f"{type(lm).__name__} computes attention in a way of its own, so packed batches cannot score it"
+        return ""
+
+    @property
+    def why_no_answers(self) -> str:
+        """Why no answers can be sampled here; empty when they can."""
+        if self.kernels == "unsloth":
+            return "Unsloth's kernels have a generation mode of their own, and switching to it changes what is trained"
+        return ""
+
+    def answers(self, prompts: list[list[int]], tokens: int, seed: int | None) -> list[Answer]:
+        """Answers of at most `tokens` tokens, as `evaluate.generate` makes them; greedy without a seed."""
+        with evaluating(self.model), autocast_of(self.plan):
+            said: list[Answer] = generate(self.model, prompts, self.chat, tokens, seed=seed)
+            return said
+
+    def scores(self, groups: Sequence[Group]) -> tuple[list[float], list[int]]:
+        """(summed log-probability, greedy matches) of every completion, by the forward of training."""
+        with ExitStack() as stack:
+            if self.kernels == "unsloth":
+                plan = self.plan.model_copy(update={"kernels": "unsloth"})
+                stack.enter_context(reference_mode(self.model, plan))
+            else:
+                stack.enter_context(evaluating(self.model))
+            if not self.packed:
+                attention.register()
+                stack.enter_context(plain_attention(self.model, attention.NAME))
+            stack.enter_context(autocast_of(self.plan))
+            scores: tuple[list[float], list[int]] = score_hits(self.model, groups, self.plan.token_budget)
+            return scores
+
+    def reference_scores(self, groups: Sequence[Group]) -> tuple[list[float], list[int]]:
+        """The same by the reference."""
+        with self.start.in_place(self.model):
+            return self.scores(groups)
+
+    def reference_answers(self, prompts: list[list[int]], tokens: int, seed: int | None) -> list[Answer]:
+        """The same prompts and seed, answered by the reference."""
+        with self.start.in_place(self.model):
+            return self.answers(prompts, tokens, seed)
+
+    def divergence(self, prompts: list[list[int]], answers: Sequence[Answer]) -> list[tuple[float, int]]:
+        """(log pi - log pi_ref, tokens) of each of the policy's own answers with the token that ended it.
+
+        Their sum over their tokens estimates KL(policy || reference) per token: the expectation is over the policy.
+        """
+        said = [[*a["ids"], a["end"]] if a["ended"] else a["ids"] for a in answers]
+        groups = [Group(prompt, (ids,)) for prompt, ids in zip(prompts, said, strict=True) if ids]
+        (policy, _), (reference, _) = self.scores(groups), self.reference_scores(groups)
+        return [(p - r, len(g.completions[0])) for p, r, g in zip(policy, reference, groups, strict=True)]
+
+
+def first_prompts(rows: Any, chat: ChatFormat, count: int, longest: int) -> list[list[int]]:
+    """Token ids of the first `count` different prompts of at most `longest` tokens, for a model to answer."""
+    return [ids for _, ids in first_asked(rows, chat, count, longest)]

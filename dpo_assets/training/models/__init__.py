@@ -1,0 +1,1 @@
+"""Base, adapter, tokenizer and merged model, from local folders."""

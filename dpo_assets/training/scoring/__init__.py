@@ -1,0 +1,1 @@
+"""Log-probabilities of answers: the head, the one scorer, and the reference's scores."""

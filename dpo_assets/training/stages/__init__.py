@@ -1,0 +1,1 @@
+"""The stages of the worker: each one file, read top to bottom."""

@@ -1,0 +1,200 @@
+"""Stage `dpo`: the packed trainer on TRL's DPOTrainer, or TRL's own."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from transformers import TrainerCallback
+from trl import DPOConfig
+
+from dpo_assets.artifact import VOLATILE, write_json
+from dpo_assets.checks.tasks import read_tasks
+from dpo_assets.contract import GuardSpec, TrainSpec
+from dpo_assets.errors import ConfigError
+from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.training.batches.data import dpo_group, load_asked, load_conversations, load_split
+from dpo_assets.training.guard.aftermath import measure
+from dpo_assets.training.guard.collapse import CollapseGuard
+from dpo_assets.training.guard.finite import StopOnNonFinite, check_trained
+from dpo_assets.training.guard.sampling import AdapterState, Watched, first_prompts
+from dpo_assets.training.models.chat_format import RENDERING_ERRORS, load_chat_format
+from dpo_assets.training.models.loading import ADAPTER_NAME, autocast_of, save_adapter
+from dpo_assets.training.models.targets import coverage
+from dpo_assets.training.reporting import ProgressLines, Reporter, all_finite, write_metrics
+from dpo_assets.training.scoring.logprobs import assert_packing_is_exact
+from dpo_assets.training.trainers.classic import ClassicDPOTrainer, classic_trainer
+from dpo_assets.training.trainers.dpo import REFERENCE_COLUMNS, PackedDPOTrainer
+from dpo_assets.training.trainers.losses import DpoLoss
+from dpo_assets.training.trainers.packed import PackedCollator, end_quietly, packed_arguments, trainer_arguments
+from dpo_assets.training.trainers.strategies import Start, join_adapters, load_start, score_reference, step_reference
+
+CLOSING = ("loss", "logps/chosen", "rewards/chosen", "rewards/margins", "rewards/accuracies")
+LAST_LOGS = 5  # Closing values are means over this many logs: one batch of a small run is noise.
+
+
+def dpo_arguments(plan: TrainingPlan, output_dir: Path, kernels: str = "transformers") -> DPOConfig:
+    """TRL's configuration with every value that decides the result set."""
+    return DPOConfig(
+        **trainer_arguments(plan, plan.dpo, output_dir, plan.dpo_steps) | packed_arguments(plan, kernels),
+        beta=plan.dpo.beta,
+        loss_type=["sigmoid"],  # The packed trainer's losses are its own; TRL's has no say.
+        max_length=plan.max_length,
+        truncation_mode="keep_start",
+        disable_dropout=True,
+        precompute_ref_log_probs=False,
+    )
+
+
+def run(spec: TrainSpec, reporter: Reporter) -> None:
+    """Writes `adapter/`, `metrics.jsonl` and `report.json`."""
+    plan, out = spec.plan, spec.output_dir
+    started = time.perf_counter()
+    packed = plan.dpo.trainer == "packed"
+    if not packed and plan.device == "cpu" and plan.kernels != "unsloth":
+        raise ConfigError("dpo.trainer `trl` needs a GPU: TRL 1.15 scores with a Triton kernel. Use `packed` on a CPU.")
+    chat = load_chat_format(spec.base_model, spec.template)
+    start = load_start(spec, packed=packed)
+    policy = start.policy
+    if policy.note:
+        reporter.log(f"dpo: computed by transformers, not by {plan.kernels} kernels: {policy.note}")
+    trainer: PackedDPOTrainer | ClassicDPOTrainer
+    reused = 0
+    if packed:
+        trainer, reused = packed_trainer(start, chat.tokenizer, spec, reporter)
+    else:
+        rows = load_conversations(spec.dataset, spec.scratch)
+        trainer = classic_trainer(policy.model, chat.rendering_tokenizer(), rows, plan, spec.scratch)
+    guard, watched = None, None
+    if spec.guard is not None:
+        watched = Watched(policy.model, AdapterState(policy.model), chat, plan, policy.kernels, packed)
+        guard = collapse_guard(watched, spec.guard, spec, reporter)
+    reporter.log(
+        f"dpo: {plan.train_pairs} pairs, {plan.dpo_steps} steps, lr {plan.dpo.learning_rate:g}, "
+        f"beta {plan.dpo.beta:g}, {plan.dpo.trainer} trainer on {policy.kernels} kernels"
+    )
+    keys = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
+    watchers: list[TrainerCallback] = [] if guard is None else [guard]
+    end_quietly(trainer, [StopOnNonFinite("finite"), *watchers, ProgressLines(reporter, "dpo", keys)])
+    measured: dict[str, Any] = {}
+    with policy.computing(plan):
+        trainer.train()
+        trained = time.perf_counter()
+        check_trained("finite", policy.model)
+        if guard is not None and watched is not None and spec.guard is not None:
+            reporter.log("dpo: measuring the adapter against its start")
+            measured = measure(watched, spec.guard, held_out_rows(spec), guard.tasks)
+
+    save_adapter(trainer.accelerator.unwrap_model(trainer.model), out / "adapter")
+    if start.folded is not None:
+        join_adapters(out / "adapter", start.folded)
+    record = guard.record(load_split(spec.dataset, "train", scratch=spec.scratch)) if guard is not None else None
+    stopped = guard is not None and guard.stopped
+    write_report(trainer, spec, policy.kernels, measured | {"stopped": record if stopped else None, "trigger": record})
+    timings = {
+        "seconds": time.perf_counter() - started,
+        "reference_pairs_from_cache": reused,
+        "seconds_measuring": time.perf_counter() - trained,
+        "seconds_probing": guard.seconds if guard is not None else 0.0,
+    }
+    write_json(out / VOLATILE, timings | spec.memory_record())
+
+
+def packed_trainer(start: Start, tokenizer: Any, spec: TrainSpec, reporter: Reporter) -> tuple[PackedDPOTrainer, int]:
+    """The packed trainer with its reference, and how many reference scores came from the cache."""
+    plan, policy = spec.plan, start.policy
+    loss = DpoLoss.of(plan.dpo)
+    train = load_split(spec.dataset, "train", scratch=spec.scratch)
+    to_group = partial(dpo_group, max_length=plan.max_length)
+    groups = [to_group(row) for row in train]
+    with autocast_of(plan):
+        assert_packing_is_exact(policy.model, max(groups, key=lambda group: group.longest_row))
+    reference = step_reference(start, spec)
+    reused, columns = 0, ()  # type: tuple[int, tuple[str, ...]]
+    if reference is None:
+        scores, reused = score_reference(policy, groups, spec, reporter)
+        columns = REFERENCE_COLUMNS
+        for n, name in enumerate(columns):
+            train = train.add_column(name, [pair[n] for pair in scores])
+    trainer = PackedDPOTrainer(
+        model=policy.model,
+        args=dpo_arguments(plan, spec.scratch, policy.kernels),
+        train_dataset=train,
+        processing_class=tokenizer,
+        data_collator=PackedCollator(to_group, plan.token_budget, columns, padded=plan.device == "cpu"),
+        loss=loss,
+        reference=plan.dpo.reference,
+        step_reference=reference,
+        keep_reference_adapter=plan.dpo.reference_strategy == "adapter" and plan.dpo.reference == "sft",
+    )
+    return trainer, reused
+
+
+def held_out_rows(spec: TrainSpec) -> Any:
+    """The held-out split with its token ids and prompts, or None where the dataset has none."""
+    if not (spec.dataset / "eval.parquet").is_file():
+        return None
+    return load_asked(spec.dataset, "eval", spec.scratch)
+
+
+def collapse_guard(watched: Watched, guard: GuardSpec, spec: TrainSpec, reporter: Reporter) -> CollapseGuard:
+    """The guard of this run. Half of its prompts are of training pairs and half are held out, where there are any."""
+    plan = watched.plan
+    room, train = plan.max_length - guard.probe_tokens, load_asked(spec.dataset, "train", spec.scratch)
+    prompts: list[list[int]] = []
+    if guard.probe_prompts and watched.why_no_answers:
+        reporter.log(f"dpo: no answers are sampled while it trains: {watched.why_no_answers}")
+    elif guard.probe_prompts:
+        held_out = held_out_rows(spec)
+        theirs = [] if held_out is None else first_prompts(held_out, watched.chat, guard.probe_prompts // 2, room)
+        prompts = [*first_prompts(train, watched.chat, guard.probe_prompts - len(theirs), room), *theirs]
+    tasks = []
+    if guard.tasks is not None:
+        for task in read_tasks(guard.tasks):
+            try:
+                ids = watched.chat.prompt_ids(task.messages)
+            except RENDERING_ERRORS as error:
+                raise ConfigError(f"checks.capability_probe: the chat template refuses a prompt: {error}") from None
+            if len(ids) > room:
+                raise ConfigError(
+                    f"checks.capability_probe: a prompt of {len(ids)} tokens leaves no room for an answer"
+                )
+            tasks.append((task, ids))
+    lengths = [[len(ids) for ids in train[name]] for name in ("chosen_ids", "rejected_ids")]
+    chosen, rejected = (fmean(max(1, n) for n in column) for column in lengths)
+    return CollapseGuard(watched, guard, reporter, prompts, tasks, (chosen, rejected))
+
+
+def write_report(
+    trainer: PackedDPOTrainer | ClassicDPOTrainer, spec: TrainSpec, kernels: str, measured: dict[str, Any]
+) -> None:
+    """`metrics.jsonl`, and what the checks judge the run by."""
+    plan = spec.plan
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    rows = write_metrics(trainer.state.log_history, spec.output_dir / "metrics.jsonl")
+    last = {key: fmean(row[key] for row in rows[-LAST_LOGS:]) for key in CLOSING}
+    reference_logp = last["logps/chosen"] - last["rewards/chosen"] / plan.dpo.beta if plan.dpo.beta else float("nan")
+    # With an `sft` term it depends on the data, and TRL's trainer does not tell its parts.
+    expected = getattr(trainer, "expected_first_loss", None)
+    if expected is None:
+        expected = DpoLoss.of(plan.dpo).at_zero_margin()
+    report = {
+        "steps": trainer.state.global_step,
+        "first_loss": rows[0]["loss"],
+        "expected_first_loss": expected,
+        "first_loss_tokens": trainer.first_loss_tokens,
+        "last_loss": last["loss"],
+        "last_margin": last["rewards/margins"],
+        "last_accuracy": last["rewards/accuracies"],
+        "nll_ratio": last["logps/chosen"] / reference_logp,
+        "finite": all_finite(rows),
+        "lora_coverage": coverage(model, ADAPTER_NAME).model_dump(mode="json"),
+        "lora_planned": plan.coverage.model_dump(mode="json"),
+        "trainer": plan.dpo.trainer,
+        "kernels": kernels,
+        **measured,
+    }
+    write_json(spec.output_dir / "report.json", report)

@@ -1,0 +1,233 @@
+"""Stage `evaluate`: held-out pairs and greedy answers, for the SFT policy and for what is released.
+
+Implicit reward (Rafailov et al., arXiv 2305.18290, section 4): log pi(y|x) - log pi_ref(y|x), summed over the answer
+with its EOS. RewardBench's DPO mode uses the same masks and sums.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import polars as pl
+import torch
+from transformers import GenerationConfig
+
+from dpo_assets.artifact import VOLATILE, write_json
+from dpo_assets.checks.statistics import pick_the_longer, tie_aware_accuracy
+from dpo_assets.contract import EvaluateSpec, Progress
+from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.planning.scoring import GENERATION_BATCH as GENERATION_BATCH
+from dpo_assets.training.batches.data import dpo_group, first_asked, load_asked
+from dpo_assets.training.batches.packing import Group
+from dpo_assets.training.models.chat_format import ChatFormat, load_chat_format
+from dpo_assets.training.models.loading import (
+    attach_adapter,
+    autocast_of,
+    choose_kernels,
+    load_base,
+    plain_attention,
+)
+from dpo_assets.training.reporting import Reporter
+from dpo_assets.training.scoring.logprobs import assert_packing_is_exact, score_groups
+
+REPEATED_NGRAM, REPEATS = 4, 3  # An answer that says one 4-gram of tokens three times or more repeats itself.
+
+
+def run(spec: EvaluateSpec, reporter: Reporter) -> None:
+    """Writes `scores.parquet` (a row a pair), `generations.json` and `report.json`."""
+    plan = spec.plan.at_release()
+    started = time.perf_counter()
+    chat = load_chat_format(spec.base_model, spec.template)
+    held_out = load_asked(spec.dataset, "eval", spec.scratch, ["prompt_id"])
+    to_group = partial(dpo_group, max_length=plan.max_length)
+    groups = [to_group(row) for row in held_out]
+    room = plan.max_length - spec.max_new_tokens
+    asked = first_asked(held_out, chat, spec.generations, room, by="prompt_id")
+    prompts = [ids for _, ids in asked]
+
+    reporter.log(f"evaluate: the policy is the {spec.plan.scored}: {plan.scoring.reason}")
+
+    sft = _load(spec.base_model, spec.sft_adapter, plan)
+    reference, answers = _score_and_answer(sft, "SFT", groups, prompts, chat, plan, spec, reporter)
+    del sft
+    gc.collect()
+    merged = plan.scoring.subject == "merged"
+    policy_model = _load(spec.policy, None, plan) if merged else _load(spec.base_model, spec.adapter, plan)
+    policy, policy_answers = _score_and_answer(policy_model, "policy", groups, prompts, chat, plan, spec, reporter)
+
+    table = _score_table(held_out["pair_id"], held_out["prompt_id"], groups, reference, policy)
+    table.write_parquet(spec.output_dir / "scores.parquet")
+    write_json(
+        spec.output_dir / "generations.json",
+        [
+            {"prompt": row["prompt"], "sft": before["text"], "policy": after["text"]}
+            for (row, _), before, after in zip(asked, answers, policy_answers, strict=True)
+        ],
+    )
+    report = summarise(table, spec.confidence) | {"scored": spec.plan.scored}
+    report["generation"] = {"sft": generation_health(answers), "policy": generation_health(policy_answers)}
+    write_json(spec.output_dir / "report.json", report)
+    write_json(spec.output_dir / VOLATILE, {"seconds": time.perf_counter() - started})
+
+
+def _load(folder: Path, adapter: Path | None, plan: TrainingPlan) -> Any:
+    """A model on the plan's kernels, with its adapter if it has one."""
+    model: Any = load_base(folder, plan)
+    if adapter is not None:
+        model = attach_adapter(model, plan, adapter, seed=0, dropout=0.0)
+    choose_kernels(model, plan)
+    return model
+
+
+def summarise(table: pl.DataFrame, confidence: float) -> dict[str, Any]:
+    """Scores with intervals, from the per-pair table."""
+    chosen_ratio = (table["policy_chosen"] - table["sft_chosen"]) / table["chosen_tokens"]
+    rejected_ratio = (table["policy_rejected"] - table["sft_rejected"]) / table["rejected_tokens"]
+    margin = (table["policy_chosen"] - table["sft_chosen"]) - (table["policy_rejected"] - table["sft_rejected"])
+
+    def logp_accuracy(who: str) -> dict[str, float]:
+        gap = table[f"{who}_chosen"] / table["chosen_tokens"] - table[f"{who}_rejected"] / table["rejected_tokens"]
+        return tie_aware_accuracy(gap.to_list(), confidence).as_dict()
+
+    return {
+        "pairs": table.height,
+        "prompts": table["prompt_id"].n_unique(),
+        "implicit_reward_accuracy": tie_aware_accuracy(margin.to_list(), confidence).as_dict(),
+        "logp_accuracy_sft": logp_accuracy("sft"),
+        "logp_accuracy_policy": logp_accuracy("policy"),
+        "pick_the_longer": pick_the_longer(
+            table["chosen_tokens"].to_list(), table["rejected_tokens"].to_list(), confidence
+        ).as_dict(),
+        "margin_mean_nats": fmean(margin),
+        "margin_median_nats": median(margin),
+        "chosen_shift_nats_per_token": fmean(chosen_ratio),
+        "rejected_shift_nats_per_token": fmean(rejected_ratio),
+        "nll_ratio_chosen": float(table["policy_chosen"].sum() / table["sft_chosen"].sum()),
+        "confidence": confidence,
+    }
+
+
+def _score_table(
+    pair_ids: Sequence[str], prompt_ids: Sequence[str], groups: list[Group], reference: list[float], policy: list[float]
+) -> pl.DataFrame:
+    return pl.DataFrame(
+        {
+            "pair_id": list(pair_ids),
+            "prompt_id": list(prompt_ids),
+            "sft_chosen": reference[::2],
+            "sft_rejected": reference[1::2],
+            "policy_chosen": policy[::2],
+            "policy_rejected": policy[1::2],
+            "chosen_tokens": [len(g.completions[0]) for g in groups],
+            "rejected_tokens": [len(g.completions[1]) for g in groups],
+        }
+    )
+
+
+def _score_and_answer(
+    model: Any,
+    who: str,
+    groups: list[Group],
+    prompts: list[list[int]],
+    chat: ChatFormat,
+    plan: TrainingPlan,
+    spec: EvaluateSpec,
+    reporter: Reporter,
+) -> tuple[list[float], list[dict[str, Any]]]:
+    model.eval()
+    with autocast_of(plan):
+        assert_packing_is_exact(model, max(groups, key=lambda group: group.longest_row))
+        logps, _ = score_groups(model, groups, plan.token_budget)
+        reporter.log(f"evaluate: {len(groups)} held-out pairs scored by the {who}")
+        answers = generate(model, prompts, chat, spec.max_new_tokens)
+    reporter.log(Progress(stage="evaluate", done=1 if who == "SFT" else 2, total=2, note=f"{who} done").line())
+    return logps, answers
+
+
+@torch.no_grad()
+def generate(
+    model: Any, prompts: list[list[int]], chat: ChatFormat, max_new_tokens: int, *, seed: int | None = None
+) -> list[dict[str, Any]]:
+    """Answers: `ids` without the token that ended them, `text`, whether the answer `ended` by itself, and at which id
+    (`end`, None if it did not).
+
+    Greedy; with a `seed` sampled at temperature 1 from the whole distribution, and the state of torch's generators is
+    put back afterwards: a run that is watched must train as one that is not.
+    """
+    answers = []
+    pad = chat.tokenizer.pad_token_id
+    # Top-k is on by default where answers are sampled.
+    sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 0} if seed is not None else {}
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=seed is not None,
+        num_beams=1,
+        use_cache=True,
+        eos_token_id=sorted(chat.ends),
+        pad_token_id=pad,
+        **sampling,
+    )
+    with plain_attention(model), own_generation(model, config), torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        for start in range(0, len(prompts), GENERATION_BATCH):
+            batch = prompts[start : start + GENERATION_BATCH]
+            width = max(len(ids) for ids in batch)
+            ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in batch], device=model.device)
+            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=model.device)
+            out = model.generate(input_ids=ids, attention_mask=mask)
+            answers += [_answer(row, chat) for row in out[:, width:].tolist()]
+    return answers
+
+
+def _answer(row: list[int], chat: ChatFormat) -> dict[str, Any]:
+    length = next((n for n, token in enumerate(row) if token in chat.ends), None)
+    kept = row if length is None else row[:length]
+    text = chat.tokenizer.decode(kept, skip_special_tokens=True)
+    return {"ids": kept, "text": text, "ended": length is not None, "end": None if length is None else row[length]}
+
+
+@contextmanager
+def own_generation(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """A generation config in place of the model's own for a while.
+
+    `generate` fills what its arguments leave open from the model's config: a `no_repeat_ngram_size` there would keep a
+    policy that repeats itself from showing it.
+    """
+    holders = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
+    before = [holder.generation_config for holder in holders]
+    for holder in holders:
+        holder.generation_config = config
+    try:
+        yield
+    finally:
+        for holder, own in zip(holders, before, strict=True):
+            holder.generation_config = own
+
+
+def generation_health(answers: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Shares of answers that repeat themselves, never end or are empty; distinct bigrams; mean length in tokens."""
+    if not answers:
+        return {"answers": 0}
+    bigrams = [tuple(pair) for a in answers for pair in zip(a["ids"], a["ids"][1:], strict=False)]
+    return {
+        "answers": len(answers),
+        "repetition": fmean(repeats_itself(a["ids"]) for a in answers),
+        "no_eos": fmean(not a["ended"] for a in answers),
+        "empty": fmean(not a["ids"] for a in answers),
+        "distinct_2": len(set(bigrams)) / max(1, len(bigrams)),
+        "mean_tokens": fmean(len(a["ids"]) for a in answers),
+    }
+
+
+def repeats_itself(ids: Sequence[int]) -> bool:
+    """Whether any 4-gram of tokens stands three times or more."""
+    grams = [tuple(ids[n : n + REPEATED_NGRAM]) for n in range(len(ids) - REPEATED_NGRAM + 1)]
+    return any(grams.count(gram) >= REPEATS for gram in set(grams))

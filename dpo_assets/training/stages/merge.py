@@ -1,0 +1,173 @@
+"""Stage `merge`: base + adapter as one safetensors model, and the proof that it still is the same policy."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+import torch
+
+from dpo_assets.artifact import VOLATILE, write_json
+from dpo_assets.checks.reports import MergeReport
+from dpo_assets.contract import MergeSpec, Progress
+from dpo_assets.errors import GateError
+from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.training.batches.data import dpo_group, load_split
+from dpo_assets.training.batches.packing import Group
+from dpo_assets.training.models.chat_format import load_chat_format, write_tokenizer
+from dpo_assets.training.models.loading import attach_adapter, autocast_of, choose_kernels, load_base
+from dpo_assets.training.models.merging import NotStreamable, plan_merge, stored_format, stream_merge
+from dpo_assets.training.reporting import Reporter
+from dpo_assets.training.scoring.logprobs import assert_packing_is_exact, score_groups
+
+GENERATION = "generation_config.json"
+
+
+def run(spec: MergeSpec, reporter: Reporter) -> None:
+    """Writes `model/` (weights, tokenizer) and `report.json`.
+
+    Raises:
+        GateError: when a weight is not finite; named by the tensor.
+        ConfigError: when base or adapter cannot be read.
+    """
+    started = time.perf_counter()
+    plan = spec.plan.at_proof()
+    folder = spec.output_dir / "model"
+    folder.mkdir()
+
+    def on_file(done: int, total: int) -> None:
+        reporter.log(Progress(stage="merge", done=done, total=total, note="files").line())
+
+    method: Literal["streamed", "peft"]
+    try:
+        merge = plan_merge(spec.base_model, spec.adapter)
+    except NotStreamable as why:
+        reporter.log(f"merge: {why}, so PEFT merges it with the whole model in memory")
+        method = "peft"
+        merge_in_memory(spec, folder)
+    else:
+        method = "streamed"
+        stream_merge(merge, folder, on_file=on_file)
+        config = json.loads((spec.base_model / "config.json").read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)  # Where the base once lay on someone's machine.
+        write_json(folder / "config.json", config)
+    _write_tokenizer(spec, folder)
+
+    held_out = load_split(spec.dataset, "eval")
+    to_group = partial(dpo_group, max_length=plan.max_length)
+    groups = [to_group(row) for row in held_out.select(range(min(spec.probe_pairs, len(held_out))))]
+    by_adapter, lengths = _scores_by_adapter(spec, plan, groups)
+    by_merged, released = _scores_by_merged(folder, plan, groups)
+    differences = [abs(a - b) / max(1, n) for a, b, n in zip(by_adapter, by_merged, lengths, strict=True)]
+    report = MergeReport(
+        mean_difference_per_token=fmean(differences),
+        max_difference_per_token=max(differences),
+        probe_pairs=len(groups),
+        not_finite=released.not_finite,
+        parameters=released.parameters,
+        method=method,
+        proven_in=f"{plan.compute} on {plan.device}",
+    )
+    write_json(spec.output_dir / "report.json", report.model_dump(mode="json"))
+    write_json(spec.output_dir / VOLATILE, {"seconds": time.perf_counter() - started})
+    reporter.log(f"merge: adapter and merged model differ by {report.mean_difference_per_token:.2g} nats per token")
+
+
+def merge_in_memory(spec: MergeSpec, folder: Path) -> None:
+    """PEFT's own merge, for adapters that are more than LoRA on linear layers; on the CPU, in the base's own format.
+
+    What a card computes in has no say: a base in bf16 that was trained on a card without it is released in bf16.
+
+    Raises:
+        GateError: when a merged weight is not finite.
+    """
+    stored = stored_format(spec.base_model)
+    plan = spec.plan.model_copy(update={"device": "cpu", "precision": stored})
+    model = attach_adapter(load_base(spec.base_model, plan), plan, spec.adapter, seed=0, dropout=0.0).eval()
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        if "NaN" not in str(error):
+            raise
+        raise _not_finite("an adapted weight") from None
+    for name, tensor in merged.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise _not_finite(name)
+    merged.set_attn_implementation("sdpa")  # The packed attention is ours; a release must load anywhere.
+    merged.save_pretrained(folder, safe_serialization=True)
+    del model, merged
+    _free()
+
+
+def _scores_by_adapter(spec: MergeSpec, plan: TrainingPlan, groups: list[Group]) -> tuple[list[float], list[int]]:
+    model = attach_adapter(load_base(spec.base_model, plan), plan, spec.adapter, seed=0, dropout=0.0).eval()
+    choose_kernels(model, plan)
+    with autocast_of(plan):
+        assert_packing_is_exact(model, max(groups, key=lambda group: group.longest_row))
+        scores, lengths = score_groups(model, groups, plan.token_budget)
+    del model
+    _free()
+    return scores, lengths
+
+
+@dataclass(frozen=True)
+class Released:
+    """What was seen of the weights that were written, once they were loaded again."""
+
+    parameters: int
+    not_finite: tuple[str, ...]
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> Released:
+        bad = tuple(name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all()))
+        return cls(sum(p.numel() for p in model.parameters()), bad)
+
+
+def _scores_by_merged(folder: Path, plan: TrainingPlan, groups: list[Group]) -> tuple[list[float], Released]:
+    """Scores of the files as written, so that the proof covers what is released."""
+    model = load_base(folder, plan).eval()
+    released = Released.of(model)
+    choose_kernels(model, plan)
+    with autocast_of(plan):
+        scores, _ = score_groups(model, groups, plan.token_budget)
+    return scores, released
+
+
+def _write_tokenizer(spec: MergeSpec, folder: Path) -> None:
+    """The base's own tokenizer, and generation defaults that stop where the policy was taught to stop."""
+    base = spec.base_model
+    write_tokenizer(base, folder)
+    chat = load_chat_format(base, spec.template)
+    values = _object(folder / GENERATION) or _object(base / GENERATION)
+    if not values:
+        config = _object(base / "config.json")
+        values = {name: config[name] for name in ("bos_token_id", "pad_token_id") if config.get(name)}
+    write_json(folder / GENERATION, values | {"eos_token_id": sorted(chat.ends)})
+
+
+def _object(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return value
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _not_finite(name: str) -> GateError:
+    return GateError(
+        "all_finite",
+        f"{name} holds NaN or infinity after the merge.",
+        value=f"{name}: NaN or infinity",
+        band="every weight finite",
+        source="a NaN weight answers nothing but NaN",
+        fix="lower the learning rate and train again",
+    )

@@ -1,0 +1,70 @@
+"""Stage `verify`: whether a base's files are one whole model, and load here as they are written.
+
+It costs no memory: the model is built on torch's meta device, where tensors have a shape and no values.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from dpo_assets.artifact import write_json
+from dpo_assets.contract import VERIFIED, VerifiedBase, VerifySpec
+from dpo_assets.errors import ConfigError
+from dpo_assets.planning.weights import read_weights
+from dpo_assets.training.models.chat_format import load_chat_format
+from dpo_assets.training.models.loading import load_causal_lm
+from dpo_assets.training.models.targets import places_of
+from dpo_assets.training.reporting import Reporter
+
+ROWS = 4096  # Of two embeddings, compared at one time.
+
+
+def run(spec: VerifySpec, reporter: Reporter) -> None:
+    """Writes `verified.json`.
+
+    Raises:
+        ConfigError: naming what is missing, stored in another shape, stored twice and differently, or read otherwise
+            than it is written; where no decoder layers are found that could be adapted.
+    """
+    chat = load_chat_format(spec.base_model, spec.template)
+    model, unused = load_causal_lm(spec.base_model, device_map={"": "meta"})
+    refuse_two_heads(spec.base_model, model)
+    if not any(places_of(model)):
+        raise ConfigError(f"{type(model).__name__} in {spec.base_model} has no linear layers that could be adapted")
+    found = VerifiedBase(
+        unused_tensors=tuple(unused),
+        ends=tuple(chat.tokenizer.convert_ids_to_tokens(sorted(chat.ends))),
+    )
+    write_json(spec.output_dir / VERIFIED, found.model_dump(mode="json"))
+    reporter.log(f"verify: every tensor of {type(model).__name__} is there; a turn ends at {', '.join(found.ends)}")
+
+
+def refuse_two_heads(folder: Path, model: torch.nn.Module) -> None:
+    """A head that config.json ties to the embedding, while the files hold another one beside it.
+
+    Transformers 5 takes the stored head then, others the embedding: no release could be the same model everywhere.
+
+    Raises:
+        ConfigError: naming both tensors.
+    """
+    if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        return
+    stored = read_weights(folder).tensors
+    heads = [name for name in stored if name.endswith("lm_head.weight")]
+    embeddings = [name for name in stored if name.endswith("embed_tokens.weight")]
+    if len(heads) != 1 or len(embeddings) != 1:
+        return
+    head, embedding = stored[heads[0]], stored[embeddings[0]]
+    with safe_open(head.path, framework="pt") as one, safe_open(embedding.path, framework="pt") as other:
+        parts = (one.get_slice(head.name), other.get_slice(embedding.name))
+        equal = head.shape == embedding.shape and all(
+            torch.equal(*(part[start : start + ROWS] for part in parts)) for start in range(0, head.shape[0], ROWS)
+        )
+    if not equal:
+        raise ConfigError(
+            f"config.json in {folder} says tie_word_embeddings, but {head.name} differs from {embedding.name}: set it "
+            "to false if the head is meant, or take the head out of the files"
+        )

@@ -1,0 +1,1 @@
+"""What makes batches, losses and steps."""

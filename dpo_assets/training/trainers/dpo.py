@@ -1,0 +1,157 @@
+"""The packed DPO trainer: TRL's DPOTrainer on packed batches, for every loss of the family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import torch
+import trl
+from peft import PeftModel
+from torch import Tensor
+from transformers import Trainer
+
+from dpo_assets.training.batches.packing import PackedBatch
+from dpo_assets.training.guard.finite import check_first_loss
+from dpo_assets.training.scoring.logprobs import TokenScores, score_tokens, sequence_logps
+from dpo_assets.training.trainers.losses import DpoLoss, PairScores
+from dpo_assets.training.trainers.packed import PackedSteps, RunningMeans
+
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+TRL_REFERENCE = "ref"  # The frozen copy of a starting adapter that TRL makes.
+# Scores a packed batch by the reference: [pairs, 2] summed log-probabilities of chosen and rejected.
+StepReference = Callable[[PackedBatch], Tensor]
+
+
+class PackedDPOTrainer(PackedSteps, trl.DPOTrainer):
+    """TRL's DPOTrainer on packed batches.
+
+    Takes a dataset that is tokenized (`prompt_ids`, `chosen_ids`, `rejected_ids`) and carries the reference's
+    log-probabilities (`ref_chosen_logps`, `ref_rejected_logps`), unless `step_reference` computes them at every step.
+    Metrics have TRL's names. For plain causal models losses equal TRL's too; the balancing loss of mixtures of experts
+    is not added.
+
+    Args:
+        loss: what is minimised; sigmoid with the arguments' beta by default.
+        reference: `sft` or `base`, for the advice of a failed first loss.
+        step_reference: scores a batch by the reference, for strategies that keep it in memory.
+        keep_reference_adapter: keep TRL's frozen copy of the starting adapter, which `step_reference` then uses.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *args: Any,
+        loss: DpoLoss | None = None,
+        reference: str = "sft",
+        step_reference: StepReference | None = None,
+        keep_reference_adapter: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        # TRL turns the adapter of a quantised base into bf16, where a step of 5e-6 rounds to nothing: keep fp32.
+        factors = [(p, p.data) for p in model.parameters() if p.requires_grad]
+        super().__init__(model, *args, **kwargs)
+        for parameter, data in factors:
+            parameter.data = data
+        self._loss = loss or DpoLoss(beta=self.beta)
+        self._reference, self._step_reference = reference, step_reference
+        self._means = RunningMeans()
+        self._tokens = 0
+        self._first: list[PairScores] = []
+        self.expected_first_loss = float("nan")
+        self.first_loss_tokens = 0.0  # Mean tokens of a pair's answers in the first step, in 16 bit.
+        # With cached scores the clone that TRL makes of a PEFT policy is memory, and a wrong file when saved.
+        if not keep_reference_adapter and isinstance(self.model, PeftModel) and TRL_REFERENCE in self.model.peft_config:
+            self.model.delete_adapter(TRL_REFERENCE)
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return dataset
+
+    def begin_step(self, model: Any, step: dict[str, Any]) -> None:
+        """Reference scores of every forward; and, for a loss that couples pairs across forwards, its slopes."""
+        for batch in step["forwards"]:
+            if self._step_reference is None:
+                batch["reference"] = torch.stack([batch[name] for name in REFERENCE_COLUMNS], dim=1)
+            else:
+                with torch.no_grad():
+                    batch["reference"] = self._step_reference(batch)
+        if self._loss.coupled and len(step["forwards"]) > 1:
+            self._couple(model, step)
+
+    def _couple(self, model: Any, step: dict[str, Any]) -> None:
+        """Scores all pairs of the step first: a loss that sorts over them needs them all before any gradient."""
+        with torch.no_grad():
+            parts = [self._pair_scores(self._score(model, batch), batch) for batch in step["forwards"]]
+        loss, by_chosen, by_rejected = self._loss.gradient(_joined(parts))
+        slopes = torch.stack([by_chosen, by_rejected], dim=1)
+        for batch, slope in zip(step["forwards"], slopes.split([len(p.chosen) for p in parts]), strict=True):
+            batch["slopes"] = slope
+            batch["share"] = loss / len(parts)
+
+    def forward_loss(self, model: Any, batch: PackedBatch, step: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        scores = self._score(model, batch)
+        pairs = self._pair_scores(scores, batch)
+        self._count(scores, batch, pairs)
+        if self.state.global_step == 0:
+            self._first.append(PairScores(*(getattr(pairs, f.name).detach() for f in fields(pairs))))
+        if "slopes" in batch:
+            by_chosen, by_rejected = batch["slopes"].unbind(1)
+            return (by_chosen * pairs.chosen + by_rejected * pairs.rejected).sum(), batch["share"]
+        if self._loss.coupled:
+            loss = self._loss.of_batch(pairs)
+        else:
+            loss = self._loss.per_pair(pairs, step["first_targets"] / step["pairs"]).sum() / step["pairs"]
+        return loss, loss
+
+    def _score(self, model: Any, batch: PackedBatch) -> TokenScores:
+        return score_tokens(self.accelerator.unwrap_model(model), batch, self.accelerator.autocast())
+
+    def _pair_scores(self, scores: TokenScores, batch: PackedBatch) -> PairScores:
+        logps = sequence_logps(scores, batch).view(-1, 2)
+        reference, lengths = batch["reference"].to(logps), batch["lengths"].view(-1, 2)
+        return PairScores(*logps.unbind(1), *reference.unbind(1), *lengths.unbind(1))
+
+    def after_step_loss(self, loss: Tensor) -> None:
+        if self.state.global_step == 0:
+            first = _joined(self._first)
+            self._first.clear()
+            self.expected_first_loss = float(self._loss.of_batch(first.at_reference()))
+            if self.args.bf16 or self.args.fp16:
+                self.first_loss_tokens = float((first.chosen_tokens + first.rejected_tokens).double().mean())
+            check_first_loss(float(loss), self.expected_first_loss, self._reference, self.first_loss_tokens)
+
+    def _count(self, scores: TokenScores, batch: PackedBatch, pairs: PairScores) -> None:
+        """TRL's metrics under TRL's names, weighted by pairs and tokens. Nothing here waits for the device."""
+        chosen_token = batch["owner"] % 2 == 0
+        count, number = len(scores.logps), len(pairs.chosen)
+        chosen_count = chosen_token.sum()
+        rewards_chosen = self.beta * (pairs.chosen - pairs.ref_chosen).detach()
+        rewards_rejected = self.beta * (pairs.rejected - pairs.ref_rejected).detach()
+        add = self._means.add
+        add("entropy", scores.entropy.sum(), count)
+        add("logits/chosen", (scores.mean_logits * chosen_token).sum(), chosen_count)
+        add("logits/rejected", (scores.mean_logits * ~chosen_token).sum(), count - chosen_count)
+        add("mean_token_accuracy", (scores.top1 & chosen_token).sum(), chosen_count)
+        add("rewards/chosen", rewards_chosen.sum(), number)
+        add("rewards/rejected", rewards_rejected.sum(), number)
+        add("rewards/accuracies", (rewards_chosen > rewards_rejected).sum(), number)
+        add("rewards/margins", (rewards_chosen - rewards_rejected).sum(), number)
+        # Ratios of sums: a mean of ratios would let the shortest answers decide.
+        add("nll_ratio", pairs.chosen.sum(), pairs.ref_chosen.sum())
+        add("chosen_nats_per_token", (pairs.chosen - pairs.ref_chosen).sum(), chosen_count)
+        add("rejected_nats_per_token", (pairs.rejected - pairs.ref_rejected).sum(), count - chosen_count)
+        add("logps/chosen", pairs.chosen.sum(), number)
+        add("logps/rejected", pairs.rejected.sum(), number)
+        self._tokens += batch["logical"]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        means = self._means.take()
+        if means:
+            means["num_tokens"] = float(self._tokens)
+        Trainer.log(self, logs | means, start_time)
+
+
+def _joined(parts: list[PairScores]) -> PairScores:
+    """The pairs of several forwards as one batch."""
+    return PairScores(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(PairScores)))

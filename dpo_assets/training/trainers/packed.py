@@ -1,0 +1,178 @@
+"""What the packed SFT and DPO trainers share: a batch is one optimizer step, cut into forwards under a token budget.
+
+The step's loss is weighted over the whole batch, not per forward, so the token budget decides memory and nothing else:
+the gradient is that of one forward over all pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.planning.schedule import warmup_steps
+from dpo_assets.recipe import OptimSection
+from dpo_assets.training.batches.packing import Group, PackedBatch, balanced, by_width, pack
+from dpo_assets.training.engines.fused.decoder import renew_fused
+from dpo_assets.training.scoring.logprobs import causal_lm, to_device
+from dpo_assets.training.trainers.schedule import SCHEDULER_TYPES, MovingSchedule
+
+LOGGED_STEPS = 200  # A run logs every step up to this many steps, and about this many times beyond.
+
+
+def trainer_arguments(plan: TrainingPlan, section: OptimSection, output_dir: Path, steps: int) -> dict[str, Any]:
+    """Arguments of transformers.TrainingArguments, every one that matters set: defaults differ between libraries."""
+    return {
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": section.batch_size,
+        "gradient_accumulation_steps": 1,
+        "num_train_epochs": section.epochs,
+        "max_steps": steps,
+        "learning_rate": section.learning_rate,
+        "lr_scheduler_type": SCHEDULER_TYPES[section.schedule],
+        "warmup_steps": warmup_steps(section.warmup_ratio, steps),
+        "weight_decay": section.weight_decay,
+        "max_grad_norm": section.max_grad_norm,
+        "optim": "adamw_torch",
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "adam_epsilon": 1e-8,
+        "seed": section.seed,
+        "data_seed": section.seed,
+        "bf16": plan.device == "cuda" and plan.compute == "bf16",
+        "fp16": plan.device == "cuda" and plan.compute == "fp16",
+        "use_cpu": plan.device == "cpu",
+        "gradient_checkpointing": plan.gradient_checkpointing,
+        "logging_steps": max(1, steps // LOGGED_STEPS),
+        "logging_first_step": True,  # The first loss must be the first step's, however rarely a run logs.
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": plan.device == "cuda",
+        "dataloader_num_workers": 0,
+    }
+
+
+def packed_arguments(plan: TrainingPlan, kernels: str) -> dict[str, Any]:
+    """What differs for packed batches from TRL's own trainer: fused and Unsloth's layers recompute by themselves."""
+    return {
+        "gradient_checkpointing": plan.gradient_checkpointing and kernels == "transformers",
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "optim": "adamw_torch_fused" if plan.device == "cuda" else "adamw_torch",
+    }
+
+
+class PackedCollator:
+    """Rows of a prepared dataset to one batch: a list of packed forwards with the extra columns of their pairs.
+
+    Args:
+        padded: attention will run on padded rows, so pairs of like length belong together; otherwise forwards are
+            about equally large.
+    """
+
+    def __init__(
+        self,
+        to_group: Callable[[dict[str, Any]], Group],
+        budget: int,
+        extra: tuple[str, ...] = (),
+        *,
+        padded: bool = False,
+    ) -> None:
+        self.to_group, self.budget, self.extra, self.padded = to_group, budget, extra, padded
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        groups = [self.to_group(row) for row in rows]
+        forwards = []
+        both, sizes = list(zip(groups, rows, strict=True)), [g.tokens for g in groups]
+        widths = [g.longest_row for g in groups]
+        runs = by_width(both, sizes, widths, self.budget) if self.padded else balanced(both, sizes, self.budget)
+        for run in runs:
+            batch = pack([group for group, _ in run])
+            for name in self.extra:
+                batch[name] = torch.tensor([row[name] for _, row in run])
+            forwards.append(batch)
+        return {
+            "forwards": forwards,
+            "pairs": len(rows),
+            "targets": sum(len(f["target"]) for f in forwards),
+            "first_targets": sum(len(group.completions[0]) for group in groups),
+        }
+
+
+class PackedSteps(MovingSchedule):
+    """Mixin for transformers.Trainer: runs the forwards of a step and adds up their weighted losses."""
+
+    # Provided by transformers.Trainer.
+    accelerator: Any
+    state: Any
+
+    def begin_step(self, model: Any, step: dict[str, Any]) -> None:
+        """Hook before the first forward of a step, its batches on the device."""
+
+    def forward_loss(self, model: Any, batch: PackedBatch, step: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """(what to differentiate, this forward's share of the step's loss). Both add up over the step's forwards."""
+        raise NotImplementedError
+
+    def after_step_loss(self, loss: Tensor) -> None:
+        """Hook on the whole step's loss, before the optimizer moves."""
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        model.train()
+        device = self.accelerator.device
+        step = inputs | {"forwards": [to_device(batch, device) for batch in inputs["forwards"]]}
+        renew_fused(causal_lm(self.accelerator.unwrap_model(model)))
+        self.begin_step(model, step)
+        total = torch.zeros((), device=device)
+        for batch in step["forwards"]:
+            loss, share = self.forward_loss(model, batch, step)
+            self.accelerator.backward(loss)
+            total += share.detach()
+        self.after_step_loss(total)
+        return total
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Transformers counts padded tokens of `input_ids`, which a packed batch does not have."""
+        return 0
+
+
+class RunningMeans:
+    """Sums on the device, read once per log: a read per step would wait for the device each time."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor | float] = {}
+
+    def add(self, name: str, total: Tensor, count: Tensor | float) -> None:
+        """Adds a sum and the number of things it sums over. A count that is a plain number stays off the device."""
+        total = total.detach().double()
+        self._sums[name] = self._sums[name] + total if name in self._sums else total
+        self._counts[name] = self._counts.get(name, 0.0) + count
+
+    def take(self) -> dict[str, float]:
+        """The means since the last call."""
+        names = list(self._sums)
+        if not names:
+            return {}
+        device = self._sums[names[0]].device
+        counts = [torch.as_tensor(self._counts[n], dtype=torch.double, device=device) for n in names]
+        means = torch.stack([self._sums[n] for n in names]) / torch.stack(counts)
+        self._sums.clear()
+        self._counts.clear()
+        return dict(zip(names, means.tolist(), strict=True))
+
+
+def end_quietly(trainer: Any, callbacks: list[TrainerCallback]) -> None:
+    """Adds callbacks and drops the one that prints every log to standard output."""
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    for callback in callbacks:
+        trainer.add_callback(callback)

@@ -1,0 +1,176 @@
+"""Where reference log-probabilities come from: the cache, a frozen adapter, a merged base, or a second model.
+
+All four measure the policy against the policy at its start, so the first loss is the same. With `merged` that start is
+folded into the base, rounded to the base's dtype (exact in fp32), and a new adapter is trained on it: the same first
+step's loss, another parametrisation, so another path after it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from trl.trainer.utils import disable_dropout_in_model, use_adapter
+
+from dpo_assets.artifact import write_json
+from dpo_assets.contract import Progress, TrainSpec
+from dpo_assets.errors import ConfigError
+from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.planning.precision import QUANTISED
+from dpo_assets.training.batches.packing import Group, PackedBatch
+from dpo_assets.training.engines.speedups import comparable
+from dpo_assets.training.engines.unsloth import reference_mode
+from dpo_assets.training.models.loading import attach_adapter, autocast_of, choose_kernels, load_base
+from dpo_assets.training.models.policy import Policy, load_policy
+from dpo_assets.training.reporting import Reporter
+from dpo_assets.training.scoring.logprobs import score_groups, score_tokens, sequence_logps
+from dpo_assets.training.scoring.reference import ReferenceCache, Scores, reference_key, reference_scores
+from dpo_assets.training.trainers.dpo import TRL_REFERENCE, StepReference
+from dpo_assets.version import __version__
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+SCORING = 2  # Of how a pair is scored: scores that were rounded in another way must not meet the policy's.
+A, B = ".lora_A.weight", ".lora_B.weight"
+
+
+@dataclass(frozen=True)
+class Start:
+    """A policy at the start of DPO, and the adapter that was folded into its base, if any."""
+
+    policy: Policy
+    folded: Path | None = None
+
+
+def load_start(spec: TrainSpec, *, packed: bool) -> Start:
+    """The policy that DPO trains, by the plan's reference strategy.
+
+    Raises:
+        ConfigError: for `merged` with a quantised base or Unsloth's kernels.
+    """
+    plan = spec.plan
+    folds = plan.dpo.reference_strategy == "merged" and plan.dpo.reference == "sft"
+    if packed and folds and spec.start_adapter is not None:
+        return _folded_start(spec.base_model, plan, spec.start_adapter)
+    policy = load_policy(spec.base_model, plan, spec.start_adapter, seed=plan.dpo.seed, dropout=0.0, packed=packed)
+    # Before the reference is scored: an SFT adapter may bring its own dropout, and DPO trains without.
+    disable_dropout_in_model(policy.model)
+    return Start(policy)
+
+
+def _folded_start(folder: Path, plan: TrainingPlan, start: Path) -> Start:
+    if plan.precision in QUANTISED or plan.kernels == "unsloth":
+        what = f"a {plan.precision} base" if plan.precision in QUANTISED else "Unsloth's kernels"
+        raise ConfigError(
+            f"dpo.reference_strategy `merged` cannot fold an adapter into {what} without rounding it; "
+            "use `cached`, which measures against the same reference."
+        )
+    sft = attach_adapter(load_base(folder, plan), plan, start, seed=plan.dpo.seed, dropout=0.0)
+    merged = sft.merge_and_unload(safe_merge=True)
+    model = attach_adapter(merged, plan, None, seed=plan.dpo.seed, dropout=0.0)
+    kernels, note = choose_kernels(model, plan)
+    return Start(Policy(model, kernels, note), folded=start)
+
+
+def step_reference(start: Start, spec: TrainSpec) -> StepReference | None:
+    """What scores a batch by the reference at every step; None for cached scores."""
+    plan, model = spec.plan, start.policy.model
+    strategy = plan.dpo.reference_strategy
+    if strategy == "cached":
+        return None
+    if strategy == "model":
+        with_adapter = None if plan.dpo.reference == "base" else spec.start_adapter
+        other = load_policy(spec.base_model, plan, with_adapter, seed=plan.dpo.seed, dropout=0.0).model
+        disable_dropout_in_model(other)
+        other.requires_grad_(False).train()
+        return lambda batch: _pair_logps(other, batch, plan)
+    bare = strategy == "merged" or plan.dpo.reference == "base"
+
+    def score(batch: PackedBatch) -> Tensor:
+        with use_adapter(model, None if bare else TRL_REFERENCE):
+            return _pair_logps(model, batch, plan)
+
+    return score
+
+
+def _pair_logps(model: PeftModel, batch: PackedBatch, plan: TrainingPlan) -> Tensor:
+    with comparable(plan):
+        return sequence_logps(score_tokens(model, batch, autocast_of(plan)), batch).view(-1, 2).detach()
+
+
+def join_adapters(trained: Path, folded: Path) -> None:
+    """Makes the adapter in `trained`, which lies on the base with `folded` merged in, one on the base alone.
+
+    W + s1 B1 A1 + s2 B2 A2 = W + [s1 B1, s2 B2] [A1; A2]: the ranks add up. A layer that only one of them adapts is
+    filled with zeros.
+    """
+    parts = [
+        (load_file(folder / WEIGHTS), json.loads((folder / CONFIG).read_text("utf-8"))) for folder in (folded, trained)
+    ]
+    ranks = [config["r"] for _, config in parts]
+    scales = [c["lora_alpha"] / (math.sqrt(c["r"]) if c.get("use_rslora") else c["r"]) for _, c in parts]
+    names = sorted({name.removesuffix(A) for tensors, _ in parts for name in tensors if name.endswith(A)})
+    joined: dict[str, Tensor] = {}
+    for name in names:
+        a, b = next((t[name + A], t[name + B]) for t, _ in parts if name + A in t)
+        zero_a, zero_b = a.new_zeros(1, a.shape[1]), b.new_zeros(b.shape[0], 1)
+        joined[name + A] = torch.cat(
+            [t.get(name + A, zero_a.expand(r, -1)) for (t, _), r in zip(parts, ranks, strict=True)]
+        )
+        joined[name + B] = torch.cat(
+            [s * t.get(name + B, zero_b.expand(-1, r)) for (t, _), r, s in zip(parts, ranks, scales, strict=True)],
+            dim=1,
+        )
+    targets = sorted({target for _, config in parts for target in config["target_modules"]})
+    config = parts[1][1] | {"r": sum(ranks), "lora_alpha": sum(ranks), "use_rslora": False, "target_modules": targets}
+    save_file(joined, trained / WEIGHTS, metadata={"format": "pt"})
+    write_json(trained / CONFIG, config)
+
+
+def score_reference(policy: Policy, groups: Sequence[Group], spec: TrainSpec, reporter: Reporter) -> tuple[Scores, int]:
+    """Reference scores by the same kernels, dtype and packing as the policy, from the cache where known."""
+    plan, model = spec.plan, policy.model
+    with reference_mode(model, plan.model_copy(update={"kernels": policy.kernels})) as path:
+        key = reference_key(
+            scorer=f"{__version__}, {SCORING}",
+            base=spec.base_digest,
+            start=spec.inputs.get("sft_checkpoint", "") if spec.start_adapter else "",
+            reference=plan.dpo.reference,
+            tokenizer=spec.tokenizer_digest,
+            precision=f"{plan.precision} in {plan.compute}",
+            kernels=path,
+            speedups=",".join(plan.speedups),
+            device=plan.device_name,
+            torch=torch.__version__,
+            max_length=plan.max_length,
+            truncation="keep_start",
+        )
+        cache = ReferenceCache(spec.reference_cache, key) if spec.reference_cache else None
+        if cache and cache.set_aside:
+            reporter.log(
+                f"dpo: the reference cache was damaged and is set aside as {cache.set_aside.name}; scoring anew"
+            )
+
+        done = 0
+
+        def score(part: Sequence[Group]) -> Scores:
+            nonlocal done
+            with autocast_of(plan), policy.computing(plan):
+                logps, _ = score_groups(model, part, plan.token_budget, recorded=comparable(plan))
+            done += len(part)
+            reporter.log(Progress(stage="reference", done=done, total=len(groups)).line())
+            return list(zip(logps[::2], logps[1::2], strict=True))
+
+        if plan.dpo.reference == "base":
+            with model.disable_adapter():
+                scores, reused = reference_scores(groups, cache, score)
+        else:
+            scores, reused = reference_scores(groups, cache, score)
+    reporter.log(f"dpo: reference log-probabilities of {len(groups)} pairs, {reused} from the cache")
+    return scores, reused
