@@ -24,8 +24,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo_assets.training.batches.packing import Group, pack
 from dpo_assets.training.engines import attention
-from dpo_assets.training.engines.fused.decoder import attach_fused, renew_fused
-from dpo_assets.training.scoring.logprobs import causal_lm, score_tokens, sequence_logps
+from dpo_assets.training.engines.fused.decoder import attach_fused
+from dpo_assets.training.engines.transformers import engine_of
+from dpo_assets.training.scoring.logprobs import score_tokens, sequence_logps
 
 WIDTH, LAYERS, VOCABULARY, STEPS, RATE, BETA = 384, 6, 2_000, 8, 1e-4, 0.1
 
@@ -84,7 +85,7 @@ def train(model: Any, pairs: list[Group], dtype: torch.dtype) -> list[float]:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
 
     def margins() -> torch.Tensor:
-        renew_fused(causal_lm(model))
+        engine_of(model).renew()
         logps = sequence_logps(score_tokens(model, batch, torch.autocast("cpu", torch.bfloat16, enabled=half)), batch)
         return logps.view(-1, 2)[:, 0] - logps.view(-1, 2)[:, 1]
 

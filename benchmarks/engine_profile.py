@@ -28,8 +28,9 @@ from dpo_assets.planning.shape import ModelShape
 from dpo_assets.recipe import LoraSection
 from dpo_assets.training.batches.packing import Group, balanced, pack
 from dpo_assets.training.engines import attention
+from dpo_assets.training.engines.base import causal_lm
 from dpo_assets.training.engines.fused.decoder import attach_fused
-from dpo_assets.training.scoring.logprobs import causal_lm, score_groups, score_tokens, sequence_logps, to_device
+from dpo_assets.training.scoring.logprobs import score_groups, score_tokens, sequence_logps, to_device
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -33,7 +33,7 @@ from dpo_assets.planning.precision import Device
 from dpo_assets.recipe import parse_recipe
 from dpo_assets.training.batches.data import dpo_group
 from dpo_assets.training.batches.packing import Group
-from dpo_assets.training.engines.unsloth import reference_mode
+from dpo_assets.training.engines.unsloth.engine import reference_mode
 from dpo_assets.training.models.chat_format import load_tokenizer
 from dpo_assets.training.models.loading import autocast_of
 from dpo_assets.training.models.policy import Policy, load_policy

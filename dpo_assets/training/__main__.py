@@ -128,7 +128,7 @@ def _run(stage: Stage, spec: Spec, reporter: Any) -> None:
     if any(spec.output_dir.iterdir()):
         raise ConfigError(f"output_dir {spec.output_dir} is not empty; a stage writes into a folder of its own.")
     if isinstance(spec, PlannedSpec) and spec.plan.kernels == "unsloth" and stage in ("sft", "dpo"):
-        from dpo_assets.training.engines.unsloth import prepare_unsloth
+        from dpo_assets.training.engines.unsloth.loading import prepare_unsloth
 
         # It patches what is imported after it. The compile cache outlives the run beside the reference cache, if any.
         cache = getattr(spec, "reference_cache", None)

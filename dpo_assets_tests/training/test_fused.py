@@ -13,8 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from dpo_assets.training.batches.packing import Group, pack
 from dpo_assets.training.engines import attention
-from dpo_assets.training.engines.fused.decoder import attach_fused, renew_fused
-from dpo_assets.training.scoring.logprobs import causal_lm, score_groups, score_tokens, sequence_logps
+from dpo_assets.training.engines.fused.decoder import attach_fused
+from dpo_assets.training.engines.transformers import engine_of
+from dpo_assets.training.scoring.logprobs import score_groups, score_tokens, sequence_logps
 
 SMALL = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -116,7 +117,7 @@ def test_training_with_an_optimizer_that_leaves_no_trace_is_seen() -> None:
         losses = []
         for _ in range(4):
             optimizer.zero_grad()
-            renew_fused(causal_lm(model))
+            engine_of(model).renew()
             batch = pack(GROUPS)
             loss = -sequence_logps(score_tokens(model, batch), batch).mean()
             loss.backward()
@@ -150,7 +151,7 @@ def test_small_updates_survive_in_bf16_where_peft_rounds_them_away() -> None:
         batch = pack([Group(prompt, (chosen, rejected)) for prompt, chosen, rejected in ids])
 
         def margin() -> Tensor:
-            renew_fused(causal_lm(model))
+            engine_of(model).renew()
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != torch.float32):
                 logps = sequence_logps(score_tokens(model, batch), batch).view(-1, 2)
             return logps[:, 0] - logps[:, 1]

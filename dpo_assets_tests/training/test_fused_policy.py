@@ -16,12 +16,12 @@ from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.batches.data import dpo_group, load_split
 from dpo_assets.training.batches.packing import Group, pack
-from dpo_assets.training.engines.fused.decoder import attach_fused, fused_decoder
+from dpo_assets.training.engines.base import attached_engine
+from dpo_assets.training.engines.fused.decoder import attach_fused
 from dpo_assets.training.engines.fused.layer import FusedLayer
 from dpo_assets.training.models.loading import attach_adapter, choose_kernels, load_base
 from dpo_assets.training.scoring.logprobs import (
     assert_packing_is_exact,
-    causal_lm,
     score_groups,
     score_tokens,
     sequence_logps,
@@ -126,7 +126,7 @@ def test_new_weights_are_seen(change: str, two: tuple[PeftModel, PeftModel], few
 def test_packing_is_checked_on_fused_layers(two: tuple[PeftModel, PeftModel], few: list[Group]) -> None:
     """The probe compares with the model's own forward, whose weights are views of the fused matrices by then."""
     assert_packing_is_exact(two[0], few[0])
-    decoder = fused_decoder(causal_lm(two[0]))
+    decoder = attached_engine(two[0])
     assert decoder is not None
     decoder.layers[0].norm1 = decoder.layers[0].norm1 * 1.5
     with pytest.raises(ConfigError, match="cannot be scored"):
@@ -174,7 +174,7 @@ def test_as_many_layers_are_recomputed_as_the_plan_says_and_the_lowest_first(
     recomputed: int, two: tuple[PeftModel, PeftModel], few: list[Group], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attach_fused(two[0], torch.float32, recomputed)
-    decoder = fused_decoder(causal_lm(two[0]))
+    decoder = attached_engine(two[0])
     assert decoder is not None
     calls: list[int] = []
 

@@ -16,10 +16,10 @@ from transformers import MistralConfig, MistralForCausalLM
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.engines import attention
-from dpo_assets.training.engines.fused.decoder import fused_decoder
+from dpo_assets.training.engines.base import causal_lm
+from dpo_assets.training.engines.transformers import engine_of
 from dpo_assets.training.models.loading import choose_kernels, load_base
 from dpo_assets.training.models.policy import Policy, load_policy
-from dpo_assets.training.scoring.logprobs import causal_lm
 from dpo_assets.training.stages import sft
 from dpo_assets_tests.training.conftest import Log, PlanMaker, SpecMaker
 from dpo_assets_tests.training.dpo_runs import (
@@ -136,14 +136,14 @@ def fused_plan(plan_for: PlanMaker) -> TrainingPlan:
 def test_the_built_in_model_is_computed_by_fused_layers(model_folder: Path, fused_plan: TrainingPlan) -> None:
     policy = load_policy(model_folder, fused_plan, None, seed=0, dropout=0.0)
     assert (policy.kernels, policy.note) == ("fused", "")
-    assert fused_decoder(causal_lm(policy.model)) is not None
+    assert engine_of(policy.model).name == "fused"
 
 
 def test_trls_own_trainer_gets_the_model_as_its_library_made_it(model_folder: Path, fused_plan: TrainingPlan) -> None:
     policy = load_policy(model_folder, fused_plan, None, seed=0, dropout=0.0, packed=False)
     assert (policy.kernels, policy.note) == ("transformers", "")
     lm = causal_lm(policy.model)
-    assert fused_decoder(lm) is None
+    assert engine_of(lm).name != "fused"
     assert lm.config._attn_implementation != attention.NAME
 
 
@@ -154,7 +154,7 @@ def test_training_with_dropout_falls_back_and_says_so(
     policy = load_policy(model_folder, plan, None, seed=0, dropout=0.1)
     assert policy.kernels == "transformers"
     assert "an adapter with dropout" in policy.note
-    assert fused_decoder(causal_lm(policy.model)) is None
+    assert engine_of(policy.model).name != "fused"
     log = Log()
     sft.run(train_spec(plan, tmp_path), log)
     [note] = [message for message in log.messages if "computed by transformers" in message]

@@ -18,7 +18,8 @@ from dpo_assets.planning.precision import Device
 from dpo_assets.planning.sizes import find_model
 from dpo_assets.training.batches.packing import Group
 from dpo_assets.training.engines import speedups
-from dpo_assets.training.engines.speedups import comparable, speed_up
+from dpo_assets.training.engines.speedups import speed_up
+from dpo_assets.training.engines.transformers import TransformersEngine
 from dpo_assets.training.models.loading import load_base
 from dpo_assets.training.scoring.logprobs import score_groups
 from dpo_assets_tests.samples import recipe
@@ -87,11 +88,11 @@ def test_an_architecture_that_liger_does_not_know_is_refused(
         speed_up(SimpleNamespace(config=SimpleNamespace(model_type="exotic")), plan_for(speedups=("liger",)))
 
 
-def test_only_compiled_layers_are_compared_with_gradients_recorded(plan_for: PlanMaker) -> None:
+def test_only_compiled_layers_are_compared_with_gradients_recorded() -> None:
     with torch.no_grad():
-        with comparable(plan_for(speedups=("compile",))):
+        with TransformersEngine(None, compiled=True).as_the_policy():
             assert torch.is_grad_enabled()
-        with comparable(plan_for(speedups=("liger",))):
+        with TransformersEngine(None).as_the_policy():
             assert not torch.is_grad_enabled()
 
 

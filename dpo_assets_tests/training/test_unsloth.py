@@ -26,15 +26,10 @@ from dpo_assets.checks.bands import first_loss_tolerance
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan, steps_of
 from dpo_assets.training.batches.packing import Group, pack
-from dpo_assets.training.engines import unsloth as unsloth_kernels
-from dpo_assets.training.engines.speedups import comparable
-from dpo_assets.training.engines.unsloth import (
-    check_precision,
-    check_shared_prefix,
-    precision_flags,
-    prepare_unsloth,
-    reference_mode,
-)
+from dpo_assets.training.engines.unsloth import engine as unsloth_engine
+from dpo_assets.training.engines.unsloth import loading as unsloth_loading
+from dpo_assets.training.engines.unsloth.engine import UnslothEngine, check_shared_prefix, reference_mode
+from dpo_assets.training.engines.unsloth.loading import check_precision, precision_flags, prepare_unsloth
 from dpo_assets.training.models.loading import attach_adapter, load_base
 from dpo_assets_tests.training.conftest import TRAIN_PAIRS, PlanMaker
 
@@ -71,7 +66,7 @@ def test_a_process_that_imported_transformers_first_is_refused(monkeypatch: pyte
 
 def test_the_module_itself_imports_nothing_that_unsloth_patches() -> None:
     code = "import sys, dpo_assets.training.engines.unsloth; print([n for n in sys.modules if n in sys.argv[1:]])"
-    line = [sys.executable, "-c", code, *unsloth_kernels.PATCHED, "torch"]
+    line = [sys.executable, "-c", code, *unsloth_loading.PATCHED, "torch"]
     assert subprocess.run(line, capture_output=True, text=True, check=True, timeout=60).stdout.strip() == "[]"
 
 
@@ -105,8 +100,8 @@ def test_an_adapter_that_is_not_plain_lora_is_refused(
     config = json.loads((sft_adapter / "adapter_config.json").read_text(encoding="utf-8"))
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {fault: value}), encoding="utf-8")
     with pytest.raises(ConfigError, match=fault):
-        unsloth_kernels._adapter_shape(tmp_path)
-    assert unsloth_kernels._adapter_shape(sft_adapter)["r"] == config["r"]
+        unsloth_loading._adapter_shape(tmp_path)
+    assert unsloth_loading._adapter_shape(sft_adapter)["r"] == config["r"]
 
 
 # ---------------------------------------------------------------------------------------------- reference and packing
@@ -116,13 +111,13 @@ def test_an_adapter_that_is_not_plain_lora_is_refused(
 def test_the_reference_is_scored_by_the_policys_own_forward(
     checkpointing: bool, plan_for: PlanMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unsloth_kernels.importlib.metadata, "version", lambda name: "1.2")
+    monkeypatch.setattr(unsloth_engine.importlib.metadata, "version", lambda name: "1.2")
     model = torch.nn.Linear(2, 2).eval()
     plan = plan_for(kernels="unsloth", gradient_checkpointing=checkpointing)
     with reference_mode(model, plan) as path:
         assert model.training
         assert not torch.is_grad_enabled()
-        with comparable(plan):
+        with UnslothEngine(model).as_the_policy():
             assert torch.is_grad_enabled()
     assert path == "unsloth 1.2, the policy's forward"
     assert not model.training
@@ -160,16 +155,16 @@ sizes = st.integers(1, 300)
 def test_every_group_begins_on_a_block_of_attention_with_its_tokens_in_order(
     groups: list[tuple[int, list[int]]],
 ) -> None:
-    laid, place = unsloth_kernels.on_blocks(groups)
+    laid, place = unsloth_engine.on_blocks(groups)
     begins, at = [], 0
     for prompt, completions in laid:
         if completions:
             begins.append(at)
         else:
-            assert 0 < prompt < unsloth_kernels.ATTENTION_BLOCK
+            assert 0 < prompt < unsloth_engine.ATTENTION_BLOCK
         at += prompt + sum(completions)
     assert [one for one in laid if one[1]] == groups
-    assert all(begin % unsloth_kernels.ATTENTION_BLOCK == 0 for begin in begins)
+    assert all(begin % unsloth_engine.ATTENTION_BLOCK == 0 for begin in begins)
     spans = [range(begin, begin + p + sum(c)) for begin, (p, c) in zip(begins, groups, strict=True)]
     assert place.tolist() == [n for span in spans for n in span]
 
@@ -376,7 +371,7 @@ def test_unsloths_loader_knows_what_is_asked_of_it(generated: Driven) -> None:
 def test_unsloth_after_transformers_is_refused(tmp_path: Path) -> None:
     code = (
         "import sys, transformers; from pathlib import Path\n"
-        "from dpo_assets.training.engines.unsloth import prepare_unsloth\n"
+        "from dpo_assets.training.engines.unsloth.loading import prepare_unsloth\n"
         "prepare_unsloth(Path(sys.argv[1]))"
     )
     line = [PYTHON, "-c", code, str(tmp_path / "scratch")]

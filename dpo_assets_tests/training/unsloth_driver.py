@@ -17,7 +17,7 @@ from typing import Any
 
 from dpo_assets.errors import ConfigError, GateError
 from dpo_assets.planning.plan import TrainingPlan
-from dpo_assets.training.engines.unsloth import load_unsloth, prepare_unsloth
+from dpo_assets.training.engines.unsloth.loading import load_unsloth, prepare_unsloth
 
 Request = dict[str, Any]
 Answer = dict[str, Any]
@@ -105,7 +105,7 @@ def shared_prefix(request: Request) -> Answer:
 
     from dpo_assets.training.batches.packing import Group, pack
     from dpo_assets.training.engines.attention import Tables, packed_rows
-    from dpo_assets.training.engines.unsloth import on_blocks
+    from dpo_assets.training.engines.unsloth.engine import on_blocks
 
     worst = 0.0
     for n, groups in enumerate(request["groups"]):

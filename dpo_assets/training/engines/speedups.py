@@ -3,18 +3,15 @@
 Both round differently from the plain layers, so both are part of what a reference score depends on. A compiled layer
 has two graphs, one for training and one for no_grad, and nothing promises that they round alike (on an H100 with
 OPTIONS they did, within 0.0001 nats a row). So where layers are compiled, whatever is compared with the policy goes
-through the policy's graph: gradients are recorded and thrown away (`comparable`). Unsloth's forwards part in the same
-way (`unsloth_kernels.reference_mode`).
+through the policy's graph: gradients are recorded and thrown away (`Engine.as_the_policy`). Unsloth's forwards part in
+the same way (`unsloth.engine.reference_mode`).
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
-
-import torch
 
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
@@ -39,11 +36,6 @@ def speed_up(model: Any, plan: TrainingPlan) -> None:
         for layer in decoder_layers(lm)[1]:
             # Packed forwards differ in length; static shapes would compile each one anew.
             layer.compile(backend=BACKEND, dynamic=True, options=OPTIONS if BACKEND == "inductor" else None)
-
-
-def comparable(plan: TrainingPlan) -> AbstractContextManager[Any]:
-    """Around a forward that will be compared with the policy's: switches to the graph that the policy takes."""
-    return torch.enable_grad() if "compile" in plan.speedups or plan.kernels == "unsloth" else nullcontext()
 
 
 def _apply_liger(lm: Any) -> None:

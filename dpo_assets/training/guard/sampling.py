@@ -17,10 +17,11 @@ from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.batches.data import first_asked
 from dpo_assets.training.batches.packing import Group
 from dpo_assets.training.engines import attention
-from dpo_assets.training.engines.unsloth import reference_mode
+from dpo_assets.training.engines.base import attached_engine, causal_lm
+from dpo_assets.training.engines.unsloth.engine import reference_mode
 from dpo_assets.training.models.chat_format import ChatFormat
 from dpo_assets.training.models.loading import ADAPTER_NAME, autocast_of, plain_attention
-from dpo_assets.training.scoring.logprobs import ON_UNSLOTH, causal_lm, evaluating, score_hits
+from dpo_assets.training.scoring.logprobs import evaluating, score_hits
 from dpo_assets.training.stages.evaluate import generate
 
 Answer = dict[str, Any]
@@ -77,9 +78,7 @@ class Watched:
         """Why pairs cannot be scored here; empty when they can."""
         lm = causal_lm(self.model)
         if self.kernels == "unsloth":
-            return (
-                "" if getattr(lm, ON_UNSLOTH, False) else "TRL's own trainer on Unsloth's kernels has no packed scorer"
-            )
+            return "" if attached_engine(lm) else "TRL's own trainer on Unsloth's kernels has no packed scorer"
         if not getattr(lm, "_supports_attention_backend", False):
             return f"{type(lm).__name__} computes attention in a way of its own, so packed batches cannot score it"
         return ""

@@ -25,8 +25,10 @@ from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.weights import listed
 from dpo_assets.training.engines import attention
+from dpo_assets.training.engines.base import attach_engine, causal_lm
 from dpo_assets.training.engines.fused.decoder import attach_fused
 from dpo_assets.training.engines.speedups import speed_up
+from dpo_assets.training.engines.transformers import TransformersEngine
 from dpo_assets.training.models.fp8 import quantise_layers
 from dpo_assets.training.models.targets import chosen_places, peft_targets, refuse_other_places
 
@@ -152,6 +154,8 @@ def choose_kernels(model: Any, plan: TrainingPlan) -> tuple[str, str]:
     """
     if plan.kernels != "fused":
         speed_up(model, plan)
+        lm = causal_lm(model)
+        attach_engine(lm, TransformersEngine(lm, compiled="compile" in plan.speedups))
         return plan.kernels, ""
     reason = attach_fused(model, compute_dtype(plan), plan.recomputed_layers, plan.max_length)
     return ("transformers", reason) if reason else ("fused", "")

@@ -11,10 +11,11 @@ from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 
 from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.training.engines.base import attach_engine, causal_lm
 from dpo_assets.training.engines.speedups import speed_up
-from dpo_assets.training.engines.unsloth import check_shared_prefix, load_unsloth
+from dpo_assets.training.engines.unsloth.engine import UnslothEngine, check_shared_prefix
+from dpo_assets.training.engines.unsloth.loading import load_unsloth
 from dpo_assets.training.models.loading import attach_adapter, choose_kernels, load_base
-from dpo_assets.training.scoring.logprobs import ON_UNSLOTH, causal_lm
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def load_policy(
         if packed:
             lm = causal_lm(model)
             check_shared_prefix(lm, plan.max_length)
-            object.__setattr__(lm, ON_UNSLOTH, True)
+            attach_engine(lm, UnslothEngine(lm))
         return Policy(model, "unsloth")
     model = attach_adapter(load_base(folder, plan, packed=packed), plan, start, seed=seed, dropout=dropout)
     if not packed:

@@ -18,13 +18,11 @@ from torch import Tensor
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.memory import head_chunk
 from dpo_assets.training.batches.packing import Group, PackedBatch, pack, under_budget
-from dpo_assets.training.engines.attention import Tables
-from dpo_assets.training.engines.fused.decoder import fused_decoder, renew_fused
-from dpo_assets.training.engines.unsloth import unsloth_packed_hidden
+from dpo_assets.training.engines.base import causal_lm
+from dpo_assets.training.engines.transformers import engine_of
 from dpo_assets.training.models.loading import plain_attention
 from dpo_assets.training.scoring.head import Head, ScoredHead
 
-ON_UNSLOTH = "packed_on_unsloth"  # Mark of a model whose packed batches go through Unsloth's own forward.
 LONGEST_EAGER = 4096  # Eager attention keeps all scores of a row, heads x length squared.
 PROBE_TOLERANCE = 1e-3  # Nats per token between packed and plain scoring in fp32; measured differences are below 1e-5.
 
@@ -39,31 +37,11 @@ class TokenScores:
     top1: Tensor
 
 
-def causal_lm(model: Any) -> Any:
-    """The Transformers model inside a PEFT wrapper, its LoRA layers still in place."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def score_tokens(model: Any, batch: PackedBatch, autocast: AbstractContextManager[Any] | None = None) -> TokenScores:
-    """Scores the completion tokens of a packed batch that is on the model's device.
-
-    The decoder is called directly, so the autocast that accelerate puts around `model.forward` must be passed in.
-    """
-    lm = causal_lm(model)
-    fused = fused_decoder(lm)
-    if fused is not None:
-        picked = fused(batch)
-    else:
-        with autocast or nullcontext():
-            if getattr(lm, ON_UNSLOTH, False):
-                hidden = unsloth_packed_hidden(lm, batch)
-            else:
-                hidden = lm.get_decoder()(
-                    input_ids=batch["ids"][None], position_ids=batch["pos"][None], use_cache=False, packed=Tables(batch)
-                ).last_hidden_state[0]
-            picked = hidden.index_select(0, batch["predict"])
+    """Scores the completion tokens of a packed batch that is on the model's device, by the engine of the model."""
+    picked = engine_of(model).hidden(batch, autocast)
     chunk = head_chunk(len(batch["ids"]), "cuda" if picked.is_cuda else "cpu")
-    return TokenScores(*ScoredHead.apply(picked, Head.of(lm), batch["target"], chunk))
+    return TokenScores(*ScoredHead.apply(picked, Head.of(causal_lm(model)), batch["target"], chunk))
 
 
 def sequence_logps(scores: TokenScores, batch: PackedBatch) -> Tensor:
@@ -88,13 +66,9 @@ def score_groups(
     groups: Sequence[Group],
     budget: int,
     autocast: AbstractContextManager[Any] | None = None,
-    recorded: AbstractContextManager[Any] | None = None,
 ) -> tuple[list[float], list[int]]:
-    """(summed log-probability, token count) of every completion, group by group, completion by completion.
-
-    `recorded` may switch gradients on for layers that compute differently without (`speedups.comparable`).
-    """
-    logps, _ = score_hits(model, groups, budget, autocast, recorded)
+    """(summed log-probability, token count) of every completion, group by group, completion by completion."""
+    logps, _ = score_hits(model, groups, budget, autocast)
     return logps, [len(c) for g in groups for c in g.completions]
 
 
@@ -104,14 +78,14 @@ def score_hits(
     groups: Sequence[Group],
     budget: int,
     autocast: AbstractContextManager[Any] | None = None,
-    recorded: AbstractContextManager[Any] | None = None,
 ) -> tuple[list[float], list[int]]:
     """(summed log-probability, tokens that greedy decoding would pick) of every completion, in `pack`'s order."""
     logps, hits = [], []
-    renew_fused(causal_lm(model))
+    engine = engine_of(model)
+    engine.renew()
     for run in under_budget(groups, [g.tokens for g in groups], budget):
         batch = to_device(pack(run), causal_lm(model).device)
-        with recorded or nullcontext():
+        with engine.as_the_policy():
             scores = score_tokens(model, batch, autocast)
             logps.append(sequence_logps(scores, batch).detach())
         hits.append(torch.zeros_like(batch["lengths"]).index_add(0, batch["owner"], scores.top1.long()))
@@ -141,7 +115,7 @@ def assert_packing_is_exact(model: Any, group: Group, autocast: AbstractContextM
         ConfigError: when they differ, as they do for architectures whose attention is not plain causal attention.
     """
     lm = causal_lm(model)
-    if getattr(lm, ON_UNSLOTH, False):
+    if not engine_of(model).has_eager:
         return  # It has no eager attention to compare with; its own table of shared prefixes was checked at loading.
     with evaluating(model):
         packed, lengths = score_groups(model, [group], budget=group.tokens, autocast=autocast)

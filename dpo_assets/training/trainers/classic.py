@@ -3,7 +3,7 @@
 The classic recipe, as users of TRL and Unsloth know it: a small micro-batch accumulated to the effective batch (2 x 8),
 `ref_model=None`, the reference scored on the fly from a frozen copy of the starting adapter.
 
-Import this module after `unsloth_kernels.prepare_unsloth`: Unsloth replaces `trl.DPOTrainer`.
+Import this module after `unsloth.loading.prepare_unsloth`: Unsloth replaces `trl.DPOTrainer`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from trl.trainer.utils import use_adapter
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.recipe import DpoSection
-from dpo_assets.training.engines.unsloth import check_adapter_only
+from dpo_assets.training.engines.unsloth.loading import check_adapter_only
 from dpo_assets.training.guard.finite import check_first_loss
 from dpo_assets.training.trainers.dpo import TRL_REFERENCE
 from dpo_assets.training.trainers.losses import DpoLoss
@@ -47,7 +47,7 @@ class ClassicDPOTrainer(MovingSchedule, trl.DPOTrainer):
         same_forward: score the reference by the forward that the policy takes, gradients recorded and thrown away.
             Compiled layers need it (`speedups`), and Unsloth without checkpointing: TRL scores the reference without
             gradients, where Unsloth computes whole compiled blocks that round differently
-            (`unsloth_kernels.reference_mode`), and evaluation mode is no way out for padded batches. The graph is freed
+            (`unsloth.engine.reference_mode`), and evaluation mode is no way out for padded batches. The graph is freed
             before the policy's forward, so the peak stays the same.
     """
 

@@ -18,8 +18,8 @@ from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.schedule import warmup_steps
 from dpo_assets.recipe import OptimSection
 from dpo_assets.training.batches.packing import Group, PackedBatch, balanced, by_width, pack
-from dpo_assets.training.engines.fused.decoder import renew_fused
-from dpo_assets.training.scoring.logprobs import causal_lm, to_device
+from dpo_assets.training.engines.transformers import engine_of
+from dpo_assets.training.scoring.logprobs import to_device
 from dpo_assets.training.trainers.schedule import SCHEDULER_TYPES, MovingSchedule
 
 LOGGED_STEPS = 200  # A run logs every step up to this many steps, and about this many times beyond.
@@ -128,7 +128,7 @@ class PackedSteps(MovingSchedule):
         model.train()
         device = self.accelerator.device
         step = inputs | {"forwards": [to_device(batch, device) for batch in inputs["forwards"]]}
-        renew_fused(causal_lm(self.accelerator.unwrap_model(model)))
+        engine_of(self.accelerator.unwrap_model(model)).renew()
         self.begin_step(model, step)
         total = torch.zeros((), device=device)
         for batch in step["forwards"]:

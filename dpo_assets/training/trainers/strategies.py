@@ -25,8 +25,8 @@ from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.precision import QUANTISED
 from dpo_assets.training.batches.packing import Group, PackedBatch
-from dpo_assets.training.engines.speedups import comparable
-from dpo_assets.training.engines.unsloth import reference_mode
+from dpo_assets.training.engines.transformers import engine_of
+from dpo_assets.training.engines.unsloth.engine import reference_mode
 from dpo_assets.training.models.loading import attach_adapter, autocast_of, choose_kernels, load_base
 from dpo_assets.training.models.policy import Policy, load_policy
 from dpo_assets.training.reporting import Reporter
@@ -100,7 +100,7 @@ def step_reference(start: Start, spec: TrainSpec) -> StepReference | None:
 
 
 def _pair_logps(model: PeftModel, batch: PackedBatch, plan: TrainingPlan) -> Tensor:
-    with comparable(plan):
+    with engine_of(model).as_the_policy():
         return sequence_logps(score_tokens(model, batch, autocast_of(plan)), batch).view(-1, 2).detach()
 
 
@@ -162,7 +162,7 @@ def score_reference(policy: Policy, groups: Sequence[Group], spec: TrainSpec, re
         def score(part: Sequence[Group]) -> Scores:
             nonlocal done
             with autocast_of(plan), policy.computing(plan):
-                logps, _ = score_groups(model, part, plan.token_budget, recorded=comparable(plan))
+                logps, _ = score_groups(model, part, plan.token_budget)
             done += len(part)
             reporter.log(Progress(stage="reference", done=done, total=len(groups)).line())
             return list(zip(logps[::2], logps[1::2], strict=True))

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dpo_assets.training.batches.packing import PackedBatch
+from dpo_assets.training.engines.base import PlainEngine, attach_engine, causal_lm
 from dpo_assets.training.engines.fused import ops
 from dpo_assets.training.engines.fused.attention import Heads
 from dpo_assets.training.engines.fused.layer import FusedLayer, Stream
 from dpo_assets.training.engines.fused.ops import Angles
 from dpo_assets.training.engines.fused.weights import FrozenGroup, Scratch, member_of
 
-ATTRIBUTE = "fused_decoder"
 FAMILIES = ("llama", "mistral", "qwen2")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -63,8 +64,10 @@ def _projection(layer: Any, name: str) -> nn.Module:
     return module
 
 
-class FusedDecoder:
+class FusedDecoder(PlainEngine):
     """The decoder of `lm` from token ids to the hidden states that predict scored tokens."""
+
+    name = "fused"
 
     def __init__(self, lm: Any, dtype: torch.dtype, recomputed_layers: int = 0, adapter: str = "default") -> None:
         decoder, config = lm.get_decoder(), lm.config
@@ -124,8 +127,8 @@ class FusedDecoder:
         half = cos.shape[-1] // 2
         return Angles(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
 
-    def __call__(self, batch: PackedBatch) -> Tensor:
-        """Hidden states [N, hidden] behind the batch's scored tokens, after the last norm."""
+    def hidden(self, batch: PackedBatch, autocast: AbstractContextManager[Any] | None = None) -> Tensor:
+        """Its layers choose their own formats, so autocast has no say."""
         with torch.autocast(batch["ids"].device.type, enabled=False):
             self.refresh()
             stream = Stream(batch, self.angles(batch["pos"]))
@@ -155,21 +158,8 @@ class _LastNorm(torch.autograd.Function):
 
 def attach_fused(model: Any, dtype: torch.dtype, recomputed_layers: int = 0, max_length: int | None = None) -> str:
     """Lets a model's scoring go through fused layers. Returns why not, empty when it does."""
-    lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    lm = causal_lm(model)
     if reason := why_not_fused(lm, max_length):
         return reason
-    object.__setattr__(lm, ATTRIBUTE, FusedDecoder(lm, dtype, recomputed_layers))
+    attach_engine(lm, FusedDecoder(lm, dtype, recomputed_layers))
     return ""
-
-
-def renew_fused(lm: Any) -> None:
-    """To be called when an adapter may have been trained since its last use: before a step, before scoring."""
-    decoder = fused_decoder(lm)
-    if decoder is not None:
-        decoder.renew()
-
-
-def fused_decoder(lm: Any) -> FusedDecoder | None:
-    """The fused layers of a model, if it has them."""
-    found: FusedDecoder | None = getattr(lm, ATTRIBUTE, None)
-    return found

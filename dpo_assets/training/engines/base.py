@@ -1,0 +1,72 @@
+"""The interface of everything that computes hidden states: one engine a model, and one place where it is kept.
+
+An engine travels with the model that it computes, because the trainers of TRL and Transformers hand on the model alone.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from dpo_assets.training.batches.packing import PackedBatch
+
+ATTRIBUTE = "dpo_assets_engine"
+
+
+class Engine(Protocol):
+    """What computes a causal language model on packed batches."""
+
+    @property
+    def name(self) -> str:
+        """As the plan and the reports call it (`hardware.kernels`)."""
+
+    def hidden(self, batch: PackedBatch, autocast: AbstractContextManager[Any] | None) -> Tensor:
+        """Hidden states [N, hidden] behind the batch's scored tokens, after the last norm; with gradient where asked.
+
+        Args:
+            batch: `packing.pack`'s, on the model's device.
+            autocast: that of training. Engines call the decoder themselves, past the wrapper that accelerate puts
+                around `model.forward`.
+        """
+
+    def renew(self) -> None:
+        """To be called when the adapter may have been trained since its last use: before a step, before scoring."""
+
+    def as_the_policy(self) -> AbstractContextManager[Any]:
+        """Around a forward that will be compared with the policy's, where gradients decide which graph is taken."""
+
+    @property
+    def has_eager(self) -> bool:
+        """Whether the model's own eager attention can be asked beside it, to prove that it is exact."""
+
+
+class PlainEngine:
+    """What most engines say of themselves."""
+
+    has_eager = True
+
+    def renew(self) -> None:
+        """Reads the adapter's own parameters at every use."""
+
+    def as_the_policy(self) -> AbstractContextManager[Any]:
+        """One graph, with or without gradients."""
+        return nullcontext()
+
+
+def causal_lm(model: Any) -> Any:
+    """The Transformers model inside a PEFT wrapper, its LoRA layers still in place."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def attach_engine(model: Any, engine: Engine) -> None:
+    """From now on `engine` computes this model, wrapped or not."""
+    # Not by setattr, which would register an engine's modules as the model's own.
+    object.__setattr__(causal_lm(model), ATTRIBUTE, engine)
+
+
+def attached_engine(model: Any) -> Engine | None:
+    """The engine that was attached to a model, if any was."""
+    engine: Engine | None = getattr(causal_lm(model), ATTRIBUTE, None)
+    return engine

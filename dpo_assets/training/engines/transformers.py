@@ -1,0 +1,41 @@
+"""Transformers' own layers on packed batches: everything but attention runs on the stream as it is."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_assets.training.batches.packing import PackedBatch
+from dpo_assets.training.engines.attention import Tables
+from dpo_assets.training.engines.base import PlainEngine, attached_engine, causal_lm
+
+
+class TransformersEngine(PlainEngine):
+    """The model's decoder, its attention on gathered rows (`engines.attention`).
+
+    Args:
+        compiled: whether its layers are compiled: a layer has one graph with gradients and one without then.
+    """
+
+    name = "transformers"
+
+    def __init__(self, lm: Any, *, compiled: bool = False) -> None:
+        self._lm, self._compiled = lm, compiled
+
+    def hidden(self, batch: PackedBatch, autocast: AbstractContextManager[Any] | None) -> Tensor:
+        with autocast or nullcontext():
+            states: Tensor = self._lm.get_decoder()(
+                input_ids=batch["ids"][None], position_ids=batch["pos"][None], use_cache=False, packed=Tables(batch)
+            ).last_hidden_state[0]
+            return states.index_select(0, batch["predict"])
+
+    def as_the_policy(self) -> AbstractContextManager[Any]:
+        return torch.enable_grad() if self._compiled else nullcontext()
+
+
+def engine_of(model: Any) -> Any:
+    """The engine that computes a model: the attached one, or its own layers."""
+    return attached_engine(model) or TransformersEngine(causal_lm(model))

@@ -1,0 +1,1 @@
+"""Unsloth: prepared and loaded (`loading`), and its forward as an engine (`engine`)."""
