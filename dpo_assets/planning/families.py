@@ -123,7 +123,7 @@ class Family:
     defaults: Mapping[str, Any]
     mixer: Callable[[Text, int], Attention | Recurrent] = llama_attention
     mlp: Callable[[Text, int], Mlp | Experts] = gated_mlp
-    norms: Norms = Norms()
+    norms: Norms = field(default_factory=Norms)
     whole: Callable[[Text], Mapping[str, Any]] = nothing_more
 
     def describe(self, family: str, stated: Mapping[str, Any]) -> Decoder:
