@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from trl import DPOConfig
 
 from dpo_assets.artifact import VOLATILE, write_json
+from dpo_assets.checks.reports import Aftermath, DpoReport, Stop
 from dpo_assets.checks.tasks import read_tasks
 from dpo_assets.contract import GuardSpec, TrainSpec
 from dpo_assets.errors import ConfigError
@@ -79,7 +80,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     keys = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
     watchers: list[TrainerCallback] = [] if guard is None else [guard]
     end_quietly(trainer, [StopOnNonFinite("finite"), *watchers, ProgressLines(reporter, "dpo", keys)])
-    measured: dict[str, Any] = {}
+    measured = Aftermath()
     with policy.computing(plan):
         trainer.train()
         trained = time.perf_counter()
@@ -93,7 +94,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
         join_adapters(out / "adapter", start.folded)
     record = guard.record(load_split(spec.dataset, "train", scratch=spec.scratch)) if guard is not None else None
     stopped = guard is not None and guard.stopped
-    write_report(trainer, spec, policy.kernels, measured | {"stopped": record if stopped else None, "trigger": record})
+    write_report(trainer, spec, policy.kernels, measured, stopped=record if stopped else None, trigger=record)
     timings = {
         "seconds": time.perf_counter() - started,
         "reference_pairs_from_cache": reused,
@@ -169,7 +170,13 @@ def collapse_guard(watched: Watched, guard: GuardSpec, spec: TrainSpec, reporter
 
 
 def write_report(
-    trainer: PackedDPOTrainer | ClassicDPOTrainer, spec: TrainSpec, kernels: str, measured: dict[str, Any]
+    trainer: PackedDPOTrainer | ClassicDPOTrainer,
+    spec: TrainSpec,
+    kernels: str,
+    measured: Aftermath,
+    *,
+    stopped: Stop | None,
+    trigger: Stop | None,
 ) -> None:
     """`metrics.jsonl`, and what the checks judge the run by."""
     plan = spec.plan
@@ -181,20 +188,24 @@ def write_report(
     expected = getattr(trainer, "expected_first_loss", None)
     if expected is None:
         expected = DpoLoss.of(plan.dpo).at_zero_margin()
-    report = {
-        "steps": trainer.state.global_step,
-        "first_loss": rows[0]["loss"],
-        "expected_first_loss": expected,
-        "first_loss_tokens": trainer.first_loss_tokens,
-        "last_loss": last["loss"],
-        "last_margin": last["rewards/margins"],
-        "last_accuracy": last["rewards/accuracies"],
-        "nll_ratio": last["logps/chosen"] / reference_logp,
-        "finite": all_finite(rows),
-        "lora_coverage": coverage(model, ADAPTER_NAME).model_dump(mode="json"),
-        "lora_planned": plan.coverage.model_dump(mode="json"),
-        "trainer": plan.dpo.trainer,
-        "kernels": kernels,
-        **measured,
-    }
-    write_json(spec.output_dir / "report.json", report)
+    DpoReport(
+        steps=trainer.state.global_step,
+        first_loss=rows[0]["loss"],
+        expected_first_loss=expected,
+        first_loss_tokens=trainer.first_loss_tokens,
+        last_loss=last["loss"],
+        last_margin=last["rewards/margins"],
+        last_accuracy=last["rewards/accuracies"],
+        nll_ratio=last["logps/chosen"] / reference_logp,
+        finite=all_finite(rows),
+        lora_coverage=coverage(model, ADAPTER_NAME),
+        lora_planned=plan.coverage,
+        trainer=plan.dpo.trainer,
+        kernels=kernels,
+        stopped=stopped,
+        trigger=trigger,
+        held_out=measured.held_out,
+        answers=measured.answers,
+        capability=measured.capability,
+        adapter_norm=measured.adapter_norm,
+    ).write(spec.output_dir)
