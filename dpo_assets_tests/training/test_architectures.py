@@ -355,7 +355,7 @@ def own_scores(folder: Path, *groups: Group) -> list[float]:
     ("name", "changes", "said"),
     [
         ("llama4_text", {"attention_chunk_size": CHUNK, "max_position_embeddings": 256}, "nats row by row"),
-        ("falcon+alibi", {}, "computes attention in a way of its own"),
+        ("bloom", {}, "takes no positions and no tables"),
     ],
 )
 def test_every_stage_runs_on_a_models_own_forward(
