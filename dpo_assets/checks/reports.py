@@ -143,7 +143,8 @@ class DpoReport(Aftermath):
     lora_coverage: LoraCoverage | None = Field(default=None, description="As measured on the trained model.")
     lora_planned: LoraCoverage = LoraCoverage()
     trainer: str
-    kernels: str
+    kernels: str = Field(description="What computed its scores.")
+    kernels_note: str = Field(default="", description="Why that is not what the plan said; empty where it is.")
     stopped: Stop | None = Field(default=None, description="The trigger that ended the run.")
     trigger: Stop | None = Field(default=None, description="The first trigger, whether it ended the run or not.")
 
@@ -166,7 +167,8 @@ class SftReport(Report):
     held_out_nll_before: float
     held_out_nll_after: float
     finite: bool
-    kernels: str
+    kernels: str = Field(description="What computed its scores.")
+    kernels_note: str = Field(default="", description="Why that is not what the plan said; empty where it is.")
     adapted_share: float
     lora_coverage: LoraCoverage | None = None
     ends_with_eos: float = Field(description="Share of untruncated answers that end their turn.")
@@ -191,6 +193,7 @@ class MergeReport(Report):
     not_finite: tuple[str, ...] = Field(default=(), description="The weights that are not all numbers, by name.")
     method: Literal["streamed", "peft"]
     proven_in: str = Field(default="", description="What both were computed in, and where.")
+    kernels: str = Field(default="", description="The engine that scored both.")
 
     @computed_field(description="Whether all of them are numbers.")  # type: ignore[prop-decorator]
     @property
@@ -220,5 +223,6 @@ class EvaluationReport(Report):
     rejected_shift_nats_per_token: float
     nll_ratio_chosen: float = Field(description="NLL of chosen answers, policy over SFT.")
     confidence: float
+    kernels: str = ""
     scored: str = Field(default="", description="What was scored as the release; empty: of an earlier version.")
     generation: GreedyAnswers

@@ -171,7 +171,9 @@ def test_the_ratio_of_likelihoods_is_the_policys_loss_over_that_of_sft() -> None
         }
     )  # fmt: skip
     silent = AnswerHealth(answers=0)
-    said = summarise(table, 0.95, scored="merged model in fp32", generation=GreedyAnswers(sft=silent, policy=silent))
+    said = summarise(
+        table, 0.95, scored="merged model in fp32", kernels="rows", generation=GreedyAnswers(sft=silent, policy=silent)
+    )
     assert said.nll_ratio_chosen == 1.5
     assert said.chosen_shift_nats_per_token == pytest.approx((-1.0 - 1.5) / 2)
     assert said.rejected_shift_nats_per_token == pytest.approx((-3.0 - 5.0) / 2)
