@@ -11,6 +11,7 @@ import math
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from benchmarks.throughput.data import PAIRS_PER_STEP, Row
 from benchmarks.throughput.measure import CUDA, Block, Measured, memory_cap, seed_adapter, train, unwrap
 from benchmarks.throughput.shapes import LORA_RANK
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LONGEST = 2_048  # The longest max_length of a case: what Unsloth is told to be ready for.
 SEED = 42
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "4bit": torch.bfloat16}
 
@@ -98,8 +99,9 @@ def peer_arguments(block: Block, checkpointing: bool, precision: str) -> trl.DPO
 class TrlArm:
     """DPOTrainer with `peft_config`, gradient checkpointing on (TRL's default) or off."""
 
-    def __init__(self, folder: Path, precision: str, checkpointing: bool) -> None:
+    def __init__(self, folder: Path, precision: str, targets: Sequence[str], checkpointing: bool) -> None:
         self.folder, self.precision, self.checkpointing = folder, precision, checkpointing
+        self.targets = list(targets)
         self.dense = stand_in_for_triton()
         self.trainer_class = peer_trainer_class()
         self.base: Any = None
@@ -132,7 +134,7 @@ class TrlArm:
                 train_dataset=Dataset.from_list(rows),
                 processing_class=self.tokenizer,
                 peft_config=LoraConfig(
-                    r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=TARGETS, bias="none", task_type="CAUSAL_LM"
+                    r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=self.targets, bias="none", task_type="CAUSAL_LM"
                 ),
             )
             seed_adapter(trainer.model)
@@ -146,8 +148,9 @@ class TrlArm:
 class UnslothArm:
     """FastLanguageModel with "unsloth" checkpointing (the documented recipe) or none, under TRL's patched trainer."""
 
-    def __init__(self, folder: Path, precision: str, checkpointing: bool) -> None:
+    def __init__(self, folder: Path, precision: str, targets: Sequence[str], checkpointing: bool) -> None:
         self.folder, self.precision, self.checkpointing = folder, precision, checkpointing
+        self.targets = list(targets)
         self.dense = stand_in_for_triton()
         self.trainer_class = peer_trainer_class()
 
@@ -156,7 +159,7 @@ class UnslothArm:
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
         model, _ = fast.from_pretrained(
             str(self.folder),
-            max_seq_length=1024,
+            max_seq_length=LONGEST,
             dtype=DTYPES[self.precision],
             load_in_4bit=self.precision == "4bit",
             local_files_only=True,
@@ -167,7 +170,7 @@ class UnslothArm:
             lora_alpha=LORA_RANK,
             lora_dropout=0,
             bias="none",
-            target_modules=TARGETS,
+            target_modules=self.targets,
             use_gradient_checkpointing="unsloth" if self.checkpointing else False,
             random_state=SEED,
         )
