@@ -5,7 +5,7 @@
     python benchmarks/gpu_pipeline.py --model MODEL_FOLDER --recipes chat,classic --out gpu.json --against cpu.json
 
 MODEL_FOLDER is SmolLM2-135M-Instruct, as `make demo-chat` writes it. `chat` is the recipe of the demo, `classic` that
-of examples/classic_unsloth.yaml on the same pairs, written to a file of prompts and two answers; without a GPU it trains
+of examples/classic_unsloth.yaml on the same pairs, written to a file of prompts and two answers; without a GPU it runs
 on the packed trainer in what the planner chooses, for TRL and Unsloth need one. Each runs as a job of a fresh instance,
 in a process that is ended when its time is over. Printed are what was decided of which device, the plan's memory beside
 the allocator's peak of every stage, seconds of every asset, and every check; with --against, which verdicts differ.
