@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ def peer_arguments(block: Block, checkpointing: bool, precision: str) -> trl.DPO
         beta=0.1,
         loss_type=["sigmoid"],
         max_length=block.max_length,
+        router_aux_loss_coef=0.0,  # Frozen routers learn nothing from it, and ours does not add it.
         bf16=precision in ("bf16", "4bit"),
         fp16=precision == "fp16",
         use_cpu=not CUDA,
@@ -119,9 +121,19 @@ class TrlArm:
                 bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=torch.bfloat16,
             )
-        return AutoModelForCausalLM.from_pretrained(
-            self.folder, dtype=DTYPES[self.precision], attn_implementation="sdpa", local_files_only=True, **extra
+        load = partial(
+            AutoModelForCausalLM.from_pretrained,
+            self.folder,
+            dtype=DTYPES[self.precision],
+            local_files_only=True,
+            **extra,
         )
+        try:
+            return load(attn_implementation="sdpa")
+        except ValueError as error:
+            if "scaled_dot_product_attention" not in str(error):
+                raise
+            return load()  # Attention sinks (gpt-oss): Transformers' own choice.
 
     def run(self, rows: list[Row], block: Block) -> Measured:
         # A base that a failed block left half wrapped is not used again.
