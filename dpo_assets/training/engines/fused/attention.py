@@ -17,7 +17,7 @@ from torch import Tensor
 from dpo_assets.training.batches.packing import PackedBatch
 from dpo_assets.training.engines.attention import causal_rows, has_flash, unshare
 from dpo_assets.training.engines.fused import ops
-from dpo_assets.training.engines.fused.ops import Angles
+from dpo_assets.training.engines.fused.ops import Angles, HeadTransform
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,12 @@ class Heads:
     def kv_width(self) -> int:
         return self.kv * self.dim
 
+    def of_query(self, angles: Angles) -> HeadTransform:
+        return HeadTransform(self.query, self.dim, angles)
+
+    def of_key(self, angles: Angles) -> HeadTransform:
+        return HeadTransform(self.kv, self.dim, angles)
+
 
 @dataclass(frozen=True)
 class Attended:
@@ -52,7 +58,7 @@ def attend(qkv: Tensor, heads: Heads, angles: Angles, batch: PackedBatch, differ
 
     Grouped-query heads: Ainslie et al., arXiv 2305.13245. Kernel: Dao, arXiv 2307.08691.
     """
-    ops.rotate(qkv, qkv, angles, heads.query)
+    ops.transform(qkv, qkv, heads.of_query(angles))
     if has_flash(qkv.device, qkv.dtype, heads.dim):
         return _flash(qkv, heads, angles, batch)
     return _rows(qkv, heads, angles, batch, differentiable)
@@ -64,18 +70,20 @@ def attend_backward(
     """out [T, (query + 2 kv) dim] = gradient of the projected q, k, v; grad [T, query * dim]."""
     if has_flash(grad.device, grad.dtype, heads.dim):
         dq, dk, dv = _flash_backward(grad, kept, heads, angles, batch)
-        ops.rotate(dq.view(len(dq), -1), out, angles, heads.query, inverse=True)
-        ops.fold_kv(dk, dv, batch["slots"], angles, out[:, heads.query_width :])
+        ops.transform_backward(dq, kept.qkv, out, heads.of_query(angles))
+        kv = kept.qkv[:, heads.query_width :]
+        ops.fold_kv(dk, dv, kv, batch["slots"], heads.of_key(angles), out[:, heads.query_width :])
         return
     leaves, attended = kept.extra
     dq, dk, dv = torch.autograd.grad(attended, leaves, grad.view_as(attended))
-    ops.rotate(dq.flatten(1), out, angles, heads.query, inverse=True)
-    ops.rotate(dk.flatten(1), out[:, heads.query_width :], angles, heads.kv, inverse=True)
+    ops.transform_backward(dq, kept.qkv, out, heads.of_query(angles))
+    keys = slice(heads.query_width, heads.query_width + heads.kv_width)
+    ops.transform_backward(dk, kept.qkv[:, keys], out[:, keys], heads.of_key(angles))
     out[:, heads.query_width + heads.kv_width :] = dv.flatten(1)
 
 
 def _views(qkv: Tensor, heads: Heads, angles: Angles, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
-    rows = ops.gather_kv(qkv[:, heads.query_width :], batch["kv_source"], angles, heads.kv)
+    rows = ops.gather_kv(qkv[:, heads.query_width :], batch["kv_source"], heads.of_key(angles))
     query = qkv[:, : heads.query_width].unflatten(1, (heads.query, heads.dim))
     key, value = (part.unflatten(1, (heads.kv, heads.dim)) for part in rows.split(heads.kv_width, dim=1))
     return query, key, value
@@ -110,7 +118,7 @@ def _flash_backward(
 def _rows(qkv: Tensor, heads: Heads, angles: Angles, batch: PackedBatch, differentiable: bool) -> Attended:
     """PyTorch's attention on gathered rows; it differentiates itself."""
     key = torch.empty_like(qkv[:, : heads.kv_width])
-    ops.rotate(qkv[:, heads.query_width :], key, angles, heads.kv)
+    ops.transform(qkv[:, heads.query_width :], key, heads.of_key(angles))
     value = qkv[:, heads.query_width + heads.kv_width :]
     leaves = [
         part.unflatten(1, (-1, heads.dim)).detach().requires_grad_(differentiable)

@@ -88,7 +88,7 @@ class FusedLayer:
 
     def down_projection(self, kept: _Kept) -> tuple[Tensor, Tensor]:
         buffer = self.down.input_buffer(len(kept.middle))
-        ops.swiglu(kept.gate_up, buffer[:, : self.down.inputs])
+        ops.gated(kept.gate_up, buffer[:, : self.down.inputs])
         y, thin = self.down.forward(buffer, residual=kept.middle)
         return y, thin.clone()
 
@@ -101,7 +101,7 @@ class FusedLayer:
         self.down.complete(grad)
         d_act = self.down.backward(grad)
         d_gate_up = self.gate_up.grad_buffer(tokens)
-        ops.swiglu_backward(kept.gate_up, d_act, d_gate_up[:, : self.gate_up.outputs])
+        ops.gated_backward(kept.gate_up, d_act, d_gate_up[:, : self.gate_up.outputs])
         self.down.accumulate(grad, d_act, thin_down)
         del grad, d_act
         # gate and up, second norm
