@@ -157,7 +157,7 @@ def choose_kernels(model: Any, plan: TrainingPlan) -> tuple[str, str]:
         lm = causal_lm(model)
         attach_engine(lm, TransformersEngine(lm, compiled="compile" in plan.speedups))
         return plan.kernels, ""
-    reason = attach_fused(model, compute_dtype(plan), plan.recomputed_layers, plan.max_length)
+    reason = attach_fused(model, compute_dtype(plan), plan.recomputed_layers)
     return ("transformers", reason) if reason else ("fused", "")
 
 
