@@ -128,7 +128,8 @@ def test_packing_is_checked_on_fused_layers(two: tuple[PeftModel, PeftModel], fe
     assert_packing_is_exact(two[0], few[0])
     decoder = attached_engine(two[0])
     assert decoder is not None
-    decoder.layers[0].norm1 = decoder.layers[0].norm1 * 1.5
+    before = decoder.layers[0].mixer.residual.before
+    object.__setattr__(before, "weight", before.weight * 1.5)
     with pytest.raises(ConfigError, match="cannot be scored"):
         assert_packing_is_exact(two[0], few[0])
 
@@ -178,12 +179,13 @@ def test_as_many_layers_are_recomputed_as_the_plan_says_and_the_lowest_first(
     assert decoder is not None
     calls: list[int] = []
 
-    def counted(layer: FusedLayer, *args: Any, **kwargs: Any) -> Any:
-        calls.append(next(n for n, other in enumerate(decoder.layers) if other is layer))
-        return until_down(layer, *args, **kwargs)
+    def counted(block: FrozenBlock, *args: Any, **kwargs: Any) -> Any:
+        calls.append(next(n for n, layer in enumerate(decoder.layers) if layer.mixer is block))
+        return forward(block, *args, **kwargs)
 
-    until_down = FusedLayer.until_down
-    monkeypatch.setattr(FusedLayer, "until_down", counted)
+    for layer in decoder.layers:
+        monkeypatch.setattr(layer, "mixer", copy(layer.mixer))
+    forward = FrozenBlock.forward
     backward(two[0], few[:1])
     assert calls[:LAYERS] == list(range(LAYERS))
     assert calls[LAYERS:] == list(reversed(range(recomputed)))
