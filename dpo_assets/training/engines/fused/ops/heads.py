@@ -7,9 +7,16 @@ keeps those alone.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import gcd
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from dpo_assets.training.engines.fused.ops import backend
+from dpo_assets.training.engines.fused.ops.backend import in_triton, power_of_two
+
+TILE = 4096  # Values a program holds, so that a backward pass (gradient, raw, weight) stays within its registers.
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,13 @@ def transform(src: Tensor, dst: Tensor, t: HeadTransform, stride_head: int = 0) 
         src: [T, >= heads * dim], raw. It may be dst; where `t.in_place` is false the backward pass wants it raw.
         stride_head: columns from one head of src to the next; 0: dim. More where each head is followed by its gate.
     """
+    if in_triton(src):
+        tiles = _Tiles.of(t)
+        backend.kernels.transform[(len(src), tiles.blocks)](
+            src, dst, *tiles.tables(src), src.stride(0), dst.stride(0), tiles.angle_stride, t.eps,
+            STRIDE_HEAD=stride_head or t.dim, **tiles.constants,
+        )  # fmt: skip
+        return
     x = _heads(src, t, stride_head).float()
     dst[:, : t.width] = _forward(x, t).to(dst.dtype).flatten(1)
 
@@ -83,6 +97,14 @@ def transform_backward(grad: Tensor, src: Tensor, out: Tensor, t: HeadTransform,
         out: it may be grad where heads lie side by side.
         stride_head: columns from one head to the next in src and in out; 0: dim.
     """
+    if in_triton(src):
+        tiles, flat = _Tiles.of(t), grad.reshape(len(grad), t.width)
+        backend.kernels.transform_backward[(len(src), tiles.blocks)](
+            flat, src, out, *tiles.tables(src),
+            flat.stride(0), src.stride(0), out.stride(0), tiles.angle_stride, t.eps,
+            STRIDE_HEAD=stride_head or t.dim, **tiles.constants,
+        )  # fmt: skip
+        return
     d = grad.reshape(len(grad), t.heads, t.dim).float()
     raw = None if t.in_place else _heads(src, t, stride_head).float()
     _heads(out, t, stride_head).copy_(_backward(d, raw, t))
@@ -90,8 +112,14 @@ def transform_backward(grad: Tensor, src: Tensor, out: Tensor, t: HeadTransform,
 
 def gather_kv(kv: Tensor, source: Tensor, t: HeadTransform) -> Tensor:
     """Rows [S, 2 * heads * dim] of transformed keys and of values, from raw kv [T, 2 * heads * dim] by source [S]."""
-    picked = kv[source]
     rows = torch.empty(len(source), 2 * t.width, dtype=kv.dtype, device=kv.device)
+    if in_triton(kv):
+        tiles = _Tiles.of(t)
+        backend.kernels.gather_kv[(len(source), tiles.blocks)](
+            kv, rows, source, *tiles.tables(kv), kv.stride(0), tiles.angle_stride, t.eps, **tiles.constants
+        )
+        return rows
+    picked = kv[source]
     transform(picked, rows, t.at(source))
     rows[:, t.width :] = picked[:, t.width :]
     return rows
@@ -105,10 +133,64 @@ def fold_kv(dk: Tensor, dv: Tensor, kv: Tensor, slots: Tensor, t: HeadTransform,
         kv: [T, 2 * heads * dim], raw.
         slots: [T, copies] of each token in S; -1 is none.
     """
+    if in_triton(dk):
+        tiles = _Tiles.of(t)
+        backend.kernels.fold_kv[(len(slots), tiles.blocks)](
+            dk, dv, kv, out, slots, *tiles.tables(dk),
+            dk.stride(0), dv.stride(0), kv.stride(0), out.stride(0), tiles.angle_stride, t.eps,
+            COPIES=slots.shape[1], **tiles.constants,
+        )  # fmt: skip
+        return
     there = (slots >= 0)[..., None, None]
     keys, values = ((d[slots.clamp(min=0)].float() * there).sum(1) for d in (dk, dv))
     transform_backward(keys, kv, out, t)
     out[:, t.width :] = values.flatten(1)
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """A transform as its kernels take it: who holds which heads, and what is known when they are compiled."""
+
+    t: HeadTransform
+    block: int  # heads a program holds
+
+    @classmethod
+    def of(cls, t: HeadTransform) -> _Tiles:
+        every = power_of_two(t.heads)
+        return cls(t, every if t.over_projection else min(every, max(1, TILE // power_of_two(t.dim))))
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.t.heads // self.block)
+
+    @property
+    def angle_stride(self) -> int:
+        return 0 if self.t.angles is None else self.t.angles.cos.stride(0)
+
+    def tables(self, unused: Tensor) -> tuple[Tensor, ...]:
+        """cos, sin, norm, factor; `unused` stands for what there is not."""
+        t = self.t
+        cos, sin = (None, None) if t.angles is None else (t.angles.cos, t.angles.sin)
+        return tuple(unused if table is None else table for table in (cos, sin, t.norm, t.factor))
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        t = self.t
+        half = 0 if t.angles is None else t.angles.cos.shape[1]
+        return {
+            "HEADS": t.heads,
+            "HEADS_BLOCK": self.block,
+            "DIM": t.dim,
+            "PAIRS_BLOCK": power_of_two(t.dim // 2),
+            "HALF": half,
+            "NEIGHBOURS": t.neighbours and half > 0,
+            "ALIGNED": gcd(half, t.dim // 2, power_of_two(t.dim)),
+            "NORM": 0 if t.norm is None else 2 if t.after_rotation else 1,
+            "OVER": t.over_projection and t.norm is not None,
+            "W_STRIDE": 0 if t.norm is None or t.norm.numel() == t.dim else t.dim,
+            "FACTOR": t.factor is not None,
+            "num_warps": min(16, max(4, self.block * power_of_two(t.dim) // 1024)),
+        }
 
 
 def _heads(x: Tensor, t: HeadTransform, stride_head: int) -> Tensor:

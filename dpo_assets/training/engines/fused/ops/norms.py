@@ -37,6 +37,13 @@ def add_normed(x: Tensor, y: Tensor, weight: Tensor, eps: float, scale: float, o
     """
     rows, width = y.shape
     rstd = torch.empty(rows, dtype=torch.float32, device=y.device)
+    if in_triton(y):
+        block = power_of_two(width)
+        backend.kernels.add_normed[(rows,)](
+            x, y, weight, out, rstd, x.stride(0), y.stride(0), out.stride(0), eps, scale, width,
+            BLOCK=block, num_warps=warps(block),
+        )  # fmt: skip
+        return rstd
     wide = y.float()
     torch.rsqrt(wide.pow(2).mean(-1) + eps, out=rstd)
     out.copy_(x.float() + wide * rstd[:, None] * weight.float() * scale)
@@ -46,12 +53,12 @@ def add_normed(x: Tensor, y: Tensor, weight: Tensor, eps: float, scale: float, o
 def rms_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, skip: Tensor | None, out: Tensor, scale: float = 1.0
 ) -> Tensor:
-    """out [T, width] = gradient of x from that of scale * norm(x), plus `skip`: the gradient that came past the norm."""
+    """out [T, width] = gradient of x from dy, that of scale * norm(x), plus `skip`, the gradient beside the norm."""
     rows, width = x.shape
-    if in_triton(x) and scale == 1.0:
+    if in_triton(x):
         block, past = power_of_two(width), dy if skip is None else skip
         backend.kernels.rms_norm_backward[(rows,)](
-            dy, x, weight, rstd, past, out, dy.stride(0), x.stride(0), past.stride(0), out.stride(0), width,
+            dy, x, weight, rstd, past, out, dy.stride(0), x.stride(0), past.stride(0), out.stride(0), scale, width,
             HAS_SKIP=skip is not None, BLOCK=block, num_warps=warps(block),
         )  # fmt: skip
         return out

@@ -33,8 +33,8 @@ def score_logits(logits: Tensor, target: Tensor, grad: Tensor | None) -> LogitSc
         top1 = torch.empty(len(logits), dtype=torch.bool, device=logits.device)
         into = logits if grad is None else grad
         backend.kernels.score_logits[(len(logits),)](
-            logits, target, *scores, top1, into, logits.stride(0), into.stride(0), logits.shape[1],
-            WITH_GRAD=grad is not None, BLOCK=HEAD_BLOCK, num_warps=8,
+            logits, target, *scores, top1, into, logits.stride(0), into.stride(0),
+            VOCABULARY=logits.shape[1], WITH_GRAD=grad is not None, BLOCK=HEAD_BLOCK, num_warps=8,
         )  # fmt: skip
         logps, entropy, mean = scores
         return LogitScores(logps, entropy, mean, top1)
