@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from dpo_assets.planning.decoder import Decoder
 from dpo_assets.planning.matrices import Matrices
 
-Kernels = Literal["fused", "transformers", "unsloth"]
+Kernels = Literal["fused", "transformers", "unsloth", "rows"]
 
 
 class ModelShape(BaseModel):
