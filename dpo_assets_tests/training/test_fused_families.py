@@ -21,7 +21,11 @@ from dpo_assets.training.scoring.logprobs import score_tokens, sequence_logps
 from dpo_assets_tests.training.tiny_models import OTHER_PAIR, PAIR, tiny_model
 
 GROUPS = (PAIR, OTHER_PAIR, Group([7, 9], ([11],)))
-FAMILIES = ("llama", "mistral+window", "qwen2", "qwen3")
+FAMILIES = (
+    "llama", "mistral+window", "ministral3", "qwen2", "qwen3", "phi3", "phi3+window", "smollm3", "granite", "olmo2",
+    "olmo3", "gemma2", "gemma3_text", "glm4", "seed_oss", "hunyuan_v1_dense", "ernie4_5", "qwen3_moe", "mixtral",
+    "gpt_oss",
+)  # fmt: skip
 TOLERANCE = 1e-4
 Outcome = tuple[Tensor, Tensor, dict[str, Tensor]]
 

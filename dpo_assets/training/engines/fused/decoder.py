@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo_assets.planning.decoder import Decoder, QueryGrowth, Recurrent, Rope
+from dpo_assets.planning.decoder import Decoder, Mlp, QueryGrowth, Recurrent, Rope
 from dpo_assets.planning.families import describe
 from dpo_assets.training.batches.packing import PackedBatch
 from dpo_assets.training.engines.base import PlainEngine, attach_engine, causal_lm
@@ -32,15 +32,18 @@ def why_not_fused(lm: Any, adapter: str = "default") -> str:
         return f"nothing describes what {type(lm).__name__} computes"
     if description.beyond:
         return description.beyond
-    if recurrent := next((x.mixer.kind for x in description.layers if isinstance(x.mixer, Recurrent)), ""):
-        return f"its {recurrent} layers have no fused form"
+    for layer in description.layers:
+        if isinstance(layer.mixer, Recurrent):
+            return f"its {layer.mixer.kind} layers have no fused form"
+        if isinstance(layer.mlp, Mlp) and not layer.mlp.gated:
+            return "its MLP has no gate"
     layers = lm.get_decoder().layers
     if missing := next(missing_names(description, layers), ""):
         return f"its layers have no {missing}"
     for module, layer in zip(layers, description.layers, strict=True):
         for part in (layer.mixer, layer.mlp):
             for name in linears(part):
-                linear = getattr(getattr(module, part.module), name)
+                linear = module.get_submodule(f"{part.module}.{name}")
                 if reason := _why_not_plain_lora(linear, adapter):
                     return f"{name} has {reason}"
     return ""
@@ -76,7 +79,7 @@ class FusedDecoder(PlainEngine):
         assert description is not None
         self._embedding, self._rotary, self._dtype = decoder.embed_tokens, decoder.rotary_emb, dtype
         builder = Builder(description, dtype, decoder.embed_tokens.weight.device, adapter)
-        self._norm = builder.norm(decoder.norm)
+        self._norm = builder.norm(getattr(decoder, description.last_norm))
         self.layers = builder.layers(decoder.layers, recomputed_layers)
         self._groups = [group for layer in self.layers for group in layer.groups]
         self._members = [m for group in self._groups for m in group.members if m.factors is not None]
@@ -119,9 +122,7 @@ class FusedDecoder(PlainEngine):
         """By the model's own module, so that scaled and extended variants come out right."""
         like = torch.empty(1, dtype=torch.float32, device=positions.device)
         table = {"layer_type": rope.table} if rope.table else {}
-        rows = positions[None]
-        if hasattr(self._rotary, "mrope_section"):  # It takes positions of time, height and width: of text all one.
-            rows = rows.expand(3, 1, -1)
+        rows = positions[None] if rope.axes == 1 else positions.expand(rope.axes, 1, -1)
         half = rope.dim // 2
         # Some modules repeat each half of their table, some do not.
         cos, sin = (part[0, :, :half].contiguous() for part in self._rotary(like, rows, **table))

@@ -290,10 +290,9 @@ class FrozenGroup:
         if self.rank:
             torch.mm(dy[:, : self.outputs], self._b, out=dy[:, self.outputs :])
 
-    def backward(self, dy: Tensor, residual: Tensor | None = None) -> Tensor:
-        """dx [T, in] of a complete gradient buffer, plus `residual`."""
-        weight = self.matrix().backward
-        return torch.mm(dy, weight) if residual is None else torch.addmm(residual, dy, weight)
+    def backward(self, dy: Tensor) -> Tensor:
+        """dx [T, in] of a complete gradient buffer."""
+        return torch.mm(dy, self.matrix().backward)
 
     def accumulate(self, dy: Tensor, x: Tensor, thin: Tensor) -> None:
         """Adds the fp32 gradients of the factors to their `.grad`.
