@@ -118,7 +118,7 @@ def missing_names(description: Decoder, modules: Sequence[Any]) -> Iterator[str]
     for module, layer in zip(modules, description.layers, strict=True):
         wanted = [name for name in vars(layer.norms).values() if name]
         for part in (layer.mixer, layer.mlp):
-            wanted += [part.module, *(f"{part.module}.{name}" for name in linears(part))]
+            wanted += [part.module, *(f"{part.module}.{name}" for name in (*linears(part), *_others(part)))]
         for name in wanted:
             found = module
             for step in name.split("."):
@@ -130,3 +130,10 @@ def missing_names(description: Decoder, modules: Sequence[Any]) -> Iterator[str]
 def linears(part: Attention | Recurrent | Mlp | Experts) -> tuple[str, ...]:
     """Names of the linear layers that become frozen matrices, within `part.module`."""
     return (*part.projections, part.output) if isinstance(part, Attention | Mlp) else ()
+
+
+def _others(part: Attention | Recurrent | Mlp | Experts) -> tuple[str, ...]:
+    """Names of what else is read of a module."""
+    if not isinstance(part, Attention):
+        return ()
+    return (*(part.qk_norm.names if part.qk_norm else ()), *(["sinks"] if part.sinks else ()))
