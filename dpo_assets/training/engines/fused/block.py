@@ -8,7 +8,7 @@ again, because that costs less than the memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -126,7 +126,7 @@ class Core(Protocol):
         """
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Run:
     """Of a forward until its last product. `thin` is x A^T of the first group, a few columns wide."""
 
@@ -138,9 +138,13 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Kept:
-    """`branch` [T, hidden] is what the norm after the block saw."""
+    """`branch` [T, hidden] is what the norm after the block saw.
 
-    run: _Run
+    Without its `run` it is what a recomputed block keeps. The branch is part of that: it costs as much memory as the
+    block's input and spares the last product, which is a quarter of a block's work.
+    """
+
+    run: _Run | None
     thin_last: Tensor
     branch: Tensor | None = None
     rstd: Tensor | None = None
@@ -163,33 +167,27 @@ class FrozenBlock:
     def trained(self) -> list[nn.Parameter]:
         return [*self.first.parameters, *self.last.parameters]
 
-    def forward(self, x: Tensor, stream: Stream, keep: bool) -> tuple[Tensor, _Kept | Tensor]:
-        run = self._run(x, stream, keep)
+    def forward(self, x: Tensor, stream: Stream, keep: bool) -> tuple[Tensor, _Kept]:
+        run: _Run | None = self._run(x, stream, keep)
+        assert run is not None
         inner = self.core.inner(run.projected, run.inside, self.last)
         if not keep:
-            del run
+            run = None
         if self.residual.after is None:
             y, thin = self.last.forward(inner, residual=x, scale=self.residual.scale)
-            thin = thin.clone()
-            return y, _Kept(run, thin) if keep else thin
+            return y, _Kept(run, thin)
         branch, thin = self.last.forward(inner)
-        thin = thin.clone()
         del inner
         y, rstd = self.residual.leave(x, branch)
-        return y, _Kept(run, thin, branch, rstd) if keep else thin
+        return y, _Kept(run, thin, branch, rstd)
 
-    def replay(self, x: Tensor, stream: Stream, light: Tensor) -> _Kept:
-        if self.residual.after is None:
-            return _Kept(self._run(x, stream, keep=True), light)  # y was never lost.
-        kept = self.forward(x, stream, keep=True)[1]
-        assert isinstance(kept, _Kept)
-        return kept
+    def replay(self, x: Tensor, stream: Stream, light: _Kept) -> _Kept:
+        return replace(light, run=self._run(x, stream, keep=True))  # y was never lost.
 
     def _run(self, x: Tensor, stream: Stream, keep: bool) -> _Run:
         buffer = self.first.input_buffer(len(x))
         rstd = self.residual.enter(x, buffer[:, : self.first.inputs])
         projected, thin = self.first.forward(buffer)
-        thin = thin.clone() if keep else thin
         del buffer
         return _Run(rstd, thin, projected, self.core.run(projected, stream, keep))
 
@@ -198,6 +196,7 @@ class FrozenBlock:
 
     def backward(self, dy: Tensor, x: Tensor, kept: _Kept, stream: Stream, out: Tensor | None) -> None:
         tokens, run = len(x), kept.run
+        assert run is not None
         dy_buffer, dy = dy, dy[:, : self.last.outputs]
         if self.residual.plain and dy_buffer.shape[1] == self.last.outputs + self.last.rank:
             grad = dy_buffer

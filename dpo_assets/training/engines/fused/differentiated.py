@@ -88,7 +88,7 @@ class _Product(torch.autograd.Function):
         buffer[:, : group.inputs] = x
         y, thin = group.forward(buffer)
         ctx.group = group
-        ctx.save_for_backward(x, thin.clone())
+        ctx.save_for_backward(x, thin)
         return y
 
     @staticmethod

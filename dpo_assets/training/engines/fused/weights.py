@@ -270,13 +270,11 @@ class FrozenGroup:
             x: an input buffer, whose last R columns are filled here; or an input [T, in] that is in no buffer, for
                 which the LoRA term is a product of its own.
         """
+        thin = torch.mm(x[:, : self.inputs], self._a_t)
         if x.shape[1] == self.inputs + self.rank:
-            thin = x[:, self.inputs :]
-            if self.rank:
-                torch.mm(x[:, : self.inputs], self._a_t, out=thin)
+            x[:, self.inputs :] = thin
             return self._product(x, self.matrix().forward, residual, scale), thin
         y = self._product(x, self.matrix().plain, residual, scale)
-        thin = torch.mm(x, self._a_t)
         return y.addmm_(thin, self._b_t, alpha=1.0 if residual is None else scale), thin
 
     def _product(self, x: Tensor, weight: Tensor, residual: Tensor | None, scale: float) -> Tensor:
