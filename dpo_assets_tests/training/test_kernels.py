@@ -148,6 +148,7 @@ def transforms() -> dict[str, HeadTransform]:
         "olmo2": replace(plain, angles=rotated, norm=whole, over_projection=True),
         "hunyuan": replace(plain, angles=rotated, norm=per_head, after_rotation=True),
         "after a scaled, partial rotation": replace(plain, angles=angles(6, 1.3), norm=per_head, after_rotation=True),
+        "phi4, columns in runs of 16": replace(plain, heads=2, dim=128, angles=angles(96), norm=weight(128)),
         "all": replace(
             plain, angles=angles(4, 1.3), neighbours=True, norm=whole, over_projection=True, factor=growth()
         ),
@@ -229,13 +230,29 @@ def test_keys_and_values_are_gathered_and_folded(dtype: torch.dtype, name: str) 
     rows = ops.gather_kv(kv, batch["kv_source"], t)
     assert_close(rows, expected.detach())
 
-    dk, dv = (randn(len(rows), t.heads, t.dim, dtype=dtype) for _ in range(2))
+    dk, dv = (randn(len(rows), t.heads, t.dim, dtype=dtype, pad=pad) for pad in (0, 4))
     expected.backward(torch.cat([dk.flatten(1), dv.flatten(1)], dim=1).float())
     assert leaf.grad is not None
     wide, out = unwritten(len(kv), 2 * t.width, dtype)
     ops.fold_kv(dk, dv, kv, batch["slots"], t, out)
     assert_close(out, leaf.grad)
     assert wide[:, 2 * t.width :].isnan().all()
+
+
+@pytest.mark.parametrize("form", ["torch"], indirect=True)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"angles": Angles(torch.ones(4, 10)[:, ::2], torch.ones(4, 5))}, "contiguous"),
+        ({"norm": torch.ones(20)[::2]}, "contiguous"),
+        ({"angles": Angles(torch.ones(4, 6), torch.ones(4, 6))}, "12 columns"),
+        ({"norm": torch.ones(20)}, "20 weights"),
+        ({"dim": 9}, "heads of 9"),
+    ],
+)
+def test_tables_that_a_kernel_would_misread_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        HeadTransform(**({"heads": HEADS, "dim": DIM} | changes))
 
 
 # ---- gates
@@ -303,6 +320,7 @@ def test_a_gate_on_the_output_of_attention(dtype: torch.dtype, gap: int) -> None
 # ---- sinks
 
 
+@pytest.mark.parametrize("form", ["torch"], indirect=True)
 def test_sinks_join_a_softmax_and_flash_attention_differentiates_it() -> None:
     """PyTorch's flash attention for CPUs: its forward knows no sinks, and its backward reads `out` and `lse` alone."""
     torch.manual_seed(3)
@@ -325,6 +343,7 @@ def test_sinks_join_a_softmax_and_flash_attention_differentiates_it() -> None:
         torch.testing.assert_close(ours, leaf.grad)
 
 
+@pytest.mark.parametrize("form", ["torch"], indirect=True)
 def test_a_log_sum_exp_of_another_layout_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\(6, 3\)"):
         ops.with_sinks(torch.ones(6, 3, 8), torch.ones(6, 3), torch.ones(3))

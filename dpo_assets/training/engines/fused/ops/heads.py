@@ -43,6 +43,9 @@ class HeadTransform:
         after_rotation: the rotation comes before the norm.
         eps: of the norm.
         factor: fp32 [T], multiplies a token's heads last.
+
+    Raises:
+        ValueError: a table that is not contiguous, or of another size than the heads.
     """
 
     heads: int
@@ -54,6 +57,16 @@ class HeadTransform:
     after_rotation: bool = False
     eps: float = 0.0
     factor: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        cos, sin = (None, None) if self.angles is None else (self.angles.cos, self.angles.sin)
+        if any(table is not None and not table.is_contiguous() for table in (cos, sin, self.norm, self.factor)):
+            raise ValueError("kernels read the tables of a head transform as they lie in memory: make them contiguous")
+        rotated = 0 if cos is None else 2 * cos.shape[1]
+        if self.dim % 2 or rotated > self.dim:
+            raise ValueError(f"{rotated} columns cannot be rotated in pairs in heads of {self.dim}")
+        if self.norm is not None and self.norm.numel() not in (self.dim, self.width):
+            raise ValueError(f"a norm of {self.norm.numel()} weights beside {self.heads} heads of {self.dim}")
 
     @property
     def width(self) -> int:
@@ -134,7 +147,7 @@ def fold_kv(dk: Tensor, dv: Tensor, kv: Tensor, slots: Tensor, t: HeadTransform,
         slots: [T, copies] of each token in S; -1 is none.
     """
     if in_triton(dk):
-        tiles = _Tiles.of(t)
+        tiles, dk, dv = _Tiles.of(t), dk.reshape(len(dk), t.width), dv.reshape(len(dv), t.width)
         backend.kernels.fold_kv[(len(slots), tiles.blocks)](
             dk, dv, kv, out, slots, *tiles.tables(dk),
             dk.stride(0), dv.stride(0), kv.stride(0), out.stride(0), tiles.angle_stride, t.eps,
