@@ -166,7 +166,7 @@ def _attach(lm: Any, plan: TrainingPlan, kernels: str) -> str:
     compiled = "compile" in plan.speedups
     match kernels:
         case "fused":
-            return attach_fused(lm, compute_dtype(plan), plan.recomputed_layers)
+            return attach_fused(lm, compute_dtype(plan), plan.recomputed_layers, plan.max_length)
         case "transformers":
             if reason := why_not_packed(lm):
                 return reason

@@ -118,7 +118,7 @@ def missing_names(description: Decoder, modules: Sequence[Any]) -> Iterator[str]
     for module, layer in zip(modules, description.layers, strict=True):
         wanted = [name for name in vars(layer.norms).values() if name]
         for part in (layer.mixer, layer.mlp):
-            wanted += [part.module, *(f"{part.module}.{name}" for name in (*linears(part), *_others(part)))]
+            wanted += [part.module, *(f"{part.module}.{name}" for name in (*_linears(part), *_others(part)))]
         for name in wanted:
             found = module
             for step in name.split("."):
@@ -127,8 +127,15 @@ def missing_names(description: Decoder, modules: Sequence[Any]) -> Iterator[str]
                 yield name
 
 
-def linears(part: Attention | Recurrent | Mlp | Experts) -> tuple[str, ...]:
-    """Names of the linear layers that become frozen matrices, within `part.module`."""
+def frozen_linears(description: Decoder, modules: Sequence[Any]) -> Iterator[tuple[str, nn.Module]]:
+    """(name in its layer, module) of every linear layer that becomes a frozen matrix, wrapped by PEFT or not."""
+    for module, layer in zip(modules, description.layers, strict=True):
+        for part in (layer.mixer, layer.mlp):
+            for name in _linears(part):
+                yield f"{part.module}.{name}", module.get_submodule(f"{part.module}.{name}")
+
+
+def _linears(part: Attention | Recurrent | Mlp | Experts) -> tuple[str, ...]:
     return (*part.projections, part.output) if isinstance(part, Attention | Mlp) else ()
 
 

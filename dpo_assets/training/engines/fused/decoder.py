@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo_assets.planning.decoder import Decoder, Mlp, QueryGrowth, Recurrent, Rope
+from dpo_assets.planning import engines
+from dpo_assets.planning.decoder import Decoder, QueryGrowth, Recurrent, Rope
 from dpo_assets.planning.families import describe
 from dpo_assets.training.batches.packing import PackedBatch
-from dpo_assets.training.engines.base import PlainEngine, attach_engine, causal_lm
+from dpo_assets.training.engines.base import PlainEngine, attach_engine, causal_lm, decoder_of
 from dpo_assets.training.engines.fused import ops
 from dpo_assets.training.engines.fused.block import Norm
-from dpo_assets.training.engines.fused.build import Builder, linears, missing_names
+from dpo_assets.training.engines.fused.build import Builder, frozen_linears, missing_names
 from dpo_assets.training.engines.fused.ops import Angles
 from dpo_assets.training.engines.fused.stream import Stream
 from dpo_assets.training.engines.fused.weights import member_of
@@ -25,27 +26,23 @@ def description_of(lm: Any) -> Decoder | None:
     return describe(lm.config.get_text_config().to_dict())
 
 
-def why_not_fused(lm: Any, adapter: str = "default") -> str:
-    """Why a model cannot be run by fused layers; empty when it can."""
-    description = description_of(lm)
-    if description is None:
-        return f"nothing describes what {type(lm).__name__} computes"
-    if description.beyond:
-        return description.beyond
-    for layer in description.layers:
-        if isinstance(layer.mixer, Recurrent):
-            return f"its {layer.mixer.kind} layers have no fused form"
-        if isinstance(layer.mlp, Mlp) and not layer.mlp.gated:
-            return "its MLP has no gate"
-    layers = lm.get_decoder().layers
-    if missing := next(missing_names(description, layers), ""):
+def why_not_fused(lm: Any, max_length: int | None = None, adapter: str = "default") -> str:
+    """Why a model cannot be run by fused layers on rows of up to `max_length` tokens; empty when it can.
+
+    The planner's answer for its description, and what only the loaded model shows.
+    """
+    description, decoder = description_of(lm), decoder_of(lm)
+    if reason := engines.why_not_fused(description, max_length):
+        return reason
+    if description is None or decoder is None:
+        return f"{type(lm).__name__} does not say which of its modules is the decoder"
+    if recurrent := next((mixer.kind for mixer in description.mixers if isinstance(mixer, Recurrent)), ""):
+        return f"they have no form of its {recurrent.replace('_', ' ')} layers"
+    if missing := next(missing_names(description, decoder.layers), ""):
         return f"its layers have no {missing}"
-    for module, layer in zip(layers, description.layers, strict=True):
-        for part in (layer.mixer, layer.mlp):
-            for name in linears(part):
-                linear = module.get_submodule(f"{part.module}.{name}")
-                if reason := _why_not_plain_lora(linear, adapter):
-                    return f"{name} has {reason}"
+    for name, linear in frozen_linears(description, decoder.layers):
+        if reason := _why_not_plain_lora(linear, adapter):
+            return f"{name} has {reason}"
     return ""
 
 
@@ -75,7 +72,8 @@ class FusedDecoder(PlainEngine):
         adapter: str = "default",
         description: Decoder | None = None,
     ) -> None:
-        decoder, description = lm.get_decoder(), description or description_of(lm)
+        decoder, description = decoder_of(lm), description or description_of(lm)
+        assert decoder is not None
         assert description is not None
         self._embedding, self._rotary, self._dtype = decoder.embed_tokens, decoder.rotary_emb, dtype
         builder = Builder(description, dtype, decoder.embed_tokens.weight.device, adapter)
@@ -170,10 +168,10 @@ class _LastNorm(torch.autograd.Function):
         return out, None
 
 
-def attach_fused(model: Any, dtype: torch.dtype, recomputed_layers: int = 0) -> str:
+def attach_fused(model: Any, dtype: torch.dtype, recomputed_layers: int = 0, max_length: int | None = None) -> str:
     """Lets a model's scoring go through fused layers. Returns why not, empty when it does."""
     lm = causal_lm(model)
-    if reason := why_not_fused(lm):
+    if reason := why_not_fused(lm, max_length):
         return reason
     attach_engine(lm, FusedDecoder(lm, dtype, recomputed_layers))
     return ""
