@@ -259,6 +259,10 @@ def test_sizes_windows_and_experts_of_what_is_beyond_words_are_the_model_s(name:
     decoder = described(whole(model.config))
     layers = next(m for n, m in model.named_modules() if n.endswith("layers") and len(m) == len(decoder.layers))
     for module, layer, mixer in zip(layers, decoder.layers, decoder.attentions, strict=True):
+        if name not in ("deepseek_v3", "gemma4_text"):
+            real = {n: tuple(m.weight.shape) for n, m in module.named_modules() if isinstance(m, nn.Linear)}
+            real.pop("feed_forward.router", None)
+            assert {n: (rows, columns) for n, rows, columns in layer.linears(decoder.hidden)} == real
         assert module.self_attn.o_proj.in_features == mixer.query_width
         assert module.self_attn.scaling == pytest.approx(mixer.scale)
         assert getattr(module.self_attn, "sliding_window", None) == mixer.window
@@ -339,7 +343,9 @@ mlps = st.builds(
     st.booleans(),
 )  # fmt: skip
 experts = st.builds(Experts, sizes, sizes, sizes, sizes, names, st.just("clamped_silu"), names, names)
-layers = st.builds(Layer, attentions | recurrents, mlps | experts, st.builds(Norms, names, names, names, names))
+layers = st.builds(
+    Layer, attentions | recurrents, mlps | experts, st.builds(Norms, names, names, names, names), st.none() | recurrents
+)
 decoders = st.builds(
     Decoder, names, sizes, sizes, st.lists(layers, max_size=3).map(tuple), finite, finite, finite, finite, names,
     finite, st.none() | finite, st.booleans(), names, names,

@@ -119,7 +119,7 @@ GRANITE = LLAMA | {
 
 DENSE: dict[str, Family] = {
     "llama": Family("Llama 2 and 3, SmolLM2", LLAMA),
-    "mistral": Family("Mistral 7B, Nemo, Small", MISTRAL, everywhere_windowed),
+    "mistral": Family("Mistral 7B, Nemo, Small", MISTRAL, everywhere_windowed, usual={"sliding_window": None}),
     "ministral3": Family(
         "Ministral 3",
         MISTRAL
@@ -141,6 +141,7 @@ DENSE: dict[str, Family] = {
         },
         phi3_attention,
         fused_mlp,
+        usual={"max_position_embeddings": 131_072, "rope_scaling": {"type": "longrope"}},
     ),
     "smollm3": Family(
         "SmolLM3",
