@@ -105,8 +105,8 @@ def _page() -> Iterator[str]:
     yield "# Models"
     yield ""
     yield (
-        "Written by `dpo-assets models --markdown` from the descriptions in `dpo_assets/planning/families/`. A new family "
-        "is a row there and a tiny model in the tests."
+        "Written by `dpo-assets models --markdown` from the descriptions in `dpo_assets/planning/families/`. A new "
+        "family is a row there and a tiny model in the tests."
     )
     yield ""
     yield (
