@@ -46,6 +46,24 @@ GRANITE_4: dict[str, Any] = MAMBA | {
 # Settings that the tiny models of every architecture leave at their usual: what, of which type, set how.
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("gemma", {"head_dim": 8}),
+    "ministral": ("ministral", {"head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
+    "glm": ("glm", {"head_dim": 8}),
+    "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "granitemoe": (
+        "granitemoe",
+        {
+            "num_local_experts": 4, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
+            "attention_multiplier": 0.2, "logits_scaling": 3.0,
+        },
+    ),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16, "use_sliding_window": True, "sliding_window": 8,
+            "decoder_sparse_step": 2,
+        },
+    ),
     "llama, GELU and biases": ("llama", {"hidden_act": "gelu", "attention_bias": True, "mlp_bias": True}),
     "llama, its own width of heads": ("llama", {"head_dim": 16}),
     "qwen2, windows in the upper layers": (
@@ -282,6 +300,7 @@ def test_sizes_windows_and_experts_of_what_is_beyond_words_are_the_model_s(name:
         ({"model_type": "llama", "hidden_act": "relu"}, "the activation relu"),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "attention to what follows"),
         ({"model_type": "granitemoehybrid", "num_local_experts": 4}, "an MLP beside the experts"),
+        ({"model_type": "olmoe", "clip_qkv": 8.0}, "clipped queries, keys and values"),
         ({"model_type": "gemma4_text", "enable_moe_block": True}, "experts beside the MLP"),
         ({"model_type": "gemma4_text", "attention_k_eq_v": True}, "keys as values"),
     ],
