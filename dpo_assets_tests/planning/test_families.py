@@ -46,7 +46,9 @@ GRANITE_4: dict[str, Any] = MAMBA | {
 # Settings that the tiny models of every architecture leave at their usual: what, of which type, set how.
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("gemma", {"head_dim": 8}),
-    "ministral": ("ministral", {"head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
+    "ministral": (
+        "ministral", {"head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    ),
     "glm": ("glm", {"head_dim": 8}),
     "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
     "granitemoe": (
