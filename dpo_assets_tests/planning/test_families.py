@@ -199,9 +199,12 @@ def test_keys_of_earlier_checkpoints_mean_what_their_class_takes_them_for(config
     same_as_its_class(config)
 
 
-@settings(max_examples=60, deadline=None)
+SWITCHED = ("qwen2", "qwen3", "qwen2_moe", "smollm3")  # Their windows are written down and then switched on.
+
+
+@settings(max_examples=80, deadline=None)
 @given(
-    family=st.sampled_from(["qwen2", "qwen3", "gemma2", "gemma3_text", "olmo3", "cohere2", "gpt_oss", "smollm3"]),
+    family=st.sampled_from([*SWITCHED, "gemma2", "gemma3_text", "olmo3", "cohere2", "gpt_oss", "ministral"]),
     layers=st.integers(1, 12), window=st.integers(1, 4096), from_layer=st.integers(0, 12), on=st.booleans(),
     stated=st.one_of(st.none(), st.lists(st.sampled_from(["sliding_attention", "full_attention"]), min_size=12)),
 )  # fmt: skip
@@ -209,13 +212,13 @@ def test_windows_lie_where_the_class_puts_them(
     family: str, layers: int, window: int, from_layer: int, on: bool, stated: list[str] | None
 ) -> None:
     config: dict[str, Any] = {"model_type": family, "num_hidden_layers": layers, "sliding_window": window}
-    if family in ("qwen2", "qwen3", "smollm3"):
+    if family in SWITCHED:
         config |= {"use_sliding_window": on, "max_window_layers": from_layer}
     if stated is not None:
         config["layer_types"] = stated[:layers]
     found = same_as_its_class(config)
     kinds = CONFIG_MAPPING[family](**{k: v for k, v in config.items() if k != "model_type"}).layer_types
-    switched = on or family not in ("qwen2", "qwen3", "smollm3")
+    switched = on or family not in SWITCHED
     expected = [window if kind == "sliding_attention" and switched else None for kind in kinds]
     assert [attention.window for attention in found.attentions] == expected
 
