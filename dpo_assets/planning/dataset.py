@@ -14,6 +14,7 @@ class DatasetStats(BaseModel):
     max_length: int
     longest_pair: int = Field(description="Tokens of the longest pair with its prompt shared.")
     mean_pair: float = Field(description="Mean tokens of a pair with its prompt shared.")
+    mean_prompt: float | None = Field(default=None, description="Mean tokens of a prompt; None: not counted.")
 
     def cut_to(self, max_length: int) -> DatasetStats:
         """An upper bound of the same statistics at a shorter `max_length`: a pair has two rows of at most that."""

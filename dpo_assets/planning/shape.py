@@ -6,10 +6,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from dpo_assets.planning.decoder import Decoder
+from dpo_assets.planning.decoder import Attention, Decoder, Layer, Mlp
 from dpo_assets.planning.matrices import Matrices
 
 Kernels = Literal["fused", "transformers", "unsloth", "rows"]
+Trainer = Literal["packed", "trl"]  # `dpo.trainer`.
 
 
 class ModelShape(BaseModel):
@@ -37,6 +38,17 @@ class ModelShape(BaseModel):
     def fused_at(self, max_length: int) -> bool:
         """Whether the fused kernels serve rows of `max_length` tokens: they attend to the whole row."""
         return self.fusable and (self.sliding_window is None or self.sliding_window >= max_length)
+
+    def described(self) -> Decoder:
+        """Its own description; where no family is known, that of Llama's layers in these widths, to plan with."""
+        if self.decoder is not None:
+            return self.decoder
+        heads, kv_heads, width = self.heads or 1, self.kv_heads or 1, self.head_dim or self.hidden
+        mixer = Attention(heads, kv_heads, width, width**-0.5, rope=None, window=self.sliding_window)
+        layer = Layer(mixer, Mlp(self.intermediate))
+        return Decoder(
+            self.model_type, self.hidden, self.vocabulary, (layer,) * self.layers, eps=1e-6, tied=self.tied
+        )
 
     def with_matrices(self, matrices: tuple[Matrices, ...]) -> ModelShape:
         """The shape, with what the model's files hold."""
