@@ -63,9 +63,9 @@ def mlp_width(mlp: Mlp | Experts) -> int:
 
 
 def adapts(lora: LoraSection, name: str) -> bool:
-    """Whether the section puts an adapter on a linear layer of this name."""
+    """Whether the section puts an adapter on a linear layer of this name in a decoder layer."""
     targets = lora.target_modules
-    return targets == EVERY_LINEAR or any(target.rpartition(".")[2] == name for target in targets)
+    return targets == EVERY_LINEAR or any(f".{name}".endswith(f".{target}") for target in targets)
 
 
 def _fused(layer: Layer, decoder: Decoder, lora: LoraSection, width: int) -> float:
@@ -80,7 +80,7 @@ def _fused(layer: Layer, decoder: Decoder, lora: LoraSection, width: int) -> flo
     else:
         more += _recurrent(layer.mixer, width)
     if isinstance(layer.mlp, Mlp):
-        values += 2 * layer.mlp.width
+        values += (1 + layer.mlp.gated) * layer.mlp.width
     else:
         more += _experts(layer.mlp, hidden, width)
     return width * (values + lora.rank * len(_inputs(layer, hidden, lora))) + more
@@ -107,20 +107,21 @@ def _autograd(
     inputs = _inputs(layer, hidden, lora)
     # A norm computes in fp32 from a copy that it keeps; linear layers with an adapter keep their input.
     total: float = count * 4.0 * (hidden + 1) + width * lora.rank * len(inputs)
+    if any(adapts(lora, name) for name, _, _ in layer.mixer.linears(hidden)[:-1]):
+        total += width * hidden
     if isinstance(layer.mixer, Attention):
-        if any(adapts(lora, name) for name in layer.mixer.projections):
-            total += width * hidden
         padded = kernels == "rows" or trainer == "trl"
         total += _attention(layer.mixer, width, padded=padded, spread=1.0 if padded else GATHERED)
     else:
-        total += _recurrent(layer.mixer, width) + width * hidden
+        total += _recurrent(layer.mixer, width)
     if isinstance(layer.mlp, Experts):
         return total + _experts(layer.mlp, hidden, width)
-    mlp = layer.mlp
-    if any(adapts(lora, name) for name in mlp.projections):
+    *into, (down, _, _) = layer.mlp.linears(hidden)
+    if any(adapts(lora, name) for name, _, _ in into):
         total += width * hidden
     # Gate, its activation and up are factors of products; the product is down's input.
-    return total + width * mlp.width * (3 + adapts(lora, mlp.output))
+    factors = 3 if layer.mlp.gated else 1
+    return total + width * layer.mlp.width * (factors + adapts(lora, down))
 
 
 def _attention(a: Attention, width: int, *, padded: bool, spread: float) -> float:
@@ -140,7 +141,7 @@ def _attention(a: Attention, width: int, *, padded: bool, spread: float) -> floa
 
 def _recurrent(mixer: Recurrent, width: int) -> float:
     """What autograd keeps of a mixer with a state: what its projections make, that after the convolution and in fp32."""
-    made = sum(rows for _, rows, _ in mixer.linears) or 3 * mixer.inner
+    made = sum(rows for _, rows, _ in mixer.projections) or 3 * mixer.inner
     states = 4.0 * mixer.heads * mixer.head_dim * (mixer.inner / max(1, mixer.heads)) / DELTA_CHUNK
     match mixer.kind:
         case "short_conv":
@@ -156,11 +157,4 @@ def _experts(mlp: Experts, hidden: int, width: int) -> float:
 
 def _inputs(layer: Layer, hidden: int, lora: LoraSection) -> Sequence[int]:
     """Input widths of the layer's linear layers that have an adapter."""
-    mixer, mlp = layer.mixer, layer.mlp
-    if isinstance(mixer, Attention):
-        linears = [(name, hidden) for name in mixer.projections] + [(mixer.output, mixer.query_width)]
-    else:
-        linears = [(name, columns) for name, _, columns in mixer.linears]
-    if isinstance(mlp, Mlp):
-        linears += [(name, hidden) for name in mlp.projections] + [(mlp.output, mlp.width)]
-    return [columns for name, columns in linears if adapts(lora, name)]
+    return [columns for name, _, columns in layer.linears(hidden) if adapts(lora, name)]

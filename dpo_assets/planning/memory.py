@@ -16,10 +16,10 @@ from typing import Literal
 
 from dpo_assets.planning.activations import kept_bytes, slots_per_token, working_bytes
 from dpo_assets.planning.cards import Card, find_card
-from dpo_assets.planning.decoder import Attention, Decoder, Layer, Mlp
+from dpo_assets.planning.decoder import Decoder, Layer
 from dpo_assets.planning.precision import QUANTISED, Precision
 from dpo_assets.planning.shape import Kernels, ModelShape, Trainer
-from dpo_assets.planning.speed import FITTED_ON, Arithmetic, linear_sides, step_seconds
+from dpo_assets.planning.speed import FITTED_ON, Arithmetic, step_seconds
 from dpo_assets.planning.targets import adapted_kinds
 from dpo_assets.planning.work import Work
 from dpo_assets.recipe import LoraSection
@@ -60,7 +60,7 @@ def body_parameters(shape: ModelShape) -> int:
         return sum(kind.weights for kind in shape.matrices if kind.role == "linear")
     decoder = shape.described()
     return sum(
-        count * sum(rows * columns for rows, columns in linear_sides(layer, decoder.hidden).values())
+        count * sum(rows * columns for _, rows, columns in layer.linears(decoder.hidden))
         for layer, count in Counter(decoder.layers).items()
     )
 
@@ -106,14 +106,11 @@ def dequantised_bytes(shape: ModelShape, precision: Precision) -> float:
 
 
 def _largest_group(layer: Layer, hidden: int) -> int:
-    """Weights of q, k and v, or of gate and up, whichever are more; of a mixer with a state, its largest."""
-    sides = {name: rows * columns for name, (rows, columns) in linear_sides(layer, hidden).items()}
-    if isinstance(layer.mixer, Attention):
-        first = sum(sides[name] for name in layer.mixer.projections)
-    else:
-        first = max((sides[name] for name, _, _ in layer.mixer.linears), default=0)
-    second = sum(sides[name] for name in layer.mlp.projections) if isinstance(layer.mlp, Mlp) else 0
-    return max(first, second)
+    """Weights of the layers that read one input (q, k and v; gate and up), whichever group has the most."""
+    blocks = (layer.mixer.linears(hidden), layer.mlp.linears(hidden))
+    # The last of a block reads what the others made.
+    groups = [group for block in blocks for group in (block[:-1], block[-1:])]
+    return max(sum(rows * columns for _, rows, columns in group) for group in groups)
 
 
 def head_chunk(budget: int, device: Literal["cpu", "cuda"]) -> int:

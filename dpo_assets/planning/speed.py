@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from dpo_assets.planning.activations import adapts, mlp_width
 from dpo_assets.planning.cards import Card, find_card, known_card
-from dpo_assets.planning.decoder import Attention, Decoder, Experts, Layer, Mlp
+from dpo_assets.planning.decoder import Attention, Decoder, Experts
 from dpo_assets.planning.precision import QUANTISED, Device, Precision
 from dpo_assets.planning.shape import Kernels, Trainer
 from dpo_assets.planning.work import Work
@@ -57,9 +57,8 @@ ENGINES: dict[tuple[Kernels, Trainer], Engine] = {
 class Arithmetic:
     """What a model's layers compute for one token, and hold."""
 
-    linear: float  # Weights of linear layers that a token passes.
-    experts: float  # The same of experts.
-    quantisable: float  # Weights of the decoder's linear layers, which are quantised where anything is.
+    linear: float  # Weights of linear layers, which are quantised where anything is.
+    experts: float  # Weights of the experts that are active for a token; these are parameters, and never quantised.
     adapter: float  # LoRA weights.
     attentions: tuple[tuple[int, int | None, int], ...]  # (query width, window, layers that have them).
     values: float  # Widths of all layers' activations.
@@ -67,14 +66,12 @@ class Arithmetic:
 
     @classmethod
     def of(cls, decoder: Decoder, lora: LoraSection) -> Arithmetic:
-        linear = experts = quantisable = adapter = values = 0.0
+        linear = experts = adapter = values = 0.0
         attentions: Counter[tuple[int, int | None]] = Counter()
         for layer, count in Counter(decoder.layers).items():
-            sides = linear_sides(layer, decoder.hidden)
-            dense = sum(rows * columns for rows, columns in sides.values())
-            quantisable += count * dense
-            linear += count * dense
-            adapter += count * lora.rank * sum(sum(side) for name, side in sides.items() if adapts(lora, name))
+            linears = layer.linears(decoder.hidden)
+            linear += count * sum(rows * columns for _, rows, columns in linears)
+            adapter += count * lora.rank * sum(rows + cols for name, rows, cols in linears if adapts(lora, name))
             if isinstance(layer.mlp, Experts):
                 experts += count * 3 * layer.mlp.active * layer.mlp.width * decoder.hidden
             values += count * (4 * decoder.hidden + 3 * mlp_width(layer.mlp))
@@ -84,32 +81,9 @@ class Arithmetic:
             else:
                 values += count * 8 * layer.mixer.inner
         return cls(
-            linear, experts, quantisable, adapter, tuple((w, n, c) for (w, n), c in attentions.items()), values,
+            linear, experts, adapter, tuple((w, n, c) for (w, n), c in attentions.items()), values,
             decoder.hidden * decoder.vocabulary,
         )  # fmt: skip
-
-
-def linear_sides(layer: Layer, hidden: int) -> dict[str, tuple[int, int]]:
-    """(output, input) width of each linear layer, by name; experts are none, being parameters."""
-    sides: dict[str, tuple[int, int]] = {}
-    if isinstance(layer.mixer, Attention):
-        a = layer.mixer
-        widths = ((1 + a.gated) * a.query_width, a.kv_width, a.kv_width)
-        if len(a.projections) == len(widths):
-            sides |= {name: (rows, hidden) for name, rows in zip(a.projections, widths, strict=True)}
-        else:
-            sides[a.projections[0]] = (sum(widths), hidden)
-        sides[a.output] = (hidden, a.query_width)
-    else:
-        sides |= {name: (rows, columns) for name, rows, columns in layer.mixer.linears}
-    if isinstance(layer.mlp, Mlp):
-        made = 2 // len(layer.mlp.projections) * layer.mlp.width
-        sides |= {name: (made, hidden) for name in layer.mlp.projections}
-        sides[layer.mlp.output] = (hidden, layer.mlp.width)
-    elif layer.mlp.shared:
-        sides |= {name: (layer.mlp.shared, hidden) for name in ("gate_proj", "up_proj")}
-        sides["down_proj"] = (hidden, layer.mlp.shared)
-    return sides
 
 
 def step_seconds(
@@ -137,7 +111,7 @@ def step_seconds(
     products += (3.5 + again + reference) * attention / ATTENTION_SHARE
     moved = passes * engine.traffic * arithmetic.values * width * tokens
     if precision in QUANTISED:
-        moved += passes * forwards * arithmetic.quantisable * DEQUANTISED_BYTES
+        moved += passes * forwards * arithmetic.linear * DEQUANTISED_BYTES
     gpu = products / (card.tflops * 1e12) + moved / (card.terabytes_per_s * 1e12)
     launch, back = engine.launch
     launches = forwards * layers * ((1 + again + reference) * launch + back)
