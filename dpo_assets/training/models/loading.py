@@ -27,6 +27,7 @@ from dpo_assets.planning.weights import listed
 from dpo_assets.training.engines import attention
 from dpo_assets.training.engines.base import attach_engine, causal_lm
 from dpo_assets.training.engines.fused.decoder import attach_fused
+from dpo_assets.training.engines.recompute import recompute_lowest
 from dpo_assets.training.engines.speedups import speed_up
 from dpo_assets.training.engines.transformers import TransformersEngine
 from dpo_assets.training.models.fp8 import quantise_layers
@@ -154,10 +155,13 @@ def choose_kernels(model: Any, plan: TrainingPlan) -> tuple[str, str]:
     """
     if plan.kernels != "fused":
         speed_up(model, plan)
+        recompute_lowest(model, plan.recomputed_layers)
         lm = causal_lm(model)
         attach_engine(lm, TransformersEngine(lm, compiled="compile" in plan.speedups))
         return plan.kernels, ""
     reason = attach_fused(model, compute_dtype(plan), plan.recomputed_layers, plan.max_length)
+    if reason:
+        recompute_lowest(model, plan.recomputed_layers)
     return ("transformers", reason) if reason else ("fused", "")
 
 

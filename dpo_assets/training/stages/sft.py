@@ -67,8 +67,6 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     model = policy.model
     if policy.note:
         reporter.log(f"sft: computed by transformers, not by {plan.kernels} kernels: {policy.note}")
-    if plan.gradient_checkpointing and policy.kernels == "transformers":
-        model.enable_input_require_grads()
     longest = max((to_group(row) for row in train), key=lambda group: group.longest_row)
     with autocast_of(plan):
         assert_packing_is_exact(model, longest)
@@ -84,7 +82,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     trainer = PackedSFTTrainer(
         model=model,
         args=TrainingArguments(
-            **trainer_arguments(plan, plan.sft, spec.scratch, plan.sft_steps) | packed_arguments(plan, policy.kernels)
+            **trainer_arguments(plan, plan.sft, spec.scratch, plan.sft_steps) | packed_arguments(plan)
         ),
         train_dataset=train,
         data_collator=PackedCollator(to_group, plan.token_budget, padded=plan.device == "cpu"),

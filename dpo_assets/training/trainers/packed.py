@@ -61,11 +61,10 @@ def trainer_arguments(plan: TrainingPlan, section: OptimSection, output_dir: Pat
     }
 
 
-def packed_arguments(plan: TrainingPlan, kernels: str) -> dict[str, Any]:
-    """What differs for packed batches from TRL's own trainer: fused and Unsloth's layers recompute by themselves."""
+def packed_arguments(plan: TrainingPlan) -> dict[str, Any]:
+    """What differs for packed batches from TRL's own trainer: every engine recomputes layers by itself."""
     return {
-        "gradient_checkpointing": plan.gradient_checkpointing and kernels == "transformers",
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "gradient_checkpointing": False,
         "optim": "adamw_torch_fused" if plan.device == "cuda" else "adamw_torch",
     }
 
