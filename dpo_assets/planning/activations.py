@@ -142,7 +142,8 @@ def _attention(a: Attention, width: int, *, padded: bool, spread: float) -> floa
 def _recurrent(mixer: Recurrent, width: int) -> float:
     """What autograd keeps of a mixer with a state: what its projections make, that after the convolution and in fp32."""
     made = sum(rows for _, rows, _ in mixer.projections) or 3 * mixer.inner
-    states = 4.0 * mixer.heads * mixer.head_dim * (mixer.inner / max(1, mixer.heads)) / DELTA_CHUNK
+    # A state of each chunk, and two matrices of its tokens against one another.
+    states = 4.0 * (mixer.head_dim * mixer.inner / DELTA_CHUNK + 2 * mixer.heads * DELTA_CHUNK)
     match mixer.kind:
         case "short_conv":
             return float(width * (made + 2 * mixer.inner))
@@ -151,8 +152,8 @@ def _recurrent(mixer: Recurrent, width: int) -> float:
 
 
 def _experts(mlp: Experts, hidden: int, width: int) -> float:
-    """Gate and up, activation and product of the active experts, and their outputs, which the router's weights scale."""
-    return float(width * (mlp.active * (4 * mlp.width + hidden) + 4 * mlp.shared) + 8 * mlp.count)
+    """Rows sorted by expert, gate and up, activation and product, and outputs, which the router's weights scale."""
+    return float(width * (mlp.active * (4 * mlp.width + 2 * hidden) + 4 * mlp.shared) + 8 * mlp.count)
 
 
 def _inputs(layer: Layer, hidden: int, lora: LoraSection) -> Sequence[int]:

@@ -8,15 +8,16 @@ estimates are in benchmarks/RESULTS.md.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from dpo_assets.planning.activations import kept_bytes, slots_per_token, working_bytes
+from dpo_assets.planning.activations import kept_bytes, mlp_width, slots_per_token, working_bytes
 from dpo_assets.planning.cards import Card, find_card
-from dpo_assets.planning.decoder import Decoder, Layer
+from dpo_assets.planning.decoder import Decoder, Experts, Layer
 from dpo_assets.planning.precision import QUANTISED, Precision
 from dpo_assets.planning.shape import Kernels, ModelShape, Trainer
 from dpo_assets.planning.speed import FITTED_ON, Arithmetic, step_seconds
@@ -66,9 +67,23 @@ def body_parameters(shape: ModelShape) -> int:
 
 
 def weights_bytes(shape: ModelShape, precision: Precision) -> float:
-    """The base model."""
-    body = min(body_parameters(shape), shape.parameters)
-    return body * BODY_BYTES[precision] + (shape.parameters - body) * (4 if precision == "fp32" else 2)
+    """The base model with all its experts, of which those in MXFP4 are loaded in 16 bit.
+
+    A file holds two values of MXFP4 in a byte, so that it counts fewer parameters than the loaded model has.
+    """
+    parameters = max(shape.parameters, described_parameters(shape.decoder) if shape.decoder else 0)
+    body = min(body_parameters(shape), parameters)
+    return body * BODY_BYTES[precision] + (parameters - body) * (4 if precision == "fp32" else 2)
+
+
+def described_parameters(decoder: Decoder) -> int:
+    """Weights of the matrices that a description tells of: layers, experts, embedding and head."""
+    total = decoder.hidden * decoder.vocabulary * (1 if decoder.tied else 2)
+    for layer, count in Counter(decoder.layers).items():
+        total += count * sum(rows * columns for _, rows, columns in layer.linears(decoder.hidden))
+        if isinstance(layer.mlp, Experts):
+            total += count * 3 * layer.mlp.count * layer.mlp.width * decoder.hidden
+    return total
 
 
 def adapter_bytes(shape: ModelShape, lora: LoraSection) -> float:
@@ -87,14 +102,19 @@ def forward_peak(
             only the last has logits.
     """
     width = 4 if precision == "fp32" else 2
-    layer = max(tokens, prompts) * width * (3 * shape.intermediate + 5 * shape.hidden)
+    inner = max((mlp_width(layer.mlp) for layer in set(shape.described().layers)), default=shape.intermediate)
+    layer = max(tokens, prompts) * width * (3 * inner + 5 * shape.hidden)
     head = head_chunk(tokens, device) * shape.vocabulary * (4 + width) + tokens * shape.hidden * width
     return (weights_bytes(shape, precision) + dequantised_bytes(shape, precision) + max(layer, head)) / GIB
 
 
 def cache_bytes(shape: ModelShape, tokens: int) -> float:
-    """Keys and values, in 16 bit, of `tokens` tokens to generate from; of whole width where heads are unknown."""
-    return 4.0 * tokens * shape.layers * (shape.kv_heads * shape.head_dim or shape.hidden)
+    """Keys and values, in 16 bit, of `tokens` tokens to generate from; of whole width where heads are unknown.
+
+    Layers with a window keep all of them here, as they may where a row is shorter than it. A recurrent layer keeps a
+    state that does not grow with the row, which is left out.
+    """
+    return 4.0 * tokens * sum(attention.kv_width for attention in shape.described().attentions)
 
 
 def dequantised_bytes(shape: ModelShape, precision: Precision) -> float:
@@ -178,8 +198,10 @@ class Training:
 
     def fewest_recomputed(self, budget: int, usable_gib: float) -> int:
         layers = len(self.decoder.layers)
-        steps = range(layers + 1) if self.stepwise else (0, layers)
-        return next((n for n in steps if self.needed(budget, n) <= usable_gib), layers)
+        if not self.stepwise:
+            return 0 if self.needed(budget, 0) <= usable_gib else layers
+        # Each recomputed layer needs less than the one before; where none is kept the first of them all needs more.
+        return bisect_left(range(layers), True, key=lambda n: self.needed(budget, n) <= usable_gib)
 
     def needed(self, budget: int, recomputed: int) -> float:
         """GiB of the device: the allocator's peak and what lies beside it."""
@@ -267,7 +289,7 @@ def _candidates(training: Training, work: Work) -> Iterator[int]:
         return
     longest = work.longest_pair
     whole = math.ceil(work.step_tokens * STEP_SLACK)
-    largest = max(longest, min(whole, LARGEST_FORWARD[training.device]))
+    largest = work.whole_pairs(max(longest, min(whole, LARGEST_FORWARD[training.device])))
     seen = set()
     forwards = 1
     while True:

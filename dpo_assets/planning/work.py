@@ -12,6 +12,8 @@ from dpo_assets.recipe import DpoSection
 PROMPT_SHARE = 0.2  # Of a pair's tokens, where the dataset does not tell: UltraFeedback's (172 of 842).
 # Mean square of a row's length over the square of its mean (UltraFeedback's lengths, cut at 1,024).
 SQUARE_SPREAD = 1.25
+ALIKE = 0.8  # Mean over longest pair from which pairs count as equally long.
+SHORT_OF_MEAN = 0.97
 CLASSIC_MICRO_BATCH = 2  # Pairs of a forward of TRL's trainer, as its users and Unsloth's know it.
 # Filler of rows that are batched by like lengths, as a share of their tokens.
 ROWS_FILLER = 0.15
@@ -59,6 +61,17 @@ class Work:
     def mean_row(self) -> float:
         """Mean tokens of a prompt with one answer."""
         return (self.mean_pair + self.mean_prompt) / 2
+
+    def whole_pairs(self, tokens: int) -> int:
+        """What a forward of at most `tokens` really holds, where pairs are about equally long and few fit into it.
+
+        A step is cut into forwards of equally many pairs, and a pair is never cut. Of a step's pairs some forward's are
+        a little shorter than the mean, so that one more may fit.
+        """
+        if self.mean_pair < ALIKE * self.longest_pair or tokens < self.longest_pair:
+            return tokens
+        forwards = math.ceil(self.pairs / max(1, int(tokens / (SHORT_OF_MEAN * self.mean_pair))))
+        return min(tokens, math.ceil(self.pairs / forwards) * self.longest_pair)
 
     def attended(self, window: int | None) -> float:
         """Pairs of tokens that causal attention looks at in a step, of the longest rows as a triangle, twice over."""
