@@ -140,7 +140,7 @@ def _attention(a: Attention, width: int, *, padded: bool, spread: float) -> floa
 
 
 def _recurrent(mixer: Recurrent, width: int) -> float:
-    """What autograd keeps of a mixer with a state: what its projections make, that after the convolution and in fp32."""
+    """What autograd keeps of a mixer with a state: what its projections make, what its convolution makes in fp32."""
     made = sum(rows for _, rows, _ in mixer.projections) or 3 * mixer.inner
     # A state of each chunk, and two matrices of its tokens against one another.
     states = 4.0 * (mixer.head_dim * mixer.inner / DELTA_CHUNK + 2 * mixer.heads * DELTA_CHUNK)

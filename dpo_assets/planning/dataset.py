@@ -23,5 +23,6 @@ class DatasetStats(BaseModel):
                 "max_length": max_length,
                 "longest_pair": min(self.longest_pair, 2 * max_length),
                 "mean_pair": min(self.mean_pair, 2.0 * max_length),
+                "mean_prompt": None if self.mean_prompt is None else min(self.mean_prompt, float(max_length)),
             }
         )

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
@@ -35,6 +34,9 @@ HEAD_CHUNKS = {"cuda": (1_024, 2_048), "cpu": (1_024, 1_024)}  # Scored tokens w
 LARGEST_FORWARD = {"cuda": 32_768, "cpu": 1_536}  # A CPU gains by rows of like length, not by large matrices.
 FRAMEWORK_GIB = {"cuda": 0.35, "cpu": 1.0}  # CUDA context and cuBLAS workspaces; Python and libraries.
 USABLE = {"cuda": 0.97, "cpu": 0.9}  # The rest is lost to fragments, or other people's memory.
+# More of a GPU that is left where autograd keeps many small tensors: plans of fused layers were tried up to their caps,
+# others only well below, where the allocator held 6 to 12 % more than it had given out.
+SMALL_TENSORS = 0.03
 TRL_TILE = 4_096 * 32_768  # Logits that TRL's own scorer has at one time.
 STEP_SLACK = 1.15  # A step's tokens vary around the mean.
 
@@ -62,7 +64,7 @@ def body_parameters(shape: ModelShape) -> int:
     decoder = shape.described()
     return sum(
         count * sum(rows * columns for _, rows, columns in layer.linears(decoder.hidden))
-        for layer, count in Counter(decoder.layers).items()
+        for layer, count in decoder.kinds
     )
 
 
@@ -79,7 +81,7 @@ def weights_bytes(shape: ModelShape, precision: Precision) -> float:
 def described_parameters(decoder: Decoder) -> int:
     """Weights of the matrices that a description tells of: layers, experts, embedding and head."""
     total = decoder.hidden * decoder.vocabulary * (1 if decoder.tied else 2)
-    for layer, count in Counter(decoder.layers).items():
+    for layer, count in decoder.kinds:
         total += count * sum(rows * columns for _, rows, columns in layer.linears(decoder.hidden))
         if isinstance(layer.mlp, Experts):
             total += count * 3 * layer.mlp.count * layer.mlp.width * decoder.hidden
@@ -102,7 +104,7 @@ def forward_peak(
             only the last has logits.
     """
     width = 4 if precision == "fp32" else 2
-    inner = max((mlp_width(layer.mlp) for layer in set(shape.described().layers)), default=shape.intermediate)
+    inner = max(mlp_width(layer.mlp) for layer, _ in shape.described().kinds)
     layer = max(tokens, prompts) * width * (3 * inner + 5 * shape.hidden)
     head = head_chunk(tokens, device) * shape.vocabulary * (4 + width) + tokens * shape.hidden * width
     return (weights_bytes(shape, precision) + dequantised_bytes(shape, precision) + max(layer, head)) / GIB
@@ -122,7 +124,7 @@ def dequantised_bytes(shape: ModelShape, precision: Precision) -> float:
     if precision not in QUANTISED:
         return 0.0
     decoder = shape.described()
-    return 2.0 * max(_largest_group(layer, decoder.hidden) for layer in set(decoder.layers))
+    return 2.0 * max(_largest_group(layer, decoder.hidden) for layer, _ in decoder.kinds)
 
 
 def _largest_group(layer: Layer, hidden: int) -> int:
@@ -154,6 +156,11 @@ class Training:
     @property
     def width(self) -> int:
         return 4 if self.precision == "fp32" else 2
+
+    def usable(self, available_gib: float) -> float:
+        """GiB that a plan may need."""
+        left = SMALL_TENSORS if self.device == "cuda" and self.kernels != "fused" else 0.0
+        return (USABLE[self.device] - left) * available_gib
 
     @property
     def stepwise(self) -> bool:
@@ -192,12 +199,11 @@ class Training:
     def _of_layer(self) -> tuple[dict[Layer, float], float, float]:
         """Bytes a token: kept of each kind of layer, the most of one, and the most that differentiating one takes."""
         where = (self.decoder, self.kernels, self.lora, self.width, self.trainer)
-        kinds = set(self.decoder.layers)
-        kept = {layer: kept_bytes(layer, *where) for layer in kinds}
-        return kept, max(kept.values(), default=0.0), max((working_bytes(k, *where) for k in kinds), default=0.0)
+        kept = {layer: kept_bytes(layer, *where) for layer, _ in self.decoder.kinds}
+        return kept, max(kept.values()), max(working_bytes(layer, *where) for layer in kept)
 
     def fewest_recomputed(self, budget: int, usable_gib: float) -> int:
-        layers = len(self.decoder.layers)
+        layers = len(self.saved) - 1
         if not self.stepwise:
             return 0 if self.needed(budget, 0) <= usable_gib else layers
         # Each recomputed layer needs less than the one before; where none is kept the first of them all needs more.
@@ -208,23 +214,28 @@ class Training:
         return self.peak(budget, recomputed) + FRAMEWORK_GIB[self.device]
 
     def peak(self, budget: int, recomputed: int) -> float:
-        return sum(self.parts(budget, recomputed).values())
+        """GiB at the peak of forwards of `budget` tokens."""
+        return (self._fixed_bytes + budget * self.saved[recomputed] + self._working(budget, recomputed)) / GIB
 
     def parts(self, budget: int, recomputed: int) -> dict[str, float]:
-        """GiB of each part at the peak of forwards of `budget` tokens."""
-        _, kept, working = self._of_layer
-        if recomputed == len(self.decoder.layers):
-            # The recomputed layers are the lowest, so all the others' memory is free again when their turn comes.
-            working += kept
-        # The logits go before the first layer is differentiated.
-        parts = {
-            "weights": self.fixed["weights"],
-            "adapter and optimizer": self.fixed["adapter and optimizer"],
+        """GiB of each part at that peak."""
+        parts = self.fixed | {
             "kept activations": budget * self.saved[recomputed],
-            "dequantised layer": self.fixed["dequantised layer"],
-            "working memory": max(self._head_bytes(budget), budget * working),
+            "working memory": self._working(budget, recomputed),
         }
         return {name: size / GIB for name, size in parts.items()}
+
+    @cached_property
+    def _fixed_bytes(self) -> float:
+        return sum(self.fixed.values())
+
+    def _working(self, budget: int, recomputed: int) -> float:
+        """The larger of a chunk of logits and one layer's backward pass: the logits go before that begins."""
+        _, kept, working = self._of_layer
+        if recomputed == len(self.saved) - 1:
+            # The recomputed layers are the lowest, so all the others' memory is free again when their turn comes.
+            working += kept
+        return max(self._head_bytes(budget), budget * working)
 
     def _head_bytes(self, budget: int) -> float:
         """The logits of a chunk in fp32 and their gradient, and the gradient of each scored hidden state."""
@@ -234,9 +245,7 @@ class Training:
 
     def seconds(self, work: Work, budget: int, recomputed: int, card: Card) -> float:
         """Predicted seconds of an optimizer step."""
-        return step_seconds(
-            self.decoder, self.arithmetic, self.precision, self.kernels, work, budget, recomputed, card
-        )
+        return step_seconds(self.decoder, self.arithmetic, self.precision, self.kernels, work, budget, recomputed, card)
 
 
 def fit(training: Training, work: Work, available_gib: float, card: Card | None = None) -> MemoryFit:
@@ -250,20 +259,19 @@ def fit(training: Training, work: Work, available_gib: float, card: Card | None 
         card: whose speed decides between forwards; None: that which the constants were fitted on.
     """
     card = card or find_card(FITTED_ON)
-    usable = USABLE[training.device] * available_gib
-    best: MemoryFit | None = None
-    last: MemoryFit | None = None
+    usable = training.usable(available_gib)
+    best: tuple[float, int, int] | None = None
+    last: tuple[float, int, int] | None = None
     for budget in _candidates(training, work):
         recomputed = training.fewest_recomputed(budget, usable)
         seconds = training.seconds(work, budget, recomputed, card)
-        parts = training.parts(budget, recomputed)
-        last = MemoryFit(budget, recomputed, sum(parts.values()), parts, True, seconds)
-        if training.needed(budget, recomputed) <= usable and (best is None or seconds < best.step_seconds):
+        last = (seconds, budget, recomputed)
+        if training.needed(budget, recomputed) <= usable and (best is None or seconds < best[0]):
             best = last
-    if best is not None:
-        return best
     assert last is not None
-    return replace(last, fits=False)
+    seconds, budget, recomputed = best or last
+    parts = training.parts(budget, recomputed)
+    return MemoryFit(budget, recomputed, sum(parts.values()), parts, best is not None, seconds)
 
 
 def estimate_peak(

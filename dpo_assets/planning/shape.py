@@ -40,23 +40,8 @@ class ModelShape(BaseModel):
         heads, kv_heads, width = self.heads or 1, self.kv_heads or 1, self.head_dim or self.hidden
         mixer = Attention(heads, kv_heads, width, width**-0.5, rope=None)
         layer = Layer(mixer, Mlp(self.intermediate))
-        return Decoder(
-            self.model_type, self.hidden, self.vocabulary, (layer,) * self.layers, eps=1e-6, tied=self.tied
-        )
+        return Decoder(self.model_type, self.hidden, self.vocabulary, (layer,) * self.layers, eps=1e-6, tied=self.tied)
 
     def with_matrices(self, matrices: tuple[Matrices, ...]) -> ModelShape:
         """The shape, with what the model's files hold."""
         return self.model_copy(update={"matrices": matrices})
-
-    def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """(output, input) width of each linear layer of a decoder layer of the Llama family."""
-        attention, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return {
-            "q_proj": (attention, self.hidden),
-            "k_proj": (kv, self.hidden),
-            "v_proj": (kv, self.hidden),
-            "o_proj": (self.hidden, attention),
-            "gate_proj": (self.intermediate, self.hidden),
-            "up_proj": (self.intermediate, self.hidden),
-            "down_proj": (self.hidden, self.intermediate),
-        }

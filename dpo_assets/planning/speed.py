@@ -1,8 +1,8 @@
 """How long an optimizer step takes on an engine: what pairs a second are predicted from, and engines ranked by.
 
 A step's time is that of its matrix products, of the memory that passes between them, and of what Python launches,
-where the GPU waits for it. The constants are fitted to blocks of six steps on an H100 and an H200 (the benchmark's rows;
-tests hold each prediction to its row); other cards are scaled by their published rates.
+where the GPU waits for it. The constants are fitted to blocks of six steps on an H100 and an H200 (the benchmark's
+rows; tests hold each prediction to its row); other cards are scaled by their published rates.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Arithmetic:
     def of(cls, decoder: Decoder, lora: LoraSection) -> Arithmetic:
         linear = experts = adapter = values = 0.0
         attentions: Counter[tuple[int, int | None]] = Counter()
-        for layer, count in Counter(decoder.layers).items():
+        for layer, count in decoder.kinds:
             linears = layer.linears(decoder.hidden)
             linear += count * sum(rows * columns for _, rows, columns in linears)
             adapter += count * lora.rank * sum(rows + cols for name, rows, cols in linears if adapts(lora, name))

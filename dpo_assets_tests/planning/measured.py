@@ -96,9 +96,7 @@ def _classic(
     pairs_per_s: float, peak: float, card: str = "h100",
 ) -> Block:  # fmt: skip
     budget = 2 * micro_batch * 1_024
-    return Block(
-        model, precision, kernels, cap, budget, recomputed, pairs_per_s, peak, "trl", micro_batch, card
-    )
+    return Block(model, precision, kernels, cap, budget, recomputed, pairs_per_s, peak, "trl", micro_batch, card)
 
 
 def _long(max_length: int, pair: float, rows: float, pairs_per_s: float, peak: float) -> Block:

@@ -8,7 +8,7 @@ from itertools import combinations
 import pytest
 
 from dpo_assets.planning.cards import find_card
-from dpo_assets.planning.memory import FRAMEWORK_GIB, USABLE
+from dpo_assets.planning.memory import FRAMEWORK_GIB
 from dpo_assets_tests.planning.measured import BLOCKS, PAIRS, Block
 
 PEAK_TOLERANCE, SPEED_TOLERANCE = 0.15, 0.25
@@ -33,7 +33,7 @@ def test_the_estimated_peak_is_within_15_percent_of_the_measured_one(block: Bloc
 )
 def test_every_plan_that_ran_under_its_cap_is_one_that_fits_it(block: Block) -> None:
     assert block.cap_gib is not None
-    assert block.training.needed(block.budget, block.recomputed) <= USABLE["cuda"] * block.cap_gib
+    assert block.training.needed(block.budget, block.recomputed) <= block.training.usable(block.cap_gib)
     assert block.peak_gib is not None
     assert block.peak_gib + FRAMEWORK_GIB["cuda"] <= block.cap_gib
 

@@ -77,5 +77,5 @@ def test_a_model_that_cannot_recompute_says_so_before_it_runs_out_of_memory() ->
     lm = causal_lm(model)
     lm.supports_gradient_checkpointing = False
     recompute_lowest(model, 0)
-    with pytest.raises(ConfigError, match="LlamaForCausalLM cannot recompute its layers.*recomputes 2 to fit"):
+    with pytest.raises(ConfigError, match=r"LlamaForCausalLM cannot recompute its layers.*recomputes 2 to fit"):
         recompute_lowest(model, 2)

@@ -32,8 +32,8 @@ def recompute_lowest(model: Any, layers: int) -> None:
         return
     if not lm.supports_gradient_checkpointing:
         raise ConfigError(
-            f"{type(lm).__name__} cannot recompute its layers in the backward pass, and the plan recomputes {layers} to "
-            "fit. Lower feedback.max_length, or use a card with more memory: `dpo-assets plan` says which would do."
+            f"{type(lm).__name__} cannot recompute its layers in the backward pass, and the plan recomputes {layers} "
+            "to fit. Lower feedback.max_length, or use a card with more memory: `dpo-assets plan` says which would do."
         )
     lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for layer in decoder_layers(lm)[1][layers:]:
