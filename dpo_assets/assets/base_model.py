@@ -27,7 +27,6 @@ from dpo_assets.planning.model_folder import (
     TOKENIZER_CONFIG,
     ModelFolder,
     inspect_model,
-    read_description,
     uses_name,
 )
 from dpo_assets.planning.shape import ModelShape
@@ -117,9 +116,7 @@ def read_facts(base: Artifact) -> BaseFacts:
     Raises:
         ConfigError: it is one of an earlier version, which said less.
     """
-    facts = read_kept(base, FACTS, BaseFacts)
-    # Kept ones are of the version that wrote them, and engines ask for this version's.
-    return facts.model_copy(update={"decoder": read_description(base.path / "model")})
+    return read_kept(base, FACTS, BaseFacts)
 
 
 def needs_worker(section: BaseModelSection) -> bool:

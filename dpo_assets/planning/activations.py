@@ -16,9 +16,6 @@ from dpo_assets.recipe import EVERY_LINEAR, LoraSection
 # Slots of padded attention rows for each token of the stream, as the transformers engine gathered them when the peaks
 # were measured (rows of UltraFeedback's lengths, 2.2 to 2.4).
 GATHERED = 2.3
-# Slots of padded rows for each token of the stream: the prompt stands in both rows of a pair, and rows of like lengths
-# have some filler (1.4 at UltraFeedback's lengths).
-PADDED = 1.5
 DELTA_CHUNK = 64  # Tokens between two states that a gated delta net keeps.
 # Of TRL's own trainer: hidden states in fp32 with their gradients, and its own adapters' casts (peaks on an H100).
 TRL_STATES = 16.0
@@ -27,7 +24,7 @@ TRL_STATES = 16.0
 def kept_bytes(
     layer: Layer, decoder: Decoder, kernels: Kernels, lora: LoraSection, width: int, trainer: Trainer = "packed"
 ) -> float:
-    """Bytes a token that one layer keeps where it is not recomputed.
+    """Bytes a token that one layer keeps where it is not recomputed; filler of padded rows counts as tokens.
 
     Args:
         width: bytes of a value in the format that layers compute in.
@@ -37,7 +34,7 @@ def kept_bytes(
     if kernels == "unsloth" and not (layer.norms.after_mixer or layer.norms.after_mlp):
         return _unsloth(layer, decoder, lora, width)
     casts = width * sum(_inputs(layer, decoder.hidden, lora)) if trainer == "trl" and kernels == "transformers" else 0.0
-    return slots_per_token(kernels) * (_autograd(layer, decoder, kernels, lora, width, trainer) + casts)
+    return _autograd(layer, decoder, kernels, lora, width, trainer) + casts
 
 
 def working_bytes(
@@ -49,12 +46,7 @@ def working_bytes(
         return width * (3 * inner + 5 * decoder.hidden)
     states = TRL_STATES * decoder.hidden if trainer == "trl" else 0.0
     gradients = 3 if kernels == "unsloth" else 2
-    return slots_per_token(kernels) * (width * (gradients * inner + decoder.hidden) + states)
-
-
-def slots_per_token(kernels: Kernels) -> float:
-    """Values of each width that a layer computes for one token of the stream."""
-    return PADDED if kernels == "rows" else 1.0
+    return width * (gradients * inner + decoder.hidden) + states
 
 
 def mlp_width(mlp: Mlp | Experts) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from dpo_assets.planning.activations import kept_bytes, mlp_width, slots_per_token, working_bytes
+from dpo_assets.planning.activations import kept_bytes, mlp_width, working_bytes
 from dpo_assets.planning.cards import Card, find_card
 from dpo_assets.planning.decoder import Decoder, Experts, Layer
 from dpo_assets.planning.precision import QUANTISED, Precision
@@ -189,7 +189,7 @@ class Training:
         """Bytes a token that all layers together keep where the lowest 0, 1, ... layers are recomputed."""
         kept = [self._of_layer[0][layer] for layer in self.decoder.layers]
         # Of a recomputed layer its input stays. Unsloth moves those to the CPU's memory.
-        entry = 0.0 if self.kernels == "unsloth" else slots_per_token(self.kernels) * self.width * self.decoder.hidden
+        entry = 0.0 if self.kernels == "unsloth" else float(self.width * self.decoder.hidden)
         upper = [0.0]
         for size in reversed(kept):
             upper.append(upper[-1] + size)
@@ -290,14 +290,16 @@ def estimate_peak(
 def _candidates(training: Training, work: Work) -> Iterator[int]:
     """Budgets that cut a step into 1, 2, 3, ... forwards, from the largest to the longest pair.
 
-    TRL's trainer has forwards of whole micro-batches.
+    TRL's trainer has forwards of whole micro-batches. A budget of `rows` counts filler.
     """
     if work.trainer == "trl":
         yield from (work.classic_tokens(pairs) for pairs in work.micro_batches())
         return
-    longest = work.longest_pair
-    whole = math.ceil(work.step_tokens * STEP_SLACK)
-    largest = work.whole_pairs(max(longest, min(whole, LARGEST_FORWARD[training.device])))
+    longest = work.longest_forward(training.kernels)
+    whole = math.ceil(work.computed_tokens(training.kernels, longest) * STEP_SLACK)
+    largest = max(longest, min(whole, LARGEST_FORWARD[training.device]))
+    if training.kernels != "rows":
+        largest = work.whole_pairs(largest)
     seen = set()
     forwards = 1
     while True:

@@ -92,7 +92,7 @@ def step_seconds(
 ) -> float:  # fmt: skip
     """Predicted seconds of an optimizer step in forwards of `budget` tokens."""
     engine = ENGINES[kernels, work.trainer]
-    tokens, forwards = work.computed_tokens(kernels, budget), work.forwards(budget)
+    tokens, forwards = work.computed_tokens(kernels, budget), work.forwards(kernels, budget)
     layers = max(1, len(decoder.layers))
     again = recomputed / layers * engine.recomputed
     reference = float(work.trainer == "trl")  # TRL scores its reference in every step.

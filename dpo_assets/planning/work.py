@@ -98,11 +98,15 @@ class Work:
             return 2 * self.pairs * self.mean_row * (1 + ROWS_FILLER)
         return self.step_tokens
 
-    def forwards(self, budget: int) -> int:
-        """Forwards that a step is cut into; a budget counts tokens of the stream, prompts shared."""
+    def longest_forward(self, kernels: Kernels) -> int:
+        """Tokens of the smallest forward that holds every pair: a padded pair is two rows of `max_length` at most."""
+        return max(self.longest_pair, 2 * self.max_length) if kernels == "rows" else self.longest_pair
+
+    def forwards(self, kernels: Kernels, budget: int) -> int:
+        """Forwards that a step is cut into."""
         if self.trainer == "trl":
             return math.ceil(self.pairs / max(1, budget // (2 * self.max_length)))
-        return max(1, math.ceil(self.step_tokens / budget))
+        return max(1, math.ceil(self.computed_tokens(kernels, budget) / budget))
 
     def _padded_row(self, micro_batch: int) -> float:
         """Mean length that random rows of a micro-batch are padded to: the longest of n grows as ln n (1.59, 1.85 and

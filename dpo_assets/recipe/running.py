@@ -114,9 +114,10 @@ class HardwareSection(Section):
         default="auto",
         description=(
             "Who computes the layers. `fused`: this project's own; `transformers`: the model's own on packed batches, "
-            "with PEFT; `unsloth`: FastLanguageModel (extra `unsloth`); `rows`: its own forward on padded rows, which "
-            "serves every causal model. `auto`: the fastest of what is installed and computes the model, by the "
-            "plan's own prediction, which is shown for each; on a CPU the model's own layers."
+            "with PEFT; `unsloth`: FastLanguageModel (extra `unsloth`); `rows`: the model's own forward on padded "
+            "rows, which serves every causal model. `auto`: the fastest of what is installed and computes the model, "
+            "by the plan's own prediction; on a CPU never `fused` nor `unsloth`. The plan says what was predicted of "
+            "each."
         ),
     )
     speedups: list[Speedup] = Field(

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from dpo_assets.planning.activations import kept_bytes, slots_per_token
+from dpo_assets.planning.activations import kept_bytes
 from dpo_assets.planning.families import describe
 from dpo_assets.recipe import LoraSection
 from dpo_assets_tests.training.tiny_models import tiny_model
@@ -54,7 +54,7 @@ def kept_a_token(name: str, lora: LoraSection) -> list[tuple[float, float]]:
     everywhere = set.intersection(*(set(held) for held in kept))
     decoder = describe(config)
     assert decoder is not None
-    planned = [kept_bytes(layer, decoder, "rows", lora, 4) / slots_per_token("rows") for layer in decoder.layers]
+    planned = [kept_bytes(layer, decoder, "rows", lora, 4) for layer in decoder.layers]
     measured = [
         sum(value.untyped_storage().nbytes() for place, value in held.items() if place not in everywhere) / TOKENS
         for held in kept

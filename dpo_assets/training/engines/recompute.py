@@ -13,14 +13,15 @@ from typing import Any
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_assets.errors import ConfigError
-from dpo_assets.training.engines.base import causal_lm
+from dpo_assets.training.engines.base import causal_lm, decoder_of
 from dpo_assets.training.models.targets import decoder_layers
 
 
 def recompute_lowest(model: Any, layers: int) -> None:
     """From now on the lowest `layers` decoder layers keep their input alone while training.
 
-    Where a model's layers are not Transformers' checkpointing layers, all of them are recomputed, or none.
+    Where a model's layers are not Transformers' checkpointing layers, or nothing tells which modules its layers are, all
+    of them are recomputed, or none.
 
     Raises:
         ConfigError: for a model that cannot recompute any.
@@ -36,7 +37,13 @@ def recompute_lowest(model: Any, layers: int) -> None:
             "to fit. Lower feedback.max_length, or use a card with more memory: `dpo-assets plan` says which would do."
         )
     lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for layer in decoder_layers(lm)[1][layers:]:
+    if decoder_of(lm) is None:
+        return
+    try:
+        upper = decoder_layers(lm)[1][layers:]
+    except ConfigError:
+        return
+    for layer in upper:
         for module in layer.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 module.gradient_checkpointing = False
