@@ -55,7 +55,7 @@ def materialise(step: Step) -> Events:
             "precision_reason": plan.precision_reason,
             "device": plan.device_name,
             "kernels": plan.kernels,
-            "engines": dg.MetadataValue.md(_engines(plan)),
+            "engines": dg.MetadataValue.md(engines_table(plan)),
             "computed_in": plan.compute,
             "scored": plan.scored,
             "adapted_share": plan.coverage.share,
@@ -98,7 +98,7 @@ def followed(settings: Callable[[TrainingPlan], dict[str, object]]) -> Read:
     return Read("dpo_plan", part)
 
 
-def _engines(plan: TrainingPlan) -> str:
+def engines_table(plan: TrainingPlan) -> str:
     """Every engine side by side: what was predicted of it, and why it was not taken."""
     rows = [
         [

@@ -35,7 +35,7 @@ def _shape(parameters: int, tied: bool = True, **config: Any) -> ModelShape:
     )  # fmt: skip
 
 
-_QWEN3 = {"model_type": "qwen3", "vocab_size": 151_936, "num_key_value_heads": 8, "head_dim": 128}
+_QWEN3: dict[str, Any] = {"model_type": "qwen3", "vocab_size": 151_936, "num_key_value_heads": 8, "head_dim": 128}
 SHAPES = {
     "1b": find_model("1b").shape,
     "8b": find_model("8b").shape,

@@ -20,8 +20,8 @@ from dpo_assets.training.models.targets import decoder_layers
 def recompute_lowest(model: Any, layers: int) -> None:
     """From now on the lowest `layers` decoder layers keep their input alone while training.
 
-    Where a model's layers are not Transformers' checkpointing layers, or nothing tells which modules its layers are, all
-    of them are recomputed, or none.
+    Where a model's layers are not Transformers' checkpointing layers, or nothing tells which modules its layers are,
+    all of them are recomputed, or none.
 
     Raises:
         ConfigError: for a model that cannot recompute any.
