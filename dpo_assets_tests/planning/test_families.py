@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
 from dpo_assets.planning.decoder import (
     Attention,
@@ -66,6 +66,13 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
             "mlp_only_layers": [1], "use_sliding_window": True, "sliding_window": 8,
+        },
+    ),
+    "qwen3_moe, experts in every other layer": (
+        "qwen3_moe",
+        {
+            "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+            "decoder_sparse_step": 2,
         },
     ),
     "mixtral, windows": ("mixtral", {"num_local_experts": 4, "sliding_window": 8}),
@@ -243,6 +250,26 @@ def test_what_there_are_no_words_for_is_said_and_sizes_are_told_all_the_same(nam
     assert words in decoder.beyond
     assert (len(decoder.layers), decoder.hidden) == (config.num_hidden_layers, config.hidden_size)
     assert set(IN_WORDS) | set(BEYOND) == set(DESCRIBED)
+
+
+@pytest.mark.parametrize("name", [name for name in BEYOND if name != "gpt2"])
+def test_sizes_windows_and_experts_of_what_is_beyond_words_are_the_model_s(name: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_config(name))
+    decoder = described(whole(model.config))
+    layers = next(m for n, m in model.named_modules() if n.endswith("layers") and len(m) == len(decoder.layers))
+    for module, layer, mixer in zip(layers, decoder.layers, decoder.attentions, strict=True):
+        assert module.self_attn.o_proj.in_features == mixer.query_width
+        assert module.self_attn.scaling == pytest.approx(mixer.scale)
+        assert getattr(module.self_attn, "sliding_window", None) == mixer.window
+        mlp = module.get_submodule(layer.mlp.module)
+        experts = getattr(mlp, "experts", None)
+        assert (experts is not None) == isinstance(layer.mlp, Experts)
+        if isinstance(layer.mlp, Experts):
+            assert sorted(experts.down_proj.shape) == sorted((layer.mlp.count, layer.mlp.width, decoder.hidden))
+            assert mlp.get_submodule(layer.mlp.shared_module).down_proj.in_features == layer.mlp.shared
+        else:
+            assert mlp.get_submodule(layer.mlp.output).in_features == layer.mlp.width
 
 
 @pytest.mark.parametrize(
