@@ -11,10 +11,11 @@ from torch import Tensor
 from dpo_assets.training.batches.packing import PackedBatch
 from dpo_assets.training.engines.attention import Tables
 from dpo_assets.training.engines.base import PlainEngine, attached_engine, causal_lm
+from dpo_assets.training.engines.recurrent.mixers import serve_packed
 
 
 class TransformersEngine(PlainEngine):
-    """The model's decoder, its attention on gathered rows (`engines.attention`).
+    """The model's decoder, its attention on gathered rows (`engines.attention`), its states kept apart (`recurrent`).
 
     Args:
         compiled: whether its layers are compiled: a layer has one graph with gradients and one without then.
@@ -24,6 +25,7 @@ class TransformersEngine(PlainEngine):
 
     def __init__(self, lm: Any, *, compiled: bool = False) -> None:
         self._lm, self._compiled = lm, compiled
+        serve_packed(lm)
 
     def hidden(self, batch: PackedBatch, autocast: AbstractContextManager[Any] | None) -> Tensor:
         with autocast or nullcontext():
