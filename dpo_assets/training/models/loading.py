@@ -26,6 +26,7 @@ from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.weights import listed
 from dpo_assets.training.engines import attention
 from dpo_assets.training.engines.base import attach_engine, causal_lm
+from dpo_assets.training.engines.experts import serve_experts
 from dpo_assets.training.engines.fused.decoder import attach_fused
 from dpo_assets.training.engines.speedups import speed_up
 from dpo_assets.training.engines.transformers import TransformersEngine
@@ -106,6 +107,7 @@ def load_base(folder: Path, plan: TrainingPlan, *, packed: bool = True) -> PreTr
     dtype, extra = compute_dtype(plan), _quantisation(plan)
     attention.register()
     model, _ = load_causal_lm(folder, dtype=dtype, **extra)
+    serve_experts(model)
     if packed:
         if not getattr(model, "_supports_attention_backend", False):
             raise ConfigError(
