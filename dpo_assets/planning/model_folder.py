@@ -148,10 +148,11 @@ def _tied(text: Mapping[str, Any], config: Mapping[str, Any], weights: Weights) 
     return bool(weights.files) and not any(name.endswith(HEAD) for name in weights.tensors)
 
 
-# gpt-oss was published in MXFP4 alone. Transformers takes it apart on any machine, and writes what it made.
+# gpt-oss was published in MXFP4 alone. Transformers makes 16 bit of it on any machine; its 5.17 would write the experts
+# of all layers under one name, though, if it were not told to leave its names as they are.
 WRITE_16_BIT = (
     "; write one by transformers: AutoModelForCausalLM.from_pretrained(folder, dtype='bfloat16', "
-    "quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(other_folder)"
+    "quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(other_folder, save_original_format=False)"
 )
 
 

@@ -152,7 +152,7 @@ def test_a_token_that_only_the_tokenizers_config_adds_counts_too(tmp_path: Path)
         ({"dtype": "F8_E4M3"}, r"stores layer\.weight \(F8_E4M3\)"),
         ({"adapter": True}, "merge the adapter into its base first"),
     ],
-    ids=["quantised", "in 8 bit", "an adapter"],
+    ids=["quantised", "in MXFP4", "in 8 bit", "an adapter"],
 )
 def test_what_is_no_16_bit_base_is_refused_with_the_way_out(
     tmp_path: Path, damage: dict[str, Any], message: str

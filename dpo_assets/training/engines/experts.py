@@ -1,4 +1,4 @@
-"""Frozen experts by grouped products: no loop over experts, and a backward pass that makes no gradient of their weights.
+"""Frozen experts by grouped products: no loop over experts, and a backward pass without gradients of their weights.
 
 Registered with Transformers as an experts implementation, so every model whose experts take one runs on it, in each
 engine that runs the model's own modules. Experts with an adapter on them go through Transformers' own grouped products,
@@ -47,8 +47,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     grouped = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
     # What Transformers does in its stead on older GPUs makes a gradient of every weight, frozen or not.
     own = grouped if _has_grouped_products(hidden_states.device) else type(self).forward.__wrapped__
-    out = own(self, hidden_states, top_k_index, top_k_weights)
-    return out
+    trained: Tensor = own(self, hidden_states, top_k_index, top_k_weights)
+    return trained
 
 
 def _is_plain(experts: Any) -> bool:
