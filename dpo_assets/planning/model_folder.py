@@ -14,6 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from dpo_assets.errors import ConfigError
+from dpo_assets.planning.families import describe
 from dpo_assets.planning.shape import ModelShape
 from dpo_assets.planning.vocabulary import content, refuse_tokens_without_embedding
 from dpo_assets.planning.weights import FLOATS, Stored, Weights, listed, read_weights, unused_files
@@ -111,6 +112,7 @@ def _shape(folder: Path, config: Mapping[str, Any], weights: Weights) -> ModelSh
             model_type=config.get("model_type") or "",
             stored=weights.format,
             fusable=bool(text.get("num_attention_heads")) and _fusable(architecture, text),
+            decoder=describe(config),
             sliding_window=text.get("sliding_window") if text.get("use_sliding_window", True) else None,
         )
     except KeyError as error:

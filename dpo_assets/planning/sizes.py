@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_assets.errors import ConfigError
+from dpo_assets.planning.families import describe
 from dpo_assets.planning.matrices import read_matrices
 from dpo_assets.planning.model_folder import inspect_model
 from dpo_assets.planning.shape import ModelShape
@@ -25,10 +26,17 @@ def _size(
     key: str, like: str, architecture: str, parameters: int, layers: int, hidden: int, intermediate: int,
     heads: int, kv_heads: int, head_dim: int, vocabulary: int, context: int, tied: bool = False,
 ) -> Size:  # fmt: skip
+    model_type = {_LLAMA: "llama", _QWEN: "qwen2", _MISTRAL: "mistral"}[architecture]
     shape = ModelShape(
         parameters=parameters, layers=layers, hidden=hidden, intermediate=intermediate, vocabulary=vocabulary,
         context=context, heads=heads, kv_heads=kv_heads, head_dim=head_dim, tied=tied, architecture=architecture,
         fusable=True,
+        decoder=describe({
+            "model_type": model_type, "num_hidden_layers": layers, "hidden_size": hidden, "vocab_size": vocabulary,
+            "intermediate_size": intermediate, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+            "head_dim": head_dim, "tie_word_embeddings": tied, "sliding_window": None,
+        }),
+        model_type=model_type,
     )  # fmt: skip
     return Size(key, like, shape)
 

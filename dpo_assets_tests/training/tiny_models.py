@@ -16,7 +16,8 @@ from dpo_assets.training.batches.packing import Group
 
 VOCABULARY = 64
 WINDOW = 8
-PAIR = Group(list(range(3, 13)), (list(range(5, 13)), list(range(20, 40))))  # Rows of 18 and 30 tokens.
+# Rows of 18 and 30 tokens. Prompt and first answer end differently: a state that crossed rows must be seen.
+PAIR = Group(list(range(3, 13)), (list(range(50, 58)), list(range(20, 40))))
 OTHER_PAIR = Group(list(range(30, 36)), (list(range(40, 57)), list(range(8, 12))))
 SHORT_PAIR = Group([3, 4], ([5, 6], [7]))  # Shorter than every window here.
 
@@ -125,7 +126,8 @@ def tiny_config(name: str, **changes: Any) -> PreTrainedConfig:
 def tiny_model(name: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random fp32 model on its own eager attention, in evaluation mode.
 
-    Matrices are large enough that layers matter, and nothing is left at zero or one, biases and norms included.
+    Matrices are large enough that layers matter, states decay slowly enough to be seen further on, and nothing is left
+    at zero or one, biases and norms included.
     """
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
@@ -133,8 +135,10 @@ def tiny_model(name: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
         tiny_config(name, **changes), dtype=torch.float32, attn_implementation="eager"
     )
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
+        for name, parameter in model.named_parameters():
+            if name.endswith("A_log"):
+                parameter.sub_(4)
+            elif parameter.ndim > 1:
                 parameter.mul_(5)
             else:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)

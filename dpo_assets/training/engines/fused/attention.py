@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dpo_assets.training.batches.packing import PackedBatch
-from dpo_assets.training.engines.attention import causal_rows, has_flash, unshare
+from dpo_assets.training.engines.attention import AttentionKind, causal_rows, has_flash, unshare
 from dpo_assets.training.engines.fused import ops
 from dpo_assets.training.engines.fused.ops import Angles
 
@@ -118,6 +118,6 @@ def _rows(qkv: Tensor, heads: Heads, angles: Angles, batch: PackedBatch, differe
     ]
     with torch.set_grad_enabled(differentiable):
         q, k, v = (unshare(leaf, batch).transpose(1, 2) for leaf in leaves)
-        rows = causal_rows(q, k, v, heads.scale)
+        rows = causal_rows(q, k, v, AttentionKind(heads.scale))
         attended = rows.transpose(1, 2).flatten(0, 1).index_select(0, batch["home"])
     return Attended(qkv, attended.detach().flatten(1), (leaves, attended))
