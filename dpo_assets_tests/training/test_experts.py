@@ -22,6 +22,7 @@ FAMILIES: dict[str, list[str]] = {
     "qwen3_5_moe_text": ["q_proj", "in_proj_qkv", "shared_expert.up_proj"],
     "deepseek_v3": ["q_a_proj", "o_proj"],
     "granitemoehybrid": ["q_proj", "in_proj", "shared_mlp.output_linear"],
+    "gpt_oss": ["q_proj", "o_proj"],
 }
 PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
 
