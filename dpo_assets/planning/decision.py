@@ -10,6 +10,7 @@ from dpo_assets.planning.dataset import DatasetStats
 from dpo_assets.planning.memory import MemoryFit, fit
 from dpo_assets.planning.precision import Device, Precision, PrecisionChoice, choose_precision
 from dpo_assets.planning.shape import Kernels, ModelShape
+from dpo_assets.planning.targets import kinds_of
 from dpo_assets.recipe import ALL_LINEAR, Recipe
 
 SHORTEST_LENGTH = 64  # Tokens; a shorter max_length leaves no answer worth comparing.
@@ -61,9 +62,13 @@ def choose_kernels(recipe: Recipe, shape: ModelShape, max_length: int, device: D
     """Fused layers where the architecture has them on a GPU; what the recipe names, where it can work.
 
     Raises:
-        ConfigError: for `fused` with an architecture, or a sliding window, that they do not compute.
+        ConfigError: for `fused` with an architecture, or a sliding window, that they do not compute; for balanced
+            routers where there are none, or where they are not heard.
     """
     requested = recipe.hardware.kernels
+    if _balances_routers(recipe):
+        _check_routers(recipe, shape)
+        return "transformers"
     if requested == "unsloth" and (other := _beyond_unsloth(recipe)):
         raise ConfigError(
             f"hardware.kernels `unsloth` adapts {', '.join(ALL_LINEAR)} alone, and lora names {', '.join(other)}; use "
@@ -94,6 +99,24 @@ def choose_kernels(recipe: Recipe, shape: ModelShape, max_length: int, device: D
     packed = recipe.dpo.trainer == "packed"  # TRL's trainer calls the model in its own way.
     plain = packed and not _drops_out(recipe)
     return "fused" if device.kind == "cuda" and plain and shape.fused_at(max_length) else "transformers"
+
+
+def _balances_routers(recipe: Recipe) -> bool:
+    return recipe.dpo.router_balance > 0 or (recipe.sft.router_balance > 0 and recipe.sft.strategy == "train")
+
+
+def _check_routers(recipe: Recipe, shape: ModelShape) -> None:
+    kinds, kernels = kinds_of(shape), recipe.hardware.kernels
+    if kinds is not None and not any(kind.role == "experts" for kind in kinds):
+        raise ConfigError(
+            f"router_balance is for mixtures of experts, and {shape.architecture or 'this base'} has no experts; set "
+            "sft.router_balance and dpo.router_balance to 0."
+        )
+    if kernels not in ("auto", "transformers"):
+        raise ConfigError(
+            f"hardware.kernels `{kernels}` do not tell what routers say, which router_balance needs; use "
+            "`transformers` or `auto`, or set sft.router_balance and dpo.router_balance to 0."
+        )
 
 
 def _beyond_unsloth(recipe: Recipe) -> list[str]:
