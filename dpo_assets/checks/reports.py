@@ -18,6 +18,7 @@ class MergeReport(BaseModel):
     not_finite: tuple[str, ...] = Field(default=(), description="The weights that are not all numbers, by name.")
     method: Literal["streamed", "peft"]
     proven_in: str = Field(default="", description="What both were computed in, and where.")
+    kernels: str = Field(default="", description="The engine that scored both.")
 
     @computed_field(description="Whether all of them are numbers.")  # type: ignore[prop-decorator]
     @property

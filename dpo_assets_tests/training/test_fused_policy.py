@@ -20,12 +20,8 @@ from dpo_assets.training.engines.base import attached_engine
 from dpo_assets.training.engines.fused.decoder import attach_fused
 from dpo_assets.training.engines.fused.layer import FusedLayer
 from dpo_assets.training.models.loading import attach_adapter, choose_kernels, load_base
-from dpo_assets.training.scoring.logprobs import (
-    assert_packing_is_exact,
-    score_groups,
-    score_tokens,
-    sequence_logps,
-)
+from dpo_assets.training.scoring.logprobs import score_groups, score_tokens, sequence_logps
+from dpo_assets.training.scoring.proof import NotExactError, assert_exact
 from dpo_assets_tests.training.conftest import PlanMaker
 from dpo_assets_tests.training.dense import summed_logps
 from dpo_assets_tests.training.dpo_runs import (
@@ -125,12 +121,12 @@ def test_new_weights_are_seen(change: str, two: tuple[PeftModel, PeftModel], few
 
 def test_packing_is_checked_on_fused_layers(two: tuple[PeftModel, PeftModel], few: list[Group]) -> None:
     """The probe compares with the model's own forward, whose weights are views of the fused matrices by then."""
-    assert_packing_is_exact(two[0], few[0])
+    assert_exact(two[0], few[0])
     decoder = attached_engine(two[0])
     assert decoder is not None
     decoder.layers[0].norm1 = decoder.layers[0].norm1 * 1.5
-    with pytest.raises(ConfigError, match="cannot be scored"):
-        assert_packing_is_exact(two[0], few[0])
+    with pytest.raises(NotExactError, match="nats row by row"):
+        assert_exact(two[0], few[0])
 
 
 # --- gradients ----------------------------------------------------------------------------------------------------

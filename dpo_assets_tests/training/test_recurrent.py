@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpo_assets.errors import ConfigError
 from dpo_assets.training.batches.packing import Group, pack
 from dpo_assets.training.engines.base import causal_lm
 from dpo_assets.training.engines.recurrent import convolution, delta_net, mixers
 from dpo_assets.training.engines.recurrent.segments import Segments
-from dpo_assets.training.scoring.logprobs import assert_packing_is_exact, score_groups
+from dpo_assets.training.scoring.logprobs import score_groups
+from dpo_assets.training.scoring.proof import NotExactError, assert_exact
 from dpo_assets_tests.training.row_by_row import assert_equal, packed, row_by_row, tiny_policy
 from dpo_assets_tests.training.tiny_models import OTHER_PAIR, PAIR, SHORT_PAIR
 
@@ -60,8 +60,8 @@ def test_a_state_that_crosses_rows_gives_other_scores_and_is_refused(
     theirs, _ = row_by_row(policy, GROUPS, weights(GROUPS))
     assert float((torch.tensor(scores) - theirs).abs().max()) > 0.02
     # Not of PAIR: its first answer repeats the end of its prompt, so a convolution sees no difference.
-    with pytest.raises(ConfigError, match="packed batches cannot be scored"):
-        assert_packing_is_exact(policy, OTHER_PAIR)
+    with pytest.raises(NotExactError, match="row by row"):
+        assert_exact(policy, OTHER_PAIR)
 
 
 @pytest.mark.parametrize("name", ["qwen3_5_text", "lfm2", "falcon_h1"])

@@ -307,3 +307,19 @@ def packed_rows(
 def register() -> None:
     """Makes `attn_implementation="packed_rows"` known to Transformers."""
     ALL_ATTENTION_FUNCTIONS.register(NAME, packed_rows)
+
+
+def attend_packed(lm: Any) -> bool:
+    """Puts the packed attention into a model's layers. Returns whether they take one."""
+    register()
+    lm.set_attn_implementation(NAME)
+    # Where layers compute attention in a way of their own, Transformers leaves a warning and what was there.
+    return bool(lm.config._attn_implementation == NAME)
+
+
+def attend_as_own(lm: Any) -> None:
+    """Puts back what Transformers takes by itself: its SDPA, or eager attention where a model has no other."""
+    try:
+        lm.set_attn_implementation("sdpa")
+    except ValueError:
+        lm.set_attn_implementation("eager")

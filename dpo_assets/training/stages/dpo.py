@@ -17,20 +17,28 @@ from dpo_assets.contract import GuardSpec, TrainSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.batches.data import dpo_group, load_asked, load_conversations, load_split
+from dpo_assets.training.engines.base import attached_engine
+from dpo_assets.training.engines.transformers import engine_of
 from dpo_assets.training.guard.aftermath import measure
 from dpo_assets.training.guard.collapse import CollapseGuard
 from dpo_assets.training.guard.finite import StopOnNonFinite, check_trained
-from dpo_assets.training.guard.sampling import AdapterState, Watched, first_prompts
+from dpo_assets.training.guard.sampling import AdapterState, Watched, attach_scorer, first_prompts
 from dpo_assets.training.models.chat_format import RENDERING_ERRORS, load_chat_format
-from dpo_assets.training.models.loading import ADAPTER_NAME, autocast_of, save_adapter
+from dpo_assets.training.models.loading import ADAPTER_NAME, save_adapter
 from dpo_assets.training.models.targets import coverage
 from dpo_assets.training.reporting import ProgressLines, Reporter, all_finite, write_metrics
-from dpo_assets.training.scoring.logprobs import assert_packing_is_exact
 from dpo_assets.training.trainers.classic import ClassicDPOTrainer, classic_trainer
 from dpo_assets.training.trainers.dpo import REFERENCE_COLUMNS, PackedDPOTrainer
 from dpo_assets.training.trainers.losses import DpoLoss
 from dpo_assets.training.trainers.packed import PackedCollator, end_quietly, packed_arguments, trainer_arguments
-from dpo_assets.training.trainers.strategies import Start, join_adapters, load_start, score_reference, step_reference
+from dpo_assets.training.trainers.strategies import (
+    Start,
+    join_adapters,
+    load_start,
+    longest_group,
+    score_reference,
+    step_reference,
+)
 
 CLOSING = ("loss", "logps/chosen", "rewards/chosen", "rewards/margins", "rewards/accuracies")
 LAST_LOGS = 5  # Closing values are means over this many logs: one batch of a small run is noise.
@@ -60,7 +68,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     start = load_start(spec, packed=packed)
     policy = start.policy
     if policy.note:
-        reporter.log(f"dpo: computed by transformers, not by {plan.kernels} kernels: {policy.note}")
+        reporter.log(policy.told("dpo", plan))
     trainer: PackedDPOTrainer | ClassicDPOTrainer
     reused = 0
     if packed:
@@ -70,7 +78,9 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
         trainer = classic_trainer(policy.model, chat.rendering_tokenizer(), rows, plan, spec.scratch)
     guard, watched = None, None
     if spec.guard is not None:
-        watched = Watched(policy.model, AdapterState(policy.model), chat, plan, policy.kernels, packed)
+        if attached_engine(policy.model) is None and policy.kernels != "unsloth":
+            attach_scorer(policy.model, plan, longest_group(spec))
+        watched = Watched(policy.model, AdapterState(policy.model), chat, plan, policy.kernels)
         guard = collapse_guard(watched, spec.guard, spec, reporter)
     reporter.log(
         f"dpo: {plan.train_pairs} pairs, {plan.dpo_steps} steps, lr {plan.dpo.learning_rate:g}, "
@@ -93,7 +103,8 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
         join_adapters(out / "adapter", start.folded)
     record = guard.record(load_split(spec.dataset, "train", scratch=spec.scratch)) if guard is not None else None
     stopped = guard is not None and guard.stopped
-    write_report(trainer, spec, policy.kernels, measured | {"stopped": record if stopped else None, "trigger": record})
+    measured |= {"kernels_note": policy.note, "stopped": record if stopped else None, "trigger": record}
+    write_report(trainer, spec, policy.kernels, measured)
     timings = {
         "seconds": time.perf_counter() - started,
         "reference_pairs_from_cache": reused,
@@ -110,8 +121,6 @@ def packed_trainer(start: Start, tokenizer: Any, spec: TrainSpec, reporter: Repo
     train = load_split(spec.dataset, "train", scratch=spec.scratch)
     to_group = partial(dpo_group, max_length=plan.max_length)
     groups = [to_group(row) for row in train]
-    with autocast_of(plan):
-        assert_packing_is_exact(policy.model, max(groups, key=lambda group: group.longest_row))
     reference = step_reference(start, spec)
     reused, columns = 0, ()  # type: tuple[int, tuple[str, ...]]
     if reference is None:
@@ -124,7 +133,13 @@ def packed_trainer(start: Start, tokenizer: Any, spec: TrainSpec, reporter: Repo
         args=dpo_arguments(plan, spec.scratch, policy.kernels),
         train_dataset=train,
         processing_class=tokenizer,
-        data_collator=PackedCollator(to_group, plan.token_budget, columns, padded=plan.device == "cpu"),
+        data_collator=PackedCollator(
+            to_group,
+            plan.token_budget,
+            columns,
+            padded=plan.device == "cpu",
+            whole_rows=engine_of(policy.model).padded,
+        ),
         loss=loss,
         reference=plan.dpo.reference,
         step_reference=reference,

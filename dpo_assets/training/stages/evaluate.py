@@ -10,6 +10,7 @@ import gc
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
@@ -27,15 +28,11 @@ from dpo_assets.planning.scoring import GENERATION_BATCH as GENERATION_BATCH
 from dpo_assets.training.batches.data import dpo_group, first_asked, load_asked
 from dpo_assets.training.batches.packing import Group
 from dpo_assets.training.models.chat_format import ChatFormat, load_chat_format
-from dpo_assets.training.models.loading import (
-    attach_adapter,
-    autocast_of,
-    choose_kernels,
-    load_base,
-    plain_attention,
-)
+from dpo_assets.training.models.loading import autocast_of, plain_attention
+from dpo_assets.training.models.policy import load_scored
 from dpo_assets.training.reporting import Reporter
-from dpo_assets.training.scoring.logprobs import assert_packing_is_exact, score_groups
+from dpo_assets.training.scoring.logprobs import score_groups
+from dpo_assets.training.scoring.proof import Settled, alike, settle_engine
 
 REPEATED_NGRAM, REPEATS = 4, 3  # An answer that says one 4-gram of tokens three times or more repeats itself.
 
@@ -54,15 +51,16 @@ def run(spec: EvaluateSpec, reporter: Reporter) -> None:
 
     reporter.log(f"evaluate: the policy is the {spec.plan.scored}: {plan.scoring.reason}")
 
-    sft = _load(spec.base_model, spec.sft_adapter, plan)
-    reference, answers = _score_and_answer(sft, "SFT", groups, prompts, chat, plan, spec, reporter)
-    del sft
-    gc.collect()
     merged = plan.scoring.subject == "merged"
-    policy_model = _load(spec.policy, None, plan) if merged else _load(spec.base_model, spec.adapter, plan)
-    policy, policy_answers = _score_and_answer(policy_model, "policy", groups, prompts, chat, plan, spec, reporter)
+    compared = (
+        ("SFT", spec.base_model, spec.sft_adapter),
+        ("policy", spec.policy, None) if merged else ("policy", spec.base_model, spec.adapter),
+    )
+    measure = partial(_measured, held_out=(groups, prompts), chat=chat, plan=plan, spec=spec, reporter=reporter)
+    (settled, sft), (_, policy) = alike([partial(measure, *subject) for subject in compared])
+    answers, policy_answers = sft.answers, policy.answers
 
-    table = _score_table(held_out["pair_id"], held_out["prompt_id"], groups, reference, policy)
+    table = _score_table(held_out["pair_id"], held_out["prompt_id"], groups, sft.logps, policy.logps)
     table.write_parquet(spec.output_dir / "scores.parquet")
     write_json(
         spec.output_dir / "generations.json",
@@ -71,19 +69,44 @@ def run(spec: EvaluateSpec, reporter: Reporter) -> None:
             for (row, _), before, after in zip(asked, answers, policy_answers, strict=True)
         ],
     )
-    report = summarise(table, spec.confidence) | {"scored": spec.plan.scored}
+    report = summarise(table, spec.confidence) | {"scored": spec.plan.scored, "kernels": settled.kernels}
     report["generation"] = {"sft": generation_health(answers), "policy": generation_health(policy_answers)}
     write_json(spec.output_dir / "report.json", report)
     write_json(spec.output_dir / VOLATILE, {"seconds": time.perf_counter() - started})
 
 
-def _load(folder: Path, adapter: Path | None, plan: TrainingPlan) -> Any:
-    """A model on the plan's kernels, with its adapter if it has one."""
-    model: Any = load_base(folder, plan)
-    if adapter is not None:
-        model = attach_adapter(model, plan, adapter, seed=0, dropout=0.0)
-    choose_kernels(model, plan)
-    return model
+@dataclass(frozen=True)
+class _Measured:
+    logps: list[float]
+    answers: list[dict[str, Any]]
+
+
+def _measured(
+    who: str,
+    folder: Path,
+    adapter: Path | None,
+    first: str | None,
+    *,
+    held_out: tuple[list[Group], list[list[int]]],
+    chat: ChatFormat,
+    plan: TrainingPlan,
+    spec: EvaluateSpec,
+    reporter: Reporter,
+) -> tuple[Settled, _Measured]:
+    """Scores of all held-out pairs and answers to the prompts, by a model that is loaded for it and let go."""
+    groups, prompts = held_out
+    model = load_scored(folder, plan, adapter)
+    settled = settle_engine(model, plan, max(groups, key=lambda group: group.longest_row), first)
+    if settled.note:
+        reporter.log(f"evaluate: {who} computed by {settled.kernels}, not by {first or plan.kernels}: {settled.note}")
+    with autocast_of(plan):
+        logps, _ = score_groups(model, groups, plan.token_budget)
+        reporter.log(f"evaluate: {len(groups)} held-out pairs scored by the {who}")
+        answers = generate(model, prompts, chat, spec.max_new_tokens)
+    reporter.log(Progress(stage="evaluate", done=1 if who == "SFT" else 2, total=2, note=f"{who} done").line())
+    del model
+    gc.collect()
+    return settled, _Measured(logps, answers)
 
 
 def summarise(table: pl.DataFrame, confidence: float) -> dict[str, Any]:
@@ -129,26 +152,6 @@ def _score_table(
             "rejected_tokens": [len(g.completions[1]) for g in groups],
         }
     )
-
-
-def _score_and_answer(
-    model: Any,
-    who: str,
-    groups: list[Group],
-    prompts: list[list[int]],
-    chat: ChatFormat,
-    plan: TrainingPlan,
-    spec: EvaluateSpec,
-    reporter: Reporter,
-) -> tuple[list[float], list[dict[str, Any]]]:
-    model.eval()
-    with autocast_of(plan):
-        assert_packing_is_exact(model, max(groups, key=lambda group: group.longest_row))
-        logps, _ = score_groups(model, groups, plan.token_budget)
-        reporter.log(f"evaluate: {len(groups)} held-out pairs scored by the {who}")
-        answers = generate(model, prompts, chat, spec.max_new_tokens)
-    reporter.log(Progress(stage="evaluate", done=1 if who == "SFT" else 2, total=2, note=f"{who} done").line())
-    return logps, answers
 
 
 @torch.no_grad()
