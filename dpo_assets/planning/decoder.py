@@ -197,7 +197,9 @@ class Decoder:
         embedding_scale: what embeddings are multiplied by, rounded to what they are stored in.
         last_norm: name of the norm behind the layers.
         logit_scale, logit_softcap: logits become cap tanh(scale * logit / cap); without a cap, scale * logit.
-        beyond: what it computes that this description has no words for; only its own forward is exact then.
+        beyond: what it computes that this description has no words for; only its own layers are exact then.
+        row_by_row: what its layers take from a token's place in a row otherwise than by positions and attention; only
+            its own forward on rows is exact then.
     """
 
     family: str
@@ -213,6 +215,12 @@ class Decoder:
     logit_softcap: float | None = None
     tied: bool = False
     beyond: str = ""
+    row_by_row: str = ""
+
+    @property
+    def mixers(self) -> tuple[Attention | Recurrent, ...]:
+        """The distinct mixers of its layers, in the order of the first layer that has each."""
+        return tuple(dict.fromkeys(layer.mixer for layer in self.layers))
 
     @property
     def attentions(self) -> tuple[Attention, ...]:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from dpo_assets.training.batches.packing import Group, pack
 from dpo_assets.training.engines.base import causal_lm
+from dpo_assets.training.engines.experts import serve_experts
+from dpo_assets.training.engines.fused.decoder import attach_fused
 from dpo_assets.training.engines.recurrent import convolution, delta_net, mixers
 from dpo_assets.training.engines.recurrent.segments import Segments
 from dpo_assets.training.scoring.logprobs import score_groups
@@ -93,6 +95,16 @@ def test_a_shared_prompt_is_projected_and_scanned_once(name: str, monkeypatch: p
     if name != "lfm2":
         prompts = sum(len(group.prompt) for group in GROUPS)
         assert convolved == [prompts, tokens - prompts]
+
+
+@pytest.mark.parametrize("recomputed", [0, 2], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("name", ["qwen3_5_text", "qwen3_next", "qwen3_5_moe_text"])
+def test_fused_layers_compute_delta_nets_and_experts(name: str, recomputed: int) -> None:
+    policy = tiny_policy(name)
+    theirs = row_by_row(policy, GROUPS, weights(GROUPS))
+    serve_experts(causal_lm(policy))
+    assert attach_fused(policy, torch.float32, recomputed) == ""
+    assert_equal(packed(policy, GROUPS, weights(GROUPS)), theirs)
 
 
 def test_mambas_fused_kernel_does_not_pass_by_the_adapter_of_its_output(monkeypatch: pytest.MonkeyPatch) -> None:

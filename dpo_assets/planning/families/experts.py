@@ -137,6 +137,7 @@ EXPERTS: dict[str, Family] = {
         llama4_experts,
         beyond="norms of queries and keys without weights, queries that grow where nothing is rotated, "
         "experts whose input is weighted",
+        row_by_row="the chunk that a token attends in, and its place, by which queries grow",
         other_names=LOCAL,
     ),
 }  # fmt: skip

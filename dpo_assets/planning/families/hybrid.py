@@ -166,7 +166,7 @@ HYBRID: dict[str, Family] = {
         lfm2_mlp,
         Norms("operator_norm", before_mlp="ffn_norm"),
         lfm2_whole,
-        "norm_eps",
+        eps="norm_eps",
         other_names={"tie_embedding": "tie_word_embeddings", "block_ff_dim": "intermediate_size"},
     ),
     "granitemoehybrid": Family(

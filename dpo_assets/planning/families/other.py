@@ -112,9 +112,9 @@ OTHER: dict[str, Family] = {
         gpt2_mlp,
         Norms("ln_1", before_mlp="ln_2"),
         gpt2_whole,
-        "layer_norm_epsilon",
-        f"{LAYER_NORMS}, learnt positions, linear layers stored the other way round",
-        {
+        eps="layer_norm_epsilon",
+        beyond=f"{LAYER_NORMS}, learnt positions, linear layers stored the other way round",
+        other_names={
             "n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
             "n_positions": "max_position_embeddings",
         },

@@ -64,7 +64,7 @@ class Family:
         defaults: of its configuration class, for the keys that its description reads.
         whole: fields of `Decoder` beside its layers.
         eps: key of the norms' epsilon.
-        beyond: what all its models compute that there are no words for.
+        beyond, row_by_row: of all its models, as in `Decoder`.
         other_names: keys that it has under another name, and that name's meaning; stated, they win.
     """
 
@@ -76,6 +76,7 @@ class Family:
     whole: Callable[[Text], Mapping[str, Any]] = nothing_else
     eps: str = "rms_norm_eps"
     beyond: str = ""
+    row_by_row: str = ""
     other_names: Mapping[str, str] = field(default_factory=dict)
 
     def describe(self, family: str, stated: Mapping[str, Any]) -> Decoder:
@@ -95,5 +96,6 @@ class Family:
             layers=layers,
             eps=float(text[self.eps]),
             beyond=", ".join(dict.fromkeys(text.beyond)),
+            row_by_row=self.row_by_row,
             **whole,
         )

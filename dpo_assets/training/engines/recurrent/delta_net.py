@@ -8,7 +8,7 @@ Transformers differentiates itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,31 +43,38 @@ class Projected:
 
 
 class DeltaNet:
-    """A gated delta net's modules, computed on packed batches."""
+    """A gated delta net's modules, computed on packed batches.
 
-    def __init__(self, mixer: Any, project: Callable[[Tensor], Projected]) -> None:
-        self._mixer, self.project = mixer, project
+    Args:
+        entries: names of the linear layers that read its input.
+        arranged: what their outputs [T, width] are.
+    """
+
+    def __init__(
+        self, mixer: Any, entries: tuple[str, ...], arranged: Callable[[Any, Sequence[Tensor]], Projected]
+    ) -> None:
+        self._mixer, self._entries, self._arranged = mixer, entries, arranged
 
     @classmethod
     def of(cls, mixer: Any) -> DeltaNet | None:
         """A module as a delta net; None where it is another mixer."""
         if not all(hasattr(mixer, name) for name in NEEDED):
             return None
-        if all(hasattr(mixer, name) for name in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")):
-            return cls(mixer, lambda x: _four(mixer, x))
-        if all(hasattr(mixer, name) for name in ("in_proj_qkvz", "in_proj_ba", "fix_query_key_value_ordering")):
-            return cls(mixer, lambda x: _two(mixer, x))
+        for entries, arranged in ENTRIES.items():
+            if all(hasattr(mixer, name) for name in entries):
+                return cls(mixer, entries, arranged)
         return None
 
     def __call__(self, x: Tensor, batch: PackedBatch) -> Tensor:
         """Stream [T, hidden] to stream [T, hidden]."""
-        projected = self.project(x)
-        out: Tensor = self._mixer.out_proj(self.core(projected, batch))
+        entered = [getattr(self._mixer, name)(x) for name in self._entries]
+        out: Tensor = self._mixer.out_proj(self.core(entered, batch))
         return out
 
-    def core(self, projected: Projected, batch: PackedBatch) -> Tensor:
-        """All between the projections: stream [T, value width]."""
+    def core(self, entered: Sequence[Tensor], batch: PackedBatch) -> Tensor:
+        """All between the projections, of the outputs [T, width] of those that read its input: [T, value width]."""
         mixer = self._mixer
+        projected = self._arranged(mixer, entered)
         segments = Segments.of(batch, lead_of(mixer.conv1d))
         mixed = convolve(projected.qkv, mixer.conv1d, mixer.activation, segments)
         keys, values = mixer.num_k_heads * mixer.head_k_dim, mixer.num_v_heads * mixer.head_v_dim
@@ -86,15 +93,22 @@ class DeltaNet:
         return normed.view(len(projected.qkv), -1)
 
 
-def _four(mixer: Any, x: Tensor) -> Projected:
-    gate = mixer.in_proj_z(x).unflatten(1, (-1, mixer.head_v_dim))
-    return Projected(mixer.in_proj_qkv(x), gate, mixer.in_proj_b(x), mixer.in_proj_a(x))
+def _four(mixer: Any, entered: Sequence[Tensor]) -> Projected:
+    qkv, gate, write, decay = entered
+    return Projected(qkv, gate.unflatten(1, (-1, mixer.head_v_dim)), write, decay)
 
 
-def _two(mixer: Any, x: Tensor) -> Projected:
-    parts = mixer.fix_query_key_value_ordering(mixer.in_proj_qkvz(x)[None], mixer.in_proj_ba(x)[None])
+def _two(mixer: Any, entered: Sequence[Tensor]) -> Projected:
+    parts = mixer.fix_query_key_value_ordering(*(part[None] for part in entered))
     query, key, value, gate, write, decay = (part[0] for part in parts)
     return Projected(torch.cat([part.flatten(1) for part in (query, key, value)], dim=1), gate, write, decay)
+
+
+# Qwen3.5's, and Qwen3-Next's.
+ENTRIES: dict[tuple[str, ...], Callable[[Any, Sequence[Tensor]], Projected]] = {
+    ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"): _four,
+    ("in_proj_qkvz", "in_proj_ba"): _two,
+}
 
 
 def delta_rule(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, write: Tensor, segments: Segments) -> Tensor:
