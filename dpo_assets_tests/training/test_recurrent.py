@@ -143,6 +143,7 @@ def test_flas_kernels_are_given_what_they_take(name: str, monkeypatch: pytest.Mo
     policy = tiny_policy(name)
     theirs = row_by_row(policy, GROUPS, weights(GROUPS))
     monkeypatch.setattr(delta_net, "fla_delta_rule", lambda device: _delta_rule_as_in_fla)
+    monkeypatch.setattr(delta_net, "fla_gated_norm", lambda device: _gated_norm_as_in_fla)
     monkeypatch.setattr(convolution, "fla_convolution", lambda device: _convolution_as_in_fla)
     assert_equal(packed(policy, GROUPS, weights(GROUPS)), theirs)
 
@@ -178,6 +179,11 @@ def _convolution_as_in_fla(
     return (torch.nn.functional.silu(out) if activation else out), None
 
 
+def _gated_norm_as_in_fla(x: Tensor, g: Tensor, weight: Tensor, bias: None, *, eps: float) -> Tensor:
+    assert x.shape == g.shape
+    return torch.nn.functional.rms_norm(x, weight.shape, weight, eps) * torch.nn.functional.silu(g)
+
+
 lengths = st.integers(1, 6)
 
 
@@ -190,17 +196,19 @@ def test_every_token_stands_behind_those_before_it_in_its_row(groups: list[tuple
     batch = pack([Group(range(prompt), tuple(range(n) for n in answers)) for prompt, answers in groups])
     segments = Segments.of(batch, lead)
     stream = torch.arange(1, len(batch["ids"]) + 1)
-    led, places = segments.led(stream).tolist(), segments.tokens.there.index.tolist()
+    led, own = segments.led(stream).tolist(), segments.own(stream).tolist()
     rows = _rows(groups)
-    for place in places:
+    for place in np.flatnonzero(own):
+        assert own[place] == led[place]
         token = led[place] - 1
         before = next(row[: row.index(token)] for row in rows if token in row)
         wanted = [0] * lead + [t + 1 for t in before]
         assert led[place - lead : place] == wanted[len(wanted) - lead :]
-    ordered = segments.ordered(stream)
-    assert segments.tokens(segments.led(stream)).tolist() == ordered.tolist()
-    assert segments.streamed(ordered).tolist() == stream.tolist()
-    assert [stage.tokens for stage in segments.stages] == _stage_sizes(groups)
+    assert segments.streamed(segments.led(stream)).tolist() == stream.tolist()
+    assert sorted(filter(None, own)) == stream.tolist()
+    starts = [start for stage in segments.stages for start in stage.starts_cpu.tolist()[:-1]]
+    assert [stage.places - lead * stage.shape[0] for stage in segments.stages] == _stage_sizes(groups)
+    assert not lead or len(starts) * lead == own.count(0)
 
 
 @settings(max_examples=40, deadline=None)
@@ -213,11 +221,11 @@ def test_gradients_of_copies_come_home(groups: list[tuple[int, list[int]]], lead
     batch = pack([Group(range(prompt), tuple(range(n) for n in answers)) for prompt, answers in groups])
     segments = Segments.of(batch, lead)
     generator = torch.Generator().manual_seed(0)
-    sizes = [len(batch["ids"]), len(segments.led.there.index), len(batch["ids"]), len(batch["ids"])]
-    tables = [segments.led, segments.tokens, segments.ordered, segments.streamed]
+    sizes = [len(batch["ids"]), len(batch["ids"]), len(segments.led.there.index)]
+    tables = [segments.led, segments.own, segments.streamed]
     for stage in segments.stages:
-        tables += [stage.padded, stage.unpadded]
-        sizes += [stage.tokens, int(np.prod(stage.shape))]
+        tables += [stage.padded, stage.padded.undone]
+        sizes += [stage.places, int(np.prod(stage.shape))]
     for table, size in zip(tables, sizes, strict=True):
         x = torch.randn(size, 2, generator=generator, dtype=torch.double)
         y = torch.randn(len(table.there.index), 2, generator=generator, dtype=torch.double)

@@ -16,9 +16,9 @@ def lead_of(convolution: nn.Conv1d) -> int:
 
 
 def convolve(stream: Tensor, convolution: nn.Conv1d, activation: str | None, segments: Segments) -> Tensor:
-    """Stream [T, channels] to its convolution in the segments' order [T, channels].
+    """Stream [T, channels] to its convolution at the segments' places [S, channels].
 
-    All sequences are convolved as one: what a place sees of the sequence before it is in the leads, which are dropped.
+    All sequences are convolved as one: only a lead sees anything of the sequence before it.
     """
     led = segments.led(stream.to(convolution.weight.dtype))
     weight, bias = convolution.weight.squeeze(1), convolution.bias
@@ -30,4 +30,4 @@ def convolve(stream: Tensor, convolution: nn.Conv1d, activation: str | None, seg
         padded = F.pad(led.T[None], (lead, 0))
         out = F.conv1d(padded, convolution.weight, bias, groups=convolution.groups)[0].T
         out = ACT2FN[activation](out) if activation is not None else out
-    return segments.tokens(out.to(stream.dtype))
+    return out.to(stream.dtype)

@@ -19,7 +19,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated
 
 from dpo_assets.training.batches.packing import PackedBatch
 from dpo_assets.training.engines.recurrent.convolution import convolve, lead_of
-from dpo_assets.training.engines.recurrent.kernels import fla_delta_rule
+from dpo_assets.training.engines.recurrent.kernels import fla_delta_rule, fla_gated_norm
 from dpo_assets.training.engines.recurrent.segments import Segments, Stage
 
 NEEDED = ("conv1d", "A_log", "dt_bias", "norm", "out_proj", "num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim")
@@ -85,12 +85,11 @@ class DeltaNet:
             query.unflatten(1, (-1, mixer.head_k_dim)),
             key.unflatten(1, (-1, mixer.head_k_dim)),
             value.unflatten(1, (-1, mixer.head_v_dim)),
-            segments.ordered(decay),
-            segments.ordered(projected.write.sigmoid()),
+            segments.own(decay),
+            segments.own(projected.write.sigmoid()),
             segments,
         )
-        normed: Tensor = mixer.norm(segments.streamed(out).flatten(0, 1), projected.gate.flatten(0, 1))
-        return normed.view(len(projected.qkv), -1)
+        return gated_norm(segments.streamed(out), projected.gate, mixer.norm).flatten(1)
 
 
 def _four(mixer: Any, entered: Sequence[Tensor]) -> Projected:
@@ -111,20 +110,30 @@ ENTRIES: dict[tuple[str, ...], Callable[[Any, Sequence[Tensor]], Projected]] = {
 }
 
 
+def gated_norm(x: Tensor, gate: Tensor, norm: Any) -> Tensor:
+    """norm(x) silu(gate) over each head, x and gate [T, heads, dim]; `norm` is the mixer's module."""
+    kernel = fla_gated_norm(x.device) if getattr(norm, "activation", "silu") == "silu" else None
+    if kernel is not None:
+        normed: Tensor = kernel(x, gate, norm.weight, None, eps=norm.variance_epsilon)
+        return normed
+    plain: Tensor = norm(x.flatten(0, 1), gate.flatten(0, 1))
+    return plain.view_as(x)
+
+
 def delta_rule(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, write: Tensor, segments: Segments) -> Tensor:
     """The gated delta rule along the segments.
 
     Args:
-        query, key: [T, key heads, key dim] in the segments' order, not yet normed.
-        value: [T, value heads, value dim].
-        decay: [T, value heads], logarithms of what the state is multiplied by.
-        write: [T, value heads], between 0 and 1.
+        query, key: [S, key heads, key dim] at the segments' places, not yet normed.
+        value: [S, value heads, value dim].
+        decay: [S, value heads], logarithms of what the state is multiplied by; 0 in leads.
+        write: [S, value heads], between 0 and 1; 0 in leads.
 
     Returns:
-        [T, value heads, value dim] in the segments' order.
+        [S, value heads, value dim].
     """
     scan = _fla if fla_delta_rule(query.device) is not None else _torch
-    sizes = [stage.tokens for stage in segments.stages]
+    sizes = [stage.places for stage in segments.stages]
     parts = zip(*(part.split(sizes) for part in (query, key, value, decay, write)), strict=True)
     outs: list[Tensor] = []
     states: Tensor | None = None
@@ -159,4 +168,4 @@ def _torch(
         query.repeat_interleave(shared, dim=2), key.repeat_interleave(shared, dim=2), value, g=decay, beta=write,
         initial_state=initial, output_final_state=leaves_state, use_qk_l2norm_in_kernel=True,
     )  # fmt: skip
-    return stage.unpadded(out.flatten(0, 1)), final
+    return stage.padded.undone(out.flatten(0, 1)), final

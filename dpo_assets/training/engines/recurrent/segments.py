@@ -67,6 +67,11 @@ class Copies:
         )
         return cls(move(source), move(first, more))
 
+    @property
+    def undone(self) -> Copies:
+        """The way back, of copies of which no token has two."""
+        return Copies(self.back, self.there)
+
     def __call__(self, stream: Tensor) -> Tensor:
         """Stream [length, ...] to places [S, ...]."""
         places: Tensor = _Copy.apply(stream, self)
@@ -91,8 +96,8 @@ class Stage:
     Attributes:
         starts: [n + 1], int32, where each begins; `starts_cpu` the same on the CPU, so that no kernel waits to know.
         origin: [n], which sequence of the stage before leaves the state that each begins with; None: with zeros.
+        shape: sequences, places of the longest.
         padded: copies into rows [n * longest], zeros past a row's end.
-        unpadded: copies back.
     """
 
     starts: Tensor
@@ -100,7 +105,6 @@ class Stage:
     shape: tuple[int, int]
     origin: Tensor | None
     padded: Copies
-    unpadded: Copies
 
     @classmethod
     def of(cls, lengths: list[int], origin: list[int] | None, device: torch.device) -> Stage:
@@ -115,32 +119,33 @@ class Stage:
             (rows, longest),
             None if origin is None else torch.tensor(origin, device=device),
             Copies.of(table, int(starts[-1]), device),
-            Copies.of(np.flatnonzero(table >= 0), len(table), device),
         )
 
     @property
-    def tokens(self) -> int:
+    def places(self) -> int:
         return int(self.starts_cpu[-1])
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Tables of one batch, for convolutions that look `lead` tokens back.
+    """Tables of one batch: places, stage after stage and sequence after sequence, each led by the tokens before it.
 
-    "In order" means stage after stage, sequence after sequence.
+    A sequence's first `lead` places are what a convolution sees of the tokens before it, zeros where there are none.
+    The convolution's outputs there are of no use; a state passes them unchanged, because `own` has zeros there.
 
     Attributes:
-        led: copies the stream into sequences that stand behind their `lead` tokens before, zeros where there are none.
-        tokens: copies the sequences' own tokens out of that, in order.
-        ordered: copies the stream in order.
-        streamed: copies what is in order back into the stream.
+        led: copies the stream into all places.
+        own: copies it into those that are the sequences' own, zeros into the leads.
     """
 
     stages: tuple[Stage, ...]
     led: Copies
-    tokens: Copies
-    ordered: Copies
-    streamed: Copies
+    own: Copies
+
+    @property
+    def streamed(self) -> Copies:
+        """Copies what stands in the sequences' own places back into the stream."""
+        return self.own.undone
 
     @classmethod
     def of(cls, batch: PackedBatch, lead: int) -> Segments:
@@ -172,16 +177,10 @@ class Segments:
         else:
             stages = [(prompts, None), (answers, origin)]
         sequences = list(chain.from_iterable(sequences for sequences, _ in stages))
-        led, length = np.concatenate(sequences), firsts[-1]
-        ends = np.cumsum([len(sequence) for sequence in sequences])
-        own = np.concatenate(
-            [np.arange(end - len(sequence) + lead, end) for end, sequence in zip(ends, sequences, strict=True)]
-        )
-        order = led[own]
+        led = np.concatenate(sequences)
+        own = np.concatenate([np.concatenate([before, sequence[lead:]]) for sequence in sequences])
         return cls(
-            tuple(Stage.of([len(s) - lead for s in sequences], origin, device) for sequences, origin in stages),
-            Copies.of(led, length, device),
-            Copies.of(own, len(led), device),
-            Copies.of(order, length, device),
-            Copies.of(np.argsort(order), length, device),
+            tuple(Stage.of([len(s) for s in sequences], origin, device) for sequences, origin in stages),
+            Copies.of(led, firsts[-1], device),
+            Copies.of(own, firsts[-1], device),
         )
