@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
+from dpo_assets.recipe import LoraSection
 from dpo_assets.training.engines import experts
 from dpo_assets.training.engines.base import causal_lm
 from dpo_assets.training.models.loading import load_base
+from dpo_assets.training.models.targets import coverage, peft_targets
 from dpo_assets_tests.training.conftest import PlanMaker
 from dpo_assets_tests.training.row_by_row import assert_equal, packed, row_by_row, tiny_policy
 from dpo_assets_tests.training.test_recurrent import GROUPS, weights
@@ -63,7 +66,7 @@ def test_experts_with_biases_and_a_gate_of_their_own(grouped: bool, monkeypatch:
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "qwen3_5_moe_text"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "qwen3_5_moe_text", "gpt_oss"])
 def test_experts_with_an_adapter_are_trained(name: str) -> None:
     policy = tiny_policy(name, targets=["q_proj"], target_parameters=PARAMETERS)
     theirs = by_a_loop(policy)
@@ -72,6 +75,24 @@ def test_experts_with_an_adapter_are_trained(name: str) -> None:
     assert_equal(ours, theirs)
     assert sum("experts" in key for key in ours[1]) >= 4
     assert all(gradient.any() for gradient in ours[1].values())
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "llama4_text"])
+def test_experts_that_stay_frozen_are_told_by_name(name: str) -> None:
+    block = {"granitemoehybrid": "block_sparse_moe", "llama4_text": "feed_forward"}.get(name, "mlp")
+    kinds = {f"{block}.{parameter}" for parameter in PARAMETERS}
+    frozen = coverage(_adapted(name, []), "default")
+    assert kinds <= set(frozen.frozen)
+    assert frozen.frozen_experts
+    trained = coverage(_adapted(name, PARAMETERS), "default")
+    assert not kinds & set(trained.frozen)
+    assert not trained.frozen_experts
+
+
+def _adapted(name: str, parameters: list[str]) -> Any:
+    lm = tiny_model(name)
+    targets = peft_targets(lm, LoraSection(rank=2, target_parameters=parameters))
+    return get_peft_model(lm, LoraConfig(r=2, task_type="CAUSAL_LM", **targets))
 
 
 def test_no_weight_of_frozen_experts_is_given_a_gradient_or_kept_twice(monkeypatch: pytest.MonkeyPatch) -> None:
