@@ -156,7 +156,7 @@ def test_a_model_that_returns_no_router_logits_is_refused() -> None:
 
 
 def test_an_engine_that_does_not_hear_routers_refuses() -> None:
-    with pytest.raises(ConfigError, match="set hardware.kernels to `transformers`"):
+    with pytest.raises(ConfigError, match=r"set hardware\.kernels to `transformers`"):
         PlainEngine().watching_routers()
 
 

@@ -318,8 +318,9 @@ def attend_packed(lm: Any) -> bool:
 
 
 def attend_as_own(lm: Any) -> None:
-    """Puts back what Transformers takes by itself: its SDPA, or eager attention where a model has no other."""
+    """Puts Transformers' own attention back: SDPA; eager where a model has no other, or SDPA leaves a soft cap out."""
+    capped = getattr(lm.config.get_text_config(), "attn_logit_softcapping", None)
     try:
-        lm.set_attn_implementation("sdpa")
+        lm.set_attn_implementation("eager" if capped else "sdpa")
     except ValueError:
         lm.set_attn_implementation("eager")

@@ -104,9 +104,10 @@ class RowsEngine(OwnLayersEngine):
 
 
 class OwnLogitsEngine(RowsEngine):
-    """The same under the model's own head, for heads that `scoring.head` cannot say."""
+    """The whole forward of the model with eager attention and its own head: what nothing else here can say."""
 
     name = "rows, own logits"
+    attention = "eager"
 
     def scores(self, lm: Any, batch: PackedBatch, autocast: AbstractContextManager[Any] | None) -> TokenScores:
         def scored(run: _Run) -> tuple[Tensor, ...]:

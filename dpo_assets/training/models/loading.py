@@ -179,7 +179,7 @@ def _attach(lm: Any, plan: TrainingPlan, kernels: str) -> str:
             attention.attend_as_own(lm)
             attach_engine(lm, RowsEngine(lm, plan.token_budget, compiled=compiled))
         case _:
-            attention.attend_as_own(lm)
+            lm.set_attn_implementation(OwnLogitsEngine.attention)
             attach_engine(lm, OwnLogitsEngine(lm, plan.token_budget, compiled=compiled))
     return ""
 
@@ -216,15 +216,26 @@ def attach_adapter(
         refuse_other_places(wrapped, ADAPTER_NAME, chosen)
         model = wrapped
     if dropout == 0.0:
-        # A starting adapter brings the dropout it was trained with; two scores of one pair would differ.
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
+        switch_off_dropout(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     if not 0 < trainable <= LARGEST_TRAINABLE_SHARE * total:
         raise ConfigError(f"{trainable} of {total} parameters would be trained: the adapter was not attached as one")
     return model
+
+
+def switch_off_dropout(model: torch.nn.Module) -> None:
+    """Two scores of one pair would differ by it.
+
+    A starting adapter brings the dropout it was trained with, as modules; decoder layers keep theirs as numbers too
+    (`attention_dropout`, `residual_dropout`), which they hand to functions in training mode.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if name.endswith("dropout") and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
