@@ -184,7 +184,7 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> StandIn:
 def test_flash_attention_on_unpadded_rows_computes_each_kind_as_it_is_defined(
     kind: AttentionKind, flash: StandIn
 ) -> None:
-    """What surrounds the kernel: queries in the order of the stream, windows, sinks, the sums over a prompt's copies."""
+    """What surrounds the kernel: queries in the stream's order, windows, sinks, the sums over a prompt's copies."""
     kind, leaves = with_sinks(kind, inputs())
     ours = outcome(packed_attention(*leaves[:3], kind, pack(GROUPS)), leaves)
     assert flash.calls == 2
