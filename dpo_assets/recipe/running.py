@@ -113,10 +113,11 @@ class HardwareSection(Section):
     kernels: Literal["auto", "fused", "transformers", "unsloth", "rows"] = Field(
         default="auto",
         description=(
-            "Who computes the layers. `fused`: this project's own; `transformers`: the model's own on packed batches, with "
-            "PEFT; `unsloth`: FastLanguageModel (extra `unsloth`); `rows`: the model's own forward on padded rows, which "
-            "serves every causal model. `auto`: the fastest of what is installed and computes the model, by the plan's "
-            "own prediction; on a CPU never `fused` nor `unsloth`. The plan says what was predicted of each."
+            "Who computes the layers. `fused`: this project's own; `transformers`: the model's own on packed batches, "
+            "with PEFT; `unsloth`: FastLanguageModel (extra `unsloth`); `rows`: the model's own forward on padded "
+            "rows, which serves every causal model. `auto`: the fastest of what is installed and computes the model, "
+            "by the plan's own prediction; on a CPU never `fused` nor `unsloth`. The plan says what was predicted of "
+            "each."
         ),
     )
     speedups: list[Speedup] = Field(

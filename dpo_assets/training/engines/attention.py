@@ -318,7 +318,7 @@ def attend_packed(lm: Any) -> bool:
 
 
 def attend_as_own(lm: Any) -> None:
-    """Puts Transformers' own attention back: SDPA, or eager where there is none, or SDPA would leave out a soft cap."""
+    """Puts Transformers' own attention back: SDPA; eager where a model has no other, or SDPA leaves a soft cap out."""
     capped = getattr(lm.config.get_text_config(), "attn_logit_softcapping", None)
     try:
         lm.set_attn_implementation("eager" if capped else "sdpa")

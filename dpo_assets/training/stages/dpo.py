@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from trl import DPOConfig
 
 from dpo_assets.artifact import VOLATILE, write_json
+from dpo_assets.checks.reports import Aftermath, DpoReport, Stop
 from dpo_assets.checks.tasks import read_tasks
 from dpo_assets.contract import GuardSpec, TrainSpec
 from dpo_assets.errors import ConfigError
@@ -25,6 +26,7 @@ from dpo_assets.training.guard.finite import StopOnNonFinite, check_trained
 from dpo_assets.training.guard.sampling import AdapterState, Watched, attach_scorer, first_prompts
 from dpo_assets.training.models.chat_format import RENDERING_ERRORS, load_chat_format
 from dpo_assets.training.models.loading import ADAPTER_NAME, save_adapter
+from dpo_assets.training.models.policy import Policy
 from dpo_assets.training.models.targets import coverage
 from dpo_assets.training.reporting import ProgressLines, Reporter, all_finite, write_metrics
 from dpo_assets.training.trainers.classic import ClassicDPOTrainer, classic_trainer
@@ -89,7 +91,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     keys = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
     watchers: list[TrainerCallback] = [] if guard is None else [guard]
     end_quietly(trainer, [StopOnNonFinite("finite"), *watchers, ProgressLines(reporter, "dpo", keys)])
-    measured: dict[str, Any] = {}
+    measured = Aftermath()
     with policy.computing(plan):
         trainer.train()
         trained = time.perf_counter()
@@ -103,8 +105,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
         join_adapters(out / "adapter", start.folded)
     record = guard.record(load_split(spec.dataset, "train", scratch=spec.scratch)) if guard is not None else None
     stopped = guard is not None and guard.stopped
-    measured |= {"kernels_note": policy.note, "stopped": record if stopped else None, "trigger": record}
-    write_report(trainer, spec, policy.kernels, measured)
+    write_report(trainer, spec, policy, measured, stopped=record if stopped else None, trigger=record)
     timings = {
         "seconds": time.perf_counter() - started,
         "reference_pairs_from_cache": reused,
@@ -184,7 +185,13 @@ def collapse_guard(watched: Watched, guard: GuardSpec, spec: TrainSpec, reporter
 
 
 def write_report(
-    trainer: PackedDPOTrainer | ClassicDPOTrainer, spec: TrainSpec, kernels: str, measured: dict[str, Any]
+    trainer: PackedDPOTrainer | ClassicDPOTrainer,
+    spec: TrainSpec,
+    policy: Policy,
+    measured: Aftermath,
+    *,
+    stopped: Stop | None,
+    trigger: Stop | None,
 ) -> None:
     """`metrics.jsonl`, and what the checks judge the run by."""
     plan = spec.plan
@@ -196,20 +203,25 @@ def write_report(
     expected = getattr(trainer, "expected_first_loss", None)
     if expected is None:
         expected = DpoLoss.of(plan.dpo).at_zero_margin()
-    report = {
-        "steps": trainer.state.global_step,
-        "first_loss": rows[0]["loss"],
-        "expected_first_loss": expected,
-        "first_loss_tokens": trainer.first_loss_tokens,
-        "last_loss": last["loss"],
-        "last_margin": last["rewards/margins"],
-        "last_accuracy": last["rewards/accuracies"],
-        "nll_ratio": last["logps/chosen"] / reference_logp,
-        "finite": all_finite(rows),
-        "lora_coverage": coverage(model, ADAPTER_NAME).model_dump(mode="json"),
-        "lora_planned": plan.coverage.model_dump(mode="json"),
-        "trainer": plan.dpo.trainer,
-        "kernels": kernels,
-        **measured,
-    }
-    write_json(spec.output_dir / "report.json", report)
+    DpoReport(
+        steps=trainer.state.global_step,
+        first_loss=rows[0]["loss"],
+        expected_first_loss=expected,
+        first_loss_tokens=trainer.first_loss_tokens,
+        last_loss=last["loss"],
+        last_margin=last["rewards/margins"],
+        last_accuracy=last["rewards/accuracies"],
+        nll_ratio=last["logps/chosen"] / reference_logp,
+        finite=all_finite(rows),
+        lora_coverage=coverage(model, ADAPTER_NAME),
+        lora_planned=plan.coverage,
+        trainer=plan.dpo.trainer,
+        kernels=policy.kernels,
+        kernels_note=policy.note,
+        stopped=stopped,
+        trigger=trigger,
+        held_out=measured.held_out,
+        answers=measured.answers,
+        capability=measured.capability,
+        adapter_norm=measured.adapter_norm,
+    ).write(spec.output_dir)

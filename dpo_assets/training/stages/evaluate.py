@@ -21,7 +21,8 @@ import torch
 from transformers import GenerationConfig
 
 from dpo_assets.artifact import VOLATILE, write_json
-from dpo_assets.checks.statistics import pick_the_longer, tie_aware_accuracy
+from dpo_assets.checks.reports import AnswerHealth, EvaluationReport, GreedyAnswers
+from dpo_assets.checks.statistics import Proportion, pick_the_longer, tie_aware_accuracy
 from dpo_assets.contract import EvaluateSpec, Progress
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.scoring import GENERATION_BATCH as GENERATION_BATCH
@@ -69,9 +70,12 @@ def run(spec: EvaluateSpec, reporter: Reporter) -> None:
             for (row, _), before, after in zip(asked, answers, policy_answers, strict=True)
         ],
     )
-    report = summarise(table, spec.confidence) | {"scored": spec.plan.scored, "kernels": settled.kernels}
-    report["generation"] = {"sft": generation_health(answers), "policy": generation_health(policy_answers)}
-    write_json(spec.output_dir / "report.json", report)
+    health = GreedyAnswers(
+        sft=AnswerHealth.model_validate(generation_health(answers)),
+        policy=AnswerHealth.model_validate(generation_health(policy_answers)),
+    )
+    report = summarise(table, spec.confidence, scored=spec.plan.scored, kernels=settled.kernels, generation=health)
+    report.write(spec.output_dir)
     write_json(spec.output_dir / VOLATILE, {"seconds": time.perf_counter() - started})
 
 
@@ -109,32 +113,37 @@ def _measured(
     return settled, _Measured(logps, answers)
 
 
-def summarise(table: pl.DataFrame, confidence: float) -> dict[str, Any]:
+def summarise(
+    table: pl.DataFrame, confidence: float, *, scored: str, kernels: str, generation: GreedyAnswers
+) -> EvaluationReport:
     """Scores with intervals, from the per-pair table."""
     chosen_ratio = (table["policy_chosen"] - table["sft_chosen"]) / table["chosen_tokens"]
     rejected_ratio = (table["policy_rejected"] - table["sft_rejected"]) / table["rejected_tokens"]
     margin = (table["policy_chosen"] - table["sft_chosen"]) - (table["policy_rejected"] - table["sft_rejected"])
 
-    def logp_accuracy(who: str) -> dict[str, float]:
+    def logp_accuracy(who: str) -> Proportion:
         gap = table[f"{who}_chosen"] / table["chosen_tokens"] - table[f"{who}_rejected"] / table["rejected_tokens"]
-        return tie_aware_accuracy(gap.to_list(), confidence).as_dict()
+        return tie_aware_accuracy(gap.to_list(), confidence)
 
-    return {
-        "pairs": table.height,
-        "prompts": table["prompt_id"].n_unique(),
-        "implicit_reward_accuracy": tie_aware_accuracy(margin.to_list(), confidence).as_dict(),
-        "logp_accuracy_sft": logp_accuracy("sft"),
-        "logp_accuracy_policy": logp_accuracy("policy"),
-        "pick_the_longer": pick_the_longer(
+    return EvaluationReport(
+        pairs=table.height,
+        prompts=table["prompt_id"].n_unique(),
+        implicit_reward_accuracy=tie_aware_accuracy(margin.to_list(), confidence),
+        logp_accuracy_sft=logp_accuracy("sft"),
+        logp_accuracy_policy=logp_accuracy("policy"),
+        pick_the_longer=pick_the_longer(
             table["chosen_tokens"].to_list(), table["rejected_tokens"].to_list(), confidence
-        ).as_dict(),
-        "margin_mean_nats": fmean(margin),
-        "margin_median_nats": median(margin),
-        "chosen_shift_nats_per_token": fmean(chosen_ratio),
-        "rejected_shift_nats_per_token": fmean(rejected_ratio),
-        "nll_ratio_chosen": float(table["policy_chosen"].sum() / table["sft_chosen"].sum()),
-        "confidence": confidence,
-    }
+        ),
+        margin_mean_nats=fmean(margin),
+        margin_median_nats=median(margin),
+        chosen_shift_nats_per_token=fmean(chosen_ratio),
+        rejected_shift_nats_per_token=fmean(rejected_ratio),
+        nll_ratio_chosen=float(table["policy_chosen"].sum() / table["sft_chosen"].sum()),
+        confidence=confidence,
+        scored=scored,
+        kernels=kernels,
+        generation=generation,
+    )
 
 
 def _score_table(

@@ -82,7 +82,7 @@ def run(spec: MergeSpec, reporter: Reporter) -> None:
         proven_in=f"{plan.compute} on {plan.device}",
         kernels=settled.kernels,
     )
-    write_json(spec.output_dir / "report.json", report.model_dump(mode="json"))
+    report.write(spec.output_dir)
     write_json(spec.output_dir / VOLATILE, {"seconds": time.perf_counter() - started})
     reporter.log(f"merge: adapter and merged model differ by {report.mean_difference_per_token:.2g} nats per token")
 

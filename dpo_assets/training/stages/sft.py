@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from dpo_assets.artifact import VOLATILE, write_json
+from dpo_assets.checks.reports import SftReport
 from dpo_assets.contract import TrainSpec
 from dpo_assets.training.batches.data import load_split, sft_group
 from dpo_assets.training.batches.packing import Group, PackedBatch
@@ -103,18 +104,17 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     reporter.log(f"sft: held-out loss after: {after:.4f}")
     save_adapter(model, out / "adapter")
     rows = write_metrics(trainer.state.log_history, out / "metrics.jsonl")
-    report = {
-        "steps": trainer.state.global_step,
-        "held_out_nll_before": before,
-        "held_out_nll_after": after,
-        "finite": all_finite(rows) and math.isfinite(after),
-        "kernels": policy.kernels,
-        "kernels_note": policy.note,
-        "adapted_share": covered.share,
-        "lora_coverage": covered.model_dump(mode="json"),
-        "ends_with_eos": share_ending_with(train["chosen_ids"], chat.ends),
-    }
-    write_json(out / "report.json", report)
+    SftReport(
+        steps=trainer.state.global_step,
+        held_out_nll_before=before,
+        held_out_nll_after=after,
+        finite=all_finite(rows) and math.isfinite(after),
+        kernels=policy.kernels,
+        kernels_note=policy.note,
+        adapted_share=covered.share,
+        lora_coverage=covered,
+        ends_with_eos=share_ending_with(train["chosen_ids"], chat.ends),
+    ).write(out)
     write_json(out / VOLATILE, {"seconds": time.perf_counter() - started, **spec.memory_record()})
 
 
