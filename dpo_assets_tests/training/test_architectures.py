@@ -6,6 +6,7 @@ Each model is tiny and random (`tiny_models`), and is held against its own eager
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -25,11 +27,14 @@ from dpo_assets.training.batches.packing import Group, pack
 from dpo_assets.training.engines.base import causal_lm
 from dpo_assets.training.engines.fused.decoder import FusedDecoder
 from dpo_assets.training.engines.transformers import engine_of
+from dpo_assets.training.guard.sampling import AdapterState, Watched, attach_scorer
+from dpo_assets.training.models.chat_format import load_chat_format
 from dpo_assets.training.models.loading import attach_adapter, load_base, plain_attention
 from dpo_assets.training.models.policy import load_policy
 from dpo_assets.training.scoring.logprobs import score_groups, score_tokens, sequence_logps
 from dpo_assets.training.scoring.proof import NotExactError, Settled, alike, assert_exact, settle_engine
 from dpo_assets.training.stages import dpo, evaluate, merge, sft
+from dpo_assets.training.trainers.classic import classic_trainer
 from dpo_assets_tests.training.conftest import Log, PlanMaker, SpecMaker
 from dpo_assets_tests.training.dense import row_logps, summed_logps
 from dpo_assets_tests.training.tiny_models import (
@@ -41,6 +46,7 @@ from dpo_assets_tests.training.tiny_models import (
     tiny_folder,
     tiny_model,
 )
+from dpo_assets_tests.training.trl_dense_scoring import dense_scoring
 
 # Everything else runs on Transformers' layers over the packed stream.
 OWN_FORWARD = {
@@ -404,6 +410,43 @@ def test_every_stage_runs_on_a_models_own_forward(
     policy = [value for row in scores.select("policy_chosen", "policy_rejected").rows() for value in row]
     own = own_scores(tmp_path / "merge" / "model", LONGER_ROWS, LARGER_PAIR)
     assert policy == pytest.approx(own, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "kernels"), [("bloom", "query_key_value", "rows"), ("gpt_oss", "o_proj", "transformers")]
+)
+def test_trls_own_trainer_runs_and_its_model_is_scored_beside_it(
+    name: str, target: str, kernels: str, plan_for: PlanMaker, model_folder: Path, tmp_path: Path
+) -> None:
+    """TRL scores with a kernel for GPUs, so a stand-in takes its place here; the rest is TRL's own trainer.
+
+    A mixture's balancing loss must not join the loss: the first one would not be ln 2.
+    """
+    base = whole_folder(name, tmp_path / "base", model_folder)
+    plan = plan_for(dpo={"trainer": "trl", "batch_size": 2})
+    plan = plan.model_copy(
+        update={"dpo_steps": 2, "lora": plan.lora.model_copy(update={"target_modules": [target]}), "max_length": 64}
+    )
+    message, other = ({"role": "assistant", "content": text} for text in ("Once upon a time", "No"))
+    asked = [[{"role": "user", "content": f"Hello {n}"}] for n in range(4)]
+    rows = Dataset.from_list([{"prompt": prompt, "chosen": [message], "rejected": [other]} for prompt in asked])
+    policy = load_policy(base, plan, None, seed=0, dropout=0.0, packed=False)
+    chat = load_chat_format(base)
+    with dense_scoring():
+        trainer = classic_trainer(policy.model, chat.rendering_tokenizer(), rows, plan, tmp_path / "trl")
+        before = causal_lm(policy.model).config._attn_implementation
+        attach_scorer(policy.model, plan, PAIR)
+        assert causal_lm(policy.model).config._attn_implementation == before, "TRL trains it as it was"
+        assert engine_of(policy.model).name == kernels
+        watched = Watched(policy.model, AdapterState(policy.model), chat, plan, policy.kernels)
+        trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert losses[-1] < losses[0]
+    scores, _ = watched.scores([PAIR])
+    with plain_attention(policy.model.eval(), "eager"):
+        assert scores == pytest.approx(summed_logps(policy.model, [PAIR]), abs=1e-4)
+    assert watched.reference_scores([PAIR])[0] != pytest.approx(scores, abs=1e-3)
 
 
 def test_attention_of_each_layers_own_kind_reaches_the_packed_layers() -> None:
