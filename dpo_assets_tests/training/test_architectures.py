@@ -18,7 +18,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, LlamaForCausalLM
 
 from dpo_assets.contract import EvaluateSpec, MergeSpec
 from dpo_assets.errors import ConfigError
@@ -195,6 +195,20 @@ def test_a_head_that_this_project_cannot_say_is_the_models_own(plan: TrainingPla
 def test_a_model_that_nothing_computes_as_its_own_forward_does_is_refused(plan: TrainingPlan) -> None:
     with pytest.raises(ConfigError, match=r"LooksAhead is computed by nothing here.*another architecture"):
         settle_engine(remade(LooksAhead), plan, PAIR)
+
+
+def test_an_encoder_that_is_read_as_a_causal_model_is_refused(plan: TrainingPlan) -> None:
+    """BERT attends to both sides unless its config says `is_decoder`; it agrees with itself on padded rows."""
+    small = BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    torch.manual_seed(0)
+    encoder = BertLMHeadModel(small).eval()
+    for parameter in encoder.parameters():
+        parameter.data.mul_(5)
+    with pytest.raises(ConfigError, match=r"BertLMHeadModel scores an answer's first 10 tokens .* no causal language"):
+        settle_engine(encoder, plan, PAIR)
+    decoder = BertLMHeadModel(BertConfig(**small.to_diff_dict() | {"is_decoder": True})).eval()
+    decoder.load_state_dict(encoder.state_dict())
+    assert settle_engine(decoder, plan, PAIR).kernels == "rows, own logits"
 
 
 def test_what_only_long_rows_feel_is_not_seen_on_short_ones(plan: TrainingPlan) -> None:
