@@ -124,8 +124,8 @@ def assert_causal(model: Any, group: Group) -> None:
     off = float((whole - alone).abs().sum())
     if math.isfinite(off) and off > _tolerance(lm) * len(half):
         raise NotCausalError(
-            f"{type(lm).__name__} scores an answer's first {len(half)} tokens {off:.4f} nats apart with and without what "
-            "follows: it is no causal language model, or not configured as one (`is_decoder`). Use another base."
+            f"{type(lm).__name__} scores an answer's first {len(half)} tokens {off:.4f} nats apart with and without "
+            "what follows: it is no causal language model, or not configured as one (`is_decoder`). Use another base."
         )
 
 
