@@ -198,11 +198,9 @@ def classic_arguments(plan: TrainingPlan, output_dir: Path) -> dict[str, Any]:
         "precompute_ref_log_probs": False,
         "sync_ref_model": False,
         "ld_alpha": None,
+        "router_aux_loss_coef": 0.0,  # Left out, TRL would take the base's own.
         "use_weighting": False,
         "activation_offloading": False,
-        # By default TRL adds a mixture's balancing loss, which the packed trainer does not have: a frozen router learns
-        # nothing from it, and the first loss is then not that of the pairs.
-        "router_aux_loss_coef": 0.0,
         "use_liger_kernel": False,
         "torch_compile": False,
         "label_smoothing_factor": 0.0,
