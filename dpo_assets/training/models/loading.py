@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     set_seed,
 )
+from transformers.pytorch_utils import Conv1D
 
 from dpo_assets.artifact import write_json
 from dpo_assets.errors import ConfigError
@@ -211,6 +212,7 @@ def attach_adapter(
             lora_alpha=plan.lora.alpha,
             lora_dropout=dropout,
             **peft_targets(base, plan.lora),
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
             bias="none",
             task_type="CAUSAL_LM",
         )
