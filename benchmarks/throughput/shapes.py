@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 LORA_RANK = 16
-TINY = "tiny"
+TINY, SMALL = "tiny", "small"
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ATTENTION_TARGETS = LLAMA_TARGETS[:4]
 FUSED_TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
@@ -42,11 +42,15 @@ class Shape:
 
     def tiny(self) -> Shape:
         """The same architecture in miniature, with windows shorter than its rows: does everything run on a CPU?"""
-        smaller = {key: value for key, value in _MINIATURE.items() if key in self.arguments}
-        arguments = {**self.arguments, **smaller}
+        arguments = {**self.arguments, **{key: _MINIATURE[key] for key in _MINIATURE.keys() & self.arguments.keys()}}
         if rope := arguments.get("rope_parameters"):
             arguments["rope_parameters"] = _miniature_rope(rope)
         return replace(self, gib=0.01, arguments=arguments, published_layers=None)
+
+    def small(self) -> Shape:
+        """Few and narrow layers with heads of the published size, for a GPU's kernels: does it compute the same?"""
+        sizes = {key: min(_SMALL[key], self.arguments[key]) for key in _SMALL.keys() & self.arguments.keys()}
+        return replace(self, gib=0.3, arguments={**self.arguments, **sizes}, published_layers=None)
 
 
 _MINIATURE: dict[str, Any] = {
@@ -54,6 +58,13 @@ _MINIATURE: dict[str, Any] = {
     "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 8_192, "sliding_window": 32, "query_pre_attn_scalar": 16,
     "num_local_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
     "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+}  # fmt: skip
+# At most these: what is smaller is kept.
+_SMALL: dict[str, Any] = {
+    "hidden_size": 1_024, "intermediate_size": 2_048, "num_hidden_layers": 6, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "vocab_size": 16_384, "sliding_window": 256,
+    "num_local_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 256,
+    "linear_num_key_heads": 4, "linear_num_value_heads": 8,
 }  # fmt: skip
 
 
@@ -192,6 +203,7 @@ SHAPES = {
     TINY: Shape("llama", 0.01, _llama(64, 128, 2, 4, 2, 16, 8_192, True, **_LLAMA3)),
     **_PUBLISHED,
     **{f"{TINY}-{name}": shape.tiny() for name, shape in _PUBLISHED.items()},
+    **{f"{SMALL}-{name}": shape.small() for name, shape in _PUBLISHED.items()},
 }
 
 
