@@ -133,7 +133,7 @@ def holds(row: dict[str, Any]) -> bool:
 def report(rows: list[dict[str, Any]]) -> str:
     """Markdown: cosine and norm ratio of each first gradient."""
     lines = [
-        "| family | arm | computed by | against TRL's fp32: cosine, norm | against TRL's in bf16 | lowest of one matrix | "
+        "| family | arm | computed by | against TRL's fp32: cosine, norm | against TRL's in bf16 | lowest matrix | "
         "first loss - ln 2 | |",
         "|---|---|---|---|---|---|---|---|",
     ]
