@@ -100,7 +100,8 @@ _PHI4_LONG = [
     32.66, 32.7, 32.71, 32.93, 32.97, 33.28, 33.49, 33.5, 44.16, 47.77,
 ]  # fmt: skip
 
-# Sizes of the published config.json files. Two mixtures of experts have fewer layers, so that every arm fits one card.
+# Sizes of the published config.json files. Two mixtures of experts have fewer layers, so that both arms of both fit one
+# card together.
 _PUBLISHED = {
     "1b": Shape("llama", 2.3, _llama(2_048, 8_192, 16, 32, 8, 64, 128_256, True, **_LLAMA3)),
     "8b": Shape("llama", 15.0, _llama(4_096, 14_336, 32, 32, 8, 128, 128_256, False, **_LLAMA3)),
@@ -176,9 +177,9 @@ _PUBLISHED = {
         DELTA_NET_TARGETS,
     ),
     "gpt-oss-20b": Shape(
-        "gpt_oss", 20.6,
+        "gpt_oss", 14.4,
         _llama(
-            2_880, 2_880, 12, 64, 8, 64, 201_088, False,
+            2_880, 2_880, 8, 64, 8, 64, 201_088, False,
             max_position_embeddings=131_072, rms_norm_eps=1e-5, sliding_window=128,
             num_local_experts=32, num_experts_per_tok=4,
             rope_parameters={
@@ -189,9 +190,9 @@ _PUBLISHED = {
         ATTENTION_TARGETS, published_layers=24,
     ),
     "qwen3-30b-a3b": Shape(
-        "qwen3_moe", 19.8,
+        "qwen3_moe", 15.1,
         _llama(
-            2_048, 6_144, 16, 32, 4, 128, 151_936, False,
+            2_048, 6_144, 12, 32, 4, 128, 151_936, False,
             max_position_embeddings=40_960, rms_norm_eps=1e-6, num_local_experts=128, num_experts_per_tok=8,
             moe_intermediate_size=768, norm_topk_prob=True,
             rope_parameters={"rope_type": "default", "rope_theta": 1e6},
