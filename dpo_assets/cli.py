@@ -136,6 +136,7 @@ def _plan(args: argparse.Namespace) -> int:
     from dpo_assets.checks.verdict import with_severity
     from dpo_assets.planning.cards import device_of
     from dpo_assets.planning.describe import plan_json, plan_rows, supposed_pairs
+    from dpo_assets.planning.offers import installed_here
     from dpo_assets.planning.plan import make_plan
     from dpo_assets.planning.sizes import find_model
     from dpo_assets.report.verdicts import verdict_json, verdict_rows
@@ -145,7 +146,7 @@ def _plan(args: argparse.Namespace) -> int:
     bands = default_bands().with_overrides(recipe.checks.bands)
     size = find_model(args.model)
     gpu, device = device_of(args.gpu)
-    plan = make_plan(recipe, size.shape, supposed_pairs(recipe.feedback.max_length), device)
+    plan = make_plan(recipe, size.shape, supposed_pairs(recipe.feedback.max_length), device, installed_here())
     verdicts = [
         with_severity(verdict, severity_of(verdict.check, recipe.checks.severity))
         for verdict in plan_verdicts(plan, bands, pairs_known=False)

@@ -6,7 +6,9 @@ of a description and names what it cannot; no engine asks for the name of a fami
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from typing import Literal
 
@@ -219,6 +221,12 @@ class Decoder:
     tied: bool = False
     beyond: str = ""
     row_by_row: str = ""
+
+    @cached_property
+    def kinds(self) -> tuple[tuple[Layer, int], ...]:
+        """The distinct layers and how many there are of each, in the order of the first of each. Kept: a memory
+        estimate asks for every size of a forward."""
+        return tuple(Counter(self.layers).items())
 
     @property
     def mixers(self) -> tuple[Attention | Recurrent, ...]:
