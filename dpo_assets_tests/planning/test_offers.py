@@ -96,7 +96,7 @@ def test_the_precision_is_the_best_that_any_engine_fits_with() -> None:
 
 def test_an_engine_that_does_not_fit_is_not_taken_however_fast() -> None:
     long = data(longest_pair=6_000, mean_pair=5_000.0, max_length=4_096)
-    small = Device("cuda", "H100", 18.2, (9, 0))
+    small = Device("cuda", "H100", 18.8, (9, 0))
     asked = recipe(hardware={"precision": "bf16"}, dpo={"batch_size": 1_024})
     plan = make_plan(asked, EIGHT_B, long, small, WITH_UNSLOTH)
     assert (plan.kernels, plan.fits) == ("unsloth", True)
