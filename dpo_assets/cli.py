@@ -1,4 +1,4 @@
-"""`dpo-assets`: the demo, the plan for any card, and the recipe with all its defaults."""
+"""`dpo-assets`: the demo, the plan for any card, the models that are known, and the recipe with all its defaults."""
 
 from __future__ import annotations
 
@@ -43,10 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--chat", action="store_true", help="with SmolLM2-135M-Instruct, a real assistant (make demo-chat)"
     )
     _plan_arguments(commands.add_parser("plan", help="what a run would do on a card, and what the checks say of it"))
+    models = commands.add_parser("models", help="which models there are engines for, and why not")
+    models.add_argument("--markdown", action="store_true", help="print docs/models.md")
     commands.add_parser("recipe", help="print every field of a recipe with its default and meaning, as YAML")
     args = parser.parse_args(argv)
     try:
-        return {"demo": _demo, "plan": _plan, "recipe": _recipe}[args.command](args)
+        return {"demo": _demo, "plan": _plan, "models": _models, "recipe": _recipe}[args.command](args)
     except DpoAssetsError as error:
         print(error, file=sys.stderr)
         return 1
@@ -165,6 +167,23 @@ def _plan(args: argparse.Namespace) -> int:
                 grid.add_row(label, Text(sentence))
             console.print(grid)
     return 1 if not plan.fits or any(verdict.level == "error" for verdict in verdicts) else 0
+
+
+def _models(args: argparse.Namespace) -> int:
+    from rich.table import Table
+
+    from dpo_assets.planning.support import ENGINES, markdown, supported
+
+    if args.markdown:
+        sys.stdout.write(markdown())
+        return 0
+    grid = Table("model type", "models", *ENGINES, "why not")
+    for row in supported():
+        grid.add_row(row.family, row.models, *row.engines.values(), "; ".join(row.reasons))
+    console = _console()
+    console.print(grid)
+    console.print("`rows`, the model's own forward, computes these and every other causal language model.")
+    return 0
 
 
 def _planned_recipe(args: argparse.Namespace) -> dict[str, Any]:

@@ -37,6 +37,18 @@ def kept_bytes(
     return _autograd(layer, decoder, kernels, lora, width, trainer) + casts
 
 
+def recomputed_bytes(layer: Layer, decoder: Decoder, kernels: Kernels, width: int) -> float:
+    """Bytes a token that one layer keeps where it is recomputed: its input.
+
+    Fused layers keep what a norm behind the MLP saw besides, which spares them the last product. Unsloth moves a
+    layer's input to the CPU's memory.
+    """
+    if kernels == "unsloth":
+        return 0.0
+    behind = kernels == "fused" and isinstance(layer.mlp, Mlp) and bool(layer.norms.after_mlp)
+    return float(width * decoder.hidden * (1 + behind))
+
+
 def working_bytes(
     layer: Layer, decoder: Decoder, kernels: Kernels, lora: LoraSection, width: int, trainer: Trainer = "packed"
 ) -> float:

@@ -12,9 +12,10 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Literal
 
-from dpo_assets.planning.activations import kept_bytes, mlp_width, working_bytes
+from dpo_assets.planning.activations import kept_bytes, mlp_width, recomputed_bytes, working_bytes
 from dpo_assets.planning.cards import Card, find_card
 from dpo_assets.planning.decoder import Decoder, Experts, Layer
 from dpo_assets.planning.precision import QUANTISED, Precision
@@ -188,12 +189,9 @@ class Training:
     def saved(self) -> tuple[float, ...]:
         """Bytes a token that all layers together keep where the lowest 0, 1, ... layers are recomputed."""
         kept = [self._of_layer[0][layer] for layer in self.decoder.layers]
-        # Of a recomputed layer its input stays. Unsloth moves those to the CPU's memory.
-        entry = 0.0 if self.kernels == "unsloth" else float(self.width * self.decoder.hidden)
-        upper = [0.0]
-        for size in reversed(kept):
-            upper.append(upper[-1] + size)
-        return tuple(above + number * entry for number, above in enumerate(reversed(upper)))
+        again = [recomputed_bytes(layer, self.decoder, self.kernels, self.width) for layer in self.decoder.layers]
+        lower, upper = accumulate(again, initial=0.0), list(accumulate(reversed(kept), initial=0.0))
+        return tuple(below + above for below, above in zip(lower, reversed(upper), strict=True))
 
     @cached_property
     def _of_layer(self) -> tuple[dict[Layer, float], float, float]:

@@ -41,6 +41,11 @@ def installed_here() -> frozenset[Kernels]:
     return BUILT_IN | ({"unsloth"} if has_unsloth else set())
 
 
+def balances_routers(recipe: Recipe) -> bool:
+    """Whether a stage that trains adds the routers' balancing loss."""
+    return recipe.dpo.router_balance > 0 or (recipe.sft.router_balance > 0 and recipe.sft.strategy == "train")
+
+
 @dataclass(frozen=True, eq=False)
 class Offers:
     """The engines' offers for a recipe, with its adapter's targets resolved."""
@@ -89,6 +94,8 @@ class Offers:
             precision: None: at any.
         """
         recipe = self.recipe
+        if kernels != "transformers" and balances_routers(recipe):
+            return "it does not tell what routers say, which router_balance needs"
         if recipe.dpo.trainer == "trl":
             if kernels in ("fused", "rows"):
                 return "dpo.trainer `trl` calls the model in its own way"

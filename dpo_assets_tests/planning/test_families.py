@@ -46,6 +46,26 @@ GRANITE_4: dict[str, Any] = MAMBA | {
 # Settings that the tiny models of every architecture leave at their usual: what, of which type, set how.
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("gemma", {"head_dim": 8}),
+    "ministral": (
+        "ministral", {"head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    ),
+    "glm": ("glm", {"head_dim": 8}),
+    "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "granitemoe": (
+        "granitemoe",
+        {
+            "num_local_experts": 4, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
+            "attention_multiplier": 0.2, "logits_scaling": 3.0,
+        },
+    ),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16, "use_sliding_window": True, "sliding_window": 8,
+            "decoder_sparse_step": 2,
+        },
+    ),
     "llama, GELU and biases": ("llama", {"hidden_act": "gelu", "attention_bias": True, "mlp_bias": True}),
     "llama, its own width of heads": ("llama", {"head_dim": 16}),
     "qwen2, windows in the upper layers": (
@@ -259,6 +279,10 @@ def test_sizes_windows_and_experts_of_what_is_beyond_words_are_the_model_s(name:
     decoder = described(whole(model.config))
     layers = next(m for n, m in model.named_modules() if n.endswith("layers") and len(m) == len(decoder.layers))
     for module, layer, mixer in zip(layers, decoder.layers, decoder.attentions, strict=True):
+        if name not in ("deepseek_v3", "gemma4_text"):
+            real = {n: tuple(m.weight.shape) for n, m in module.named_modules() if isinstance(m, nn.Linear)}
+            real.pop("feed_forward.router", None)
+            assert {n: (rows, columns) for n, rows, columns in layer.linears(decoder.hidden)} == real
         assert module.self_attn.o_proj.in_features == mixer.query_width
         assert module.self_attn.scaling == pytest.approx(mixer.scale)
         assert getattr(module.self_attn, "sliding_window", None) == mixer.window
@@ -278,6 +302,7 @@ def test_sizes_windows_and_experts_of_what_is_beyond_words_are_the_model_s(name:
         ({"model_type": "llama", "hidden_act": "relu"}, "the activation relu"),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "attention to what follows"),
         ({"model_type": "granitemoehybrid", "num_local_experts": 4}, "an MLP beside the experts"),
+        ({"model_type": "olmoe", "clip_qkv": 8.0}, "clipped queries, keys and values"),
         ({"model_type": "gemma4_text", "enable_moe_block": True}, "experts beside the MLP"),
         ({"model_type": "gemma4_text", "attention_k_eq_v": True}, "keys as values"),
     ],
@@ -339,7 +364,9 @@ mlps = st.builds(
     st.booleans(),
 )  # fmt: skip
 experts = st.builds(Experts, sizes, sizes, sizes, sizes, names, st.just("clamped_silu"), names, names)
-layers = st.builds(Layer, attentions | recurrents, mlps | experts, st.builds(Norms, names, names, names, names))
+layers = st.builds(
+    Layer, attentions | recurrents, mlps | experts, st.builds(Norms, names, names, names, names), st.none() | recurrents
+)
 decoders = st.builds(
     Decoder, names, sizes, sizes, st.lists(layers, max_size=3).map(tuple), finite, finite, finite, finite, names,
     finite, st.none() | finite, st.booleans(), names, names,
