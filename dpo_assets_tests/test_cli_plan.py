@@ -73,7 +73,7 @@ def test_every_engine_is_shown_beside_the_one_that_is_taken(
     for installed, said in ((offers.BUILT_IN, "not installed"), (offers.BUILT_IN | {"unsloth"}, "hardware.kernels")):
         monkeypatch.setattr(offers, "installed_here", lambda found=installed: found)
         engines = plan_json(capsys, *arguments)["engines"]
-        assert [engine["name"] for engine in engines][0] == "transformers"
+        assert engines[0]["name"] == "transformers"
         assert {engine["name"] for engine in engines} == {"fused", "transformers", "unsloth", "rows"}
         assert all(engine["pairs_per_s"] > 1 and engine["peak_gib"] > 10 for engine in engines)
         assert said in next(engine["why_not"] for engine in engines if engine["name"] == "unsloth")
