@@ -256,7 +256,7 @@ def test_layers_that_no_setting_adapts_are_told_as_such() -> None:
     verdict = lora_coverage(some, 4, BANDS)
     assert verdict.level == "warn"
     assert "lora.target_modules" not in verdict.fix
-    assert "PEFT takes mlp.shared_experts.up_proj for experts" in verdict.fix
+    assert "PEFT cannot put an adapter on mlp.shared_experts.up_proj" in verdict.fix
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.cards import CARDS
 from dpo_assets.planning.families import describe
+from dpo_assets.planning.matrices import Matrices
+from dpo_assets.planning.offers import EngineOffer
 from dpo_assets.planning.plan import TrainingPlan, steps_of
 from dpo_assets.planning.precision import Device
 from dpo_assets.planning.shape import ModelShape
@@ -154,7 +156,7 @@ def test_rows_that_change_the_rotary_tables_of_others_are_not_packed() -> None:
 
 def test_unsloth_has_fp8_only_from_hopper_on() -> None:
     assert planned(EIGHT_B, H200, hardware={"kernels": "unsloth", "precision": "fp8"}).precision == "fp8"
-    with pytest.raises(ConfigError, match=r"`unsloth` has fp8 from capability 9\.0 on"):
+    with pytest.raises(ConfigError, match=r"`unsloth` cannot train in fp8: it has fp8 from capability 9\.0 on"):
         planned(EIGHT_B, L4, hardware={"kernels": "unsloth", "precision": "fp8"})
 
 
@@ -279,6 +281,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "kernels": {"kernels": "fused"},
     "the card's 16 bit, unused": {"half": "fp16"},
     "checkpointing": {"gradient_checkpointing": True, "recomputed_layers": 3},
+    "predictions": {"engines": (EngineOffer(name="rows", pairs_per_s=3.0, peak_gib=4.0, why_not="slower"),)},
     "estimate": {"memory_gib": 1.0, "memory_available_gib": 1.0, "memory_parts": {"weights": 1.0}},
     "budget": {"token_budget": 99, "longest_pair": 98},
     "fit": {"fits": False, "would_fit": ["use a larger card"]},
@@ -296,6 +299,7 @@ CHANGED: dict[str, dict[str, Any]] = {
         ("the card's 16 bit, unused", False, False),
         ("checkpointing", False, False),
         ("estimate", False, False),
+        ("predictions", False, False),
         ("budget", False, False),
         ("fit", False, False),
     ],
@@ -310,3 +314,32 @@ def test_what_a_quantised_base_computes_in_is_part_of_what_is_trained() -> None:
     before, after = (plan(precision="4bit", half=half) for half in ("bf16", "fp16"))
     assert before.sft_part() != after.sft_part()
     assert before.dpo_part() != after.dpo_part()
+
+
+MIXTURE = EIGHT_B.model_copy(
+    update={
+        "fusable": False,
+        "matrices": (
+            Matrices.of("self_attn.q_proj", "linear", [(64, 64)] * 2),
+            Matrices.of("mlp.experts.down_proj", "experts", [(64, 64)] * 8),
+        ),
+    }
+)
+
+
+@pytest.mark.parametrize("section", ["sft", "dpo"])
+def test_routers_are_balanced_on_the_kernels_that_hear_them(section: str) -> None:
+    balanced = {section: {"router_balance": 0.01}}
+    assert planned(MIXTURE, H200, **balanced).kernels == "transformers"
+    for kernels in ("unsloth", "rows"):
+        with pytest.raises(
+            ConfigError, match=f"`{kernels}` do not tell what routers say.*use `transformers` or `auto`"
+        ):
+            planned(MIXTURE, H200, hardware={"kernels": kernels}, **balanced)
+
+
+def test_routers_of_a_dense_model_cannot_be_balanced() -> None:
+    with pytest.raises(ConfigError, match=r"has no experts; set sft\.router_balance and dpo\.router_balance to 0"):
+        planned(EIGHT_B, H200, dpo={"router_balance": 0.01})
+    adopted = {"sft": {"router_balance": 0.01, "strategy": "adopt"}}  # No SFT, so nothing is asked for.
+    assert planned(EIGHT_B, H200, **adopted).kernels == "fused"

@@ -27,7 +27,9 @@ from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.weights import listed
 from dpo_assets.training.engines import attention
 from dpo_assets.training.engines.base import attach_engine, causal_lm
+from dpo_assets.training.engines.experts import serve_experts
 from dpo_assets.training.engines.fused.decoder import attach_fused
+from dpo_assets.training.engines.recompute import recompute_lowest
 from dpo_assets.training.engines.rows import OwnLogitsEngine, RowsEngine, why_not_rows
 from dpo_assets.training.engines.transformers import TransformersEngine, why_not_packed
 from dpo_assets.training.models.fp8 import quantise_layers
@@ -108,6 +110,7 @@ def load_base(folder: Path, plan: TrainingPlan, *, packed: bool = True) -> PreTr
     """
     dtype, extra = compute_dtype(plan), _quantisation(plan)
     model, _ = load_causal_lm(folder, dtype=dtype, **extra)
+    serve_experts(model)
     if packed:
         why_not_packed(model)
     if plan.precision == "fp8":
@@ -159,6 +162,8 @@ def choose_kernels(model: Any, plan: TrainingPlan, first: str | None = None) -> 
         if not (reason := _attach(causal_lm(model), plan, kernels)):
             break
         reasons.append(reason)
+    if kernels != "fused":  # Which recomputes by itself.
+        recompute_lowest(model, plan.recomputed_layers)
     return kernels, "; ".join(reasons)
 
 

@@ -25,6 +25,7 @@ from trl.trainer.utils import use_adapter
 
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.planning.work import CLASSIC_MICRO_BATCH
 from dpo_assets.recipe import DpoSection
 from dpo_assets.training.engines.unsloth.loading import check_adapter_only
 from dpo_assets.training.guard.finite import check_first_loss
@@ -33,7 +34,6 @@ from dpo_assets.training.trainers.losses import DpoLoss
 from dpo_assets.training.trainers.packed import trainer_arguments
 from dpo_assets.training.trainers.schedule import MovingSchedule
 
-CLASSIC_MICRO_BATCH = 2
 COLUMNS = ("prompt", "chosen", "rejected")
 NOT_MODEL_INPUTS = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps"})
 
@@ -84,10 +84,16 @@ class ClassicDPOTrainer(MovingSchedule, trl.DPOTrainer):
     ) -> Any:
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.state.global_step == 0 and self.model.training:
-            self._first_losses.append((result[0] if return_outputs else result).detach())
+            self._first_losses.append((result[0] if return_outputs else result).detach() - self._balance())
             mask = inputs["completion_mask"]
             self._first_answers.append((mask.sum(), len(mask) // 2))
         return result
+
+    def _balance(self) -> float:
+        """What the routers' balancing loss added to the last loss; nothing is known beforehand of it."""
+        if not getattr(self, "aux_loss_enabled", False):
+            return 0.0
+        return float(self.router_aux_loss_coef * self._metrics["train"]["aux_loss"][-1])
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         if self._same_forward:
@@ -198,7 +204,7 @@ def classic_arguments(plan: TrainingPlan, output_dir: Path) -> dict[str, Any]:
         "precompute_ref_log_probs": False,
         "sync_ref_model": False,
         "ld_alpha": None,
-        "router_aux_loss_coef": 0.0,  # Left out, TRL would take the base's own.
+        "router_aux_loss_coef": plan.dpo.router_balance,  # Left out, TRL would take the base's own.
         "use_weighting": False,
         "activation_offloading": False,
         "use_liger_kernel": False,
