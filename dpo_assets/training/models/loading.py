@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     set_seed,
 )
+from transformers.pytorch_utils import Conv1D
 
 from dpo_assets.artifact import write_json
 from dpo_assets.errors import ConfigError
@@ -28,6 +29,7 @@ from dpo_assets.training.engines import attention
 from dpo_assets.training.engines.base import attach_engine, causal_lm
 from dpo_assets.training.engines.experts import serve_experts
 from dpo_assets.training.engines.fused.decoder import attach_fused
+from dpo_assets.training.engines.recompute import recompute_lowest
 from dpo_assets.training.engines.rows import OwnLogitsEngine, RowsEngine, why_not_rows
 from dpo_assets.training.engines.transformers import TransformersEngine, why_not_packed
 from dpo_assets.training.models.fp8 import quantise_layers
@@ -160,6 +162,8 @@ def choose_kernels(model: Any, plan: TrainingPlan, first: str | None = None) -> 
         if not (reason := _attach(causal_lm(model), plan, kernels)):
             break
         reasons.append(reason)
+    if kernels != "fused":  # Which recomputes by itself.
+        recompute_lowest(model, plan.recomputed_layers)
     return kernels, "; ".join(reasons)
 
 
@@ -208,6 +212,7 @@ def attach_adapter(
             lora_alpha=plan.lora.alpha,
             lora_dropout=dropout,
             **peft_targets(base, plan.lora),
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
             bias="none",
             task_type="CAUSAL_LM",
         )
