@@ -56,11 +56,6 @@ OWN_FORWARD = {
     "mamba": "no attention, and no positions to pack by",
     "llama4_text": "attention within chunks, which its layers leave to their mask",
     "nemotron": "its layers do not hand the batch on to their attention",
-    "qwen3_next": "states along the row",
-    "qwen3_5_text": "states along the row",
-    "qwen3_5_moe_text": "states along the row",
-    "lfm2": "states along the row",
-    "falcon_h1": "states along the row",
 }
 
 
