@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.shape import ModelShape
+from dpo_assets.planning.text_part import TextPart, text_config
 from dpo_assets.planning.vocabulary import content, refuse_tokens_without_embedding
 from dpo_assets.planning.weights import FLOATS, Stored, Weights, listed, read_weights, unused_files
 
@@ -89,13 +90,14 @@ def inspect_model(folder: Path) -> ModelFolder:
 
 
 def _shape(folder: Path, config: Mapping[str, Any], weights: Weights) -> ModelShape:
-    text = config.get("text_config") or config
+    """The shape of the language model: what else a checkpoint holds is neither loaded nor trained."""
     architecture = ", ".join(config.get("architectures") or ["unknown"])
     try:
+        part = TextPart.of(config, weights.tensors)
+        text, weights = text_config(config), weights.only(frozenset(part.names.values()))
         heads, kv_heads, head_dim = _attention(text, weights)
-        tied = _tied(text, config, weights)
         # A tied head that is stored as well is the embedding once more.
-        twice = weights.tensors.get(HEAD) if tied else None
+        twice = weights.tensors.get(part.names.get(HEAD, "")) if part.tied else None
         return ModelShape(
             parameters=weights.parameters - (math.prod(twice.shape) if twice else 0),
             layers=text["num_hidden_layers"],
@@ -106,9 +108,9 @@ def _shape(folder: Path, config: Mapping[str, Any], weights: Weights) -> ModelSh
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
-            tied=tied,
+            tied=part.tied,
             architecture=architecture,
-            model_type=config.get("model_type") or "",
+            model_type=text.get("model_type") or config.get("model_type") or "",
             stored=weights.format,
             fusable=bool(text.get("num_attention_heads")) and _fusable(architecture, text),
             sliding_window=text.get("sliding_window") if text.get("use_sliding_window", True) else None,
@@ -138,14 +140,6 @@ def _attention(text: Mapping[str, Any], weights: Weights) -> tuple[int, int, int
     # Without a norm of its own width, keys of one head: their width is what counts.
     width = text.get("head_dim") or norm or keys
     return (queries // width, keys // width, width) if width else (0, 0, 0)
-
-
-def _tied(text: Mapping[str, Any], config: Mapping[str, Any], weights: Weights) -> bool:
-    """Whether the head is the embedding. Where the config leaves it to its class (Gemma), the files tell."""
-    stated = text.get("tie_word_embeddings", config.get("tie_word_embeddings"))
-    if stated is not None:
-        return bool(stated)
-    return bool(weights.files) and not any(name.endswith(HEAD) for name in weights.tensors)
 
 
 def _refuse_quantised(folder: Path, config: Mapping[str, Any]) -> None:

@@ -276,7 +276,7 @@ def test_what_a_short_config_leaves_to_its_class_is_read_from_the_files(tmp_path
     save_tensors(folder / "model.safetensors", table | layer)
     shape = inspect_model(folder).shape
     assert (shape.vocabulary, shape.heads, shape.kv_heads, shape.head_dim) == (20, 4, 2, 16)
-    assert (shape.model_type, shape.fusable) == ("gemma3", False)
+    assert (shape.model_type, shape.fusable) == ("gemma3_text", False)
     save_tensors(folder / "model.safetensors", table)
     unknown = inspect_model(folder).shape
     assert unknown.heads == 0
