@@ -30,6 +30,9 @@ TOKENIZER_FILES = (
     "tokenizer.json", TOKENIZER_CONFIG, TEMPLATE, "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
+# Files by which a model of more than text reads images, video and sound.
+LEGACY_TEMPLATE = "chat_template.json"  # A processor's, of Transformers before 4.50.
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", LEGACY_TEMPLATE)
 ADAPTER = "adapter_config.json"
 # Architectures whose decoder layers the fused kernels compute.
 FUSED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")

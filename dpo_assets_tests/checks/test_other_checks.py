@@ -60,7 +60,8 @@ DPO: Report = {
     "lora_coverage": coverage().model_dump(),
     "lora_planned": coverage().model_dump(),
 }
-MERGE: Report = {"finite": True, "probe_pairs": 32, "mean_difference_per_token": 0.005}
+CARRIED = {"tensors": 40, "adapted": 14, "beside": 9}
+MERGE: Report = {"finite": True, "probe_pairs": 32, "mean_difference_per_token": 0.005, "carried": CARRIED}
 
 
 def adapter_verdicts(report: Report) -> list[Verdict]:
@@ -306,6 +307,11 @@ def test_a_dpo_run_is_held_against_its_report(check: str, changes: Report, level
         ("all_finite", {}, "pass"),
         ("all_finite", {"finite": False}, "error"),
         ("all_finite", {"finite": False, "not_finite": ["model.norm.weight"], "parameters": 10}, "error"),
+        ("tensors_kept", {}, "pass"),
+        ("tensors_kept", {"carried": None}, "warn"),
+        ("tensors_kept", {"carried": CARRIED | {"lost": ["model.visual.patch.weight"]}}, "error"),
+        ("tensors_kept", {"carried": CARRIED | {"altered": ["model.visual.patch.weight"]}}, "error"),
+        ("tensors_kept", {"carried": CARRIED | {"added": ["model.patch.weight"]}}, "error"),
     ],
 )
 def test_a_merge_is_held_against_its_report(check: str, changes: Report, level: str) -> None:
@@ -528,7 +534,7 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
         "sft_checkpoint": sft_verdicts(bad_sft if fail else SFT, BANDS),
         "dpo_adapter": adapter_verdicts(bad_dpo if fail else DPO | aftermath_report()),
         "merged_model": merge_verdicts(
-            MERGE | ({"finite": False, "mean_difference_per_token": 1.0} if fail else {}), BANDS
+            MERGE | ({"finite": False, "mean_difference_per_token": 1.0, "carried": None} if fail else {}), BANDS
         ),
         "eval_scores": evaluation_verdicts(
             bad_scores if fail else evaluation_report(), recipe(), BANDS, seen=1 if fail else 0

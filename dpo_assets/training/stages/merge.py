@@ -17,6 +17,7 @@ from dpo_assets.artifact import VOLATILE, write_json
 from dpo_assets.checks.reports import MergeReport
 from dpo_assets.contract import MergeSpec, Progress
 from dpo_assets.errors import ConfigError, GateError
+from dpo_assets.planning.model_folder import PROCESSOR_FILES
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.text_part import read_text_part
 from dpo_assets.planning.weights import listed
@@ -164,9 +165,12 @@ def _scores_by_merged(folder: Path, plan: TrainingPlan, groups: list[Group]) -> 
 
 
 def _write_tokenizer(spec: MergeSpec, folder: Path) -> None:
-    """The base's own tokenizer, and generation defaults that stop where the policy was taught to stop."""
+    """The base's own tokenizer and processor, and generation defaults that stop where the policy was taught to stop."""
     base = spec.base_model
     write_tokenizer(base, folder)
+    for name in PROCESSOR_FILES:
+        if (base / name).is_file():
+            (folder / name).write_bytes((base / name).read_bytes())
     chat = load_chat_format(base, spec.template)
     values = _object(folder / GENERATION) or _object(base / GENERATION)
     if not values:
