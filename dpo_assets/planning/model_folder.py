@@ -32,7 +32,12 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 # Files by which a model of more than text reads images, video and sound.
 LEGACY_TEMPLATE = "chat_template.json"  # A processor's, of Transformers before 4.50.
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", LEGACY_TEMPLATE)
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    LEGACY_TEMPLATE,
+)
 ADAPTER = "adapter_config.json"
 # Architectures whose decoder layers the fused kernels compute.
 FUSED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")

@@ -72,6 +72,14 @@ def _gemma4() -> Any:
     return transformers.Gemma4Config(text_config=text, vision_config=tower, audio_config=None, **GEMMA4_TOKENS)
 
 
+def _internvl() -> Any:
+    experts = EXPERTS | {"model_type": "qwen3_moe", "tie_word_embeddings": False, "sliding_window": None}
+    tower = TOWER | {"image_size": [28, 28], "patch_size": [14, 14]}
+    return transformers.InternVLConfig(
+        text_config=TEXT | experts, vision_config=tower, image_token_id=500, tie_word_embeddings=False
+    )
+
+
 @dataclass(frozen=True)
 class Kind:
     """A checkpoint of more than text.
@@ -132,6 +140,7 @@ KINDS: dict[str, Kind] = {
         extra=("mtp.layers.0.self_attn.q_proj.weight",),
         shards=True,
     ),
+    "internvl of qwen3_moe": Kind("InternVLForConditionalGeneration", _internvl, "language_model.model.", causal=False),
     "llama4": Kind("Llama4ForConditionalGeneration", _llama4, "language_model.model."),
 }
 

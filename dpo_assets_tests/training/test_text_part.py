@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,11 @@ from dpo_assets.contract import VERIFIED, MergeSpec, VerifiedBase, VerifySpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.matrices import read_matrices
 from dpo_assets.planning.model_folder import PROCESSOR_FILES, inspect_model
-from dpo_assets.planning.text_part import TextPart, read_text_part
+from dpo_assets.planning.text_part import read_text_part
 from dpo_assets.publishing.commit import stage
-from dpo_assets.training.models.carrying import compared
+from dpo_assets.training.models.carrying import compared, put_back
 from dpo_assets.training.models.loading import load_causal_lm
-from dpo_assets.training.models.merging import plan_merge, stream_merge
+from dpo_assets.training.models.merging import NotStreamable, plan_merge, stream_merge
 from dpo_assets.training.models.targets import places_of
 from dpo_assets.training.stages import merge, verify
 from dpo_assets_tests.training.bases import copy_of, retensor, rewrite
@@ -94,14 +95,17 @@ def test_only_the_text_part_is_planned_for(name: str, saved: Saved) -> None:
     """A tower's linear layers are no targets, and its bytes are not in memory."""
     folder = saved(name)
     model, shape = text_of(folder), inspect_model(folder).shape
-    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    values = {id(tensor): tensor.numel() for tensor in model.state_dict(keep_vars=True).values()}
+    assert shape.parameters == sum(values.values())
     assert shape.model_type == model.config.model_type
     assert shape.tied == (model.lm_head.weight is model.get_input_embeddings().weight)
-    planned = {kind.name: kind.weights for kind in read_matrices(folder, shape.layers)}
-    loaded: dict[str, int] = {}
+    # Experts may be stored one by one, and joined as they are loaded.
+    planned, loaded = Counter[str](), Counter[str]()
+    for kind in read_matrices(folder, shape.layers):
+        planned[kind.name if kind.role == "linear" else kind.role] += kind.weights
     for place in places_of(model):
-        loaded[place.kind.name] = loaded.get(place.kind.name, 0) + place.kind.weights
-    assert planned == loaded
+        loaded[place.kind.name if place.kind.role == "linear" else place.kind.role] += place.kind.weights
+    assert dict(planned - Counter(router=planned["router"])) == dict(loaded - Counter(router=loaded["router"]))
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -144,3 +148,151 @@ def run_merge(plan_for: PlanMaker, dataset: Path, tmp_path: Path) -> Callable[..
         return out / "model", json.loads((out / "report.json").read_text())
 
     return run
+
+
+def test_a_release_of_more_than_text_is_what_its_base_was(saved: Saved, tmp_path: Path, run_merge: Any) -> None:
+    """Through the stages: its class, its processor byte for byte, every tensor; and it loads as text once more."""
+    name = "mistral3, tied, of mistral"
+    folder, kind = saved(name), KINDS[name]
+    model, report = run_merge(folder, adapter_on(folder, tmp_path / "adapter"))
+    assert report["method"] == "streamed"
+    assert report["max_difference_per_token"] < 1e-4
+    assert (report["carried"]["beside"], report["carried"]["adapted"]) == (len(read_text_part(folder).beside), 6)
+    assert [v.level for v in merge_verdicts(report, default_bands())] == ["pass"] * 3
+    config, released = (json.loads((f / "config.json").read_text()) for f in (folder, model))
+    assert released == config
+    (tmp_path / "staged").mkdir()
+    stage(model, tmp_path / "staged", "# Card\n", {})
+    for name in PROCESSOR_FILES[:3]:
+        assert (tmp_path / "staged" / name).read_bytes() == (folder / name).read_bytes()
+    torch.testing.assert_close(logits(text_of(tmp_path / "staged")), logits(whole(kind, tmp_path / "staged")))
+
+
+EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("llama4", EXPERTS), ("qwen3_5_moe", EXPERTS), ("mistral3", {"use_dora": True}), ("gemma4", {"bias": "all"})],
+    ids=["experts stored as one", "experts stored one by one", "dora", "bias"],
+)
+def test_what_peft_merges_keeps_the_rest_of_the_checkpoint_too(
+    name: str, settings: dict[str, Any], saved: Saved, tmp_path: Path
+) -> None:
+    folder, kind = saved(name), KINDS[name]
+    adapter, out = adapter_on(folder, tmp_path / "adapter", **settings), tmp_path / "out"
+    with pytest.raises(NotStreamable):
+        plan_merge(folder, adapter)
+    _, unused = load_causal_lm(folder, device_map={"": "meta"})
+    policy = PeftModel.from_pretrained(text_of(folder), str(adapter))
+    by_adapter = logits(policy)
+    policy.merge_and_unload().save_pretrained(tmp_path / "peft")
+    shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.safetensors*"))
+    merged = put_back(folder, tmp_path / "peft", unused)
+    stream_merge(merged, out)
+    before, after = tensors_of(folder), tensors_of(out)
+    assert {n for n in before if not torch.equal(before[n], after[n])} == set(merged.updates)
+    assert all(n.startswith(kind.decoder) for n in merged.updates)
+    assert compared(folder, out, merged.updates.keys()).whole
+    torch.testing.assert_close(logits(whole(kind, out)), by_adapter, rtol=0, atol=1e-5)
+    assert (by_adapter - logits(text_of(folder))).abs().max() > 1e-2
+
+
+def test_the_stage_merges_experts_of_more_than_text_without_losing_its_tower(
+    saved: Saved, tmp_path: Path, run_merge: Any, plan_for: PlanMaker
+) -> None:
+    folder = saved("internvl of qwen3_moe")
+    model, report = run_merge(folder, adapter_on(folder, tmp_path / "adapter", **EXPERTS))
+    assert report["method"] == "peft"
+    assert report["max_difference_per_token"] < 1e-4
+    assert [v.level for v in merge_verdicts(report, default_bands())] == ["pass"] * 3
+    assert tensors_of(model).keys() == tensors_of(folder).keys()
+
+
+def test_an_adapter_that_would_cost_the_tower_is_refused_with_the_way_out(
+    saved: Saved, tmp_path: Path, run_merge: Any
+) -> None:
+    """A head of its own beside the embedding that the base ties it to has no place in the base's files."""
+    folder = saved("mistral3, tied, of mistral")
+    adapter = adapter_on(folder, tmp_path / "adapter", modules_to_save=["lm_head"])
+    with pytest.raises(ConfigError, match=r"would lose .*multi_modal_projector.*publishing\.artifact: adapter"):
+        run_merge(folder, adapter)
+
+
+def drop(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in tensors.items() if "visual.blocks.1" not in name}
+
+
+def change(tensors: dict[str, Any]) -> dict[str, Any]:
+    name = "model.visual.blocks.1.attn.qkv.weight"
+    return tensors | {name: tensors[name] + 2**-20}
+
+
+def rename(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {name.replace("language_model.", ""): value for name, value in tensors.items()}
+
+
+def widen(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.double() if name.startswith("mtp") else value for name, value in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [(drop, "lost: model.visual.blocks.1"), (change, "1 altered"), (rename, "added: model.embed"), (widen, "2 lost")],
+    ids=["a tower without a layer", "one bit of a tower", "plain names", "another format"],
+)
+def test_a_release_that_lacks_or_changes_a_tensor_turns_the_check_red(
+    damage: Any, said: str, saved: Saved, tmp_path: Path
+) -> None:
+    folder = saved("qwen3_5")
+    release = copy_of(folder, tmp_path / "release")
+    retensor(release, damage)
+    report = {"finite": True, "probe_pairs": 1, "mean_difference_per_token": 0.0}
+    report["carried"] = compared(folder, release, ()).model_dump()
+    [verdict] = [v for v in merge_verdicts(report, default_bands()) if v.check == "tensors_kept"]
+    assert verdict.level == "error"
+    assert said in str(verdict.value)
+
+
+def test_adapters_names_that_only_a_tower_has_are_not_merged_into_it(saved: Saved, tmp_path: Path) -> None:
+    """Llama 4's tower has layers of the same names: `vision_model.model.layers.0.self_attn.q_proj`."""
+    folder = copy_of(saved("llama4"), tmp_path / "base")
+    adapter = adapter_on(folder, tmp_path / "adapter")
+    retensor(folder, lambda tensors: {n: v for n, v in tensors.items() if ".layers.1.self_attn.q_proj" not in n})
+    with pytest.raises(NotStreamable, match=r"language_model\.model\.layers\.0\.self_attn\.o_proj"):
+        plan_merge(folder, adapter)
+
+
+# ------------------------------------------------------------------------------------------------------- verification
+
+
+def verified(base: Path, out: Path) -> VerifiedBase:
+    out.mkdir()
+    verify.run(VerifySpec(output_dir=out, fingerprint="f" * 32, inputs={}, base_model=base), Log())
+    return VerifiedBase.model_validate_json((out / VERIFIED).read_bytes())
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "mistral3"])
+def test_a_base_of_more_than_text_is_verified_and_what_lies_beside_it_is_told(
+    name: str, saved: Saved, tmp_path: Path
+) -> None:
+    found = verified(saved(name), tmp_path / "out")
+    assert found.unused_tensors == read_text_part(saved(name)).beside
+    assert "</s>" in found.ends
+
+
+def test_a_tensor_that_the_text_part_lacks_is_told_by_its_name_in_the_files(saved: Saved, tmp_path: Path) -> None:
+    folder = copy_of(saved("gemma3"), tmp_path / "base")
+    retensor(
+        folder, lambda tensors: {n: v for n, v in tensors.items() if not n.endswith("layers.1.mlp.up_proj.weight")}
+    )
+    with pytest.raises(ConfigError, match=r"no file holds language_model\.model\.layers\.1\.mlp\.up_proj\.weight"):
+        verified(folder, tmp_path / "out")
+
+
+def test_a_text_part_without_a_class_of_its_own_is_refused_by_the_name_of_both(saved: Saved, tmp_path: Path) -> None:
+    folder = copy_of(saved("qwen3_5"), tmp_path / "base")
+    text = json.loads((folder / "config.json").read_text())["text_config"] | {"model_type": "qwen2_5_vl_text"}
+    rewrite(folder / "config.json", model_type="qwen2_5_vl", architectures=["Qwen2_5_VLX"], text_config=text)
+    with pytest.raises(ConfigError, match=r"is a Qwen2_5_VLX, .* \(qwen2_5_vl_text\).*Gemma 3"):
+        verified(folder, tmp_path / "out")
