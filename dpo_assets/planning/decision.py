@@ -69,6 +69,11 @@ def choose_kernels(recipe: Recipe, shape: ModelShape, max_length: int, device: D
             f"hardware.kernels `unsloth` adapts {', '.join(ALL_LINEAR)} alone, and lora names {', '.join(other)}; use "
             "`auto`."
         )
+    if requested == "unsloth" and shape.beside:
+        raise ConfigError(
+            f"hardware.kernels `unsloth` loads {shape.architecture} whole, with what is no text in it, and names its "
+            "layers otherwise than the release does; use `auto`."
+        )
     if recipe.hardware.speedups:
         _check_speedups(recipe, device)
         return "transformers"

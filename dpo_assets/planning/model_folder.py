@@ -102,7 +102,7 @@ def _shape(folder: Path, config: Mapping[str, Any], weights: Weights) -> ModelSh
     architecture = ", ".join(config.get("architectures") or ["unknown"])
     try:
         part = TextPart.of(config, weights.tensors)
-        text, weights = text_config(config), weights.only(frozenset(part.names.values()))
+        every, text, weights = weights, text_config(config), weights.only(frozenset(part.names.values()))
         heads, kv_heads, head_dim = _attention(text, weights)
         # A tied head that is stored as well is the embedding once more.
         twice = weights.tensors.get(part.names.get(HEAD, "")) if part.tied else None
@@ -121,6 +121,7 @@ def _shape(folder: Path, config: Mapping[str, Any], weights: Weights) -> ModelSh
             model_type=text.get("model_type") or config.get("model_type") or "",
             stored=weights.format,
             fusable=bool(text.get("num_attention_heads")) and _fusable(architecture, text),
+            beside=every.parameters - weights.parameters,
             sliding_window=text.get("sliding_window") if text.get("use_sliding_window", True) else None,
         )
     except KeyError as error:

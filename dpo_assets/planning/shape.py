@@ -30,6 +30,7 @@ class ModelShape(BaseModel):
     stored: str = ""  # What most weights are stored in, as `compute` names it; empty where no file was read.
     fusable: bool = False  # Whether the fused kernels compute this architecture as it is configured.
     sliding_window: int | None = None  # Tokens that attention looks back; None: all.
+    beside: int = 0  # Values in the files that are none of the language model's: towers, heads for further tokens.
     matrices: tuple[Matrices, ...] | None = None  # Of the decoder layers, where the model's files were read.
 
     def fused_at(self, max_length: int) -> bool:
