@@ -161,7 +161,7 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
-        kept = f"{row.carried.tensors - row.carried.adapted} + {row.carried.adapted}"
+        kept = f"{row.carried.tensors - row.carried.adapted}, {row.carried.adapted}"
         there = f"{row.there:.1g}" if row.there is not None else f"not loaded: {row.why_not[:70]}"
         base = f"{row.base_there:.1g}" if row.base_there is not None else "not loaded"
         print(

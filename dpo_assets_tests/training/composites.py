@@ -80,6 +80,24 @@ def _internvl() -> Any:
     )
 
 
+def _multimodal_rope(*section: int) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(section)}}
+
+
+def _qwen3_vl() -> Any:
+    tower = QWEN_TOWER | {"deepstack_visual_indexes": [0]}
+    return transformers.Qwen3VLConfig(
+        text_config=TEXT | _multimodal_rope(2, 1, 1), vision_config=tower, tie_word_embeddings=True, **QWEN_IMAGES
+    )
+
+
+def _qwen2_5_vl() -> Any:
+    tower = QWEN_TOWER | {"fullatt_block_indexes": [1]}
+    return transformers.Qwen2_5_VLConfig(
+        text_config=TEXT | _multimodal_rope(1, 1, 2), vision_config=tower, tie_word_embeddings=False, **QWEN_IMAGES
+    )
+
+
 @dataclass(frozen=True)
 class Kind:
     """A checkpoint of more than text.
@@ -102,6 +120,11 @@ class Kind:
     @property
     def wrapper_class(self) -> Any:
         return getattr(transformers, self.wrapper)
+
+
+def _older_vl(name: str) -> str:
+    """As Qwen2-VL and Qwen2.5-VL are published: the decoder without a prefix of its own, beside the tower."""
+    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
 
 
 def _newer(name: str) -> str:
@@ -141,6 +164,8 @@ KINDS: dict[str, Kind] = {
         shards=True,
     ),
     "internvl of qwen3_moe": Kind("InternVLForConditionalGeneration", _internvl, "language_model.model.", causal=False),
+    "qwen3_vl": Kind("Qwen3VLForConditionalGeneration", _qwen3_vl, "model.language_model.", causal=False),
+    "qwen2_5_vl": Kind("Qwen2_5_VLForConditionalGeneration", _qwen2_5_vl, "model.", causal=False, rename=_older_vl),
     "llama4": Kind("Llama4ForConditionalGeneration", _llama4, "language_model.model."),
 }
 

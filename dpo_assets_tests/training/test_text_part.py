@@ -292,7 +292,7 @@ def test_a_tensor_that_the_text_part_lacks_is_told_by_its_name_in_the_files(save
 
 def test_a_text_part_without_a_class_of_its_own_is_refused_by_the_name_of_both(saved: Saved, tmp_path: Path) -> None:
     folder = copy_of(saved("qwen3_5"), tmp_path / "base")
-    text = json.loads((folder / "config.json").read_text())["text_config"] | {"model_type": "qwen2_5_vl_text"}
-    rewrite(folder / "config.json", model_type="qwen2_5_vl", architectures=["Qwen2_5_VLX"], text_config=text)
-    with pytest.raises(ConfigError, match=r"is a Qwen2_5_VLX, .* \(qwen2_5_vl_text\).*Gemma 3"):
+    text = json.loads((folder / "config.json").read_text())["text_config"] | {"model_type": "glm_ocr_text"}
+    rewrite(folder / "config.json", model_type="glm_ocr", architectures=["GlmOcrX"], text_config=text)
+    with pytest.raises(ConfigError, match=r"is a GlmOcrX, .* \(glm_ocr_text\).*Gemma 3"):
         verified(folder, tmp_path / "out")

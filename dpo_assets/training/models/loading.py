@@ -55,7 +55,7 @@ def load_causal_lm(folder: Path, **how: Any) -> tuple[PreTrainedModel, list[str]
     """
     try:
         source = text_source(folder)
-        model, told = AutoModelForCausalLM.from_pretrained(
+        model, told = (source.cls or AutoModelForCausalLM).from_pretrained(
             folder,
             local_files_only=True,
             use_safetensors=True,
