@@ -34,11 +34,12 @@ import polars as pl
 import torch
 import transformers
 
+from benchmarks.throughput.arithmetic import work_of
 from benchmarks.throughput.data import PAIRS_PER_STEP, Row
 from benchmarks.throughput.measure import Arm, Block, Measured
 from benchmarks.throughput.ours import OursArm
 from benchmarks.throughput.peers import TrlArm
-from benchmarks.throughput.shapes import work_of
+from benchmarks.throughput.shapes import LLAMA_TARGETS
 from dpo_assets.contract import TokenizeSpec
 from dpo_assets.feedback.ingest import read_file
 from dpo_assets.feedback.readers import ReadOptions
@@ -111,14 +112,13 @@ def main() -> int:
     if len(rows) < wanted:
         raise SystemExit(f"{len(rows)} pairs fit in {MAX_LENGTH} tokens; {wanted} are needed: fewer --steps")
     rows = rows[:wanted]
-    ours, peer = OursArm(MODEL, "fp32"), TrlArm(MODEL, "fp32", checkpointing=False)
+    ours = OursArm(MODEL, "fp32", LLAMA_TARGETS, args.kernels or "auto")
+    peer = TrlArm(MODEL, "fp32", LLAMA_TARGETS, checkpointing=False)
     ours.load()
     peer.load()
     micro = best_micro_batch(peer, rows)
     arms: dict[str, tuple[Arm, Block]] = {
-        "dpo_assets, packed": (
-            ours, Block(1, args.steps, MAX_LENGTH, overrides={"kernels": args.kernels} if args.kernels else {})
-        ),
+        "dpo_assets, packed": (ours, Block(1, args.steps, MAX_LENGTH)),
         f"TRL's DPOTrainer, {micro}x{PAIRS_PER_STEP // micro}, dense stand-in": (
             peer, Block(1, args.steps, MAX_LENGTH, micro)
         ),

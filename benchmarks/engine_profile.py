@@ -2,7 +2,7 @@
 
     python benchmarks/engine_profile.py --model 8b --dtype bf16 --budget 4096 --recompute 0 --profile
 
-Random weights of a Llama shape, LoRA r16 on all linear layers, pairs of UltraFeedback-like lengths. Prints one JSON
+Random weights of a published shape, LoRA r16 on its linear layers, pairs of UltraFeedback-like lengths. Prints one JSON
 line per measurement: pairs a second of training (forward and backward of 16 pairs) and of scoring, and the peak of
 memory beside its estimate.
 """
@@ -14,15 +14,21 @@ import json
 import math
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
+from benchmarks.throughput.models import configuration
+from benchmarks.throughput.shapes import LORA_RANK, SHAPES, is_tiny
 from dpo_assets.planning.memory import estimate_peak
 from dpo_assets.planning.shape import ModelShape
 from dpo_assets.recipe import LoraSection
@@ -32,14 +38,6 @@ from dpo_assets.training.engines.base import causal_lm
 from dpo_assets.training.engines.fused.decoder import attach_fused
 from dpo_assets.training.scoring.logprobs import score_groups, score_tokens, sequence_logps, to_device
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 8192, "tie_word_embeddings": True},
-    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-           "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "tie_word_embeddings": True},
-    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-           "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "tie_word_embeddings": False},
-}  # fmt: skip
 PAIRS, BETA = 16, 0.1
 
 
@@ -125,23 +123,19 @@ def profile(model: Any, groups: list[Group], budget: int) -> None:
 
 def build(name: str, dtype: torch.dtype, device: str) -> Any:
     torch.manual_seed(1234)
-    config = LlamaConfig(**SHAPES[name], max_position_embeddings=8192, rope_theta=500000.0, rms_norm_eps=1e-5)
+    config = configuration(SHAPES[name])
     config._attn_implementation = attention.NAME
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            base = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(previous)
-    lora = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    with torch.device(device):
+        base = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    targets = list(SHAPES[name].targets)
+    lora = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=targets, task_type="CAUSAL_LM")
     return get_peft_model(base, lora)
 
 
 def pairs(seed: int, name: str) -> list[Group]:
     """16 pairs of log-normal lengths (medians 120 and 285 / 265 tokens), rows cut to 1024."""
     rng = random.Random(seed)
-    scale, vocabulary = (0.1, 8000) if name == "tiny" else (1.0, 100_000)
+    scale, vocabulary = (0.1, 8000) if is_tiny(name) else (1.0, 100_000)
 
     def ids(median: float, sigma: float, low: int, high: int) -> list[int]:
         length = int(min(max(rng.lognormvariate(math.log(median), sigma), low), high) * scale) or 1

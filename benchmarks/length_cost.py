@@ -1,6 +1,7 @@
 """What long prompts and long rows cost: pairs/s of the packed trainer by prompt : completion ratio and max_length.
 
     python benchmarks/length_cost.py --model 1b --out lengths.jsonl --plot lengths.svg
+    python benchmarks/length_cost.py --model gemma3-4b --ratios 1 --max-lengths 1024,2048,4096,8192,16384 --cap 24
     python benchmarks/length_cost.py --plot lengths.png --from lengths.jsonl
     python benchmarks/length_cost.py --model tiny --max-lengths 64,128     # on a CPU: does everything run?
 
@@ -25,7 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.throughput.cases import OURS
 from benchmarks.throughput.compare import LOAD_TIMEOUT, Settings, read_results
 from benchmarks.throughput.coordinator import Record, Session
+from benchmarks.throughput.gate import Gate, device_gib
 from benchmarks.throughput.report import markdown
+from benchmarks.throughput.shapes import SHAPES, is_tiny
 
 
 def main() -> int:
@@ -47,10 +50,11 @@ def main() -> int:
 def measure(args: argparse.Namespace) -> None:
     """Times every ratio at every max_length, shortest rows first."""
     record = Record(args.out, {"model": args.model, "run": f"{time.time():.0f}"})
-    arm = f"{OURS}-{'fp32' if args.model == 'tiny' else args.precision}"
+    arm = f"{args.arm}-{'fp32' if is_tiny(args.model) else args.precision}"
     settings = Settings(ours_warmup=args.warmup, ours_steps=args.steps)
-    with Session(args.model, record, args.deadline, args.block_timeout, args.logs) as session:
-        session.start({arm: ({}, {})})
+    gate = Gate(device_gib())
+    with Session(args.model, record, args.deadline, args.block_timeout, args.logs, gate) as session:
+        session.start({arm: ({}, {})}, LOAD_TIMEOUT)
         if not session.loaded(arm, LOAD_TIMEOUT):
             return
         record.write("device", date=str(date.today()), **session.device())
@@ -96,7 +100,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", choices=["tiny", "1b", "8b"], default="1b")
+    add("--model", choices=list(SHAPES), default="1b")
+    add("--arm", default=OURS, help="ours, or ours_KERNELS")
     add("--precision", default="bf16")
     add("--ratios", type=lambda text: [float(x) for x in text.split(",")], default=[0.3, 1.0, 3.0, 10.0])
     add("--max-lengths", type=lambda text: [int(x) for x in text.split(",")], default=[1_024, 4_096, 8_192])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+from dpo_assets.checks.reports import DpoReport, EvaluationReport
 from dpo_assets.feedback.pair import Message, Pair
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.targets import Covered, LoraCoverage
@@ -129,9 +131,9 @@ def answers(**changes: Any) -> dict[str, Any]:
     return {"answers": 16, "repetition": 0.0, "no_eos": 0.0, "empty": 0.0} | changes
 
 
-def evaluation_report(**changes: Any) -> dict[str, Any]:
+def evaluation_report(**changes: Any) -> EvaluationReport:
     """Held-out scores of a policy that is better than its start, beyond chance."""
-    return {
+    values: dict[str, Any] = {
         "confidence": 0.95,
         "pairs": 120,
         "prompts": 100,
@@ -140,8 +142,32 @@ def evaluation_report(**changes: Any) -> dict[str, Any]:
         "logp_accuracy_sft": score(0.58, 0.49, 0.66),
         "pick_the_longer": score(0.55, 0.46, 0.64),
         "nll_ratio_chosen": 1.05,
+        "margin_mean_nats": 1.0,
+        "margin_median_nats": 0.9,
+        "chosen_shift_nats_per_token": -0.05,
+        "rejected_shift_nats_per_token": -0.1,
         "generation": {"sft": answers(), "policy": answers()},
-    } | changes
+    }
+    return EvaluationReport.model_validate(values | changes)
+
+
+def dpo_report(**changes: Any) -> DpoReport:
+    """The metric log's part of the report of a DPO run that every check passes."""
+    values = {
+        "finite": True,
+        "steps": 60,
+        "first_loss": math.log(2),
+        "expected_first_loss": math.log(2),
+        "last_loss": 0.5,
+        "last_margin": 1.0,
+        "last_accuracy": 0.7,
+        "nll_ratio": 1.1,
+        "lora_coverage": coverage(),
+        "lora_planned": coverage(),
+        "trainer": "packed",
+        "kernels": "transformers",
+    }
+    return DpoReport.model_validate(values | changes)
 
 
 def aftermath_report() -> dict[str, Any]:

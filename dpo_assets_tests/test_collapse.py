@@ -10,13 +10,14 @@ import dagster as dg
 import pytest
 
 from dpo_assets import build_dpo_defs
-from dpo_assets.artifact import Artifact, seal, write_json
+from dpo_assets.artifact import Artifact, seal
 from dpo_assets.assets.dpo_adapter import _would_go_on
 from dpo_assets.checks.bands import default_bands
+from dpo_assets.checks.reports import Stop
 from dpo_assets.contract import GuardSpec
 from dpo_assets.recipe import BandOverride, ChecksSection
 from dpo_assets_tests.pipelines import failed_checks, failures, materialize, metadata, trl_feedback, trl_recipe
-from dpo_assets_tests.samples import plan
+from dpo_assets_tests.samples import dpo_report, plan
 
 UP_TO_MERGE = (
     "base_model", "raw_preferences", "quarantined_preferences", "dpo_dataset", "dpo_plan", "sft_checkpoint",
@@ -81,8 +82,14 @@ def test_a_collapsing_run_is_stopped_shown_and_blocks_what_follows(
 ROWS = [{"step": n + 1.0, "loss": 0.5, "nll_ratio": 1.0 + 0.3 * n, "chosen_nats_per_token": -0.3 * n} for n in range(9)]
 
 
-def adapter(folder: Path, stopped: dict[str, Any] | None) -> Artifact:
-    write_json(folder / "report.json", {"stopped": stopped})
+STOPPED = Stop(
+    rule="likelihood", metric="nll_ratio", step=7, value=2.8, limit=2.0, band="at most 2", source="a paper",
+    fix="lower the rate", kept_step=3, steps_saved=2, of_steps=9,
+)  # fmt: skip
+
+
+def adapter(folder: Path, stopped: Stop | None) -> Artifact:
+    dpo_report(stopped=stopped).write(folder)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     return seal(folder, kind="dpo_adapter", fingerprint="f" * 32, inputs={})
 
@@ -96,7 +103,7 @@ def guard(stops: bool = True, **numbers: float) -> GuardSpec:
 
 
 def test_a_stopped_run_is_trained_again_only_where_it_would_now_go_on(tmp_path: Path) -> None:
-    stopped = adapter(tmp_path, {"step": 7})
+    stopped = adapter(tmp_path, STOPPED)
     assert not _would_go_on(stopped, guard())
     assert not _would_go_on(stopped, guard(nll_ratio=1.9))
     assert _would_go_on(stopped, guard(nll_ratio=50.0))

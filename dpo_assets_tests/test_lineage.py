@@ -356,8 +356,7 @@ def test_a_scored_pair_that_the_model_was_trained_on_fails_its_check(shelf: Shel
     pairs = pl.DataFrame({"pair_id": ["one", "two"], "group_id": ["a", "b"]})
 
     def scores(folder: Path) -> None:
-        shifts = {"chosen_shift_nats_per_token": 0.0, "rejected_shift_nats_per_token": 0.0}
-        write_json(folder / "report.json", evaluation_report(pairs=2) | shifts)
+        evaluation_report(pairs=2).write(folder)
         write_json(folder / "generations.json", [])
         pairs.select("pair_id").write_parquet(folder / SCORES)
 

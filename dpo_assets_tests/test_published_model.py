@@ -16,6 +16,7 @@ from dpo_assets import build_dpo_defs
 from dpo_assets.artifact import write_json
 from dpo_assets.assets.base_model import FACTS, read_facts
 from dpo_assets.assets.dpo_plan import PLAN, read_plan
+from dpo_assets.checks.reports import EvaluationReport
 from dpo_assets.errors import ConfigError
 from dpo_assets_tests.hub_server import HubServer
 from dpo_assets_tests.pipelines import demo_recipe, failed_checks, failures, materialize, metadata
@@ -31,11 +32,11 @@ DESCRIBED = {
 }  # fmt: skip
 
 
-def fill(shelf: Shelf, scores: dict[str, Any], **of_plan: Any) -> None:
+def fill(shelf: Shelf, scores: EvaluationReport, **of_plan: Any) -> None:
     """What a release is made of."""
 
     def write(node: str, folder: Path) -> None:
-        reports = {"dpo_dataset": dataset_report(), "eval_scores": scores}
+        reports = {"dpo_dataset": dataset_report(), "eval_scores": scores.model_dump(mode="json")}
         if node == "base_model":
             write_json(folder / FACTS, DESCRIBED)
         if node in reports:

@@ -10,13 +10,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.throughput.cases import CASES, OURS, PARITY_CAP, PRECISION_CAP, Case
+from benchmarks.throughput.cases import (
+    MAX_LENGTH,
+    OURS,
+    PARITY_ROOM,
+    PRECISION_ROOM,
+    TINY_MAX_LENGTH,
+    Case,
+)
 from benchmarks.throughput.coordinator import Session
+from benchmarks.throughput.shapes import SHAPES, is_tiny
 
 EXACT = "trl in fp32"
 MICRO_BATCHES = (2, 4, 8, 16)
 FIRST_TRIED = 8
-TINY_MAX_LENGTH = 128
 LOAD_TIMEOUT = 420.0
 
 
@@ -29,13 +36,13 @@ class Settings:
     ours_steps: int = 6
     peer_warmup: int = 1
     peer_steps: int = 3
-    search: str = "climb"
+    search: str = "known"  # known: of a case's known micro-batches; else climb or all.
     search_warmup: int = 1
     search_steps: int = 2
-    micro_batches: dict[str, int] = field(default_factory=dict)  # Known best ones, by arm: not searched.
+    micro_batches: dict[str, int] = field(default_factory=dict)  # Known best ones, by arm: not searched for.
     overrides: dict[str, Any] = field(default_factory=dict)
-    parity_steps: int = 30
-    exact_steps: int = 8  # fp32 has no tensor cores here: a step of TRL takes seconds.
+    parity_steps: int = 1
+    exact_steps: int = 0  # fp32 has no tensor cores here: a step of TRL takes seconds.
     sweep: tuple[tuple[int, int], ...] = ()  # Other plans of ours to try: (token budget, recomputed layers).
     precision_steps: int = 20
 
@@ -51,41 +58,54 @@ class Settings:
         }
         return values | more
 
+    def known(self, case: Case, arm: str) -> int | None:
+        """A peer's best micro-batch, where nobody has to search for it."""
+        found = case.known.get(arm.partition("-")[0]) if self.search == "known" else None
+        return self.micro_batches.get(arm, found)
+
 
 def is_ours(arm: str) -> bool:
-    return arm.startswith(f"{OURS}-")
+    return arm.startswith(OURS)
 
 
 def max_length_of(shape: str) -> int:
-    return TINY_MAX_LENGTH if shape == "tiny" else 1_024
+    return TINY_MAX_LENGTH if is_tiny(shape) else MAX_LENGTH
 
 
-def start_arms(session: Session, cases: Iterable[Case], settings: Settings, extra: Iterable[str] = ()) -> None:
+def parity_cap(shape: str, precision: str) -> float | None:
+    """Parity runs while other arms still load, so it takes no more than this (GiB)."""
+    return None if is_tiny(shape) else SHAPES[shape].gib * (2 if precision == "fp32" else 1) + PARITY_ROOM
+
+
+def precision_cap(shape: str) -> float | None:
+    """Precisions are timed while the others' weights lie on the device."""
+    return None if is_tiny(shape) else SHAPES[shape].gib + PRECISION_ROOM
+
+
+def start_arms(session: Session, cases: Iterable[Case], settings: Settings, extra: Iterable[str], wait: float) -> None:
     """Starts every arm of the cases at once; each trains one step under the cap of its first case."""
-    caps: dict[str, float | None] = {}
+    first: dict[str, dict[str, Any]] = {}
     for case in cases:
         for arm in case.arms:
-            caps.setdefault(arm, case.cap_gib)
+            micro = None if is_ours(arm) else settings.known(case, arm) or FIRST_TRIED
+            block = settings.block(arm, case.max_length, case.cap_gib, micro_batch=micro, warmup=0, steps=1)
+            first.setdefault(arm, block)
     for arm in extra:
-        caps.setdefault(arm, PARITY_CAP[session.shape])
-    length = max_length_of(session.shape)
-    blocks: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
-    for arm, cap in caps.items():
         micro = None if is_ours(arm) else settings.micro_batches.get(arm, FIRST_TRIED)
-        blocks[arm] = (settings.block(arm, length, cap, micro_batch=micro, warmup=0, steps=1), {})
-    session.start(blocks)
+        cap = parity_cap(session.shape, arm.partition("-")[2])
+        block = settings.block(arm, max_length_of(session.shape), cap, micro_batch=micro, warmup=0, steps=1)
+        first.setdefault(arm, block)
+    session.start({arm: (block, {}) for arm, block in first.items()}, wait)
 
 
-def run_case(session: Session, name: str, settings: Settings) -> None:
+def run_case(session: Session, name: str, case: Case, settings: Settings) -> None:
     """Best micro-batch of each peer, then all arms in turn, `repeats` times."""
-    case = CASES[name]
-    length = max_length_of(session.shape)
     best: dict[str, int | None] = {}
     for arm in case.arms:
         if arm not in session.workers:
             session.record.write("time", case=name, arm=arm, error="arm did not load")
             continue
-        found = None if is_ours(arm) else _best_micro_batch(session, name, arm, settings)
+        found = None if is_ours(arm) else _best_micro_batch(session, name, case, arm, settings)
         if found is None and not is_ours(arm):
             session.record.write("time", case=name, arm=arm, error="no micro-batch was possible")
             continue
@@ -95,7 +115,7 @@ def run_case(session: Session, name: str, settings: Settings) -> None:
             if not session.time_left():
                 session.record.say(f"deadline: {name} stops in repeat {repeat}")
                 return
-            block = settings.block(arm, length, case.cap_gib, micro_batch=micro)
+            block = settings.block(arm, case.max_length, case.cap_gib, micro_batch=micro)
             answer = session.train(arm, block, {})
             if micro is not None:
                 answer["micro_batch"] = micro
@@ -104,29 +124,29 @@ def run_case(session: Session, name: str, settings: Settings) -> None:
             )
 
 
-def sweep_plans(session: Session, name: str, settings: Settings) -> None:
+def sweep_plans(session: Session, name: str, case: Case, settings: Settings) -> None:
     """Ours under the case's cap with other plans than the planner's: is there a faster one?"""
-    case = CASES[name]
     arm = next(arm for arm in case.arms if is_ours(arm))
     for budget, recomputed in settings.sweep:
         if not session.time_left():
             return
         plan = {"token_budget": budget, "recomputed_layers": recomputed, "gradient_checkpointing": recomputed > 0}
-        block = settings.block(arm, max_length_of(session.shape), case.cap_gib, overrides=plan)
+        block = settings.block(arm, case.max_length, case.cap_gib, overrides=plan)
         answer = session.train(arm, block, {})
         session.record.write("sweep", case=name, arm=arm, cap_gib=case.cap_gib, overrides=plan, **answer)
 
 
-def _best_micro_batch(session: Session, name: str, arm: str, settings: Settings) -> int | None:
-    """The fastest of MICRO_BATCHES that fits; a known one is taken as it is."""
-    if arm in settings.micro_batches:
-        return settings.micro_batches[arm]
+def _best_micro_batch(session: Session, name: str, case: Case, arm: str, settings: Settings) -> int | None:
+    """The fastest of MICRO_BATCHES that fits; a known one is taken as it is, unless it did not fit at loading."""
+    known = settings.known(case, arm)
+    if known and arm not in session.out_of_memory:
+        return known
     speeds: dict[int, float] = {}
 
     def tried(micro: int) -> float:
         """Pairs/s by the fastest step, because the first ones may still compile; 0 when it does not fit."""
         if micro not in speeds:
-            speeds[micro] = _search_speed(session, name, arm, micro, settings) if session.time_left() else 0.0
+            speeds[micro] = _search_speed(session, name, case, arm, micro, settings) if session.time_left() else 0.0
         return speeds[micro]
 
     if settings.search == "all":
@@ -151,10 +171,9 @@ def _climb(tried: Any) -> None:
         at -= 1
 
 
-def _search_speed(session: Session, name: str, arm: str, micro: int, settings: Settings) -> float:
-    case = CASES[name]
+def _search_speed(session: Session, name: str, case: Case, arm: str, micro: int, settings: Settings) -> float:
     block = settings.block(
-        arm, max_length_of(session.shape), case.cap_gib,
+        arm, case.max_length, case.cap_gib,
         micro_batch=micro, warmup=settings.search_warmup, steps=settings.search_steps,
     )  # fmt: skip
     answer = session.train(arm, block, {})
@@ -163,13 +182,14 @@ def _search_speed(session: Session, name: str, arm: str, micro: int, settings: S
     return 0.0 if "error" in answer else 16 / min(answer["step_seconds"])
 
 
-def run_parity(session: Session, ours: str, peer: str, exact: str | None, settings: Settings) -> None:
-    """Step-1 gradient and loss curve of ours against TRL, beside TRL against itself at another micro-batch.
+def run_parity(session: Session, ours: Iterable[str], peer: str, exact: str | None, settings: Settings) -> None:
+    """Step-1 gradient and losses of each of ours against TRL, beside TRL against itself at another micro-batch.
 
-    `exact` is TRL in fp32: two trainers that round differently are both held against it.
+    `exact` is TRL in fp32: trainers that round differently are all held against it.
     """
     folder = Path(tempfile.mkdtemp(prefix="dpo-throughput-parity-", dir=session.folder.parent))
-    runs = {"trl": (peer, 8), "trl at micro-batch 2": (peer, 2), "ours": (ours, None)}
+    runs: dict[str, tuple[str, int | None]] = {"trl": (peer, 8), "trl at micro-batch 2": (peer, 2)}
+    runs |= {arm.partition("-")[0]: (arm, None) for arm in ours}
     if exact:
         runs[EXACT] = (exact, 4)
     losses: dict[str, list[float]] = {}
@@ -180,7 +200,7 @@ def run_parity(session: Session, ours: str, peer: str, exact: str | None, settin
             gradient = _gradient(folder, name)
             steps = settings.exact_steps if name == EXACT else settings.parity_steps
             block = settings.block(
-                arm, max_length_of(session.shape), PARITY_CAP[session.shape],
+                arm, max_length_of(session.shape), parity_cap(session.shape, arm.partition("-")[2]),
                 micro_batch=micro, warmup=0, steps=steps, max_grad_norm=1e9, gradient=str(gradient),
             )  # fmt: skip
             answer = session.train(arm, block, {})
@@ -192,7 +212,7 @@ def run_parity(session: Session, ours: str, peer: str, exact: str | None, settin
                 found = gradient_distance(folder / "trl.safetensors", gradient)
                 differences = [abs(a - b) for a, b in zip(losses["trl"], losses[name], strict=True)]
                 session.record.write(
-                    "parity", what=name, steps=len(differences), largest_loss_difference=max(differences),
+                    "parity", what=name, arm=arm, steps=len(differences), largest_loss_difference=max(differences),
                     first_loss_difference=differences[0], curve_trl=losses["trl"], curve=losses[name], **found,
                 )  # fmt: skip
         for name in [n for n in losses if EXACT in losses and n != EXACT]:
@@ -245,7 +265,7 @@ def run_precisions(session: Session, precisions: Iterable[str], settings: Settin
         if arm not in session.workers:
             session.record.write("precision", arm=arm, error="arm did not load")
             continue
-        block = settings.block(arm, length, PRECISION_CAP[session.shape], steps=settings.precision_steps)
+        block = settings.block(arm, length, precision_cap(session.shape), steps=settings.precision_steps)
         session.record.write("precision", arm=arm, overrides=block["overrides"], **session.train(arm, block, {}))
 
 

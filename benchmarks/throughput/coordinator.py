@@ -11,15 +11,20 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
+from benchmarks.throughput.gate import CONTEXT_GIB, Gate, resting_gib
 from benchmarks.throughput.models import COMPLETE
 from benchmarks.throughput.shapes import SHAPES
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LOG_TAIL = 600
+T = TypeVar("T")
 # No network, no telemetry, no progress bars, for any arm.
 QUIET = {
     "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -33,9 +38,9 @@ class WorkerProcess:
 
     def __init__(self, arm: str, shape: str, folder: Path, logs: Path) -> None:
         self.arm = arm
-        self.log = logs / f"{arm}.log"
+        self.log = logs / f"{shape}-{arm}.log"
         reading, writing = os.pipe()
-        scratch = Path(tempfile.mkdtemp(prefix=f"dpo-throughput-{arm}-"))
+        scratch = Path(tempfile.mkdtemp(prefix=f"dpo-throughput-{shape}-{arm}-"))
         # Unsloth writes the trainer that it generates into the working directory, unless told otherwise.
         environment = (
             QUIET
@@ -112,14 +117,21 @@ class Record:
     def __init__(self, path: Path, common: dict[str, Any]) -> None:
         self.path, self.common = path, common
         self.started = time.monotonic()
+        self._writing = threading.Lock()  # Models are built side by side.
         path.parent.mkdir(parents=True, exist_ok=True)
+
+    def of(self, **common: Any) -> Record:
+        """The same file and clock, with more in every row."""
+        part = Record(self.path, self.common | common)
+        part.started, part._writing = self.started, self._writing
+        return part
 
     def write(self, kind: str, **values: Any) -> None:
         row = {"kind": kind, "at_s": round(time.monotonic() - self.started, 1), **self.common, **values}
-        with self.path.open("a", encoding="utf-8") as out:
+        with self._writing, self.path.open("a", encoding="utf-8") as out:
             out.write(json.dumps(row) + "\n")
             out.flush()
-        self.say(_line(kind, values))
+        self.say(_line(kind, {"model": self.common.get("model")} | values))
 
     def say(self, text: str) -> None:
         print(f"[{time.monotonic() - self.started:6.1f} s] {text}", flush=True)
@@ -150,17 +162,24 @@ def _line(kind: str, values: dict[str, Any]) -> str:
 
 
 class Session:
-    """The workers of one model, its folder, and the time that is left."""
+    """The workers of one model, its folder, and the time that is left.
 
-    def __init__(self, shape: str, record: Record, deadline: float | None, block_timeout: float, logs: Path) -> None:
-        self.shape, self.record, self.block_timeout, self.logs = shape, record, block_timeout, logs
+    Sessions of several models share a gate: all arms of all models load at once, as far as they fit the device.
+    """
+
+    def __init__(
+        self, shape: str, record: Record, deadline: float | None, block_timeout: float, logs: Path, gate: Gate
+    ) -> None:
+        self.shape, self.record, self.block_timeout, self.logs, self.gate = shape, record, block_timeout, logs, gate
         self._ends = time.monotonic() + deadline if deadline else None
+        self._loads: dict[str, Future[dict[str, Any]]] = {}
+        self._built: Future[None] | None = None
         self.workers: dict[str, WorkerProcess] = {}
+        self.out_of_memory: set[str] = set()  # Arms whose first block did not fit.
         self.folder = model_folder(shape)
         logs.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> Self:
-        build_model(self.shape, self.folder, self.record)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -169,19 +188,48 @@ class Session:
     def time_left(self) -> bool:
         return self._ends is None or time.monotonic() < self._ends
 
-    def start(self, arms: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> None:
-        """Starts the arms and lets them load; each also trains its (block, rows), untimed, to have compiled."""
+    def start(self, arms: dict[str, tuple[dict[str, Any], dict[str, Any]]], timeout: float) -> None:
+        """Starts the arms and lets them load; each also trains its (block, rows), untimed, to have compiled.
+
+        They import their libraries while the model is still being made.
+        """
+        built = self._built = self._built or _in_background(lambda: self._build(timeout))
         for arm, (block, rows) in arms.items():
-            self.workers[arm] = WorkerProcess(arm, self.shape, self.folder, self.logs)
-            self.workers[arm].send(do="load", block=block, rows=rows)
+            worker = self.workers[arm] = WorkerProcess(arm, self.shape, self.folder, self.logs)
+            self._loads[arm] = _in_background(lambda w=worker, b=block, r=rows: self._load(w, built, b, r, timeout))  # type: ignore[misc]
+
+    def _build(self, timeout: float) -> None:
+        gib = SHAPES[self.shape].gib
+        with self.gate.hold(f"{self.shape} being made", gib + CONTEXT_GIB, 0.0, timeout):
+            build_model(self.shape, self.folder, self.record)
+
+    def _load(
+        self, worker: WorkerProcess, built: Future[None], block: dict[str, Any], rows: dict[str, Any], timeout: float
+    ) -> dict[str, Any]:
+        built.result()
+        with self._room(worker.arm, block.get("cap_gib") if block else None, timeout):
+            worker.send(do="load", block=block, rows=rows)
+            return worker.receive(timeout)
+
+    def _room(self, arm: str, cap_gib: float | None, timeout: float) -> Any:
+        resting = resting_gib(SHAPES[self.shape].gib, arm.partition("-")[2])
+        working = None if cap_gib is None else cap_gib + CONTEXT_GIB
+        return self.gate.hold(f"{self.shape} {arm}", working, resting, timeout)
 
     def loaded(self, arm: str, timeout: float) -> bool:
         """Waits for an arm to have loaded; False, and said why, when it has not."""
-        left = timeout if self._ends is None else self._ends - time.monotonic()
-        answer = self.workers[arm].receive(min(timeout, left))
+        left = timeout if self._ends is None else min(timeout, self._ends - time.monotonic())
+        try:
+            answer = self._loads[arm].result(max(0.1, left))
+        except FutureTimeout as error:
+            answer = {"error": str(error) or f"not loaded within {left:.0f} s"}
+        except Exception as error:  # The model could not be made.
+            answer = {"error": f"{type(error).__name__}: {error}"}
         self.record.write("load", arm=arm, **{k: v for k, v in answer.items() if v is not None})
+        if answer.get("warm_out_of_memory"):
+            self.out_of_memory.add(arm)
         if "error" in answer:
-            self.workers.pop(arm).end()
+            self._end(arm)
             return False
         return True
 
@@ -190,10 +238,14 @@ class Session:
         worker = self.workers.get(arm)
         if worker is None:
             return {"error": "arm did not load", "out_of_memory": False}
-        worker.send(do="train", block=block, rows=rows)
-        answer = worker.receive(self.block_timeout)
+        try:
+            with self._room(arm, block.get("cap_gib"), self.block_timeout):
+                worker.send(do="train", block=block, rows=rows)
+                answer = worker.receive(self.block_timeout)
+        except TimeoutError as error:
+            return {"error": str(error), "out_of_memory": False}
         if not worker.alive:
-            self.workers.pop(arm, None)
+            self._end(arm)
         return answer
 
     def device(self) -> dict[str, Any]:
@@ -206,12 +258,31 @@ class Session:
     def keep_only(self, arms: tuple[str, ...] | set[str]) -> None:
         """Ends the arms that are not needed any more: their weights lie on the device."""
         for arm in [arm for arm in self.workers if arm not in arms]:
-            self.workers.pop(arm).end()
+            self._end(arm)
+
+    def _end(self, arm: str) -> None:
+        if worker := self.workers.pop(arm, None):
+            worker.end()
+            self.gate.release(f"{self.shape} {arm}")
+
+
+def _in_background(work: Callable[[], T]) -> Future[T]:
+    """Runs on a thread that does not keep this process from ending."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def model_folder(shape: str) -> Path:
     """Memory-backed where there is room: every arm reads the weights once."""
-    need = 1.2 * 2 * SHAPES[shape].parameters + 2**26
+    need = 1.2 * SHAPES[shape].gib * 2**30 + 2**26
     shared = Path("/dev/shm")
     roomy = shared.is_dir() and (shutil.disk_usage(shared).free > need or (shared / _name(shape) / COMPLETE).exists())
     return (shared if roomy else Path(tempfile.gettempdir())) / _name(shape)
@@ -226,10 +297,14 @@ def build_model(shape: str, folder: Path, record: Record) -> None:
     if (folder / COMPLETE).exists():
         return
     begun = time.monotonic()
-    subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "benchmarks.throughput.models", shape, str(folder)],
-        check=True,
+        check=False,
+        capture_output=True,
+        text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
         cwd=tempfile.gettempdir(),
     )
+    if done.returncode:
+        raise RuntimeError(f"{shape} could not be made: {done.stderr[-LOG_TAIL:]}")
     record.write("model", what=folder.name, load_seconds=time.monotonic() - begun)

@@ -69,25 +69,30 @@ def seed_adapter(model: Any) -> None:
 
     In place and past `.data`, so that whoever keeps a copy of the factors sees their version change.
     """
-    count = 0
+    seeded: set[str] = set()
     for name, parameter in model.named_parameters():
         if ".ref." in name:
             continue
         if "lora_A" in name:
+            if _key(name) in seeded:
+                raise RuntimeError(f"two LoRA matrices are called {_key(name)}: they would start alike")
+            seeded.add(_key(name))
             generator = torch.Generator().manual_seed(zlib.crc32(_key(name).encode()))
             bound = 1 / math.sqrt(parameter.shape[1])
             value = (torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound
             parameter.copy_(value)
-            count += 1
         elif "lora_B" in name:
             parameter.zero_()
-    if not count:
+    if not seeded:
         raise RuntimeError("no LoRA matrix found: the arms would not start alike")
 
 
 def _key(name: str) -> str:
     """The name of a LoRA matrix without what its wrappers add: `layers.0.mlp.up_proj.lora_A.weight`."""
-    return name[name.index("layers.") :].replace(".default", "")
+    at = name.find("layers.")
+    if at < 0:
+        raise RuntimeError(f"{name} is outside the decoder layers: no arm of this benchmark adapts that")
+    return name[at:].replace(".default", "")
 
 
 class Clock(TrainerCallback):
@@ -176,6 +181,12 @@ def memory_cap(cap_gib: float | None) -> Iterator[dict[str, float]]:
 
 def device_bytes() -> int:
     return int(torch.cuda.get_device_properties(0).total_memory)
+
+
+def free_bytes() -> int:
+    """What other processes leave of the device, this one's own share included."""
+    free, _ = torch.cuda.mem_get_info()
+    return int(free + torch.cuda.memory_reserved())
 
 
 def free_memory() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from benchmarks.throughput.measure import (
     GIB,
     Block,
     Measured,
-    device_bytes,
+    free_bytes,
     free_memory,
     memory_cap,
     seed_adapter,
@@ -48,10 +49,12 @@ CPU_GIB = 4.0
 Scores = list[tuple[float, float]]
 
 
-def plan_of(folder: Path, precision: str, rows: list[Row], block: Block) -> TrainingPlan:
+def plan_of(
+    folder: Path, precision: str, targets: Sequence[str], kernels: str, rows: list[Row], block: Block
+) -> TrainingPlan:
     """The planner's own answer for these rows on this device; `block.overrides` replaces fields of it."""
     overrides = dict(block.overrides)
-    kernels = overrides.pop("kernels", "auto")
+    kernels = overrides.pop("kernels", kernels)
     groups = [dpo_group(row, block.max_length) for row in rows]
     recipe = parse_recipe(
         {
@@ -60,7 +63,7 @@ def plan_of(folder: Path, precision: str, rows: list[Row], block: Block) -> Trai
                 "sources": [{"path": "builtin:oasst", "format": "oasst_tree"}],
                 "max_length": block.max_length,
             },
-            "lora": {"rank": LORA_RANK, "alpha": LORA_RANK},
+            "lora": {"rank": LORA_RANK, "alpha": LORA_RANK, "target_modules": list(targets)},
             "sft": {"strategy": "adopt"},
             "dpo": {
                 "learning_rate": 2e-4,
@@ -90,15 +93,15 @@ def _device(cap_gib: float | None) -> Device:
     if not CUDA:
         return Device("cpu", "CPU", CPU_GIB)
     properties = torch.cuda.get_device_properties(0)
-    memory = device_bytes() / GIB if cap_gib is None else cap_gib
+    memory = free_bytes() / GIB if cap_gib is None else cap_gib
     return Device("cuda", properties.name, memory, (properties.major, properties.minor))
 
 
 class OursArm:
     """The packed trainer with a cached reference."""
 
-    def __init__(self, folder: Path, precision: str) -> None:
-        self.folder, self.precision = folder, precision
+    def __init__(self, folder: Path, precision: str, targets: Sequence[str], kernels: str) -> None:
+        self.folder, self.precision, self.targets, self.kernels = folder, precision, targets, kernels
         self.policy: Policy | None = None
         self._loaded: tuple[Any, ...] = ()
 
@@ -118,7 +121,7 @@ class OursArm:
         return self.policy
 
     def run(self, rows: list[Row], block: Block) -> Measured:
-        plan = plan_of(self.folder, self.precision, rows, block)
+        plan = plan_of(self.folder, self.precision, self.targets, self.kernels, rows, block)
         begun = time.perf_counter()
         # A policy that a failed block left behind is not used again.
         policy, self.policy = self._policy(plan), None

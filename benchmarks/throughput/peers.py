@@ -11,6 +11,8 @@ import math
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from benchmarks.throughput.data import PAIRS_PER_STEP, Row
 from benchmarks.throughput.measure import CUDA, Block, Measured, memory_cap, seed_adapter, train, unwrap
 from benchmarks.throughput.shapes import LORA_RANK
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LONGEST = 2_048  # The longest max_length of a case: what Unsloth is told to be ready for.
 SEED = 42
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "4bit": torch.bfloat16}
 
@@ -79,6 +81,7 @@ def peer_arguments(block: Block, checkpointing: bool, precision: str) -> trl.DPO
         beta=0.1,
         loss_type=["sigmoid"],
         max_length=block.max_length,
+        router_aux_loss_coef=0.0,  # Frozen routers learn nothing from it, and ours does not add it.
         bf16=precision in ("bf16", "4bit"),
         fp16=precision == "fp16",
         use_cpu=not CUDA,
@@ -98,8 +101,9 @@ def peer_arguments(block: Block, checkpointing: bool, precision: str) -> trl.DPO
 class TrlArm:
     """DPOTrainer with `peft_config`, gradient checkpointing on (TRL's default) or off."""
 
-    def __init__(self, folder: Path, precision: str, checkpointing: bool) -> None:
+    def __init__(self, folder: Path, precision: str, targets: Sequence[str], checkpointing: bool) -> None:
         self.folder, self.precision, self.checkpointing = folder, precision, checkpointing
+        self.targets = list(targets)
         self.dense = stand_in_for_triton()
         self.trainer_class = peer_trainer_class()
         self.base: Any = None
@@ -117,9 +121,19 @@ class TrlArm:
                 bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=torch.bfloat16,
             )
-        return AutoModelForCausalLM.from_pretrained(
-            self.folder, dtype=DTYPES[self.precision], attn_implementation="sdpa", local_files_only=True, **extra
+        load = partial(
+            AutoModelForCausalLM.from_pretrained,
+            self.folder,
+            dtype=DTYPES[self.precision],
+            local_files_only=True,
+            **extra,
         )
+        try:
+            return load(attn_implementation="sdpa")
+        except ValueError as error:
+            if "scaled_dot_product_attention" not in str(error):
+                raise
+            return load()  # Attention sinks (gpt-oss): Transformers' own choice.
 
     def run(self, rows: list[Row], block: Block) -> Measured:
         # A base that a failed block left half wrapped is not used again.
@@ -132,7 +146,7 @@ class TrlArm:
                 train_dataset=Dataset.from_list(rows),
                 processing_class=self.tokenizer,
                 peft_config=LoraConfig(
-                    r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=TARGETS, bias="none", task_type="CAUSAL_LM"
+                    r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=self.targets, bias="none", task_type="CAUSAL_LM"
                 ),
             )
             seed_adapter(trainer.model)
@@ -146,8 +160,9 @@ class TrlArm:
 class UnslothArm:
     """FastLanguageModel with "unsloth" checkpointing (the documented recipe) or none, under TRL's patched trainer."""
 
-    def __init__(self, folder: Path, precision: str, checkpointing: bool) -> None:
+    def __init__(self, folder: Path, precision: str, targets: Sequence[str], checkpointing: bool) -> None:
         self.folder, self.precision, self.checkpointing = folder, precision, checkpointing
+        self.targets = list(targets)
         self.dense = stand_in_for_triton()
         self.trainer_class = peer_trainer_class()
 
@@ -156,7 +171,7 @@ class UnslothArm:
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
         model, _ = fast.from_pretrained(
             str(self.folder),
-            max_seq_length=1024,
+            max_seq_length=LONGEST,
             dtype=DTYPES[self.precision],
             load_in_4bit=self.precision == "4bit",
             local_files_only=True,
@@ -167,7 +182,7 @@ class UnslothArm:
             lora_alpha=LORA_RANK,
             lora_dropout=0,
             bias="none",
-            target_modules=TARGETS,
+            target_modules=self.targets,
             use_gradient_checkpointing="unsloth" if self.checkpointing else False,
             random_state=SEED,
         )

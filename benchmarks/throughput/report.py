@@ -15,6 +15,7 @@ from benchmarks.throughput.cases import (
     TARGETS,
     Target,
 )
+from benchmarks.throughput.shapes import SHAPES
 
 Row = dict[str, Any]
 
@@ -40,7 +41,13 @@ def _heading(rows: Sequence[Row]) -> str:
         return ""
     facts = found[-1]
     versions = ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())
-    return f"{facts.get('date', '')}: {facts.get('device')}, Python {facts.get('python')}, {versions}"
+    lines = [f"{facts.get('date', '')}: {facts.get('device')}, Python {facts.get('python')}, {versions}"]
+    for name in dict.fromkeys(row["model"] for row in rows):
+        shape = SHAPES.get(name)
+        if shape and shape.published_layers:
+            built = shape.arguments["num_hidden_layers"]
+            lines.append(f"{name}: {built} of its {shape.published_layers} layers, so that every arm fits the card")
+    return "\n".join(lines)
 
 
 def timed(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
@@ -135,6 +142,11 @@ def _target_rows(target: Target, ours: list[Row], peer: list[Row] | None) -> lis
     return lines
 
 
+def _is_control(row: Row) -> bool:
+    """Whether it is TRL against itself."""
+    return not str(row["what"]).startswith(OURS)
+
+
 def _verdict(
     case: str, against: str, wanted: float | None, measured: float | None, show: Callable[[float], str]
 ) -> str:
@@ -158,15 +170,13 @@ def _parity(rows: Sequence[Row]) -> str:
     ]
     # How far TRL's own losses lie apart when only its micro-batch changes: no one can be asked to come closer.
     spread = max(
-        (row["largest_loss_difference"] for row in found if row["what"] != "ours" and "error" not in row), default=0
+        (row["largest_loss_difference"] for row in found if _is_control(row) and "error" not in row), default=0
     )
     for row in found:
         if "error" in row:
             table.append(f"| {row['model']} | {row['what']} | {row['error']} | | | | |")
             continue
-        curve = (
-            "control" if row["what"] != "ours" else "within" if row["largest_loss_difference"] <= spread else "outside"
-        )
+        curve = "control" if _is_control(row) else "within" if row["largest_loss_difference"] <= spread else "outside"
         good = row["cosine"] >= PARITY_COSINE and abs(row["norm_ratio"] - 1) <= PARITY_NORM
         table.append(
             f"| {row['model']} | {row['what']} | {row['cosine']:.6f} | {row['lowest_matrix_cosine']:.5f} | "

@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.throughput import data
-from benchmarks.throughput.shapes import SHAPES, limit_pairs_per_s, work_of
+from benchmarks.throughput.arithmetic import Arithmetic, limit_pairs_per_s, read_arithmetic, work_of
+from benchmarks.throughput.shapes import SHAPES, is_tiny
 
 TINY_SCALE = 0.1
 
@@ -41,22 +42,25 @@ class Worker:
         self.shape = shape
         self.who, _, self.precision = arm.partition("-")
         self.folder = folder
-        self.corpus = data.read_corpus(folder)
+        self.corpus: list[int] = []
+        self.arithmetic: Arithmetic | None = None
         self.arm = self._arm()
 
     def _arm(self) -> Any:
-        if self.who.startswith("unsloth"):
+        if self.who.startswith("unsloth") or self.who == "ours_unsloth":
             # Before anything that imports TRL, PEFT or Transformers.
             importlib.import_module("unsloth")
-        if self.who == "ours":
+        targets = SHAPES[self.shape].targets
+        who, _, kernels = self.who.partition("_")
+        if who == "ours":
             from benchmarks.throughput.ours import OursArm
 
-            arm: Any = OursArm(self.folder, self.precision)
+            arm: Any = OursArm(self.folder, self.precision, targets, kernels or "auto")
         else:
             from benchmarks.throughput.peers import TrlArm, UnslothArm
 
             kind = UnslothArm if self.who.startswith("unsloth") else TrlArm
-            arm = kind(self.folder, self.precision, checkpointing=not self.who.endswith("_nogc"))
+            arm = kind(self.folder, self.precision, targets, checkpointing=not self.who.endswith("_nogc"))
         import torch
         import transformers
 
@@ -69,9 +73,16 @@ class Worker:
         match command["do"]:
             case "load":
                 begun = time.perf_counter()
+                self.corpus, self.arithmetic = data.read_corpus(self.folder), read_arithmetic(self.folder)
                 self.arm.load()
+                weights = time.perf_counter() - begun
                 warm = self.train(command["block"], command["rows"]) if command.get("block") else {}
-                return {"load_seconds": time.perf_counter() - begun, "warm_error": warm.get("error")}
+                return {
+                    "load_seconds": time.perf_counter() - begun,
+                    "weights_seconds": weights,
+                    "warm_error": warm.get("error"),
+                    "warm_out_of_memory": warm.get("out_of_memory"),
+                }
             case "train":
                 return self.train(command["block"], command["rows"])
             case "device":
@@ -92,14 +103,15 @@ class Worker:
             result = {"error": f"{type(error).__name__}: {error}"[:800], "out_of_memory": is_out_of_memory(error)}
         else:
             timed = made[wanted.warmup * data.PAIRS_PER_STEP :]
-            result = found | rates(found, timed, wanted.max_length, self.shape)
+            assert self.arithmetic is not None
+            result = found | rates(found, timed, wanted.max_length, self.arithmetic)
         free_memory()
         return result
 
     def _make(self, rows: dict[str, Any], max_length: int) -> Any:
         if "ratio" in rows:
             return partial(_near_max_length, self.corpus, rows["ratio"], max_length)
-        return partial(_like_ultrafeedback, self.corpus, TINY_SCALE if self.shape == "tiny" else 1.0)
+        return partial(_like_ultrafeedback, self.corpus, TINY_SCALE if is_tiny(self.shape) else 1.0)
 
 
 def _near_max_length(corpus: list[int], ratio: float, max_length: int, count: int, seed: int) -> list[data.Row]:
@@ -110,7 +122,7 @@ def _like_ultrafeedback(corpus: list[int], scale: float, count: int, seed: int) 
     return data.like_ultrafeedback(corpus, count, seed, scale)
 
 
-def rates(found: dict[str, Any], timed: list[data.Row], max_length: int, shape: str) -> dict[str, Any]:
+def rates(found: dict[str, Any], timed: list[data.Row], max_length: int, model: Arithmetic) -> dict[str, Any]:
     """Pairs and tokens a second; share of the arithmetic limit of an H200; one epoch with its reference pass."""
     import torch
 
@@ -119,7 +131,7 @@ def rates(found: dict[str, Any], timed: list[data.Row], max_length: int, shape: 
     reference = found.get("reference_pairs_per_s")
     # A peer scores its reference in every step, so its epoch is the same with and without.
     cold = 1 / (1 / warm + 1 / reference) if reference else warm
-    limit = limit_pairs_per_s(SHAPES[shape], work) if torch.cuda.is_available() else None
+    limit = limit_pairs_per_s(model, work) if torch.cuda.is_available() else None
     return {
         "pairs_per_s": warm,
         "cold_pairs_per_s": cold,
@@ -168,17 +180,25 @@ def main() -> None:
             answers.write(json.dumps(value) + "\n")
             answers.flush()
 
-        worker: Worker | None = None
+        worker, failed = _worker(args.arm, args.shape, args.folder)
         while (command := commands.get())["do"] != "release":
             try:
-                worker = worker or Worker(args.arm, args.shape, args.folder)
-                reply(worker.answer(command))
-            except Exception as error:  # An arm that cannot start says why.
+                reply(worker.answer(command) if worker else failed)
+            except Exception as error:  # An arm that cannot load says why.
                 traceback.print_exc()
                 reply({"error": f"{type(error).__name__}: {error}"[:800], "out_of_memory": False})
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # Compile workers and device contexts of the libraries take seconds to wind up.
+
+
+def _worker(arm: str, shape: str, folder: Path) -> tuple[Worker | None, dict[str, Any]]:
+    """The worker, its libraries imported while the model may still be in the making; or why it cannot start."""
+    try:
+        return Worker(arm, shape, folder), {}
+    except Exception as error:
+        traceback.print_exc()
+        return None, {"error": f"{type(error).__name__}: {error}"[:800], "out_of_memory": False}
 
 
 def _commands() -> queue.Queue[dict[str, Any]]:

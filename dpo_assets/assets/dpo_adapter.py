@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from dpo_assets.assets.sft_checkpoint import start_adapter
 from dpo_assets.assets.step import Events, Step, memory_record
 from dpo_assets.checks.aftermath import aftermath_verdicts, collapse_verdict
 from dpo_assets.checks.bands import Bands
-from dpo_assets.checks.collapse import ACCURACY, ENTROPY, first_trigger
+from dpo_assets.checks.collapse import ACCURACY, ENTROPY, Trigger, first_trigger
+from dpo_assets.checks.reports import Aftermath, DpoReport, SampledAnswers, Stop
 from dpo_assets.checks.tasks import read_tasks
 from dpo_assets.checks.training import dpo_verdicts
 from dpo_assets.checks.verdict import Verdict
@@ -31,6 +31,8 @@ from dpo_assets.report.plots import line_plot
 from dpo_assets.report.tables import table
 
 RELATIVE = (ACCURACY, ENTROPY)  # Judged against the first logs, so that a limit in their own unit would mislead.
+# Of the report, what the asset's metadata leaves to the checks.
+PARTS = {"lora_coverage", "lora_planned", "stopped", "trigger", *Aftermath.model_fields}
 
 
 def materialise(step: Step) -> Events:
@@ -66,7 +68,7 @@ def materialise(step: Step) -> Events:
     if _would_go_on(step.found("dpo_adapter", config, inputs), guard):
         config |= {"limits": guard.limits.model_dump(), "stops": guard.stops}
     artifact, reused = step.build("dpo_adapter", config, inputs, make)
-    report, metrics = artifact.json("report.json"), artifact.path / "metrics.jsonl"
+    report, metrics = DpoReport.of(artifact), artifact.path / "metrics.jsonl"
     margins = {"rewards/margins": "margin", "rewards/chosen": "chosen", "rewards/rejected": "rejected"}
     verdicts = [*dpo_verdicts(report, step.bands), collapse(report, metrics, guard, step.bands)]
     verdicts += [_with_answers(v, report) for v in aftermath_verdicts(report, step.bands)]
@@ -76,11 +78,11 @@ def materialise(step: Step) -> Events:
         reused,
         verdicts,
         {
-            **{name: value for name, value in report.items() if not isinstance(value, dict)},
+            **report.model_dump(mode="json", exclude=PARTS),
             **memory_record(artifact),
             "reference_pairs_from_cache": artifact.json(VOLATILE)["reference_pairs_from_cache"],
             "loss": dg.MetadataValue.md(
-                line_plot(metrics, {"loss": "loss"}, "DPO loss", level=report["expected_first_loss"])
+                line_plot(metrics, {"loss": "loss"}, "DPO loss", level=report.expected_first_loss)
             ),
             "margins": dg.MetadataValue.md(
                 line_plot(metrics, margins, "implicit rewards (beta x log-ratio)", level=0.0)
@@ -91,7 +93,7 @@ def materialise(step: Step) -> Events:
 
 def _would_go_on(stopped: Artifact | None, guard: GuardSpec) -> bool:
     """Whether an earlier run was stopped that under the limits of now would train on."""
-    if stopped is None or not stopped.json("report.json").get("stopped"):
+    if stopped is None or not DpoReport.of(stopped).stopped:
         return False
     return not guard.stops or first_trigger(metric_rows(stopped.path / "metrics.jsonl"), guard.limits) is None
 
@@ -101,30 +103,30 @@ def metric_rows(metrics: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
 
 
-def collapse(report: Mapping[str, Any], metrics: Path, guard: GuardSpec, bands: Bands) -> Verdict:
+def collapse(report: DpoReport, metrics: Path, guard: GuardSpec, bands: Bands) -> Verdict:
     """The check `collapse`, with the curve of the metric that fired, its limit and the stop."""
     rows = metric_rows(metrics)
     verdict = collapse_verdict(report, rows, guard.limits, bands)
-    fired = report.get("stopped") or first_trigger(rows, guard.limits)
+    fired = report.stopped or first_trigger(rows, guard.limits)
     if verdict.passed or not fired:
         return verdict
-    told = fired if isinstance(fired, Mapping) else asdict(fired)
-    title = f"{told['metric']}: limit and stop" if report["stopped"] else f"{told['metric']}: limit, and where it fired"
-    return replace(verdict, shown={"curve": collapse_plot(metrics, told, title)})
+    title = f"{fired.metric}: limit and stop" if report.stopped else f"{fired.metric}: limit, and where it fired"
+    return replace(verdict, shown={"curve": collapse_plot(metrics, fired, title)})
 
 
-def collapse_plot(metrics: Path, fired: Mapping[str, Any], title: str) -> str:
+def collapse_plot(metrics: Path, fired: Stop | Trigger, title: str) -> str:
     """The curve of the metric that fired. Falls and ratios are drawn as they are logged, without the limit."""
-    level = fired["limit"] if fired["metric"] not in RELATIVE else None
-    return line_plot(metrics, {fired["metric"]: fired["metric"]}, title, level=level, mark=fired["step"])
+    level = fired.limit if fired.metric not in RELATIVE else None
+    return line_plot(metrics, {fired.metric: fired.metric}, title, level=level, mark=fired.step)
 
 
-def _with_answers(verdict: Verdict, report: Mapping[str, Any]) -> Verdict:
+def _with_answers(verdict: Verdict, report: DpoReport) -> Verdict:
     """`generation_health` with some answers side by side: a share says little about what went wrong."""
-    examples = report.get("answers", {}).get("examples")
-    if verdict.check != "generation_health" or not examples:
+    answers = report.answers
+    if verdict.check != "generation_health" or not isinstance(answers, SampledAnswers) or not answers.examples:
         return verdict
-    return replace(verdict, shown={"answers": table(["prompt (its end)", "reference", "policy"], examples)})
+    rows = [list(example) for example in answers.examples]
+    return replace(verdict, shown={"answers": table(["prompt (its end)", "reference", "policy"], rows)})
 
 
 def tokenizer_digest(base: Artifact) -> str:

@@ -20,7 +20,8 @@ from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.config import plan_verdicts
 from dpo_assets.checks.coverage import coverage_table
 from dpo_assets.planning.matrices import read_matrices
-from dpo_assets.planning.plan import TrainingPlan, make_plan
+from dpo_assets.planning.model_folder import read_description
+from dpo_assets.planning.plan import ModelShape, TrainingPlan, make_plan
 from dpo_assets.recipe import OVERRIDABLE, Recipe, apply_overrides
 from dpo_assets.report.tables import table
 from dpo_assets.section import Section
@@ -33,9 +34,7 @@ def materialise(step: Step) -> Events:
     inputs = step.inputs()
     dataset, base = inputs["dpo_dataset"], inputs["base_model"]
     recipe = apply_overrides(step.recipe, {name: step.config.get(name, {}) for name in OVERRIDABLE})
-    facts = read_facts(base)
-    shape = facts.with_matrices(read_matrices(base.path / "model", facts.layers))
-    plan = make_plan(recipe, shape, dataset_stats(dataset), step.gpu.detect())
+    plan = make_plan(recipe, _shape(base), dataset_stats(dataset), step.gpu.detect())
 
     def make(folder: Path, _: str) -> None:
         write_json(folder / PLAN, plan.model_dump(mode="json"))
@@ -70,6 +69,13 @@ def materialise(step: Step) -> Events:
             "hyperparameters": dg.MetadataValue.md(_hyperparameters(plan)),
         },
     )
+
+
+def _shape(base: Artifact) -> ModelShape:
+    """The base as planning sees it. Its facts may be of an earlier version; the worker describes it by this one."""
+    facts, folder = read_facts(base), base.path / "model"
+    described = facts.model_copy(update={"decoder": read_description(folder)})
+    return described.with_matrices(read_matrices(folder, facts.layers))
 
 
 def read_plan(artifact: Artifact) -> TrainingPlan:

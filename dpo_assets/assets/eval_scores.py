@@ -15,6 +15,7 @@ from dpo_assets.assets.node import Node
 from dpo_assets.assets.sft_checkpoint import start_adapter
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.promotion import decide, evaluation_verdicts
+from dpo_assets.checks.reports import EvaluationReport
 from dpo_assets.checks.statistics import percent
 from dpo_assets.contract import EvaluateSpec
 from dpo_assets.feedback.trained import seen_pairs
@@ -56,11 +57,12 @@ def materialise(step: Step) -> Events:
 
     config = {"evaluation": evaluation.model_dump(exclude={"min_pairs"})}
     artifact, reused = step.build("eval_scores", config, inputs, make)
-    report = artifact.json("report.json")
+    report = EvaluationReport.of(artifact)
     decision, reason = decide(report, evaluation.min_pairs)
     rows = [
-        [label, f"{report[k]['value']:.3f}", f"[{report[k]['low']:.3f}, {report[k]['high']:.3f}]"]
-        for k, label in SHOWN.items()
+        [label, f"{score.value:.3f}", f"[{score.low:.3f}, {score.high:.3f}]"]
+        for name, label in SHOWN.items()
+        if (score := getattr(report, name))
     ]
     answers = [[a["prompt"][-1]["content"], a["sft"], a["policy"]] for a in artifact.json("generations.json")]
     yield from step.result(
@@ -71,12 +73,12 @@ def materialise(step: Step) -> Events:
         {
             "verdict": decision,
             "verdict_reason": reason,
-            "scored": report.get("scored", "not recorded: these scores are of an earlier version"),
+            "scored": report.scored or "not recorded: these scores are of an earlier version",
             "scored_because": plan.scoring.reason,
-            "held_out_pairs": report["pairs"],
-            "accuracy": report["implicit_reward_accuracy"]["value"],
-            "chosen_shift_nats_per_token": report["chosen_shift_nats_per_token"],
-            "rejected_shift_nats_per_token": report["rejected_shift_nats_per_token"],
+            "held_out_pairs": report.pairs,
+            "accuracy": report.implicit_reward_accuracy.value,
+            "chosen_shift_nats_per_token": report.chosen_shift_nats_per_token,
+            "rejected_shift_nats_per_token": report.rejected_shift_nats_per_token,
             "scores": dg.MetadataValue.md(
                 table(["held-out accuracy", "value", f"{percent(evaluation.confidence)} interval"], rows)
             ),

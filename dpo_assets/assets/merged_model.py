@@ -9,6 +9,7 @@ from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.lineage import Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step
+from dpo_assets.checks.reports import MergeReport
 from dpo_assets.checks.training import merge_verdicts
 from dpo_assets.contract import MergeSpec
 from dpo_assets.planning.plan import TrainingPlan
@@ -36,8 +37,10 @@ def materialise(step: Step) -> Events:
         )
 
     artifact, reused = step.build("merged_model", {}, inputs, make)
-    report = artifact.json("report.json")
-    yield from step.result("merged_model", artifact, reused, merge_verdicts(report, step.bands), report)
+    report = MergeReport.of(artifact)
+    yield from step.result(
+        "merged_model", artifact, reused, merge_verdicts(report, step.bands), report.model_dump(mode="json")
+    )
 
 
 def merge_settings(plan: TrainingPlan) -> dict[str, object]:

@@ -16,6 +16,7 @@ from dpo_assets.assets.lineage import Inputs, Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.promotion import decide, promotion_verdict
+from dpo_assets.checks.reports import EvaluationReport
 from dpo_assets.checks.verdict import Verdict
 from dpo_assets.errors import ConfigError
 from dpo_assets.publishing.card import CardFacts, card_settings, render_card
@@ -107,7 +108,7 @@ def _refuse_held(step: Step, inputs: Inputs) -> None:
     Raises:
         ConfigError: when the scores do not carry a release under the recipe of now.
     """
-    verdict = promotion_verdict(inputs["eval_scores"].json("report.json"), step.recipe)
+    verdict = promotion_verdict(EvaluationReport.of(inputs["eval_scores"]), step.recipe)
     if step.judged(verdict).level == "error":
         raise ConfigError(
             f"publishing.dry_run is false, and the scores do not carry a release: {verdict.headline}: {verdict.note}. "
@@ -139,7 +140,7 @@ def _title(step: Step) -> str:
 
 
 def _facts(step: Step, inputs: Inputs) -> CardFacts:
-    base, scores = read_facts(inputs["base_model"]), inputs["eval_scores"].json("report.json")
+    base, scores = read_facts(inputs["base_model"]), EvaluationReport.of(inputs["eval_scores"])
     decision, reason = decide(scores, step.recipe.evaluation.min_pairs)
     return CardFacts(
         title=_title(step),

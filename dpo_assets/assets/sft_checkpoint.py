@@ -12,6 +12,7 @@ from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.lineage import Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step, memory_record
+from dpo_assets.checks.reports import read_sft
 from dpo_assets.checks.training import sft_verdicts
 from dpo_assets.contract import TrainSpec
 from dpo_assets.planning.plan import TrainingPlan
@@ -45,10 +46,10 @@ def materialise(step: Step) -> Events:
         )
 
     artifact, reused = step.build("sft_checkpoint", {}, inputs, make)
-    report = artifact.json("report.json")
+    report = read_sft(artifact)
     metadata = {
         "strategy": plan.sft.strategy,
-        **{k: v for k, v in report.items() if k != "adopted" and not isinstance(v, dict)},
+        **report.model_dump(mode="json", exclude={"adopted", "lora_coverage"}),
     }
     metadata |= memory_record(artifact)
     if not adopted:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
-from typing import Any
+from collections.abc import Sequence, Set
 
 from dpo_assets.checks.aftermath import OLDER
 from dpo_assets.checks.bands import Bands
+from dpo_assets.checks.reports import DpoReport
 from dpo_assets.checks.verdict import Level, Verdict
 from dpo_assets.planning.targets import EXPERT_PARAMETERS, LoraCoverage
 from dpo_assets.recipe import EVERY_LINEAR
@@ -51,13 +51,13 @@ def lora_coverage(coverage: LoraCoverage, rank: int, bands: Bands) -> Verdict:
     )
 
 
-def adapter_attached(report: Mapping[str, Any], bands: Bands) -> Verdict:
+def adapter_attached(report: DpoReport, bands: Bands) -> Verdict:
     """What the trained model was measured to have an adapter on, against what the plan promised."""
     name, source = "adapter_attached", bands.limit("lora_coverage").source
     band = "the share of the layers' weights that the plan says"
-    if "lora_coverage" not in report:
+    measured, planned = report.lora_coverage, report.lora_planned
+    if measured is None:
         return Verdict(name, "warn", f"not measured: {OLDER}", band, source, "materialise dpo_adapter again")
-    measured, planned = (LoraCoverage.model_validate(report[key]) for key in ("lora_coverage", "lora_planned"))
     share, promised = measured.share, planned.share if planned.kinds else measured.share
     less, more = _moved(planned, measured) if planned.kinds else ([], [])
     faults = [f"less of {', '.join(less)} than planned"] if less else []

@@ -8,10 +8,10 @@ SFT did by plain log-probability.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from dpo_assets.checks.bands import Bands
+from dpo_assets.checks.reports import EvaluationReport
 from dpo_assets.checks.verdict import Level, Verdict, upper_limit, worst
 from dpo_assets.recipe import Recipe
 
@@ -20,50 +20,50 @@ CHANCE, TOLERANCE = 0.5, 0.05
 SOURCE = "Wilson interval on held-out pairs; power: 400 pairs show 10 points, 1,000 show 3 (arXiv 2411.00640)"
 
 
-def decide(report: Mapping[str, Any], min_prompts: int) -> tuple[Decision, str]:
+def decide(report: EvaluationReport, min_prompts: int) -> tuple[Decision, str]:
     """The decision and its reason."""
-    accuracy, prompts = report["implicit_reward_accuracy"], report["prompts"]
-    drop = report["logp_accuracy_sft"]["value"] - report["logp_accuracy_policy"]["value"]
-    if not math.isfinite(accuracy["value"]) or not math.isfinite(report["nll_ratio_chosen"]):
+    accuracy, prompts = report.implicit_reward_accuracy, report.prompts
+    drop = report.logp_accuracy_sft.value - report.logp_accuracy_policy.value
+    if not math.isfinite(accuracy.value) or not math.isfinite(report.nll_ratio_chosen):
         return "reject", "a score is not finite"
-    if accuracy["high"] < CHANCE:
+    if accuracy.high < CHANCE:
         return (
             "reject",
-            f"held-out accuracy lies below one half ({accuracy['value']:.3f}): chosen and rejected look swapped",
+            f"held-out accuracy lies below one half ({accuracy.value:.3f}): chosen and rejected look swapped",
         )
     if prompts < min_prompts:
         return "insufficient_evidence", f"{prompts} held-out prompts, evaluation.min_pairs asks for {min_prompts}"
-    if accuracy["low"] <= CHANCE:
+    if accuracy.low <= CHANCE:
         return (
             "hold",
-            f"the interval [{accuracy['low']:.3f}, {accuracy['high']:.3f}] holds one half: this may be chance",
+            f"the interval [{accuracy.low:.3f}, {accuracy.high:.3f}] holds one half: this may be chance",
         )
     if drop > TOLERANCE:
         return "hold", f"plain log-probability ranks pairs worse than SFT by {drop:.3f}"
     return (
         "first_publication",
-        f"better than its start on {accuracy['value']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}]",
+        f"better than its start on {accuracy.value:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}]",
     )
 
 
-def evaluation_verdicts(report: Mapping[str, Any], recipe: Recipe, bands: Bands, *, seen: int) -> list[Verdict]:
+def evaluation_verdicts(report: EvaluationReport, recipe: Recipe, bands: Bands, *, seen: int) -> list[Verdict]:
     """All checks of `eval_scores`; `seen` of its pairs have an opening message that the model was trained on."""
     return [held_out_unseen(report, seen), promotion_verdict(report, recipe), greedy_health(report, bands)]
 
 
-def held_out_unseen(report: Mapping[str, Any], seen: int) -> Verdict:
+def held_out_unseen(report: EvaluationReport, seen: int) -> Verdict:
     """Scored pairs against the record that the trainer left of what it trained on."""
     return Verdict(
         "held_out_unseen",
         "error" if seen else "pass",
-        f"{seen} of {report['pairs']} scored pairs",
+        f"{seen} of {report.pairs} scored pairs",
         "0 pairs with an opening message that the SFT or DPO adapter was trained on",
         "held-out scores on seen prompts measure memory",
         "train on the dataset that is scored: materialise dpo_plan and everything after it again" if seen else "",
     )
 
 
-def promotion_verdict(report: Mapping[str, Any], recipe: Recipe) -> Verdict:
+def promotion_verdict(report: EvaluationReport, recipe: Recipe) -> Verdict:
     """Blocks a release that evidence does not carry. A dry run sends nothing, so there a hold only warns."""
     decision, reason = decide(report, recipe.evaluation.min_pairs)
     level: Level = "pass"
@@ -87,13 +87,13 @@ def promotion_verdict(report: Mapping[str, Any], recipe: Recipe) -> Verdict:
     )
 
 
-def greedy_health(report: Mapping[str, Any], bands: Bands) -> Verdict:
+def greedy_health(report: EvaluationReport, bands: Bands) -> Verdict:
     """Rise over SFT in the shares of the merged model's greedy answers that repeat themselves, and that never end."""
     limit = bands.limit("greedy_health")
-    sft, policy = report["generation"]["sft"], report["generation"]["policy"]
-    if not policy["answers"]:
+    sft, policy = report.generation.sft, report.generation.policy
+    if not policy.answers:
         return Verdict("greedy_health", "pass", "no answers sampled", "-", limit.source)
-    rises = {name: policy[name] - sft[name] for name in ("repetition", "no_eos", "empty")}
+    rises = {name: getattr(policy, name) - getattr(sft, name) for name in ("repetition", "no_eos", "empty")}
     levels = {name: upper_limit(rise, limit.warn, limit.error) for name, rise in rises.items()}
     level = worst(*levels.values())
     shown = max(rises, key=lambda name: (levels[name] == level, math.isnan(rises[name]), rises[name]))
@@ -104,5 +104,5 @@ def greedy_health(report: Mapping[str, Any], bands: Bands) -> Verdict:
         f"at most +{limit.warn:g} over SFT, blocked above +{limit.error:g}",
         limit.source,
         "" if level == "pass" else "lower dpo.learning_rate, and read the answers beside this check",
-        f"{policy['answers']} greedy answers each",
+        f"{policy.answers} greedy answers each",
     )

@@ -1,16 +1,191 @@
-"""What the worker measured, as the checks judge it. A stage writes one of these; its asset reads it back."""
+"""What the worker measured, as the checks judge it. A stage writes one of these; its asset reads it back.
+
+A part that could not be measured says why (`NotMeasured`). A part that is None is of an earlier version.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, computed_field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, computed_field
+
+from dpo_assets.artifact import Artifact, write_json
+from dpo_assets.checks.statistics import Proportion
+from dpo_assets.planning.targets import LoraCoverage
+
+FILE = "report.json"
 
 
-class Carried(BaseModel):
-    """What became of the base's tensors in the release, file against file."""
+class Report(BaseModel):
+    """A report of the worker. Keys of another version are passed over."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
+
+    def write(self, folder: Path) -> None:
+        """Into the artefact that is being made."""
+        write_json(folder / FILE, self.model_dump(mode="json"))
+
+    @classmethod
+    def of(cls, artifact: Artifact) -> Self:
+        """The report of a sealed artefact."""
+        return cls.model_validate(artifact.json(FILE))
+
+
+class NotMeasured(Report):
+    """A part that could not be measured here, with the reason."""
+
+    not_measured: str
+
+
+class HeldOutPairs(Report):
+    """Implicit rewards of held-out pairs. `margin_nats` is the mean of chosen minus rejected log-ratio."""
+
+    pairs: int
+    accuracy: Proportion
+    margin_nats: float
+    nll_ratio: float
+    chosen_nats_per_token: float
+    rejected_nats_per_token: float
+
+
+class Divergence(Report):
+    """KL(policy || reference) in nats per token, with its interval where more than one answer was sampled."""
+
+    per_token: float
+    low: float | None = None
+    high: float | None = None
+
+
+class AnswerHealth(Report):
+    """Shares of answers that repeat themselves, never end or are empty; distinct bigrams; mean length in tokens.
+
+    With no answers there are no shares, and they are 0.
+    """
+
+    answers: int
+    repetition: float = 0.0
+    no_eos: float = 0.0
+    empty: float = 0.0
+    distinct_2: float = 0.0
+    mean_tokens: float = 0.0
+
+
+class SampledAnswers(Report):
+    """Both sides' answers to the same prompts with the same seed; `longer` and `shorter` count the policy's."""
+
+    prompts: int
+    most_tokens: int
+    reference: AnswerHealth
+    policy: AnswerHealth
+    longer: int
+    shorter: int
+    kl: Divergence | NotMeasured
+    examples: tuple[tuple[str, str, str], ...] = ()
+
+
+class Capability(Report):
+    """Tasks, or next tokens, that each side meets: shares, and how many only one of them met."""
+
+    kind: Literal["tasks", "token_accuracy"]
+    tasks: int
+    reference: float
+    policy: float
+    lost: int
+    gained: int
+
+
+class AdapterNorm(Report):
+    """The largest change of a layer's weights over their norm, and where it stands."""
+
+    largest: float
+    layer: str
+    layers: int
+
+
+class Stop(Report):
+    """The first trigger of a run (`checks.collapse.Trigger`), and what became of it."""
+
+    rule: str
+    metric: str
+    step: int
+    value: float
+    limit: float
+    band: str
+    source: str
+    fix: str
+    kept_step: int
+    steps_saved: int
+    of_steps: int
+
+
+class Aftermath(Report):
+    """What an adapter did, against where it started. None: of an earlier version."""
+
+    held_out: HeldOutPairs | NotMeasured | None = None
+    answers: SampledAnswers | NotMeasured | None = None
+    capability: Capability | NotMeasured | None = None
+    adapter_norm: AdapterNorm | NotMeasured | None = None
+
+
+class DpoReport(Aftermath):
+    """What stage `dpo` saw. The `last` values are means of the last logs; losses are in nats."""
+
+    steps: int
+    first_loss: float
+    expected_first_loss: float | None = Field(description="The loss at zero margin; None where it is not known.")
+    first_loss_tokens: float = Field(default=0.0, description="Mean answer tokens of a pair of step 1, in 16 bit.")
+    last_loss: float
+    last_margin: float
+    last_accuracy: float
+    nll_ratio: float = Field(description="NLL of chosen training answers, policy over reference.")
+    finite: bool
+    lora_coverage: LoraCoverage | None = Field(default=None, description="As measured on the trained model.")
+    lora_planned: LoraCoverage = LoraCoverage()
+    trainer: str
+    kernels: str = Field(description="What computed its scores.")
+    kernels_note: str = Field(default="", description="Why that is not what the plan said; empty where it is.")
+    stopped: Stop | None = Field(default=None, description="The trigger that ended the run.")
+    trigger: Stop | None = Field(default=None, description="The first trigger, whether it ended the run or not.")
+
+    @property
+    def guarded(self) -> bool:
+        """Whether the run was watched, or at least says that it was not: reports of earlier versions are silent."""
+        return "stopped" in self.model_fields_set
+
+
+class AdoptedBase(Report):
+    """Of an SFT checkpoint that is the base as it is."""
+
+    adopted: Literal[True] = True
+
+
+class SftReport(Report):
+    """What stage `sft` saw. Losses are nats per token of held-out chosen answers."""
+
+    steps: int
+    held_out_nll_before: float
+    held_out_nll_after: float
+    finite: bool
+    kernels: str = Field(description="What computed its scores.")
+    kernels_note: str = Field(default="", description="Why that is not what the plan said; empty where it is.")
+    adapted_share: float
+    lora_coverage: LoraCoverage | None = None
+    ends_with_eos: float = Field(description="Share of untruncated answers that end their turn.")
+
+
+_SFT: TypeAdapter[SftReport | AdoptedBase] = TypeAdapter(SftReport | AdoptedBase)
+
+
+def read_sft(artifact: Artifact) -> SftReport | AdoptedBase:
+    """The report of an `sft_checkpoint`."""
+    outcome: SftReport | AdoptedBase = _SFT.validate_python(artifact.json(FILE))
+    return outcome
+
+
+class Carried(Report):
+    """What became of the base's tensors in the release, file against file."""
+
     tensors: int = Field(description="Tensors in the base's files.")
     adapted: int = Field(description="Of these, changed by the merge.")
     beside: int = Field(default=0, description="Of these, no part of the language model: towers, projectors, heads.")
@@ -23,10 +198,9 @@ class Carried(BaseModel):
         return not (self.lost or self.altered or self.added)
 
 
-class MergeReport(BaseModel):
+class MergeReport(Report):
     """What stage `merge` measured. Differences are nats per token between adapter and merged model."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
     mean_difference_per_token: float
     max_difference_per_token: float
     probe_pairs: int
@@ -37,8 +211,36 @@ class MergeReport(BaseModel):
         default=None, description="Not known where PEFT wrote the model in another layout than the base's."
     )
     proven_in: str = Field(default="", description="What both were computed in, and where.")
+    kernels: str = Field(default="", description="The engine that scored both.")
 
     @computed_field(description="Whether all of them are numbers.")  # type: ignore[prop-decorator]
     @property
     def finite(self) -> bool:
         return not self.not_finite
+
+
+class GreedyAnswers(Report):
+    """Health of both sides' greedy answers to held-out prompts."""
+
+    sft: AnswerHealth
+    policy: AnswerHealth
+
+
+class EvaluationReport(Report):
+    """Held-out scores of the policy and of the SFT model that it started from."""
+
+    pairs: int
+    prompts: int
+    implicit_reward_accuracy: Proportion
+    logp_accuracy_sft: Proportion
+    logp_accuracy_policy: Proportion
+    pick_the_longer: Proportion
+    margin_mean_nats: float
+    margin_median_nats: float
+    chosen_shift_nats_per_token: float
+    rejected_shift_nats_per_token: float
+    nll_ratio_chosen: float = Field(description="NLL of chosen answers, policy over SFT.")
+    confidence: float
+    kernels: str = ""
+    scored: str = Field(default="", description="What was scored as the release; empty: of an earlier version.")
+    generation: GreedyAnswers

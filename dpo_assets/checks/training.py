@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from dpo_assets.checks.aftermath import displacement
 from dpo_assets.checks.bands import Bands, first_loss_tolerance
 from dpo_assets.checks.coverage import adapter_attached
-from dpo_assets.checks.reports import Carried
+from dpo_assets.checks.reports import AdoptedBase, Carried, DpoReport, MergeReport, SftReport
 from dpo_assets.checks.verdict import Verdict, upper_limit
 
 NAMED = 4  # Weights that a value lists.
 
 
-def sft_verdicts(report: Mapping[str, Any], bands: Bands) -> list[Verdict]:
+def sft_verdicts(report: SftReport | AdoptedBase, bands: Bands) -> list[Verdict]:
     """All checks of `sft_checkpoint`. An adopted base passes: nothing was trained."""
-    if report.get("adopted"):
+    if isinstance(report, AdoptedBase):
         note = "the base was adopted as it is"
         return [
             Verdict(name, "pass", "not trained", "-", note=note) for name in ("sft_finite", "sft_learned", "eos_kept")
         ]
-    before, after = report["held_out_nll_before"], report["held_out_nll_after"]
+    before, after = report.held_out_nll_before, report.held_out_nll_after
     learned = after < before
-    eos, kept = report["ends_with_eos"], bands.limit("eos_kept")
+    eos, kept = report.ends_with_eos, bands.limit("eos_kept")
     return [
         _finite("sft_finite", report),
         Verdict(
@@ -45,7 +42,7 @@ def sft_verdicts(report: Mapping[str, Any], bands: Bands) -> list[Verdict]:
     ]
 
 
-def dpo_verdicts(report: Mapping[str, Any], bands: Bands) -> list[Verdict]:
+def dpo_verdicts(report: DpoReport, bands: Bands) -> list[Verdict]:
     """The checks of `dpo_adapter` on its metric log. `checks.aftermath` has those on what was measured afterwards."""
     return [
         reference_is_start(report, bands),
@@ -55,32 +52,32 @@ def dpo_verdicts(report: Mapping[str, Any], bands: Bands) -> list[Verdict]:
     ]
 
 
-def reference_is_start(report: Mapping[str, Any], bands: Bands) -> Verdict:
+def reference_is_start(report: DpoReport, bands: Bands) -> Verdict:
     """The first loss against the loss at zero margin, where that is known."""
-    name, expected = "reference_is_start", report["expected_first_loss"]
+    name, expected = "reference_is_start", report.expected_first_loss
     if expected is None:
         why = "not measured: with an `sft` term the loss at zero margin depends on the data"
         fix = "set dpo.trainer to `packed`, which computes it; TRL's trainer does not tell its parts"
         return Verdict(name, "warn", why, "measured", bands.limit(name).source, fix)
-    off = abs(report["first_loss"] - expected)
-    tolerance = first_loss_tolerance(expected, report.get("first_loss_tokens", 0.0), bands)
+    off = abs(report.first_loss - expected)
+    tolerance = first_loss_tolerance(expected, report.first_loss_tokens, bands)
     level = upper_limit(off, tolerance, tolerance)
     return Verdict(
         name,
         level,
-        report["first_loss"],
+        report.first_loss,
         f"{expected:.6f} +- {tolerance:g}",
         bands.limit(name).source,
         "" if level == "pass" else "set dpo.reference to `sft`, or delete the reference cache",
     )
 
 
-def merge_verdicts(report: Mapping[str, Any], bands: Bands) -> list[Verdict]:
+def merge_verdicts(report: MergeReport, bands: Bands) -> list[Verdict]:
     """All checks of `merged_model`."""
-    difference = report["mean_difference_per_token"]
+    difference = report.mean_difference_per_token
     limit = bands.limit("fidelity")
     level = upper_limit(difference, limit.warn, limit.error)
-    finite, bad, proven = report["finite"], report.get("not_finite", ()), report.get("proven_in", "")
+    finite, proven = report.finite, report.proven_in
     return [
         Verdict(
             "fidelity",
@@ -89,18 +86,18 @@ def merge_verdicts(report: Mapping[str, Any], bands: Bands) -> list[Verdict]:
             f"at most {limit.warn} nats per token, blocked above {limit.error}",
             limit.source,
             "" if level == "pass" else "set hardware.precision to bf16 or fp32 and train again",
-            f"{report['probe_pairs']} held-out pairs" + (f", in {proven}" if proven else ""),
+            f"{report.probe_pairs} held-out pairs" + (f", in {proven}" if proven else ""),
         ),
         Verdict(
             "all_finite",
             "pass" if finite else "error",
-            "all finite" if finite else f"NaN or infinity in {', '.join(bad[:NAMED]) or 'the weights'}",
+            "all finite" if finite else f"NaN or infinity in {', '.join(report.not_finite[:NAMED])}",
             "every weight finite",
             "a NaN weight answers nothing but NaN",
             "" if finite else "lower the learning rate and train again",
-            f"{report['parameters']} values of the release as it loads" if "parameters" in report else "",
+            f"{report.parameters} values of the release as it loads",
         ),
-        _tensors_kept(Carried.model_validate(report["carried"]) if report.get("carried") else None),
+        _tensors_kept(report.carried),
     ]
 
 
@@ -128,8 +125,8 @@ def _tensors_kept(carried: Carried | None) -> Verdict:
     )
 
 
-def _finite(check: str, report: Mapping[str, Any]) -> Verdict:
-    finite = report["finite"]
+def _finite(check: str, report: SftReport | DpoReport) -> Verdict:
+    finite = report.finite
     return Verdict(
         check,
         "pass" if finite else "error",
@@ -137,5 +134,5 @@ def _finite(check: str, report: Mapping[str, Any]) -> Verdict:
         "every logged value finite",
         "TRL 1473, 2435, 2553",
         "" if finite else "lower the learning rate 5 to 10 times",
-        f"{report['steps']} steps",
+        f"{report.steps} steps",
     )

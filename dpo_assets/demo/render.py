@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dpo_assets.checks.statistics import percent
+from dpo_assets.checks.statistics import Proportion, percent
 from dpo_assets.demo.breaks import Break
 from dpo_assets.demo.summary import TRAINING_STAGES, Summary
 from dpo_assets.untrusted import in_terminal
@@ -46,16 +46,15 @@ def _rows(summary: Summary) -> Iterator[tuple[str, str]]:
     if plan := summary.plan:
         yield "precision", f"{plan['precision_reason']} ({plan['device_name']})"
         yield "steps", f"SFT {plan['sft_steps']}, DPO {plan['dpo_steps']}"
-    if dpo := summary.dpo:
-        off = dpo["first_loss"] - dpo["expected_first_loss"]
-        yield "first loss", f"{dpo['first_loss']:.6f}, expected {dpo['expected_first_loss']:.6f} (off by {off:+.1e})"
-    for label, key in SCORES if summary.scores else ():
-        score = summary.scores[key]
-        interval = f"[{score['low']:.3f}, {score['high']:.3f}]"
-        yield (
-            label,
-            f"{score['value']:.3f}, {percent(summary.scores['confidence'])} interval {interval}, n = {score['n']}",
-        )
+    if (dpo := summary.dpo) and dpo.expected_first_loss is not None:
+        off = dpo.first_loss - dpo.expected_first_loss
+        yield "first loss", f"{dpo.first_loss:.6f}, expected {dpo.expected_first_loss:.6f} (off by {off:+.1e})"
+    scores = summary.scores
+    for label, name in SCORES if scores else ():
+        score: Proportion = getattr(scores, name)
+        interval = f"[{score.low:.3f}, {score.high:.3f}]"
+        level = percent(scores.confidence if scores else 0.0)
+        yield label, f"{score.value:.3f}, {level} interval {interval}, n = {score.n}"
     if summary.verdict:
         yield "verdict", f"{summary.verdict['decision']}: {summary.verdict['reason']}"
     for check in summary.failed_checks:

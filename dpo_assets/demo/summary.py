@@ -13,6 +13,7 @@ import dagster as dg
 from dpo_assets.assets.graph import NODES
 from dpo_assets.assets.step import PATH, REUSED
 from dpo_assets.checks.bands import first_loss_holds
+from dpo_assets.checks.reports import DpoReport, EvaluationReport
 
 _STAGE = re.compile(r"started worker stage `(\w+)`")
 TRAINING_STAGES = ("sft", "dpo")
@@ -45,8 +46,8 @@ class Summary:
     errors: list[str] = field(default_factory=list)
     pairs: dict[str, Any] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
-    dpo: dict[str, Any] = field(default_factory=dict)
-    scores: dict[str, Any] = field(default_factory=dict)
+    dpo: DpoReport | None = None
+    scores: EvaluationReport | None = None
     verdict: dict[str, str] = field(default_factory=dict)
     answers: list[dict[str, Any]] = field(default_factory=list)
     release: str = ""
@@ -57,7 +58,11 @@ class Summary:
         return not self.problems
 
     def as_json(self) -> str:
-        return json.dumps(asdict(self) | {"holds": self.holds}, indent=1, ensure_ascii=False)
+        reports = {
+            name: report.model_dump(mode="json") if report else {}
+            for name, report in (("dpo", self.dpo), ("scores", self.scores))
+        }
+        return json.dumps(asdict(self) | reports | {"holds": self.holds}, indent=1, ensure_ascii=False)
 
 
 def summarise(instance: dg.DagsterInstance, run_id: str) -> Summary:
@@ -126,8 +131,10 @@ def _read_artifacts(summary: Summary, folders: dict[str, Path]) -> None:
     plan = read("dpo_plan", "plan.json")
     choices = ("precision", "precision_reason", "device_name", "sft_steps", "dpo_steps")
     summary.plan = {key: plan[key] for key in choices if key in plan}
-    summary.dpo = read("dpo_adapter", "report.json")
-    summary.scores = read("eval_scores", "report.json")
+    if trained := read("dpo_adapter", "report.json"):
+        summary.dpo = DpoReport.model_validate(trained)
+    if scored := read("eval_scores", "report.json"):
+        summary.scores = EvaluationReport.model_validate(scored)
     summary.answers = read("eval_scores", "generations.json") or []
 
 
@@ -140,10 +147,13 @@ def _problems(summary: Summary) -> list[str]:
     if missing:
         problems.append(f"not materialised: {', '.join(missing)}")
     problems += [f"check {c.check} on {c.asset} failed" for c in summary.failed_checks if c.blocked]
-    if summary.dpo and not first_loss_holds(
-        summary.dpo["first_loss"], summary.dpo["expected_first_loss"], summary.dpo.get("first_loss_tokens", 0.0)
+    dpo = summary.dpo
+    if (
+        dpo
+        and dpo.expected_first_loss is not None
+        and not first_loss_holds(dpo.first_loss, dpo.expected_first_loss, dpo.first_loss_tokens)
     ):
-        problems.append(f"the first loss is {summary.dpo['first_loss']}")
+        problems.append(f"the first loss is {dpo.first_loss}")
     if summary.release and not (Path(summary.release) / "README.md").is_file():
         problems.append(f"no release lies at {summary.release}")
     return problems

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.cards import CARDS
 from dpo_assets.planning.dataset import DatasetStats
+from dpo_assets.planning.engines import beyond_unsloth, why_not
 from dpo_assets.planning.memory import MemoryFit, fit
 from dpo_assets.planning.precision import Device, Precision, PrecisionChoice, choose_precision
 from dpo_assets.planning.shape import Kernels, ModelShape
@@ -61,10 +62,10 @@ def choose_kernels(recipe: Recipe, shape: ModelShape, max_length: int, device: D
     """Fused layers where the architecture has them on a GPU; what the recipe names, where it can work.
 
     Raises:
-        ConfigError: for `fused` with an architecture, or a sliding window, that they do not compute.
+        ConfigError: for kernels that do not compute the model, or rows of that length, with the reason.
     """
     requested = recipe.hardware.kernels
-    if requested == "unsloth" and (other := _beyond_unsloth(recipe)):
+    if requested == "unsloth" and (other := beyond_unsloth(recipe.lora)):
         raise ConfigError(
             f"hardware.kernels `unsloth` adapts {', '.join(ALL_LINEAR)} alone, and lora names {', '.join(other)}; use "
             "`auto`."
@@ -76,36 +77,35 @@ def choose_kernels(recipe: Recipe, shape: ModelShape, max_length: int, device: D
         )
     if recipe.hardware.speedups:
         _check_speedups(recipe, device)
-        return "transformers"
-    if requested == "fused" and not shape.fused_at(max_length):
-        what = (
-            f"its sliding window of {shape.sliding_window} tokens is shorter than max_length {max_length}"
-            if shape.fusable
-            else f"they do not compute {shape.architecture or 'this architecture'} as it is configured"
-        )
-        raise ConfigError(f"hardware.kernels `fused` cannot serve this model: {what}. Use `transformers` or `auto`.")
+        requested = "transformers"
+    packed = recipe.dpo.trainer == "packed"  # TRL's trainer calls the model in its own way.
     if requested == "fused" and _drops_out(recipe):
         raise ConfigError(
             "hardware.kernels `fused` computes no dropout, and SFT would train with lora.dropout "
             f"{recipe.lora.dropout:g}; set lora.dropout to 0, or kernels to `auto`."
         )
-    if requested == "fused" and recipe.dpo.trainer == "trl":
+    if requested == "fused" and not packed:
         raise ConfigError(
             "hardware.kernels `fused` is for the packed trainer; with dpo.trainer `trl` use `transformers`, `unsloth` "
             "or `auto`."
         )
-    if requested != "auto":
-        return requested
-    packed = recipe.dpo.trainer == "packed"  # TRL's trainer calls the model in its own way.
-    plain = packed and not _drops_out(recipe)
-    return "fused" if device.kind == "cuda" and plain and shape.fused_at(max_length) else "transformers"
+    if requested == "auto":
+        return _served(recipe, shape, max_length, device)
+    if packed and (why := why_not(requested, shape.decoder, max_length, recipe.lora)):
+        raise ConfigError(
+            f"hardware.kernels `{requested}` cannot serve {shape.architecture or 'this model'} with max_length "
+            f"{max_length}: {why}. Use `auto`."
+        )
+    return requested
 
 
-def _beyond_unsloth(recipe: Recipe) -> list[str]:
-    """Targets that Unsloth's own adapter code does not know."""
-    lora = recipe.lora
-    named = [] if isinstance(lora.target_modules, str) else lora.target_modules
-    return [name for name in named if name not in ALL_LINEAR] + lora.target_parameters
+def _served(recipe: Recipe, shape: ModelShape, max_length: int, device: Device) -> Kernels:
+    """The engine that `auto` takes: the first of fused layers, Transformers' and rows that computes the model."""
+    if recipe.dpo.trainer != "packed":
+        return "transformers"
+    fused = device.kind == "cuda" and not _drops_out(recipe)
+    order: tuple[Kernels, ...] = ("fused", "transformers", "rows") if fused else ("transformers", "rows")
+    return next(kernels for kernels in order if not why_not(kernels, shape.decoder, max_length, recipe.lora))
 
 
 def _check_speedups(recipe: Recipe, device: Device) -> None:

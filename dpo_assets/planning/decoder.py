@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu2", "clamped_silu"]
+Linear = tuple[str, int, int]  # A linear layer: its name in the decoder layer, output width, input width.
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,17 @@ class Rope:
         dim: leading columns of a head that are rotated; the rest passes.
         pairs: `halves` rotates column i with i + dim / 2 (Llama), `neighbours` 2 i with 2 i + 1 (GLM, Ernie).
         table: key of the decoder's rotary tables that this layer uses; empty where there is only one.
+        axes: positions that the tables take for a token: 3 where images have height and width (Qwen3.5). Text repeats
+            its own.
+        fixed_up_to: tokens of a row up to which the tables stay what they are. Beyond, the longest row of a batch
+            changes those of all its rows (longrope, dynamic NTK); None: they never change.
     """
 
     dim: int
     pairs: Literal["halves", "neighbours"] = "halves"
     table: str = ""
+    axes: int = 1
+    fixed_up_to: int | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,16 @@ class Attention:
     def kv_width(self) -> int:
         return self.kv_heads * self.head_dim
 
+    def linears(self, hidden: int) -> tuple[Linear, ...]:
+        """Its linear layers, in the order of computation."""
+        queries = self.query_width * (2 if self.gated else 1)
+        widths = [queries, self.kv_width, self.kv_width]
+        made = zip(self.projections, widths if len(self.projections) == 3 else [sum(widths)], strict=True)
+        return (
+            *((f"{self.module}.{name}", width, hidden) for name, width in made),
+            (f"{self.module}.{self.output}", hidden, self.query_width),
+        )
+
 
 @dataclass(frozen=True)
 class Recurrent:
@@ -87,31 +104,51 @@ class Recurrent:
 
     Attributes:
         inner: width of its state's values, for memory and arithmetic.
-        linears: (name, output, input) of its linear layers.
+        projections: its linear layers, named within its module.
     """
 
     kind: Literal["delta_net", "short_conv", "mamba"]
     module: str
     inner: int
-    linears: tuple[tuple[str, int, int], ...] = ()
+    projections: tuple[Linear, ...] = ()
     heads: int = 0
     head_dim: int = 0
+
+    def linears(self, hidden: int) -> tuple[Linear, ...]:
+        """Its linear layers, in the order of computation."""
+        return tuple((f"{self.module}.{name}", rows, columns) for name, rows, columns in self.projections)
 
 
 @dataclass(frozen=True)
 class Mlp:
-    """act(gate) * up, then down. `projections`: gate and up, or one module that makes both (gate's rows first)."""
+    """act(gate) * up, then down. `projections`: gate and up, or one module that makes both (gate's rows first).
+
+    Not `gated` is down(act(up)), where up is the one projection.
+    """
 
     width: int
     activation: Activation = "silu"
     module: str = "mlp"
     projections: tuple[str, ...] = ("gate_proj", "up_proj")
     output: str = "down_proj"
+    gated: bool = True
+
+    def linears(self, hidden: int) -> tuple[Linear, ...]:
+        """Its linear layers, in the order of computation."""
+        made = (2 if self.gated else 1) * self.width // len(self.projections)
+        return (
+            *((f"{self.module}.{name}", made, hidden) for name in self.projections),
+            (f"{self.module}.{self.output}", hidden, self.width),
+        )
 
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts: a router chooses `active` of `count` a token; `shared`: width of one for all tokens."""
+    """A mixture of gated experts: a router chooses `active` of `count` a token; `shared`: width of one for all tokens.
+
+    The experts are parameters of three dimensions (`experts.gate_up_proj`, `experts.down_proj`), the router is one of
+    two; neither is a linear layer. The shared expert is an MLP of linear layers.
+    """
 
     count: int
     active: int
@@ -119,6 +156,12 @@ class Experts:
     shared: int = 0
     module: str = "mlp"
     activation: Activation = "silu"
+    router: str = "gate"
+    shared_module: str = "shared_expert"
+
+    def linears(self, hidden: int) -> tuple[Linear, ...]:
+        """The linear layers of the shared expert, where there is one."""
+        return Mlp(self.shared, module=f"{self.module}.{self.shared_module}").linears(hidden) if self.shared else ()
 
 
 @dataclass(frozen=True)
@@ -139,6 +182,10 @@ class Layer:
     mlp: Mlp | Experts
     norms: Norms = Norms()
 
+    def linears(self, hidden: int) -> tuple[Linear, ...]:
+        """Its linear layers, those of routed experts and routers left out."""
+        return self.mixer.linears(hidden) + self.mlp.linears(hidden)
+
 
 @dataclass(frozen=True)
 class Decoder:
@@ -147,8 +194,12 @@ class Decoder:
     Attributes:
         family: `model_type` of its text config.
         norm_offset: what is added to the weights of its RMS norms (1 where they are kept around zero: Gemma, Qwen3.5).
-        embedding_scale: what embeddings are multiplied by.
-        beyond: what it computes that this description has no words for; only its own forward is exact then.
+        embedding_scale: what embeddings are multiplied by, rounded to what they are stored in.
+        last_norm: name of the norm behind the layers.
+        logit_scale, logit_softcap: logits become cap tanh(scale * logit / cap); without a cap, scale * logit.
+        beyond: what it computes that this description has no words for; only its own layers are exact then.
+        row_by_row: what its layers take from a token's place in a row otherwise than by positions and attention; only
+            its own forward on rows is exact then.
     """
 
     family: str
@@ -159,8 +210,17 @@ class Decoder:
     norm_offset: float = 0.0
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
+    last_norm: str = "norm"
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
     tied: bool = False
     beyond: str = ""
+    row_by_row: str = ""
+
+    @property
+    def mixers(self) -> tuple[Attention | Recurrent, ...]:
+        """The distinct mixers of its layers, in the order of the first layer that has each."""
+        return tuple(dict.fromkeys(layer.mixer for layer in self.layers))
 
     @property
     def attentions(self) -> tuple[Attention, ...]:

@@ -15,6 +15,7 @@ KERNELS = {
     "fused": "fused: this project's own layers, with LoRA, attention and head computed together",
     "transformers": "transformers: PEFT on the layers of Transformers",
     "unsloth": "unsloth: FastLanguageModel",
+    "rows": "rows: the model's own forward on padded rows, with PEFT",
 }
 SUPPOSED_PAIRS = 1_000  # Steps are not part of the answer, so any number does.
 

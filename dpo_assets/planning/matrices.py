@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from dpo_assets.planning.decoder import Decoder, Experts, Layer
 from dpo_assets.planning.weights import FLOATS, read_weights
 
 Role = Literal["linear", "experts", "router"]
@@ -113,6 +115,29 @@ def matrices_of(tensors: Iterable[tuple[str, Sequence[int]]], layers: int) -> tu
         rows, columns = shape[-2:]
         shapes.setdefault(kind, []).extend([(rows, columns)] * (shape[0] if stacked else 1))
     return tuple(Matrices.of(kind, roles[kind], found) for kind, found in shapes.items())
+
+
+@lru_cache(maxsize=64)
+def described_matrices(decoder: Decoder) -> tuple[Matrices, ...]:
+    """The kinds of a decoder that is described whole, experts as the loaded model has them: one parameter for all.
+
+    Kept, because a memory estimate asks for every size of a forward.
+    """
+    shapes: dict[tuple[str, Role], list[tuple[int, int]]] = {}
+    for layer in decoder.layers:
+        for name, sides, count in _described(layer, decoder.hidden):
+            shapes.setdefault((name, role_of(name)), []).extend([sides] * count)
+    return tuple(Matrices.of(name, role, found) for (name, role), found in shapes.items())
+
+
+def _described(layer: Layer, hidden: int) -> Iterator[tuple[str, tuple[int, int], int]]:
+    """(name, rows and columns, how many) of a layer's matrices."""
+    for name, rows, columns in layer.linears(hidden):
+        yield name, (rows, columns), 1
+    if isinstance(mlp := layer.mlp, Experts):
+        yield f"{mlp.module}.{mlp.router}", (mlp.count, hidden), 1
+        yield f"{mlp.module}.experts.gate_up_proj", (2 * mlp.width, hidden), mlp.count
+        yield f"{mlp.module}.experts.down_proj", (hidden, mlp.width), mlp.count
 
 
 def read_matrices(folder: Path, layers: int) -> tuple[Matrices, ...]:

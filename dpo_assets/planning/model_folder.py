@@ -14,6 +14,8 @@ import yaml
 from pydantic import ValidationError
 
 from dpo_assets.errors import ConfigError
+from dpo_assets.planning.decoder import Decoder
+from dpo_assets.planning.families import describe
 from dpo_assets.planning.shape import ModelShape
 from dpo_assets.planning.text_part import TextPart, text_config
 from dpo_assets.planning.vocabulary import content, refuse_tokens_without_embedding
@@ -39,8 +41,12 @@ PROCESSOR_FILES = (
     LEGACY_TEMPLATE,
 )
 ADAPTER = "adapter_config.json"
-# Architectures whose decoder layers the fused kernels compute.
-FUSED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+USUAL_NAMES = {
+    "n_layer": "num_hidden_layers", "n_layers": "num_hidden_layers", "num_layers": "num_hidden_layers",
+    "n_embd": "hidden_size", "n_embed": "hidden_size", "d_model": "hidden_size", "n_head": "num_attention_heads",
+    "n_heads": "num_attention_heads", "n_positions": "max_position_embeddings", "n_inner": "intermediate_size",
+    "max_seq_len": "max_position_embeddings",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,35 +105,56 @@ def inspect_model(folder: Path) -> ModelFolder:
 
 def _shape(folder: Path, config: Mapping[str, Any], weights: Weights) -> ModelShape:
     """The shape of the language model: what else a checkpoint holds is neither loaded nor trained."""
+    decoder = _described(folder, config)
+    text = _named_as_usual(text_config(config))
     architecture = ", ".join(config.get("architectures") or ["unknown"])
     try:
         part = TextPart.of(config, weights.tensors)
-        every, text, weights = weights, text_config(config), weights.only(frozenset(part.names.values()))
-        heads, kv_heads, head_dim = _attention(text, weights)
+        every, weights = weights, weights.only(frozenset(part.names.values()))
+        heads, kv_heads, head_dim = _attention(decoder, text, weights)
+        hidden = decoder.hidden if decoder else text["hidden_size"]
         # A tied head that is stored as well is the embedding once more.
         twice = weights.tensors.get(part.names.get(HEAD, "")) if part.tied else None
         return ModelShape(
             parameters=weights.parameters - (math.prod(twice.shape) if twice else 0),
-            layers=text["num_hidden_layers"],
-            hidden=text["hidden_size"],
-            intermediate=text.get("intermediate_size") or 4 * text["hidden_size"],
-            vocabulary=_embedding_rows(weights) or text["vocab_size"],
+            layers=len(decoder.layers) if decoder else text["num_hidden_layers"],
+            hidden=hidden,
+            intermediate=text.get("intermediate_size") or 4 * hidden,
+            vocabulary=_embedding_rows(weights) or (decoder.vocabulary if decoder else text["vocab_size"]),
             context=text.get("max_position_embeddings") or 2**20,
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
-            tied=part.tied,
+            tied=part.tied if weights.files or decoder is None else decoder.tied,
             architecture=architecture,
             model_type=text.get("model_type") or config.get("model_type") or "",
             stored=weights.format,
-            fusable=bool(text.get("num_attention_heads")) and _fusable(architecture, text),
             beside=every.parameters - weights.parameters,
-            sliding_window=text.get("sliding_window") if text.get("use_sliding_window", True) else None,
+            decoder=decoder,
         )
     except KeyError as error:
         raise ConfigError(f"{folder / CONFIG} has no {error}: only decoder language models are supported") from None
     except (ValidationError, TypeError, AttributeError):
         raise ConfigError(f"{folder / CONFIG} holds a value of the wrong type; download it again") from None
+
+
+def read_description(folder: Path) -> Decoder | None:
+    """The decoder that a model folder's config.json describes; None where no family is known.
+
+    Raises:
+        ConfigError: for a config.json that is missing, or that its own class would not read.
+    """
+    return _described(folder, _json(folder / CONFIG, "a model folder needs it"))
+
+
+def _described(folder: Path, config: Mapping[str, Any]) -> Decoder | None:
+    try:
+        return describe(config)
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise ConfigError(
+            f"{folder / CONFIG} holds a value that its own architecture could not be built with "
+            f"({type(error).__name__}: {error}); download it again"
+        ) from None
 
 
 def _embedding_rows(weights: Weights) -> int:
@@ -136,9 +163,17 @@ def _embedding_rows(weights: Weights) -> int:
     return max((rows for rows, _ in tables), default=0)
 
 
-def _attention(text: Mapping[str, Any], weights: Weights) -> tuple[int, int, int]:
-    """(heads, heads of keys and values, their width) by the config; where it leaves them to its class (the short
-    `text_config` of Gemma 3), by the shapes of a layer. Zeros where neither tells."""
+def _named_as_usual(text: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Sizes under their usual names, where a family has others for them (Bloom, MPT)."""
+    return {USUAL_NAMES[key]: value for key, value in text.items() if key in USUAL_NAMES} | dict(text)
+
+
+def _attention(decoder: Decoder | None, text: Mapping[str, Any], weights: Weights) -> tuple[int, int, int]:
+    """(heads, heads of keys and values, their width) by the description, else by the config; where that leaves them to
+    its class, by the shapes of a layer. Zeros where neither tells."""
+    if decoder is not None and decoder.attentions:
+        first = decoder.attentions[0]
+        return first.heads, first.kv_heads, first.head_dim
     if heads := text.get("num_attention_heads"):
         return heads, text.get("num_key_value_heads") or heads, text.get("head_dim") or text["hidden_size"] // heads
     rows = {
@@ -186,13 +221,6 @@ def _templates(folder: Path, tokenizer: Mapping[str, Any]) -> str:
 def uses_name(template: str, name: str) -> bool:
     """Whether a chat template speaks of a variable of this name."""
     return re.search(rf"\b{re.escape(name)}\b", template) is not None
-
-
-def _fusable(architecture: str, config: Mapping[str, Any]) -> bool:
-    """Whether the fused kernels compute this architecture as configured: SiLU, and no bias but that of q, k and v."""
-    plain = config.get("hidden_act", "silu") in ("silu", "swish") and not config.get("mlp_bias")
-    # Llama's attention_bias also gives o_proj a bias; Qwen2 has q, k and v biases of its own and no such key.
-    return architecture in FUSED_ARCHITECTURES and plain and not config.get("attention_bias")
 
 
 def card_licence(card: Path) -> str | None:

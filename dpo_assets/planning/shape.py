@@ -6,9 +6,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from dpo_assets.planning.decoder import Decoder
 from dpo_assets.planning.matrices import Matrices
 
-Kernels = Literal["fused", "transformers", "unsloth"]
+Kernels = Literal["fused", "transformers", "unsloth", "rows"]
 
 
 class ModelShape(BaseModel):
@@ -28,14 +29,9 @@ class ModelShape(BaseModel):
     architecture: str = ""
     model_type: str = ""  # Of config.json: by it PEFT and Transformers tell families apart.
     stored: str = ""  # What most weights are stored in, as `compute` names it; empty where no file was read.
-    fusable: bool = False  # Whether the fused kernels compute this architecture as it is configured.
-    sliding_window: int | None = None  # Tokens that attention looks back; None: all.
     beside: int = 0  # Values in the files that are none of the language model's: towers, heads for further tokens.
+    decoder: Decoder | None = None  # What its layers compute; None where no family is known.
     matrices: tuple[Matrices, ...] | None = None  # Of the decoder layers, where the model's files were read.
-
-    def fused_at(self, max_length: int) -> bool:
-        """Whether the fused kernels serve rows of `max_length` tokens: they attend to the whole row."""
-        return self.fusable and (self.sliding_window is None or self.sliding_window >= max_length)
 
     def with_matrices(self, matrices: tuple[Matrices, ...]) -> ModelShape:
         """The shape, with what the model's files hold."""

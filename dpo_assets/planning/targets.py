@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from dpo_assets.errors import ConfigError
-from dpo_assets.planning.matrices import Matrices, Role
+from dpo_assets.planning.matrices import Matrices, Role, described_matrices
 from dpo_assets.planning.shape import ModelShape
 from dpo_assets.recipe import ALL_LINEAR, EVERY_LINEAR, LoraSection
 
@@ -67,8 +66,8 @@ class LoraCoverage(BaseModel):
 def resolve_targets(lora: LoraSection, shape: ModelShape) -> LoraSection:
     """The section with `all-linear` spelled out, its names known to be the base's.
 
-    A shape without matrices that is not of the Llama family is left as it is: the worker, which has the model, resolves
-    it by the same rules.
+    A shape that no files and no description tell of is left as it is: the worker, which has the model, resolves it by
+    the same rules.
 
     Raises:
         ConfigError: for a name that matches nothing, with what there is; for a base without linear layers; for expert
@@ -94,17 +93,10 @@ def resolve_targets(lora: LoraSection, shape: ModelShape) -> LoraSection:
 
 
 def kinds_of(shape: ModelShape) -> tuple[Matrices, ...] | None:
-    """The matrices of a model: its own, or those of the family that its widths describe; None where it has neither."""
+    """The matrices of a model: its files', or its description's; None where it has none and is not described whole."""
     if shape.matrices is not None:
         return shape.matrices
-    return _llama_kinds(shape) if shape.fusable else None
-
-
-@lru_cache(maxsize=64)
-def _llama_kinds(shape: ModelShape) -> tuple[Matrices, ...]:
-    """Kept, because a memory estimate asks for every size of a forward."""
-    layers = shape.layers
-    return tuple(Matrices.of(name, "linear", [sides] * layers) for name, sides in shape.linear_shapes().items())
+    return None if shape.decoder is None or shape.decoder.beyond else described_matrices(shape.decoder)
 
 
 def out_of_reach(kind: Matrices, model_type: str) -> bool:

@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from dpo_assets.checks.statistics import percent
+from dpo_assets.checks.reports import EvaluationReport
+from dpo_assets.checks.statistics import Proportion, percent
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.untrusted import in_code, in_markdown
 
@@ -25,7 +26,7 @@ class CardFacts:
     plan: TrainingPlan
     dataset: dict[str, Any]
     dataset_digest: str
-    scores: dict[str, Any]
+    scores: EvaluationReport
     decision: str
     reason: str
     versions: dict[str, str]
@@ -75,12 +76,12 @@ max length {plan.max_length} tokens, seed {plan.dpo.seed}.
 Precision: base weights in {plan.precision}, computed in {plan.compute}. Versions: {versions}.{_template(facts)}
 
 ## Evaluation on held-out pairs
-| score | value | {percent(scores["confidence"])} interval | pairs |
+| score | value | {percent(scores.confidence)} interval | pairs |
 |---|---|---|---|
-{_score("policy, implicit reward against SFT", scores["implicit_reward_accuracy"])}
-{_score("policy, log-probability per token", scores["logp_accuracy_policy"])}
-{_score("SFT, log-probability per token", scores["logp_accuracy_sft"])}
-{_score("baseline: pick the longer answer", scores["pick_the_longer"])}
+{_score("policy, implicit reward against SFT", scores.implicit_reward_accuracy)}
+{_score("policy, log-probability per token", scores.logp_accuracy_policy)}
+{_score("SFT, log-probability per token", scores.logp_accuracy_sft)}
+{_score("baseline: pick the longer answer", scores.pick_the_longer)}
 
 Verdict: **{facts.decision}** ({in_markdown(facts.reason)}).
 
@@ -103,5 +104,5 @@ def _template(facts: CardFacts) -> str:
     return f"\nChat template arguments: {in_code(json.dumps(facts.template_arguments, sort_keys=True))}."
 
 
-def _score(label: str, score: dict[str, Any]) -> str:
-    return f"| {label} | {score['value']:.3f} | [{score['low']:.3f}, {score['high']:.3f}] | {score['n']} |"
+def _score(label: str, score: Proportion) -> str:
+    return f"| {label} | {score.value:.3f} | [{score.low:.3f}, {score.high:.3f}] | {score.n} |"

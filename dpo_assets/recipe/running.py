@@ -110,12 +110,14 @@ class HardwareSection(Section):
     precision: Literal["auto", "4bit", "8bit", "fp8", "bf16", "fp16", "fp32"] = Field(
         default="auto", description="`auto`: the GPU resource chooses and says why. A choice wins or fails early."
     )
-    kernels: Literal["auto", "fused", "transformers", "unsloth"] = Field(
+    kernels: Literal["auto", "fused", "transformers", "unsloth", "rows"] = Field(
         default="auto",
         description=(
-            "Who computes the layers. `fused`: this project's own (Llama, Mistral, Qwen2); `transformers`: the model's "
-            "own, with PEFT; `unsloth`: FastLanguageModel (extra `unsloth`). `auto`: fused on a GPU where the model "
-            "allows it, else transformers."
+            "Who computes the layers. `fused`: this project's own; `transformers`: the model's own on packed batches, "
+            "with PEFT; `unsloth`: FastLanguageModel (extra `unsloth`); `rows`: the model's own forward on padded "
+            "rows, which serves every causal model. `auto`: the fastest of what is installed and computes the model, "
+            "by the plan's own prediction; on a CPU never `fused` nor `unsloth`. The plan says what was predicted of "
+            "each."
         ),
     )
     speedups: list[Speedup] = Field(

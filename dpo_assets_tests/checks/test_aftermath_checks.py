@@ -14,8 +14,9 @@ from dpo_assets.checks import aftermath
 from dpo_assets.checks.aftermath import OLDER, aftermath_verdicts, collapse_verdict, displacement
 from dpo_assets.checks.bands import default_bands
 from dpo_assets.checks.collapse import CollapseLimits
+from dpo_assets.checks.reports import Aftermath
 from dpo_assets.checks.statistics import wilson
-from dpo_assets_tests.samples import aftermath_report
+from dpo_assets_tests.samples import aftermath_report, dpo_report
 
 BANDS = default_bands()
 LIMITS = CollapseLimits.of(BANDS, losses=("sigmoid",), beta=0.1)
@@ -33,7 +34,7 @@ def changed(where: str, **changes: Any) -> dict[str, Any]:
 
 
 def level(check: str, report: dict[str, Any]) -> str:
-    [verdict] = [v for v in aftermath_verdicts(report, BANDS) if v.check == check]
+    [verdict] = [v for v in aftermath_verdicts(Aftermath.model_validate(report), BANDS) if v.check == check]
     assert verdict.band
     assert verdict.source
     assert bool(verdict.fix) == (not verdict.passed)
@@ -41,7 +42,7 @@ def level(check: str, report: dict[str, Any]) -> str:
 
 
 def test_a_good_adapter_passes() -> None:
-    assert [v.level for v in aftermath_verdicts(aftermath_report(), BANDS)] == ["pass"] * 5
+    assert [v.level for v in aftermath_verdicts(Aftermath.model_validate(aftermath_report()), BANDS)] == ["pass"] * 5
 
 
 @pytest.mark.parametrize(
@@ -141,12 +142,12 @@ def test_the_size_of_the_adapter_is_held_against_its_limits(largest: float, expe
     ],
 )  # fmt: skip
 def test_displacement_is_judged_on_held_out_pairs(ratio: float, nats: float, expected: str) -> None:
-    report = changed("held_out", nll_ratio=ratio, chosen_nats_per_token=nats) | {"nll_ratio": 1.0}
+    report = dpo_report(**changed("held_out", nll_ratio=ratio, chosen_nats_per_token=nats), nll_ratio=1.0)
     assert displacement(report, BANDS).level == expected
 
 
 def test_without_held_out_pairs_displacement_is_judged_by_the_log() -> None:
-    verdict = displacement({"nll_ratio": 3.0, "held_out": {"not_measured": "no pairs"}}, BANDS)
+    verdict = displacement(dpo_report(nll_ratio=3.0, held_out={"not_measured": "no pairs"}), BANDS)
     assert (verdict.level, verdict.note) == ("error", "training pairs, mean of the last logs")
 
 
@@ -158,7 +159,8 @@ def test_what_was_not_measured_warns_with_the_reason(part: str, old: bool) -> No
         del report[part]
     else:
         report[part] = {"not_measured": "no pairs were held out"}
-    blind = [v for v in aftermath_verdicts(report, BANDS) if str(v.value).startswith("not measured: ")]
+    verdicts = aftermath_verdicts(Aftermath.model_validate(report), BANDS)
+    blind = [v for v in verdicts if str(v.value).startswith("not measured: ")]
     assert blind
     assert {v.level for v in blind} == {"warn"}
     assert all((OLDER if old else "no pairs were held out") in str(v.value) for v in blind)
@@ -166,7 +168,7 @@ def test_what_was_not_measured_warns_with_the_reason(part: str, old: bool) -> No
 
 
 def test_the_report_of_an_earlier_version_crashes_nothing() -> None:
-    verdicts = [*aftermath_verdicts({}, BANDS), collapse_verdict({}, [], LIMITS, BANDS)]
+    verdicts = [*aftermath_verdicts(Aftermath(), BANDS), collapse_verdict(dpo_report(), [], LIMITS, BANDS)]
     assert [v.check for v in verdicts] == [*CHECKS, "collapse"]
     assert {v.level for v in verdicts} == {"warn"}
 
@@ -183,7 +185,7 @@ BROKEN = [{"step": n, "probe/kl_per_token": 0.1 * n} for n in range(1, 9)]
 
 
 def test_a_run_that_was_stopped_fails_with_what_stopped_it() -> None:
-    verdict = collapse_verdict({"stopped": STOPPED, "trigger": STOPPED}, [], LIMITS, BANDS)
+    verdict = collapse_verdict(dpo_report(stopped=STOPPED, trigger=STOPPED), [], LIMITS, BANDS)
     assert (verdict.level, verdict.value) == ("error", "probe/kl_per_token 0.9 at step 12 of 60")
     assert (verdict.band, verdict.source, verdict.fix) == ("at most 0.5", "arXiv 2406.02900", "lower dpo.learning_rate")
     assert "step 6" in verdict.note
@@ -191,7 +193,7 @@ def test_a_run_that_was_stopped_fails_with_what_stopped_it() -> None:
 
 
 def test_a_run_that_went_on_is_judged_by_its_log_and_the_limits_of_now() -> None:
-    report = {"stopped": None, "trigger": None}
+    report = dpo_report(stopped=None, trigger=None)
     assert collapse_verdict(report, BROKEN[:5], LIMITS, BANDS).passed
     verdict = collapse_verdict(report, BROKEN, LIMITS, BANDS)
     assert (verdict.level, verdict.value) == ("error", "probe/kl_per_token 0.6 at step 6")
@@ -204,5 +206,5 @@ def test_a_run_that_went_on_is_judged_by_its_log_and_the_limits_of_now() -> None
 def test_no_number_that_is_not_finite_passes(value: float, name: str) -> None:
     key = {"held_out": "margin_nats", "capability": "policy", "adapter_norm": "largest"}[name]
     check = {"held_out": "learned", "capability": "capability_retention", "adapter_norm": "adapter_norm"}[name]
-    verdict = getattr(aftermath, check)(changed(name, **{key: value}), BANDS)
+    verdict = getattr(aftermath, check)(Aftermath.model_validate(changed(name, **{key: value})), BANDS)
     assert math.isfinite(value) or not verdict.passed or value == (math.inf if name != "adapter_norm" else None)

@@ -12,6 +12,7 @@ from dpo_assets.checks.training import reference_is_start
 from dpo_assets.checks.verdict import Level, Verdict, with_severity
 from dpo_assets.errors import ConfigError
 from dpo_assets.recipe import BandOverride, Severity
+from dpo_assets_tests.samples import dpo_report
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
@@ -48,7 +49,7 @@ def test_a_severity_makes_of_each_level_what_it_says(severity: Severity, levels:
 
 
 def test_a_pipelines_own_tolerance_decides_about_its_first_loss() -> None:
-    report = {"first_loss": math.log(2) + 4e-3, "expected_first_loss": math.log(2)}
+    report = dpo_report(first_loss=math.log(2) + 4e-3)
     own = BandOverride(numbers={"error": 5e-3}, reason="measured on our card, 3 runs")
     assert reference_is_start(report, default_bands()).level == "error"
     assert reference_is_start(report, default_bands().with_overrides({"reference_is_start": own})).level == "pass"

@@ -6,6 +6,7 @@ from typing import Any
 
 from dpo_assets.planning.cards import find_card
 from dpo_assets.planning.dataset import DatasetStats
+from dpo_assets.planning.families import describe
 from dpo_assets.planning.plan import TrainingPlan, make_plan
 from dpo_assets.planning.precision import Device
 from dpo_assets.planning.shape import ModelShape
@@ -19,7 +20,12 @@ V100, T4, A100, L4, RTX_4090, H200 = (
 ONE_B, EIGHT_B, SEVENTY_B = (find_model(name).shape for name in ("1b", "8b", "70b"))
 TINY = ModelShape(
     parameters=260_032, layers=5, hidden=64, intermediate=172, vocabulary=512, context=512, heads=8, kv_heads=4,
-    head_dim=8, tied=True, architecture="LlamaForCausalLM", fusable=True,
+    head_dim=8, tied=True, architecture="LlamaForCausalLM", model_type="llama",
+    decoder=describe({
+        "model_type": "llama", "num_hidden_layers": 5, "hidden_size": 64, "intermediate_size": 172, "vocab_size": 512,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-5,
+    }),
 )  # fmt: skip
 
 

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.cards import CARDS, device_of, find_card
 from dpo_assets.planning.sizes import SIZES, Size, find_model
+from dpo_assets.planning.targets import kinds_of
 from dpo_assets_tests.pipelines import STORIES
 
 
@@ -100,12 +103,16 @@ def test_the_cpu_is_this_machine() -> None:
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: size.key)
 def test_the_parameters_of_a_size_are_those_of_its_shape(size: Size) -> None:
-    shape = size.shape
-    layer = sum(rows * columns for rows, columns in shape.linear_shapes().values()) + 2 * shape.hidden
-    if shape.architecture == "Qwen2ForCausalLM":  # Biases of q, k and v.
-        layer += (shape.heads + 2 * shape.kv_heads) * shape.head_dim
-    embeddings = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
-    assert shape.parameters == shape.layers * layer + embeddings + shape.hidden
+    """Of the model that Transformers builds of its config.json, without values."""
+    config = dict(size.config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[config.pop("model_type")](**config))
+    assert size.shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert size.shape.architecture == type(model).__name__
+    embeddings = size.shape.vocabulary * size.shape.hidden * (1 if size.shape.tied else 2)
+    matrices = sum(kind.weights for kind in kinds_of(size.shape) or ())
+    # The rest is norms, biases, sinks and convolutions.
+    assert 0 <= size.shape.parameters - embeddings - matrices < 0.01 * size.shape.parameters
 
 
 @pytest.mark.parametrize(("name", "key"), [("8b", "8b"), ("8B", "8b"), (" 0.5b ", "0.5b"), ("135M", "135m")])

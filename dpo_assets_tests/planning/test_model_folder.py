@@ -10,9 +10,11 @@ from typing import Any, Literal
 import pytest
 
 from dpo_assets.errors import ConfigError
+from dpo_assets.planning.families import describe
 from dpo_assets.planning.memory import cache_bytes
 from dpo_assets.planning.model_folder import card_licence, inspect_model, uses_name
 from dpo_assets.planning.shape import ModelShape
+from dpo_assets_tests.planning.cases import TINY
 from dpo_assets_tests.planning.weights import save_index, save_tensors
 
 
@@ -76,7 +78,8 @@ LLAMA: dict[str, Any] = {
 def test_the_embedded_model_tells_its_heads_and_that_its_head_is_tied() -> None:
     shape = inspect_model(Path(str(files("dpo_assets") / "data/stories260k"))).shape
     assert (shape.heads, shape.kv_heads, shape.head_dim, shape.tied) == (8, 4, 8, True)
-    assert (shape.architecture, shape.fusable, shape.sliding_window) == ("LlamaForCausalLM", True, None)
+    assert shape.architecture == "LlamaForCausalLM"
+    assert shape.decoder == TINY.decoder
 
 
 @pytest.mark.parametrize(
@@ -192,49 +195,37 @@ def test_a_config_without_kv_heads_or_head_width_has_the_usual_ones(tmp_path: Pa
     assert (shape.heads, shape.kv_heads, shape.head_dim, shape.tied) == (8, 8, 8, False)
 
 
-@pytest.mark.parametrize(
-    ("changes", "fusable"),
-    [
-        ({}, True),
-        ({"architectures": ["MistralForCausalLM"]}, True),
-        ({"architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu"}, True),
-        ({"architectures": ["Qwen3ForCausalLM"]}, False),
-        ({"architectures": ["GPT2LMHeadModel"]}, False),
-        ({"architectures": None}, False),
-        ({"hidden_act": "gelu"}, False),
-        ({"mlp_bias": True}, False),
-        ({"attention_bias": True}, False),
-        ({"num_attention_heads": None}, False),
-    ],
-)
-def test_only_what_the_fused_kernels_compute_is_fusable(tmp_path: Path, changes: Any, fusable: bool) -> None:
-    assert inspect_model(model(tmp_path, config=LLAMA | changes)).shape.fusable is fusable
+@pytest.mark.parametrize("name", ["bloom", "mpt", "gpt2"])
+def test_sizes_under_other_names_are_found(tmp_path: Path, name: str) -> None:
+    keys = {
+        "bloom": ("n_layer", "hidden_size", "n_head"), "mpt": ("n_layers", "d_model", "n_heads"),
+        "gpt2": ("n_layer", "n_embd", "n_head"),
+    }[name]  # fmt: skip
+    sizes = dict(zip(keys, (3, 64, 4), strict=True)) | {"vocab_size": 16, "model_type": name}
+    shape = inspect_model(model(tmp_path, config=sizes)).shape
+    assert (shape.layers, shape.hidden, shape.heads, shape.head_dim) == (3, 64, 4, 16)
 
 
 @pytest.mark.parametrize(
-    ("changes", "window", "at"),
+    "config",
     [
-        ({}, None, True),
-        ({"sliding_window": None}, None, True),
-        ({"sliding_window": 4096}, 4096, True),
-        ({"sliding_window": 1023}, 1023, False),
-        # Qwen2 writes a window down and turns it off.
-        ({"sliding_window": 1000, "use_sliding_window": False}, None, True),
-        ({"sliding_window": 1000, "use_sliding_window": True}, 1000, False),
+        {"model_type": "llama", "num_attention_heads": 0},
+        {"model_type": "llama", "num_hidden_layers": "two"},
+        {"model_type": "qwen3", "layer_types": ["full_attention"], "use_sliding_window": True},
+        {"model_type": "gemma3_text", "rope_scaling": 8.0},
+        {"text_config": "llama"},
     ],
+    ids=["no heads", "words for numbers", "too few layer types", "a number for a table", "text for a part"],
 )
-def test_a_window_shorter_than_a_row_keeps_the_fused_kernels_out(
-    tmp_path: Path, changes: Any, window: int | None, at: bool
-) -> None:
-    shape = inspect_model(model(tmp_path, config=LLAMA | changes)).shape
-    assert shape.sliding_window == window
-    assert shape.fused_at(1024) is at
+def test_a_config_that_its_own_class_would_not_read_is_refused_by_its_name(tmp_path: Path, config: Any) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json holds a value that its own architecture could not be built"):
+        inspect_model(model(tmp_path, config=config))
 
 
 def test_facts_written_before_shapes_grew_still_parse() -> None:
     old = {"parameters": 7, "layers": 2, "hidden": 8, "intermediate": 32, "vocabulary": 16, "context": 512}
     shape = ModelShape.model_validate(old | {"architecture": "LlamaForCausalLM", "licence": "mit", "source": "x"})
-    assert (shape.heads, shape.fusable, shape.fused_at(64)) == (0, False, False)
+    assert (shape.heads, shape.decoder) == (0, None)
 
 
 def test_shards_are_added_up_and_a_text_config_inside_is_found(tmp_path: Path) -> None:
@@ -266,17 +257,25 @@ def test_shards_are_added_up_and_a_text_config_inside_is_found(tmp_path: Path) -
     assert (facts.architecture, facts.chat_template, facts.eos_token) == ("unknown", "", None)
 
 
-def test_what_a_short_config_leaves_to_its_class_is_read_from_the_files(tmp_path: Path) -> None:
+def test_what_a_short_config_leaves_to_its_class_is_its_default(tmp_path: Path) -> None:
     """Gemma 3 writes no vocabulary and no heads: neither is an error, and neither is nothing."""
     inner = {"num_hidden_layers": 2, "hidden_size": 48, "intermediate_size": 96, "model_type": "gemma3_text"}
     folder = model(tmp_path, config={"model_type": "gemma3", "text_config": inner})
+    shape = inspect_model(folder).shape
+    assert (shape.heads, shape.kv_heads, shape.head_dim, shape.vocabulary, shape.tied) == (8, 4, 256, 262_208, True)
+    assert (shape.model_type, shape.decoder) == ("gemma3_text", describe({"model_type": "gemma3_text"} | inner))
+
+
+def test_what_an_unknown_family_leaves_to_its_class_is_read_from_the_files(tmp_path: Path) -> None:
+    inner = {"num_hidden_layers": 2, "hidden_size": 48, "intermediate_size": 96, "model_type": "gemma9_text"}
+    folder = model(tmp_path, config={"model_type": "gemma9", "text_config": inner})
     attention = {"q_proj.weight": [64, 48], "k_proj.weight": [32, 48], "q_norm.weight": [16]}
     layer = {f"language_model.model.layers.0.self_attn.{name}": shape for name, shape in attention.items()}
     table = {"language_model.model.embed_tokens.weight": [20, 48]}
     save_tensors(folder / "model.safetensors", table | layer)
     shape = inspect_model(folder).shape
     assert (shape.vocabulary, shape.heads, shape.kv_heads, shape.head_dim) == (20, 4, 2, 16)
-    assert (shape.model_type, shape.fusable) == ("gemma3_text", False)
+    assert (shape.model_type, shape.decoder) == ("gemma9_text", None)
     save_tensors(folder / "model.safetensors", table)
     unknown = inspect_model(folder).shape
     assert unknown.heads == 0

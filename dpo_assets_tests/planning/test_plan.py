@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.cards import CARDS
+from dpo_assets.planning.families import describe
 from dpo_assets.planning.plan import TrainingPlan, steps_of
 from dpo_assets.planning.precision import Device
 from dpo_assets.planning.shape import ModelShape
+from dpo_assets.planning.sizes import find_model
 from dpo_assets_tests.planning.cases import (
     CPU,
     EIGHT_B,
@@ -28,8 +30,11 @@ from dpo_assets_tests.planning.cases import (
 )
 from dpo_assets_tests.samples import plan, recipe
 
-OTHER = EIGHT_B.model_copy(update={"fusable": False, "architecture": "GemmaForCausalLM"})
-WINDOWED = EIGHT_B.model_copy(update={"sliding_window": 512, "architecture": "MistralForCausalLM"})
+GEMMA3, PHI4 = (find_model(name).shape for name in ("gemma3-4b", "phi4-mini"))
+COHERE, LLAMA4 = (
+    GEMMA3.model_copy(update={"decoder": describe({"model_type": family})}) for family in ("cohere", "llama4_text")
+)
+OTHER = EIGHT_B.model_copy(update={"decoder": None, "architecture": "MptForCausalLM"})
 
 
 @pytest.mark.parametrize(
@@ -97,7 +102,12 @@ def test_fp8_is_planned_where_the_card_has_it() -> None:
         (EIGHT_B, T4, {}, "fused"),
         (EIGHT_B, CPU, {}, "transformers"),
         (OTHER, H200, {}, "transformers"),
-        (WINDOWED, H200, {}, "transformers"),
+        (GEMMA3, H200, {}, "fused"),
+        (PHI4, H200, {}, "fused"),
+        (COHERE, H200, {}, "transformers"),
+        (LLAMA4, H200, {}, "rows"),
+        (LLAMA4, CPU, {}, "rows"),
+        (LLAMA4, H200, {"trainer": "trl"}, "transformers"),
         (EIGHT_B, H200, {"trainer": "trl"}, "transformers"),
     ],
 )
@@ -113,16 +123,33 @@ def test_other_kernels_are_used_when_they_are_named(kernels: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "message"),
+    ("kernels", "shape", "message"),
     [
-        (OTHER, "they do not compute GemmaForCausalLM as it is configured. Use `transformers` or `auto`"),
-        (WINDOWED, "sliding window of 512 tokens is shorter than max_length 1024. Use `transformers` or `auto`"),
+        (
+            "fused",
+            OTHER,
+            "serve MptForCausalLM with max_length 1024: nothing describes what this architecture computes",
+        ),
+        ("fused", COHERE, "they have no words for norms that take the mean away, attention and MLP side by side"),
+        ("transformers", LLAMA4, "a packed stream does not tell it the chunk that a token attends in"),
+        ("unsloth", GEMMA3, "its shared-prefix forward knows llama, mistral, qwen2, qwen3, cohere, granite alone"),
     ],
 )
-def test_fused_kernels_asked_for_a_model_they_do_not_compute_are_refused(shape: ModelShape, message: str) -> None:
+def test_kernels_asked_for_a_model_that_they_do_not_compute_are_refused_with_the_reason(
+    kernels: str, shape: ModelShape, message: str
+) -> None:
     with pytest.raises(ConfigError) as refused:
-        planned(shape, H200, hardware={"kernels": "fused"})
+        planned(shape, H200, hardware={"kernels": kernels})
     assert message in str(refused.value)
+    assert "Use `auto`" in str(refused.value)
+
+
+def test_rows_that_change_the_rotary_tables_of_others_are_not_packed() -> None:
+    """Phi-4's tables turn from those of short rows to those of long ones for a whole forward."""
+    long = data(max_length=8_192, longest_pair=9_000)
+    assert planned(PHI4, H200, long).kernels == "rows"
+    with pytest.raises(ConfigError, match=r"beyond 4,096 tokens its rotary tables are those of the longest row"):
+        planned(PHI4, H200, long, hardware={"kernels": "fused"})
 
 
 def test_unsloth_has_fp8_only_from_hopper_on() -> None:

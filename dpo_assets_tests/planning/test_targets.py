@@ -72,7 +72,7 @@ GRANITE_MOE = AROUND | ATTENTION | layers(
 
 
 def shape_of(tensors: Tensors, architecture: str = "SomeForCausalLM") -> ModelShape:
-    found = TINY.model_copy(update={"architecture": architecture, "fusable": False, "layers": LAYERS})
+    found = TINY.model_copy(update={"architecture": architecture, "decoder": None, "layers": LAYERS})
     return found.with_matrices(matrices_of(tensors.items(), LAYERS))
 
 
@@ -229,7 +229,7 @@ def test_a_file_that_is_none_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_a_family_whose_files_are_not_read_is_left_to_the_worker() -> None:
-    unknown = EIGHT_B.model_copy(update={"fusable": False})
+    unknown = EIGHT_B.model_copy(update={"decoder": None})
     assert planned(unknown, RTX_4090).lora.target_modules == "all-linear"
 
 

@@ -22,6 +22,7 @@ TOWERS = {
     "llama 4": [f"vision_model.model.layers.{n}.self_attn.q_proj.weight" for n in range(4)],
     "qwen": [f"model.visual.blocks.{n}.attn.qkv.weight" for n in range(4)] + ["mtp.layers.0.self_attn.q_proj.weight"],
     "older qwen": [f"visual.blocks.{n}.attn.qkv.weight" for n in range(4)],
+    "more tensors than the decoder": [f"speech_tower.layers.{n}.part_{i}.weight" for n in range(4) for i in range(9)],
     "a head of its own": ["vision_tower.lm_head.weight", "multi_modal_projector.linear_1.weight"],
 }
 # (before the decoder, before the head) as published checkpoints have them.

@@ -22,14 +22,15 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from dpo_assets.checks.bands import default_bands
 from dpo_assets.checks.collapse import CollapseLimits, first_trigger
+from dpo_assets.checks.reports import AdapterNorm, HeldOutPairs, NotMeasured
 from dpo_assets.contract import GuardSpec, TrainSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.recipe import BandOverride, ChecksSection
-from dpo_assets.training.batches.data import load_asked, load_split
+from dpo_assets.training.batches.data import dpo_group, load_asked, load_split
 from dpo_assets.training.batches.packing import Group
 from dpo_assets.training.guard.aftermath import measure, product_norm
 from dpo_assets.training.guard.collapse import CollapseGuard, advice, near_identical
-from dpo_assets.training.guard.sampling import AdapterState, Watched, first_prompts
+from dpo_assets.training.guard.sampling import AdapterState, Watched, attach_scorer, first_prompts
 from dpo_assets.training.models.chat_format import ChatFormat
 from dpo_assets.training.models.loading import attach_adapter, load_base
 from dpo_assets.training.models.policy import load_policy
@@ -143,7 +144,6 @@ def test_with_the_sampled_probe_off_nothing_is_generated(spec_of: Any, monkeypat
 
 def test_a_ruinous_rate_stops_the_run_and_the_report_says_why(ruined: Run) -> None:
     stopped = ruined.report["stopped"]
-    assert stopped["check"] == "collapse"
     assert stopped["step"] == ruined.report["steps"] == ruined.rows[-1]["step"] < STEPS
     assert stopped["steps_saved"] == STEPS - stopped["step"]
     assert stopped["of_steps"] == STEPS
@@ -201,7 +201,7 @@ def test_a_state_is_kept_only_while_the_run_shows_no_sign(
     spec = spec_of(1e-4, QUIET)
     policy = load_policy(spec.base_model, spec.plan, None, seed=0, dropout=0.0)
     start = AdapterState(policy.model)
-    watched = Watched(policy.model, start, chat, spec.plan, "transformers", packed=True)
+    watched = Watched(policy.model, start, chat, spec.plan, "transformers")
     guard = CollapseGuard(watched, spec.guard, Log(), [], [], (8.0, 8.0))
     state, control, arguments = TrainerState(max_steps=STEPS), TrainerControl(), TrainingArguments(str(tmp_path))
     for step in (1, 2):
@@ -270,7 +270,7 @@ def watched(spec_of: Any, chat: ChatFormat) -> Watched:
         for name, parameter in policy.model.named_parameters():
             if ".lora_B." in name:
                 parameter.normal_(std=0.05)
-    return Watched(policy.model, start, chat, spec.plan, "transformers", packed=True)
+    return Watched(policy.model, start, chat, spec.plan, "transformers")
 
 
 def test_the_divergence_scores_an_answer_with_the_token_that_ended_it(
@@ -345,10 +345,13 @@ def test_the_adapters_norm_is_that_of_the_whole_product(watched: Watched) -> Non
             scale = layer.scaling["default"]
             layers.append((float((scale * b @ a).norm() / layer.get_base_layer().weight.norm()), name))
     expected, where = max(layers)  # B is zero at the start, so the start's product is too.
-    assert found["largest"] == pytest.approx(expected, rel=1e-5)
-    assert where.endswith(found["layer"])
-    assert found["layers"] == len(layers) == 35
-    assert adapter_norm(watched.model, AdapterState(watched.model))["largest"] == pytest.approx(0, abs=1e-7)
+    assert isinstance(found, AdapterNorm)
+    assert found.largest == pytest.approx(expected, rel=1e-5)
+    assert where.endswith(found.layer)
+    assert found.layers == len(layers) == 35
+    unmoved = adapter_norm(watched.model, AdapterState(watched.model))
+    assert isinstance(unmoved, AdapterNorm)
+    assert unmoved.largest == pytest.approx(0, abs=1e-7)
 
 
 @settings(max_examples=30, deadline=None)
@@ -364,10 +367,13 @@ def test_the_norm_of_a_product_needs_no_product(rank: int, seed: int) -> None:
 def test_what_cannot_be_measured_says_why(watched: Watched, spec_of: Any) -> None:
     guard = spec_of(1e-4).guard
     part = measure(watched, guard, None, [])
-    assert part["held_out"] == part["capability"] == {"not_measured": "the dataset has no held-out pairs"}
-    assert "no held-out prompt leaves room" in part["answers"]["not_measured"]
-    on_unsloth = Watched(watched.model, watched.start, watched.chat, watched.plan, "unsloth", packed=False)
-    assert "Unsloth" in measure(on_unsloth, guard, None, [])["answers"]["not_measured"]
+    assert part.held_out == part.capability == NotMeasured(not_measured="the dataset has no held-out pairs")
+    assert isinstance(part.answers, NotMeasured)
+    assert "no held-out prompt leaves room" in part.answers.not_measured
+    on_unsloth = Watched(watched.model, watched.start, watched.chat, watched.plan, "unsloth")
+    unasked = measure(on_unsloth, guard, None, []).answers
+    assert isinstance(unasked, NotMeasured)
+    assert "Unsloth" in unasked.not_measured
     assert "no packed scorer" in on_unsloth.why_no_scores
 
 
@@ -439,7 +445,12 @@ def test_trls_own_trainer_is_watched_too(
     )
     limits = CollapseLimits.of(default_bands(), losses=("sigmoid",), beta=0.1)
     guard_spec = GuardSpec(limits=limits, source="-", probe_prompts=2, probe_every=0.34, probe_tokens=8)
-    watched = Watched(model, AdapterState(model), chat, plan, "transformers", packed=False)
+    longest = max(
+        (dpo_group(row, plan.max_length) for row in load_split(dataset, "train")), key=lambda g: g.longest_row
+    )
+    attach_scorer(model, plan, longest)
+    assert model.get_base_model().config._attn_implementation == "sdpa", "TRL trains it as it was"
+    watched = Watched(model, AdapterState(model), chat, plan, "transformers")
     prompts = first_prompts(load_asked(dataset, "train"), chat, 2, 150)
     guard = CollapseGuard(watched, guard_spec, Log(), prompts, [], (50.0, 40.0))
     end_quietly(trainer, [guard])
@@ -450,8 +461,9 @@ def test_trls_own_trainer_is_watched_too(
     assert rows[-1]["chosen_nats_per_token"] == pytest.approx(rows[-1]["rewards/chosen"] / 0.1 / 50.0)
     assert math.isfinite(rows[0]["probe/kl_per_token"])
     assert "ref" in model.peft_config
-    held = measure(watched, guard_spec, load_asked(dataset, "eval"), [])
-    assert held["held_out"]["pairs"] == 10
+    held = measure(watched, guard_spec, load_asked(dataset, "eval"), []).held_out
+    assert isinstance(held, HeldOutPairs)
+    assert held.pairs == 10
     assert all(".default." in name for name in watched.start.factors)
 
 

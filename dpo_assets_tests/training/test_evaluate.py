@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from dpo_assets.checks.reports import AnswerHealth, GreedyAnswers
 from dpo_assets.contract import EvaluateSpec
 from dpo_assets.planning.scoring import Scoring
 from dpo_assets.training.batches.data import dpo_group, load_split
@@ -169,9 +170,12 @@ def test_the_ratio_of_likelihoods_is_the_policys_loss_over_that_of_sft() -> None
             "sft_rejected": [-12.0, -20.0], "policy_rejected": [-30.0, -60.0], "rejected_tokens": [6, 8],
         }
     )  # fmt: skip
-    said = summarise(table, 0.95)
-    assert said["nll_ratio_chosen"] == 1.5
-    assert said["chosen_shift_nats_per_token"] == pytest.approx((-1.0 - 1.5) / 2)
-    assert said["rejected_shift_nats_per_token"] == pytest.approx((-3.0 - 5.0) / 2)
-    assert (said["margin_mean_nats"], said["margin_median_nats"]) == pytest.approx(((13 + 25) / 2, (13 + 25) / 2))
-    assert (said["pairs"], said["prompts"]) == (2, 2)
+    silent = AnswerHealth(answers=0)
+    said = summarise(
+        table, 0.95, scored="merged model in fp32", kernels="rows", generation=GreedyAnswers(sft=silent, policy=silent)
+    )
+    assert said.nll_ratio_chosen == 1.5
+    assert said.chosen_shift_nats_per_token == pytest.approx((-1.0 - 1.5) / 2)
+    assert said.rejected_shift_nats_per_token == pytest.approx((-3.0 - 5.0) / 2)
+    assert (said.margin_mean_nats, said.margin_median_nats) == pytest.approx(((13 + 25) / 2, (13 + 25) / 2))
+    assert (said.pairs, said.prompts) == (2, 2)

@@ -50,17 +50,18 @@ MODELS = {
 
 def with_lora(
     base: Any,
-    targets: Sequence[str] = TARGETS,
+    targets: Sequence[str] | str = TARGETS,
     rank: int = 4,
 ) -> PeftModel:
-    config = LoraConfig(r=rank, lora_alpha=8, target_modules=list(targets), task_type="CAUSAL_LM")
+    named = targets if isinstance(targets, str) else list(targets)
+    config = LoraConfig(r=rank, lora_alpha=8, target_modules=named, task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
         elif "bias" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator)
+            parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter)
     return model
 
 

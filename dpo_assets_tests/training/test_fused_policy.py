@@ -17,15 +17,11 @@ from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.batches.data import dpo_group, load_split
 from dpo_assets.training.batches.packing import Group, pack
 from dpo_assets.training.engines.base import attached_engine
+from dpo_assets.training.engines.fused.block import FrozenBlock
 from dpo_assets.training.engines.fused.decoder import attach_fused
-from dpo_assets.training.engines.fused.layer import FusedLayer
 from dpo_assets.training.models.loading import attach_adapter, choose_kernels, load_base
-from dpo_assets.training.scoring.logprobs import (
-    assert_packing_is_exact,
-    score_groups,
-    score_tokens,
-    sequence_logps,
-)
+from dpo_assets.training.scoring.logprobs import score_groups, score_tokens, sequence_logps
+from dpo_assets.training.scoring.proof import NotExactError, assert_exact
 from dpo_assets_tests.training.conftest import PlanMaker
 from dpo_assets_tests.training.dense import summed_logps
 from dpo_assets_tests.training.dpo_runs import (
@@ -125,12 +121,13 @@ def test_new_weights_are_seen(change: str, two: tuple[PeftModel, PeftModel], few
 
 def test_packing_is_checked_on_fused_layers(two: tuple[PeftModel, PeftModel], few: list[Group]) -> None:
     """The probe compares with the model's own forward, whose weights are views of the fused matrices by then."""
-    assert_packing_is_exact(two[0], few[0])
+    assert_exact(two[0], few[0])
     decoder = attached_engine(two[0])
     assert decoder is not None
-    decoder.layers[0].norm1 = decoder.layers[0].norm1 * 1.5
-    with pytest.raises(ConfigError, match="cannot be scored"):
-        assert_packing_is_exact(two[0], few[0])
+    before = decoder.layers[0].mixer.residual.before
+    object.__setattr__(before, "weight", before.weight * 1.5)
+    with pytest.raises(NotExactError, match="nats row by row"):
+        assert_exact(two[0], few[0])
 
 
 # --- gradients ----------------------------------------------------------------------------------------------------
@@ -178,12 +175,12 @@ def test_as_many_layers_are_recomputed_as_the_plan_says_and_the_lowest_first(
     assert decoder is not None
     calls: list[int] = []
 
-    def counted(layer: FusedLayer, *args: Any, **kwargs: Any) -> Any:
-        calls.append(next(n for n, other in enumerate(decoder.layers) if other is layer))
-        return until_down(layer, *args, **kwargs)
+    def counted(block: FrozenBlock, *args: Any, **kwargs: Any) -> Any:
+        calls.extend(n for n, layer in enumerate(decoder.layers) if layer.mixer is block)
+        return forward(block, *args, **kwargs)
 
-    until_down = FusedLayer.until_down
-    monkeypatch.setattr(FusedLayer, "until_down", counted)
+    forward = FrozenBlock.forward
+    monkeypatch.setattr(FrozenBlock, "forward", counted)
     backward(two[0], few[:1])
     assert calls[:LAYERS] == list(range(LAYERS))
     assert calls[LAYERS:] == list(reversed(range(recomputed)))

@@ -26,7 +26,7 @@ def imported_by(*modules: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def worker() -> set[str]:
-    return imported_by("dpo_assets.training.__main__", *(f"dpo_assets.training.{stage}" for stage in STAGES))
+    return imported_by("dpo_assets.training.__main__", *(f"dpo_assets.training.stages.{stage}" for stage in STAGES))
 
 
 def test_the_worker_imports_no_dagster(worker: set[str]) -> None:

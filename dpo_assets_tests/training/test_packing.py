@@ -15,10 +15,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dpo_assets.errors import ConfigError
 from dpo_assets.training.batches.packing import Group, PackedBatch, pack, under_budget
 from dpo_assets.training.engines import attention
-from dpo_assets.training.scoring import logprobs
+from dpo_assets.training.scoring import head, proof
 from dpo_assets.training.scoring.head import Head, ScoredHead
 from dpo_assets.training.scoring.logprobs import score_groups, score_tokens, sequence_logps
 from dpo_assets_tests.training.dense import row_logits, row_logps, rows_of
@@ -206,17 +205,17 @@ def test_the_probe_refuses_what_differs_by_more_than_a_thousandth_of_a_nat_a_tok
     packed: Any, groups: list[Group], monkeypatch: pytest.MonkeyPatch, off: float, refused: bool
 ) -> None:
     """A model's own forward that is off by so much stands for an architecture whose attention differs by so much."""
-    own = logprobs._row_logp
+    own = proof._row_logp
 
     def shifted(lm: Any, prompt: Sequence[int], completion: Sequence[int], autocast: Any) -> float:
         return own(lm, prompt, completion, autocast) + off * len(completion)
 
-    monkeypatch.setattr(logprobs, "_row_logp", shifted)
+    monkeypatch.setattr(proof, "_row_logp", shifted)
     if not refused:
-        logprobs.assert_packing_is_exact(packed, groups[0])
+        proof.assert_exact(packed, groups[0])
         return
-    with pytest.raises(ConfigError, match="cannot be scored"):
-        logprobs.assert_packing_is_exact(packed, groups[0])
+    with pytest.raises(proof.NotExactError, match="nats row by row"):
+        proof.assert_exact(packed, groups[0])
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=SAME_FIXTURE)
@@ -388,7 +387,7 @@ def test_chunk_borders_change_neither_scores_nor_gradients(
     weights = torch.linspace(-1.0, 1.5, len(rows_of(sample)))
     whole_logps, whole = weighted_packed(policy, batch, weights)
     whole_gradients = gradients(policy, whole)
-    monkeypatch.setattr(logprobs, "head_chunk", lambda *_: chunk)
+    monkeypatch.setattr(head, "head_chunk", lambda *_: chunk)
     logps, loss = weighted_packed(policy, batch, weights)
     torch.testing.assert_close(logps, whole_logps, atol=1e-4, rtol=1e-6)
     assert_same_gradients(gradients(policy, loss), whole_gradients)

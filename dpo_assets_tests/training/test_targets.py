@@ -28,6 +28,7 @@ from transformers import (
     Starcoder2Config,
 )
 
+from dpo_assets.checks.reports import AdapterNorm
 from dpo_assets.contract import MergeSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.matrices import read_matrices
@@ -281,5 +282,6 @@ def test_the_norm_of_an_adapter_on_experts_is_that_of_each_expert(made: Callable
             change, weight = layer.get_delta_weight(ADAPTER_NAME), layer.get_param()
             largest = max(largest, *(float(c.norm() / w.norm()) for c, w in zip(change, weight, strict=True)))
     assert largest > 0
-    assert found["largest"] == pytest.approx(largest, rel=1e-4)
-    assert "experts" in found["layer"]
+    assert isinstance(found, AdapterNorm)
+    assert found.largest == pytest.approx(largest, rel=1e-4)
+    assert "experts" in found.layer

@@ -81,6 +81,21 @@ def by_width(items: Sequence[T], sizes: Sequence[int], widths: Sequence[int], bu
     return list(under_budget([items[n] for n in order], [sizes[n] for n in order], budget))
 
 
+def by_rows(items: Sequence[T], widths: Sequence[int], budget: int, rows: int = 1) -> list[list[T]]:
+    """Runs of padded rows, `rows` an item: items of like width together, rows times the widest at most `budget`.
+
+    An item over it stands alone.
+    """
+    runs: list[list[T]] = []
+    widest = 0
+    for n in sorted(range(len(items)), key=lambda n: (-widths[n], n)):
+        if not runs or rows * (len(runs[-1]) + 1) * widest > budget:
+            runs.append([])
+            widest = widths[n]
+        runs[-1].append(items[n])
+    return runs
+
+
 def under_budget(items: Sequence[T], sizes: Sequence[int], budget: int) -> Iterator[list[T]]:
     """Consecutive runs of items whose sizes sum to at most `budget`; an item over it stands alone."""
     run: list[T] = []

@@ -1,4 +1,4 @@
-"""The interface of everything that computes hidden states: one engine a model, and one place where it is kept.
+"""The interface of everything that computes a causal language model: one engine a model, kept in one place.
 
 An engine travels with the model that it computes, because the trainers of TRL and Transformers hand on the model alone.
 """
@@ -8,11 +8,14 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from dpo_assets.training.batches.packing import PackedBatch
+from dpo_assets.training.scoring.head import Head, TokenScores, score_hidden
 
 ATTRIBUTE = "dpo_assets_engine"
+OWN_KERNELS = frozenset({"fused", "unsloth"})  # Whose layers are their own; others run the model's and PEFT's.
 
 
 class Engine(Protocol):
@@ -31,6 +34,9 @@ class Engine(Protocol):
                 around `model.forward`.
         """
 
+    def scores(self, lm: Any, batch: PackedBatch, autocast: AbstractContextManager[Any] | None) -> TokenScores:
+        """What is made of them by the head of `lm`, a scored token each."""
+
     def renew(self) -> None:
         """To be called when the adapter may have been trained since its last use: before a step, before scoring."""
 
@@ -41,11 +47,29 @@ class Engine(Protocol):
     def has_eager(self) -> bool:
         """Whether the model's own eager attention can be asked beside it, to prove that it is exact."""
 
+    @property
+    def padded(self) -> bool:
+        """Whether every row is computed whole and padded, so that a forward costs its rows times the widest."""
+
+    @property
+    def attention(self) -> str | None:
+        """The attention of Transformers that the model's layers must be on; None: their own, or no matter."""
+
 
 class PlainEngine:
     """What most engines say of themselves."""
 
     has_eager = True
+    padded = False
+    attention: str | None = None
+
+    def hidden(self, batch: PackedBatch, autocast: AbstractContextManager[Any] | None) -> Tensor:
+        """See `Engine`."""
+        raise NotImplementedError
+
+    def scores(self, lm: Any, batch: PackedBatch, autocast: AbstractContextManager[Any] | None) -> TokenScores:
+        """By this project's head, which never holds all logits."""
+        return score_hidden(self.hidden(batch, autocast), Head.of(lm), batch)
 
     def renew(self) -> None:
         """Reads the adapter's own parameters at every use."""
@@ -55,9 +79,30 @@ class PlainEngine:
         return nullcontext()
 
 
+class OwnLayersEngine(PlainEngine):
+    """The modules of a Transformers model, its adapter's layers among them.
+
+    Args:
+        compiled: whether its layers are compiled: a layer has one graph with gradients and one without then.
+    """
+
+    def __init__(self, lm: Any, *, compiled: bool = False) -> None:
+        self._lm, self._compiled = lm, compiled
+
+    def as_the_policy(self) -> AbstractContextManager[Any]:
+        return torch.enable_grad() if self._compiled else nullcontext()
+
+
 def causal_lm(model: Any) -> Any:
     """The Transformers model inside a PEFT wrapper, its LoRA layers still in place."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def decoder_of(lm: Any) -> Any | None:
+    """What makes hidden states of token ids; None where the model does not say."""
+    # Llama 4's names its own prefix wrongly, so that Transformers takes the whole model for its decoder.
+    found = [module for module in (lm.get_decoder(), getattr(lm, "model", None)) if module is not None]
+    return next((module for module in found if module is not lm), None)
 
 
 def attach_engine(model: Any, engine: Engine) -> None:

@@ -2,38 +2,46 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dpo_assets.training.batches.packing import PackedBatch
-from dpo_assets.training.engines.attention import Tables
-from dpo_assets.training.engines.base import PlainEngine, attached_engine, causal_lm
+from dpo_assets.training.engines.attention import NAME, Tables, attend_packed
+from dpo_assets.training.engines.base import OwnLayersEngine, attached_engine, causal_lm, decoder_of
 
 
-class TransformersEngine(PlainEngine):
-    """The model's decoder, its attention on gathered rows (`engines.attention`).
-
-    Args:
-        compiled: whether its layers are compiled: a layer has one graph with gradients and one without then.
-    """
+class TransformersEngine(OwnLayersEngine):
+    """The model's decoder, its attention on the packed stream (`engines.attention`)."""
 
     name = "transformers"
-
-    def __init__(self, lm: Any, *, compiled: bool = False) -> None:
-        self._lm, self._compiled = lm, compiled
+    attention = NAME
 
     def hidden(self, batch: PackedBatch, autocast: AbstractContextManager[Any] | None) -> Tensor:
+        decoder = decoder_of(self._lm)
+        assert decoder is not None
         with autocast or nullcontext():
-            states: Tensor = self._lm.get_decoder()(
+            states: Tensor = decoder(
                 input_ids=batch["ids"][None], position_ids=batch["pos"][None], use_cache=False, packed=Tables(batch)
             ).last_hidden_state[0]
             return states.index_select(0, batch["predict"])
 
-    def as_the_policy(self) -> AbstractContextManager[Any]:
-        return torch.enable_grad() if self._compiled else nullcontext()
+
+def why_not_packed(lm: Any) -> str:
+    """Puts the packed attention into a model's layers. Returns why they take none, empty when they do.
+
+    Whether what they compute is exact then, only `scoring.proof` knows: a layer may leave to its mask what it does not
+    tell its attention, or not hand it the packed batch.
+    """
+    decoder = decoder_of(lm)
+    if decoder is None:
+        return f"{type(lm).__name__} does not say which of its modules is the decoder"
+    taken = inspect.signature(decoder.forward).parameters
+    if "position_ids" not in taken or not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        return f"{type(decoder).__name__} takes no positions and no tables of a packed batch"
+    return "" if attend_packed(lm) else f"{type(lm).__name__} computes attention in a way of its own"
 
 
 def engine_of(model: Any) -> Any:

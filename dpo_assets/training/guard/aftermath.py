@@ -6,8 +6,7 @@ Every part is either numbers or `{"not_measured": why}`; the checks turn the lat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -15,139 +14,143 @@ import torch
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 
+from dpo_assets.checks.reports import (
+    AdapterNorm,
+    Aftermath,
+    AnswerHealth,
+    Capability,
+    Divergence,
+    HeldOutPairs,
+    NotMeasured,
+    SampledAnswers,
+)
 from dpo_assets.checks.statistics import mean_interval, tie_aware_accuracy
 from dpo_assets.checks.tasks import Task, compared
 from dpo_assets.contract import GuardSpec
 from dpo_assets.training.batches.data import dpo_group
-from dpo_assets.training.guard.sampling import AdapterState, Watched, first_prompts
+from dpo_assets.training.guard.sampling import AdapterState, Answer, Watched, first_prompts
 from dpo_assets.training.models.fp8 import Fp8Linear
 from dpo_assets.training.models.loading import ADAPTER_NAME
 from dpo_assets.training.stages.evaluate import generation_health
 
-Part = dict[str, Any]
 EXAMPLES, EXAMPLE_LENGTH = 3, 300  # Answers that the report quotes, and characters of each.
 
 
-def not_measured(why: str) -> Part:
-    """A part of the report that could not be measured here, with the reason."""
-    return {"not_measured": why}
-
-
-def measure(watched: Watched, guard: GuardSpec, held_out: Any, tasks: Sequence[tuple[Task, list[int]]]) -> Part:
-    """The parts `held_out`, `answers`, `capability` and `adapter_norm` of the report of stage `dpo`.
+def measure(watched: Watched, guard: GuardSpec, held_out: Any, tasks: Sequence[tuple[Task, list[int]]]) -> Aftermath:
+    """What an adapter did, for the report of stage `dpo`.
 
     Args:
         held_out: rows of the held-out split with their token ids and prompts, or None where there is none.
         tasks: the user's capability probe with the token ids of its prompts; without one token accuracy is compared.
     """
     plan = watched.plan
-    pairs, matches = not_measured("checks.held_out_pairs is 0"), None
+    pairs: HeldOutPairs | NotMeasured = NotMeasured(not_measured="checks.held_out_pairs is 0")
+    matches: list[tuple[float, float]] | None = None
     if held_out is None or not len(held_out):
-        pairs = not_measured("the dataset has no held-out pairs")
+        pairs = NotMeasured(not_measured="the dataset has no held-out pairs")
     elif watched.why_no_scores:
-        pairs = not_measured(watched.why_no_scores)
+        pairs = NotMeasured(not_measured=watched.why_no_scores)
     elif guard.held_out_pairs:
         few = held_out.select(range(min(guard.held_out_pairs, len(held_out))))
         pairs, matches = _pairs(watched, [dpo_group(row, plan.max_length) for row in few])
-    return {
-        "held_out": pairs,
-        "answers": _guarded(watched.why_no_answers, partial(_answers, watched, guard, held_out)),
-        "capability": _capability(watched, guard, tasks, pairs, matches),
-        "adapter_norm": adapter_norm(watched.model, watched.start),
-    }
+    return Aftermath(
+        held_out=pairs,
+        answers=_answers(watched, guard, held_out),
+        capability=_capability(watched, guard, tasks, pairs, matches),
+        adapter_norm=adapter_norm(watched.model, watched.start),
+    )
 
 
-def _guarded(why_not: str, part: Callable[[], Part]) -> Part:
-    return not_measured(why_not) if why_not else part()
-
-
-def _pairs(watched: Watched, groups: list[Any]) -> tuple[Part, list[tuple[float, float]]]:
+def _pairs(watched: Watched, groups: list[Any]) -> tuple[HeldOutPairs, list[tuple[float, float]]]:
     """Numbers of held-out pairs, and the token accuracy of each chosen answer by (reference, policy)."""
     lengths = [len(c) for g in groups for c in g.completions]
     policy, hits = watched.scores(groups)
     reference, reference_hits = watched.reference_scores(groups)
     shifts = [p - r for p, r in zip(policy, reference, strict=True)]
     margins = [c - r for c, r in zip(shifts[::2], shifts[1::2], strict=True)]
-    part = {
-        "pairs": len(groups),
-        "accuracy": tie_aware_accuracy(margins).as_dict(),
-        "margin_nats": fmean(margins),
-        "nll_ratio": sum(policy[::2]) / sum(reference[::2]),
-        "chosen_nats_per_token": sum(shifts[::2]) / sum(lengths[::2]),
-        "rejected_nats_per_token": sum(shifts[1::2]) / sum(lengths[1::2]),
-    }
+    part = HeldOutPairs(
+        pairs=len(groups),
+        accuracy=tie_aware_accuracy(margins),
+        margin_nats=fmean(margins),
+        nll_ratio=sum(policy[::2]) / sum(reference[::2]),
+        chosen_nats_per_token=sum(shifts[::2]) / sum(lengths[::2]),
+        rejected_nats_per_token=sum(shifts[1::2]) / sum(lengths[1::2]),
+    )
     shares = zip(reference_hits[::2], hits[::2], lengths[::2], strict=True)
     return part, [(before / n, after / n) for before, after, n in shares]
 
 
-def _answers(watched: Watched, guard: GuardSpec, held_out: Any) -> Part:
+def _answers(watched: Watched, guard: GuardSpec, held_out: Any) -> SampledAnswers | NotMeasured:
     """Health of both sides' sampled answers to the same prompts with the same seed, and the policy's divergence."""
     plan, tokens = watched.plan, guard.probe_tokens
+    if watched.why_no_answers:
+        return NotMeasured(not_measured=watched.why_no_answers)
     if not guard.sampled_answers:
-        return not_measured("checks.sampled_answers is 0")
+        return NotMeasured(not_measured="checks.sampled_answers is 0")
     room = plan.max_length - tokens
     prompts = first_prompts(held_out, watched.chat, guard.sampled_answers, room) if held_out is not None else []
     if not prompts:
-        return not_measured(f"no held-out prompt leaves room for {tokens} tokens in {plan.max_length}")
+        return NotMeasured(not_measured=f"no held-out prompt leaves room for {tokens} tokens in {plan.max_length}")
     decode = watched.chat.tokenizer.decode
     policy = watched.answers(prompts, tokens, plan.dpo.seed)
     reference = watched.reference_answers(prompts, tokens, plan.dpo.seed)
-    part: Part = {
-        "prompts": len(prompts),
-        "most_tokens": tokens,
-        "reference": generation_health(reference),
-        "policy": generation_health(policy),
-        "longer": sum(len(b["ids"]) > len(a["ids"]) for a, b in zip(reference, policy, strict=True)),
-        "shorter": sum(len(b["ids"]) < len(a["ids"]) for a, b in zip(reference, policy, strict=True)),
-        "kl": not_measured(watched.why_no_scores),
-        "examples": [
-            [
-                decode(prompt)[-EXAMPLE_LENGTH:],
-                a["text"][:EXAMPLE_LENGTH],
-                b["text"][:EXAMPLE_LENGTH],
-            ]
-            for prompt, a, b in list(zip(prompts, reference, policy, strict=True))[:EXAMPLES]
-        ],
-    }
-    if not watched.why_no_scores:
-        parts = watched.divergence(prompts, policy)
-        mean_tokens = fmean(n for _, n in parts)
-        value, low, high = (end / mean_tokens for end in mean_interval([ratio for ratio, _ in parts]))
-        # One answer has no interval, and JSON no infinity.
-        part["kl"] = {"per_token": value} | ({"low": low, "high": high} if len(parts) > 1 else {})
-    return part
+    sides = list(zip(reference, policy, strict=True))
+    return SampledAnswers(
+        prompts=len(prompts),
+        most_tokens=tokens,
+        reference=AnswerHealth.model_validate(generation_health(reference)),
+        policy=AnswerHealth.model_validate(generation_health(policy)),
+        longer=sum(len(b["ids"]) > len(a["ids"]) for a, b in sides),
+        shorter=sum(len(b["ids"]) < len(a["ids"]) for a, b in sides),
+        kl=_divergence(watched, prompts, policy),
+        examples=tuple(
+            (decode(prompt)[-EXAMPLE_LENGTH:], a["text"][:EXAMPLE_LENGTH], b["text"][:EXAMPLE_LENGTH])
+            for prompt, (a, b) in list(zip(prompts, sides, strict=True))[:EXAMPLES]
+        ),
+    )
+
+
+def _divergence(watched: Watched, prompts: list[list[int]], answers: Sequence[Answer]) -> Divergence | NotMeasured:
+    if watched.why_no_scores:
+        return NotMeasured(not_measured=watched.why_no_scores)
+    parts = watched.divergence(prompts, answers)
+    mean_tokens = fmean(n for _, n in parts)
+    value, low, high = (end / mean_tokens for end in mean_interval([ratio for ratio, _ in parts]))
+    # One answer has no interval, and JSON no infinity.
+    return Divergence(per_token=value, low=low, high=high) if len(parts) > 1 else Divergence(per_token=value)
 
 
 def _capability(
     watched: Watched,
     guard: GuardSpec,
     tasks: Sequence[tuple[Task, list[int]]],
-    pairs: Part,
+    pairs: HeldOutPairs | NotMeasured,
     matches: list[tuple[float, float]] | None,
-) -> Part:
+) -> Capability | NotMeasured:
     """The user's tasks answered greedily by both sides; without tasks, next tokens of held-out chosen answers."""
     if tasks:
         if watched.why_no_answers:
-            return not_measured(watched.why_no_answers)
+            return NotMeasured(not_measured=watched.why_no_answers)
         prompts = [ids for _, ids in tasks]
         after = watched.answers(prompts, guard.probe_tokens, None)
         before = watched.reference_answers(prompts, guard.probe_tokens, None)
         texts = [[answer["text"] for answer in answers] for answers in (before, after)]
-        return {"kind": "tasks", **compared([task for task, _ in tasks], *texts)}
+        return Capability(kind="tasks", **compared([task for task, _ in tasks], *texts))
     if matches is None:
+        assert isinstance(pairs, NotMeasured)
         return pairs
-    return {
-        "kind": "token_accuracy",
-        "tasks": len(matches),
-        "reference": fmean(before for before, _ in matches),
-        "policy": fmean(after for _, after in matches),
-        "lost": sum(after < before for before, after in matches),
-        "gained": sum(after > before for before, after in matches),
-    }
+    return Capability(
+        kind="token_accuracy",
+        tasks=len(matches),
+        reference=fmean(before for before, _ in matches),
+        policy=fmean(after for _, after in matches),
+        lost=sum(after < before for before, after in matches),
+        gained=sum(after > before for before, after in matches),
+    )
 
 
 @torch.no_grad()
-def adapter_norm(model: Any, start: AdapterState) -> Part:
+def adapter_norm(model: Any, start: AdapterState) -> AdapterNorm | NotMeasured:
     """Largest ||s (B A - B0 A0)|| / ||W|| over adapted layers and experts (Frobenius norms), and where it stands.
 
     The change is one product of stacked factors, [s B, -s B0] [A; A0], and ||B A||^2 = trace((A A^T) (B^T B)) needs no
@@ -159,12 +162,12 @@ def adapter_norm(model: Any, start: AdapterState) -> Part:
             continue
         weights = _weights(layer)
         if weights is None:
-            return not_measured(f"the weight of {name} is kept in a form that has no plain norm")
+            return NotMeasured(not_measured=f"the weight of {name} is kept in a form that has no plain norm")
         scale = float(layer.scaling[ADAPTER_NAME])
         a, b = layer.lora_A[ADAPTER_NAME].weight, layer.lora_B[ADAPTER_NAME].weight
         key = next((n for n in start.factors if n.endswith(f"{name}.lora_A.{ADAPTER_NAME}.weight")), None)
         if key is None:
-            return not_measured(f"{name} has no adapter at the start to compare with")
+            return NotMeasured(not_measured=f"{name} has no adapter at the start to compare with")
         a0, b0 = start.factors[key], start.factors[key.replace(".lora_A.", ".lora_B.")]
         layers += 1
         factors = zip(weights, _factors(layer, b, a), _factors(layer, b0, a0), strict=True)
@@ -174,8 +177,8 @@ def adapter_norm(model: Any, start: AdapterState) -> Part:
             if share != share:
                 break
     if not layers:
-        return not_measured("the model has no LoRA layers of the usual kind")
-    return {"largest": largest, "layer": where.removeprefix("base_model.model."), "layers": layers}
+        return NotMeasured(not_measured="the model has no LoRA layers of the usual kind")
+    return AdapterNorm(largest=largest, layer=where.removeprefix("base_model.model."), layers=layers)
 
 
 def product_norm(b: Tensor, a: Tensor) -> float:

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from dpo_assets.checks import collapse as rules
 from dpo_assets.checks.collapse import Trigger, healthy, trigger_at
+from dpo_assets.checks.reports import Stop
 from dpo_assets.checks.tasks import Task, compared
 from dpo_assets.contract import GuardSpec
 from dpo_assets.planning.plan import TrainingPlan
@@ -154,7 +155,7 @@ class CollapseGuard(TrainerCallback):
             row |= {rules.LOST: said["lost"], rules.GAINED: said["gained"]}
         return row
 
-    def record(self, rows: Any) -> dict[str, Any] | None:
+    def record(self, rows: Any) -> Stop | None:
         """What the report says of the first trigger, or None where there was none.
 
         Args:
@@ -163,14 +164,14 @@ class CollapseGuard(TrainerCallback):
         if self.first is None:
             return None
         plan = self.watched.plan
-        return asdict(self.first) | {
-            "check": rules.CHECK,
-            "source": self.guard.source,
-            "fix": advice(plan, self.guard, near_identical(rows, self.guard.limits.near_identical)),
-            "kept_step": self.kept_step if self.stopped else plan.dpo_steps,
-            "steps_saved": plan.dpo_steps - self.stopped_step if self.stopped else 0,
-            "of_steps": plan.dpo_steps,
-        }
+        return Stop(
+            **asdict(self.first),
+            source=self.guard.source,
+            fix=advice(plan, self.guard, near_identical(rows, self.guard.limits.near_identical)),
+            kept_step=self.kept_step if self.stopped else plan.dpo_steps,
+            steps_saved=plan.dpo_steps - self.stopped_step if self.stopped else 0,
+            of_steps=plan.dpo_steps,
+        )
 
 
 def near_identical(rows: Any, limit: float) -> bool:

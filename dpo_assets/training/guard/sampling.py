@@ -16,12 +16,13 @@ import torch
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.batches.data import first_asked
 from dpo_assets.training.batches.packing import Group
-from dpo_assets.training.engines import attention
-from dpo_assets.training.engines.base import attached_engine, causal_lm
+from dpo_assets.training.engines.base import attached_engine
+from dpo_assets.training.engines.transformers import engine_of
 from dpo_assets.training.engines.unsloth.engine import reference_mode
 from dpo_assets.training.models.chat_format import ChatFormat
 from dpo_assets.training.models.loading import ADAPTER_NAME, autocast_of, plain_attention
 from dpo_assets.training.scoring.logprobs import evaluating, score_hits
+from dpo_assets.training.scoring.proof import settle_engine
 from dpo_assets.training.stages.evaluate import generate
 
 Answer = dict[str, Any]
@@ -58,29 +59,32 @@ def _is_trained(name: str, parameter: torch.nn.Parameter) -> bool:
     return parameter.requires_grad and (".lora_" not in name or f".{ADAPTER_NAME}." in name)
 
 
+def attach_scorer(model: Any, plan: TrainingPlan, longest: Group) -> None:
+    """Lets a model that TRL trains be scored here as well, its layers left as TRL's trainer found them.
+
+    Raises:
+        ConfigError: when no engine is exact (`scoring.proof`).
+    """
+    with plain_attention(model):
+        settle_engine(model, plan, longest)
+
+
 @dataclass(frozen=True)
 class Watched:
-    """A policy in training with its start, and how it is scored.
-
-    Args:
-        packed: whether the model is scored by packed batches in training; a model that TRL trains is not.
-    """
+    """A policy in training with its start, and how it is scored."""
 
     model: Any
     start: AdapterState
     chat: ChatFormat
     plan: TrainingPlan
     kernels: str
-    packed: bool
 
     @property
     def why_no_scores(self) -> str:
         """Why pairs cannot be scored here; empty when they can."""
-        lm = causal_lm(self.model)
-        if self.kernels == "unsloth":
-            return "" if attached_engine(lm) else "TRL's own trainer on Unsloth's kernels has no packed scorer"
-        if not getattr(lm, "_supports_attention_backend", False):
-            return f"{type(lm).__name__} computes attention in a way of its own, so packed batches cannot score it"
+        engine = attached_engine(self.model)
+        if engine is None or (engine.name == "unsloth") != (self.kernels == "unsloth"):
+            return "TRL's own trainer on Unsloth's kernels has no packed scorer"
         return ""
 
     @property
@@ -104,9 +108,8 @@ class Watched:
                 stack.enter_context(reference_mode(self.model, plan))
             else:
                 stack.enter_context(evaluating(self.model))
-            if not self.packed:
-                attention.register()
-                stack.enter_context(plain_attention(self.model, attention.NAME))
+                # TRL trains a model with the attention that Transformers chose.
+                stack.enter_context(plain_attention(self.model, engine_of(self.model).attention))
             stack.enter_context(autocast_of(self.plan))
             scores: tuple[list[float], list[int]] = score_hits(self.model, groups, self.plan.token_budget)
             return scores

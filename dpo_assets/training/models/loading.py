@@ -27,8 +27,8 @@ from dpo_assets.planning.weights import listed
 from dpo_assets.training.engines import attention
 from dpo_assets.training.engines.base import attach_engine, causal_lm
 from dpo_assets.training.engines.fused.decoder import attach_fused
-from dpo_assets.training.engines.speedups import speed_up
-from dpo_assets.training.engines.transformers import TransformersEngine
+from dpo_assets.training.engines.rows import OwnLogitsEngine, RowsEngine, why_not_rows
+from dpo_assets.training.engines.transformers import TransformersEngine, why_not_packed
 from dpo_assets.training.models.fp8 import quantise_layers
 from dpo_assets.training.models.targets import chosen_places, peft_targets, refuse_other_places
 from dpo_assets.training.models.text_part import text_source
@@ -37,6 +37,8 @@ from dpo_assets.training.models.text_part import text_source
 ADAPTER_NAME = "default"
 # A LoRA that trains a larger share than this is not a LoRA: a dropped `peft_config` once meant full fine-tuning.
 LARGEST_TRAINABLE_SHARE = 0.6
+# Engines from the fastest to the one that serves every causal model. Unsloth's loads its models itself.
+CHAIN = ("fused", "transformers", RowsEngine.name, OwnLogitsEngine.name)
 CONVERSION = "conversion of the weights"  # What Transformers 5 says of experts that it cannot join into one tensor.
 
 
@@ -105,21 +107,15 @@ def load_base(folder: Path, plan: TrainingPlan, *, packed: bool = True) -> PreTr
     """The base model in the plan's precision on the plan's device.
 
     Args:
-        packed: attach the packed attention; False keeps what Transformers chooses.
+        packed: put the packed attention into its layers, where they take one; False keeps what Transformers chooses.
 
     Raises:
-        ConfigError: when the weights are not whole, or the architecture cannot be packed.
+        ConfigError: when the weights are not whole.
     """
     dtype, extra = compute_dtype(plan), _quantisation(plan)
-    attention.register()
     model, _ = load_causal_lm(folder, dtype=dtype, **extra)
     if packed:
-        if not getattr(model, "_supports_attention_backend", False):
-            raise ConfigError(
-                f"{type(model).__name__} computes attention in a way of its own, so packed batches cannot be scored "
-                "with it. Use a base of another architecture; the Llama, Mistral and Qwen2 families are tested."
-            )
-        model.set_attn_implementation(attention.NAME)
+        why_not_packed(model)
     if plan.precision == "fp8":
         quantise_layers(model, plan.device)
     elif plan.device == "cuda" and not extra:
@@ -153,19 +149,44 @@ def _quantisation(plan: TrainingPlan) -> Mapping[str, Any]:
     return {"quantization_config": settings, "device_map": {"": 0}}
 
 
-def choose_kernels(model: Any, plan: TrainingPlan) -> tuple[str, str]:
-    """Lets the plan's kernels compute a loaded policy: (what computes it now, why not what the plan said).
+def choose_kernels(model: Any, plan: TrainingPlan, first: str | None = None) -> tuple[str, str]:
+    """Attaches the first engine of CHAIN that says it can compute a loaded model: (its name, why not those before it).
 
     The planner knows the architecture; what only the worker sees (an adapter with dropout, of a kind of its own) falls
-    back to Transformers' layers.
+    back to the next. Whether an engine is exact is proven afterwards (`scoring.proof`).
+
+    Args:
+        first: the engine to begin with; None: the plan's, and Transformers' layers where that is Unsloth, which loads
+            its models itself.
     """
-    if plan.kernels != "fused":
-        speed_up(model, plan)
-        lm = causal_lm(model)
-        attach_engine(lm, TransformersEngine(lm, compiled="compile" in plan.speedups))
-        return plan.kernels, ""
-    reason = attach_fused(model, compute_dtype(plan), plan.recomputed_layers, plan.max_length)
-    return ("transformers", reason) if reason else ("fused", "")
+    asked = first or (plan.kernels if plan.kernels in CHAIN else "transformers")
+    reasons = []
+    for kernels in CHAIN[CHAIN.index(asked) :]:
+        if not (reason := _attach(causal_lm(model), plan, kernels)):
+            break
+        reasons.append(reason)
+    return kernels, "; ".join(reasons)
+
+
+def _attach(lm: Any, plan: TrainingPlan, kernels: str) -> str:
+    """Lets an engine compute a model. Returns why not, empty when it does."""
+    compiled = "compile" in plan.speedups
+    match kernels:
+        case "fused":
+            return attach_fused(lm, compute_dtype(plan), plan.recomputed_layers, plan.max_length)
+        case "transformers":
+            if reason := why_not_packed(lm):
+                return reason
+            attach_engine(lm, TransformersEngine(lm, compiled=compiled))
+        case "rows":
+            if reason := why_not_rows(lm):
+                return reason
+            attention.attend_as_own(lm)
+            attach_engine(lm, RowsEngine(lm, plan.token_budget, compiled=compiled))
+        case _:
+            lm.set_attn_implementation(OwnLogitsEngine.attention)
+            attach_engine(lm, OwnLogitsEngine(lm, plan.token_budget, compiled=compiled))
+    return ""
 
 
 def autocast_of(plan: TrainingPlan) -> torch.autocast:
@@ -200,15 +221,26 @@ def attach_adapter(
         refuse_other_places(wrapped, ADAPTER_NAME, chosen)
         model = wrapped
     if dropout == 0.0:
-        # A starting adapter brings the dropout it was trained with; two scores of one pair would differ.
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
+        switch_off_dropout(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     if not 0 < trainable <= LARGEST_TRAINABLE_SHARE * total:
         raise ConfigError(f"{trainable} of {total} parameters would be trained: the adapter was not attached as one")
     return model
+
+
+def switch_off_dropout(model: torch.nn.Module) -> None:
+    """Two scores of one pair would differ by it.
+
+    A starting adapter brings the dropout it was trained with, as modules; decoder layers keep theirs as numbers too
+    (`attention_dropout`, `residual_dropout`), which they hand to functions in training mode.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if name.endswith("dropout") and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
@@ -226,11 +258,18 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def plain_attention(model: Any, implementation: str = "sdpa") -> Iterator[None]:
-    """Transformers' own attention for a while: batched generation needs its padding masks."""
-    lm = model.get_base_model() if isinstance(model, PeftModel) else model
+def plain_attention(model: Any, implementation: str | None = None) -> Iterator[None]:
+    """Transformers' own attention for a while: batched generation needs its padding masks.
+
+    Args:
+        implementation: None: what Transformers takes by itself.
+    """
+    lm = causal_lm(model)
     before = lm.config._attn_implementation
-    lm.set_attn_implementation(implementation)
+    if implementation is None:
+        attention.attend_as_own(lm)
+    else:
+        lm.set_attn_implementation(implementation)
     try:
         yield
     finally:

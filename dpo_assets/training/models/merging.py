@@ -169,8 +169,7 @@ def _pairs(file: TensorFile) -> dict[str, tuple[Stored, Stored]]:
 def _names_in_base(modules: list[str], part: TextPart) -> dict[str, str]:
     """The weight of each module by its name in the files.
 
-    Where the files hold more than the language model, its own names and no others. Else the same for all modules, with
-    one prefix less, or with one more.
+    Among the language model's tensors alone: the same for all modules, with one prefix less, or with one more.
     """
     for names in _candidates(modules, part):
         if all(name in part.names for name in names):
@@ -181,8 +180,6 @@ def _names_in_base(modules: list[str], part: TextPart) -> dict[str, str]:
 def _candidates(modules: list[str], part: TextPart) -> Iterator[list[str]]:
     own = [f"{module}.weight" for module in modules]
     yield own
-    if part.beside:
-        return
     prefixes = {name.removesuffix(own[0]) for name in part.names if name.endswith(f".{own[0]}")}
     if len(prefixes) == 1:
         yield [next(iter(prefixes)) + name for name in own]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,13 @@ from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 
 from dpo_assets.planning.plan import TrainingPlan
-from dpo_assets.training.engines.base import attach_engine, causal_lm
+from dpo_assets.training.batches.packing import Group
+from dpo_assets.training.engines.base import OWN_KERNELS, attach_engine, causal_lm
 from dpo_assets.training.engines.speedups import speed_up
 from dpo_assets.training.engines.unsloth.engine import UnslothEngine, check_shared_prefix
 from dpo_assets.training.engines.unsloth.loading import load_unsloth
 from dpo_assets.training.models.loading import attach_adapter, choose_kernels, load_base
+from dpo_assets.training.scoring.proof import settle_engine
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,26 @@ class Policy:
     kernels: str
     note: str = ""
 
+    def proven(self, plan: TrainingPlan, longest: Group) -> Policy:
+        """The same, on an engine that is proven exact on the group with the run's longest row.
+
+        Raises:
+            ConfigError: when there is none.
+        """
+        settled = settle_engine(self.model, plan, longest)
+        notes = [note for note in (self.note, settled.note) if note]
+        return replace(self, kernels=settled.kernels, note="; ".join(notes))
+
+    def told(self, stage: str, plan: TrainingPlan) -> str:
+        """A line for the log of a stage."""
+        return f"{stage}: computed by {self.kernels}, not by {plan.kernels} kernels: {self.note}"
+
     def computing(self, plan: TrainingPlan) -> AbstractContextManager[Any]:
         """Around training and scoring: PEFT casts the inputs of an fp32 adapter to fp32, and autocast casts them back.
 
         Under autocast the first cast only costs memory and time.
         """
-        if self.kernels == "transformers" and plan.compute != "fp32":
+        if self.kernels not in OWN_KERNELS and plan.compute != "fp32":
             context: AbstractContextManager[Any] = disable_input_dtype_casting(self.model)
             return context
         return nullcontext()
@@ -46,7 +62,7 @@ def load_policy(
         packed: whether packed batches will be scored; TRL's own trainer wants the model as its library made it.
 
     Raises:
-        ConfigError: when the architecture cannot be packed, or the adapter was not attached as one.
+        ConfigError: when the adapter was not attached as one.
     """
     if plan.kernels == "unsloth":
         model = load_unsloth(folder, plan, start, seed, dropout=dropout)
@@ -55,9 +71,24 @@ def load_policy(
             check_shared_prefix(lm, plan.max_length)
             attach_engine(lm, UnslothEngine(lm))
         return Policy(model, "unsloth")
-    model = attach_adapter(load_base(folder, plan, packed=packed), plan, start, seed=seed, dropout=dropout)
+    model = load_adapted(folder, plan, start, seed=seed, dropout=dropout)
     if not packed:
-        speed_up(model, plan)
         return Policy(model, "transformers")
     kernels, note = choose_kernels(model, plan)
     return Policy(model, kernels, note)
+
+
+def load_adapted(folder: Path, plan: TrainingPlan, start: Path | None, *, seed: int, dropout: float) -> PeftModel:
+    """A base with the adapter `start`, or a new one, and the plan's speedups; no engine is chosen yet."""
+    model = attach_adapter(load_base(folder, plan, packed=False), plan, start, seed=seed, dropout=dropout)
+    speed_up(model, plan)
+    return model
+
+
+def load_scored(folder: Path, plan: TrainingPlan, adapter: Path | None) -> Any:
+    """A model to be scored, with its adapter if it has one, in evaluation mode."""
+    if adapter is not None:
+        return load_adapted(folder, plan, adapter, seed=0, dropout=0.0).eval()
+    model = load_base(folder, plan, packed=False).eval()
+    speed_up(model, plan)
+    return model

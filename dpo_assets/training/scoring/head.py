@@ -14,7 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo_assets.planning.memory import head_chunk
+from dpo_assets.training.batches.packing import PackedBatch
 from dpo_assets.training.engines.fused import ops
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Per scored token [N]: log-probability (with gradient), and entropy, mean logit, greedy match (without)."""
+
+    logps: Tensor
+    entropy: Tensor
+    mean_logits: Tensor
+    top1: Tensor
 
 
 @dataclass(frozen=True)
@@ -93,3 +105,9 @@ class ScoredHead(torch.autograd.Function):
         out = ctx.grad_hidden.mul_(grads[0][:, None]).to(ctx.dtype)
         del ctx.grad_hidden
         return out, None, None, None
+
+
+def score_hidden(hidden: Tensor, head: Head, batch: PackedBatch) -> TokenScores:
+    """Scores of a packed batch's tokens from the hidden states [N, h] that predict them."""
+    chunk = head_chunk(len(batch["ids"]), "cuda" if hidden.is_cuda else "cpu")
+    return TokenScores(*ScoredHead.apply(hidden, head, batch["target"], chunk))

@@ -12,25 +12,35 @@ from transformers import TrainerCallback
 from trl import DPOConfig
 
 from dpo_assets.artifact import VOLATILE, write_json
+from dpo_assets.checks.reports import Aftermath, DpoReport, Stop
 from dpo_assets.checks.tasks import read_tasks
 from dpo_assets.contract import GuardSpec, TrainSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.batches.data import dpo_group, load_asked, load_conversations, load_split
+from dpo_assets.training.engines.base import attached_engine
+from dpo_assets.training.engines.transformers import engine_of
 from dpo_assets.training.guard.aftermath import measure
 from dpo_assets.training.guard.collapse import CollapseGuard
 from dpo_assets.training.guard.finite import StopOnNonFinite, check_trained
-from dpo_assets.training.guard.sampling import AdapterState, Watched, first_prompts
+from dpo_assets.training.guard.sampling import AdapterState, Watched, attach_scorer, first_prompts
 from dpo_assets.training.models.chat_format import RENDERING_ERRORS, load_chat_format
-from dpo_assets.training.models.loading import ADAPTER_NAME, autocast_of, save_adapter
+from dpo_assets.training.models.loading import ADAPTER_NAME, save_adapter
+from dpo_assets.training.models.policy import Policy
 from dpo_assets.training.models.targets import coverage
 from dpo_assets.training.reporting import ProgressLines, Reporter, all_finite, write_metrics
-from dpo_assets.training.scoring.logprobs import assert_packing_is_exact
 from dpo_assets.training.trainers.classic import ClassicDPOTrainer, classic_trainer
 from dpo_assets.training.trainers.dpo import REFERENCE_COLUMNS, PackedDPOTrainer
 from dpo_assets.training.trainers.losses import DpoLoss
 from dpo_assets.training.trainers.packed import PackedCollator, end_quietly, packed_arguments, trainer_arguments
-from dpo_assets.training.trainers.strategies import Start, join_adapters, load_start, score_reference, step_reference
+from dpo_assets.training.trainers.strategies import (
+    Start,
+    join_adapters,
+    load_start,
+    longest_group,
+    score_reference,
+    step_reference,
+)
 
 CLOSING = ("loss", "logps/chosen", "rewards/chosen", "rewards/margins", "rewards/accuracies")
 LAST_LOGS = 5  # Closing values are means over this many logs: one batch of a small run is noise.
@@ -60,7 +70,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     start = load_start(spec, packed=packed)
     policy = start.policy
     if policy.note:
-        reporter.log(f"dpo: computed by transformers, not by {plan.kernels} kernels: {policy.note}")
+        reporter.log(policy.told("dpo", plan))
     trainer: PackedDPOTrainer | ClassicDPOTrainer
     reused = 0
     if packed:
@@ -70,7 +80,9 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
         trainer = classic_trainer(policy.model, chat.rendering_tokenizer(), rows, plan, spec.scratch)
     guard, watched = None, None
     if spec.guard is not None:
-        watched = Watched(policy.model, AdapterState(policy.model), chat, plan, policy.kernels, packed)
+        if attached_engine(policy.model) is None and policy.kernels != "unsloth":
+            attach_scorer(policy.model, plan, longest_group(spec))
+        watched = Watched(policy.model, AdapterState(policy.model), chat, plan, policy.kernels)
         guard = collapse_guard(watched, spec.guard, spec, reporter)
     reporter.log(
         f"dpo: {plan.train_pairs} pairs, {plan.dpo_steps} steps, lr {plan.dpo.learning_rate:g}, "
@@ -79,7 +91,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     keys = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
     watchers: list[TrainerCallback] = [] if guard is None else [guard]
     end_quietly(trainer, [StopOnNonFinite("finite"), *watchers, ProgressLines(reporter, "dpo", keys)])
-    measured: dict[str, Any] = {}
+    measured = Aftermath()
     with policy.computing(plan):
         trainer.train()
         trained = time.perf_counter()
@@ -93,7 +105,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
         join_adapters(out / "adapter", start.folded)
     record = guard.record(load_split(spec.dataset, "train", scratch=spec.scratch)) if guard is not None else None
     stopped = guard is not None and guard.stopped
-    write_report(trainer, spec, policy.kernels, measured | {"stopped": record if stopped else None, "trigger": record})
+    write_report(trainer, spec, policy, measured, stopped=record if stopped else None, trigger=record)
     timings = {
         "seconds": time.perf_counter() - started,
         "reference_pairs_from_cache": reused,
@@ -110,8 +122,6 @@ def packed_trainer(start: Start, tokenizer: Any, spec: TrainSpec, reporter: Repo
     train = load_split(spec.dataset, "train", scratch=spec.scratch)
     to_group = partial(dpo_group, max_length=plan.max_length)
     groups = [to_group(row) for row in train]
-    with autocast_of(plan):
-        assert_packing_is_exact(policy.model, max(groups, key=lambda group: group.longest_row))
     reference = step_reference(start, spec)
     reused, columns = 0, ()  # type: tuple[int, tuple[str, ...]]
     if reference is None:
@@ -124,7 +134,13 @@ def packed_trainer(start: Start, tokenizer: Any, spec: TrainSpec, reporter: Repo
         args=dpo_arguments(plan, spec.scratch, policy.kernels),
         train_dataset=train,
         processing_class=tokenizer,
-        data_collator=PackedCollator(to_group, plan.token_budget, columns, padded=plan.device == "cpu"),
+        data_collator=PackedCollator(
+            to_group,
+            plan.token_budget,
+            columns,
+            padded=plan.device == "cpu",
+            whole_rows=engine_of(policy.model).padded,
+        ),
         loss=loss,
         reference=plan.dpo.reference,
         step_reference=reference,
@@ -169,7 +185,13 @@ def collapse_guard(watched: Watched, guard: GuardSpec, spec: TrainSpec, reporter
 
 
 def write_report(
-    trainer: PackedDPOTrainer | ClassicDPOTrainer, spec: TrainSpec, kernels: str, measured: dict[str, Any]
+    trainer: PackedDPOTrainer | ClassicDPOTrainer,
+    spec: TrainSpec,
+    policy: Policy,
+    measured: Aftermath,
+    *,
+    stopped: Stop | None,
+    trigger: Stop | None,
 ) -> None:
     """`metrics.jsonl`, and what the checks judge the run by."""
     plan = spec.plan
@@ -181,20 +203,25 @@ def write_report(
     expected = getattr(trainer, "expected_first_loss", None)
     if expected is None:
         expected = DpoLoss.of(plan.dpo).at_zero_margin()
-    report = {
-        "steps": trainer.state.global_step,
-        "first_loss": rows[0]["loss"],
-        "expected_first_loss": expected,
-        "first_loss_tokens": trainer.first_loss_tokens,
-        "last_loss": last["loss"],
-        "last_margin": last["rewards/margins"],
-        "last_accuracy": last["rewards/accuracies"],
-        "nll_ratio": last["logps/chosen"] / reference_logp,
-        "finite": all_finite(rows),
-        "lora_coverage": coverage(model, ADAPTER_NAME).model_dump(mode="json"),
-        "lora_planned": plan.coverage.model_dump(mode="json"),
-        "trainer": plan.dpo.trainer,
-        "kernels": kernels,
-        **measured,
-    }
-    write_json(spec.output_dir / "report.json", report)
+    DpoReport(
+        steps=trainer.state.global_step,
+        first_loss=rows[0]["loss"],
+        expected_first_loss=expected,
+        first_loss_tokens=trainer.first_loss_tokens,
+        last_loss=last["loss"],
+        last_margin=last["rewards/margins"],
+        last_accuracy=last["rewards/accuracies"],
+        nll_ratio=last["logps/chosen"] / reference_logp,
+        finite=all_finite(rows),
+        lora_coverage=coverage(model, ADAPTER_NAME),
+        lora_planned=plan.coverage,
+        trainer=plan.dpo.trainer,
+        kernels=policy.kernels,
+        kernels_note=policy.note,
+        stopped=stopped,
+        trigger=trigger,
+        held_out=measured.held_out,
+        answers=measured.answers,
+        capability=measured.capability,
+        adapter_norm=measured.adapter_norm,
+    ).write(spec.output_dir)

@@ -10,6 +10,7 @@ import gc
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
@@ -20,22 +21,19 @@ import torch
 from transformers import GenerationConfig
 
 from dpo_assets.artifact import VOLATILE, write_json
-from dpo_assets.checks.statistics import pick_the_longer, tie_aware_accuracy
+from dpo_assets.checks.reports import AnswerHealth, EvaluationReport, GreedyAnswers
+from dpo_assets.checks.statistics import Proportion, pick_the_longer, tie_aware_accuracy
 from dpo_assets.contract import EvaluateSpec, Progress
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.scoring import GENERATION_BATCH as GENERATION_BATCH
 from dpo_assets.training.batches.data import dpo_group, first_asked, load_asked
 from dpo_assets.training.batches.packing import Group
 from dpo_assets.training.models.chat_format import ChatFormat, load_chat_format
-from dpo_assets.training.models.loading import (
-    attach_adapter,
-    autocast_of,
-    choose_kernels,
-    load_base,
-    plain_attention,
-)
+from dpo_assets.training.models.loading import autocast_of, plain_attention
+from dpo_assets.training.models.policy import load_scored
 from dpo_assets.training.reporting import Reporter
-from dpo_assets.training.scoring.logprobs import assert_packing_is_exact, score_groups
+from dpo_assets.training.scoring.logprobs import score_groups
+from dpo_assets.training.scoring.proof import Settled, alike, settle_engine
 
 REPEATED_NGRAM, REPEATS = 4, 3  # An answer that says one 4-gram of tokens three times or more repeats itself.
 
@@ -54,15 +52,16 @@ def run(spec: EvaluateSpec, reporter: Reporter) -> None:
 
     reporter.log(f"evaluate: the policy is the {spec.plan.scored}: {plan.scoring.reason}")
 
-    sft = _load(spec.base_model, spec.sft_adapter, plan)
-    reference, answers = _score_and_answer(sft, "SFT", groups, prompts, chat, plan, spec, reporter)
-    del sft
-    gc.collect()
     merged = plan.scoring.subject == "merged"
-    policy_model = _load(spec.policy, None, plan) if merged else _load(spec.base_model, spec.adapter, plan)
-    policy, policy_answers = _score_and_answer(policy_model, "policy", groups, prompts, chat, plan, spec, reporter)
+    compared = (
+        ("SFT", spec.base_model, spec.sft_adapter),
+        ("policy", spec.policy, None) if merged else ("policy", spec.base_model, spec.adapter),
+    )
+    measure = partial(_measured, held_out=(groups, prompts), chat=chat, plan=plan, spec=spec, reporter=reporter)
+    (settled, sft), (_, policy) = alike([partial(measure, *subject) for subject in compared])
+    answers, policy_answers = sft.answers, policy.answers
 
-    table = _score_table(held_out["pair_id"], held_out["prompt_id"], groups, reference, policy)
+    table = _score_table(held_out["pair_id"], held_out["prompt_id"], groups, sft.logps, policy.logps)
     table.write_parquet(spec.output_dir / "scores.parquet")
     write_json(
         spec.output_dir / "generations.json",
@@ -71,47 +70,80 @@ def run(spec: EvaluateSpec, reporter: Reporter) -> None:
             for (row, _), before, after in zip(asked, answers, policy_answers, strict=True)
         ],
     )
-    report = summarise(table, spec.confidence) | {"scored": spec.plan.scored}
-    report["generation"] = {"sft": generation_health(answers), "policy": generation_health(policy_answers)}
-    write_json(spec.output_dir / "report.json", report)
+    health = GreedyAnswers(
+        sft=AnswerHealth.model_validate(generation_health(answers)),
+        policy=AnswerHealth.model_validate(generation_health(policy_answers)),
+    )
+    report = summarise(table, spec.confidence, scored=spec.plan.scored, kernels=settled.kernels, generation=health)
+    report.write(spec.output_dir)
     write_json(spec.output_dir / VOLATILE, {"seconds": time.perf_counter() - started})
 
 
-def _load(folder: Path, adapter: Path | None, plan: TrainingPlan) -> Any:
-    """A model on the plan's kernels, with its adapter if it has one."""
-    model: Any = load_base(folder, plan)
-    if adapter is not None:
-        model = attach_adapter(model, plan, adapter, seed=0, dropout=0.0)
-    choose_kernels(model, plan)
-    return model
+@dataclass(frozen=True)
+class _Measured:
+    logps: list[float]
+    answers: list[dict[str, Any]]
 
 
-def summarise(table: pl.DataFrame, confidence: float) -> dict[str, Any]:
+def _measured(
+    who: str,
+    folder: Path,
+    adapter: Path | None,
+    first: str | None,
+    *,
+    held_out: tuple[list[Group], list[list[int]]],
+    chat: ChatFormat,
+    plan: TrainingPlan,
+    spec: EvaluateSpec,
+    reporter: Reporter,
+) -> tuple[Settled, _Measured]:
+    """Scores of all held-out pairs and answers to the prompts, by a model that is loaded for it and let go."""
+    groups, prompts = held_out
+    model = load_scored(folder, plan, adapter)
+    settled = settle_engine(model, plan, max(groups, key=lambda group: group.longest_row), first)
+    if settled.note:
+        reporter.log(f"evaluate: {who} computed by {settled.kernels}, not by {first or plan.kernels}: {settled.note}")
+    with autocast_of(plan):
+        logps, _ = score_groups(model, groups, plan.token_budget)
+        reporter.log(f"evaluate: {len(groups)} held-out pairs scored by the {who}")
+        answers = generate(model, prompts, chat, spec.max_new_tokens)
+    reporter.log(Progress(stage="evaluate", done=1 if who == "SFT" else 2, total=2, note=f"{who} done").line())
+    del model
+    gc.collect()
+    return settled, _Measured(logps, answers)
+
+
+def summarise(
+    table: pl.DataFrame, confidence: float, *, scored: str, kernels: str, generation: GreedyAnswers
+) -> EvaluationReport:
     """Scores with intervals, from the per-pair table."""
     chosen_ratio = (table["policy_chosen"] - table["sft_chosen"]) / table["chosen_tokens"]
     rejected_ratio = (table["policy_rejected"] - table["sft_rejected"]) / table["rejected_tokens"]
     margin = (table["policy_chosen"] - table["sft_chosen"]) - (table["policy_rejected"] - table["sft_rejected"])
 
-    def logp_accuracy(who: str) -> dict[str, float]:
+    def logp_accuracy(who: str) -> Proportion:
         gap = table[f"{who}_chosen"] / table["chosen_tokens"] - table[f"{who}_rejected"] / table["rejected_tokens"]
-        return tie_aware_accuracy(gap.to_list(), confidence).as_dict()
+        return tie_aware_accuracy(gap.to_list(), confidence)
 
-    return {
-        "pairs": table.height,
-        "prompts": table["prompt_id"].n_unique(),
-        "implicit_reward_accuracy": tie_aware_accuracy(margin.to_list(), confidence).as_dict(),
-        "logp_accuracy_sft": logp_accuracy("sft"),
-        "logp_accuracy_policy": logp_accuracy("policy"),
-        "pick_the_longer": pick_the_longer(
+    return EvaluationReport(
+        pairs=table.height,
+        prompts=table["prompt_id"].n_unique(),
+        implicit_reward_accuracy=tie_aware_accuracy(margin.to_list(), confidence),
+        logp_accuracy_sft=logp_accuracy("sft"),
+        logp_accuracy_policy=logp_accuracy("policy"),
+        pick_the_longer=pick_the_longer(
             table["chosen_tokens"].to_list(), table["rejected_tokens"].to_list(), confidence
-        ).as_dict(),
-        "margin_mean_nats": fmean(margin),
-        "margin_median_nats": median(margin),
-        "chosen_shift_nats_per_token": fmean(chosen_ratio),
-        "rejected_shift_nats_per_token": fmean(rejected_ratio),
-        "nll_ratio_chosen": float(table["policy_chosen"].sum() / table["sft_chosen"].sum()),
-        "confidence": confidence,
-    }
+        ),
+        margin_mean_nats=fmean(margin),
+        margin_median_nats=median(margin),
+        chosen_shift_nats_per_token=fmean(chosen_ratio),
+        rejected_shift_nats_per_token=fmean(rejected_ratio),
+        nll_ratio_chosen=float(table["policy_chosen"].sum() / table["sft_chosen"].sum()),
+        confidence=confidence,
+        scored=scored,
+        kernels=kernels,
+        generation=generation,
+    )
 
 
 def _score_table(
@@ -129,26 +161,6 @@ def _score_table(
             "rejected_tokens": [len(g.completions[1]) for g in groups],
         }
     )
-
-
-def _score_and_answer(
-    model: Any,
-    who: str,
-    groups: list[Group],
-    prompts: list[list[int]],
-    chat: ChatFormat,
-    plan: TrainingPlan,
-    spec: EvaluateSpec,
-    reporter: Reporter,
-) -> tuple[list[float], list[dict[str, Any]]]:
-    model.eval()
-    with autocast_of(plan):
-        assert_packing_is_exact(model, max(groups, key=lambda group: group.longest_row))
-        logps, _ = score_groups(model, groups, plan.token_budget)
-        reporter.log(f"evaluate: {len(groups)} held-out pairs scored by the {who}")
-        answers = generate(model, prompts, chat, spec.max_new_tokens)
-    reporter.log(Progress(stage="evaluate", done=1 if who == "SFT" else 2, total=2, note=f"{who} done").line())
-    return logps, answers
 
 
 @torch.no_grad()

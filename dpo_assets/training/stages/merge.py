@@ -25,10 +25,12 @@ from dpo_assets.training.batches.data import dpo_group, load_split
 from dpo_assets.training.batches.packing import Group
 from dpo_assets.training.models.carrying import OtherLayout, compared, put_back
 from dpo_assets.training.models.chat_format import load_chat_format, write_tokenizer
-from dpo_assets.training.models.loading import attach_adapter, autocast_of, choose_kernels, load_base, load_causal_lm
+from dpo_assets.training.models.loading import attach_adapter, autocast_of, load_base, load_causal_lm
 from dpo_assets.training.models.merging import NotStreamable, StreamedMerge, plan_merge, stored_format, stream_merge
+from dpo_assets.training.models.policy import load_scored
 from dpo_assets.training.reporting import Reporter
-from dpo_assets.training.scoring.logprobs import assert_packing_is_exact, score_groups
+from dpo_assets.training.scoring.logprobs import score_groups
+from dpo_assets.training.scoring.proof import Settled, alike, settle_engine
 
 GENERATION = "generation_config.json"
 
@@ -67,20 +69,26 @@ def run(spec: MergeSpec, reporter: Reporter) -> None:
     held_out = load_split(spec.dataset, "eval")
     to_group = partial(dpo_group, max_length=plan.max_length)
     groups = [to_group(row) for row in held_out.select(range(min(spec.probe_pairs, len(held_out))))]
-    by_adapter, lengths = _scores_by_adapter(spec, plan, groups)
-    by_merged, released = _scores_by_merged(folder, plan, groups)
-    differences = [abs(a - b) / max(1, n) for a, b, n in zip(by_adapter, by_merged, lengths, strict=True)]
+    score = partial(_scored, plan=plan, groups=groups)
+    (settled, adapted), (_, merged) = alike(
+        [partial(score, spec.base_model, spec.adapter), partial(score, folder, None)]  # As written, to be released.
+    )
+    if settled.note:
+        reporter.log(f"merge: proven by {settled.kernels}, not by {plan.kernels} kernels: {settled.note}")
+    both = zip(adapted.logps, merged.logps, adapted.lengths, strict=True)
+    differences = [abs(a - b) / max(1, n) for a, b, n in both]
     report = MergeReport(
         mean_difference_per_token=fmean(differences),
         max_difference_per_token=max(differences),
         probe_pairs=len(groups),
-        not_finite=released.not_finite,
-        parameters=released.parameters,
+        not_finite=merged.weights.not_finite,
+        parameters=merged.weights.parameters,
         method=method,
         carried=carried,
         proven_in=f"{plan.compute} on {plan.device}",
+        kernels=settled.kernels,
     )
-    write_json(spec.output_dir / "report.json", report.model_dump(mode="json"))
+    report.write(spec.output_dir)
     write_json(spec.output_dir / VOLATILE, {"seconds": time.perf_counter() - started})
     reporter.log(f"merge: adapter and merged model differ by {report.mean_difference_per_token:.2g} nats per token")
 
@@ -100,7 +108,8 @@ def merge_in_memory(spec: MergeSpec, folder: Path, reporter: Reporter) -> Stream
     """
     stored = stored_format(spec.base_model)
     plan = spec.plan.model_copy(update={"device": "cpu", "precision": stored})
-    model = attach_adapter(load_base(spec.base_model, plan), plan, spec.adapter, seed=0, dropout=0.0).eval()
+    model = attach_adapter(load_base(spec.base_model, plan, packed=False), plan, spec.adapter, seed=0, dropout=0.0)
+    model.eval()
     try:
         merged = model.merge_and_unload(safe_merge=True)
     except ValueError as error:
@@ -110,7 +119,6 @@ def merge_in_memory(spec: MergeSpec, folder: Path, reporter: Reporter) -> Stream
     for name, tensor in merged.state_dict().items():
         if not bool(torch.isfinite(tensor).all()):
             raise _not_finite(name)
-    merged.set_attn_implementation("sdpa")  # The packed attention is ours; a release must load anywhere.
     whole = spec.scratch / "merged"
     merged.save_pretrained(whole, safe_serialization=True)
     del model, merged
@@ -130,17 +138,6 @@ def merge_in_memory(spec: MergeSpec, folder: Path, reporter: Reporter) -> Stream
         return None
 
 
-def _scores_by_adapter(spec: MergeSpec, plan: TrainingPlan, groups: list[Group]) -> tuple[list[float], list[int]]:
-    model = attach_adapter(load_base(spec.base_model, plan), plan, spec.adapter, seed=0, dropout=0.0).eval()
-    choose_kernels(model, plan)
-    with autocast_of(plan):
-        assert_packing_is_exact(model, max(groups, key=lambda group: group.longest_row))
-        scores, lengths = score_groups(model, groups, plan.token_budget)
-    del model
-    _free()
-    return scores, lengths
-
-
 @dataclass(frozen=True)
 class Released:
     """What was seen of the weights that were written, once they were loaded again."""
@@ -154,14 +151,25 @@ class Released:
         return cls(sum(p.numel() for p in model.parameters()), bad)
 
 
-def _scores_by_merged(folder: Path, plan: TrainingPlan, groups: list[Group]) -> tuple[list[float], Released]:
-    """Scores of the files as written, so that the proof covers what is released."""
-    model = load_base(folder, plan).eval()
-    released = Released.of(model)
-    choose_kernels(model, plan)
+@dataclass(frozen=True)
+class _Scored:
+    logps: list[float]
+    lengths: list[int]
+    weights: Released
+
+
+def _scored(
+    folder: Path, adapter: Path | None, first: str | None, *, plan: TrainingPlan, groups: list[Group]
+) -> tuple[Settled, _Scored]:
+    """Scores by a model that is loaded for it and let go."""
+    model = load_scored(folder, plan, adapter)
+    weights = Released.of(model)
+    settled = settle_engine(model, plan, max(groups, key=lambda group: group.longest_row), first)
     with autocast_of(plan):
-        scores, _ = score_groups(model, groups, plan.token_budget)
-    return scores, released
+        logps, lengths = score_groups(model, groups, plan.token_budget)
+    del model
+    _free()
+    return settled, _Scored(logps, lengths, weights)
 
 
 def _write_tokenizer(spec: MergeSpec, folder: Path) -> None:

@@ -12,16 +12,19 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from dpo_assets.artifact import VOLATILE, write_json
+from dpo_assets.checks.reports import SftReport
 from dpo_assets.contract import TrainSpec
 from dpo_assets.training.batches.data import load_split, sft_group
 from dpo_assets.training.batches.packing import Group, PackedBatch
+from dpo_assets.training.engines.base import OWN_KERNELS
+from dpo_assets.training.engines.transformers import engine_of
 from dpo_assets.training.guard.finite import StopOnNonFinite, check_trained
 from dpo_assets.training.models.chat_format import load_chat_format
 from dpo_assets.training.models.loading import ADAPTER_NAME, autocast_of, save_adapter
 from dpo_assets.training.models.policy import load_policy
 from dpo_assets.training.models.targets import coverage
 from dpo_assets.training.reporting import ProgressLines, Reporter, all_finite, write_metrics
-from dpo_assets.training.scoring.logprobs import assert_packing_is_exact, evaluating, score_groups, score_tokens
+from dpo_assets.training.scoring.logprobs import evaluating, score_groups, score_tokens
 from dpo_assets.training.trainers.packed import (
     PackedCollator,
     PackedSteps,
@@ -63,15 +66,14 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
         load_split(spec.dataset, "eval", scratch=spec.scratch),
     )
     to_group = partial(sft_group, max_length=plan.max_length)
+    longest = max((to_group(row) for row in train), key=lambda group: group.longest_row)
     policy = load_policy(spec.base_model, plan, spec.start_adapter, seed=plan.sft.seed, dropout=plan.lora.dropout)
+    policy = policy.proven(plan, longest)
     model = policy.model
     if policy.note:
-        reporter.log(f"sft: computed by transformers, not by {plan.kernels} kernels: {policy.note}")
-    if plan.gradient_checkpointing and policy.kernels == "transformers":
+        reporter.log(policy.told("sft", plan))
+    if plan.gradient_checkpointing and policy.kernels not in OWN_KERNELS:
         model.enable_input_require_grads()
-    longest = max((to_group(row) for row in train), key=lambda group: group.longest_row)
-    with autocast_of(plan):
-        assert_packing_is_exact(model, longest)
     probe = [to_group(row) for row in held_out.select(range(min(PROBE_PAIRS, len(held_out))))]
     with autocast_of(plan):
         before = held_out_nll(model, probe, plan.token_budget)
@@ -87,7 +89,9 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
             **trainer_arguments(plan, plan.sft, spec.scratch, plan.sft_steps) | packed_arguments(plan, policy.kernels)
         ),
         train_dataset=train,
-        data_collator=PackedCollator(to_group, plan.token_budget, padded=plan.device == "cpu"),
+        data_collator=PackedCollator(
+            to_group, plan.token_budget, padded=plan.device == "cpu", whole_rows=engine_of(model).padded
+        ),
     )
     keys = {"loss": "loss", "mean_token_accuracy": "token accuracy"}
     end_quietly(trainer, [StopOnNonFinite("sft_finite"), ProgressLines(reporter, "sft", keys)])
@@ -100,17 +104,17 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     reporter.log(f"sft: held-out loss after: {after:.4f}")
     save_adapter(model, out / "adapter")
     rows = write_metrics(trainer.state.log_history, out / "metrics.jsonl")
-    report = {
-        "steps": trainer.state.global_step,
-        "held_out_nll_before": before,
-        "held_out_nll_after": after,
-        "finite": all_finite(rows) and math.isfinite(after),
-        "kernels": policy.kernels,
-        "adapted_share": covered.share,
-        "lora_coverage": covered.model_dump(mode="json"),
-        "ends_with_eos": share_ending_with(train["chosen_ids"], chat.ends),
-    }
-    write_json(out / "report.json", report)
+    SftReport(
+        steps=trainer.state.global_step,
+        held_out_nll_before=before,
+        held_out_nll_after=after,
+        finite=all_finite(rows) and math.isfinite(after),
+        kernels=policy.kernels,
+        kernels_note=policy.note,
+        adapted_share=covered.share,
+        lora_coverage=covered,
+        ends_with_eos=share_ending_with(train["chosen_ids"], chat.ends),
+    ).write(out)
     write_json(out / VOLATILE, {"seconds": time.perf_counter() - started, **spec.memory_record()})
 
 

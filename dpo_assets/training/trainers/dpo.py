@@ -14,7 +14,8 @@ from transformers import Trainer
 
 from dpo_assets.training.batches.packing import PackedBatch
 from dpo_assets.training.guard.finite import check_first_loss
-from dpo_assets.training.scoring.logprobs import TokenScores, score_tokens, sequence_logps
+from dpo_assets.training.scoring.head import TokenScores
+from dpo_assets.training.scoring.logprobs import score_tokens, sequence_logps
 from dpo_assets.training.trainers.losses import DpoLoss, PairScores
 from dpo_assets.training.trainers.packed import PackedSteps, RunningMeans
 

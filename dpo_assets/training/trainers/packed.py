@@ -17,7 +17,8 @@ from transformers import TrainerCallback
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.schedule import warmup_steps
 from dpo_assets.recipe import OptimSection
-from dpo_assets.training.batches.packing import Group, PackedBatch, balanced, by_width, pack
+from dpo_assets.training.batches.packing import Group, PackedBatch, balanced, by_rows, by_width, pack
+from dpo_assets.training.engines.base import OWN_KERNELS
 from dpo_assets.training.engines.transformers import engine_of
 from dpo_assets.training.scoring.logprobs import to_device
 from dpo_assets.training.trainers.schedule import SCHEDULER_TYPES, MovingSchedule
@@ -64,7 +65,7 @@ def trainer_arguments(plan: TrainingPlan, section: OptimSection, output_dir: Pat
 def packed_arguments(plan: TrainingPlan, kernels: str) -> dict[str, Any]:
     """What differs for packed batches from TRL's own trainer: fused and Unsloth's layers recompute by themselves."""
     return {
-        "gradient_checkpointing": plan.gradient_checkpointing and kernels == "transformers",
+        "gradient_checkpointing": plan.gradient_checkpointing and kernels not in OWN_KERNELS,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "optim": "adamw_torch_fused" if plan.device == "cuda" else "adamw_torch",
     }
@@ -76,6 +77,7 @@ class PackedCollator:
     Args:
         padded: attention will run on padded rows, so pairs of like length belong together; otherwise forwards are
             about equally large.
+        whole_rows: all of the model will, so a forward costs its rows times the widest.
     """
 
     def __init__(
@@ -85,15 +87,22 @@ class PackedCollator:
         extra: tuple[str, ...] = (),
         *,
         padded: bool = False,
+        whole_rows: bool = False,
     ) -> None:
-        self.to_group, self.budget, self.extra, self.padded = to_group, budget, extra, padded
+        self.to_group, self.budget, self.extra = to_group, budget, extra
+        self.padded, self.whole_rows = padded, whole_rows
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         groups = [self.to_group(row) for row in rows]
         forwards = []
         both, sizes = list(zip(groups, rows, strict=True)), [g.tokens for g in groups]
         widths = [g.longest_row for g in groups]
-        runs = by_width(both, sizes, widths, self.budget) if self.padded else balanced(both, sizes, self.budget)
+        if self.whole_rows:
+            runs = by_rows(both, widths, self.budget, len(groups[0].completions))
+        elif self.padded:
+            runs = by_width(both, sizes, widths, self.budget)
+        else:
+            runs = balanced(both, sizes, self.budget)
         for run in runs:
             batch = pack([group for group, _ in run])
             for name in self.extra:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,10 +24,12 @@ from dpo_assets.contract import Progress, TrainSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.precision import QUANTISED
+from dpo_assets.training.batches.data import dpo_group, load_split
 from dpo_assets.training.batches.packing import Group, PackedBatch
+from dpo_assets.training.engines.speedups import speed_up
 from dpo_assets.training.engines.transformers import engine_of
 from dpo_assets.training.engines.unsloth.engine import reference_mode
-from dpo_assets.training.models.loading import attach_adapter, autocast_of, choose_kernels, load_base
+from dpo_assets.training.models.loading import CHAIN, attach_adapter, autocast_of, choose_kernels, load_base
 from dpo_assets.training.models.policy import Policy, load_policy
 from dpo_assets.training.reporting import Reporter
 from dpo_assets.training.scoring.logprobs import score_groups, score_tokens, sequence_logps
@@ -36,7 +38,7 @@ from dpo_assets.training.trainers.dpo import TRL_REFERENCE, StepReference
 from dpo_assets.version import __version__
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-SCORING = 2  # Of how a pair is scored: scores that were rounded in another way must not meet the policy's.
+SCORING = 3  # Of how a pair is scored: scores that were rounded in another way must not meet the policy's.
 A, B = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -51,17 +53,28 @@ class Start:
 def load_start(spec: TrainSpec, *, packed: bool) -> Start:
     """The policy that DPO trains, by the plan's reference strategy.
 
+    Args:
+        packed: whether packed batches will be scored, by an engine that is proven on the longest row of the training
+            split; TRL's own trainer wants the model as its library made it.
+
     Raises:
-        ConfigError: for `merged` with a quantised base or Unsloth's kernels.
+        ConfigError: for `merged` with a quantised base or Unsloth's kernels; when no engine is exact.
     """
     plan = spec.plan
     folds = plan.dpo.reference_strategy == "merged" and plan.dpo.reference == "sft"
     if packed and folds and spec.start_adapter is not None:
-        return _folded_start(spec.base_model, plan, spec.start_adapter)
+        start = _folded_start(spec.base_model, plan, spec.start_adapter)
+        return replace(start, policy=start.policy.proven(plan, longest_group(spec)))
     policy = load_policy(spec.base_model, plan, spec.start_adapter, seed=plan.dpo.seed, dropout=0.0, packed=packed)
     # Before the reference is scored: an SFT adapter may bring its own dropout, and DPO trains without.
     disable_dropout_in_model(policy.model)
-    return Start(policy)
+    return Start(policy.proven(plan, longest_group(spec)) if packed else policy)
+
+
+def longest_group(spec: TrainSpec) -> Group:
+    """The training pair with the longest row."""
+    groups = (dpo_group(row, spec.plan.max_length) for row in load_split(spec.dataset, "train", scratch=spec.scratch))
+    return max(groups, key=lambda group: group.longest_row)
 
 
 def _folded_start(folder: Path, plan: TrainingPlan, start: Path) -> Start:
@@ -71,9 +84,10 @@ def _folded_start(folder: Path, plan: TrainingPlan, start: Path) -> Start:
             f"dpo.reference_strategy `merged` cannot fold an adapter into {what} without rounding it; "
             "use `cached`, which measures against the same reference."
         )
-    sft = attach_adapter(load_base(folder, plan), plan, start, seed=plan.dpo.seed, dropout=0.0)
+    sft = attach_adapter(load_base(folder, plan, packed=False), plan, start, seed=plan.dpo.seed, dropout=0.0)
     merged = sft.merge_and_unload(safe_merge=True)
     model = attach_adapter(merged, plan, None, seed=plan.dpo.seed, dropout=0.0)
+    speed_up(model, plan)
     kernels, note = choose_kernels(model, plan)
     return Start(Policy(model, kernels, note), folded=start)
 
@@ -87,6 +101,9 @@ def step_reference(start: Start, spec: TrainSpec) -> StepReference | None:
     if strategy == "model":
         with_adapter = None if plan.dpo.reference == "base" else spec.start_adapter
         other = load_policy(spec.base_model, plan, with_adapter, seed=plan.dpo.seed, dropout=0.0).model
+        if start.policy.kernels in CHAIN:  # The proof may have moved the policy from the plan's engine to another.
+            taken, why = choose_kernels(other, plan, start.policy.kernels)
+            assert taken == start.policy.kernels, why
         disable_dropout_in_model(other)
         other.requires_grad_(False).train()
         return lambda batch: _pair_logps(other, batch, plan)

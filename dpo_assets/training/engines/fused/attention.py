@@ -1,9 +1,7 @@
-"""Attention over the packed stream as a forward and a backward, for layers that differentiate themselves.
+"""Attention between its projections and its output, as a forward and a backward over the packed stream.
 
-On a GPU with flash attention (Ampere and later) a pair's queries need no copy at all: the stream
-`prompt, chosen, rejected` is already `[prompt chosen]` and `[rejected]`, and flash attention aligns the causal mask at
-the end when there are more keys than queries. Only keys and values of the prompt are repeated, for the second answer.
-Elsewhere rows are gathered and padded (dpo_assets.training.engines.attention).
+Which kernel computes it is `engines.attention`'s choice; here is what stands around it: norms and rotation of queries
+and keys, the repeated prompt of the second answer, and the output gate.
 """
 
 from __future__ import annotations
@@ -14,110 +12,160 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo_assets.planning.decoder import Attention
 from dpo_assets.training.batches.packing import PackedBatch
-from dpo_assets.training.engines.attention import causal_rows, has_flash, unshare
+from dpo_assets.training.engines.attention import (
+    AttentionKind,
+    Flash,
+    causal_rows,
+    flash_backward,
+    flash_forward,
+    takes_flash,
+    unshare,
+)
 from dpo_assets.training.engines.fused import ops
-from dpo_assets.training.engines.fused.ops import Angles
+from dpo_assets.training.engines.fused.ops import HeadTransform
+from dpo_assets.training.engines.fused.stream import Stream
+from dpo_assets.training.engines.fused.weights import FrozenGroup
 
 
 @dataclass(frozen=True)
-class Heads:
-    """Shape of an attention layer."""
+class _Rows:
+    """Attention on padded rows with its graph: q, k and v [T, heads, dim] as leaves, and the output [T, heads, dim]."""
 
-    query: int
-    kv: int
-    dim: int
-    scale: float
-
-    @property
-    def query_width(self) -> int:
-        return self.query * self.dim
-
-    @property
-    def kv_width(self) -> int:
-        return self.kv * self.dim
+    leaves: tuple[Tensor, Tensor, Tensor]
+    attended: Tensor
 
 
 @dataclass(frozen=True)
 class Attended:
-    """What the backward pass needs. `qkv` [T, (query + 2 kv) dim] holds q rotated, k and v as projected."""
+    """`out` [T, heads * dim] before the gate; how it came about, where the backward pass wants it."""
 
-    qkv: Tensor
-    out: Tensor  # [T, query * dim]
-    extra: Any
+    out: Tensor
+    by: Flash | _Rows | None
 
 
-def attend(qkv: Tensor, heads: Heads, angles: Angles, batch: PackedBatch, differentiable: bool) -> Attended:
-    """Causal attention of every completion over its prompt and itself; q is rotated in place.
+@dataclass(frozen=True)
+class AttentionCore:
+    """Causal attention of every completion over its prompt and itself.
 
-    Grouped-query heads: Ainslie et al., arXiv 2305.13245. Kernel: Dao, arXiv 2307.08691.
+    Grouped-query heads: Ainslie et al., arXiv 2305.13245. The projections are q [T, heads * dim] (each head followed by
+    its gate where there are gates), k and v [T, kv heads * dim], side by side.
+
+    Attributes:
+        norms: fp32 weights of the norms of queries and keys, the family's offset in them.
+        sinks: [heads], frozen.
     """
-    ops.rotate(qkv, qkv, angles, heads.query)
-    if has_flash(qkv.device, qkv.dtype, heads.dim):
-        return _flash(qkv, heads, angles, batch)
-    return _rows(qkv, heads, angles, batch, differentiable)
 
+    shape: Attention
+    eps: float
+    norms: tuple[Tensor, Tensor] | None = None
+    sinks: Tensor | None = None
 
-def attend_backward(
-    grad: Tensor, kept: Attended, heads: Heads, angles: Angles, batch: PackedBatch, out: Tensor
-) -> None:
-    """out [T, (query + 2 kv) dim] = gradient of the projected q, k, v; grad [T, query * dim]."""
-    if has_flash(grad.device, grad.dtype, heads.dim):
-        dq, dk, dv = _flash_backward(grad, kept, heads, angles, batch)
-        ops.rotate(dq.view(len(dq), -1), out, angles, heads.query, inverse=True)
-        ops.fold_kv(dk, dv, batch["slots"], angles, out[:, heads.query_width :])
-        return
-    leaves, attended = kept.extra
-    dq, dk, dv = torch.autograd.grad(attended, leaves, grad.view_as(attended))
-    ops.rotate(dq.flatten(1), out, angles, heads.query, inverse=True)
-    ops.rotate(dk.flatten(1), out[:, heads.query_width :], angles, heads.kv, inverse=True)
-    out[:, heads.query_width + heads.kv_width :] = dv.flatten(1)
+    @property
+    def kind(self) -> AttentionKind:
+        return AttentionKind(self.shape.scale, self.shape.window, self.shape.softcap, self.sinks)
 
+    @property
+    def _stride(self) -> int:
+        """Columns from one query head to the next."""
+        return self.shape.head_dim * (2 if self.shape.gated else 1)
 
-def _views(qkv: Tensor, heads: Heads, angles: Angles, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
-    rows = ops.gather_kv(qkv[:, heads.query_width :], batch["kv_source"], angles, heads.kv)
-    query = qkv[:, : heads.query_width].unflatten(1, (heads.query, heads.dim))
-    key, value = (part.unflatten(1, (heads.kv, heads.dim)) for part in rows.split(heads.kv_width, dim=1))
-    return query, key, value
+    @property
+    def _keys(self) -> int:
+        """The first column of the keys."""
+        return self.shape.heads * self._stride
 
+    def run(self, projected: Tensor, stream: Stream, keep: bool) -> Attended:
+        """Queries are rotated in place where the backward pass can do without them as they were."""
+        of_query, of_key = self._transforms(stream)
+        if self._in_place(of_query):
+            ops.transform(projected, projected, of_query)
+        query = self._query(projected, of_query)
+        if takes_flash(self.kind, query.device, query.dtype, self.shape.head_dim):
+            flash = flash_forward(query, *self._rows(projected, of_key, stream.batch), self.kind, stream.batch)
+            return Attended(flash.out.flatten(1), flash if keep else None)
+        return self._on_rows(projected, query, of_key, stream.batch, keep)
 
-def _flash(qkv: Tensor, heads: Heads, angles: Angles, batch: PackedBatch) -> Attended:
-    query, key, value = _views(qkv, heads, angles, batch)
-    longest_query, longest_key = batch["longest"]
-    out, *rest = torch.ops.aten._flash_attention_forward(
-        query, key, value, batch["query_starts"], batch["key_starts"], longest_query, longest_key,
-        0.0, True, False, scale=heads.scale,
-    )  # fmt: skip
-    return Attended(qkv, out.flatten(1), rest[:3])
+    def inner(self, projected: Tensor, inside: Attended, last: FrozenGroup) -> Tensor:
+        if not self.shape.gated:
+            return inside.out
+        buffer = last.input_buffer(len(projected))
+        dim = self.shape.head_dim
+        ops.output_gate(inside.out, projected[:, dim:], buffer[:, : last.inputs], dim, self._stride)
+        return buffer
 
+    def backward(self, grad: Tensor, projected: Tensor, inside: Attended, stream: Stream, out: Tensor) -> Tensor:
+        inner, dim = inside.out, self.shape.head_dim
+        if self.shape.gated:
+            inner = torch.empty_like(inside.out)
+            ops.output_gate_backward(grad, inside.out, projected[:, dim:], out[:, dim:], inner, dim, self._stride)
+        of_query, of_key = self._transforms(stream)
+        heads = grad.unflatten(1, (self.shape.heads, dim))
+        d_kv, kv = out[:, self._keys :], projected[:, self._keys :]
+        if isinstance(inside.by, Flash):
+            rows = self._rows(projected, of_key, stream.batch)
+            query = self._query(projected, of_query)
+            dq, dk, dv = flash_backward(heads, query, *rows, inside.by, self.kind, stream.batch)
+            del rows, query
+            ops.transform_backward(dq, projected, out, of_query, self._stride)
+            ops.fold_kv(dk, dv, kv, stream.batch["slots"], of_key, d_kv)
+        else:
+            assert inside.by is not None
+            dq, dk, dv = torch.autograd.grad(inside.by.attended, inside.by.leaves, heads)
+            ops.transform_backward(dq, projected, out, of_query, self._stride)
+            ops.transform_backward(dk, kv, d_kv, of_key)
+            d_kv[:, self.shape.kv_width :] = dv.flatten(1)
+        return inner
 
-def _flash_backward(
-    grad: Tensor, kept: Attended, heads: Heads, angles: Angles, batch: PackedBatch
-) -> tuple[Tensor, Tensor, Tensor]:
-    # The key and value rows are gathered again: keeping them would cost more memory than this pass costs time.
-    query, key, value = _views(kept.qkv, heads, angles, batch)
-    longest_query, longest_key = batch["longest"]
-    lse, state, unused = kept.extra
-    shape = (-1, heads.query, heads.dim)
-    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
-        grad.view(shape), query, key, value, kept.out.view(shape), lse,
-        batch["query_starts"], batch["key_starts"], longest_query, longest_key, 0.0, True, state, unused,
-        scale=heads.scale,
-    )  # fmt: skip
-    return grads
+    def _transforms(self, stream: Stream) -> tuple[HeadTransform, HeadTransform]:
+        """Of queries and of keys."""
+        shape, qk = self.shape, self.shape.qk_norm
+        common: dict[str, Any] = {"dim": shape.head_dim, "eps": self.eps}
+        if shape.rope is not None:
+            common |= {"angles": stream.angles[shape.rope], "neighbours": shape.rope.pairs == "neighbours"}
+        if qk is not None:
+            common |= {"over_projection": qk.over == "projection", "after_rotation": qk.after_rotation}
+        of_query, of_key = self.norms or (None, None)
+        growth = None if shape.query_growth is None else stream.growth[shape.query_growth]
+        return (
+            HeadTransform(shape.heads, norm=of_query, factor=growth, **common),
+            HeadTransform(shape.kv_heads, norm=of_key, **common),
+        )
 
+    def _in_place(self, of_query: HeadTransform) -> bool:
+        return of_query.in_place and not self.shape.gated
 
-def _rows(qkv: Tensor, heads: Heads, angles: Angles, batch: PackedBatch, differentiable: bool) -> Attended:
-    """PyTorch's attention on gathered rows; it differentiates itself."""
-    key = torch.empty_like(qkv[:, : heads.kv_width])
-    ops.rotate(qkv[:, heads.query_width :], key, angles, heads.kv)
-    value = qkv[:, heads.query_width + heads.kv_width :]
-    leaves = [
-        part.unflatten(1, (-1, heads.dim)).detach().requires_grad_(differentiable)
-        for part in (qkv[:, : heads.query_width], key, value)
-    ]
-    with torch.set_grad_enabled(differentiable):
-        q, k, v = (unshare(leaf, batch).transpose(1, 2) for leaf in leaves)
-        rows = causal_rows(q, k, v, heads.scale)
-        attended = rows.transpose(1, 2).flatten(0, 1).index_select(0, batch["home"])
-    return Attended(qkv, attended.detach().flatten(1), (leaves, attended))
+    def _query(self, projected: Tensor, of_query: HeadTransform) -> Tensor:
+        """Transformed queries [T, heads, dim]: a view of the projections where they were transformed in place."""
+        shape = self.shape
+        if self._in_place(of_query):
+            return projected[:, : shape.query_width].unflatten(1, (shape.heads, shape.head_dim))
+        query = projected.new_empty(len(projected), shape.query_width)
+        ops.transform(projected, query, of_query, self._stride)
+        return query.unflatten(1, (shape.heads, shape.head_dim))
+
+    def _rows(self, projected: Tensor, of_key: HeadTransform, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Transformed keys and values [S, kv heads, dim] of every row, one after the other."""
+        rows = ops.gather_kv(projected[:, self._keys :], batch["kv_source"], of_key)
+        key, value = rows.unflatten(1, (2, self.shape.kv_heads, self.shape.head_dim)).unbind(1)
+        return key, value
+
+    def _on_rows(
+        self, projected: Tensor, query: Tensor, of_key: HeadTransform, batch: PackedBatch, keep: bool
+    ) -> Attended:
+        """PyTorch's attention on padded rows; it differentiates itself."""
+        shape = self.shape
+        kv = projected[:, self._keys :]
+        key = torch.empty_like(kv[:, : shape.kv_width])
+        ops.transform(kv, key, of_key)
+        value = kv[:, shape.kv_width :]
+        q, k, v = (
+            part.unflatten(-1, (-1, shape.head_dim)).detach().requires_grad_(keep)
+            for part in (query.flatten(1), key, value)
+        )
+        with torch.set_grad_enabled(keep):
+            q_rows, k_rows, v_rows = (unshare(leaf, batch).transpose(1, 2) for leaf in (q, k, v))
+            rows = causal_rows(q_rows, k_rows, v_rows, self.kind)
+            attended = rows.transpose(1, 2).flatten(0, 1).index_select(0, batch["home"])
+        return Attended(attended.detach().flatten(1), _Rows((q, k, v), attended) if keep else None)

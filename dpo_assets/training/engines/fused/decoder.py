@@ -1,4 +1,4 @@
-"""A Transformers model of the Llama family, run by fused layers. Its modules keep weights, adapter and settings."""
+"""A Transformers model run by fused layers. Its modules keep weights, adapter and settings."""
 
 from __future__ import annotations
 
@@ -8,40 +8,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpo_assets.planning import engines
+from dpo_assets.planning.decoder import Decoder, QueryGrowth, Recurrent, Rope
+from dpo_assets.planning.families import describe
 from dpo_assets.training.batches.packing import PackedBatch
-from dpo_assets.training.engines.base import PlainEngine, attach_engine, causal_lm
+from dpo_assets.training.engines.base import PlainEngine, attach_engine, causal_lm, decoder_of
 from dpo_assets.training.engines.fused import ops
-from dpo_assets.training.engines.fused.attention import Heads
-from dpo_assets.training.engines.fused.layer import FusedLayer, Stream
+from dpo_assets.training.engines.fused.block import Norm
+from dpo_assets.training.engines.fused.build import Builder, frozen_linears, missing_names
 from dpo_assets.training.engines.fused.ops import Angles
-from dpo_assets.training.engines.fused.weights import FrozenGroup, Scratch, member_of
+from dpo_assets.training.engines.fused.stream import Stream
+from dpo_assets.training.engines.fused.weights import member_of
 
-FAMILIES = ("llama", "mistral", "qwen2")
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+def description_of(lm: Any) -> Decoder | None:
+    """What a loaded model computes, from its configuration; None where nothing describes its family."""
+    return describe(lm.config.get_text_config().to_dict())
 
 
 def why_not_fused(lm: Any, max_length: int | None = None, adapter: str = "default") -> str:
-    """Why a model cannot be run by fused layers on rows of up to `max_length` tokens; empty when it can."""
-    config = lm.config
-    if config.model_type not in FAMILIES:
-        return f"{type(lm).__name__} is not of the Llama family ({', '.join(FAMILIES)})"
-    if getattr(config, "hidden_act", "silu") not in ("silu", "swish"):
-        return f"its activation is {config.hidden_act}"
-    window = getattr(config, "sliding_window", None)
-    if window and getattr(config, "use_sliding_window", True) and (max_length is None or max_length > window):
-        return f"its attention sees {window} tokens back"
-    if getattr(config, "mlp_bias", False) or getattr(lm.get_output_embeddings(), "bias", None) is not None:
-        return "its projections have biases"
-    for layer in lm.get_decoder().layers:
-        for name in PROJECTIONS:
-            module = _projection(layer, name)
-            if (
-                name in ("o_proj", *PROJECTIONS[4:])
-                and getattr(member_of(module, adapter).linear, "bias", None) is not None
-            ):
-                return f"{name} has a bias"
-            if reason := _why_not_plain_lora(module, adapter):
-                return f"{name} has {reason}"
+    """Why a model cannot be run by fused layers on rows of up to `max_length` tokens; empty when it can.
+
+    The planner's answer for its description, and what only the loaded model shows.
+    """
+    description, decoder = description_of(lm), decoder_of(lm)
+    if reason := engines.why_not_fused(description, max_length):
+        return reason
+    if description is None or decoder is None:
+        return f"{type(lm).__name__} does not say which of its modules is the decoder"
+    if recurrent := next((mixer.kind for mixer in description.mixers if isinstance(mixer, Recurrent)), ""):
+        return f"they have no form of its {recurrent.replace('_', ' ')} layers"
+    if missing := next(missing_names(description, decoder.layers), ""):
+        return f"its layers have no {missing}"
+    for name, linear in frozen_linears(description, decoder.layers):
+        if reason := _why_not_plain_lora(linear, adapter):
+            return f"{name} has {reason}"
     return ""
 
 
@@ -58,47 +59,32 @@ def _why_not_plain_lora(module: nn.Module, adapter: str) -> str:
     return "" if len(lora.active_adapters) == 1 else "several active adapters"
 
 
-def _projection(layer: Any, name: str) -> nn.Module:
-    parent = layer.mlp if name in ("gate_proj", "up_proj", "down_proj") else layer.self_attn
-    module: nn.Module = getattr(parent, name)
-    return module
-
-
 class FusedDecoder(PlainEngine):
     """The decoder of `lm` from token ids to the hidden states that predict scored tokens."""
 
     name = "fused"
 
-    def __init__(self, lm: Any, dtype: torch.dtype, recomputed_layers: int = 0, adapter: str = "default") -> None:
-        decoder, config = lm.get_decoder(), lm.config
-        self._embedding, self._norm = decoder.embed_tokens, decoder.norm
-        self._rotary, self._dtype = decoder.rotary_emb, dtype
-        scratch = Scratch(dtype, decoder.embed_tokens.weight.device)
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        heads = Heads(config.num_attention_heads, config.num_key_value_heads, dim, dim**-0.5)
-        self.layers = []
-        for n, layer in enumerate(decoder.layers):
-
-            def group(*names: str, layer: Any = layer) -> FrozenGroup:
-                return FrozenGroup([member_of(_projection(layer, name), adapter) for name in names], dtype, scratch)
-
-            self.layers.append(
-                FusedLayer(
-                    qkv=group("q_proj", "k_proj", "v_proj"),
-                    out=group("o_proj"),
-                    gate_up=group("gate_proj", "up_proj"),
-                    down=group("down_proj"),
-                    norm1=layer.input_layernorm.weight.detach(),
-                    norm2=layer.post_attention_layernorm.weight.detach(),
-                    eps=config.rms_norm_eps,
-                    heads=heads,
-                    # The lowest layers are differentiated last, when the others' memory is free again.
-                    recompute=n < recomputed_layers,
-                    lowest=n == 0,
-                )
-            )
+    def __init__(
+        self,
+        lm: Any,
+        dtype: torch.dtype,
+        recomputed_layers: int = 0,
+        adapter: str = "default",
+        description: Decoder | None = None,
+    ) -> None:
+        decoder, description = decoder_of(lm), description or description_of(lm)
+        assert decoder is not None
+        assert description is not None
+        self._embedding, self._rotary, self._dtype = decoder.embed_tokens, decoder.rotary_emb, dtype
+        builder = Builder(description, dtype, decoder.embed_tokens.weight.device, adapter)
+        self._norm = builder.norm(getattr(decoder, description.last_norm))
+        self.layers = builder.layers(decoder.layers, recomputed_layers)
         self._groups = [group for layer in self.layers for group in layer.groups]
         self._members = [m for group in self._groups for m in group.members if m.factors is not None]
+        self._embedding_scale = description.embedding_scale
+        attentions = description.attentions
+        self._ropes = {a.rope for a in attentions if a.rope is not None}
+        self._growths = {a.query_growth for a in attentions if a.query_growth is not None}
         self._seen: tuple[Any, ...] = ()
 
     def renew(self) -> None:
@@ -121,39 +107,65 @@ class FusedDecoder(PlainEngine):
             torch._foreach_copy_(into, source if scale == 1.0 else torch._foreach_mul(source, scale))
         self._seen = now
 
-    def angles(self, positions: Tensor) -> Angles:
-        """Rotary tables by the model's own module, so that scaled and extended variants come out right."""
-        cos, sin = self._rotary(torch.empty(1, dtype=torch.float32, device=positions.device), positions[None])
-        half = cos.shape[-1] // 2
-        return Angles(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
+    def stream(self, batch: PackedBatch) -> Stream:
+        """The batch with the tables of its positions."""
+        positions = batch["pos"]
+        return Stream(
+            batch,
+            {rope: self._angles(rope, positions) for rope in self._ropes},
+            {growth: _growth(growth, positions) for growth in self._growths},
+        )
+
+    def _angles(self, rope: Rope, positions: Tensor) -> Angles:
+        """By the model's own module, so that scaled and extended variants come out right."""
+        like = torch.empty(1, dtype=torch.float32, device=positions.device)
+        table = {"layer_type": rope.table} if rope.table else {}
+        rows = positions[None] if rope.axes == 1 else positions.expand(rope.axes, 1, -1)
+        half = rope.dim // 2
+        # Some modules repeat each half of their table, some do not.
+        cos, sin = (part[0, :, :half].contiguous() for part in self._rotary(like, rows, **table))
+        return Angles(cos, sin)
 
     def hidden(self, batch: PackedBatch, autocast: AbstractContextManager[Any] | None = None) -> Tensor:
         """Its layers choose their own formats, so autocast has no say."""
         with torch.autocast(batch["ids"].device.type, enabled=False):
             self.refresh()
-            stream = Stream(batch, self.angles(batch["pos"]))
-            x = nn.functional.embedding(batch["ids"], self._embedding.weight).detach().to(self._dtype)
+            stream = self.stream(batch)
+            x = self._embedded(batch["ids"])
             # The layers write the adapter's gradients themselves, so the graph hangs on their input alone.
-            x.requires_grad_(any(f.requires_grad for m in self._members for f in m.factors or ()))
+            x.requires_grad_(any(layer.trains for layer in self.layers))
             for layer in self.layers:
                 x = layer(x, stream)
-            hidden: Tensor = _LastNorm.apply(
-                x.index_select(0, batch["predict"]), self._norm.weight, self._norm.variance_epsilon
-            )
+            hidden: Tensor = _LastNorm.apply(x.index_select(0, batch["predict"]), self._norm)
             return hidden
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        weight = self._embedding.weight.detach()
+        x = nn.functional.embedding(ids, weight)
+        if self._embedding_scale != 1.0:
+            # In the weight's own format, to which Gemma rounds the factor.
+            x = x * torch.tensor(self._embedding_scale, dtype=weight.dtype)
+        return x.to(self._dtype)
+
+
+def _growth(growth: QueryGrowth, positions: Tensor) -> Tensor:
+    return 1 + growth.beta * torch.log1p(torch.floor(positions / growth.length))
 
 
 class _LastNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, norm: Norm) -> Tensor:
         out = torch.empty_like(x)
-        ctx.save_for_backward(x, weight, ops.rms_norm(x, weight.detach(), eps, out))
+        ctx.norm = norm
+        ctx.save_for_backward(x, ops.rms_norm(x, norm.weight, norm.eps, out))
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        x, weight, rstd = ctx.saved_tensors
-        return ops.rms_norm_backward(grads[0].contiguous(), x, weight, rstd, None, torch.empty_like(x)), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        x, rstd = ctx.saved_tensors
+        out = torch.empty_like(x)
+        ctx.norm.backward(grads[0].contiguous(), x, rstd, None, out)
+        return out, None
 
 
 def attach_fused(model: Any, dtype: torch.dtype, recomputed_layers: int = 0, max_length: int | None = None) -> str:

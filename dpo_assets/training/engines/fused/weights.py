@@ -211,6 +211,12 @@ class FrozenGroup:
         """A and B of each member that has them, in order, of the active adapter."""
         return [factor for member in self.members for factor in member.factors or ()]
 
+    @property
+    def trains(self) -> bool:
+        """Whether its gradients are asked for."""
+        parameters = self.parameters
+        return bool(parameters) and parameters[0].requires_grad
+
     def slots(self) -> list[tuple[Tensor, Tensor, float]]:
         """(where, from, scale): where each factor stands in M."""
         if [m.rank for m in self.members] != self._ranks:
@@ -257,27 +263,25 @@ class FrozenGroup:
         """[T, out + R]: fill the first `outputs` columns, then call `backward`."""
         return torch.empty(tokens, self.outputs + self.rank, dtype=self._dtype, device=self._a.device)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """y [T, out] of an input buffer, plus `residual`; and x A^T [T, R], which the backward pass wants."""
-        thin = x[:, self.inputs :]
-        if self.rank:
-            torch.mm(x[:, : self.inputs], self._a_t, out=thin)
-        weight = self.matrix().forward
-        if residual is not None:
-            y = torch.addmm(residual, x, weight)
-        elif self.bias is not None:
-            y = torch.addmm(self.bias, x, weight)
-        else:
-            y = torch.mm(x, weight)
-        return y, thin
+    def forward(self, x: Tensor, residual: Tensor | None = None, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """y [T, out], or residual + scale * y; and x A^T [T, R], which the backward pass wants.
 
-    def forward_plain(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """The same for an input [T, in] that is not in a buffer: the LoRA term in a product of its own."""
-        y = torch.addmm(residual, x, self.matrix().plain)
-        thin = torch.mm(x, self._a_t)
-        if self.rank:
-            y.addmm_(thin, self._b_t)
-        return y, thin
+        Args:
+            x: an input buffer, whose last R columns are filled here; or an input [T, in] that is in no buffer, for
+                which the LoRA term is a product of its own.
+        """
+        thin = torch.mm(x[:, : self.inputs], self._a_t)
+        if x.shape[1] == self.inputs + self.rank:
+            x[:, self.inputs :] = thin
+            return self._product(x, self.matrix().forward, residual, scale), thin
+        y = self._product(x, self.matrix().plain, residual, scale)
+        return y.addmm_(thin, self._b_t, alpha=1.0 if residual is None else scale), thin
+
+    def _product(self, x: Tensor, weight: Tensor, residual: Tensor | None, scale: float) -> Tensor:
+        if residual is not None:
+            y = torch.addmm(residual, x, weight, alpha=scale)
+            return y if self.bias is None else y.add_(self.bias, alpha=scale)
+        return torch.mm(x, weight) if self.bias is None else torch.addmm(self.bias, x, weight)
 
     def complete(self, dy: Tensor) -> None:
         """Fills the last R columns of a gradient buffer with dy B."""
@@ -295,10 +299,9 @@ class FrozenGroup:
         to autograd: a step has hundreds of small factors, and on a small model adding them up one by one takes longer
         than the layers do.
         """
-        parameters = self.parameters
-        if not parameters or not parameters[0].requires_grad:
+        if not self.trains:
             return
-        fresh = parameters[0].grad is None
+        fresh = self.parameters[0].grad is None
         if fresh:
             self._grad_a = torch.empty(self.rank, self.inputs, dtype=torch.float32, device=x.device)
         else:

@@ -1,0 +1,51 @@
+"""Scores of rows of logits. N scored tokens, V vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dpo_assets.training.engines.fused.ops import backend
+from dpo_assets.training.engines.fused.ops.backend import in_triton
+
+HEAD_BLOCK = 2048
+
+
+@dataclass(frozen=True)
+class LogitScores:
+    """Of each row of logits [N]: log-probability of the target, entropy, mean logit, whether the target is the top."""
+
+    logps: Tensor
+    entropy: Tensor
+    mean: Tensor
+    top1: Tensor
+
+
+def score_logits(logits: Tensor, target: Tensor, grad: Tensor | None) -> LogitScores:
+    """Scores fp32 logits [N, V]; `grad` [N, V], where given, becomes onehot(target) - softmax(logits).
+
+    Softmax in one pass with running maxima: Milakov & Gimelshein, arXiv 1805.02867.
+    """
+    if in_triton(logits):
+        scores = [torch.empty(len(logits), dtype=torch.float32, device=logits.device) for _ in range(3)]
+        top1 = torch.empty(len(logits), dtype=torch.bool, device=logits.device)
+        into = logits if grad is None else grad
+        backend.kernels.score_logits[(len(logits),)](
+            logits, target, *scores, top1, into, logits.stride(0), into.stride(0),
+            VOCABULARY=logits.shape[1], WITH_GRAD=grad is not None, BLOCK=HEAD_BLOCK, num_warps=8,
+        )  # fmt: skip
+        logps, entropy, mean = scores
+        return LogitScores(logps, entropy, mean, top1)
+    logp = logits.log_softmax(-1)
+    probability = logp.exp()
+    if grad is not None:
+        grad.copy_(-probability)
+        grad.scatter_add_(1, target[:, None], torch.ones_like(grad[:, :1]))
+    return LogitScores(
+        logp.gather(1, target[:, None])[:, 0],
+        -(probability * logp).sum(-1),
+        logits.mean(-1),
+        logits.argmax(-1) == target,
+    )
