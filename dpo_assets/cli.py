@@ -1,4 +1,4 @@
-"""`dpo-assets`: the demo, the plan for any card, and the recipe with all its defaults."""
+"""`dpo-assets`: the demo, the plan for any card, the models that are known, and the recipe with all its defaults."""
 
 from __future__ import annotations
 
@@ -43,10 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--chat", action="store_true", help="with SmolLM2-135M-Instruct, a real assistant (make demo-chat)"
     )
     _plan_arguments(commands.add_parser("plan", help="what a run would do on a card, and what the checks say of it"))
+    models = commands.add_parser("models", help="which models there are engines for, and why not")
+    models.add_argument("--markdown", action="store_true", help="print docs/models.md")
     commands.add_parser("recipe", help="print every field of a recipe with its default and meaning, as YAML")
     args = parser.parse_args(argv)
     try:
-        return {"demo": _demo, "plan": _plan, "recipe": _recipe}[args.command](args)
+        return {"demo": _demo, "plan": _plan, "models": _models, "recipe": _recipe}[args.command](args)
     except DpoAssetsError as error:
         print(error, file=sys.stderr)
         return 1
@@ -134,6 +136,7 @@ def _plan(args: argparse.Namespace) -> int:
     from dpo_assets.checks.verdict import with_severity
     from dpo_assets.planning.cards import device_of
     from dpo_assets.planning.describe import plan_json, plan_rows, supposed_pairs
+    from dpo_assets.planning.offers import installed_here
     from dpo_assets.planning.plan import make_plan
     from dpo_assets.planning.sizes import find_model
     from dpo_assets.report.verdicts import verdict_json, verdict_rows
@@ -143,7 +146,7 @@ def _plan(args: argparse.Namespace) -> int:
     bands = default_bands().with_overrides(recipe.checks.bands)
     size = find_model(args.model)
     gpu, device = device_of(args.gpu)
-    plan = make_plan(recipe, size.shape, supposed_pairs(recipe.feedback.max_length), device)
+    plan = make_plan(recipe, size.shape, supposed_pairs(recipe.feedback.max_length), device, installed_here())
     verdicts = [
         with_severity(verdict, severity_of(verdict.check, recipe.checks.severity))
         for verdict in plan_verdicts(plan, bands, pairs_known=False)
@@ -164,6 +167,23 @@ def _plan(args: argparse.Namespace) -> int:
                 grid.add_row(label, Text(sentence))
             console.print(grid)
     return 1 if not plan.fits or any(verdict.level == "error" for verdict in verdicts) else 0
+
+
+def _models(args: argparse.Namespace) -> int:
+    from rich.table import Table
+
+    from dpo_assets.planning.support import ENGINES, markdown, supported
+
+    if args.markdown:
+        sys.stdout.write(markdown())
+        return 0
+    grid = Table("model type", "models", *ENGINES, "why not")
+    for row in supported():
+        grid.add_row(row.family, row.models, *row.engines.values(), "; ".join(row.reasons))
+    console = _console()
+    console.print(grid)
+    console.print("`rows`, the model's own forward, computes these and every other causal language model.")
+    return 0
 
 
 def _planned_recipe(args: argparse.Namespace) -> dict[str, Any]:

@@ -18,6 +18,9 @@ from dpo_assets.cli import main
 from dpo_assets.component import DpoPipeline
 from dpo_assets.feedback.pairing import POLICIES
 from dpo_assets.feedback.readers import READERS, formats
+from dpo_assets.planning import offers
+from dpo_assets.planning.families import FAMILIES
+from dpo_assets.planning.support import TESTS
 from dpo_assets.recipe import (
     CleaningSection,
     DpoSection,
@@ -107,11 +110,34 @@ def test_the_notice_names_what_is_shipped() -> None:
         assert f"{folder.name}/" in notice
 
 
-def test_the_plan_in_the_readme_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plan_in_the_readme_is_what_the_command_prints(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offers, "installed_here", lambda: offers.BUILT_IN)  # Whatever this environment has.
     [(arguments, printed)] = re.findall(r"^\$ dpo-assets plan (.*)\n((?s:.*?))^```", text_of(README), re.MULTILINE)
     assert main(["plan", *arguments.split()]) == 0
     # Word by word: where lines break depends on the terminal.
     assert printed.split() == capsys.readouterr().out.split()
+
+
+def test_the_page_of_models_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "--markdown"]) == 0
+    assert capsys.readouterr().out == text_of(DOCS / "models.md")
+
+
+def test_the_command_names_every_family_and_why_an_engine_does_not_compute_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["models"]) == 0
+    printed = "".join(capsys.readouterr().out.split())  # Where cells break depends on the terminal.
+    assert [family for family in FAMILIES if family not in printed] == []
+    assert "learntpositions" in printed.replace("│", "")
+
+
+@pytest.mark.parametrize("test", sorted(set(TESTS.values())))
+def test_the_page_of_models_names_tests_that_there_are(test: str) -> None:
+    file, _, function = test.partition("::")
+    assert f"def {function}(" in text_of(ROOT / file)
 
 
 @pytest.mark.parametrize(

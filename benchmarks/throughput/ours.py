@@ -129,7 +129,7 @@ class OursArm:
         with memory_cap(block.cap_gib) as peaks:
             scores, reference = self._reference(policy, rows, plan)
             columns = [dict(zip(REFERENCE_COLUMNS, pair, strict=True)) for pair in scores]
-            arguments = dpo_arguments(plan, Path(tempfile.mkdtemp(prefix="dpo-throughput-")), policy.kernels)
+            arguments = dpo_arguments(plan, Path(tempfile.mkdtemp(prefix="dpo-throughput-")))
             # The arms must see the same pairs at the same step; nothing else of the arguments is touched.
             arguments.train_sampling_strategy = "sequential"
             trainer = PackedDPOTrainer(

@@ -21,6 +21,7 @@ from dpo_assets.checks.config import plan_verdicts
 from dpo_assets.checks.coverage import coverage_table
 from dpo_assets.planning.matrices import read_matrices
 from dpo_assets.planning.model_folder import read_description
+from dpo_assets.planning.offers import installed_here
 from dpo_assets.planning.plan import ModelShape, TrainingPlan, make_plan
 from dpo_assets.recipe import OVERRIDABLE, Recipe, apply_overrides
 from dpo_assets.report.tables import table
@@ -34,7 +35,7 @@ def materialise(step: Step) -> Events:
     inputs = step.inputs()
     dataset, base = inputs["dpo_dataset"], inputs["base_model"]
     recipe = apply_overrides(step.recipe, {name: step.config.get(name, {}) for name in OVERRIDABLE})
-    plan = make_plan(recipe, _shape(base), dataset_stats(dataset), step.gpu.detect())
+    plan = make_plan(recipe, _shape(base), dataset_stats(dataset), step.gpu.detect(), installed_here())
 
     def make(folder: Path, _: str) -> None:
         write_json(folder / PLAN, plan.model_dump(mode="json"))
@@ -54,6 +55,7 @@ def materialise(step: Step) -> Events:
             "precision_reason": plan.precision_reason,
             "device": plan.device_name,
             "kernels": plan.kernels,
+            "engines": dg.MetadataValue.md(engines_table(plan)),
             "computed_in": plan.compute,
             "scored": plan.scored,
             "adapted_share": plan.coverage.share,
@@ -94,6 +96,20 @@ def followed(settings: Callable[[TrainingPlan], dict[str, object]]) -> Read:
         return hashlib.sha256(json.dumps(settings(read_plan(plan)), sort_keys=True).encode()).hexdigest()
 
     return Read("dpo_plan", part)
+
+
+def engines_table(plan: TrainingPlan) -> str:
+    """Every engine side by side: what was predicted of it, and why it was not taken."""
+    rows = [
+        [
+            offer.name,
+            "" if offer.pairs_per_s is None else f"{offer.pairs_per_s:.3g}",
+            "" if offer.peak_gib is None else f"{offer.peak_gib:.1f}",
+            offer.why_not or "taken",
+        ]
+        for offer in plan.engines
+    ]
+    return table(["engine", "pairs/s, predicted", "peak GiB, estimated", ""], rows)
 
 
 def _hyperparameters(plan: TrainingPlan) -> str:

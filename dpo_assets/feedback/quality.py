@@ -36,6 +36,7 @@ def token_stats(accepted: pl.DataFrame, max_length: int) -> dict[str, Any]:
     pairs = cut.select(pl.col("prompt_ids").list.len().cast(pl.Int64) + _length("chosen") + _length("rejected"))
     lengths = pairs.to_series()
     counted = cut.select(
+        prompts=pl.col("prompt_ids").list.len().cast(pl.Int64).sum(),
         truncated=(_lost("chosen").cast(pl.Int64) + _lost("rejected").cast(pl.Int64)).sum(),
         identical=(pl.col("chosen_cut") == pl.col("rejected_cut")).sum(),
     ).row(0, named=True)
@@ -43,6 +44,7 @@ def token_stats(accepted: pl.DataFrame, max_length: int) -> dict[str, Any]:
         "max_length": max_length,
         "longest_pair": int(lengths.max() or 0),
         "mean_pair": int(lengths.sum()) / max(1, accepted.height),
+        "mean_prompt": int(counted["prompts"] or 0) / max(1, accepted.height),
         "truncated_answers": int(counted["truncated"] or 0),
         "identical_after_truncation": int(counted["identical"] or 0),
     }

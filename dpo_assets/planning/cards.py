@@ -2,7 +2,9 @@
 
 Memory is what CUDA reports as the total, which is what a run can plan with: less than the figure on the box by what
 firmware and error correction take (T4 14.56, RTX 4090 23.5 to 23.7, RTX 5090 31.37, A100 39.4 and 79.2, L40S 44.4,
-H100 79.1 GiB in out-of-memory messages of such cards). Capabilities are NVIDIA's.
+H100 79.1 GiB in out-of-memory messages of such cards). Capabilities are NVIDIA's. So are the rates, of its data sheets
+and architecture white papers: dense matrix products in bf16 (fp16 before Ampere) that add up in fp32, which GeForce
+cards do at half the rate of their data centre kin, and the bandwidth of the memory.
 """
 
 from __future__ import annotations
@@ -26,12 +28,16 @@ class Card:
     Attributes:
         key: the name it is asked by.
         memory_gib: memory that CUDA reports, in GiB.
+        tflops: dense 16-bit matrix products, in 10^12 operations a second.
+        terabytes_per_s: bandwidth of its memory, in 10^12 bytes a second.
     """
 
     key: str
     name: str
     memory_gib: float
     capability: tuple[int, int]
+    tflops: float
+    terabytes_per_s: float
 
     def device(self) -> Device:
         return Device("cuda", self.name, self.memory_gib, self.capability)
@@ -43,30 +49,30 @@ class Card:
 
 
 CARDS: tuple[Card, ...] = (
-    Card("v100-16", "Tesla V100 16 GB", 15.7, (7, 0)),
-    Card("v100-32", "Tesla V100 32 GB", 31.7, (7, 0)),
-    Card("t4", "Tesla T4", 14.5, (7, 5)),
-    Card("rtx2080ti", "GeForce RTX 2080 Ti", 10.7, (7, 5)),
-    Card("a100-40", "A100 40 GB", 39.4, (8, 0)),
-    Card("a100-80", "A100 80 GB", 79.2, (8, 0)),
-    Card("a10g", "A10G", 22.0, (8, 6)),
-    Card("a6000", "RTX A6000", 47.4, (8, 6)),
-    Card("rtx3060", "GeForce RTX 3060 12 GB", 11.7, (8, 6)),
-    Card("rtx3090", "GeForce RTX 3090", 23.6, (8, 6)),
-    Card("l4", "L4", 22.0, (8, 9)),
-    Card("l40s", "L40S", 44.4, (8, 9)),
-    Card("rtx4070", "GeForce RTX 4070", 11.7, (8, 9)),
-    Card("rtx4080", "GeForce RTX 4080", 15.6, (8, 9)),
-    Card("rtx4090", "GeForce RTX 4090", 23.5, (8, 9)),
-    Card("rtx6000ada", "RTX 6000 Ada", 47.4, (8, 9)),
-    Card("h100", "H100 80 GB", 79.1, (9, 0)),
-    Card("h100-nvl", "H100 NVL 94 GB", 93.0, (9, 0)),
-    Card("gh200", "GH200 96 GB", 94.5, (9, 0)),
-    Card("h200", "H200", 139.7, (9, 0)),
-    Card("b200", "B200", 178.3, (10, 0)),
-    Card("rtx5080", "GeForce RTX 5080", 15.4, (12, 0)),
-    Card("rtx5090", "GeForce RTX 5090", 31.3, (12, 0)),
-    Card("rtxpro6000", "RTX PRO 6000 Blackwell", 94.9, (12, 0)),
+    Card("v100-16", "Tesla V100 16 GB", 15.7, (7, 0), 125, 0.9),
+    Card("v100-32", "Tesla V100 32 GB", 31.7, (7, 0), 125, 0.9),
+    Card("t4", "Tesla T4", 14.5, (7, 5), 65, 0.32),
+    Card("rtx2080ti", "GeForce RTX 2080 Ti", 10.7, (7, 5), 53.8, 0.616),
+    Card("a100-40", "A100 40 GB", 39.4, (8, 0), 312, 1.555),
+    Card("a100-80", "A100 80 GB", 79.2, (8, 0), 312, 2.039),
+    Card("a10g", "A10G", 22.0, (8, 6), 70, 0.6),
+    Card("a6000", "RTX A6000", 47.4, (8, 6), 154.8, 0.768),
+    Card("rtx3060", "GeForce RTX 3060 12 GB", 11.7, (8, 6), 25.5, 0.36),
+    Card("rtx3090", "GeForce RTX 3090", 23.6, (8, 6), 71, 0.936),
+    Card("l4", "L4", 22.0, (8, 9), 121, 0.3),
+    Card("l40s", "L40S", 44.4, (8, 9), 362, 0.864),
+    Card("rtx4070", "GeForce RTX 4070", 11.7, (8, 9), 58.3, 0.504),
+    Card("rtx4080", "GeForce RTX 4080", 15.6, (8, 9), 97.5, 0.717),
+    Card("rtx4090", "GeForce RTX 4090", 23.5, (8, 9), 165.2, 1.008),
+    Card("rtx6000ada", "RTX 6000 Ada", 47.4, (8, 9), 364.2, 0.96),
+    Card("h100", "H100 80 GB", 79.1, (9, 0), 989, 3.35),
+    Card("h100-nvl", "H100 NVL 94 GB", 93.0, (9, 0), 835, 3.9),
+    Card("gh200", "GH200 96 GB", 94.5, (9, 0), 990, 4.0),
+    Card("h200", "H200", 139.7, (9, 0), 989, 4.8),
+    Card("b200", "B200", 178.3, (10, 0), 2250, 8.0),
+    Card("rtx5080", "GeForce RTX 5080", 15.4, (12, 0), 112.6, 0.96),
+    Card("rtx5090", "GeForce RTX 5090", 31.3, (12, 0), 209.5, 1.792),
+    Card("rtxpro6000", "RTX PRO 6000 Blackwell", 94.9, (12, 0), 503.8, 1.792),
 )
 _BY_NAME = {re.sub(r"[^a-z0-9]", "", card.key): card for card in CARDS}
 # Words that people and drivers put around the name.
@@ -91,6 +97,32 @@ def find_card(name: str) -> Card:
     hint = f"did you mean {' or '.join(f'`{_BY_NAME[k].key}`' for k in near)}? " if near else ""
     known = ", ".join(card.key for card in CARDS)
     raise ConfigError(f"there is no card `{name}` in the catalogue; {hint}Known: {CPU}, {known}.")
+
+
+def known_card(device: Device) -> Card | None:
+    """The card of the catalogue that a device is, by the name its driver tells; None for one that is not in it.
+
+    Of one card in several sizes it is that of the nearest memory.
+    """
+    plain = _DECORATION.sub("", re.sub(r"\d+ ?gi?b", "", device.name.lower()))
+    names = {plain, plain.removeprefix("rtx")}
+    found = [card for card in CARDS if any(_is_named(name, card) for name in names)]
+    if not found:
+        return None
+    longest = max(len(_plain(card)) for card in found)
+    return min(
+        (card for card in found if len(_plain(card)) == longest), key=lambda c: abs(c.memory_gib - device.memory_gib)
+    )
+
+
+def _is_named(name: str, card: Card) -> bool:
+    """Whether a name without decoration begins with the card's, and no digit goes on."""
+    return re.match(rf"{_plain(card)}(?!\d)", name) is not None
+
+
+def _plain(card: Card) -> str:
+    """Its key without the size of its memory."""
+    return re.sub(r"-\d+$|[^a-z0-9-]", "", card.key).replace("-", "")
 
 
 def this_cpu() -> Device:

@@ -1,4 +1,4 @@
-"""What a recipe makes of a device: precision, kernels, size of a forward; and what would fit where these do not."""
+"""What a recipe makes of a device: precision, engine, size of a forward; and what would fit where these do not."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.cards import CARDS
 from dpo_assets.planning.dataset import DatasetStats
-from dpo_assets.planning.engines import beyond_unsloth, why_not
-from dpo_assets.planning.memory import MemoryFit, fit
+from dpo_assets.planning.engines import beyond_unsloth
+from dpo_assets.planning.memory import MemoryFit
+from dpo_assets.planning.offers import BUILT_IN, EngineOffer, Offers
 from dpo_assets.planning.precision import Device, Precision, PrecisionChoice, choose_precision
 from dpo_assets.planning.shape import Kernels, ModelShape
 from dpo_assets.recipe import ALL_LINEAR, Recipe
 
 SHORTEST_LENGTH = 64  # Tokens; a shorter max_length leaves no answer worth comparing.
-UNSLOTH_FP8 = (9, 0)  # Unsloth 2026.10.9 refuses fp8 below this capability.
 SMALLER: tuple[Precision, ...] = ("bf16", "fp16", "8bit", "4bit")  # From the largest weights to the smallest.
 
 
@@ -26,50 +26,56 @@ class Decision:
     reason: str
     kernels: Kernels
     memory: MemoryFit
+    engines: tuple[EngineOffer, ...]
 
 
-def decide(recipe: Recipe, shape: ModelShape, data: DatasetStats, device: Device) -> Decision:
+def decide(
+    recipe: Recipe,
+    shape: ModelShape,
+    data: DatasetStats,
+    device: Device,
+    installed: frozenset[Kernels] = BUILT_IN,
+) -> Decision:
     """Resolves `hardware` for a model, a dataset and a device. The decision may not fit; `memory.fits` tells.
 
+    Precision comes first, engine second: of the fewest compromises that any engine fits with, the fastest engine.
+
+    Args:
+        installed: engines that may be taken without being named.
+
     Raises:
-        ConfigError: when an explicit precision or kernel cannot work on the device.
+        ConfigError: when an explicit precision or engine cannot work on the device.
     """
-    kernels = choose_kernels(recipe, shape, data.max_length, device)
-
-    def fitted(precision: Precision) -> MemoryFit:
-        return fit(
-            shape,
-            precision,
-            kernels,
-            recipe.lora,
-            device.memory_gib,
-            data.longest_pair,
-            data.mean_pair * recipe.dpo.batch_size,
-            device.kind,
-            bases=2 if recipe.dpo.reference_strategy == "model" else 1,
-        )
-
-    choice: PrecisionChoice = choose_precision(device, recipe.hardware.precision, fitted)
-    if choice.precision == "fp8" and kernels == "unsloth" and (device.capability or (0, 0)) < UNSLOTH_FP8:
+    offers = Offers(recipe, shape, data, device, installed)
+    refuse_engine(offers)
+    choice: PrecisionChoice = choose_precision(
+        device, recipe.hardware.precision, lambda precision: offers.fitted(offers.best(precision), precision)
+    )
+    kernels = offers.best(choice.precision)
+    if reason := offers.cannot(kernels, choice.precision):
         raise ConfigError(
-            f"hardware.kernels `unsloth` has fp8 from capability 9.0 on, and {device.name} is older; "
-            "use `kernels: auto`, or another precision."
+            f"hardware.kernels `{kernels}` cannot train in {choice.precision}: {reason}. Use `kernels: auto`, or "
+            "another precision."
         )
-    return Decision(choice.precision, choice.reason, kernels, fitted(choice.precision))
+    memory = offers.fitted(kernels, choice.precision)
+    return Decision(choice.precision, choice.reason, kernels, memory, offers.table(choice.precision, kernels))
 
 
-def choose_kernels(recipe: Recipe, shape: ModelShape, max_length: int, device: Device) -> Kernels:
-    """Fused layers where the architecture has them on a GPU; what the recipe names, where it can work.
+def refuse_engine(offers: Offers) -> None:
+    """Refuses an engine that the recipe names and that cannot compute the run.
 
     Raises:
-        ConfigError: for kernels that do not compute the model, or rows of that length, with the reason.
+        ConfigError: with the reason and the way out.
     """
-    requested = recipe.hardware.kernels
-    if requested == "unsloth" and (other := beyond_unsloth(recipe.lora)):
+    recipe, shape, asked = offers.recipe, offers.shape, offers.asked
+    if recipe.hardware.speedups:
+        _check_speedups(recipe, offers.device)
+    if asked == "unsloth" and (other := beyond_unsloth(recipe.lora)):
         raise ConfigError(
             f"hardware.kernels `unsloth` adapts {', '.join(ALL_LINEAR)} alone, and lora names {', '.join(other)}; use "
             "`auto`."
         )
+<<<<<<< HEAD
     if requested == "unsloth" and shape.beside:
         raise ConfigError(
             f"hardware.kernels `unsloth` loads {shape.architecture} whole, with what is no text in it, and names its "
@@ -80,40 +86,31 @@ def choose_kernels(recipe: Recipe, shape: ModelShape, max_length: int, device: D
         requested = "transformers"
     packed = recipe.dpo.trainer == "packed"  # TRL's trainer calls the model in its own way.
     if requested == "fused" and _drops_out(recipe):
+=======
+    if asked in ("fused", "rows") and recipe.dpo.trainer == "trl":
+        raise ConfigError(
+            f"hardware.kernels `{asked}` is for the packed trainer; with dpo.trainer `trl` use `transformers`, "
+            "`unsloth` or `auto`."
+        )
+    if asked == "fused" and recipe.lora.dropout > 0 and recipe.sft.strategy == "train":
+>>>>>>> main
         raise ConfigError(
             "hardware.kernels `fused` computes no dropout, and SFT would train with lora.dropout "
             f"{recipe.lora.dropout:g}; set lora.dropout to 0, or kernels to `auto`."
         )
-    if requested == "fused" and not packed:
+    if asked is not None and (reason := offers.cannot(asked)):
         raise ConfigError(
-            "hardware.kernels `fused` is for the packed trainer; with dpo.trainer `trl` use `transformers`, `unsloth` "
-            "or `auto`."
+            f"hardware.kernels `{asked}` cannot serve {shape.architecture or 'this model'} with max_length "
+            f"{offers.data.max_length}: {reason}. Use `auto`."
         )
-    if requested == "auto":
-        return _served(recipe, shape, max_length, device)
-    if packed and (why := why_not(requested, shape.decoder, max_length, recipe.lora)):
-        raise ConfigError(
-            f"hardware.kernels `{requested}` cannot serve {shape.architecture or 'this model'} with max_length "
-            f"{max_length}: {why}. Use `auto`."
-        )
-    return requested
-
-
-def _served(recipe: Recipe, shape: ModelShape, max_length: int, device: Device) -> Kernels:
-    """The engine that `auto` takes: the first of fused layers, Transformers' and rows that computes the model."""
-    if recipe.dpo.trainer != "packed":
-        return "transformers"
-    fused = device.kind == "cuda" and not _drops_out(recipe)
-    order: tuple[Kernels, ...] = ("fused", "transformers", "rows") if fused else ("transformers", "rows")
-    return next(kernels for kernels in order if not why_not(kernels, shape.decoder, max_length, recipe.lora))
 
 
 def _check_speedups(recipe: Recipe, device: Device) -> None:
     speedups = ", ".join(recipe.hardware.speedups)
-    if recipe.hardware.kernels in ("fused", "unsloth"):
+    if recipe.hardware.kernels not in ("auto", "transformers"):
         raise ConfigError(
-            f"hardware.speedups ({speedups}) are for Transformers' layers; kernels `{recipe.hardware.kernels}` have "
-            "their own. Leave speedups out, or set hardware.kernels to `transformers`."
+            f"hardware.speedups ({speedups}) are for Transformers' layers on packed batches, not for kernels "
+            f"`{recipe.hardware.kernels}`. Leave speedups out, or set hardware.kernels to `transformers`."
         )
     if "liger" in recipe.hardware.speedups and device.kind == "cpu":
         raise ConfigError(
@@ -121,28 +118,38 @@ def _check_speedups(recipe: Recipe, device: Device) -> None:
         )
 
 
-def _drops_out(recipe: Recipe) -> bool:
-    """Whether SFT trains with dropout, which fused layers do not compute."""
-    return recipe.lora.dropout > 0 and recipe.sft.strategy == "train"
-
-
-def what_would_fit(recipe: Recipe, shape: ModelShape, data: DatasetStats, device: Device) -> list[str]:
+def what_would_fit(
+    recipe: Recipe,
+    shape: ModelShape,
+    data: DatasetStats,
+    device: Device,
+    installed: frozenset[Kernels] = BUILT_IN,
+) -> list[str]:
     """Single changes that would make a decision fit, each as an instruction: precision, length, card."""
-    decided = decide(recipe, shape, data, device)
+
+    def tried(changed: Recipe, pairs: DatasetStats, on: Device) -> Decision | None:
+        """The decision if it fits, or None."""
+        try:
+            decision = decide(changed, shape, pairs, on, installed)
+        except ConfigError:
+            return None
+        return decision if decision.memory.fits else None
+
+    decided = decide(recipe, shape, data, device, installed)
     found = [
         f"set hardware.precision to `{p}` ({_peak(other)})"
         for p in _smaller(decided.precision)
-        if (other := _try(_with_precision(recipe, p), shape, data, device))
+        if (other := tried(_with_precision(recipe, p), data, device))
     ][:1]
     length = data.max_length // 2
     while length >= SHORTEST_LENGTH:
-        if other := _try(recipe, shape, data.cut_to(length), device):
+        if other := tried(recipe, data.cut_to(length), device):
             found.append(f"set feedback.max_length to {length} ({_peak(other)})")
             break
         length //= 2
     larger = [card for card in CARDS if device.kind == "cpu" or card.memory_gib > device.memory_gib]
     for card in sorted(larger, key=lambda card: card.memory_gib):
-        if other := _try(recipe, shape, data, card.device()):
+        if other := tried(recipe, data, card.device()):
             found.append(
                 f"use a {card.name} ({card.memory_gib:g} GiB, `{card.key}`: {other.precision}, {_peak(other)})"
             )
@@ -158,15 +165,6 @@ def _smaller(precision: Precision) -> tuple[Precision, ...]:
 
 def _with_precision(recipe: Recipe, precision: Precision) -> Recipe:
     return recipe.model_copy(update={"hardware": recipe.hardware.model_copy(update={"precision": precision})})
-
-
-def _try(recipe: Recipe, shape: ModelShape, data: DatasetStats, device: Device) -> Decision | None:
-    """The decision if it fits, or None."""
-    try:
-        decision = decide(recipe, shape, data, device)
-    except ConfigError:
-        return None
-    return decision if decision.memory.fits else None
 
 
 def _peak(decision: Decision) -> str:

@@ -6,7 +6,10 @@ of a description and names what it cannot; no engine asks for the name of a fami
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from typing import Literal
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu2", "clamped_silu"]
@@ -181,10 +184,12 @@ class Layer:
     mixer: Attention | Recurrent
     mlp: Mlp | Experts
     norms: Norms = Norms()
+    beside: Recurrent | None = None  # A second mixer of the same input, whose output is added (Falcon-H1).
 
     def linears(self, hidden: int) -> tuple[Linear, ...]:
         """Its linear layers, those of routed experts and routers left out."""
-        return self.mixer.linears(hidden) + self.mlp.linears(hidden)
+        beside = self.beside.linears(hidden) if self.beside else ()
+        return self.mixer.linears(hidden) + beside + self.mlp.linears(hidden)
 
 
 @dataclass(frozen=True)
@@ -217,10 +222,17 @@ class Decoder:
     beyond: str = ""
     row_by_row: str = ""
 
+    @cached_property
+    def kinds(self) -> tuple[tuple[Layer, int], ...]:
+        """The distinct layers and how many there are of each, in the order of the first of each. Kept: a memory
+        estimate asks for every size of a forward."""
+        return tuple(Counter(self.layers).items())
+
     @property
     def mixers(self) -> tuple[Attention | Recurrent, ...]:
         """The distinct mixers of its layers, in the order of the first layer that has each."""
-        return tuple(dict.fromkeys(layer.mixer for layer in self.layers))
+        every = chain.from_iterable((layer.mixer, layer.beside) for layer in self.layers)
+        return tuple(dict.fromkeys(mixer for mixer in every if mixer is not None))
 
     @property
     def attentions(self) -> tuple[Attention, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dpo_assets.planning.dataset import DatasetStats
+from dpo_assets.planning.offers import EngineOffer
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.precision import Device
 from dpo_assets.planning.sizes import Size
@@ -41,6 +42,8 @@ def plan_rows(plan: TrainingPlan, size: Size, device: Device) -> Iterator[tuple[
     yield "device", f"{device.name}: {plan.memory_available_gib:.1f} GiB{capability}"
     yield "precision", plan.precision_reason
     yield "kernels", KERNELS[plan.kernels]
+    for number, offer in enumerate(plan.engines):
+        yield "" if number else "predicted", offer_sentence(offer)
     yield "memory", f"{plan.memory_gib:.1f} of {plan.memory_available_gib:.1f} GiB at the peak, by estimate"
     for name, gib in sorted(plan.memory_parts.items(), key=lambda part: -part[1]):
         if gib:
@@ -70,6 +73,14 @@ def plan_rows(plan: TrainingPlan, size: Size, device: Device) -> Iterator[tuple[
     )
 
 
+def offer_sentence(offer: EngineOffer) -> str:
+    """One engine's prediction, and why it was not taken."""
+    speed = "" if offer.pairs_per_s is None else f"{offer.pairs_per_s:.3g} pairs/s, "
+    peak = "" if offer.peak_gib is None else f"{offer.peak_gib:.1f} GiB"
+    numbers = f"{speed}{peak}"
+    return f"{offer.name:<12}  {numbers}{'; ' if numbers and offer.why_not else ''}{offer.why_not}"
+
+
 def _targets(plan: TrainingPlan) -> str:
     modules, experts = plan.lora.target_modules, plan.lora.target_parameters
     linear = modules if isinstance(modules, str) else f"{len(modules)} linear layers a block"
@@ -89,6 +100,7 @@ def plan_json(plan: TrainingPlan, size: Size, gpu: str) -> dict[str, Any]:
         "reason": plan.precision_reason,
         "computed_in": plan.compute,
         "kernels": plan.kernels,
+        "engines": [offer.model_dump(mode="json") for offer in plan.engines],
         "token_budget": plan.token_budget,
         "recomputed_layers": plan.recomputed_layers,
         "gradient_checkpointing": plan.gradient_checkpointing,

@@ -8,14 +8,21 @@ estimates are in benchmarks/RESULTS.md.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Literal
 
+from dpo_assets.planning.activations import kept_bytes, mlp_width, recomputed_bytes, working_bytes
+from dpo_assets.planning.cards import Card, find_card
+from dpo_assets.planning.decoder import Decoder, Experts, Layer
 from dpo_assets.planning.precision import QUANTISED, Precision
-from dpo_assets.planning.shape import Kernels, ModelShape
+from dpo_assets.planning.shape import Kernels, ModelShape, Trainer
+from dpo_assets.planning.speed import FITTED_ON, Arithmetic, step_seconds
 from dpo_assets.planning.targets import adapted_kinds
+from dpo_assets.planning.work import Work
 from dpo_assets.recipe import LoraSection
 
 GIB = 2**30
@@ -24,19 +31,14 @@ GIB = 2**30
 BODY_BYTES: dict[Precision, float] = {
     "fp32": 4, "bf16": 2, "fp16": 2, "8bit": 1, "fp8": 1, "4bit": 0.5 + 1 / 64 + 4 / (64 * 256),
 }  # fmt: skip
-# Fitted for Transformers' layers with PEFT: bytes per token, layer and hidden unit (2.05 MiB a token at 1B, 7.4 at 8B,
-# 0.6 at 8B with checkpointing, on an H200).
-TRANSFORMERS_KEPT, TRANSFORMERS_CHECKPOINTED = 62.0, 5.0
 HEAD_CHUNKS = {"cuda": (1_024, 2_048), "cpu": (1_024, 1_024)}  # Scored tokens whose logits exist at one time.
 LARGEST_FORWARD = {"cuda": 32_768, "cpu": 1_536}  # A CPU gains by rows of like length, not by large matrices.
 FRAMEWORK_GIB = {"cuda": 0.35, "cpu": 1.0}  # CUDA context and cuBLAS workspaces; Python and libraries.
 USABLE = {"cuda": 0.97, "cpu": 0.9}  # The rest is lost to fragments, or other people's memory.
-# What decides between larger forwards with recomputed layers and smaller ones without, as seen on an H200: matrix rate,
-# memory rate (a quantised base is dequantised once a pass, 2.5 bytes a weight), and the time Python takes to launch a
-# layer's kernels, forward and backward. A forward whose layers are faster than their launches leaves the GPU idle.
-FLOPS, HALF_RATE_WIDTH, BYTES_PER_SECOND, DEQUANTISED_BYTES = 560e12, 1_100, 3.5e12, 2.5
-LAUNCH_FORWARD, LAUNCH_BACKWARD = 1.6e-3, 2.4e-3
-RECOMPUTED_SHARE = 0.75  # Of a layer's forward: the down projection's output is the next layer's saved input.
+# More of a GPU that is left where autograd keeps many small tensors: plans of fused layers were tried up to their caps,
+# others only well below, where the allocator held 6 to 12 % more than it had given out.
+SMALL_TENSORS = 0.03
+TRL_TILE = 4_096 * 32_768  # Logits that TRL's own scorer has at one time.
 STEP_SLACK = 1.15  # A step's tokens vary around the mean.
 
 
@@ -49,6 +51,7 @@ class MemoryFit:
     peak_gib: float
     parts: dict[str, float]
     fits: bool
+    step_seconds: float  # Predicted, of an optimizer step.
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -59,13 +62,31 @@ def body_parameters(shape: ModelShape) -> int:
     """Weights of the decoder's linear layers. Experts are none: they are not quantised, being parameters."""
     if shape.matrices is not None:
         return sum(kind.weights for kind in shape.matrices if kind.role == "linear")
-    return shape.layers * sum(rows * columns for rows, columns in shape.linear_shapes().values())
+    decoder = shape.described()
+    return sum(
+        count * sum(rows * columns for _, rows, columns in layer.linears(decoder.hidden))
+        for layer, count in decoder.kinds
+    )
 
 
 def weights_bytes(shape: ModelShape, precision: Precision) -> float:
-    """The base model."""
-    body = min(body_parameters(shape), shape.parameters)
-    return body * BODY_BYTES[precision] + (shape.parameters - body) * (4 if precision == "fp32" else 2)
+    """The base model with all its experts, of which those in MXFP4 are loaded in 16 bit.
+
+    A file holds two values of MXFP4 in a byte, so that it counts fewer parameters than the loaded model has.
+    """
+    parameters = max(shape.parameters, described_parameters(shape.decoder) if shape.decoder else 0)
+    body = min(body_parameters(shape), parameters)
+    return body * BODY_BYTES[precision] + (parameters - body) * (4 if precision == "fp32" else 2)
+
+
+def described_parameters(decoder: Decoder) -> int:
+    """Weights of the matrices that a description tells of: layers, experts, embedding and head."""
+    total = decoder.hidden * decoder.vocabulary * (1 if decoder.tied else 2)
+    for layer, count in decoder.kinds:
+        total += count * sum(rows * columns for _, rows, columns in layer.linears(decoder.hidden))
+        if isinstance(layer.mlp, Experts):
+            total += count * 3 * layer.mlp.count * layer.mlp.width * decoder.hidden
+    return total
 
 
 def adapter_bytes(shape: ModelShape, lora: LoraSection) -> float:
@@ -84,22 +105,35 @@ def forward_peak(
             only the last has logits.
     """
     width = 4 if precision == "fp32" else 2
-    layer = max(tokens, prompts) * width * (3 * shape.intermediate + 5 * shape.hidden)
+    inner = max(mlp_width(layer.mlp) for layer, _ in shape.described().kinds)
+    layer = max(tokens, prompts) * width * (3 * inner + 5 * shape.hidden)
     head = head_chunk(tokens, device) * shape.vocabulary * (4 + width) + tokens * shape.hidden * width
     return (weights_bytes(shape, precision) + dequantised_bytes(shape, precision) + max(layer, head)) / GIB
 
 
 def cache_bytes(shape: ModelShape, tokens: int) -> float:
-    """Keys and values, in 16 bit, of `tokens` tokens to generate from; of whole width where heads are unknown."""
-    return 4.0 * tokens * shape.layers * (shape.kv_heads * shape.head_dim or shape.hidden)
+    """Keys and values, in 16 bit, of `tokens` tokens to generate from; of whole width where heads are unknown.
+
+    Layers with a window keep all of them here, as they may where a row is shorter than it. A recurrent layer keeps a
+    state that does not grow with the row, which is left out.
+    """
+    return 4.0 * tokens * sum(attention.kv_width for attention in shape.described().attentions)
 
 
 def dequantised_bytes(shape: ModelShape, precision: Precision) -> float:
     """The largest group of linear layers that is dequantised at one time, in 16 bit; 0 where nothing is quantised."""
     if precision not in QUANTISED:
         return 0.0
-    shapes = shape.linear_shapes()
-    return 2.0 * max(2 * math.prod(shapes["gate_proj"]), sum(math.prod(shapes[f"{p}_proj"]) for p in "qkv"))
+    decoder = shape.described()
+    return 2.0 * max(_largest_group(layer, decoder.hidden) for layer, _ in decoder.kinds)
+
+
+def _largest_group(layer: Layer, hidden: int) -> int:
+    """Weights of the layers that read one input (q, k and v; gate and up), whichever group has the most."""
+    blocks = (layer.mixer.linears(hidden), layer.mlp.linears(hidden))
+    # The last of a block reads what the others made.
+    groups = [group for block in blocks for group in (block[:-1], block[-1:])]
+    return max(sum(rows * columns for _, rows, columns in group) for group in groups)
 
 
 def head_chunk(budget: int, device: Literal["cpu", "cuda"]) -> int:
@@ -108,43 +142,134 @@ def head_chunk(budget: int, device: Literal["cpu", "cuda"]) -> int:
     return max(smallest, min(largest, 1 << max(0, (budget // 4).bit_length() - 1)))
 
 
-def fit(
-    shape: ModelShape,
-    precision: Precision,
-    kernels: Kernels,
-    lora: LoraSection,
-    available_gib: float,
-    longest_pair: int,
-    step_tokens: float,
-    device: Literal["cpu", "cuda"],
-    bases: int = 1,
-) -> MemoryFit:
+@dataclass(frozen=True)
+class Training:
+    """What is trained, and by what: the part of an estimate that no forward size changes."""
+
+    shape: ModelShape
+    precision: Precision
+    kernels: Kernels
+    lora: LoraSection
+    device: Literal["cpu", "cuda"]
+    bases: int = 1  # Models in memory: two where the reference is one of its own.
+    trainer: Trainer = "packed"
+
+    @property
+    def width(self) -> int:
+        return 4 if self.precision == "fp32" else 2
+
+    def usable(self, available_gib: float) -> float:
+        """GiB that a plan may need."""
+        left = SMALL_TENSORS if self.device == "cuda" and self.kernels != "fused" else 0.0
+        return (USABLE[self.device] - left) * available_gib
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether a number of layers can be recomputed. Unsloth and TRL's trainer recompute all or none."""
+        return self.kernels != "unsloth" and self.trainer == "packed"
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        return self.shape.described()
+
+    @cached_property
+    def arithmetic(self) -> Arithmetic:
+        return Arithmetic.of(self.decoder, self.lora)
+
+    @cached_property
+    def fixed(self) -> dict[str, float]:
+        """Bytes of what every forward size needs."""
+        return {
+            "weights": self.bases * weights_bytes(self.shape, self.precision),
+            "adapter and optimizer": adapter_bytes(self.shape, self.lora),
+            "dequantised layer": dequantised_bytes(self.shape, self.precision),
+        }
+
+    @cached_property
+    def saved(self) -> tuple[float, ...]:
+        """Bytes a token that all layers together keep where the lowest 0, 1, ... layers are recomputed."""
+        kept = [self._of_layer[0][layer] for layer in self.decoder.layers]
+        again = [recomputed_bytes(layer, self.decoder, self.kernels, self.width) for layer in self.decoder.layers]
+        lower, upper = accumulate(again, initial=0.0), list(accumulate(reversed(kept), initial=0.0))
+        return tuple(below + above for below, above in zip(lower, reversed(upper), strict=True))
+
+    @cached_property
+    def _of_layer(self) -> tuple[dict[Layer, float], float, float]:
+        """Bytes a token: kept of each kind of layer, the most of one, and the most that differentiating one takes."""
+        where = (self.decoder, self.kernels, self.lora, self.width, self.trainer)
+        kept = {layer: kept_bytes(layer, *where) for layer, _ in self.decoder.kinds}
+        return kept, max(kept.values()), max(working_bytes(layer, *where) for layer in kept)
+
+    def fewest_recomputed(self, budget: int, usable_gib: float) -> int:
+        layers = len(self.saved) - 1
+        if not self.stepwise:
+            return 0 if self.needed(budget, 0) <= usable_gib else layers
+        # Each recomputed layer needs less than the one before; where none is kept the first of them all needs more.
+        return bisect_left(range(layers), True, key=lambda n: self.needed(budget, n) <= usable_gib)
+
+    def needed(self, budget: int, recomputed: int) -> float:
+        """GiB of the device: the allocator's peak and what lies beside it."""
+        return self.peak(budget, recomputed) + FRAMEWORK_GIB[self.device]
+
+    def peak(self, budget: int, recomputed: int) -> float:
+        """GiB at the peak of forwards of `budget` tokens."""
+        return (self._fixed_bytes + budget * self.saved[recomputed] + self._working(budget, recomputed)) / GIB
+
+    def parts(self, budget: int, recomputed: int) -> dict[str, float]:
+        """GiB of each part at that peak."""
+        parts = self.fixed | {
+            "kept activations": budget * self.saved[recomputed],
+            "working memory": self._working(budget, recomputed),
+        }
+        return {name: size / GIB for name, size in parts.items()}
+
+    @cached_property
+    def _fixed_bytes(self) -> float:
+        return sum(self.fixed.values())
+
+    def _working(self, budget: int, recomputed: int) -> float:
+        """The larger of a chunk of logits and one layer's backward pass: the logits go before that begins."""
+        _, kept, working = self._of_layer
+        if recomputed == len(self.saved) - 1:
+            # The recomputed layers are the lowest, so all the others' memory is free again when their turn comes.
+            working += kept
+        return max(self._head_bytes(budget), budget * working)
+
+    def _head_bytes(self, budget: int) -> float:
+        """The logits of a chunk in fp32 and their gradient, and the gradient of each scored hidden state."""
+        chunk = head_chunk(budget, self.device) * self.shape.vocabulary
+        logits = TRL_TILE if self.trainer == "trl" else chunk
+        return logits * (4 + self.width) + 2 * budget * self.shape.hidden * self.width
+
+    def seconds(self, work: Work, budget: int, recomputed: int, card: Card) -> float:
+        """Predicted seconds of an optimizer step."""
+        return step_seconds(self.decoder, self.arithmetic, self.precision, self.kernels, work, budget, recomputed, card)
+
+
+def fit(training: Training, work: Work, available_gib: float, card: Card | None = None) -> MemoryFit:
     """The fastest forward size that fits, with as many recomputed layers as it needs.
 
-    `peak_gib` is the allocator's; that the device also holds a CUDA context is counted in `fits`.
+    `peak_gib` is the allocator's; that the device also holds a CUDA context is counted in `fits`. No forward is smaller
+    than the longest pair.
 
     Args:
         available_gib: memory of the device that this run may use.
-        longest_pair: tokens of the longest pair with its prompt shared; no forward can be smaller.
-        step_tokens: mean tokens of an optimizer step.
-        bases: models in memory: two where the reference is one of its own.
+        card: whose speed decides between forwards; None: that which the constants were fitted on.
     """
-    usable = USABLE[device] * available_gib
-    best: tuple[float, MemoryFit] | None = None
-    last: MemoryFit | None = None
-    for budget in _candidates(longest_pair, step_tokens, device):
-        estimate = _Estimate(shape, precision, kernels, lora, budget, device, bases)
-        recomputed = estimate.fewest_recomputed(usable)
-        last = MemoryFit(budget, recomputed, estimate.peak(recomputed), estimate.parts(recomputed), True)
-        if estimate.needed(recomputed) > usable:
-            continue
-        cost = estimate.cost_per_token(recomputed)
-        if best is None or cost < best[0]:
-            best = (cost, last)
-    if best is not None:
-        return best[1]
+    card = card or find_card(FITTED_ON)
+    usable = training.usable(available_gib)
+    best: tuple[float, int, int] | None = None
+    last: tuple[float, int, int] | None = None
+    for budget in _candidates(training, work):
+        recomputed = training.fewest_recomputed(budget, usable)
+        seconds = training.seconds(work, budget, recomputed, card)
+        last = (seconds, budget, recomputed)
+        if training.needed(budget, recomputed) <= usable and (best is None or seconds < best[0]):
+            best = last
     assert last is not None
-    return MemoryFit(last.token_budget, last.recomputed_layers, last.peak_gib, last.parts, False)
+    seconds, budget, recomputed = best or last
+    parts = training.parts(budget, recomputed)
+    return MemoryFit(budget, recomputed, sum(parts.values()), parts, best is not None, seconds)
 
 
 def estimate_peak(
@@ -157,103 +282,29 @@ def estimate_peak(
     device: Literal["cpu", "cuda"],
 ) -> float:
     """Estimated peak in GiB of forwards of `tokens` tokens."""
-    return _Estimate(shape, precision, kernels, lora, tokens, device).peak(recomputed_layers)
+    return Training(shape, precision, kernels, lora, device).peak(tokens, recomputed_layers)
 
 
-def _candidates(longest_pair: int, step_tokens: float, device: Literal["cpu", "cuda"]) -> Iterator[int]:
-    """Budgets that cut a step into 1, 2, 3, ... forwards, from the largest to the longest pair."""
-    whole = math.ceil(step_tokens * STEP_SLACK)
-    largest = max(longest_pair, min(whole, LARGEST_FORWARD[device]))
+def _candidates(training: Training, work: Work) -> Iterator[int]:
+    """Budgets that cut a step into 1, 2, 3, ... forwards, from the largest to the longest pair.
+
+    TRL's trainer has forwards of whole micro-batches. A budget of `rows` counts filler.
+    """
+    if work.trainer == "trl":
+        yield from (work.classic_tokens(pairs) for pairs in work.micro_batches())
+        return
+    longest = work.longest_forward(training.kernels)
+    whole = math.ceil(work.computed_tokens(training.kernels, longest) * STEP_SLACK)
+    largest = max(longest, min(whole, LARGEST_FORWARD[training.device]))
+    if training.kernels != "rows":
+        largest = work.whole_pairs(largest)
     seen = set()
     forwards = 1
     while True:
-        budget = max(longest_pair, min(largest, math.ceil(whole / forwards / 64) * 64))
+        budget = max(longest, min(largest, math.ceil(whole / forwards / 64) * 64))
         if budget not in seen:
             seen.add(budget)
             yield budget
-        if budget <= max(longest_pair, 64):
+        if budget <= max(longest, 64):
             return
         forwards += max(1, forwards // 64)
-
-
-@dataclass(frozen=True)
-class _Estimate:
-    shape: ModelShape
-    precision: Precision
-    kernels: Kernels
-    lora: LoraSection
-    budget: int
-    device: Literal["cpu", "cuda"]
-    bases: int = 1
-
-    @property
-    def _width(self) -> int:
-        return 4 if self.precision == "fp32" else 2
-
-    @cached_property
-    def _adapter_bytes(self) -> float:
-        return adapter_bytes(self.shape, self.lora)
-
-    @cached_property
-    def _adapted_a_layer(self) -> int:
-        return len(adapted_kinds(self.lora, self.shape))
-
-    def fewest_recomputed(self, usable_gib: float) -> int:
-        layers = self.shape.layers
-        steps = range(layers + 1) if self.kernels == "fused" else (0, layers)
-        return next((n for n in steps if self.needed(n) <= usable_gib), layers)
-
-    def cost_per_token(self, recomputed: int) -> float:
-        """Seconds, to compare forwards of different sizes by: the slower of GPU and launches.
-
-        A tenth of the launches counts in any case: not all of them hide behind the GPU's work.
-        """
-        layers = self.shape.layers
-        again = recomputed / layers * (RECOMPUTED_SHARE if self.kernels == "fused" else 1.0)
-        weights = body_parameters(self.shape)
-        # Narrow layers spend more of their time on what is no matrix product.
-        rate = FLOPS * self.shape.hidden / (self.shape.hidden + HALF_RATE_WIDTH)
-        gpu = 2 * weights * self.budget / rate
-        if self.precision in QUANTISED:
-            gpu += weights * DEQUANTISED_BYTES / BYTES_PER_SECOND
-        launches = layers * ((1 + again) * LAUNCH_FORWARD + LAUNCH_BACKWARD)
-        return (max((2 + again) * gpu, launches) + 0.1 * launches) / self.budget
-
-    def needed(self, recomputed: int) -> float:
-        """GiB of the device: the allocator's peak and what lies beside it."""
-        return self.peak(recomputed) + FRAMEWORK_GIB[self.device]
-
-    def peak(self, recomputed: int) -> float:
-        return sum(self.parts(recomputed).values())
-
-    def parts(self, recomputed: int) -> dict[str, float]:
-        """GiB of each part at the peak."""
-        s, tokens, chunk = self.shape, self.budget, head_chunk(self.budget, self.device)
-        if self.kernels == "fused":
-            kept = self._kept_layer()
-            saved: float = tokens * ((s.layers - recomputed) * kept + recomputed * self._width * s.hidden)
-            working: float = tokens * self._width * (3 * s.intermediate + 5 * s.hidden)
-            # The recomputed layers are the lowest, so all the others' memory is free again when their turn comes.
-            working += tokens * kept if recomputed == s.layers else 0
-        else:
-            unit = TRANSFORMERS_CHECKPOINTED if recomputed else TRANSFORMERS_KEPT
-            saved, working = tokens * unit * (self._width / 2) * s.layers * s.hidden, 0.0
-        # The logits of a chunk in fp32 and their gradient, and the gradient of each scored hidden state.
-        head = chunk * s.vocabulary * (4 + self._width) + 2 * tokens * s.hidden * self._width
-        # The logits go before the first layer is differentiated.
-        parts = {
-            "weights": self.bases * weights_bytes(s, self.precision),
-            "adapter and optimizer": self._adapter_bytes,
-            "kept activations": saved,
-            "dequantised layer": dequantised_bytes(s, self.precision),
-            "working memory": max(head, working),
-        }
-        return {name: size / GIB for name, size in parts.items()}
-
-    def _kept_layer(self) -> float:
-        """Bytes per token that a fused layer keeps: its input, q, k, v, attention, its second input, gate and up."""
-        s = self.shape
-        attention = s.heads * s.head_dim
-        values = 2 * s.hidden + attention + 2 * s.kv_heads * s.head_dim + attention + 2 * s.intermediate
-        ranks = self.lora.rank * self._adapted_a_layer
-        return self._width * (values + ranks) + 4 * (s.heads + 2)

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dpo_assets.planning.dataset import DatasetStats
 from dpo_assets.planning.decision import decide, what_would_fit
+from dpo_assets.planning.offers import BUILT_IN, EngineOffer
 from dpo_assets.planning.precision import QUANTISED, Compute, Device, Half, Precision, compute_format
 from dpo_assets.planning.schedule import warmup_steps
 from dpo_assets.planning.scoring import Scoring, choose_scoring
@@ -33,10 +34,13 @@ class TrainingPlan(BaseModel):
     half: Half = Field(default="bf16", description="The 16-bit format of the device, for what is quantised.")
     scoring: Scoring = Field(default=Scoring(), description="Which weights are scored as the release.")
     kernels: Kernels
+    engines: tuple[EngineOffer, ...] = Field(
+        default=(), description="What every engine was predicted to make of the run, the one that is taken first."
+    )
     speedups: tuple[Speedup, ...] = Field(default=(), description="What makes Transformers' layers faster.")
     gradient_checkpointing: bool
     recomputed_layers: int = Field(
-        default=0, description="With fused kernels: layers whose activations are computed again in the backward pass."
+        default=0, description="The lowest layers, whose activations are computed again in the backward pass."
     )
     token_budget: int = Field(description="Most tokens of one forward; a step takes as many forwards as it needs.")
     longest_pair: int = Field(default=0, description="Tokens of the longest pair: no forward can be smaller.")
@@ -126,8 +130,17 @@ def steps_of(pairs: int, batch: int, epochs: float) -> int:
     return max(1, math.ceil(math.ceil(pairs / batch) * epochs))
 
 
-def make_plan(recipe: Recipe, shape: ModelShape, data: DatasetStats, device: Device) -> TrainingPlan:
+def make_plan(
+    recipe: Recipe,
+    shape: ModelShape,
+    data: DatasetStats,
+    device: Device,
+    installed: frozenset[Kernels] = BUILT_IN,
+) -> TrainingPlan:
     """Resolves a recipe for a model, a dataset and a device. A plan that does not fit says so, and what would.
+
+    Args:
+        installed: engines that `auto` may take (`offers.installed_here`); the planner looks at no environment itself.
 
     Raises:
         ConfigError: when an explicit choice cannot work on the device.
@@ -136,7 +149,7 @@ def make_plan(recipe: Recipe, shape: ModelShape, data: DatasetStats, device: Dev
     device = replace(device, memory_gib=available)
     lora = resolve_targets(recipe.lora, shape)
     recipe = recipe.model_copy(update={"lora": lora})
-    decision = decide(recipe, shape, data, device)
+    decision = decide(recipe, shape, data, device, installed)
     memory = decision.memory
     return TrainingPlan(
         device=device.kind,
@@ -148,6 +161,7 @@ def make_plan(recipe: Recipe, shape: ModelShape, data: DatasetStats, device: Dev
         half=device.half,
         scoring=choose_scoring(decision.precision, memory.token_budget, shape, data, device),
         kernels=decision.kernels,
+        engines=decision.engines,
         speedups=tuple(sorted(set(recipe.hardware.speedups))),
         gradient_checkpointing=memory.gradient_checkpointing,
         recomputed_layers=memory.recomputed_layers,
@@ -157,7 +171,7 @@ def make_plan(recipe: Recipe, shape: ModelShape, data: DatasetStats, device: Dev
         memory_available_gib=available,
         memory_parts=memory.parts,
         fits=memory.fits,
-        would_fit=[] if memory.fits else what_would_fit(recipe, shape, data, device),
+        would_fit=[] if memory.fits else what_would_fit(recipe, shape, data, device, installed),
         parameters=shape.parameters,
         max_length=data.max_length,
         train_pairs=data.train_pairs,

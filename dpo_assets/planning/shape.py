@@ -6,10 +6,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from dpo_assets.planning.decoder import Decoder
+from dpo_assets.planning.decoder import Attention, Decoder, Layer, Mlp
 from dpo_assets.planning.matrices import Matrices
 
 Kernels = Literal["fused", "transformers", "unsloth", "rows"]
+Trainer = Literal["packed", "trl"]  # `dpo.trainer`.
 
 
 class ModelShape(BaseModel):
@@ -33,19 +34,15 @@ class ModelShape(BaseModel):
     decoder: Decoder | None = None  # What its layers compute; None where no family is known.
     matrices: tuple[Matrices, ...] | None = None  # Of the decoder layers, where the model's files were read.
 
+    def described(self) -> Decoder:
+        """Its own description; where no family is known, that of Llama's layers in these widths, to plan with."""
+        if self.decoder is not None:
+            return self.decoder
+        heads, kv_heads, width = self.heads or 1, self.kv_heads or 1, self.head_dim or self.hidden
+        mixer = Attention(heads, kv_heads, width, width**-0.5, rope=None)
+        layer = Layer(mixer, Mlp(self.intermediate))
+        return Decoder(self.model_type, self.hidden, self.vocabulary, (layer,) * self.layers, eps=1e-6, tied=self.tied)
+
     def with_matrices(self, matrices: tuple[Matrices, ...]) -> ModelShape:
         """The shape, with what the model's files hold."""
         return self.model_copy(update={"matrices": matrices})
-
-    def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """(output, input) width of each linear layer of a decoder layer of the Llama family."""
-        attention, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return {
-            "q_proj": (attention, self.hidden),
-            "k_proj": (kv, self.hidden),
-            "v_proj": (kv, self.hidden),
-            "o_proj": (self.hidden, attention),
-            "gate_proj": (self.intermediate, self.hidden),
-            "up_proj": (self.intermediate, self.hidden),
-            "down_proj": (self.hidden, self.intermediate),
-        }

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from dpo_assets.errors import ConfigError
-from dpo_assets.planning.cards import CARDS, device_of, find_card
+from dpo_assets.planning.cards import CARDS, device_of, find_card, known_card
+from dpo_assets.planning.precision import Device
 from dpo_assets.planning.sizes import SIZES, Size, find_model
 from dpo_assets.planning.targets import kinds_of
 from dpo_assets_tests.pipelines import STORIES
@@ -137,3 +138,36 @@ def test_what_is_no_size_is_refused_with_the_list(name: str, tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"Sizes: 135m, 0\.5b"):
         find_model(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "key"),
+    [
+        ("NVIDIA H100 80GB HBM3", 26.0, "h100"),
+        ("NVIDIA H100 NVL", 90.0, "h100-nvl"),
+        ("NVIDIA A100-SXM4-80GB", 79.0, "a100-80"),
+        ("NVIDIA A100-PCIE-40GB", 39.0, "a100-40"),
+        ("NVIDIA GeForce RTX 4090", 23.5, "rtx4090"),
+        ("NVIDIA RTX A6000", 47.0, "a6000"),
+        ("NVIDIA RTX 6000 Ada Generation", 47.0, "rtx6000ada"),
+        ("NVIDIA L4", 22.0, "l4"),
+        ("NVIDIA L40S", 44.0, "l40s"),
+        ("NVIDIA L40", 44.0, None),
+        ("Tesla V100-SXM2-32GB", 31.0, "v100-32"),
+        ("GeForce GTX 1080", 7.9, None),
+        ("CPU", 16.0, None),
+    ],
+)
+def test_a_drivers_name_is_found_among_the_cards_or_none_is_taken_for_it(
+    name: str, memory: float, key: str | None
+) -> None:
+    """Speeds are predicted by the card, and another card's would mislead."""
+    found = known_card(Device("cuda", name, memory, (8, 0)))
+    assert (found.key if found else None) == key
+
+
+def test_every_card_is_found_by_its_own_name_and_has_its_rates() -> None:
+    for card in CARDS:
+        assert known_card(card.device()) is card
+        # Operations for each byte of memory: 60 (RTX 3060, T4's 200) to 420 (L40S), of all that there are.
+        assert 50 < card.tflops / card.terabytes_per_s < 500, card.key

@@ -17,7 +17,7 @@ from dpo_assets.recipe import LoraSection
 FUSED = {
     "llama", "mistral", "ministral3", "qwen2", "qwen3", "phi3", "smollm3", "granite", "olmo2", "olmo3", "gemma",
     "gemma2", "gemma3_text", "glm4", "seed_oss", "hunyuan_v1_dense", "ernie4_5", "exaone4", "gpt_oss", "qwen3_moe",
-    "mixtral", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next",
+    "mixtral", "ministral", "glm", "olmoe", "granitemoe", "qwen2_moe", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next",
     "lfm2",  # By its class's defaults, which have no convolutions.
 }  # fmt: skip
 

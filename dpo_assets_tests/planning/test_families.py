@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
 from dpo_assets.planning.decoder import (
     Attention,
@@ -46,6 +46,26 @@ GRANITE_4: dict[str, Any] = MAMBA | {
 # Settings that the tiny models of every architecture leave at their usual: what, of which type, set how.
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("gemma", {"head_dim": 8}),
+    "ministral": (
+        "ministral", {"head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    ),
+    "glm": ("glm", {"head_dim": 8}),
+    "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "granitemoe": (
+        "granitemoe",
+        {
+            "num_local_experts": 4, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
+            "attention_multiplier": 0.2, "logits_scaling": 3.0,
+        },
+    ),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16, "use_sliding_window": True, "sliding_window": 8,
+            "decoder_sparse_step": 2,
+        },
+    ),
     "llama, GELU and biases": ("llama", {"hidden_act": "gelu", "attention_bias": True, "mlp_bias": True}),
     "llama, its own width of heads": ("llama", {"head_dim": 16}),
     "qwen2, windows in the upper layers": (
@@ -66,6 +86,13 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
             "mlp_only_layers": [1], "use_sliding_window": True, "sliding_window": 8,
+        },
+    ),
+    "qwen3_moe, experts in every other layer": (
+        "qwen3_moe",
+        {
+            "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+            "decoder_sparse_step": 2,
         },
     ),
     "mixtral, windows": ("mixtral", {"num_local_experts": 4, "sliding_window": 8}),
@@ -245,12 +272,37 @@ def test_what_there_are_no_words_for_is_said_and_sizes_are_told_all_the_same(nam
     assert set(IN_WORDS) | set(BEYOND) == set(DESCRIBED)
 
 
+@pytest.mark.parametrize("name", [name for name in BEYOND if name != "gpt2"])
+def test_sizes_windows_and_experts_of_what_is_beyond_words_are_the_model_s(name: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_config(name))
+    decoder = described(whole(model.config))
+    layers = next(m for n, m in model.named_modules() if n.endswith("layers") and len(m) == len(decoder.layers))
+    for module, layer, mixer in zip(layers, decoder.layers, decoder.attentions, strict=True):
+        if name not in ("deepseek_v3", "gemma4_text"):
+            real = {n: tuple(m.weight.shape) for n, m in module.named_modules() if isinstance(m, nn.Linear)}
+            real.pop("feed_forward.router", None)
+            assert {n: (rows, columns) for n, rows, columns in layer.linears(decoder.hidden)} == real
+        assert module.self_attn.o_proj.in_features == mixer.query_width
+        assert module.self_attn.scaling == pytest.approx(mixer.scale)
+        assert getattr(module.self_attn, "sliding_window", None) == mixer.window
+        mlp = module.get_submodule(layer.mlp.module)
+        experts = getattr(mlp, "experts", None)
+        assert (experts is not None) == isinstance(layer.mlp, Experts)
+        if isinstance(layer.mlp, Experts):
+            assert sorted(experts.down_proj.shape) == sorted((layer.mlp.count, layer.mlp.width, decoder.hidden))
+            assert mlp.get_submodule(layer.mlp.shared_module).down_proj.in_features == layer.mlp.shared
+        else:
+            assert mlp.get_submodule(layer.mlp.output).in_features == layer.mlp.width
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [
         ({"model_type": "llama", "hidden_act": "relu"}, "the activation relu"),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "attention to what follows"),
         ({"model_type": "granitemoehybrid", "num_local_experts": 4}, "an MLP beside the experts"),
+        ({"model_type": "olmoe", "clip_qkv": 8.0}, "clipped queries, keys and values"),
         ({"model_type": "gemma4_text", "enable_moe_block": True}, "experts beside the MLP"),
         ({"model_type": "gemma4_text", "attention_k_eq_v": True}, "keys as values"),
     ],
@@ -312,7 +364,9 @@ mlps = st.builds(
     st.booleans(),
 )  # fmt: skip
 experts = st.builds(Experts, sizes, sizes, sizes, sizes, names, st.just("clamped_silu"), names, names)
-layers = st.builds(Layer, attentions | recurrents, mlps | experts, st.builds(Norms, names, names, names, names))
+layers = st.builds(
+    Layer, attentions | recurrents, mlps | experts, st.builds(Norms, names, names, names, names), st.none() | recurrents
+)
 decoders = st.builds(
     Decoder, names, sizes, sizes, st.lists(layers, max_size=3).map(tuple), finite, finite, finite, finite, names,
     finite, st.none() | finite, st.booleans(), names, names,

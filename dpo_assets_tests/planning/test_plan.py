@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.cards import CARDS
 from dpo_assets.planning.families import describe
+from dpo_assets.planning.offers import EngineOffer
 from dpo_assets.planning.plan import TrainingPlan, steps_of
 from dpo_assets.planning.precision import Device
 from dpo_assets.planning.shape import ModelShape
@@ -154,7 +155,7 @@ def test_rows_that_change_the_rotary_tables_of_others_are_not_packed() -> None:
 
 def test_unsloth_has_fp8_only_from_hopper_on() -> None:
     assert planned(EIGHT_B, H200, hardware={"kernels": "unsloth", "precision": "fp8"}).precision == "fp8"
-    with pytest.raises(ConfigError, match=r"`unsloth` has fp8 from capability 9\.0 on"):
+    with pytest.raises(ConfigError, match=r"`unsloth` cannot train in fp8: it has fp8 from capability 9\.0 on"):
         planned(EIGHT_B, L4, hardware={"kernels": "unsloth", "precision": "fp8"})
 
 
@@ -279,6 +280,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "kernels": {"kernels": "fused"},
     "the card's 16 bit, unused": {"half": "fp16"},
     "checkpointing": {"gradient_checkpointing": True, "recomputed_layers": 3},
+    "predictions": {"engines": (EngineOffer(name="rows", pairs_per_s=3.0, peak_gib=4.0, why_not="slower"),)},
     "estimate": {"memory_gib": 1.0, "memory_available_gib": 1.0, "memory_parts": {"weights": 1.0}},
     "budget": {"token_budget": 99, "longest_pair": 98},
     "fit": {"fits": False, "would_fit": ["use a larger card"]},
@@ -296,6 +298,7 @@ CHANGED: dict[str, dict[str, Any]] = {
         ("the card's 16 bit, unused", False, False),
         ("checkpointing", False, False),
         ("estimate", False, False),
+        ("predictions", False, False),
         ("budget", False, False),
         ("fit", False, False),
     ],

@@ -17,9 +17,10 @@ from dpo_assets.planning.memory import adapter_bytes, body_parameters
 from dpo_assets.planning.model_folder import inspect_model
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.shape import ModelShape
+from dpo_assets.planning.sizes import find_model
 from dpo_assets.planning.targets import resolve_targets
 from dpo_assets.recipe import ALL_LINEAR, LoraSection
-from dpo_assets_tests.planning.cases import CPU, EIGHT_B, RTX_4090, TINY, planned
+from dpo_assets_tests.planning.cases import CPU, EIGHT_B, H200, RTX_4090, TINY, planned
 from dpo_assets_tests.planning.weights import save_index, save_tensors
 from dpo_assets_tests.samples import recipe
 
@@ -273,3 +274,29 @@ def test_a_kind_answers_to_the_end_of_its_name_alone() -> None:
         False,
         False,
     ]
+
+
+@pytest.mark.parametrize(
+    ("size", "names"),
+    [
+        ("qwen3-8b", list(ALL_LINEAR)),
+        ("phi4-mini", ["o_proj", "down_proj", "gate_up_proj", "qkv_proj"]),
+        ("qwen3.5-9b", [*ALL_LINEAR, "in_proj_a", "in_proj_b", "in_proj_qkv", "in_proj_z", "out_proj"]),
+        ("gpt-oss-20b", ["q_proj", "k_proj", "v_proj", "o_proj"]),
+    ],
+)
+def test_all_linear_of_a_model_that_is_only_described_is_spelled_out(size: str, names: list[str]) -> None:
+    made = planned(find_model(size).shape, H200)
+    assert made.lora.target_modules == names
+    experts = [kind.name for kind in made.coverage.kinds if kind.role == "experts"]
+    assert made.coverage.frozen == tuple(experts)
+    assert (made.coverage.share == 1.0) is not bool(experts)
+
+
+def test_experts_of_a_model_that_is_only_described_are_adapted_by_their_own_names() -> None:
+    shape = find_model("qwen3-30b-a3b").shape
+    made = planned(shape, H200, lora={"rank": 4, "target_parameters": EXPERTS})
+    assert (made.coverage.share, made.coverage.frozen_experts) == (1.0, False)
+    sides = 48 * 128 * ((2 * 768 + 2_048) + (2_048 + 768))
+    attention = 48 * (2 * (4_096 + 2_048) + 2 * (512 + 2_048))
+    assert adapter_bytes(shape, made.lora) == 18 * 4 * (sides + attention)

@@ -26,10 +26,10 @@ TOLERANCE = 1e-4
 Outcome = tuple[Tensor, Tensor, dict[str, Tensor]]  # Hidden states behind scored tokens, scores of rows, gradients.
 
 
-def adapted(base: Any, targets: Sequence[str] | str = "all-linear") -> Any:
+def adapted(base: Any, targets: Sequence[str] | str = "all-linear", rank: int = 3) -> Any:
     """A model with a random adapter."""
     config = LoraConfig(
-        r=3,
+        r=rank,
         lora_alpha=6,
         target_modules=targets if isinstance(targets, str) else list(targets),
         task_type="CAUSAL_LM",

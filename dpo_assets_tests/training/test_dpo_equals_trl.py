@@ -172,7 +172,7 @@ def test_losses_equal_those_of_trl_when_every_step_takes_several_forwards(
 def test_gradient_checkpointing_changes_no_loss(
     plan: TrainingPlan, by_trl: tuple[trl.DPOTrainer, History], run_packed: Runner
 ) -> None:
-    ours = run_packed(plan.model_copy(update={"gradient_checkpointing": True}))
+    ours = run_packed(plan.model_copy(update={"gradient_checkpointing": True, "recomputed_layers": 3}))
     assert largest_difference(ours, by_trl[1], "loss") <= LOSS_TOLERANCE
 
 

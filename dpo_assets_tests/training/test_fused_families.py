@@ -5,25 +5,29 @@ Models are tiny, random and in fp32; windows are shorter than rows; no norm, bia
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from dpo_assets.planning.activations import kept_bytes, recomputed_bytes
 from dpo_assets.planning.decoder import Attention, Decoder, Layer, Mlp, QueryGrowth, Rope
+from dpo_assets.recipe import LoraSection
+from dpo_assets.training.batches.packing import pack
 from dpo_assets.training.engines.base import causal_lm
 from dpo_assets.training.engines.fused.block import FrozenBlock, Norm, Residual
-from dpo_assets.training.engines.fused.decoder import description_of, why_not_fused
+from dpo_assets.training.engines.fused.decoder import FusedDecoder, description_of, why_not_fused
 from dpo_assets.training.engines.fused.differentiated import AutogradBlock, product
 from dpo_assets.training.engines.fused.layer import FusedLayer
 from dpo_assets.training.engines.fused.mlp import GatedCore
+from dpo_assets.training.engines.fused.ops import HeadTransform
 from dpo_assets.training.engines.fused.stream import Stream
 from dpo_assets.training.engines.fused.weights import FrozenGroup, Member, Scratch
 from dpo_assets.training.models.fp8 import quantise_layers
-from dpo_assets_tests.training.fused_parity import adapted, as_on_a_gpu, assert_same, fused, own
+from dpo_assets_tests.training.fused_parity import GROUPS, adapted, as_on_a_gpu, assert_same, fused, own
 from dpo_assets_tests.training.tiny_models import tiny_model
 
 # Qwen3.5 without its delta nets, whose layers have tests of their own.
@@ -96,6 +100,44 @@ def test_a_family_in_16_bit_is_near_its_fp32(family: str) -> None:
     assert all(g.dtype == torch.float32 for g in ours[2].values())
     assert float(torch.nn.functional.cosine_similarity(mine, theirs, dim=0)) > 0.99
     assert float(mine.norm() / theirs.norm()) == pytest.approx(1.0, abs=0.05)
+
+
+# --- what a layer keeps -----------------------------------------------------------------------------------------------
+
+
+def tensors(kept: Any) -> Iterator[Tensor]:
+    """Every tensor in what a layer keeps; tables of positions belong to the stream."""
+    if isinstance(kept, Tensor):
+        yield kept
+    elif isinstance(kept, tuple):
+        for value in kept:
+            yield from tensors(value)
+    elif is_dataclass(kept) and not isinstance(kept, HeadTransform):
+        for field in fields(kept):
+            yield from tensors(getattr(kept, field.name))
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("family", [*KINDS, "llama", "qwen3_5_text"])
+def test_a_layer_keeps_what_the_planner_counts(family: str, recomputed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_model(family, **WITH_ATTENTION_ONLY.get(family, {}))
+    adapted(base, rank=8)
+    description = description_of(base)
+    assert description is not None
+    engine = FusedDecoder(base, torch.float32, 2 * recomputed)
+    engine.refresh()
+    batch = pack(GROUPS)
+    stream = engine.stream(batch)
+    with as_on_a_gpu(monkeypatch):
+        x = torch.randn(len(batch["ids"]), description.hidden).requires_grad_()
+        kept = engine.layers[1](x, stream).grad_fn.kept  # type: ignore[union-attr]
+    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors(kept)}
+    layer, lora = description.layers[1], LoraSection(rank=8)
+    if recomputed:
+        expected = recomputed_bytes(layer, description, "fused", 4) + 4 * lora.rank  # x A^T of the last product.
+    else:
+        expected = kept_bytes(layer, description, "fused", lora, 4)
+    assert sum(found.values()) / len(x) == pytest.approx(expected, rel=0.02)
 
 
 # --- every word of a description counts -------------------------------------------------------------------------------

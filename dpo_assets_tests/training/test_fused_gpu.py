@@ -1,6 +1,6 @@
 """The fused layers in 16 bit on a GPU: as close to fp32 as Transformers with PEFT in the same precision is.
 
-Llama by Transformers' packed layers; other families by their own eager forward, a row at a time, windows shorter than it.
+Llama by Transformers' packed layers, other families by their own eager forward row by row, with windows that show.
 """
 
 from __future__ import annotations

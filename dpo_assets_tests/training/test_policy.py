@@ -95,8 +95,11 @@ def test_fused_layers_train_as_transformers_do(
     assert root_mean_square(difference) < 2e-2 * LR
 
 
-def test_recomputing_transformers_layers_changes_no_loss(trained: Callable[..., Run], by_transformers: Run) -> None:
-    run = trained(kernels="transformers", gradient_checkpointing=True, recomputed_layers=LAYERS)
+@pytest.mark.parametrize("recomputed", [2, LAYERS])
+def test_recomputing_transformers_layers_changes_no_loss(
+    recomputed: int, trained: Callable[..., Run], by_transformers: Run
+) -> None:
+    run = trained(kernels="transformers", gradient_checkpointing=True, recomputed_layers=recomputed)
     assert run.losses == pytest.approx(by_transformers.losses, abs=LOSS_TOLERANCE)
 
 

@@ -17,6 +17,12 @@ def everywhere_windowed(text: Text, number: int) -> Attention:
     return attention(text, window=text["sliding_window"])
 
 
+def ministral_attention(text: Text, number: int) -> Attention:
+    """A window in every layer, unless layer types say where."""
+    windowed = text.layer_type(number, full_every=0) == SLIDING
+    return attention(text, window=text["sliding_window"] if windowed else None)
+
+
 def ministral3_attention(text: Text, number: int) -> Attention:
     rope = text.rope_parameters()
     beta = rope.get("llama_4_scaling_beta")
@@ -116,10 +122,15 @@ OLMO2 = LLAMA | {"vocab_size": 50_304, "rms_norm_eps": 1e-5}
 GRANITE = LLAMA | {
     "embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0
 }  # fmt: skip
+GLM = LLAMA | {
+    "vocab_size": 151_552, "intermediate_size": 13_696, "num_hidden_layers": 40, "num_key_value_heads": 2,
+    "head_dim": 128, "max_position_embeddings": 131_072, "rms_norm_eps": 1.5625e-7,
+}  # fmt: skip
 
 DENSE: dict[str, Family] = {
     "llama": Family("Llama 2 and 3, SmolLM2", LLAMA),
-    "mistral": Family("Mistral 7B, Nemo, Small", MISTRAL, everywhere_windowed),
+    "mistral": Family("Mistral 7B, Nemo, Small", MISTRAL, everywhere_windowed, usual={"sliding_window": None}),
+    "ministral": Family("Ministral 8B (2410)", MISTRAL, ministral_attention),
     "ministral3": Family(
         "Ministral 3",
         MISTRAL
@@ -141,6 +152,7 @@ DENSE: dict[str, Family] = {
         },
         phi3_attention,
         fused_mlp,
+        usual={"max_position_embeddings": 131_072, "rope_scaling": {"type": "longrope"}},
     ),
     "smollm3": Family(
         "SmolLM3",
@@ -155,13 +167,10 @@ DENSE: dict[str, Family] = {
     "granite": Family("Granite 3", GRANITE, granite_attention, whole=granite_scales),
     "olmo2": Family("OLMo 2", OLMO2, olmo2_attention, norms=AFTER),
     "olmo3": Family("OLMo 3", OLMO2 | {"sliding_window": 4_096}, olmo3_attention, norms=AFTER),
+    "glm": Family("GLM-4-9B, GLM-Edge", GLM, glm4_attention, fused_mlp),
     "glm4": Family(
         "GLM-4-0414",
-        LLAMA
-        | {
-            "vocab_size": 151_552, "intermediate_size": 13_696, "num_hidden_layers": 40, "num_key_value_heads": 2,
-            "head_dim": 128, "max_position_embeddings": 131_072, "rms_norm_eps": 1.5625e-7,
-        },
+        GLM,
         glm4_attention,
         fused_mlp,
         Norms(after_mixer="post_self_attn_layernorm", after_mlp="post_mlp_layernorm"),

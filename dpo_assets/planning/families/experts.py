@@ -6,7 +6,16 @@ from dataclasses import replace
 from typing import Literal
 
 from dpo_assets.planning.decoder import Attention, Experts, Mlp, QkNorm
-from dpo_assets.planning.families.dense import LLAMA, MISTRAL, everywhere_windowed
+from dpo_assets.planning.families.dense import (
+    GRANITE,
+    LLAMA,
+    MISTRAL,
+    OLMO2,
+    PROJECTION_NORM,
+    everywhere_windowed,
+    granite_attention,
+    granite_scales,
+)
 from dpo_assets.planning.families.row import Family, attention, gated_mlp
 from dpo_assets.planning.families.text import FULL, SLIDING, Text
 
@@ -44,6 +53,23 @@ def qwen3_experts(text: Text, number: int) -> Mlp | Experts:
 def qwen3_5_experts(text: Text, number: int) -> Experts:
     shared = int(text.get("shared_expert_intermediate_size") or 0)
     return replace(routed(text, int(text["moe_intermediate_size"])), shared=shared)
+
+
+def qwen2_moe_attention(text: Text, number: int) -> Attention:
+    """Windows, where they are switched on, in every other layer below `max_window_layers`."""
+    below = number < text["max_window_layers"] and text["use_sliding_window"]
+    windowed = text.layer_type(number, full_every=2 if below else 1) == SLIDING
+    return attention(text, window=text["sliding_window"] if windowed and text["use_sliding_window"] else None)
+
+
+def olmoe_attention(text: Text, number: int) -> Attention:
+    if text["clip_qkv"] is not None:
+        text.beyond.append("clipped queries, keys and values")
+    return attention(text, qk_norm=PROJECTION_NORM)
+
+
+def granite_moe_experts(text: Text, number: int) -> Experts:
+    return replace(routed(text, text.width), module="block_sparse_moe", router="router")
 
 
 def deepseek_attention(text: Text, number: int) -> Attention:
@@ -108,6 +134,37 @@ EXPERTS: dict[str, Family] = {
     ),
     "mixtral": Family("Mixtral", MIXTRAL, everywhere_windowed, mixtral_experts, other_names=LOCAL),
     "qwen3_moe": Family("Qwen3 with experts", QWEN3_MOE, qwen3_moe_attention, qwen3_experts, other_names=LOCAL),
+    "qwen2_moe": Family(
+        "Qwen1.5-MoE, Qwen2-57B-A14B",
+        QWEN3_MOE
+        | {
+            "intermediate_size": 5_632, "num_attention_heads": 16, "num_key_value_heads": 16, "max_window_layers": 28,
+            "moe_intermediate_size": 1_408, "shared_expert_intermediate_size": 5_632, "num_experts_per_tok": 4,
+            "num_experts": 60,
+        },
+        qwen2_moe_attention,
+        qwen3_experts,
+        other_names=LOCAL,
+    ),
+    "olmoe": Family(
+        "OLMoE",
+        OLMO2
+        | {
+            "hidden_size": 2_048, "intermediate_size": 2_048, "num_hidden_layers": 16, "num_attention_heads": 16,
+            "max_position_embeddings": 4_096, "clip_qkv": None, "num_experts_per_tok": 8, "num_experts": 64,
+        },
+        olmoe_attention,
+        mixtral_experts,
+        other_names=LOCAL,
+    ),
+    "granitemoe": Family(
+        "Granite 3 with experts",
+        GRANITE | {"num_experts": 8, "num_experts_per_tok": 2},
+        granite_attention,
+        granite_moe_experts,
+        whole=granite_scales,
+        other_names=LOCAL,
+    ),
     "deepseek_v3": Family(
         "DeepSeek V3, R1",
         LLAMA

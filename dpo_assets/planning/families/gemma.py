@@ -143,5 +143,6 @@ GEMMAS: dict[str, Family] = {
         AROUND,
         gemma4_whole,
         beyond="normed values, a scalar for each layer",
+        usual={"num_kv_shared_layers": 10},
     ),
 }  # fmt: skip

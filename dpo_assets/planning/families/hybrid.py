@@ -105,8 +105,8 @@ def granite_experts(text: Text, number: int) -> Mlp | Experts:
     return Experts(count, active, text.width, shared, "block_sparse_moe", activation, "router", "shared_mlp")
 
 
-def falcon_h1_attention(text: Text, number: int) -> Attention:
-    return attention(text)
+def falcon_h1_mamba(text: Text, number: int) -> Recurrent:
+    return _mamba(text, int(text["mamba_d_ssm"] or text["mamba_expand"] * text.hidden))
 
 
 def falcon_h1_mlp(text: Text, number: int) -> Mlp:
@@ -167,6 +167,7 @@ HYBRID: dict[str, Family] = {
         Norms("operator_norm", before_mlp="ffn_norm"),
         lfm2_whole,
         eps="norm_eps",
+        usual={"full_attn_idxs": [2, 5, 8, 10, 12, 14], "num_hidden_layers": 16},
         other_names={"tie_embedding": "tie_word_embeddings", "block_ff_dim": "intermediate_size"},
     ),
     "granitemoehybrid": Family(
@@ -180,6 +181,7 @@ HYBRID: dict[str, Family] = {
         granite_mixer,
         granite_experts,
         whole=granite_scales,
+        usual={"num_local_experts": 0, "num_hidden_layers": 2, "layer_types": ["mamba", "attention"]},
         other_names=LOCAL | {"layers_block_type": "layer_types"},
     ),
     "falcon_h1": Family(
@@ -188,12 +190,13 @@ HYBRID: dict[str, Family] = {
         | {
             "vocab_size": 128_000, "intermediate_size": 14_336, "num_key_value_heads": 8,
             "max_position_embeddings": 8_192, "rms_norm_eps": 1e-5, "embedding_multiplier": 1.0,
-            "lm_head_multiplier": 1.0,
+            "lm_head_multiplier": 1.0, "mamba_d_ssm": 1_024, "mamba_expand": 2, "mamba_n_heads": 128,
+            "mamba_n_groups": 1, "mamba_d_state": 256,
         },
-        falcon_h1_attention,
-        falcon_h1_mlp,
-        Norms(before_mlp="pre_ff_layernorm"),
-        falcon_h1_whole,
+        mlp=falcon_h1_mlp,
+        norms=Norms(before_mlp="pre_ff_layernorm"),
+        whole=falcon_h1_whole,
+        beside=falcon_h1_mamba,
         beyond="attention and Mamba side by side, multipliers within them",
     ),
 }  # fmt: skip

@@ -65,6 +65,8 @@ class Family:
         whole: fields of `Decoder` beside its layers.
         eps: key of the norms' epsilon.
         beyond, row_by_row: of all its models, as in `Decoder`.
+        beside: the second mixer of every layer.
+        usual: what its published models set that decides which engines compute them, where it is no default.
         other_names: keys that it has under another name, and that name's meaning; stated, they win.
     """
 
@@ -77,6 +79,8 @@ class Family:
     eps: str = "rms_norm_eps"
     beyond: str = ""
     row_by_row: str = ""
+    beside: Callable[[Text, int], Recurrent] | None = None
+    usual: Mapping[str, Any] = field(default_factory=dict)
     other_names: Mapping[str, str] = field(default_factory=dict)
 
     def describe(self, family: str, stated: Mapping[str, Any]) -> Decoder:
@@ -87,7 +91,7 @@ class Family:
         """
         renamed = {key: stated[other] for other, key in self.other_names.items() if other in stated}
         text = Text({**stated, **renamed}, self.defaults, [self.beyond] if self.beyond else [])
-        layers = tuple(Layer(self.mixer(text, n), self.mlp(text, n), self.norms) for n in range(text.layers))
+        layers = tuple(self._layer(text, number) for number in range(text.layers))
         whole = {"tied": bool(text["tie_word_embeddings"])} | dict(self.whole(text))
         return Decoder(
             family=family,
@@ -99,3 +103,7 @@ class Family:
             row_by_row=self.row_by_row,
             **whole,
         )
+
+    def _layer(self, text: Text, number: int) -> Layer:
+        beside = self.beside(text, number) if self.beside else None
+        return Layer(self.mixer(text, number), self.mlp(text, number), self.norms, beside)

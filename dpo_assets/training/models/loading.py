@@ -27,6 +27,7 @@ from dpo_assets.planning.weights import listed
 from dpo_assets.training.engines import attention
 from dpo_assets.training.engines.base import attach_engine, causal_lm
 from dpo_assets.training.engines.fused.decoder import attach_fused
+from dpo_assets.training.engines.recompute import recompute_lowest
 from dpo_assets.training.engines.rows import OwnLogitsEngine, RowsEngine, why_not_rows
 from dpo_assets.training.engines.transformers import TransformersEngine, why_not_packed
 from dpo_assets.training.models.fp8 import quantise_layers
@@ -165,6 +166,8 @@ def choose_kernels(model: Any, plan: TrainingPlan, first: str | None = None) -> 
         if not (reason := _attach(causal_lm(model), plan, kernels)):
             break
         reasons.append(reason)
+    if kernels != "fused":  # Which recomputes by itself.
+        recompute_lowest(model, plan.recomputed_layers)
     return kernels, "; ".join(reasons)
 
 

@@ -46,10 +46,10 @@ CLOSING = ("loss", "logps/chosen", "rewards/chosen", "rewards/margins", "rewards
 LAST_LOGS = 5  # Closing values are means over this many logs: one batch of a small run is noise.
 
 
-def dpo_arguments(plan: TrainingPlan, output_dir: Path, kernels: str = "transformers") -> DPOConfig:
+def dpo_arguments(plan: TrainingPlan, output_dir: Path) -> DPOConfig:
     """TRL's configuration with every value that decides the result set."""
     return DPOConfig(
-        **trainer_arguments(plan, plan.dpo, output_dir, plan.dpo_steps) | packed_arguments(plan, kernels),
+        **trainer_arguments(plan, plan.dpo, output_dir, plan.dpo_steps) | packed_arguments(plan),
         beta=plan.dpo.beta,
         loss_type=["sigmoid"],  # The packed trainer's losses are its own; TRL's has no say.
         max_length=plan.max_length,
@@ -131,7 +131,7 @@ def packed_trainer(start: Start, tokenizer: Any, spec: TrainSpec, reporter: Repo
             train = train.add_column(name, [pair[n] for pair in scores])
     trainer = PackedDPOTrainer(
         model=policy.model,
-        args=dpo_arguments(plan, spec.scratch, policy.kernels),
+        args=dpo_arguments(plan, spec.scratch),
         train_dataset=train,
         processing_class=tokenizer,
         data_collator=PackedCollator(

@@ -16,7 +16,6 @@ from dpo_assets.checks.reports import SftReport
 from dpo_assets.contract import TrainSpec
 from dpo_assets.training.batches.data import load_split, sft_group
 from dpo_assets.training.batches.packing import Group, PackedBatch
-from dpo_assets.training.engines.base import OWN_KERNELS
 from dpo_assets.training.engines.transformers import engine_of
 from dpo_assets.training.guard.finite import StopOnNonFinite, check_trained
 from dpo_assets.training.models.chat_format import load_chat_format
@@ -72,8 +71,6 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     model = policy.model
     if policy.note:
         reporter.log(policy.told("sft", plan))
-    if plan.gradient_checkpointing and policy.kernels not in OWN_KERNELS:
-        model.enable_input_require_grads()
     probe = [to_group(row) for row in held_out.select(range(min(PROBE_PAIRS, len(held_out))))]
     with autocast_of(plan):
         before = held_out_nll(model, probe, plan.token_budget)
@@ -86,7 +83,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     trainer = PackedSFTTrainer(
         model=model,
         args=TrainingArguments(
-            **trainer_arguments(plan, plan.sft, spec.scratch, plan.sft_steps) | packed_arguments(plan, policy.kernels)
+            **trainer_arguments(plan, plan.sft, spec.scratch, plan.sft_steps) | packed_arguments(plan)
         ),
         train_dataset=train,
         data_collator=PackedCollator(

@@ -25,6 +25,7 @@ from trl.trainer.utils import use_adapter
 
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.planning.work import CLASSIC_MICRO_BATCH
 from dpo_assets.recipe import DpoSection
 from dpo_assets.training.engines.unsloth.loading import check_adapter_only
 from dpo_assets.training.guard.finite import check_first_loss
@@ -33,7 +34,6 @@ from dpo_assets.training.trainers.losses import DpoLoss
 from dpo_assets.training.trainers.packed import trainer_arguments
 from dpo_assets.training.trainers.schedule import MovingSchedule
 
-CLASSIC_MICRO_BATCH = 2
 COLUMNS = ("prompt", "chosen", "rejected")
 NOT_MODEL_INPUTS = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps"})
 

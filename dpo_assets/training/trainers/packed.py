@@ -18,7 +18,6 @@ from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.schedule import warmup_steps
 from dpo_assets.recipe import OptimSection
 from dpo_assets.training.batches.packing import Group, PackedBatch, balanced, by_rows, by_width, pack
-from dpo_assets.training.engines.base import OWN_KERNELS
 from dpo_assets.training.engines.transformers import engine_of
 from dpo_assets.training.scoring.logprobs import to_device
 from dpo_assets.training.trainers.schedule import SCHEDULER_TYPES, MovingSchedule
@@ -62,11 +61,10 @@ def trainer_arguments(plan: TrainingPlan, section: OptimSection, output_dir: Pat
     }
 
 
-def packed_arguments(plan: TrainingPlan, kernels: str) -> dict[str, Any]:
-    """What differs for packed batches from TRL's own trainer: fused and Unsloth's layers recompute by themselves."""
+def packed_arguments(plan: TrainingPlan) -> dict[str, Any]:
+    """What differs for packed batches from TRL's own trainer: every engine recomputes layers by itself."""
     return {
-        "gradient_checkpointing": plan.gradient_checkpointing and kernels not in OWN_KERNELS,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "gradient_checkpointing": False,
         "optim": "adamw_torch_fused" if plan.device == "cuda" else "adamw_torch",
     }
 

@@ -7,6 +7,7 @@ and keys, the repeated prompt of the second answer, and the output gate.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,10 +40,14 @@ class _Rows:
 
 @dataclass(frozen=True)
 class Attended:
-    """`out` [T, heads * dim] before the gate; how it came about, where the backward pass wants it."""
+    """`out` [T, heads * dim] before the gate; how it came about, where the backward pass wants it.
+
+    `transforms` are those of queries and of keys.
+    """
 
     out: Tensor
     by: Flash | _Rows | None
+    transforms: tuple[HeadTransform, HeadTransform]
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class AttentionCore:
     norms: tuple[Tensor, Tensor] | None = None
     sinks: Tensor | None = None
 
-    @property
+    @cached_property
     def kind(self) -> AttentionKind:
         return AttentionKind(self.shape.scale, self.shape.window, self.shape.softcap, self.sinks)
 
@@ -78,14 +83,15 @@ class AttentionCore:
 
     def run(self, projected: Tensor, stream: Stream, keep: bool) -> Attended:
         """Queries are rotated in place where the backward pass can do without them as they were."""
-        of_query, of_key = self._transforms(stream)
+        of_query, of_key = transforms = self._transforms(stream)
         if self._in_place(of_query):
             ops.transform(projected, projected, of_query)
         query = self._query(projected, of_query)
         if takes_flash(self.kind, query.device, query.dtype, self.shape.head_dim):
             flash = flash_forward(query, *self._rows(projected, of_key, stream.batch), self.kind, stream.batch)
-            return Attended(flash.out.flatten(1), flash if keep else None)
-        return self._on_rows(projected, query, of_key, stream.batch, keep)
+            return Attended(flash.out.flatten(1), flash if keep else None, transforms)
+        out, rows = self._on_rows(projected, query, of_key, stream.batch, keep)
+        return Attended(out, rows, transforms)
 
     def inner(self, projected: Tensor, inside: Attended, last: FrozenGroup) -> Tensor:
         if not self.shape.gated:
@@ -100,7 +106,7 @@ class AttentionCore:
         if self.shape.gated:
             inner = torch.empty_like(inside.out)
             ops.output_gate_backward(grad, inside.out, projected[:, dim:], out[:, dim:], inner, dim, self._stride)
-        of_query, of_key = self._transforms(stream)
+        of_query, of_key = inside.transforms
         heads = grad.unflatten(1, (self.shape.heads, dim))
         d_kv, kv = out[:, self._keys :], projected[:, self._keys :]
         if isinstance(inside.by, Flash):
@@ -153,8 +159,8 @@ class AttentionCore:
 
     def _on_rows(
         self, projected: Tensor, query: Tensor, of_key: HeadTransform, batch: PackedBatch, keep: bool
-    ) -> Attended:
-        """PyTorch's attention on padded rows; it differentiates itself."""
+    ) -> tuple[Tensor, _Rows | None]:
+        """PyTorch's attention on padded rows; it differentiates itself. Its output [T, heads * dim]."""
         shape = self.shape
         kv = projected[:, self._keys :]
         key = torch.empty_like(kv[:, : shape.kv_width])
@@ -168,4 +174,4 @@ class AttentionCore:
             q_rows, k_rows, v_rows = (unshare(leaf, batch).transpose(1, 2) for leaf in (q, k, v))
             rows = causal_rows(q_rows, k_rows, v_rows, self.kind)
             attended = rows.transpose(1, 2).flatten(0, 1).index_select(0, batch["home"])
-        return Attended(attended.detach().flatten(1), _Rows((q, k, v), attended) if keep else None)
+        return attended.detach().flatten(1), _Rows((q, k, v), attended) if keep else None

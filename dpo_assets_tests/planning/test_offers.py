@@ -1,0 +1,158 @@
+"""Which engine `auto` takes: the fastest of what is installed and computes the model, with the others beside it."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from typing import Any, get_args
+
+import pytest
+
+from dpo_assets.errors import ConfigError
+from dpo_assets.planning.decision import decide
+from dpo_assets.planning.offers import BUILT_IN, EngineOffer, installed_here
+from dpo_assets.planning.plan import TrainingPlan, make_plan
+from dpo_assets.planning.precision import Device
+from dpo_assets.planning.shape import Kernels, ModelShape
+from dpo_assets.planning.targets import resolve_targets
+from dpo_assets_tests.planning.cases import A100, CPU, EIGHT_B, H200, L4, T4, V100, data
+from dpo_assets_tests.planning.measured import SHAPES
+from dpo_assets_tests.samples import recipe
+
+WITH_UNSLOTH: frozenset[Kernels] = BUILT_IN | {"unsloth"}
+UNDESCRIBED = EIGHT_B.model_copy(update={"decoder": None, "architecture": "MptForCausalLM"})
+
+
+def made(
+    shape: ModelShape, device: Device = H200, installed: frozenset[Kernels] = WITH_UNSLOTH, **sections: Any
+) -> TrainingPlan:
+    return make_plan(recipe(**sections), shape, data(), device, installed)
+
+
+def offered(plan: TrainingPlan) -> dict[str, EngineOffer]:
+    return {offer.name: offer for offer in plan.engines}
+
+
+def without_fused(shape: ModelShape) -> ModelShape:
+    """The same model with an MLP that fused layers do not compute."""
+    decoder = shape.described()
+    layers = tuple(replace(layer, mlp=replace(layer.mlp, activation="relu2")) for layer in decoder.layers)
+    return shape.model_copy(update={"decoder": replace(decoder, layers=layers)})
+
+
+@pytest.mark.parametrize("device", [H200, A100, L4, T4, V100], ids=lambda device: device.name)
+def test_the_fastest_that_fits_is_taken_and_every_engine_is_told_of(device: Device) -> None:
+    plan = made(EIGHT_B, device)
+    offers = offered(plan)
+    assert set(offers) == set(get_args(Kernels))
+    assert plan.engines[0].name == plan.kernels == "fused"
+    assert [offer.why_not for offer in plan.engines].index("") == 0
+    assert plan.engines[0].peak_gib == pytest.approx(plan.memory_gib)
+    speeds = [offer.pairs_per_s for offer in plan.engines]
+    assert all(speed is not None for speed in speeds)
+    assert plan.engines[0].pairs_per_s == max(s for s in speeds if s)
+
+
+def test_unsloth_is_taken_where_it_is_the_fastest_and_installed() -> None:
+    """Qwen3-8B in 4 bit, 10.3 GiB, where fused layers do not compute it: 4.72 pairs/s against 3.22 on an H100."""
+    shape = without_fused(SHAPES["qwen3-8b"])
+    small = Device("cuda", "NVIDIA H100 80GB HBM3", 10.3, (9, 0))
+    plan = made(shape, small)
+    assert (plan.kernels, plan.precision) == ("unsloth", "4bit")
+    assert offered(plan)["transformers"].why_not == "slower, by this prediction"
+    assert "activation relu2" in offered(plan)["fused"].why_not
+    assert offered(plan)["fused"].pairs_per_s is None
+
+
+def test_what_is_not_installed_is_offered_and_not_taken() -> None:
+    shape = without_fused(SHAPES["qwen3-8b"])
+    plan = made(shape, Device("cuda", "H100", 10.3, (9, 0)), BUILT_IN)
+    assert plan.kernels == "transformers"
+    missing = offered(plan)["unsloth"]
+    assert missing.why_not == "not installed: pip install 'dpo-assets[unsloth]'"
+    assert missing.pairs_per_s is not None
+    taken = offered(plan)["transformers"].pairs_per_s
+    assert taken is not None
+    assert missing.pairs_per_s > taken
+
+
+def test_a_user_leaves_unsloth_out_by_naming_another_engine() -> None:
+    shape = without_fused(SHAPES["qwen3-8b"])
+    plan = made(shape, Device("cuda", "H100", 10.3, (9, 0)), hardware={"kernels": "transformers"})
+    assert plan.kernels == "transformers"
+    assert offered(plan)["unsloth"].why_not == "hardware.kernels asks for `transformers`"
+
+
+def test_the_precision_is_the_best_that_any_engine_fits_with() -> None:
+    """Unsloth keeps no inputs of recomputed layers on the GPU, so that it fits in 16 bit where others need 4."""
+    data_ = data(longest_pair=6_000, mean_pair=5_000.0, max_length=4_096)
+    device = Device("cuda", "H100", 20.0, (9, 0))
+    shape = without_fused(EIGHT_B)
+    alone, beside = (make_plan(recipe(), shape, data_, device, engines) for engines in (BUILT_IN, WITH_UNSLOTH))
+    assert (alone.precision, alone.kernels) == ("4bit", "transformers")
+    assert (beside.precision, beside.kernels) == ("bf16", "unsloth")
+    assert "it does not fit: " in offered(beside)["transformers"].why_not
+
+
+def test_nothing_is_predicted_on_a_cpu_and_the_models_own_layers_are_taken() -> None:
+    plan = made(EIGHT_B, CPU)
+    assert plan.kernels == "transformers"
+    assert all(offer.pairs_per_s is None for offer in plan.engines)
+    assert offered(plan)["fused"].why_not == "on a CPU the model's own layers are taken"
+
+
+def test_a_model_that_nothing_describes_is_not_computed_by_fused_layers_nor_by_unsloth() -> None:
+    plan = made(UNDESCRIBED)
+    assert plan.kernels == "transformers"
+    assert offered(plan)["fused"].why_not == offered(plan)["unsloth"].why_not
+    assert "nothing describes" in offered(plan)["fused"].why_not
+
+
+def test_trls_trainer_has_transformers_and_unsloth_alone() -> None:
+    plan = made(EIGHT_B, dpo={"trainer": "trl"})
+    assert plan.kernels == "unsloth"
+    for name in ("fused", "rows"):
+        assert offered(plan)[name].why_not == "dpo.trainer `trl` calls the model in its own way"
+    assert made(EIGHT_B, installed=BUILT_IN, dpo={"trainer": "trl"}).kernels == "transformers"
+    for name in ("fused", "rows"):
+        with pytest.raises(ConfigError, match=f"`{name}` is for the packed trainer"):
+            made(EIGHT_B, dpo={"trainer": "trl"}, hardware={"kernels": name})
+
+
+def test_speedups_take_transformers_and_the_others_say_so() -> None:
+    plan = made(EIGHT_B, hardware={"speedups": ["liger"]})
+    assert plan.kernels == "transformers"
+    assert offered(plan)["fused"].why_not == "hardware.speedups are for Transformers' layers"
+    with pytest.raises(ConfigError, match="not for kernels `rows`"):
+        made(EIGHT_B, hardware={"speedups": ["compile"], "kernels": "rows"})
+
+
+def test_dropout_and_a_merged_reference_leave_engines_out() -> None:
+    dropped = offered(made(EIGHT_B, lora={"dropout": 0.1}))
+    assert "computes no dropout" in dropped["fused"].why_not
+    merged = offered(made(EIGHT_B, dpo={"reference_strategy": "merged"}))
+    assert "would round the adapter" in merged["unsloth"].why_not
+
+
+def test_a_named_engine_is_planned_whatever_is_predicted_or_installed() -> None:
+    """The worker says what is missing: a plan can be made on another machine than it runs on."""
+    for name in get_args(Kernels):
+        plan = made(EIGHT_B, installed=BUILT_IN, hardware={"kernels": name})
+        assert (plan.kernels, plan.engines[0].name, plan.engines[0].why_not) == (name, name, "")
+
+
+def test_the_engine_is_decided_after_the_precision_that_is_asked_for() -> None:
+    resolved = recipe(hardware={"precision": "8bit"})
+    resolved = resolved.model_copy(update={"lora": resolve_targets(resolved.lora, EIGHT_B)})
+    decision = decide(resolved, EIGHT_B, data(), H200, WITH_UNSLOTH)
+    assert decision.precision == "8bit"
+    assert {o.name: o.why_not for o in decision.engines}["unsloth"] == "8-bit models are not on its own forward"
+
+
+def test_installed_engines_are_found_without_importing_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unsloth patches Transformers where it is imported, so the planner may only look for it."""
+    for present in ((), ("unsloth",), ("unsloth", "unsloth_zoo")):
+        # No environment of these tests has Unsloth, and one that has it is a GPU's.
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, p=present: object() if name in p else None)
+        assert ("unsloth" in installed_here()) is (len(present) == 2)
+        assert installed_here() >= BUILT_IN
