@@ -75,25 +75,12 @@ def refuse_engine(offers: Offers) -> None:
             f"hardware.kernels `unsloth` adapts {', '.join(ALL_LINEAR)} alone, and lora names {', '.join(other)}; use "
             "`auto`."
         )
-<<<<<<< HEAD
-    if requested == "unsloth" and shape.beside:
-        raise ConfigError(
-            f"hardware.kernels `unsloth` loads {shape.architecture} whole, with what is no text in it, and names its "
-            "layers otherwise than the release does; use `auto`."
-        )
-    if recipe.hardware.speedups:
-        _check_speedups(recipe, device)
-        requested = "transformers"
-    packed = recipe.dpo.trainer == "packed"  # TRL's trainer calls the model in its own way.
-    if requested == "fused" and _drops_out(recipe):
-=======
     if asked in ("fused", "rows") and recipe.dpo.trainer == "trl":
         raise ConfigError(
             f"hardware.kernels `{asked}` is for the packed trainer; with dpo.trainer `trl` use `transformers`, "
             "`unsloth` or `auto`."
         )
     if asked == "fused" and recipe.lora.dropout > 0 and recipe.sft.strategy == "train":
->>>>>>> main
         raise ConfigError(
             "hardware.kernels `fused` computes no dropout, and SFT would train with lora.dropout "
             f"{recipe.lora.dropout:g}; set lora.dropout to 0, or kernels to `auto`."

@@ -89,6 +89,8 @@ class Offers:
             precision: None: at any.
         """
         recipe = self.recipe
+        if kernels == "unsloth" and self.shape.beside:
+            return f"it loads {self.shape.architecture} whole, and names its layers otherwise than a release does"
         if recipe.dpo.trainer == "trl":
             if kernels in ("fused", "rows"):
                 return "dpo.trainer `trl` calls the model in its own way"
