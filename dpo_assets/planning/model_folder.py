@@ -188,8 +188,9 @@ def _attention(decoder: Decoder | None, text: Mapping[str, Any], weights: Weight
 
 def _refuse_quantised(folder: Path, config: Mapping[str, Any]) -> None:
     """A quantised base can be neither merged nor released in 16 bit."""
-    quantised = config.get("quantization_config")
-    if isinstance(quantised, Mapping):
+    text = config.get("text_config")
+    stated = [part.get("quantization_config") for part in (config, text) if isinstance(part, Mapping)]
+    for quantised in (value for value in stated if isinstance(value, Mapping)):
         raise ConfigError(
             f"the weights in {folder} are quantised already ({quantised.get('quant_method', 'quantization_config')} in "
             f"{CONFIG}): take the 16-bit base, and let `hardware.precision` quantise it while it trains"
