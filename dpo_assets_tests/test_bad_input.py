@@ -156,8 +156,11 @@ def test_what_a_template_is_given_is_part_of_the_base_and_told_to_the_worker(
 def test_the_recipes_template_takes_the_place_of_the_models_own(tmp_path: Path) -> None:
     config = tmp_path / "tokenizer_config.json"
     config.write_text(json.dumps({"chat_template": "{{ theirs }}", "eos_token": "</s>"}))
+    of_processor = tmp_path / "chat_template.json"
+    of_processor.write_text(json.dumps({"chat_template": "{{ theirs }}"}))
     _set_template(STORIES / "chat_template.jinja", tmp_path)
     assert json.loads(config.read_text()) == {"eos_token": "</s>"}
+    assert not of_processor.exists()
     assert (tmp_path / "chat_template.jinja").read_bytes() == (STORIES / "chat_template.jinja").read_bytes()
 
 

@@ -23,6 +23,7 @@ from dpo_assets.contract import VERIFIED, TemplateSettings, VerifiedBase, Verify
 from dpo_assets.errors import ConfigError, InfrastructureError
 from dpo_assets.planning.model_folder import (
     KEPT,
+    LEGACY_TEMPLATE,
     TEMPLATE,
     TOKENIZER_CONFIG,
     ModelFolder,
@@ -277,6 +278,8 @@ def _copy(source: Path, target: Path) -> None:
 def _set_template(template: Path, model: Path) -> None:
     """The recipe's template in place of any that the model has, wherever it keeps it."""
     (model / TEMPLATE).write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
+    # The processor of an older model would go on with its own copy of the template.
+    (model / LEGACY_TEMPLATE).unlink(missing_ok=True)
     config = json.loads((model / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
     if config.pop("chat_template", None) is not None:
         write_json(model / TOKENIZER_CONFIG, config)

@@ -12,7 +12,7 @@ VITAL = frozenset(
     {
         "safetensors_only", "every_row_accounted_for", "every_pair_accounted_for", "schema", "split_leak",
         "loss_supported", "sft_finite", "reference_is_start", "finite", "all_finite", "held_out_unseen",
-        "release_verified",
+        "release_verified", "tensors_kept",
     }
 )  # fmt: skip
 
@@ -92,6 +92,9 @@ CHECKS: tuple[CheckInfo, ...] = (
     CheckInfo("adapter_norm", "dpo_adapter", "The adapter changes no layer out of proportion.", blocking=False),
     CheckInfo("fidelity", "merged_model", "The merged model scores pairs as base + adapter did."),
     CheckInfo("all_finite", "merged_model", "Every merged weight is finite."),
+    CheckInfo(
+        "tensors_kept", "merged_model", "Every tensor of the base is released, byte for byte unless it has an adapter."
+    ),
     CheckInfo("held_out_unseen", "eval_scores", "No pair is scored whose opening message the model was trained on."),
     CheckInfo("promotion_verdict", "eval_scores", "The policy beats its start on held-out pairs, beyond chance."),
     CheckInfo("greedy_health", "eval_scores", "The release's greedy answers end, and do not repeat.", blocking=False),

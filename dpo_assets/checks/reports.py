@@ -183,6 +183,21 @@ def read_sft(artifact: Artifact) -> SftReport | AdoptedBase:
     return outcome
 
 
+class Carried(Report):
+    """What became of the base's tensors in the release, file against file."""
+
+    tensors: int = Field(description="Tensors in the base's files.")
+    adapted: int = Field(description="Of these, changed by the merge.")
+    beside: int = Field(default=0, description="Of these, no part of the language model: towers, projectors, heads.")
+    lost: tuple[str, ...] = Field(default=(), description="Not in the release, or in another shape or format.")
+    altered: tuple[str, ...] = Field(default=(), description="Without an adapter, and yet other bytes.")
+    added: tuple[str, ...] = Field(default=(), description="In the release, and not in the base.")
+
+    @property
+    def whole(self) -> bool:
+        return not (self.lost or self.altered or self.added)
+
+
 class MergeReport(Report):
     """What stage `merge` measured. Differences are nats per token between adapter and merged model."""
 
@@ -192,6 +207,9 @@ class MergeReport(Report):
     parameters: int = Field(description="Values that were looked at, of the release as it loads.")
     not_finite: tuple[str, ...] = Field(default=(), description="The weights that are not all numbers, by name.")
     method: Literal["streamed", "peft"]
+    carried: Carried | None = Field(
+        default=None, description="Not known where PEFT wrote the model in another layout than the base's."
+    )
     proven_in: str = Field(default="", description="What both were computed in, and where.")
     kernels: str = Field(default="", description="The engine that scored both.")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dpo_assets.checks.aftermath import displacement
 from dpo_assets.checks.bands import Bands, first_loss_tolerance
 from dpo_assets.checks.coverage import adapter_attached
-from dpo_assets.checks.reports import AdoptedBase, DpoReport, MergeReport, SftReport
+from dpo_assets.checks.reports import AdoptedBase, Carried, DpoReport, MergeReport, SftReport
 from dpo_assets.checks.verdict import Verdict, upper_limit
 from dpo_assets.untrusted import in_cell
 
@@ -113,7 +113,32 @@ def merge_verdicts(report: MergeReport, bands: Bands) -> list[Verdict]:
             "" if finite else "lower the learning rate and train again",
             f"{report.parameters} values of the release as it loads",
         ),
+        _tensors_kept(report.carried),
     ]
+
+
+def _tensors_kept(carried: Carried | None) -> Verdict:
+    """Whether the release holds what the base holds, towers and heads beside the language model included."""
+    check, band = "tensors_kept", "every tensor of the base under its name, byte for byte unless it has an adapter"
+    source = "a merge by plain names drops the vision tower (vllm 15031, 19139)"
+    if carried is None:
+        why = "not compared: the release has another layout than the base's, or an earlier version merged it"
+        return Verdict(check, "warn", why, band, source, "only an adapter that adds layers needs another layout")
+    faults = [
+        f"{len(names)} {what}: {', '.join(names[:NAMED])}"
+        for what, names in (("lost", carried.lost), ("altered", carried.altered), ("added", carried.added))
+        if names
+    ]
+    said = f"{carried.tensors - carried.adapted} of {carried.tensors} tensors as they were, {carried.adapted} adapted"
+    return Verdict(
+        check,
+        "pass" if carried.whole else "error",
+        "; ".join(faults) or said,
+        band,
+        source,
+        "" if carried.whole else "do not release it: report this base, and the names above, as a fault of the merge",
+        f"{carried.beside} tensors beside the language model" if carried.beside else "",
+    )
 
 
 def _finite(check: str, report: SftReport | DpoReport) -> Verdict:

@@ -60,8 +60,9 @@ def _content(token: Any) -> str | None:
 
 
 def _ids(config: Mapping[str, Any]) -> list[int]:
-    value = config.get("eos_token_id")
-    values = value if isinstance(value, list) else [value]
+    text = config.get("text_config")  # Of a model of more than text.
+    stated = [part.get("eos_token_id") for part in (config, text) if isinstance(part, Mapping)]
+    values = [v for value in stated for v in (value if isinstance(value, list) else [value])]
     return [v for v in values if isinstance(v, int) and not isinstance(v, bool)]
 
 

@@ -21,7 +21,7 @@ from dpo_assets.planning.weights import FLOATS, read_weights
 Role = Literal["linear", "experts", "router"]
 _LAYER = re.compile(r"(?P<list>(?P<before>(?:[^.]+\.)*?)(?:layers|h|blocks))\.(?P<number>\d+)\.(?P<rest>.+)")
 # Towers beside the language model of a multimodal checkpoint.
-_TOWERS = re.compile(r"vision|visual|audio|image|encoder", re.IGNORECASE)
+_TOWERS = re.compile(r"vision|visual|audio|speech|image|encoder|siglip|clip|(^|\.)vit", re.IGNORECASE)
 # Qwen2-MoE gates its shared expert; Hunyuan's router is a layer of its gate. MiniMax's `output_gate` is attention's.
 _ROUTERS = ("gate", "router", "shared_expert_gate", "gate.wg")
 # Buffers, biases and norms may have two or three dimensions too (Cohere's norms of queries: heads times width).
@@ -73,24 +73,39 @@ def is_stack(name: str, shape: Sequence[int]) -> bool:
     return len(shape) == 3 and shape[1] > 1 and _NO_MATRIX.search(name) is None
 
 
+def decoder_list(names: Iterable[str], layers: int) -> str:
+    """What stands before the numbers of the decoder's layers (`model.layers`); empty where no layers are found.
+
+    Checkpoints may hold more lists than the decoder's (a tower's, a resampler's, `mtp` for predicting further tokens):
+    the decoder's is the one that has the most of the model's layers, then the most tensors.
+
+    Args:
+        names: of all tensors.
+        layers: decoder layers of the model.
+    """
+    lists: dict[str, list[int]] = defaultdict(list)
+    for name in names:
+        found = _LAYER.fullmatch(name)
+        if found is not None and int(found["number"]) < layers and not _TOWERS.search(found["before"]):
+            lists[found["list"]].append(int(found["number"]))
+    return max(lists, key=lambda name: (len({*lists[name]}), len(lists[name])), default="")
+
+
 def matrices_of(tensors: Iterable[tuple[str, Sequence[int]]], layers: int) -> tuple[Matrices, ...]:
     """The kinds among (name, shape) of stored tensors, in the order of the first layer that has each.
 
-    Checkpoints may hold more lists of layers than the decoder's (a resampler's, `mtp` for predicting further tokens),
-    and more layers in it (DeepSeek-V3): the decoder's list is the one that has the most of the model's layers.
-
     Args:
-        layers: decoder layers of the model.
+        layers: decoder layers of the model. Its list may hold more of them (DeepSeek-V3).
     """
-    lists: dict[str, list[tuple[int, str, Sequence[int]]]] = defaultdict(list)
-    for name, shape in tensors:
-        found = _LAYER.fullmatch(name)
-        if found is not None and int(found["number"]) < layers and not _TOWERS.search(found["before"]):
-            lists[found["list"]].append((int(found["number"]), found["rest"], shape))
-    decoder = max(lists.values(), key=lambda held: (len({number for number, _, _ in held}), len(held)), default=[])
+    held = list(tensors)
+    decoder = decoder_list((name for name, _ in held), layers)
     shapes: dict[str, list[tuple[int, int]]] = {}
     roles: dict[str, Role] = {}
-    for _, rest, shape in decoder:
+    for name, shape in held:
+        found = _LAYER.fullmatch(name)
+        if found is None or found["list"] != decoder or int(found["number"]) >= layers:
+            continue
+        rest = found["rest"]
         kind = re.sub(r"\.experts\.\d+\.", ".experts.", f".{rest}")[1:]
         stacked = is_stack(kind, shape)
         if not stacked and not (len(shape) == 2 and kind.endswith(".weight") and not _NO_MATRIX.search(kind)):

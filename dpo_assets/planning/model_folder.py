@@ -17,6 +17,7 @@ from dpo_assets.errors import ConfigError
 from dpo_assets.planning.decoder import Decoder
 from dpo_assets.planning.families import describe
 from dpo_assets.planning.shape import ModelShape
+from dpo_assets.planning.text_part import TextPart, text_config
 from dpo_assets.planning.vocabulary import content, refuse_tokens_without_embedding
 from dpo_assets.planning.weights import FLOATS, Stored, Weights, listed, read_weights, unused_files
 
@@ -31,6 +32,14 @@ TOKENIZER_FILES = (
     "tokenizer.json", TOKENIZER_CONFIG, TEMPLATE, "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
+# Files by which a model of more than text reads images, video and sound.
+LEGACY_TEMPLATE = "chat_template.json"  # A processor's, of Transformers before 4.50.
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    LEGACY_TEMPLATE,
+)
 ADAPTER = "adapter_config.json"
 USUAL_NAMES = {
     "n_layer": "num_hidden_layers", "n_layers": "num_hidden_layers", "num_layers": "num_hidden_layers",
@@ -95,15 +104,17 @@ def inspect_model(folder: Path) -> ModelFolder:
 
 
 def _shape(folder: Path, config: Mapping[str, Any], weights: Weights) -> ModelShape:
+    """The shape of the language model: what else a checkpoint holds is neither loaded nor trained."""
     decoder = _described(folder, config)
-    text = _named_as_usual(config.get("text_config") or config)
+    text = _named_as_usual(text_config(config))
     architecture = ", ".join(config.get("architectures") or ["unknown"])
     try:
+        part = TextPart.of(config, weights.tensors)
+        every, weights = weights, weights.only(frozenset(part.names.values()))
         heads, kv_heads, head_dim = _attention(decoder, text, weights)
-        tied = decoder.tied if decoder else _tied(text, config, weights)
         hidden = decoder.hidden if decoder else text["hidden_size"]
         # A tied head that is stored as well is the embedding once more.
-        twice = weights.tensors.get(HEAD) if tied else None
+        twice = weights.tensors.get(part.names.get(HEAD, "")) if part.tied else None
         return ModelShape(
             parameters=weights.parameters - (math.prod(twice.shape) if twice else 0),
             layers=len(decoder.layers) if decoder else text["num_hidden_layers"],
@@ -114,10 +125,11 @@ def _shape(folder: Path, config: Mapping[str, Any], weights: Weights) -> ModelSh
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
-            tied=tied,
+            tied=part.tied if weights.files or decoder is None else decoder.tied,
             architecture=architecture,
-            model_type=config.get("model_type") or "",
+            model_type=text.get("model_type") or config.get("model_type") or "",
             stored=weights.format,
+            beside=every.parameters - weights.parameters,
             decoder=decoder,
         )
     except KeyError as error:
@@ -174,14 +186,6 @@ def _attention(decoder: Decoder | None, text: Mapping[str, Any], weights: Weight
     return (queries // width, keys // width, width) if width else (0, 0, 0)
 
 
-def _tied(text: Mapping[str, Any], config: Mapping[str, Any], weights: Weights) -> bool:
-    """Whether the head is the embedding. Where the config leaves it to its class (Gemma), the files tell."""
-    stated = text.get("tie_word_embeddings", config.get("tie_word_embeddings"))
-    if stated is not None:
-        return bool(stated)
-    return bool(weights.files) and not any(name.endswith(HEAD) for name in weights.tensors)
-
-
 # gpt-oss was published in MXFP4 alone. Transformers makes 16 bit of it on any machine; its 5.17 would write the experts
 # of all layers under one name, though, if it were not told to leave its names as they are.
 WRITE_16_BIT = (
@@ -192,8 +196,9 @@ WRITE_16_BIT = (
 
 def _refuse_quantised(folder: Path, config: Mapping[str, Any]) -> None:
     """A quantised base can be neither merged nor released in 16 bit."""
-    quantised = config.get("quantization_config")
-    if isinstance(quantised, Mapping):
+    text = config.get("text_config")
+    stated = [part.get("quantization_config") for part in (config, text) if isinstance(part, Mapping)]
+    for quantised in (value for value in stated if isinstance(value, Mapping)):
         raise ConfigError(
             f"the weights in {folder} are quantised already ({quantised.get('quant_method', 'quantization_config')} in "
             f"{CONFIG}): take the 16-bit base, and let `hardware.precision` quantise it while it trains"

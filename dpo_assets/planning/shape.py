@@ -30,6 +30,7 @@ class ModelShape(BaseModel):
     architecture: str = ""
     model_type: str = ""  # Of config.json: by it PEFT and Transformers tell families apart.
     stored: str = ""  # What most weights are stored in, as `compute` names it; empty where no file was read.
+    beside: int = 0  # Values in the files that are none of the language model's: towers, heads for further tokens.
     decoder: Decoder | None = None  # What its layers compute; None where no family is known.
     matrices: tuple[Matrices, ...] | None = None  # Of the decoder layers, where the model's files were read.
 

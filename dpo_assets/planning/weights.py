@@ -9,7 +9,8 @@ import json
 import math
 import struct
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -63,6 +64,12 @@ class Weights:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(file.path.name for file in self.files)
+
+    def only(self, names: Collection[str]) -> Weights:
+        """The tensors of these names, in the same files."""
+        return Weights(
+            tuple(replace(file, tensors=tuple(t for t in file.tensors if t.name in names)) for file in self.files)
+        )
 
     @property
     def parameters(self) -> int:

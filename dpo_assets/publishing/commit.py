@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_assets.artifact import file_sha256
 from dpo_assets.errors import ConfigError, GateError, InfrastructureError
-from dpo_assets.planning.model_folder import TOKENIZER_FILES
+from dpo_assets.planning.model_folder import PROCESSOR_FILES, TOKENIZER_FILES
 from dpo_assets.publishing.secrets import find_secrets, scrub
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ ALLOWED = (
     "config.json",
     "generation_config.json",
     *TOKENIZER_FILES,
+    *PROCESSOR_FILES,
     "README.md",
     "provenance.json",
 )

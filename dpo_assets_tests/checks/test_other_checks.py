@@ -52,6 +52,7 @@ BANDS = default_bands()
 NOTHING = LoraCoverage(kinds=(Covered(name="self_attn.q_proj", role="linear", weights=1000, adapted=0),))
 
 Report = dict[str, Any]
+CARRIED = {"tensors": 40, "adapted": 14, "beside": 9}
 SFT: Report = {
     "finite": True, "steps": 60, "held_out_nll_before": 2.0, "held_out_nll_after": 1.8, "ends_with_eos": 1.0,
     "kernels": "transformers", "adapted_share": 1.0,
@@ -59,7 +60,7 @@ SFT: Report = {
 DPO: Report = dpo_report().model_dump(mode="json", exclude={*Aftermath.model_fields, "stopped", "trigger"})
 MERGE: Report = {
     "probe_pairs": 32, "mean_difference_per_token": 0.005, "max_difference_per_token": 0.01, "parameters": 10,
-    "method": "streamed",
+    "method": "streamed", "carried": CARRIED,
 }  # fmt: skip
 
 
@@ -309,6 +310,11 @@ def test_a_dpo_run_is_held_against_its_report(check: str, changes: Report, level
         ("fidelity", {"mean_difference_per_token": math.nan}, "error"),
         ("all_finite", {}, "pass"),
         ("all_finite", {"not_finite": ["model.norm.weight"]}, "error"),
+        ("tensors_kept", {}, "pass"),
+        ("tensors_kept", {"carried": None}, "warn"),
+        ("tensors_kept", {"carried": CARRIED | {"lost": ["model.visual.patch.weight"]}}, "error"),
+        ("tensors_kept", {"carried": CARRIED | {"altered": ["model.visual.patch.weight"]}}, "error"),
+        ("tensors_kept", {"carried": CARRIED | {"added": ["model.patch.weight"]}}, "error"),
     ],
 )
 def test_a_merge_is_held_against_its_report(check: str, changes: Report, level: str) -> None:
@@ -533,7 +539,12 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
         "dpo_adapter": adapter_verdicts(bad_dpo if fail else DPO | aftermath_report()),
         "merged_model": merge_verdicts(
             MergeReport.model_validate(
-                MERGE | ({"not_finite": ["model.norm.weight"], "mean_difference_per_token": 1.0} if fail else {})
+                MERGE
+                | (
+                    {"not_finite": ["model.norm.weight"], "mean_difference_per_token": 1.0, "carried": None}
+                    if fail
+                    else {}
+                )
             ),
             BANDS,
         ),

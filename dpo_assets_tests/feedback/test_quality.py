@@ -287,9 +287,9 @@ def test_every_end_that_any_file_names_ends_an_answer(tmp_path: Any) -> None:
         tmp_path,
         tokenizer_config={"eos_token": {"content": "<eos>"}, "added_tokens_decoder": decoder},
         generation_config={"eos_token_id": [7, 106]},
-        config={"eos_token_id": 1},
+        config={"eos_token_id": 1, "text_config": {"eos_token_id": [2, 7]}, "vision_config": {"eos_token_id": 3}},
     )
-    assert markers.ends == {1, 7, 106}
+    assert markers.ends == {1, 2, 7, 106}
     assert "<turn>" in markers.texts
 
 

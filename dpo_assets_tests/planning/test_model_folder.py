@@ -148,6 +148,7 @@ def test_a_token_that_only_the_tokenizers_config_adds_counts_too(tmp_path: Path)
     ("damage", "message"),
     [
         ({"quantization_config": {"quant_method": "gptq"}}, r"quantised already \(gptq"),
+        ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, r"quantised already \(fp8"),
         (
             {"quantization_config": {"quant_method": "mxfp4"}},
             r"quantised already \(mxfp4.*Mxfp4Config\(dequantize=True",
@@ -155,12 +156,12 @@ def test_a_token_that_only_the_tokenizers_config_adds_counts_too(tmp_path: Path)
         ({"dtype": "F8_E4M3"}, r"stores layer\.weight \(F8_E4M3\)"),
         ({"adapter": True}, "merge the adapter into its base first"),
     ],
-    ids=["quantised", "in MXFP4", "in 8 bit", "an adapter"],
+    ids=["quantised", "its text part is quantised", "in MXFP4", "in 8 bit", "an adapter"],
 )
 def test_what_is_no_16_bit_base_is_refused_with_the_way_out(
     tmp_path: Path, damage: dict[str, Any], message: str
 ) -> None:
-    config = {k: v for k, v in damage.items() if k == "quantization_config"}
+    config = {k: v for k, v in damage.items() if k in ("quantization_config", "text_config")}
     folder = model(tmp_path, config=LLAMA | config)
     save_tensors(folder / "model.safetensors", {"layer.weight": [2, 3]}, dtype=damage.get("dtype", "BF16"))
     if damage.get("adapter"):
@@ -267,7 +268,7 @@ def test_what_a_short_config_leaves_to_its_class_is_its_default(tmp_path: Path) 
     folder = model(tmp_path, config={"model_type": "gemma3", "text_config": inner})
     shape = inspect_model(folder).shape
     assert (shape.heads, shape.kv_heads, shape.head_dim, shape.vocabulary, shape.tied) == (8, 4, 256, 262_208, True)
-    assert (shape.model_type, shape.decoder) == ("gemma3", describe({"model_type": "gemma3_text"} | inner))
+    assert (shape.model_type, shape.decoder) == ("gemma3_text", describe({"model_type": "gemma3_text"} | inner))
 
 
 def test_what_an_unknown_family_leaves_to_its_class_is_read_from_the_files(tmp_path: Path) -> None:
@@ -279,7 +280,7 @@ def test_what_an_unknown_family_leaves_to_its_class_is_read_from_the_files(tmp_p
     save_tensors(folder / "model.safetensors", table | layer)
     shape = inspect_model(folder).shape
     assert (shape.vocabulary, shape.heads, shape.kv_heads, shape.head_dim) == (20, 4, 2, 16)
-    assert (shape.model_type, shape.decoder) == ("gemma9", None)
+    assert (shape.model_type, shape.decoder) == ("gemma9_text", None)
     save_tensors(folder / "model.safetensors", table)
     unknown = inspect_model(folder).shape
     assert unknown.heads == 0

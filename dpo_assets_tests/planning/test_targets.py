@@ -243,6 +243,14 @@ def test_unsloth_is_not_asked_for_targets_that_it_does_not_know(lora: dict[str, 
         planned(shape_of(tensors), RTX_4090, lora=lora, hardware={"kernels": "unsloth"})
 
 
+def test_unsloth_is_not_asked_for_a_checkpoint_of_more_than_text() -> None:
+    """It would load the towers too, and save an adapter under names that no release has."""
+    beside = EIGHT_B.model_copy(update={"beside": 400_000_000, "architecture": "Gemma3ForConditionalGeneration"})
+    with pytest.raises(ConfigError, match=r"`unsloth` .*it loads Gemma3ForConditionalGeneration whole"):
+        planned(beside, RTX_4090, hardware={"kernels": "unsloth"})
+    assert planned(beside, RTX_4090).kernels != "unsloth"
+
+
 def test_experts_are_refused_where_they_cannot_be_trained_or_joined() -> None:
     with pytest.raises(ConfigError, match="cannot be trained with dropout"):
         recipe(lora={"target_parameters": EXPERTS, "dropout": 0.1})

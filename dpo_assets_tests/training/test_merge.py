@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dpo_assets.checks.bands import default_bands
+from dpo_assets.checks.reports import MergeReport
 from dpo_assets.checks.training import merge_verdicts
 from dpo_assets.contract import MergeSpec
 from dpo_assets.errors import ConfigError, GateError
@@ -537,7 +538,7 @@ def test_a_head_that_shares_the_changed_embeddings_does_not_pass_as_the_same_pol
     """PEFT merges into the shared weight, so the head changes too, which the adapter had left alone."""
     tied = make_adapter(model_folder, tmp_path / "tied", OTHER_KINDS["embeddings"]())
     _, report, _ = run_stage(model_folder, tied, "of-tied")
-    verdicts = merge_verdicts(report, default_bands())
+    verdicts = merge_verdicts(MergeReport.model_validate(report), default_bands())
     assert [verdict.level for verdict in verdicts if verdict.check == "fidelity"] == ["error"]
     own = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, tie_word_embeddings=False)
     own.lm_head.weight.data = own.model.embed_tokens.weight.data.clone()
@@ -599,7 +600,9 @@ def test_nan_in_the_weights_as_written_turns_the_check_red(
     monkeypatch.setattr(merge, "stream_merge", damage)
     _, report, _ = run_stage(model_folder, adapter)
     assert (report["finite"], report["not_finite"]) == (False, [name])
-    verdicts = {verdict.check: verdict for verdict in merge_verdicts(report, default_bands())}
+    verdicts = {
+        verdict.check: verdict for verdict in merge_verdicts(MergeReport.model_validate(report), default_bands())
+    }
     assert verdicts["all_finite"].level == "error"
     assert name in str(verdicts["all_finite"].value)
 

@@ -34,6 +34,7 @@ from dpo_assets.training.engines.rows import OwnLogitsEngine, RowsEngine, why_no
 from dpo_assets.training.engines.transformers import TransformersEngine, why_not_packed
 from dpo_assets.training.models.fp8 import quantise_layers
 from dpo_assets.training.models.targets import chosen_places, peft_targets, refuse_other_places
+from dpo_assets.training.models.text_part import text_source
 
 # The adapter must carry PEFT's default name: TRL reads `peft_config["default"]` unguarded.
 ADAPTER_NAME = "default"
@@ -47,17 +48,19 @@ CONVERSION = "conversion of the weights"  # What Transformers 5 says of experts 
 def load_causal_lm(folder: Path, **how: Any) -> tuple[PreTrainedModel, list[str]]:
     """A causal language model whose weights all come from the folder's files, and the tensors that it has no use for.
 
-    Transformers draws at random what the files lack, and says so in a warning.
+    Of a checkpoint with more than text it is the text part. Transformers draws at random what the files lack, and says
+    so in a warning.
 
     Args:
         how: arguments of `from_pretrained`; `device_map={"": "meta"}` reads the files' headers alone.
 
     Raises:
         ConfigError: naming tensors that config.json needs and no file holds, or holds in another shape; when the files
-            are no model that can be loaded without code of their own.
+            are no model that can be loaded without code of their own, or one whose text part has no class.
     """
     try:
-        model, told = AutoModelForCausalLM.from_pretrained(
+        source = text_source(folder)
+        model, told = (source.cls or AutoModelForCausalLM).from_pretrained(
             folder,
             local_files_only=True,
             use_safetensors=True,
@@ -65,6 +68,7 @@ def load_causal_lm(folder: Path, **how: Any) -> tuple[PreTrainedModel, list[str]
             # Told below instead of raised, all at once.
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **source.arguments,
             **how,
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -83,8 +87,11 @@ def load_causal_lm(folder: Path, **how: Any) -> tuple[PreTrainedModel, list[str]
         raise ConfigError(
             f"the weights in {folder} cannot be put into the form that Transformers computes: {_first_line(error)}"
         ) from None
-    lacking = sorted(told["missing_keys"])
-    other = sorted(f"{name} {tuple(stored)}, not {tuple(needed)}" for name, stored, needed in told["mismatched_keys"])
+    lacking = sorted(map(source.in_files, told["missing_keys"]))
+    other = sorted(
+        f"{source.in_files(name)} {tuple(stored)}, not {tuple(needed)}"
+        for name, stored, needed in told["mismatched_keys"]
+    )
     if lacking or other:
         faults = [f"no file holds {listed(lacking)}"] if lacking else []
         faults += [f"the files hold {listed(other)}"] if other else []
@@ -92,7 +99,7 @@ def load_causal_lm(folder: Path, **how: Any) -> tuple[PreTrainedModel, list[str]
             f"the weights in {folder} are not those that its config.json describes: {'; '.join(faults)}. Download the "
             "model again, or mend config.json (tie_word_embeddings, num_hidden_layers)."
         )
-    return model, sorted(told["unexpected_keys"])
+    return model, source.unused(list(told["unexpected_keys"]))
 
 
 def _first_line(error: Exception) -> str:

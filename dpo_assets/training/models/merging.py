@@ -22,6 +22,7 @@ from torch import Tensor
 from dpo_assets.artifact import write_json
 from dpo_assets.errors import ConfigError, GateError
 from dpo_assets.planning.precision import Compute
+from dpo_assets.planning.text_part import TextPart, read_text_part
 from dpo_assets.planning.weights import INDEX, SINGLE, Stored, TensorFile, read_header, weight_files
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -65,10 +66,14 @@ class Update:
 
 @dataclass(frozen=True)
 class StreamedMerge:
-    """The base's files, and the update of each adapted weight by its name in them."""
+    """The base's files, and what becomes of the tensors that change, by their names in them.
+
+    Attributes:
+        updates: what is added to a weight, or a tensor of the same shape and format that takes its place.
+    """
 
     files: tuple[TensorFile, ...]
-    updates: Mapping[str, Update]
+    updates: Mapping[str, Update | Stored]
 
 
 def plan_merge(base: Path, adapter: Path) -> StreamedMerge:
@@ -83,16 +88,19 @@ def plan_merge(base: Path, adapter: Path) -> StreamedMerge:
     pairs = _pairs(read_header(adapter / ADAPTER_WEIGHTS))
     files = tuple(read_header(path) for path in weight_files(base))
     stored = {tensor.name: tensor for file in files for tensor in file.tensors}
-    names = _names_in_base(sorted(pairs), frozenset(stored))
-    if _tied(base) and (heads := [module for module in pairs if not any(p.isdigit() for p in module.split("."))]):
+    part = read_text_part(base)
+    names = _names_in_base(sorted(pairs), part)
+    if part.tied and (heads := [module for module in pairs if not any(p.isdigit() for p in module.split("."))]):
         raise NotStreamable(f"the adapter changes {heads[0]}, which may share its weight with another layer")
-    updates = {}
+    updates: dict[str, Update | Stored] = {}
     for module, (down, up) in sorted(pairs.items()):
         weight = stored[names[module]]
         if weight.dtype not in MERGEABLE or {down.dtype, up.dtype} - set(MERGEABLE):
             raise NotStreamable(f"{weight.name} is stored as {weight.dtype}, its LoRA as {down.dtype} and {up.dtype}")
         if not _fits(weight, down, up):
             raise NotStreamable(f"{weight.name} {list(weight.shape)} is no linear layer of its LoRA pair")
+        if weight.name in updates:
+            raise NotStreamable(f"two LoRA pairs change {weight.name}")
         updates[weight.name] = Update(module, down, up, _scale(settings, module, rank=down.shape[0]))
     return StreamedMerge(files, updates)
 
@@ -124,9 +132,7 @@ def stream_merge(
         with file.path.open("rb") as source, (out / name).open("wb") as sink:
             sink.write(file.head)
             for tensor in file.tensors:
-                update = merge.updates.get(tensor.name)
-                blocks = _copied(source, tensor, block) if update is None else _merged(source, tensor, update, block)
-                for data in blocks:
+                for data in _written(source, tensor, merge.updates.get(tensor.name), block):
                     sink.write(data)
                 weight_map[tensor.name] = name
         on_file(number, total)
@@ -160,29 +166,26 @@ def _pairs(file: TensorFile) -> dict[str, tuple[Stored, Stored]]:
     return {module: (pair["A"], pair["B"]) for module, pair in sides.items()}
 
 
-def _names_in_base(modules: list[str], stored: frozenset[str]) -> dict[str, str]:
-    """The weight of each module by its name in the files: the same, one prefix less, or one prefix more for all."""
-    probe = f"{modules[0]}.weight"
-    prefixes = {name.removesuffix(probe) for name in stored if name.endswith(f".{probe}")}
-    without = [module.partition(".")[2] for module in modules]
-    candidates = [modules]
+def _names_in_base(modules: list[str], part: TextPart) -> dict[str, str]:
+    """The weight of each module by its name in the files.
+
+    Among the language model's tensors alone: the same for all modules, with one prefix less, or with one more.
+    """
+    for names in _candidates(modules, part):
+        if all(name in part.names for name in names):
+            return {module: part.names[name] for module, name in zip(modules, names, strict=True)}
+    raise NotStreamable(f"the base's files do not hold {part.stored_as(f'{modules[0]}.weight')} and its fellows")
+
+
+def _candidates(modules: list[str], part: TextPart) -> Iterator[list[str]]:
+    own = [f"{module}.weight" for module in modules]
+    yield own
+    prefixes = {name.removesuffix(own[0]) for name in part.names if name.endswith(f".{own[0]}")}
     if len(prefixes) == 1:
-        candidates.append([next(iter(prefixes)) + module for module in modules])
+        yield [next(iter(prefixes)) + name for name in own]
     # A checkpoint of the decoder alone lacks the name that the language model gives its decoder.
-    if len({module.partition(".")[0] for module in modules}) == 1:
-        candidates.append(without)
-    for names in candidates:
-        found = [f"{name}.weight" for name in names]
-        if stored.issuperset(found):
-            return dict(zip(modules, found, strict=True))
-    raise NotStreamable(f"the base's files do not hold {probe} and its fellows under these names")
-
-
-def _tied(base: Path) -> bool:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
-    return any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config()))
+    if len({name.partition(".")[0] for name in own}) == 1:
+        yield [name.partition(".")[2] for name in own]
 
 
 def _fits(weight: Stored, down: Stored, up: Stored) -> bool:
@@ -199,6 +202,18 @@ def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
             alpha = float(value)
             break
     return alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
+
+
+def _written(source: BinaryIO, tensor: Stored, update: Update | Stored | None, block: int) -> Iterator[Any]:
+    """The bytes of a tensor in the release."""
+    match update:
+        case Update():
+            yield from _merged(source, tensor, update, block)
+        case Stored():
+            with update.path.open("rb") as other:
+                yield from _copied(other, update, block)
+        case None:
+            yield from _copied(source, tensor, block)
 
 
 def _copied(source: BinaryIO, tensor: Stored, block: int) -> Iterator[bytes | bytearray]:

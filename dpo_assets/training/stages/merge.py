@@ -16,13 +16,17 @@ import torch
 from dpo_assets.artifact import VOLATILE, write_json
 from dpo_assets.checks.reports import MergeReport
 from dpo_assets.contract import MergeSpec, Progress
-from dpo_assets.errors import GateError
+from dpo_assets.errors import ConfigError, GateError
+from dpo_assets.planning.model_folder import PROCESSOR_FILES
 from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.planning.text_part import read_text_part
+from dpo_assets.planning.weights import listed
 from dpo_assets.training.batches.data import dpo_group, load_split
 from dpo_assets.training.batches.packing import Group
+from dpo_assets.training.models.carrying import OtherLayout, compared, put_back
 from dpo_assets.training.models.chat_format import load_chat_format, write_tokenizer
-from dpo_assets.training.models.loading import attach_adapter, autocast_of, load_base
-from dpo_assets.training.models.merging import NotStreamable, plan_merge, stored_format, stream_merge
+from dpo_assets.training.models.loading import attach_adapter, autocast_of, load_base, load_causal_lm
+from dpo_assets.training.models.merging import NotStreamable, StreamedMerge, plan_merge, stored_format, stream_merge
 from dpo_assets.training.models.policy import load_scored
 from dpo_assets.training.reporting import Reporter
 from dpo_assets.training.scoring.logprobs import score_groups
@@ -46,20 +50,21 @@ def run(spec: MergeSpec, reporter: Reporter) -> None:
     def on_file(done: int, total: int) -> None:
         reporter.log(Progress(stage="merge", done=done, total=total, note="files").line())
 
-    method: Literal["streamed", "peft"]
+    method: Literal["streamed", "peft"] = "streamed"
+    merge: StreamedMerge | None
     try:
         merge = plan_merge(spec.base_model, spec.adapter)
     except NotStreamable as why:
         reporter.log(f"merge: {why}, so PEFT merges it with the whole model in memory")
         method = "peft"
-        merge_in_memory(spec, folder)
-    else:
-        method = "streamed"
+        merge = merge_in_memory(spec, folder, reporter)
+    if merge is not None:
         stream_merge(merge, folder, on_file=on_file)
         config = json.loads((spec.base_model / "config.json").read_text(encoding="utf-8"))
         config.pop("_name_or_path", None)  # Where the base once lay on someone's machine.
         write_json(folder / "config.json", config)
     _write_tokenizer(spec, folder)
+    carried = compared(spec.base_model, folder, frozenset(merge.updates)) if merge is not None else None
 
     held_out = load_split(spec.dataset, "eval")
     to_group = partial(dpo_group, max_length=plan.max_length)
@@ -79,6 +84,7 @@ def run(spec: MergeSpec, reporter: Reporter) -> None:
         not_finite=merged.weights.not_finite,
         parameters=merged.weights.parameters,
         method=method,
+        carried=carried,
         proven_in=f"{plan.compute} on {plan.device}",
         kernels=settled.kernels,
     )
@@ -87,13 +93,18 @@ def run(spec: MergeSpec, reporter: Reporter) -> None:
     reporter.log(f"merge: adapter and merged model differ by {report.mean_difference_per_token:.2g} nats per token")
 
 
-def merge_in_memory(spec: MergeSpec, folder: Path) -> None:
+def merge_in_memory(spec: MergeSpec, folder: Path, reporter: Reporter) -> StreamedMerge | None:
     """PEFT's own merge, for adapters that are more than LoRA on linear layers; on the CPU, in the base's own format.
 
     What a card computes in has no say: a base in bf16 that was trained on a card without it is released in bf16.
 
+    Returns:
+        the merge as changes to the base's files; None where it has another layout than these (layers added), and was
+        written into `folder` whole.
+
     Raises:
         GateError: when a merged weight is not finite.
+        ConfigError: when it has another layout, and would leave behind what the base holds beside its language model.
     """
     stored = stored_format(spec.base_model)
     plan = spec.plan.model_copy(update={"device": "cpu", "precision": stored})
@@ -108,9 +119,23 @@ def merge_in_memory(spec: MergeSpec, folder: Path) -> None:
     for name, tensor in merged.state_dict().items():
         if not bool(torch.isfinite(tensor).all()):
             raise _not_finite(name)
-    merged.save_pretrained(folder, safe_serialization=True)
+    whole = spec.scratch / "merged"
+    merged.save_pretrained(whole, safe_serialization=True)
     del model, merged
     _free()
+    _, unused = load_causal_lm(spec.base_model, device_map={"": "meta"})
+    try:
+        return put_back(spec.base_model, whole, unused)
+    except OtherLayout as why:
+        if beside := read_text_part(spec.base_model).beside:
+            raise ConfigError(
+                f"this adapter cannot be merged into {spec.base_model}: {why}, and the release would lose "
+                f"{listed(list(beside))}. Release the adapter itself (publishing.artifact: adapter)."
+            ) from None
+        reporter.log(f"merge: {why}, so the release is stored as PEFT and Transformers write it")
+        for path in whole.iterdir():
+            path.rename(folder / path.name)
+        return None
 
 
 @dataclass(frozen=True)
@@ -148,9 +173,12 @@ def _scored(
 
 
 def _write_tokenizer(spec: MergeSpec, folder: Path) -> None:
-    """The base's own tokenizer, and generation defaults that stop where the policy was taught to stop."""
+    """The base's own tokenizer and processor, and generation defaults that stop where the policy was taught to stop."""
     base = spec.base_model
     write_tokenizer(base, folder)
+    for name in PROCESSOR_FILES:
+        if (base / name).is_file():
+            (folder / name).write_bytes((base / name).read_bytes())
     chat = load_chat_format(base, spec.template)
     values = _object(folder / GENERATION) or _object(base / GENERATION)
     if not values:
