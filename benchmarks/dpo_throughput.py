@@ -1,7 +1,7 @@
 """Throughput and memory of LoRA DPO on one device: the packed trainer beside TRL's own and Unsloth's.
 
     python benchmarks/dpo_throughput.py --model 8b --deadline 460 --out 8b.jsonl
-    python benchmarks/dpo_throughput.py --model qwen3-1.7b,gemma3-4b --parity --out small.jsonl    # loaded side by side
+    python benchmarks/dpo_throughput.py --model qwen3-1.7b,gemma3-4b,1b:ours --out small.jsonl    # loaded side by side
     python benchmarks/dpo_throughput.py --model 1b --parity --out 1b.jsonl
     python benchmarks/dpo_throughput.py --model 1b --precisions fp8,8bit,fp16,4bit,bf16 --cases none --out p.jsonl
     python benchmarks/dpo_throughput.py --report 8b.jsonl 1b.jsonl
@@ -132,22 +132,18 @@ class Model:
 
 def _chosen(args: argparse.Namespace) -> dict[str, dict[str, Case]]:
     """Model -> its cases, in the order of CASES, whatever order was asked for: cases without a cap come last."""
-    wanted = [] if args.cases == ["none"] else args.cases
+    none = args.cases == ["none"]
     chosen: dict[str, dict[str, Case]] = {}
-    for model in args.model:
+    for text in args.model:
+        model, _, arms = text.partition(":")
         if model not in SHAPES:
             raise SystemExit(f"no model {model}; there are {', '.join(SHAPES)}")
-        known = {name: case for name, case in CASES.items() if case.model == model}
-        if args.cases == ["none"]:
-            known = {}
-        chosen[model] = {name: case for name, case in known.items() if not wanted or name in wanted}
-    if unknown := set(wanted) - {name for cases in chosen.values() for name in cases}:
-        raise SystemExit(f"no case {sorted(unknown)} of {', '.join(args.model)}; cases: {', '.join(CASES)}")
-    if args.arms:
-        chosen = {
-            model: {name: replace(case, who=args.arms) for name, case in cases.items()}
-            for model, cases in chosen.items()
-        }
+        who = tuple(arms.split("+")) if arms else args.arms
+        cases = {name: case for name, case in CASES.items() if case.model == model and not none}
+        cases = {name: case for name, case in cases.items() if not args.cases or name in args.cases}
+        chosen[model] = {name: replace(case, who=who) if who else case for name, case in cases.items()}
+    if unknown := {*args.cases} - {name for cases in chosen.values() for name in cases} - {"none"}:
+        raise SystemExit(f"no case {sorted(unknown)} of {', '.join(chosen)}; cases: {', '.join(CASES)}")
     return chosen
 
 
@@ -184,7 +180,12 @@ def _names(text: str) -> list[str]:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", type=_names, default=["tiny"], help=f"one or several of {', '.join(SHAPES)}")
+    add(
+        "--model",
+        type=_names,
+        default=["tiny"],
+        help=f"one or several of {', '.join(SHAPES)}; `NAME:ours+unsloth` times these arms of it alone",
+    )
     add("--cases", type=_names, default=[], help="names of cases.py; `none`; default: all of the models")
     add(
         "--arms",

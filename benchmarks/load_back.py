@@ -157,7 +157,7 @@ def main() -> None:
         version, rows = run(arguments.python, Path(work))
     print(f"here: transformers {transformers.__version__}; there: {version}; largest difference of any logit\n")
     print(
-        "| architecture | base by | config keys | tensors kept + adapted | adapter moves | here | there | base there |"
+        "| architecture | base by | config keys | tensors kept, adapted | adapter moves | here | there | base there |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:

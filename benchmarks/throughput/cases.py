@@ -26,7 +26,7 @@ class Case:
     model: str
     precision: str
     cap_gib: float | None
-    who: tuple[str, ...] = (OURS, "ours_transformers", "unsloth")
+    who: tuple[str, ...] = (OURS, "unsloth")
     max_length: int = MAX_LENGTH
     known: Mapping[str, int] = field(default_factory=dict)
 
@@ -64,8 +64,8 @@ CASES = {
     "olmo3-7b-bf16": _dense("olmo3-7b", 26.0),
     "smollm3-3b-bf16": _dense("smollm3-3b", 14.0),
     "qwen3.5-9b-bf16": Case("qwen3.5-9b", "bf16", 30.0),
-    "gpt-oss-20b-bf16": Case("gpt-oss-20b", "bf16", 36.0),
-    "qwen3-30b-a3b-bf16": Case("qwen3-30b-a3b", "bf16", 34.0),
+    "gpt-oss-20b-bf16": Case("gpt-oss-20b", "bf16", 30.0),
+    "qwen3-30b-a3b-bf16": Case("qwen3-30b-a3b", "bf16", 30.0),
 }
 # Memory (GiB) beyond the bf16 weights that parity and precisions may take: others may still be loading then.
 PARITY_ROOM, PRECISION_ROOM = 20.0, 40.0

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 LORA_RANK = 16
-TINY = "tiny"
+TINY, SMALL = "tiny", "small"
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ATTENTION_TARGETS = LLAMA_TARGETS[:4]
 FUSED_TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
@@ -42,11 +42,15 @@ class Shape:
 
     def tiny(self) -> Shape:
         """The same architecture in miniature, with windows shorter than its rows: does everything run on a CPU?"""
-        smaller = {key: value for key, value in _MINIATURE.items() if key in self.arguments}
-        arguments = {**self.arguments, **smaller}
+        arguments = {**self.arguments, **{key: _MINIATURE[key] for key in _MINIATURE.keys() & self.arguments.keys()}}
         if rope := arguments.get("rope_parameters"):
             arguments["rope_parameters"] = _miniature_rope(rope)
         return replace(self, gib=0.01, arguments=arguments, published_layers=None)
+
+    def small(self) -> Shape:
+        """Few and narrow layers with heads of the published size, for a GPU's kernels: does it compute the same?"""
+        sizes = {key: min(_SMALL[key], self.arguments[key]) for key in _SMALL.keys() & self.arguments.keys()}
+        return replace(self, gib=0.3, arguments={**self.arguments, **sizes}, published_layers=None)
 
 
 _MINIATURE: dict[str, Any] = {
@@ -54,6 +58,13 @@ _MINIATURE: dict[str, Any] = {
     "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 8_192, "sliding_window": 32, "query_pre_attn_scalar": 16,
     "num_local_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
     "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+}  # fmt: skip
+# At most these: what is smaller is kept.
+_SMALL: dict[str, Any] = {
+    "hidden_size": 1_024, "intermediate_size": 2_048, "num_hidden_layers": 6, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "vocab_size": 16_384, "sliding_window": 256,
+    "num_local_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 256,
+    "linear_num_key_heads": 4, "linear_num_value_heads": 8,
 }  # fmt: skip
 
 
@@ -89,7 +100,8 @@ _PHI4_LONG = [
     32.66, 32.7, 32.71, 32.93, 32.97, 33.28, 33.49, 33.5, 44.16, 47.77,
 ]  # fmt: skip
 
-# Sizes of the published config.json files. Two mixtures of experts have fewer layers, so that every arm fits one card.
+# Sizes of the published config.json files. Two mixtures of experts have fewer layers, so that both arms of both fit one
+# card together.
 _PUBLISHED = {
     "1b": Shape("llama", 2.3, _llama(2_048, 8_192, 16, 32, 8, 64, 128_256, True, **_LLAMA3)),
     "8b": Shape("llama", 15.0, _llama(4_096, 14_336, 32, 32, 8, 128, 128_256, False, **_LLAMA3)),
@@ -165,9 +177,9 @@ _PUBLISHED = {
         DELTA_NET_TARGETS,
     ),
     "gpt-oss-20b": Shape(
-        "gpt_oss", 20.6,
+        "gpt_oss", 14.4,
         _llama(
-            2_880, 2_880, 12, 64, 8, 64, 201_088, False,
+            2_880, 2_880, 8, 64, 8, 64, 201_088, False,
             max_position_embeddings=131_072, rms_norm_eps=1e-5, sliding_window=128,
             num_local_experts=32, num_experts_per_tok=4,
             rope_parameters={
@@ -178,9 +190,9 @@ _PUBLISHED = {
         ATTENTION_TARGETS, published_layers=24,
     ),
     "qwen3-30b-a3b": Shape(
-        "qwen3_moe", 19.8,
+        "qwen3_moe", 15.1,
         _llama(
-            2_048, 6_144, 16, 32, 4, 128, 151_936, False,
+            2_048, 6_144, 12, 32, 4, 128, 151_936, False,
             max_position_embeddings=40_960, rms_norm_eps=1e-6, num_local_experts=128, num_experts_per_tok=8,
             moe_intermediate_size=768, norm_topk_prob=True,
             rope_parameters={"rope_type": "default", "rope_theta": 1e6},
@@ -192,6 +204,7 @@ SHAPES = {
     TINY: Shape("llama", 0.01, _llama(64, 128, 2, 4, 2, 16, 8_192, True, **_LLAMA3)),
     **_PUBLISHED,
     **{f"{TINY}-{name}": shape.tiny() for name, shape in _PUBLISHED.items()},
+    **{f"{SMALL}-{name}": shape.small() for name, shape in _PUBLISHED.items()},
 }
 
 

@@ -80,6 +80,7 @@ CHECKS: tuple[CheckInfo, ...] = (
     ),
     CheckInfo("finite", "dpo_adapter", "Every logged value of the DPO run is finite."),
     CheckInfo("adapter_attached", "dpo_adapter", "The trained adapter covers of the layers what the plan says."),
+    CheckInfo("engine_as_planned", "dpo_adapter", "The engine that the plan names computed the run.", blocking=False),
     CheckInfo("displacement", "dpo_adapter", "Chosen answers did not lose their likelihood.", blocking=False),
     CheckInfo("collapse", "dpo_adapter", "No rule of the collapse guard fired while DPO ran."),
     CheckInfo(

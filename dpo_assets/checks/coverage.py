@@ -34,7 +34,7 @@ def lora_coverage(coverage: LoraCoverage, rank: int, bands: Bands) -> Verdict:
     if ways:
         faults.append(", and ".join(ways))
     if coverage.out_of_reach:
-        faults.append(f"PEFT takes {_some(coverage.out_of_reach)} for experts, so no setting adapts these")
+        faults.append(f"PEFT cannot put an adapter on {_some(coverage.out_of_reach)}, so no setting adapts these")
     if coverage.wider_than_layer:
         faults.append(f"lower lora.rank: {rank} is more than a side of {_some(coverage.wider_than_layer)}")
     if faults:

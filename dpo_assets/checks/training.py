@@ -7,6 +7,7 @@ from dpo_assets.checks.bands import Bands, first_loss_tolerance
 from dpo_assets.checks.coverage import adapter_attached
 from dpo_assets.checks.reports import AdoptedBase, Carried, DpoReport, MergeReport, SftReport
 from dpo_assets.checks.verdict import Verdict, upper_limit
+from dpo_assets.untrusted import in_cell
 
 NAMED = 4  # Weights that a value lists.
 
@@ -48,8 +49,23 @@ def dpo_verdicts(report: DpoReport, bands: Bands) -> list[Verdict]:
         reference_is_start(report, bands),
         _finite("finite", report),
         adapter_attached(report, bands),
+        engine_as_planned(report),
         displacement(report, bands),
     ]
+
+
+def engine_as_planned(report: DpoReport) -> Verdict:
+    """Whether the plan's engine computed the run. Where it was not exact another did, and nothing else says so."""
+    note = report.kernels_note
+    return Verdict(
+        "engine_as_planned",
+        "warn" if note else "pass",
+        report.kernels,
+        "the engine that the plan names",
+        "an engine is held against the model's own forward before it trains; the next one that is exact takes over",
+        "set hardware.kernels to what computed it, so that time and memory are planned for it" if note else "",
+        note=in_cell(note),
+    )
 
 
 def reference_is_start(report: DpoReport, bands: Bands) -> Verdict:

@@ -9,9 +9,10 @@ from dpo_assets.planning.cards import CARDS
 from dpo_assets.planning.dataset import DatasetStats
 from dpo_assets.planning.engines import beyond_unsloth
 from dpo_assets.planning.memory import MemoryFit
-from dpo_assets.planning.offers import BUILT_IN, EngineOffer, Offers
+from dpo_assets.planning.offers import BUILT_IN, EngineOffer, Offers, balances_routers
 from dpo_assets.planning.precision import Device, Precision, PrecisionChoice, choose_precision
 from dpo_assets.planning.shape import Kernels, ModelShape
+from dpo_assets.planning.targets import kinds_of
 from dpo_assets.recipe import ALL_LINEAR, Recipe
 
 SHORTEST_LENGTH = 64  # Tokens; a shorter max_length leaves no answer worth comparing.
@@ -70,6 +71,8 @@ def refuse_engine(offers: Offers) -> None:
     recipe, shape, asked = offers.recipe, offers.shape, offers.asked
     if recipe.hardware.speedups:
         _check_speedups(recipe, offers.device)
+    if balances_routers(recipe):
+        _check_routers(recipe, shape)
     if asked == "unsloth" and (other := beyond_unsloth(recipe.lora)):
         raise ConfigError(
             f"hardware.kernels `unsloth` adapts {', '.join(ALL_LINEAR)} alone, and lora names {', '.join(other)}; use "
@@ -89,6 +92,20 @@ def refuse_engine(offers: Offers) -> None:
         raise ConfigError(
             f"hardware.kernels `{asked}` cannot serve {shape.architecture or 'this model'} with max_length "
             f"{offers.data.max_length}: {reason}. Use `auto`."
+        )
+
+
+def _check_routers(recipe: Recipe, shape: ModelShape) -> None:
+    kinds, kernels = kinds_of(shape), recipe.hardware.kernels
+    if kinds is not None and not any(kind.role == "experts" for kind in kinds):
+        raise ConfigError(
+            f"router_balance is for mixtures of experts, and {shape.architecture or 'this base'} has no experts; set "
+            "sft.router_balance and dpo.router_balance to 0."
+        )
+    if kernels not in ("auto", "transformers"):
+        raise ConfigError(
+            f"hardware.kernels `{kernels}` do not tell what routers say, which router_balance needs; use "
+            "`transformers` or `auto`, or set sft.router_balance and dpo.router_balance to 0."
         )
 
 

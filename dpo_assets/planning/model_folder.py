@@ -186,13 +186,23 @@ def _attention(decoder: Decoder | None, text: Mapping[str, Any], weights: Weight
     return (queries // width, keys // width, width) if width else (0, 0, 0)
 
 
+# gpt-oss was published in MXFP4 alone. Transformers makes 16 bit of it on any machine; its 5.17 would write the experts
+# of all layers under one name, though, if it were not told to leave its names as they are.
+WRITE_16_BIT = (
+    "; write one by transformers: AutoModelForCausalLM.from_pretrained(folder, dtype='bfloat16', "
+    "quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(other_folder, save_original_format=False)"
+)
+
+
 def _refuse_quantised(folder: Path, config: Mapping[str, Any]) -> None:
     """A quantised base can be neither merged nor released in 16 bit."""
-    quantised = config.get("quantization_config")
-    if isinstance(quantised, Mapping):
+    text = config.get("text_config")
+    stated = [part.get("quantization_config") for part in (config, text) if isinstance(part, Mapping)]
+    for quantised in (value for value in stated if isinstance(value, Mapping)):
         raise ConfigError(
             f"the weights in {folder} are quantised already ({quantised.get('quant_method', 'quantization_config')} in "
             f"{CONFIG}): take the 16-bit base, and let `hardware.precision` quantise it while it trains"
+            + (WRITE_16_BIT if quantised.get("quant_method") == "mxfp4" else "")
         )
 
 

@@ -41,6 +41,11 @@ def installed_here() -> frozenset[Kernels]:
     return BUILT_IN | ({"unsloth"} if has_unsloth else set())
 
 
+def balances_routers(recipe: Recipe) -> bool:
+    """Whether a stage that trains adds the routers' balancing loss."""
+    return recipe.dpo.router_balance > 0 or (recipe.sft.router_balance > 0 and recipe.sft.strategy == "train")
+
+
 @dataclass(frozen=True, eq=False)
 class Offers:
     """The engines' offers for a recipe, with its adapter's targets resolved."""
@@ -91,6 +96,8 @@ class Offers:
         recipe = self.recipe
         if kernels == "unsloth" and self.shape.beside:
             return f"it loads {self.shape.architecture} whole, and names its layers otherwise than a release does"
+        if kernels != "transformers" and balances_routers(recipe):
+            return "it does not tell what routers say, which router_balance needs"
         if recipe.dpo.trainer == "trl":
             if kernels in ("fused", "rows"):
                 return "dpo.trainer `trl` calls the model in its own way"

@@ -27,6 +27,10 @@ EXPERTS_ALONE_IN = frozenset({
     "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe", "longcat_flash", "mellum",
     "olmoe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_thinker", "solar_open",
 })  # fmt: skip
+# Of these PEFT 0.21 refuses an adapter on `out_proj` (`_check_lora_target_modules_mamba`): Mamba's kernels read its
+# weight and never call it.
+OUTPUT_UNCALLED = frozenset({"out_proj"})
+OUTPUT_UNCALLED_IN = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
 
 
 class Covered(BaseModel):
@@ -86,8 +90,8 @@ def resolve_targets(lora: LoraSection, shape: ModelShape) -> LoraSection:
     lost = [kind for kind in linear if out_of_reach(kind, shape.model_type)]
     if taken := [name for name in names if any(kind.answers_to(name) for kind in lost)]:
         raise ConfigError(
-            f"lora.target_modules: PEFT takes {_listed(taken)} for the experts of a {shape.model_type}, and would "
-            f"adapt these instead. Leave it out, or write `{EVERY_LINEAR}`.{_experts_hint(kinds)}"
+            f"lora.target_modules: {_why_out_of_reach(taken, shape.model_type)}. Leave it out, or write "
+            f"`{EVERY_LINEAR}`.{_experts_hint(kinds)}"
         )
     return lora.model_copy(update={"target_modules": names})
 
@@ -100,8 +104,15 @@ def kinds_of(shape: ModelShape) -> tuple[Matrices, ...] | None:
 
 
 def out_of_reach(kind: Matrices, model_type: str) -> bool:
-    """Whether PEFT takes a linear kind of this name for experts."""
-    return kind.role == "linear" and model_type in EXPERTS_ALONE_IN and kind.last in EXPERTS_ALONE
+    """Whether PEFT takes a linear kind of this name for experts, or refuses it."""
+    experts = model_type in EXPERTS_ALONE_IN and kind.last in EXPERTS_ALONE
+    return kind.role == "linear" and (experts or (model_type in OUTPUT_UNCALLED_IN and kind.last in OUTPUT_UNCALLED))
+
+
+def _why_out_of_reach(names: Sequence[str], model_type: str) -> str:
+    if model_type in OUTPUT_UNCALLED_IN:
+        return f"PEFT puts no adapter on {_listed(names)} of a {model_type}, whose kernels would pass it by"
+    return f"PEFT takes {_listed(names)} for the experts of a {model_type}, and would adapt these instead"
 
 
 def all_linear(kinds: Sequence[Matrices], model_type: str) -> list[str]:

@@ -93,6 +93,15 @@ class OptimSection(Section):
     )
     weight_decay: float = Field(default=0.0, ge=0.0, description="AdamW weight decay.")
     max_grad_norm: float = Field(default=1.0, gt=0.0, description="Gradient clipping threshold.")
+    router_balance: float = Field(
+        default=0.0,
+        ge=0.0,
+        description=(
+            "What the balancing loss of routers is multiplied by and added (Switch Transformers, arXiv 2101.03961), as "
+            "`router_aux_loss_coef` is; 0.001 to 0.02 are usual in pretraining. For mixtures of experts on kernels "
+            "`transformers`. Frozen routers are balanced too, by what the adapter makes of their inputs."
+        ),
+    )
     seed: int = Field(default=42, ge=0, description="Seed of adapter initialisation and data order.")
 
 

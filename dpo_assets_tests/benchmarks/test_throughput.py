@@ -17,9 +17,9 @@ from benchmarks.throughput.cases import CASES, TARGETS
 from benchmarks.throughput.gate import Gate
 from benchmarks.throughput.measure import seed_adapter
 from benchmarks.throughput.models import configuration, read_off, write_weights
-from benchmarks.throughput.shapes import LORA_RANK, SHAPES, is_tiny
+from benchmarks.throughput.shapes import LORA_RANK, SHAPES, SMALL, is_tiny
 
-PUBLISHED = [name for name in SHAPES if not is_tiny(name)]
+PUBLISHED = [name for name in SHAPES if not is_tiny(name) and not name.startswith(SMALL)]
 FAMILIES = ["tiny-phi4-mini", "tiny-qwen3.5-9b", "tiny-gpt-oss-20b", "tiny-qwen3-30b-a3b", "tiny-gemma3-4b"]
 
 
@@ -33,6 +33,11 @@ def timed_work() -> Work:
     """The pairs that every case times."""
     rows = data.block(lambda count, seed: data.like_ultrafeedback(list(range(200_000)), count, seed), 0, 3)
     return work_of(rows, 1_024)
+
+
+def test_every_shape_is_a_configuration_of_transformers() -> None:
+    for name, shape in SHAPES.items():
+        assert without_weights(name).config.model_type == shape.model_type
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -257,7 +257,7 @@ def test_layers_that_no_setting_adapts_are_told_as_such() -> None:
     verdict = lora_coverage(some, 4, BANDS)
     assert verdict.level == "warn"
     assert "lora.target_modules" not in verdict.fix
-    assert "PEFT takes mlp.shared_experts.up_proj for experts" in verdict.fix
+    assert "PEFT cannot put an adapter on mlp.shared_experts.up_proj" in verdict.fix
 
 
 @pytest.mark.parametrize(
@@ -272,6 +272,9 @@ def test_layers_that_no_setting_adapts_are_told_as_such() -> None:
         ("reference_is_start", {"expected_first_loss": None}, "warn"),
         ("finite", {}, "pass"),
         ("finite", {"finite": False}, "error"),
+        ("engine_as_planned", {}, "pass"),
+        ("engine_as_planned", {"kernels": "transformers", "kernels_note": ""}, "pass"),
+        ("engine_as_planned", {"kernels": "rows", "kernels_note": "Llama4 scores -3 nats and -4"}, "warn"),
         ("adapter_attached", {}, "pass"),
         ("adapter_attached", {"lora_planned": LoraCoverage().model_dump()}, "pass"),
         ("adapter_attached", {"lora_coverage": coverage(down_proj=1).model_dump()}, "pass"),
@@ -515,6 +518,7 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
     bad_sft = SFT | {"finite": False, "held_out_nll_after": 9.0, "ends_with_eos": 0.0}
     bad_dpo = DPO | {
         "lora_coverage": NOTHING.model_dump(),
+        "kernels_note": "it scores -3 nats row by row and -4 by `transformers`",
         "finite": False,
         "first_loss": 1.0,
         "nll_ratio": 9.0,

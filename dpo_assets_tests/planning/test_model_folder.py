@@ -148,15 +148,20 @@ def test_a_token_that_only_the_tokenizers_config_adds_counts_too(tmp_path: Path)
     ("damage", "message"),
     [
         ({"quantization_config": {"quant_method": "gptq"}}, r"quantised already \(gptq"),
+        ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, r"quantised already \(fp8"),
+        (
+            {"quantization_config": {"quant_method": "mxfp4"}},
+            r"quantised already \(mxfp4.*Mxfp4Config\(dequantize=True",
+        ),
         ({"dtype": "F8_E4M3"}, r"stores layer\.weight \(F8_E4M3\)"),
         ({"adapter": True}, "merge the adapter into its base first"),
     ],
-    ids=["quantised", "in 8 bit", "an adapter"],
+    ids=["quantised", "its text part is quantised", "in MXFP4", "in 8 bit", "an adapter"],
 )
 def test_what_is_no_16_bit_base_is_refused_with_the_way_out(
     tmp_path: Path, damage: dict[str, Any], message: str
 ) -> None:
-    config = {k: v for k, v in damage.items() if k == "quantization_config"}
+    config = {k: v for k, v in damage.items() if k in ("quantization_config", "text_config")}
     folder = model(tmp_path, config=LLAMA | config)
     save_tensors(folder / "model.safetensors", {"layer.weight": [2, 3]}, dtype=damage.get("dtype", "BF16"))
     if damage.get("adapter"):

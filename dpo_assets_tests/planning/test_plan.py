@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.cards import CARDS
 from dpo_assets.planning.families import describe
+from dpo_assets.planning.matrices import Matrices
 from dpo_assets.planning.offers import EngineOffer
 from dpo_assets.planning.plan import TrainingPlan, steps_of
 from dpo_assets.planning.precision import Device
@@ -313,3 +314,32 @@ def test_what_a_quantised_base_computes_in_is_part_of_what_is_trained() -> None:
     before, after = (plan(precision="4bit", half=half) for half in ("bf16", "fp16"))
     assert before.sft_part() != after.sft_part()
     assert before.dpo_part() != after.dpo_part()
+
+
+MIXTURE = EIGHT_B.model_copy(
+    update={
+        "fusable": False,
+        "matrices": (
+            Matrices.of("self_attn.q_proj", "linear", [(64, 64)] * 2),
+            Matrices.of("mlp.experts.down_proj", "experts", [(64, 64)] * 8),
+        ),
+    }
+)
+
+
+@pytest.mark.parametrize("section", ["sft", "dpo"])
+def test_routers_are_balanced_on_the_kernels_that_hear_them(section: str) -> None:
+    balanced = {section: {"router_balance": 0.01}}
+    assert planned(MIXTURE, H200, **balanced).kernels == "transformers"
+    for kernels in ("unsloth", "rows"):
+        with pytest.raises(
+            ConfigError, match=f"`{kernels}` do not tell what routers say.*use `transformers` or `auto`"
+        ):
+            planned(MIXTURE, H200, hardware={"kernels": kernels}, **balanced)
+
+
+def test_routers_of_a_dense_model_cannot_be_balanced() -> None:
+    with pytest.raises(ConfigError, match=r"has no experts; set sft\.router_balance and dpo\.router_balance to 0"):
+        planned(EIGHT_B, H200, dpo={"router_balance": 0.01})
+    adopted = {"sft": {"router_balance": 0.01, "strategy": "adopt"}}  # No SFT, so nothing is asked for.
+    assert planned(EIGHT_B, H200, **adopted).kernels == "fused"

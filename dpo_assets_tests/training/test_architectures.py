@@ -6,6 +6,7 @@ Each model is tiny and random (`tiny_models`), and is held against its own eager
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,9 +15,10 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, LlamaForCausalLM
 
 from dpo_assets.contract import EvaluateSpec, MergeSpec
 from dpo_assets.errors import ConfigError
@@ -25,11 +27,14 @@ from dpo_assets.training.batches.packing import Group, pack
 from dpo_assets.training.engines.base import causal_lm
 from dpo_assets.training.engines.fused.decoder import FusedDecoder
 from dpo_assets.training.engines.transformers import engine_of
+from dpo_assets.training.guard.sampling import AdapterState, Watched, attach_scorer
+from dpo_assets.training.models.chat_format import load_chat_format
 from dpo_assets.training.models.loading import attach_adapter, load_base, plain_attention
 from dpo_assets.training.models.policy import load_policy
 from dpo_assets.training.scoring.logprobs import score_groups, score_tokens, sequence_logps
 from dpo_assets.training.scoring.proof import NotExactError, Settled, alike, assert_exact, settle_engine
 from dpo_assets.training.stages import dpo, evaluate, merge, sft
+from dpo_assets.training.trainers.classic import classic_trainer
 from dpo_assets_tests.training.conftest import Log, PlanMaker, SpecMaker
 from dpo_assets_tests.training.dense import row_logps, summed_logps
 from dpo_assets_tests.training.tiny_models import (
@@ -41,6 +46,7 @@ from dpo_assets_tests.training.tiny_models import (
     tiny_folder,
     tiny_model,
 )
+from dpo_assets_tests.training.trl_dense_scoring import dense_scoring
 
 # Everything else runs on Transformers' layers over the packed stream.
 OWN_FORWARD = {
@@ -189,6 +195,20 @@ def test_a_head_that_this_project_cannot_say_is_the_models_own(plan: TrainingPla
 def test_a_model_that_nothing_computes_as_its_own_forward_does_is_refused(plan: TrainingPlan) -> None:
     with pytest.raises(ConfigError, match=r"LooksAhead is computed by nothing here.*another architecture"):
         settle_engine(remade(LooksAhead), plan, PAIR)
+
+
+def test_an_encoder_that_is_read_as_a_causal_model_is_refused(plan: TrainingPlan) -> None:
+    """BERT attends to both sides unless its config says `is_decoder`; it agrees with itself on padded rows."""
+    small = BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    torch.manual_seed(0)
+    encoder = BertLMHeadModel(small).eval()
+    for parameter in encoder.parameters():
+        parameter.data.mul_(5)
+    with pytest.raises(ConfigError, match=r"BertLMHeadModel scores an answer's first 10 tokens .* no causal language"):
+        settle_engine(encoder, plan, PAIR)
+    decoder = BertLMHeadModel(BertConfig(**small.to_diff_dict() | {"is_decoder": True})).eval()
+    decoder.load_state_dict(encoder.state_dict())
+    assert settle_engine(decoder, plan, PAIR).kernels == "rows, own logits"
 
 
 def test_what_only_long_rows_feel_is_not_seen_on_short_ones(plan: TrainingPlan) -> None:
@@ -404,6 +424,43 @@ def test_every_stage_runs_on_a_models_own_forward(
     policy = [value for row in scores.select("policy_chosen", "policy_rejected").rows() for value in row]
     own = own_scores(tmp_path / "merge" / "model", LONGER_ROWS, LARGER_PAIR)
     assert policy == pytest.approx(own, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "kernels"), [("bloom", "query_key_value", "rows"), ("gpt_oss", "o_proj", "transformers")]
+)
+def test_trls_own_trainer_runs_and_its_model_is_scored_beside_it(
+    name: str, target: str, kernels: str, plan_for: PlanMaker, model_folder: Path, tmp_path: Path
+) -> None:
+    """TRL scores with a kernel for GPUs, so a stand-in takes its place here; the rest is TRL's own trainer.
+
+    A mixture's balancing loss must not join the loss: the first one would not be ln 2.
+    """
+    base = whole_folder(name, tmp_path / "base", model_folder)
+    plan = plan_for(dpo={"trainer": "trl", "batch_size": 2})
+    plan = plan.model_copy(
+        update={"dpo_steps": 2, "lora": plan.lora.model_copy(update={"target_modules": [target]}), "max_length": 64}
+    )
+    message, other = ({"role": "assistant", "content": text} for text in ("Once upon a time", "No"))
+    asked = [[{"role": "user", "content": f"Hello {n}"}] for n in range(4)]
+    rows = Dataset.from_list([{"prompt": prompt, "chosen": [message], "rejected": [other]} for prompt in asked])
+    policy = load_policy(base, plan, None, seed=0, dropout=0.0, packed=False)
+    chat = load_chat_format(base)
+    with dense_scoring():
+        trainer = classic_trainer(policy.model, chat.rendering_tokenizer(), rows, plan, tmp_path / "trl")
+        before = causal_lm(policy.model).config._attn_implementation
+        attach_scorer(policy.model, plan, PAIR)
+        assert causal_lm(policy.model).config._attn_implementation == before, "TRL trains it as it was"
+        assert engine_of(policy.model).name == kernels
+        watched = Watched(policy.model, AdapterState(policy.model), chat, plan, policy.kernels)
+        trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert losses[-1] < losses[0]
+    scores, _ = watched.scores([PAIR])
+    with plain_attention(policy.model.eval(), "eager"):
+        assert scores == pytest.approx(summed_logps(policy.model, [PAIR]), abs=1e-4)
+    assert watched.reference_scores([PAIR])[0] != pytest.approx(scores, abs=1e-3)
 
 
 def test_attention_of_each_layers_own_kind_reaches_the_packed_layers() -> None:

@@ -14,8 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from dpo_assets.errors import ConfigError
 from dpo_assets.training.models.chat_format import load_chat_format
-from dpo_assets.training.models.loading import attach_adapter, load_base, load_causal_lm, save_adapter
+from dpo_assets.training.models.loading import ADAPTER_NAME, attach_adapter, load_base, load_causal_lm, save_adapter
+from dpo_assets.training.models.merging import NotStreamable, plan_merge
+from dpo_assets.training.models.targets import coverage
+from dpo_assets.training.scoring.logprobs import score_groups
 from dpo_assets_tests.training.conftest import PlanMaker
+from dpo_assets_tests.training.tiny_models import PAIR, tiny_folder
 
 
 @pytest.fixture
@@ -120,3 +124,26 @@ def test_a_quantised_base_without_bitsandbytes_is_refused_with_what_to_install(
     for precision in ("4bit", "8bit"):
         with pytest.raises(ConfigError, match=r"needs bitsandbytes.*dpo-assets\[gpu\]"):
             load_base(model_folder, plan_for(precision=precision))
+
+
+def test_linear_layers_that_keep_their_weight_the_other_way_round_are_adapted_and_merged(
+    tmp_path: Path, plan_for: PlanMaker
+) -> None:
+    """GPT-2's. Two of the four kinds are square or near it, where a wrong side would not be seen by its shape."""
+    base = tiny_folder("gpt2", tmp_path / "base")
+    plan = plan_for()
+    plan = plan.model_copy(update={"lora": plan.lora.model_copy(update={"target_modules": ["c_attn", "c_proj"]})})
+    model = attach_adapter(load_base(base, plan), plan, None, seed=1, dropout=0.0)
+    covered = {kind.name: kind.adapted / kind.weights for kind in coverage(model, ADAPTER_NAME).kinds}
+    assert covered == {"attn.c_attn": 1.0, "attn.c_proj": 1.0, "mlp.c_fc": 0.0, "mlp.c_proj": 1.0}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    before = score_groups(model.eval(), [PAIR], 1000)[0]
+    save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(NotStreamable, match="fan_in_fan_out"):
+        plan_merge(base, tmp_path / "adapter")
+    merged = attach_adapter(load_base(base, plan), plan, tmp_path / "adapter", seed=1, dropout=0.0).merge_and_unload()
+    assert score_groups(merged.eval(), [PAIR], 1000)[0] == pytest.approx(before, abs=1e-4)
+    assert before != pytest.approx(score_groups(load_base(base, plan).eval(), [PAIR], 1000)[0], abs=1e-2)

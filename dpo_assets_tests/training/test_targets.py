@@ -13,14 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    FalconH1Config,
     Glm4MoeConfig,
     GlmConfig,
     GPTNeoXConfig,
+    LlamaConfig,
     MixtralConfig,
     Phi3Config,
     PreTrainedConfig,
@@ -34,7 +36,14 @@ from dpo_assets.errors import ConfigError
 from dpo_assets.planning.matrices import read_matrices
 from dpo_assets.planning.model_folder import inspect_model
 from dpo_assets.planning.plan import TrainingPlan
-from dpo_assets.planning.targets import EXPERTS_ALONE, EXPERTS_ALONE_IN, planned_coverage, resolve_targets
+from dpo_assets.planning.targets import (
+    EXPERTS_ALONE,
+    EXPERTS_ALONE_IN,
+    OUTPUT_UNCALLED,
+    OUTPUT_UNCALLED_IN,
+    planned_coverage,
+    resolve_targets,
+)
 from dpo_assets.recipe import ALL_LINEAR, LoraSection
 from dpo_assets.training.guard.aftermath import adapter_norm
 from dpo_assets.training.guard.sampling import AdapterState
@@ -66,6 +75,9 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         num_experts_per_tok=2,
         moe_intermediate_size=16,
         first_k_dense_replace=1,
+    ),
+    "falcon_h1": lambda: FalconH1Config(
+        **SMALL, head_dim=8, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8
     ),
 }
 Made = tuple[Path, TrainingPlan]
@@ -164,6 +176,39 @@ def test_names_that_peft_takes_for_experts_are_left_out_by_the_plan_and_refused_
     said = r"mlp\.experts\.down_proj, .* would be adapted, and .*mlp\.shared_experts\.up_proj, .* would stay frozen"
     with pytest.raises(ConfigError, match=said):
         attached(folder, forced)
+
+
+def test_a_projection_that_mambas_kernels_never_call_is_left_out_by_the_plan_and_refused_by_name(
+    made: Callable[..., Made],
+) -> None:
+    folder, plan = made("falcon_h1")
+    assert "out_proj" not in plan.lora.target_modules
+    assert "in_proj" in plan.lora.target_modules
+    assert plan.coverage.out_of_reach == ("mamba.out_proj",)
+    adapted = attach_adapter(AutoModelForCausalLM.from_pretrained(folder), plan, None, seed=1, dropout=0.0)
+    assert "mamba.out_proj" in coverage(adapted, ADAPTER_NAME).frozen
+    with pytest.raises(ConfigError, match="PEFT puts no adapter on `out_proj` of a falcon_h1"):
+        made("falcon_h1", target_modules=["q_proj", "out_proj"])
+
+
+@pytest.mark.parametrize("model_type", ["llama", *sorted(OUTPUT_UNCALLED_IN)])
+def test_peft_refuses_what_is_kept_out_of_reach(model_type: str) -> None:
+    """Of its own list, which it keeps inside a function."""
+
+    class Model(torch.nn.Module):
+        config = LlamaConfig(**SMALL)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.config.model_type = model_type
+            self.out_proj = torch.nn.Linear(4, 4)
+
+    config = LoraConfig(r=2, target_modules=list(OUTPUT_UNCALLED))
+    if model_type in OUTPUT_UNCALLED_IN:
+        with pytest.raises(ValueError, match="incompatible with Mamba"):
+            get_peft_model(Model(), config)
+    else:
+        get_peft_model(Model(), config)
 
 
 def test_the_model_types_that_peft_rewrites_are_all_known() -> None:

@@ -182,8 +182,14 @@ EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("llama4", EXPERTS), ("qwen3_5_moe", EXPERTS), ("mistral3", {"use_dora": True}), ("gemma4", {"bias": "all"})],
-    ids=["experts stored as one", "experts stored one by one", "dora", "bias"],
+    [
+        ("llama4", EXPERTS),
+        ("qwen3_5_moe", EXPERTS),
+        ("mistral3", {"use_dora": True}),
+        ("gemma4", {"bias": "all"}),
+        ("qwen2_5_vl", {"use_dora": True}),
+    ],
+    ids=["experts stored as one", "experts stored one by one", "dora", "bias", "a head put on here"],
 )
 def test_what_peft_merges_keeps_the_rest_of_the_checkpoint_too(
     name: str, settings: dict[str, Any], saved: Saved, tmp_path: Path

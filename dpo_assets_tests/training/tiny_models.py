@@ -94,6 +94,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     "falcon_h1": _HEADS | _MAMBA | {"lm_head_multiplier": 0.5, "embedding_multiplier": 2.0, "key_multiplier": 0.5},
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention"], "num_local_experts": 4, "num_experts_per_tok": 2,
+        "shared_intermediate_size": 16, "mamba_expand": 2, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1,
+        "mamba_d_state": 8, "mamba_chunk_size": 8, "embedding_multiplier": 2.0, "residual_multiplier": 0.5,
+        "logits_scaling": 3.0,
+    },
     "nemotron": _HEADS | {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
     "bloom": {},
     "mpt": {},

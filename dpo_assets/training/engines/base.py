@@ -11,8 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dpo_assets.errors import ConfigError
 from dpo_assets.training.batches.packing import PackedBatch
 from dpo_assets.training.scoring.head import Head, TokenScores, score_hidden
+from dpo_assets.training.scoring.routers import RouterWatch
 
 ATTRIBUTE = "dpo_assets_engine"
 OWN_KERNELS = frozenset({"fused", "unsloth"})  # Whose layers are their own; others run the model's and PEFT's.
@@ -43,6 +45,13 @@ class Engine(Protocol):
     def as_the_policy(self) -> AbstractContextManager[Any]:
         """Around a forward that will be compared with the policy's, where gradients decide which graph is taken."""
 
+    def watching_routers(self) -> AbstractContextManager[RouterWatch]:
+        """Around one forward, whose routers will be asked how evenly they spread its tokens.
+
+        Raises:
+            ConfigError: by engines that do not hear what routers say.
+        """
+
     @property
     def has_eager(self) -> bool:
         """Whether the model's own eager attention can be asked beside it, to prove that it is exact."""
@@ -60,6 +69,7 @@ class PlainEngine:
     """What most engines say of themselves."""
 
     has_eager = True
+    name = ""
     padded = False
     attention: str | None = None
 
@@ -77,6 +87,13 @@ class PlainEngine:
     def as_the_policy(self) -> AbstractContextManager[Any]:
         """One graph, with or without gradients."""
         return nullcontext()
+
+    def watching_routers(self) -> AbstractContextManager[RouterWatch]:
+        """Hears nothing of them."""
+        raise ConfigError(
+            f"router_balance is set, and kernels `{self.name}` do not tell what routers say; set hardware.kernels to "
+            "`transformers`, or sft.router_balance and dpo.router_balance to 0"
+        )
 
 
 class OwnLayersEngine(PlainEngine):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -11,22 +12,47 @@ from torch import Tensor
 from dpo_assets.training.batches.packing import PackedBatch
 from dpo_assets.training.engines.attention import NAME, Tables, attend_packed
 from dpo_assets.training.engines.base import OwnLayersEngine, attached_engine, causal_lm, decoder_of
+from dpo_assets.training.engines.recurrent.mixers import serve_packed
+from dpo_assets.training.scoring.routers import RouterWatch
 
 
 class TransformersEngine(OwnLayersEngine):
-    """The model's decoder, its attention on the packed stream (`engines.attention`)."""
+    """The model's decoder, its attention on the packed stream (`engines.attention`), its states kept apart
+    (`engines.recurrent`)."""
 
     name = "transformers"
     attention = NAME
 
+    def __init__(self, lm: Any, *, compiled: bool = False) -> None:
+        super().__init__(lm, compiled=compiled)
+        self._watch: RouterWatch | None = None
+        serve_packed(lm)
+
     def hidden(self, batch: PackedBatch, autocast: AbstractContextManager[Any] | None) -> Tensor:
         decoder = decoder_of(self._lm)
         assert decoder is not None
+        asked = {} if self._watch is None else {"output_router_logits": True}
         with autocast or nullcontext():
-            states: Tensor = decoder(
-                input_ids=batch["ids"][None], position_ids=batch["pos"][None], use_cache=False, packed=Tables(batch)
-            ).last_hidden_state[0]
+            said = decoder(
+                input_ids=batch["ids"][None],
+                position_ids=batch["pos"][None],
+                use_cache=False,
+                packed=Tables(batch),
+                **asked,
+            )
+            if self._watch is not None:
+                self._watch.take(getattr(said, "router_logits", None))
+            states: Tensor = said.last_hidden_state[0]
             return states.index_select(0, batch["predict"])
+
+    @contextmanager
+    def watching_routers(self) -> Iterator[RouterWatch]:
+        """Around one forward; see `Engine`."""
+        self._watch = RouterWatch(self._lm)
+        try:
+            yield self._watch
+        finally:
+            self._watch = None
 
 
 def why_not_packed(lm: Any) -> str:

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     set_seed,
 )
+from transformers.pytorch_utils import Conv1D
 
 from dpo_assets.artifact import write_json
 from dpo_assets.errors import ConfigError
@@ -26,6 +27,7 @@ from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.weights import listed
 from dpo_assets.training.engines import attention
 from dpo_assets.training.engines.base import attach_engine, causal_lm
+from dpo_assets.training.engines.experts import serve_experts
 from dpo_assets.training.engines.fused.decoder import attach_fused
 from dpo_assets.training.engines.recompute import recompute_lowest
 from dpo_assets.training.engines.rows import OwnLogitsEngine, RowsEngine, why_not_rows
@@ -115,6 +117,7 @@ def load_base(folder: Path, plan: TrainingPlan, *, packed: bool = True) -> PreTr
     """
     dtype, extra = compute_dtype(plan), _quantisation(plan)
     model, _ = load_causal_lm(folder, dtype=dtype, **extra)
+    serve_experts(model)
     if packed:
         why_not_packed(model)
     if plan.precision == "fp8":
@@ -216,6 +219,7 @@ def attach_adapter(
             lora_alpha=plan.lora.alpha,
             lora_dropout=dropout,
             **peft_targets(base, plan.lora),
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
             bias="none",
             task_type="CAUSAL_LM",
         )

@@ -10,6 +10,7 @@ from typing import Any
 
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.matrices import Matrices, Role, is_stack, role_of
@@ -137,6 +138,8 @@ def _weights(layer: nn.Module) -> Iterator[tuple[str, tuple[int, ...], bool]]:
         plain = _WRAPPED.sub("", f".{path}")[1:]
         if isinstance(module, nn.Linear):  # Quantised layers pack their weight, so its own shape says nothing.
             yield plain, (module.out_features, module.in_features), False
+        elif isinstance(module, Conv1D):  # GPT-2's linear layers keep their weight the other way round.
+            yield plain, (module.nf, module.nx), False
         elif not isinstance(module, LoraLayer):
             for own, parameter in module.named_parameters(recurse=False):
                 if is_stack(f"{plain}.{own}", parameter.shape):

@@ -44,6 +44,7 @@ class Head:
         text = lm.config.get_text_config()
         scale = float(getattr(text, "logit_scale", None) or 1.0)  # Cohere
         scale /= float(getattr(text, "logits_scaling", None) or 1.0)  # Granite
+        scale *= float(getattr(text, "lm_head_multiplier", None) or 1.0)  # Falcon-H1
         softcap = float(getattr(text, "final_logit_softcapping", None) or 0.0)  # Gemma
         output = lm.get_output_embeddings()
         return cls(output.weight.detach(), getattr(output, "bias", None), scale, softcap)

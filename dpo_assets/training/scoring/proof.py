@@ -35,6 +35,10 @@ class NotExactError(ConfigError):
     """An engine gives a model other scores than its own forward does."""
 
 
+class NotCausalError(ConfigError):
+    """What follows a token changes the model's score of it."""
+
+
 @dataclass(frozen=True)
 class Settled:
     """What computes a model from now on, and why that is not what the plan said (empty when it is)."""
@@ -50,7 +54,7 @@ def settle_engine(model: Any, plan: TrainingPlan, longest: Group, first: str | N
         first: the engine to begin with; None: the attached one, or else the plan's.
 
     Raises:
-        ConfigError: when not even the model's own forward gives the same scores on padded rows.
+        ConfigError: when not even the model's own forward gives the same scores on padded rows, or it is not causal.
     """
     attached = attached_engine(model)
     if first is None and attached is not None:
@@ -62,8 +66,10 @@ def settle_engine(model: Any, plan: TrainingPlan, longest: Group, first: str | N
         try:
             with autocast_of(plan):
                 assert_exact(model, longest)
+                if engine_of(model).padded:  # Packed attention is causal itself, so what equals it is.
+                    assert_causal(model, longest)
             return Settled(kernels, "; ".join(reasons))
-        except (torch.OutOfMemoryError, MemoryError):
+        except (torch.OutOfMemoryError, MemoryError, NotCausalError):
             raise  # Says nothing about the engine.
         except Exception as error:
             # Whatever keeps a layer of an unknown architecture from computing a packed batch, the next engine may not
@@ -101,7 +107,7 @@ def assert_exact(model: Any, group: Group, autocast: AbstractContextManager[Any]
         scored, lengths = score_groups(model, groups, budget=sum(g.tokens for g in groups), autocast=autocast)
         with plain_attention(model, "eager" if group.longest_row <= LONGEST_EAGER else None):
             own = [_row_logp(lm, g.prompt, completion, autocast) for g in groups for completion in g.completions]
-    tolerance = PROBE_TOLERANCE if lm.dtype == torch.float32 else 0.1
+    tolerance = _tolerance(lm)
     for ours, theirs, length in zip(scored, own, lengths, strict=True):
         if math.isfinite(theirs) and not abs(ours - theirs) <= tolerance * length:
             raise NotExactError(
@@ -114,9 +120,39 @@ def _beginning(group: Group) -> Group:
     return Group(group.prompt[:SHORT], tuple(completion[:SHORT] for completion in group.completions))
 
 
+@torch.no_grad()
+def assert_causal(model: Any, group: Group) -> None:
+    """An encoder that is read as a causal model sees the tokens that it should predict, and agrees with itself on rows.
+
+    Raises:
+        NotCausalError: when the first half of an answer has another score where the second half follows.
+    """
+    lm, answer = causal_lm(model), max(group.completions, key=len)
+    half = answer[: (len(answer) + 1) // 2]
+    with evaluating(model):
+        whole, alone = (_row_logps(lm, group.prompt, tokens, None)[: len(half)] for tokens in (answer, half))
+    off = float((whole - alone).abs().sum())
+    if math.isfinite(off) and off > _tolerance(lm) * len(half):
+        raise NotCausalError(
+            f"{type(lm).__name__} scores an answer's first {len(half)} tokens {off:.4f} nats apart with and without "
+            "what follows: it is no causal language model, or not configured as one (`is_decoder`). Use another base."
+        )
+
+
+def _tolerance(lm: Any) -> float:
+    """Nats per token that two exact scores may differ by."""
+    return PROBE_TOLERANCE if lm.dtype == torch.float32 else 0.1
+
+
 def _row_logp(
     lm: Any, prompt: Sequence[int], completion: Sequence[int], autocast: AbstractContextManager[Any] | None
 ) -> float:
+    return float(_row_logps(lm, prompt, completion, autocast).sum())
+
+
+def _row_logps(
+    lm: Any, prompt: Sequence[int], completion: Sequence[int], autocast: AbstractContextManager[Any] | None
+) -> torch.Tensor:
     row = torch.tensor([[*prompt, *completion]], device=lm.device)
     kept = len(completion) + 1
     # Logits of the prompt would only cost memory; the few models that do not know the argument compute them.
@@ -124,7 +160,7 @@ def _row_logp(
     with autocast or nullcontext():
         logits = lm(input_ids=row, use_cache=False, **few).logits[0, -kept:-1].float()
     wanted = row[0, len(prompt) :]
-    return float(logits.log_softmax(-1).gather(-1, wanted[:, None]).sum())
+    return logits.log_softmax(-1).gather(-1, wanted[:, None])[:, 0]
 
 
 T = TypeVar("T")

@@ -144,6 +144,7 @@ def packed_trainer(start: Start, tokenizer: Any, spec: TrainSpec, reporter: Repo
         loss=loss,
         reference=plan.dpo.reference,
         step_reference=reference,
+        router_balance=plan.dpo.router_balance,
         keep_reference_adapter=plan.dpo.reference_strategy == "adapter" and plan.dpo.reference == "sft",
     )
     return trainer, reused
@@ -203,9 +204,11 @@ def write_report(
     expected = getattr(trainer, "expected_first_loss", None)
     if expected is None:
         expected = DpoLoss.of(plan.dpo).at_zero_margin()
+    # TRL's own loss has the routers' balance in it.
+    balance = plan.dpo.router_balance * rows[0].get("aux_loss", 0.0) if plan.dpo.trainer == "trl" else 0.0
     DpoReport(
         steps=trainer.state.global_step,
-        first_loss=rows[0]["loss"],
+        first_loss=rows[0]["loss"] - balance,
         expected_first_loss=expected,
         first_loss_tokens=trainer.first_loss_tokens,
         last_loss=last["loss"],

@@ -23,11 +23,10 @@ from dpo_assets.training.models.loading import ADAPTER_NAME, autocast_of, save_a
 from dpo_assets.training.models.policy import load_policy
 from dpo_assets.training.models.targets import coverage
 from dpo_assets.training.reporting import ProgressLines, Reporter, all_finite, write_metrics
-from dpo_assets.training.scoring.logprobs import evaluating, score_groups, score_tokens
+from dpo_assets.training.scoring.logprobs import evaluating, score_groups
 from dpo_assets.training.trainers.packed import (
     PackedCollator,
     PackedSteps,
-    RunningMeans,
     end_quietly,
     packed_arguments,
     trainer_arguments,
@@ -37,19 +36,23 @@ PROBE_PAIRS = 64  # Held-out answers whose loss is measured before and after.
 
 
 class PackedSFTTrainer(PackedSteps, Trainer):
-    """transformers.Trainer with the mean negative log-likelihood per completion token of the step."""
+    """transformers.Trainer with the mean negative log-likelihood per completion token of the step.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Args:
+        router_balance: what the routers' balancing loss is multiplied by.
+    """
+
+    def __init__(self, *args: Any, router_balance: float = 0.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._means = RunningMeans()
+        self.router_balance = router_balance
 
     def forward_loss(self, model: Any, batch: PackedBatch, step: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        scores = score_tokens(self.accelerator.unwrap_model(model), batch, self.accelerator.autocast())
+        scores, balance = self.scored(model, batch, step)
         count = len(scores.logps)
         self._means.add("mean_token_accuracy", scores.top1.sum(), count)
         self._means.add("entropy", scores.entropy.sum(), count)
         loss = -scores.logps.sum() / step["targets"]
-        return loss, loss
+        return loss + balance, loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs | self._means.take(), start_time)
@@ -89,6 +92,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
         data_collator=PackedCollator(
             to_group, plan.token_budget, padded=plan.device == "cpu", whole_rows=engine_of(model).padded
         ),
+        router_balance=plan.sft.router_balance,
     )
     keys = {"loss": "loss", "mean_token_accuracy": "token accuracy"}
     end_quietly(trainer, [StopOnNonFinite("sft_finite"), ProgressLines(reporter, "sft", keys)])

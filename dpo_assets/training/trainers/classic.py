@@ -84,10 +84,16 @@ class ClassicDPOTrainer(MovingSchedule, trl.DPOTrainer):
     ) -> Any:
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.state.global_step == 0 and self.model.training:
-            self._first_losses.append((result[0] if return_outputs else result).detach())
+            self._first_losses.append((result[0] if return_outputs else result).detach() - self._balance())
             mask = inputs["completion_mask"]
             self._first_answers.append((mask.sum(), len(mask) // 2))
         return result
+
+    def _balance(self) -> float:
+        """What the routers' balancing loss added to the last loss; nothing is known beforehand of it."""
+        if not getattr(self, "aux_loss_enabled", False):
+            return 0.0
+        return float(self.router_aux_loss_coef * self._metrics["train"]["aux_loss"][-1])
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         if self._same_forward:
@@ -198,6 +204,7 @@ def classic_arguments(plan: TrainingPlan, output_dir: Path) -> dict[str, Any]:
         "precompute_ref_log_probs": False,
         "sync_ref_model": False,
         "ld_alpha": None,
+        "router_aux_loss_coef": plan.dpo.router_balance,  # Left out, TRL would take the base's own.
         "use_weighting": False,
         "activation_offloading": False,
         "use_liger_kernel": False,

@@ -17,7 +17,7 @@ from dpo_assets.training.guard.finite import check_first_loss
 from dpo_assets.training.scoring.head import TokenScores
 from dpo_assets.training.scoring.logprobs import score_tokens, sequence_logps
 from dpo_assets.training.trainers.losses import DpoLoss, PairScores
-from dpo_assets.training.trainers.packed import PackedSteps, RunningMeans
+from dpo_assets.training.trainers.packed import PackedSteps
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 TRL_REFERENCE = "ref"  # The frozen copy of a starting adapter that TRL makes.
@@ -30,13 +30,14 @@ class PackedDPOTrainer(PackedSteps, trl.DPOTrainer):
 
     Takes a dataset that is tokenized (`prompt_ids`, `chosen_ids`, `rejected_ids`) and carries the reference's
     log-probabilities (`ref_chosen_logps`, `ref_rejected_logps`), unless `step_reference` computes them at every step.
-    Metrics have TRL's names. For plain causal models losses equal TRL's too; the balancing loss of mixtures of experts
-    is not added.
+    Metrics have TRL's names. Losses equal TRL's too, but that `loss` is without the balancing loss of mixtures of
+    experts, which is trained on beside it and logged as `aux_loss`.
 
     Args:
         loss: what is minimised; sigmoid with the arguments' beta by default.
         reference: `sft` or `base`, for the advice of a failed first loss.
         step_reference: scores a batch by the reference, for strategies that keep it in memory.
+        router_balance: what the routers' balancing loss is multiplied by.
         keep_reference_adapter: keep TRL's frozen copy of the starting adapter, which `step_reference` then uses.
     """
 
@@ -47,6 +48,7 @@ class PackedDPOTrainer(PackedSteps, trl.DPOTrainer):
         loss: DpoLoss | None = None,
         reference: str = "sft",
         step_reference: StepReference | None = None,
+        router_balance: float = 0.0,
         keep_reference_adapter: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -57,7 +59,7 @@ class PackedDPOTrainer(PackedSteps, trl.DPOTrainer):
             parameter.data = data
         self._loss = loss or DpoLoss(beta=self.beta)
         self._reference, self._step_reference = reference, step_reference
-        self._means = RunningMeans()
+        self.router_balance = router_balance
         self._tokens = 0
         self._first: list[PairScores] = []
         self.expected_first_loss = float("nan")
@@ -91,19 +93,19 @@ class PackedDPOTrainer(PackedSteps, trl.DPOTrainer):
             batch["share"] = loss / len(parts)
 
     def forward_loss(self, model: Any, batch: PackedBatch, step: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        scores = self._score(model, batch)
+        scores, balance = self.scored(model, batch, step)
         pairs = self._pair_scores(scores, batch)
         self._count(scores, batch, pairs)
         if self.state.global_step == 0:
             self._first.append(PairScores(*(getattr(pairs, f.name).detach() for f in fields(pairs))))
         if "slopes" in batch:
             by_chosen, by_rejected = batch["slopes"].unbind(1)
-            return (by_chosen * pairs.chosen + by_rejected * pairs.rejected).sum(), batch["share"]
+            return (by_chosen * pairs.chosen + by_rejected * pairs.rejected).sum() + balance, batch["share"]
         if self._loss.coupled:
             loss = self._loss.of_batch(pairs)
         else:
             loss = self._loss.per_pair(pairs, step["first_targets"] / step["pairs"]).sum() / step["pairs"]
-        return loss, loss
+        return loss + balance, loss
 
     def _score(self, model: Any, batch: PackedBatch) -> TokenScores:
         return score_tokens(self.accelerator.unwrap_model(model), batch, self.accelerator.autocast())

@@ -19,7 +19,8 @@ from dpo_assets.planning.schedule import warmup_steps
 from dpo_assets.recipe import OptimSection
 from dpo_assets.training.batches.packing import Group, PackedBatch, balanced, by_rows, by_width, pack
 from dpo_assets.training.engines.transformers import engine_of
-from dpo_assets.training.scoring.logprobs import to_device
+from dpo_assets.training.scoring.head import TokenScores
+from dpo_assets.training.scoring.logprobs import score_tokens, to_device
 from dpo_assets.training.trainers.schedule import SCHEDULER_TYPES, MovingSchedule
 
 LOGGED_STEPS = 200  # A run logs every step up to this many steps, and about this many times beyond.
@@ -117,9 +118,15 @@ class PackedCollator:
 class PackedSteps(MovingSchedule):
     """Mixin for transformers.Trainer: runs the forwards of a step and adds up their weighted losses."""
 
+    router_balance = 0.0  # What the routers' balancing loss is multiplied by, where it is added.
+
     # Provided by transformers.Trainer.
     accelerator: Any
     state: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._means = RunningMeans()
 
     def begin_step(self, model: Any, step: dict[str, Any]) -> None:
         """Hook before the first forward of a step, its batches on the device."""
@@ -127,6 +134,21 @@ class PackedSteps(MovingSchedule):
     def forward_loss(self, model: Any, batch: PackedBatch, step: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """(what to differentiate, this forward's share of the step's loss). Both add up over the step's forwards."""
         raise NotImplementedError
+
+    def scored(self, model: Any, batch: PackedBatch, step: dict[str, Any]) -> tuple[TokenScores, Tensor | float]:
+        """A forward's scores, and what the balance of its routers adds to what is differentiated.
+
+        A forward counts by its tokens, a shared prompt's once. Each is balanced for itself, as the micro-batches of TRL
+        are: how often an expert was chosen has no gradient that could be added up over forwards.
+        """
+        lm, autocast = self.accelerator.unwrap_model(model), self.accelerator.autocast()
+        if not self.router_balance:
+            return score_tokens(lm, batch, autocast), 0.0
+        with engine_of(lm).watching_routers() as routers:
+            scores = score_tokens(lm, batch, autocast)
+        balance, tokens = routers.loss(), len(batch["ids"])
+        self._means.add("aux_loss", balance * tokens, tokens)
+        return scores, self.router_balance * balance * tokens / sum(len(other["ids"]) for other in step["forwards"])
 
     def after_step_loss(self, loss: Tensor) -> None:
         """Hook on the whole step's loss, before the optimizer moves."""

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from dpo_assets.planning.decoder import Attention, Decoder, Experts, Layer, Mlp, Recurrent
 from dpo_assets.training.engines.fused.attention import AttentionCore
 from dpo_assets.training.engines.fused.block import Block, FrozenBlock, Norm, Residual
+from dpo_assets.training.engines.fused.delta_net import DeltaNetCore
 from dpo_assets.training.engines.fused.differentiated import AutogradBlock
 from dpo_assets.training.engines.fused.layer import FusedLayer
 from dpo_assets.training.engines.fused.mlp import GatedCore
 from dpo_assets.training.engines.fused.stream import Stream
 from dpo_assets.training.engines.fused.weights import FrozenGroup, Scratch, member_of
+from dpo_assets.training.engines.recurrent.delta_net import NEEDED
 
 
 class Builder:
@@ -53,7 +55,9 @@ class Builder:
                     residual,
                 )
             case Recurrent():
-                raise TypeError(f"{mixer.kind} has no fused form; why_not_fused says so")
+                part, (*entries, output) = getattr(module, mixer.module), _linears(mixer)
+                first = self._group(part, entries)
+                return FrozenBlock(first, DeltaNetCore.of(part, first), self._group(part, (output,)), residual)
 
     def _mlp(self, module: Any, layer: Layer) -> Block:
         mlp, names = layer.mlp, layer.norms
@@ -136,11 +140,15 @@ def frozen_linears(description: Decoder, modules: Sequence[Any]) -> Iterator[tup
 
 
 def _linears(part: Attention | Recurrent | Mlp | Experts) -> tuple[str, ...]:
+    if isinstance(part, Recurrent):
+        return tuple(name for name, _, _ in part.projections)
     return (*part.projections, part.output) if isinstance(part, Attention | Mlp) else ()
 
 
 def _others(part: Attention | Recurrent | Mlp | Experts) -> tuple[str, ...]:
     """Names of what else is read of a module."""
+    if isinstance(part, Recurrent):
+        return NEEDED
     if not isinstance(part, Attention):
         return ()
     return (*(part.qk_norm.names if part.qk_norm else ()), *(["sinks"] if part.sinks else ()))

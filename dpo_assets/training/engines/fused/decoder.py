@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_assets.planning import engines
-from dpo_assets.planning.decoder import Decoder, QueryGrowth, Recurrent, Rope
+from dpo_assets.planning.decoder import Decoder, QueryGrowth, Rope
 from dpo_assets.planning.families import describe
 from dpo_assets.training.batches.packing import PackedBatch
 from dpo_assets.training.engines.base import PlainEngine, attach_engine, causal_lm, decoder_of
@@ -36,8 +36,6 @@ def why_not_fused(lm: Any, max_length: int | None = None, adapter: str = "defaul
         return reason
     if description is None or decoder is None:
         return f"{type(lm).__name__} does not say which of its modules is the decoder"
-    if recurrent := next((mixer.kind for mixer in description.mixers if isinstance(mixer, Recurrent)), ""):
-        return f"they have no form of its {recurrent.replace('_', ' ')} layers"
     if missing := next(missing_names(description, decoder.layers), ""):
         return f"its layers have no {missing}"
     for name, linear in frozen_linears(description, decoder.layers):
