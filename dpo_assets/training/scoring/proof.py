@@ -2,7 +2,9 @@
 
 Engines are tried from the fastest to the one that serves every causal model. Each is held against the model's own
 forward, row by row with eager attention, on the longest row that the run will see: a window of attention shows only on
-rows that are longer than it. So another attention, head or multiplier than an engine knows costs time and no exactness.
+rows that are longer than it. A short row stands behind it: what one row leaves to the next (the state of a recurrent
+layer, attention across rows) shows only where there is another. So another attention, head or multiplier than an engine
+knows costs time and no exactness.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from dpo_assets.training.models.loading import CHAIN, autocast_of, choose_kernel
 from dpo_assets.training.scoring.logprobs import evaluating, score_groups
 
 LONGEST_EAGER = 4096  # Eager attention keeps all scores of a row, heads x length squared.
+SHORT = 16  # Most tokens of prompt and answers of the row behind the longest: long enough to feel what it is left.
 PROBE_TOLERANCE = 1e-3  # Nats per token from plain scoring in fp32; measured differences are below 1e-5.
 
 
@@ -88,7 +91,8 @@ def _named(error: Exception) -> str:
 
 @torch.no_grad()
 def assert_exact(model: Any, group: Group, autocast: AbstractContextManager[Any] | None = None) -> None:
-    """Scores one group by the model's engine and, row by row, through its own forward with eager attention.
+    """Scores a group, and a short one behind it, by the model's engine in one forward, and row by row through the
+    model's own forward with eager attention.
 
     Scores that are not finite pass, because they say nothing about the engine; the guards of training name them.
 
@@ -98,16 +102,22 @@ def assert_exact(model: Any, group: Group, autocast: AbstractContextManager[Any]
     lm, engine = causal_lm(model), engine_of(model)
     if not engine.has_eager:
         return  # It has no eager attention to compare with; its own table of shared prefixes was checked at loading.
+    groups = [group, _beginning(group)]
     with evaluating(model):
-        scored, lengths = score_groups(model, [group], budget=group.tokens, autocast=autocast)
+        scored, lengths = score_groups(model, groups, budget=sum(g.tokens for g in groups), autocast=autocast)
         with plain_attention(model, "eager" if group.longest_row <= LONGEST_EAGER else None):
-            own = [_row_logp(lm, group.prompt, completion, autocast) for completion in group.completions]
+            own = [_row_logp(lm, g.prompt, completion, autocast) for g in groups for completion in g.completions]
     tolerance = _tolerance(lm)
     for ours, theirs, length in zip(scored, own, lengths, strict=True):
         if math.isfinite(theirs) and not abs(ours - theirs) <= tolerance * length:
             raise NotExactError(
                 f"{type(lm).__name__} scores {theirs:.4f} nats row by row and {ours:.4f} by `{engine.name}`"
             )
+
+
+def _beginning(group: Group) -> Group:
+    """The first tokens of its prompt and of its completions."""
+    return Group(group.prompt[:SHORT], tuple(completion[:SHORT] for completion in group.completions))
 
 
 @torch.no_grad()
