@@ -47,7 +47,7 @@ class WorkerProcess:
             | os.environ
             | {
                 "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
-                # As the worker does, and Unsloth: without it fragments are counted against the cap, by size of forwards.
+                # As the worker does, and Unsloth: without it fragments count against the cap, by size of forwards.
                 "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
                 "UNSLOTH_COMPILE_LOCATION": str(scratch / "unsloth_compiled"),
             }
