@@ -131,6 +131,8 @@ def test_rows_serve_a_model_that_packing_serves_too(plan: TrainingPlan) -> None:
     model = with_lora("gemma2", tiny_model("gemma2"))
     assert settle_engine(model, rows, PAIR) == Settled("rows")
     assert_equal_steps(engine_step(model), own_step(model))
+    assert settle_engine(model, rows, PAIR) == Settled("rows"), "what is attached stays"
+    assert settle_engine(model, rows, PAIR, "transformers") == Settled("transformers"), "unless another is asked for"
 
 
 @pytest.mark.parametrize("name", ["bloom", "mamba", "llama4_text"])

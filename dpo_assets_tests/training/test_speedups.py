@@ -90,9 +90,9 @@ def test_an_architecture_that_liger_does_not_know_is_refused(
 
 def test_only_compiled_layers_are_compared_with_gradients_recorded() -> None:
     with torch.no_grad():
-        with TransformersEngine(None, compiled=True).as_the_policy():
+        with TransformersEngine(torch.nn.Module(), compiled=True).as_the_policy():
             assert torch.is_grad_enabled()
-        with TransformersEngine(None).as_the_policy():
+        with TransformersEngine(torch.nn.Module()).as_the_policy():
             assert not torch.is_grad_enabled()
 
 
