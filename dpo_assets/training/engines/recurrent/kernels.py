@@ -82,8 +82,8 @@ def why_wrong_gradient(capability: tuple[int, int]) -> str:
     if not MISCOMPILES[0] <= _release(triton) < MISCOMPILES[1]:
         return ""
     return (
-        f"Triton {triton} compiles flash-linear-attention's gradient wrong on Hopper GPUs, so delta nets are computed by "
-        "PyTorch, several times slower: pip install 'triton>=3.7.1', or tilelang."
+        f"Triton {triton} compiles flash-linear-attention's gradient wrong on Hopper GPUs, so delta nets are computed "
+        "by PyTorch, several times slower: pip install 'triton>=3.7.1', or tilelang."
     )
 
 
