@@ -164,8 +164,11 @@ def _recurrent(mixer: Recurrent, width: int) -> float:
 
 
 def _experts(mlp: Experts, hidden: int, width: int, lora: LoraSection) -> float:
-    """Gate and up of frozen experts (`training/engines/experts.py`). Of adapted ones rows by expert, gate and up,
-    activation and product, and outputs, which the router's weights scale."""
+    """Gate and up of frozen experts (`training/engines/experts.py`).
+
+    Of adapted ones rows sorted by expert, gate and up, activation and product, and outputs, which the router's weights
+    scale.
+    """
     each = 4 * mlp.width + 2 * hidden if lora.target_parameters else 2 * mlp.width
     return float(width * (mlp.active * each + 4 * mlp.shared) + 8 * mlp.count)
 
