@@ -13,6 +13,7 @@ import yaml
 
 from dpo_assets.checks.catalog import checks_of
 from dpo_assets.cli import main
+from dpo_assets.planning import offers
 from dpo_assets.planning.cards import CARDS
 from dpo_assets.planning.sizes import SIZES
 from dpo_assets_tests.pipelines import STORIES, demo_recipe
@@ -62,6 +63,25 @@ def test_options_change_what_is_planned_for(capsys: pytest.CaptureFixture[str]) 
 def test_other_kernels_can_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     plan = plan_json(capsys, "--gpu", "h200", "--model", "1b", "--kernels", "transformers")
     assert plan["kernels"] == "transformers"
+
+
+def test_every_engine_is_shown_beside_the_one_that_is_taken(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is installed is asked where the command runs."""
+    arguments = ("--gpu", "h100", "--model", "8b", "--kernels", "transformers", "--memory-gib", "26")
+    for installed, said in ((offers.BUILT_IN, "not installed"), (offers.BUILT_IN | {"unsloth"}, "hardware.kernels")):
+        monkeypatch.setattr(offers, "installed_here", lambda found=installed: found)
+        engines = plan_json(capsys, *arguments)["engines"]
+        assert engines[0]["name"] == "transformers"
+        assert {engine["name"] for engine in engines} == {"fused", "transformers", "unsloth", "rows"}
+        assert all(engine["pairs_per_s"] > 1 and engine["peak_gib"] > 10 for engine in engines)
+        assert said in next(engine["why_not"] for engine in engines if engine["name"] == "unsloth")
+        assert main(["plan", *arguments]) == 0
+        table = " ".join(capsys.readouterr().out.split())
+        assert (
+            f"predicted transformers {engines[0]['pairs_per_s']:.3g} pairs/s, {engines[0]['peak_gib']:.1f} GiB" in table
+        )
 
 
 def test_a_plan_that_does_not_fit_exits_1_and_says_what_would(capsys: pytest.CaptureFixture[str]) -> None:

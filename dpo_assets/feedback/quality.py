@@ -22,7 +22,7 @@ SAMPLE = 100_000  # At a share of one half the standard error is then 0.0016.
 DISTANCE_BINS = 100  # Of width 0.01.
 LEAD = 20  # Letters shown before the first difference of two answers.
 PERCENTILES = tuple(90 + half / 2 for half in range(21))  # 90, 90.5, ... 100.
-QUALITY_VERSION = 1  # Part of a dataset's identity: a report with other measures is another report.
+QUALITY_VERSION = 2  # Part of a dataset's identity: a report with other measures is another report.
 
 
 def token_stats(accepted: pl.DataFrame, max_length: int) -> dict[str, Any]:

@@ -54,11 +54,16 @@ def working_bytes(
 ) -> float:
     """Bytes a token of the gradients inside one layer while it is differentiated, its kept values apart."""
     inner = mlp_width(layer.mlp)
+    sorted_rows = 0.0
+    if isinstance(layer.mlp, Experts):  # Gradients of the rows sorted by expert, on both sides of them and inside.
+        sorted_rows = width * layer.mlp.active * (2.0 * decoder.hidden + 3 * layer.mlp.width)
     if kernels == "fused":
-        return width * (3 * inner + 5 * decoder.hidden)
+        # A mixer with a state is computed again here, by autograd.
+        again = _recurrent(layer.mixer, width) if isinstance(layer.mixer, Recurrent) else 0.0
+        return width * (3 * inner + 5 * decoder.hidden) + sorted_rows + again
     states = TRL_STATES * decoder.hidden if trainer == "trl" else 0.0
     gradients = 3 if kernels == "unsloth" else 2
-    return width * (gradients * inner + decoder.hidden) + states
+    return width * (gradients * inner + decoder.hidden) + states + sorted_rows
 
 
 def mlp_width(mlp: Mlp | Experts) -> int:
@@ -73,7 +78,10 @@ def adapts(lora: LoraSection, name: str) -> bool:
 
 
 def _fused(layer: Layer, decoder: Decoder, lora: LoraSection, width: int) -> float:
-    """Both blocks' inputs, raw q, k and v, the attention's output, gate and up, and x A^T of each adapter."""
+    """Both blocks' inputs, raw q, k and v, the attention's output, gate and up, and x A^T of each adapter.
+
+    Of a mixer with a state, what its first product made.
+    """
     hidden, norms = decoder.hidden, layer.norms
     values: float = 2 * hidden + hidden * (bool(norms.after_mixer) + bool(norms.after_mlp))
     more = 8.0  # Two fp32 statistics of norms.
@@ -82,11 +90,11 @@ def _fused(layer: Layer, decoder: Decoder, lora: LoraSection, width: int) -> flo
         values += (2 + a.gated) * a.query_width + 2 * a.kv_width
         more += 4 * a.heads
     else:
-        more += _recurrent(layer.mixer, width)
+        values += sum(rows for _, rows, _ in layer.mixer.projections[:-1])
     if isinstance(layer.mlp, Mlp):
         values += (1 + layer.mlp.gated) * layer.mlp.width
     else:
-        more += _experts(layer.mlp, hidden, width)
+        more += _experts(layer.mlp, hidden, width, lora)
     return width * (values + lora.rank * len(_inputs(layer, hidden, lora))) + more
 
 
@@ -119,7 +127,7 @@ def _autograd(
     else:
         total += _recurrent(layer.mixer, width)
     if isinstance(layer.mlp, Experts):
-        return total + _experts(layer.mlp, hidden, width)
+        return total + _experts(layer.mlp, hidden, width, lora)
     *into, (down, _, _) = layer.mlp.linears(hidden)
     if any(adapts(lora, name) for name, _, _ in into):
         total += width * hidden
@@ -155,9 +163,14 @@ def _recurrent(mixer: Recurrent, width: int) -> float:
             return 2.0 * width * made + 4.0 * 3 * mixer.inner + states
 
 
-def _experts(mlp: Experts, hidden: int, width: int) -> float:
-    """Rows sorted by expert, gate and up, activation and product, and outputs, which the router's weights scale."""
-    return float(width * (mlp.active * (4 * mlp.width + 2 * hidden) + 4 * mlp.shared) + 8 * mlp.count)
+def _experts(mlp: Experts, hidden: int, width: int, lora: LoraSection) -> float:
+    """Gate and up of frozen experts (`training/engines/experts.py`).
+
+    Of adapted ones rows sorted by expert, gate and up, activation and product, and outputs, which the router's weights
+    scale.
+    """
+    each = 4 * mlp.width + 2 * hidden if lora.target_parameters else 2 * mlp.width
+    return float(width * (mlp.active * each + 4 * mlp.shared) + 8 * mlp.count)
 
 
 def _inputs(layer: Layer, hidden: int, lora: LoraSection) -> Sequence[int]:

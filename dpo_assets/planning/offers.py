@@ -165,4 +165,4 @@ class Offers:
             return f"hardware.kernels asks for `{self.asked}`"
         if not found.fits:
             return f"it does not fit: {found.peak_gib:.1f} of {self.device.memory_gib:.1f} GiB at the peak"
-        return "slower, by this prediction" if self.device.kind == "cuda" else "nothing is predicted on a CPU"
+        return "not faster, by this prediction" if self.device.kind == "cuda" else "nothing is predicted on a CPU"

@@ -38,6 +38,8 @@ TESTS: dict[str, str] = {
     "unsloth": "dpo_assets_tests/training/test_unsloth.py::test_unsloths_shared_prefix_attention_is_ours",
     "rows": "dpo_assets_tests/training/test_architectures.py"
     "::test_scores_loss_and_every_gradient_are_those_of_the_models_own_forward",
+    "hybrids": "dpo_assets_tests/training/test_recurrent.py"
+    "::test_a_hybrid_is_scored_and_differentiated_as_it_is_row_by_row",
 }
 
 
@@ -129,7 +131,8 @@ def _page() -> Iterator[str]:
     needed = ", ".join(f"`{name}` {major}.{minor}" for name, (major, minor) in NEEDED_CAPABILITY.items() if major)
     yield (
         f"Precisions need a card's compute capability: {needed}. Experts and routers are parameters and stay in 16 bit "
-        f"in each. Descriptions are held against the logits of a tiny model: `{_short(TESTS['descriptions'])}`."
+        f"in each. Descriptions are held against the logits of a tiny model: `{_short(TESTS['descriptions'])}`; layers "
+        f"that carry a state against rows one by one: `{_short(TESTS['hybrids'])}`."
     )
     yield ""
     yield "## Families"

@@ -147,6 +147,7 @@ def test_token_statistics_are_those_of_cut_answers(answers: list[tuple[list[int]
     totals = [3 + len(chosen[:room]) + len(rejected[:room]) for chosen, rejected in answers]
     assert stats["longest_pair"] == max(totals)
     assert stats["mean_pair"] == pytest.approx(sum(totals) / len(totals))
+    assert stats["mean_prompt"] == 3
     assert stats["truncated_answers"] == sum(len(side) > room for answer in answers for side in answer)
     assert stats["identical_after_truncation"] == sum(c[:room] == r[:room] for c, r in answers)
 

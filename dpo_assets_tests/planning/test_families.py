@@ -37,7 +37,18 @@ from dpo_assets_tests.training.tiny_models import NAMES, tiny_config, tiny_model
 
 IDS = torch.tensor([3 + 7 * n % 60 for n in range(30)])
 DESCRIBED = tuple(name for name in NAMES if name.partition("+")[0] in FAMILIES)
-IN_WORDS = tuple(name for name in DESCRIBED if not FAMILIES[name.partition("+")[0]].beyond)
+BEYOND = {
+    "cohere2": "norms that take the mean away, attention and MLP side by side",
+    "deepseek_v3": "latent queries, keys and values",
+    "falcon_h1": "attention and Mamba side by side",
+    "gemma4_text": "keys and values of other layers, embeddings for each layer",
+    "gpt2": "learnt positions",
+    "granitemoehybrid": "an MLP beside the experts",
+    "llama4_text": "attention in chunks of 8 tokens",
+    "nemotron": "norms that take the mean away",
+    "starcoder2": "norms that take the mean away",
+}
+IN_WORDS = tuple(name for name in DESCRIBED if name not in BEYOND)
 MAMBA: dict[str, Any] = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
 GRANITE_4: dict[str, Any] = MAMBA | {
     "num_local_experts": 0, "shared_intermediate_size": 48, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
@@ -199,9 +210,12 @@ def test_keys_of_earlier_checkpoints_mean_what_their_class_takes_them_for(config
     same_as_its_class(config)
 
 
-@settings(max_examples=60, deadline=None)
+SWITCHED = ("qwen2", "qwen3", "qwen2_moe", "smollm3")  # Their windows are written down and then switched on.
+
+
+@settings(max_examples=80, deadline=None)
 @given(
-    family=st.sampled_from(["qwen2", "qwen3", "gemma2", "gemma3_text", "olmo3", "cohere2", "gpt_oss", "smollm3"]),
+    family=st.sampled_from([*SWITCHED, "gemma2", "gemma3_text", "olmo3", "cohere2", "gpt_oss", "ministral"]),
     layers=st.integers(1, 12), window=st.integers(1, 4096), from_layer=st.integers(0, 12), on=st.booleans(),
     stated=st.one_of(st.none(), st.lists(st.sampled_from(["sliding_attention", "full_attention"]), min_size=12)),
 )  # fmt: skip
@@ -209,13 +223,13 @@ def test_windows_lie_where_the_class_puts_them(
     family: str, layers: int, window: int, from_layer: int, on: bool, stated: list[str] | None
 ) -> None:
     config: dict[str, Any] = {"model_type": family, "num_hidden_layers": layers, "sliding_window": window}
-    if family in ("qwen2", "qwen3", "smollm3"):
+    if family in SWITCHED:
         config |= {"use_sliding_window": on, "max_window_layers": from_layer}
     if stated is not None:
         config["layer_types"] = stated[:layers]
     found = same_as_its_class(config)
     kinds = CONFIG_MAPPING[family](**{k: v for k, v in config.items() if k != "model_type"}).layer_types
-    switched = on or family not in ("qwen2", "qwen3", "smollm3")
+    switched = on or family not in SWITCHED
     expected = [window if kind == "sliding_attention" and switched else None for kind in kinds]
     assert [attention.window for attention in found.attentions] == expected
 
@@ -251,28 +265,15 @@ def test_a_setting_is_described_as_the_model_takes_it(
     assert_computes(tiny_model(family))
 
 
-BEYOND = {
-    "cohere2": "norms that take the mean away, attention and MLP side by side",
-    "deepseek_v3": "latent queries, keys and values",
-    "falcon_h1": "attention and Mamba side by side",
-    "gemma4_text": "keys and values of other layers, embeddings for each layer",
-    "gpt2": "learnt positions",
-    "llama4_text": "attention in chunks of 8 tokens",
-    "nemotron": "norms that take the mean away",
-    "starcoder2": "norms that take the mean away",
-}
-
-
 @pytest.mark.parametrize(("name", "words"), BEYOND.items(), ids=BEYOND)
 def test_what_there_are_no_words_for_is_said_and_sizes_are_told_all_the_same(name: str, words: str) -> None:
     config = tiny_config(name)
     decoder = described(whole(config))
     assert words in decoder.beyond
     assert (len(decoder.layers), decoder.hidden) == (config.num_hidden_layers, config.hidden_size)
-    assert set(IN_WORDS) | set(BEYOND) == set(DESCRIBED)
 
 
-@pytest.mark.parametrize("name", [name for name in BEYOND if name != "gpt2"])
+@pytest.mark.parametrize("name", [name for name in BEYOND if name not in ("gpt2", "granitemoehybrid")])
 def test_sizes_windows_and_experts_of_what_is_beyond_words_are_the_model_s(name: str) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny_config(name))

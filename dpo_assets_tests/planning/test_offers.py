@@ -59,7 +59,7 @@ def test_unsloth_is_taken_where_it_is_the_fastest_and_installed() -> None:
     small = Device("cuda", "NVIDIA H100 80GB HBM3", 10.3, (9, 0))
     plan = made(shape, small)
     assert (plan.kernels, plan.precision) == ("unsloth", "4bit")
-    assert offered(plan)["transformers"].why_not == "slower, by this prediction"
+    assert offered(plan)["transformers"].why_not == "not faster, by this prediction"
     assert "activation relu2" in offered(plan)["fused"].why_not
     assert offered(plan)["fused"].pairs_per_s is None
 
@@ -92,6 +92,19 @@ def test_the_precision_is_the_best_that_any_engine_fits_with() -> None:
     assert (alone.precision, alone.kernels) == ("4bit", "transformers")
     assert (beside.precision, beside.kernels) == ("bf16", "unsloth")
     assert "it does not fit: " in offered(beside)["transformers"].why_not
+
+
+def test_an_engine_that_does_not_fit_is_not_taken_however_fast() -> None:
+    long = data(longest_pair=6_000, mean_pair=5_000.0, max_length=4_096)
+    small = Device("cuda", "H100", 18.8, (9, 0))
+    asked = recipe(hardware={"precision": "bf16"}, dpo={"batch_size": 1_024})
+    plan = make_plan(asked, EIGHT_B, long, small, WITH_UNSLOTH)
+    assert (plan.kernels, plan.fits) == ("unsloth", True)
+    fused = offered(plan)["fused"]
+    assert fused.why_not.startswith("it does not fit: ")
+    assert fused.pairs_per_s is not None
+    assert plan.engines[0].pairs_per_s is not None
+    assert fused.pairs_per_s > plan.engines[0].pairs_per_s
 
 
 def test_nothing_is_predicted_on_a_cpu_and_the_models_own_layers_are_taken() -> None:

@@ -318,7 +318,6 @@ def test_what_a_quantised_base_computes_in_is_part_of_what_is_trained() -> None:
 
 MIXTURE = EIGHT_B.model_copy(
     update={
-        "fusable": False,
         "matrices": (
             Matrices.of("self_attn.q_proj", "linear", [(64, 64)] * 2),
             Matrices.of("mlp.experts.down_proj", "experts", [(64, 64)] * 8),

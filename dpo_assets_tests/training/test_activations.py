@@ -13,6 +13,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from dpo_assets.planning.activations import kept_bytes
 from dpo_assets.planning.families import describe
 from dpo_assets.recipe import LoraSection
+from dpo_assets.training.engines.experts import serve_experts
+from dpo_assets.training.models.targets import peft_targets
 from dpo_assets_tests.training.tiny_models import tiny_model
 
 TOKENS, RANK = 192, 2
@@ -30,8 +32,9 @@ def kept_a_token(name: str, lora: LoraSection) -> list[tuple[float, float]]:
     model = tiny_model(name, **WIDE)
     config = model.config.to_dict()
     model.set_attn_implementation("sdpa")
-    targets = lora.target_modules if isinstance(lora.target_modules, list) else "all-linear"
-    policy = get_peft_model(model, LoraConfig(r=RANK, target_modules=targets)).train()
+    serve_experts(model)
+    # Not PEFT's own `all-linear`, which takes experts too.
+    policy = get_peft_model(model, LoraConfig(r=RANK, **peft_targets(model, lora))).train()
     weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
     layers = model.get_decoder().layers
     kept: list[dict[int, Tensor]] = [{} for _ in layers]

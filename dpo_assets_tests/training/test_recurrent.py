@@ -16,7 +16,7 @@ from dpo_assets.training.batches.packing import Group, pack
 from dpo_assets.training.engines.base import causal_lm
 from dpo_assets.training.engines.experts import serve_experts
 from dpo_assets.training.engines.fused.decoder import attach_fused
-from dpo_assets.training.engines.recurrent import convolution, delta_net, mixers
+from dpo_assets.training.engines.recurrent import convolution, delta_net, kernels, mixers
 from dpo_assets.training.engines.recurrent.segments import Segments
 from dpo_assets.training.scoring.logprobs import score_groups
 from dpo_assets.training.scoring.proof import NotExactError, assert_exact
@@ -247,3 +247,21 @@ def _stage_sizes(groups: list[tuple[int, list[int]]]) -> list[int]:
     prompts = sum(prompt for prompt, _ in groups)
     answers = sum(sum(lengths) for _, lengths in groups)
     return [prompts + answers] if all(len(lengths) == 1 for _, lengths in groups) else [prompts, answers]
+
+
+@pytest.mark.parametrize(
+    ("triton", "capability", "tilelang", "wrong"),
+    [
+        ("3.6.0", (9, 0), False, True), ("3.4.0", (9, 0), False, True), ("3.7.0", (9, 0), False, True),
+        ("3.7.1", (9, 0), False, False), ("3.3.1", (9, 0), False, False), ("3.6.0", (8, 0), False, False),
+        ("3.6.0", (10, 0), False, False), ("3.6.0", (9, 0), True, False),
+    ],
+)  # fmt: skip
+def test_flas_gradient_is_not_taken_where_triton_compiles_it_wrong(
+    triton: str, capability: tuple[int, int], tilelang: bool, wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels.importlib.metadata, "version", lambda package: triton)
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: object() if tilelang else None)
+    said = kernels.why_wrong_gradient(capability)
+    assert bool(said) == wrong
+    assert not wrong or f"Triton {triton}" in said

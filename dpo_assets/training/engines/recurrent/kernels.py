@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import re
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -17,6 +19,8 @@ import torch
 from dpo_assets.errors import ConfigError
 
 TESTED = "0.6"
+HOPPER = 9  # Major capability.
+MISCOMPILES = ((3, 4, 0), (3, 7, 1))  # Versions of Triton, from the first to the first that does not.
 
 
 @lru_cache(maxsize=1)
@@ -55,8 +59,41 @@ def fla_convolution(device: torch.device) -> Callable[..., Any] | None:
 
 
 def fla_delta_rule(device: torch.device) -> Callable[..., Any] | None:
-    """`chunk_gated_delta_rule`: query, key, value, decay, write [1, T, heads, ...] -> (out, final states or None)."""
-    return _kernel(device, "fla.ops.gated_delta_rule", "chunk_gated_delta_rule")
+    """`chunk_gated_delta_rule`: query, key, value, decay, write [1, T, heads, ...] -> (out, final states or None).
+
+    None too where its gradient would be wrong; a warning says so once.
+    """
+    kernel = _kernel(device, "fla.ops.gated_delta_rule", "chunk_gated_delta_rule")
+    if kernel is not None and (reason := why_wrong_gradient(torch.cuda.get_device_capability(device))):
+        _warn_once(reason)
+        return None
+    return kernel
+
+
+def why_wrong_gradient(capability: tuple[int, int]) -> str:
+    """Why fla's delta rule must not be differentiated on a device of this capability; empty where it may.
+
+    fla-core 0.6 refuses it in the middle of the backward pass (`chunk_bwd_dqkwg`, its issue 640); TileLang, where it is
+    installed, is used in place of Triton there.
+    """
+    if capability[0] != HOPPER or importlib.util.find_spec("tilelang") is not None:
+        return ""
+    triton = importlib.metadata.version("triton")
+    if not MISCOMPILES[0] <= _release(triton) < MISCOMPILES[1]:
+        return ""
+    return (
+        f"Triton {triton} compiles flash-linear-attention's gradient wrong on Hopper GPUs, so delta nets are computed "
+        "by PyTorch, several times slower: pip install 'triton>=3.7.1', or tilelang."
+    )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+
+
+@lru_cache(maxsize=8)
+def _warn_once(reason: str) -> None:
+    warnings.warn(reason, stacklevel=2)
 
 
 def fla_gated_norm(device: torch.device) -> Callable[..., Any] | None:
