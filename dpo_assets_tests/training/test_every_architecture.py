@@ -178,12 +178,16 @@ def run_stages(base: Path, pairs: Path, root: Path, *, kernels: str = "auto", tr
     )
 
 
-def assert_whole(chain: Chain, engine: str, model: Any) -> None:
-    """One engine in every stage, no check that fails, and scores that `model`, the release, confirms."""
+def assert_engine(chain: Chain, engine: str) -> None:
+    """The same one in every stage, and where it is not the planned one, it is said and warned of."""
     assert chain.engines == [engine] * 4
     as_planned = chain.plan.kernels == engine
     assert (chain.sft.kernels_note == "", chain.dpo.kernels_note == "") == (as_planned, as_planned)
     assert [verdict.check for verdict in chain.not_passed] == ([] if as_planned else ["engine_as_planned"])
+
+
+def assert_whole(chain: Chain, model: Any) -> None:
+    """What every stage reports is right, and `model`, which is the release, confirms the scores."""
     assert (chain.sft.steps, chain.dpo.steps) == (STEPS, STEPS)
     assert chain.dpo.first_loss == pytest.approx(math.log(2), abs=1e-5)
     covered, promised = chain.dpo.lora_coverage, chain.plan.coverage
@@ -227,7 +231,8 @@ def test_every_stage_on_every_architecture(name: str, short_pairs: Path, model_f
     base = base_of(name, tmp_path / "base", model_folder)
     chain = run_stages(base, short_pairs, tmp_path)
     assert chain.plan.kernels == ("rows" if name == "llama4_text" else "transformers"), "what its description says"
-    assert_whole(chain, "rows" if name in OWN_FORWARD else "transformers", loaded(chain.release))
+    assert_engine(chain, "rows" if name in OWN_FORWARD else "transformers")
+    assert_whole(chain, loaded(chain.release))
     tokens = [AutoTokenizer.from_pretrained(folder)("Hello there").input_ids for folder in (base, chain.release)]
     assert tokens[0] == tokens[1]
 
@@ -241,7 +246,8 @@ def test_every_stage_on_a_checkpoint_of_more_than_text(
     chain = run_stages(save(kind, tmp_path / "base", model_folder), short_pairs, tmp_path)
     assert chain.merged.carried is not None
     assert chain.merged.carried.beside > 0
-    assert_whole(chain, "transformers", loaded(chain.release, kind.wrapper_class))
+    assert_engine(chain, "transformers")
+    assert_whole(chain, loaded(chain.release, kind.wrapper_class))
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3_text", "qwen3_5_text", "gpt_oss", "qwen3_moe"])
@@ -249,4 +255,19 @@ def test_every_stage_on_fused_layers(name: str, short_pairs: Path, model_folder:
     """On a CPU their operations are those of PyTorch; a plan for a GPU takes them first."""
     chain = run_stages(base_of(name, tmp_path / "base", model_folder), short_pairs, tmp_path, kernels="fused")
     assert chain.plan.kernels == "fused"
-    assert_whole(chain, "fused", loaded(chain.release))
+    assert_engine(chain, "fused")
+    assert_whole(chain, loaded(chain.release))
+
+
+@pytest.mark.parametrize("name", ["bloom", "nemotron"])
+def test_trls_trainer_between_stages_that_score_by_the_models_own_forward(
+    name: str, short_pairs: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL scores in a Triton kernel, which needs a GPU: here by the stand-in, and the refusal of a CPU is lifted."""
+    monkeypatch.setattr(dpo, "refuse_without_gpu", lambda plan: None)
+    with dense_scoring():
+        chain = run_stages(base_of(name, tmp_path / "base", model_folder), short_pairs, tmp_path, trainer="trl")
+    assert chain.dpo.trainer == "trl"
+    assert chain.engines == ["rows", "transformers", "rows", "rows"], "TRL calls the model as Transformers made it"
+    assert chain.not_passed == []
+    assert_whole(chain, loaded(chain.release))
