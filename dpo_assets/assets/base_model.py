@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 from pydantic import JsonValue
 
-from dpo_assets.artifact import Artifact, read_kept, write_json
+from dpo_assets.artifact import Artifact, read_kept, rewrite_json, write_json
 from dpo_assets.assets.lineage import Inputs
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step, final
@@ -155,7 +155,7 @@ def _verified(step: Step, base: Artifact) -> VerifiedBase:
         )
 
     verified, _ = step.build("verified_base", {}, inputs, make)
-    return VerifiedBase.model_validate(verified.json(VERIFIED))
+    return read_kept(verified, VERIFIED, VerifiedBase)
 
 
 def _verified_facts(verified: VerifiedBase) -> dict[str, Any]:
@@ -282,7 +282,7 @@ def _set_template(template: Path, model: Path) -> None:
     (model / LEGACY_TEMPLATE).unlink(missing_ok=True)
     config = json.loads((model / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
     if config.pop("chat_template", None) is not None:
-        write_json(model / TOKENIZER_CONFIG, config)
+        rewrite_json(model / TOKENIZER_CONFIG, config)
 
 
 def _download(api: HfApi, section: BaseModelSection, target: Path, token_variable: str) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import dagster as dg
 
-from dpo_assets.artifact import Artifact, file_sha256, write_json
+from dpo_assets.artifact import Artifact, file_sha256, rewrite_json, write_json
 from dpo_assets.assets.base_model import read_facts
 from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.lineage import Inputs, Read
@@ -175,7 +175,7 @@ def _adapter(inputs: Inputs, folder: Path) -> Path:
         (patched / path.name).write_bytes(path.read_bytes())
     config: dict[str, Any] = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
     config["base_model_name_or_path"], config["revision"] = base.source, base.revision
-    write_json(patched / "adapter_config.json", config)
+    rewrite_json(patched / "adapter_config.json", config)
     return patched
 
 

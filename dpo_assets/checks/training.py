@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from dpo_assets.checks.aftermath import displacement
 from dpo_assets.checks.bands import Bands, first_loss_tolerance
 from dpo_assets.checks.coverage import adapter_attached
@@ -71,10 +73,11 @@ def engine_as_planned(report: DpoReport) -> Verdict:
 def reference_is_start(report: DpoReport, bands: Bands) -> Verdict:
     """The first loss against the loss at zero margin, where that is known."""
     name, expected = "reference_is_start", report.expected_first_loss
-    if expected is None:
+    if expected is None and report.trainer == "trl" and math.isfinite(report.first_loss):
         why = "not measured: with an `sft` term the loss at zero margin depends on the data"
         fix = "set dpo.trainer to `packed`, which computes it; TRL's trainer does not tell its parts"
         return Verdict(name, "warn", why, "measured", bands.limit(name).source, fix)
+    expected = math.nan if expected is None else expected  # Computed always, and no number.
     off = abs(report.first_loss - expected)
     tolerance = first_loss_tolerance(expected, report.first_loss_tokens, bands)
     level = upper_limit(off, tolerance, tolerance)

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from dpo_assets.artifact import write_json
+from dpo_assets.artifact import rewrite_json
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.weights import listed
@@ -259,7 +259,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     config |= {"base_model_name_or_path": None, "target_modules": sorted(config["target_modules"])}
     if config.get("target_parameters"):
         config["target_parameters"] = sorted(config["target_parameters"])
-    write_json(folder / "adapter_config.json", config)
+    rewrite_json(folder / "adapter_config.json", config)
     # PEFT writes a card that names the local folder of the base; the release gets a card of its own.
     (folder / "README.md").unlink(missing_ok=True)
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from dpo_assets.artifact import VOLATILE, write_json
+from dpo_assets.artifact import VOLATILE, rewrite_json, write_json
 from dpo_assets.checks.reports import MergeReport
 from dpo_assets.contract import MergeSpec, Progress
 from dpo_assets.errors import ConfigError, GateError
@@ -62,7 +62,7 @@ def run(spec: MergeSpec, reporter: Reporter) -> None:
         stream_merge(merge, folder, on_file=on_file)
         config = json.loads((spec.base_model / "config.json").read_text(encoding="utf-8"))
         config.pop("_name_or_path", None)  # Where the base once lay on someone's machine.
-        write_json(folder / "config.json", config)
+        rewrite_json(folder / "config.json", config)
     _write_tokenizer(spec, folder)
     carried = compared(spec.base_model, folder, frozenset(merge.updates)) if merge is not None else None
 
@@ -184,7 +184,7 @@ def _write_tokenizer(spec: MergeSpec, folder: Path) -> None:
     if not values:
         config = _object(base / "config.json")
         values = {name: config[name] for name in ("bos_token_id", "pad_token_id") if config.get(name)}
-    write_json(folder / GENERATION, values | {"eos_token_id": sorted(chat.ends)})
+    rewrite_json(folder / GENERATION, values | {"eos_token_id": sorted(chat.ends)})
 
 
 def _object(path: Path) -> dict[str, Any]:
