@@ -208,6 +208,7 @@ class Carried(Report):
     lost: tuple[str, ...] = Field(default=(), description="Not in the release, or in another shape or format.")
     altered: tuple[str, ...] = Field(default=(), description="Without an adapter, and yet other bytes.")
     added: tuple[str, ...] = Field(default=(), description="In the release, and not in the base.")
+    by_name_alone: bool = Field(default=False, description="PEFT wrote another layout: no value was compared.")
 
     @property
     def whole(self) -> bool:
@@ -223,9 +224,7 @@ class MergeReport(Report):
     parameters: int = Field(description="Values that were looked at, of the release as it loads.")
     not_finite: tuple[str, ...] = Field(default=(), description="The weights that are not all numbers, by name.")
     method: Literal["streamed", "peft"]
-    carried: Carried | None = Field(
-        default=None, description="Not known where PEFT wrote the model in another layout than the base's."
-    )
+    carried: Carried | None = Field(default=None, description="None: not compared, by an earlier version.")
     proven_in: str = Field(default="", description="What both were computed in, and where.")
     kernels: str = Field(default="", description="The engine that scored both.")
 

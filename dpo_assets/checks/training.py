@@ -125,13 +125,15 @@ def _tensors_kept(carried: Carried | None) -> Verdict:
     check, band = "tensors_kept", "every tensor of the base under its name, byte for byte unless it has an adapter"
     source = "a merge by plain names drops the vision tower (vllm 15031, 19139)"
     if carried is None:
-        why = "not compared: the release has another layout than the base's, or an earlier version merged it"
-        return Verdict(check, "warn", why, band, source, "only an adapter that adds layers needs another layout")
+        return Verdict(check, "warn", "not compared: an earlier version merged it", band, source, "merge it again")
     faults = [
         f"{len(names)} {what}: {', '.join(names[:NAMED])}"
         for what, names in (("lost", carried.lost), ("altered", carried.altered), ("added", carried.added))
         if names
     ]
+    if carried.by_name_alone and not carried.lost:
+        why = f"{carried.tensors} tensors by name and shape alone; " + ("; ".join(faults) or "none added")
+        return Verdict(check, "warn", why, band, source, "only an adapter that adds layers needs another layout")
     said = f"{carried.tensors - carried.adapted} of {carried.tensors} tensors as they were, {carried.adapted} adapted"
     return Verdict(
         check,

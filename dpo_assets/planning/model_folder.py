@@ -17,7 +17,7 @@ from dpo_assets.errors import ConfigError
 from dpo_assets.planning.decoder import Decoder
 from dpo_assets.planning.families import describe
 from dpo_assets.planning.shape import ModelShape
-from dpo_assets.planning.text_part import TextPart, text_config
+from dpo_assets.planning.text_part import TextPart, has_other_parts, text_config
 from dpo_assets.planning.vocabulary import content, refuse_tokens_without_embedding
 from dpo_assets.planning.weights import FLOATS, Stored, Weights, listed, read_weights, unused_files
 
@@ -130,6 +130,7 @@ def _shape(folder: Path, config: Mapping[str, Any], weights: Weights) -> ModelSh
             model_type=text.get("model_type") or config.get("model_type") or "",
             stored=weights.format,
             beside=every.parameters - weights.parameters,
+            more_than_text=has_other_parts(config),
             decoder=decoder,
         )
     except KeyError as error:

@@ -94,7 +94,7 @@ class Offers:
             precision: None: at any.
         """
         recipe = self.recipe
-        if kernels == "unsloth" and self.shape.beside:
+        if kernels == "unsloth" and self.shape.more_than_text:
             return f"it loads {self.shape.architecture} whole, and names its layers otherwise than a release does"
         if kernels != "transformers" and balances_routers(recipe):
             return "it does not tell what routers say, which router_balance needs"

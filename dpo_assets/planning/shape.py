@@ -31,6 +31,7 @@ class ModelShape(BaseModel):
     model_type: str = ""  # Of config.json: by it PEFT and Transformers tell families apart.
     stored: str = ""  # What most weights are stored in, as `compute` names it; empty where no file was read.
     beside: int = 0  # Values in the files that are none of the language model's: towers, heads for further tokens.
+    more_than_text: bool = False  # Whether config.json describes towers too, whose class names the decoder otherwise.
     decoder: Decoder | None = None  # What its layers compute; None where no family is known.
     matrices: tuple[Matrices, ...] | None = None  # Of the decoder layers, where the model's files were read.
 
