@@ -25,7 +25,7 @@ from dpo_assets.errors import ConfigError
 from dpo_assets.planning.model_folder import inspect_model
 from dpo_assets.training.models.loading import load_causal_lm
 from dpo_assets.training.stages import merge, verify
-from dpo_assets_tests.training.bases import retensor, rewrite
+from dpo_assets_tests.training.bases import copy_of, retensor, rewrite
 from dpo_assets_tests.training.composites import TOKENIZER, VOCABULARY, tensors_of
 from dpo_assets_tests.training.conftest import Log, PlanMaker
 from dpo_assets_tests.training.tiny_models import tiny_config
@@ -150,3 +150,16 @@ def test_an_embedding_of_theirs_hides_no_second_head(tmp_path: Path, model_folde
     rewrite(base / "config.json", tie_word_embeddings=True)
     with pytest.raises(ConfigError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
         verified(base, tmp_path / "out")
+
+
+def test_a_buffer_of_an_earlier_version_is_told_and_kept_too(
+    model_folder: Path, tmp_path: Path, dataset: Path, plan_for: PlanMaker
+) -> None:
+    """Transformers leaves it out of what it says it did not expect; a merge by PEFT would have lost it."""
+    base, buffer = copy_of(model_folder, tmp_path / "base"), "model.layers.0.self_attn.rotary_emb.inv_freq"
+    retensor(base, lambda tensors: tensors | {buffer: torch.ones(4)})
+    assert verified(base, tmp_path / "verified").unused_tensors == (buffer,)
+    adapter = adapter_on(base, tmp_path / "adapter", target_modules=["q_proj"], use_dora=True)
+    model, report = merged(base, adapter, tmp_path / "out", dataset, plan_for)
+    assert report.method == "peft"
+    assert tensors_of(model).keys() == tensors_of(base).keys()
