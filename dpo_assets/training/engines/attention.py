@@ -79,21 +79,25 @@ class Flash:
 
 
 def flash_forward(q: Tensor, k: Tensor, v: Tensor, kind: AttentionKind, batch: PackedBatch) -> Flash:
-    """Queries q [T, heads, dim] of the stream on keys and values k, v [S, kv heads, dim] gathered by `kv_source`.
-
-    A sink joins the sum afterwards: with s = sigmoid(lse - sink) the output is s times that without it, and the sum's
-    logarithm becomes logaddexp(lse, sink).
-    """
+    """Queries q [T, heads, dim] of the stream on keys and values k, v [S, kv heads, dim] gathered by `kv_source`."""
     kind = kind.on_rows(batch["longest"][1])
     out, lse, *state = torch.ops.aten._flash_attention_forward(
         q, k, v, batch["query_starts"], batch["key_starts"], *batch["longest"], 0.0, True, False,
         scale=kind.scale, **_window(kind),
     )  # fmt: skip
     if kind.sinks is not None:
-        sinks = kind.sinks.detach().float()[:, None]
-        out = out * torch.sigmoid(lse - sinks).T[:, :, None].to(out.dtype)
-        lse = torch.logaddexp(lse, sinks)
+        out, lse = joined_by_sinks(out, lse, kind.sinks)
     return Flash(out, lse, (state[0], state[1]))
+
+
+def joined_by_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention's output [T, heads, dim] and lse [heads, T] fp32, computed without sinks [heads], with them.
+
+    A sink joins the sum: with s = sigmoid(lse - sink) the output is s times that without it, and the sum's logarithm
+    becomes logaddexp(lse, sink).
+    """
+    sink = sinks.detach().float()[:, None]
+    return out * torch.sigmoid(lse - sink).T[:, :, None].to(out.dtype), torch.logaddexp(lse, sink)
 
 
 def flash_backward(
