@@ -12,6 +12,7 @@ from torch import Tensor
 from dpo_assets.training.batches.packing import Group, PackedBatch, pack
 from dpo_assets.training.engines import attention
 from dpo_assets.training.engines.attention import AttentionKind, joined_by_sinks, packed_attention
+from dpo_assets.training.private.torch import FlashAttention
 from dpo_assets.training.scoring.logprobs import to_device
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
@@ -174,8 +175,8 @@ class StandIn:
 def flash(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     """This CPU as a device with flash attention."""
     stand_in = StandIn()
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", stand_in.forward)
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", stand_in.backward)
+    kernels = FlashAttention(stand_in.forward, stand_in.backward)
+    monkeypatch.setattr(attention, "flash_attention", lambda: kernels)
     monkeypatch.setattr(attention, "has_flash", lambda *_: True)
     return stand_in
 

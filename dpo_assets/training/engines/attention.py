@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dpo_assets.training.batches.packing import PackedBatch
+from dpo_assets.training.private.torch import flash_attention
+from dpo_assets.training.private.transformers import attention_functions, attention_of
 
 FLASH_HEAD = 256  # The widest head that flash attention 2 has kernels for; widths are multiples of 8.
 SCORES_AT_ONCE = 2**25  # Explicit scores that are held at one time: 128 MiB in fp32.
@@ -81,7 +82,7 @@ class Flash:
 def flash_forward(q: Tensor, k: Tensor, v: Tensor, kind: AttentionKind, batch: PackedBatch) -> Flash:
     """Queries q [T, heads, dim] of the stream on keys and values k, v [S, kv heads, dim] gathered by `kv_source`."""
     kind = kind.on_rows(batch["longest"][1])
-    out, lse, *state = torch.ops.aten._flash_attention_forward(
+    out, lse, *state = flash_attention().forward(
         q, k, v, batch["query_starts"], batch["key_starts"], *batch["longest"], 0.0, True, False,
         scale=kind.scale, **_window(kind),
     )  # fmt: skip
@@ -109,7 +110,7 @@ def flash_backward(
     zero, adds nothing to the sum of gradient times output that the softmax's derivative subtracts.
     """
     kind = kind.on_rows(batch["longest"][1])
-    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
+    grads: tuple[Tensor, Tensor, Tensor] = flash_attention().backward(
         grad, q, k, v, kept.out, kept.lse, batch["query_starts"], batch["key_starts"], *batch["longest"],
         0.0, True, *kept.state, scale=kind.scale, **_window(kind),
     )  # fmt: skip
@@ -299,7 +300,7 @@ def packed_rows(
     a limit, and computed as it is from then on. The kernel is what takes the time here, and it is compiled already.
     """
     if packed is None:
-        plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        plain = attention_functions()["sdpa"]
         return plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)  # type: ignore[no-any-return]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if torch.is_autocast_enabled(q.device.type):  # The kernels themselves are not among what autocast casts.
@@ -310,7 +311,7 @@ def packed_rows(
 
 def register() -> None:
     """Makes `attn_implementation="packed_rows"` known to Transformers."""
-    ALL_ATTENTION_FUNCTIONS.register(NAME, packed_rows)
+    attention_functions().register(NAME, packed_rows)
 
 
 def attend_packed(lm: Any) -> bool:
@@ -318,7 +319,7 @@ def attend_packed(lm: Any) -> bool:
     register()
     lm.set_attn_implementation(NAME)
     # Where layers compute attention in a way of their own, Transformers leaves a warning and what was there.
-    return bool(lm.config._attn_implementation == NAME)
+    return attention_of(lm) == NAME
 
 
 def attend_as_own(lm: Any) -> None:
