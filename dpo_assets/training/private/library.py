@@ -62,8 +62,10 @@ class Library:
             found: Any = importlib.import_module(module)
             for part in path.split("."):
                 found = getattr(found, part)
-        except (ImportError, AttributeError) as error:
-            raise self.refused(f"has no {module}.{path} ({error})") from error
+        except ImportError as error:
+            raise self.refused(f"does not let {module} be imported ({error})") from error
+        except AttributeError as error:
+            raise self.refused(f"has no {module}.{path}") from error
         return found
 
     def check_call(
@@ -100,6 +102,17 @@ class Library:
             given = ", ".join((*positional, *(f"{key}=" for key in keywords), *(["**"] if passes_on else [])))
             taken = ", ".join(str(p).partition(":")[0].partition("=")[0] for p in parameters)
             raise self.refused(f"has {name}({taken}), which is called as ({given}) here")
+
+    def made(self, name: str, make: Callable[[], Any]) -> Any:
+        """An instance that is made to be looked at.
+
+        Raises:
+            ConfigError: when it cannot be made as it is here.
+        """
+        try:
+            return make()
+        except Exception as error:  # Whatever another version minds.
+            raise self.refused(f"has a {name} that is made otherwise ({error})") from error
 
     def check_has(self, name: str, thing: Any, attributes: Collection[str]) -> None:
         """Raises:

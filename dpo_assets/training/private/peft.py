@@ -53,7 +53,8 @@ def lora_layer() -> type[Any]:
     """`peft.tuners.lora.LoraLayer`, with all that `Lora` names."""
     layer: type[Any] = PEFT.find("peft.tuners.lora", "LoraLayer")
     with torch.random.fork_rng(devices=[]):  # What is drawn after a seed stays what it was.
-        PEFT.check_has("LoraLayer", layer(nn.Linear(1, 1)), _READ)
+        made = PEFT.made("LoraLayer", lambda: layer(nn.Linear(1, 1)))
+    PEFT.check_has("LoraLayer", made, _READ)
     return layer
 
 
@@ -80,8 +81,11 @@ def _parameter_wrapper() -> type[Any]:
     wrapper: type[Any] = PEFT.find("peft.tuners.lora.layer", "ParamWrapper")
     experts = nn.Module()
     experts.weight = nn.Parameter(torch.zeros(2, 1, 1), requires_grad=False)
+    config = PEFT.find("peft", "LoraConfig")()
     with torch.random.fork_rng(devices=[]):
-        made = wrapper(experts, "default", parameter_name="weight", config=PEFT.find("peft", "LoraConfig")(), r=1)
+        made = PEFT.made(
+            "ParamWrapper", lambda: wrapper(experts, "default", parameter_name="weight", config=config, r=1)
+        )
     PEFT.check_has("ParamWrapper", made, ("parameter_name", "num_experts", "get_param"))
     return wrapper
 

@@ -59,7 +59,7 @@ def experts_functions() -> Registry:
     TRANSFORMERS.check_call("the experts `grouped_mm`", registry["grouped_mm"], tensors)
     decorated = TRANSFORMERS.find("transformers.integrations.moe", "use_experts_implementation")
     made = decorated(type("Experts", (nn.Module,), {"forward": lambda self, x: x, "__init__": _empty_module}))
-    TRANSFORMERS.check_has("experts", made(None), OF_EXPERTS)
+    TRANSFORMERS.check_has("experts", TRANSFORMERS.made("module of experts", lambda: made(None)), OF_EXPERTS)
     TRANSFORMERS.check_has("experts' forward", made.forward, ("__wrapped__",))
     return registry
 
