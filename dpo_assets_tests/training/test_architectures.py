@@ -131,6 +131,8 @@ def test_rows_serve_a_model_that_packing_serves_too(plan: TrainingPlan) -> None:
     model = with_lora("gemma2", tiny_model("gemma2"))
     assert settle_engine(model, rows, PAIR) == Settled("rows")
     assert_equal_steps(engine_step(model), own_step(model))
+    assert settle_engine(model, rows, PAIR) == Settled("rows"), "what is attached stays"
+    assert settle_engine(model, rows, PAIR, "transformers") == Settled("transformers"), "unless another is asked for"
 
 
 @pytest.mark.parametrize("name", ["bloom", "mamba", "llama4_text"])
@@ -220,6 +222,16 @@ def test_what_only_long_rows_feel_is_not_seen_on_short_ones(plan: TrainingPlan) 
     with pytest.raises(NotExactError, match="nats row by row"):
         assert_exact(model, PAIR)
     assert settle_engine(model, plan, PAIR).kernels == "rows"
+
+
+@pytest.mark.parametrize("name", ["nemotron", "lfm2", "qwen3_5_text"])
+def test_what_rows_leave_to_one_another_is_seen_where_each_group_is_one_row(
+    name: str, plan: TrainingPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SFT's groups: a stream of a single row is exact also where layers mix rows, by attention or by a state."""
+    monkeypatch.setattr("dpo_assets.training.engines.transformers.serve_packed", lambda lm: None)
+    settled = settle_engine(tiny_model(name), plan, Group(PAIR.prompt, PAIR.completions[:1]))
+    assert (settled.kernels, settled.note.count("nats row by row")) == ("rows", 1)
 
 
 def test_layers_that_fail_on_a_packed_batch_hand_over_to_rows(

@@ -32,6 +32,7 @@ from dpo_assets.training.trainers.classic import (
     classic_trainer,
     loss_arguments,
     optimizer_of,
+    refuse_without_gpu,
 )
 from dpo_assets.training.trainers.packed import end_quietly
 from dpo_assets_tests.training.conftest import TRAIN_PAIRS, PlanMaker
@@ -171,6 +172,13 @@ def test_the_8_bit_optimizer_is_used_only_where_it_can_run(
 
 
 # ------------------------------------------------------------------------------------------------- refused
+
+
+def test_a_cpu_is_refused_but_for_unsloths_scorer(plan: TrainingPlan) -> None:
+    with pytest.raises(ConfigError, match=r"`trl` needs a GPU.*`packed`"):
+        refuse_without_gpu(plan)
+    refuse_without_gpu(plan.model_copy(update={"kernels": "unsloth"}))
+    refuse_without_gpu(plan.model_copy(update={"device": "cuda"}))
 
 
 def test_a_model_without_an_adapter_is_refused(

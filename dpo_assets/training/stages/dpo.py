@@ -29,7 +29,7 @@ from dpo_assets.training.models.loading import ADAPTER_NAME, save_adapter
 from dpo_assets.training.models.policy import Policy
 from dpo_assets.training.models.targets import coverage
 from dpo_assets.training.reporting import ProgressLines, Reporter, all_finite, write_metrics
-from dpo_assets.training.trainers.classic import ClassicDPOTrainer, classic_trainer
+from dpo_assets.training.trainers.classic import ClassicDPOTrainer, classic_trainer, refuse_without_gpu
 from dpo_assets.training.trainers.dpo import REFERENCE_COLUMNS, PackedDPOTrainer
 from dpo_assets.training.trainers.losses import DpoLoss
 from dpo_assets.training.trainers.packed import PackedCollator, end_quietly, packed_arguments, trainer_arguments
@@ -64,8 +64,8 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     plan, out = spec.plan, spec.output_dir
     started = time.perf_counter()
     packed = plan.dpo.trainer == "packed"
-    if not packed and plan.device == "cpu" and plan.kernels != "unsloth":
-        raise ConfigError("dpo.trainer `trl` needs a GPU: TRL 1.15 scores with a Triton kernel. Use `packed` on a CPU.")
+    if not packed:
+        refuse_without_gpu(plan)
     chat = load_chat_format(spec.base_model, spec.template)
     start = load_start(spec, packed=packed)
     policy = start.policy

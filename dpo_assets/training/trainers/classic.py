@@ -122,6 +122,16 @@ class _BeforeFirstUpdate(TrainerCallback):
             self.call()
 
 
+def refuse_without_gpu(plan: TrainingPlan) -> None:
+    """Refuses a plan that TRL's own trainer cannot follow. Unsloth puts a scorer of its own in the place of TRL's.
+
+    Raises:
+        ConfigError: on a CPU.
+    """
+    if plan.device == "cpu" and plan.kernels != "unsloth":
+        raise ConfigError("dpo.trainer `trl` needs a GPU: TRL 1.15 scores with a Triton kernel. Use `packed` on a CPU.")
+
+
 def classic_trainer(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, plan: TrainingPlan, output_dir: Path
 ) -> ClassicDPOTrainer:
