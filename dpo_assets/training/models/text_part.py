@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,12 +16,12 @@ from transformers import (
     AutoConfig,
     GenerationMixin,
     PreTrainedConfig,
-    PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.text_part import TextPart, read_text_part
+from dpo_assets.training.private.transformers import check_tied_weights
 
 # Text parts that Transformers has a decoder for, and no class with a head. Each was held against its wrapper's logits.
 HEADLESS = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text", "glm4v_text")
@@ -67,27 +65,6 @@ def _experts_of(name: str) -> str:
     return before + mark if mark else name
 
 
-@contextmanager
-def every_unexpected() -> Iterator[set[str]]:
-    """Collects what `from_pretrained` finds in files and has no place for in the model.
-
-    Its own `unexpected_keys` lack what a class ignores: buffers of earlier versions, and `mtp`. A release that was made
-    without them would have lost them unseen.
-    """
-    met: set[str] = set()
-    own = PreTrainedModel._adjust_missing_and_unexpected_keys
-
-    def adjust(self: PreTrainedModel, loading_info: Any) -> None:
-        met.update(loading_info.unexpected_keys)
-        own(self, loading_info)
-
-    PreTrainedModel._adjust_missing_and_unexpected_keys = adjust  # type: ignore[method-assign]
-    try:
-        yield met
-    finally:
-        PreTrainedModel._adjust_missing_and_unexpected_keys = own  # type: ignore[method-assign]
-
-
 def text_source(folder: Path) -> TextSource:
     """The language model of a folder. Some wrapper classes (Mistral 3) are no causal language models to Transformers,
     others (Gemma 3) would load every tower with it: here each gives its decoder and head alone.
@@ -129,6 +106,7 @@ def _loadable(folder: Path, config: PreTrainedConfig, text: PreTrainedConfig) ->
 @cache
 def with_head(decoder: Any) -> type[Any]:
     """A causal language model of a decoder class that has none: `model` and `lm_head`, as every other names them."""
+    check_tied_weights()
     # The class below the decoder's own says how the family's weights start and which attention it supports.
     family: Any = decoder.__mro__[1]
 
