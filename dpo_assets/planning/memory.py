@@ -15,7 +15,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Literal
 
-from dpo_assets.planning.activations import kept_bytes, mlp_width, recomputed_bytes, working_bytes
+from dpo_assets.planning.activations import kept_bytes, made_bytes, mlp_width, recomputed_bytes, working_bytes
 from dpo_assets.planning.cards import Card, find_card
 from dpo_assets.planning.decoder import Decoder, Experts, Layer
 from dpo_assets.planning.precision import QUANTISED, Precision
@@ -153,6 +153,7 @@ class Training:
     device: Literal["cpu", "cuda"]
     bases: int = 1  # Models in memory: two where the reference is one of its own.
     trainer: Trainer = "packed"
+    fla: bool = False  # Whether gated delta nets are computed by flash-linear-attention.
 
     @property
     def width(self) -> int:
@@ -194,11 +195,24 @@ class Training:
         return tuple(below + above for below, above in zip(lower, reversed(upper), strict=True))
 
     @cached_property
+    def made(self) -> tuple[float, ...]:
+        """Bytes of experts' weights with their adapters that are kept where the lowest 0, 1, ... layers are recomputed,
+        whatever a forward holds."""
+        made = [made_bytes(layer, self.decoder, self.lora, self.width) for layer in self.decoder.layers]
+        return tuple(reversed(list(accumulate(reversed(made), initial=0.0))))
+
+    @cached_property
+    def _making(self) -> float:
+        """Bytes that a layer's adapted experts take while they are differentiated, beside those kept: the adapter's
+        product and the gradient of their sum."""
+        return 2 * max(made_bytes(layer, self.decoder, self.lora, self.width) for layer, _ in self.decoder.kinds)
+
+    @cached_property
     def _of_layer(self) -> tuple[dict[Layer, float], float, float]:
         """Bytes a token: kept of each kind of layer, the most of one, and the most that differentiating one takes."""
         where = (self.decoder, self.kernels, self.lora, self.width, self.trainer)
-        kept = {layer: kept_bytes(layer, *where) for layer, _ in self.decoder.kinds}
-        return kept, max(kept.values()), max(working_bytes(layer, *where) for layer in kept)
+        kept = {layer: kept_bytes(layer, *where, fla=self.fla) for layer, _ in self.decoder.kinds}
+        return kept, max(kept.values()), max(working_bytes(layer, *where, fla=self.fla) for layer in kept)
 
     def fewest_recomputed(self, budget: int, usable_gib: float) -> int:
         layers = len(self.saved) - 1
@@ -213,12 +227,14 @@ class Training:
 
     def peak(self, budget: int, recomputed: int) -> float:
         """GiB at the peak of forwards of `budget` tokens."""
-        return (self._fixed_bytes + budget * self.saved[recomputed] + self._working(budget, recomputed)) / GIB
+        kept = budget * self.saved[recomputed] + self.made[recomputed]
+        return (self._fixed_bytes + kept + self._working(budget, recomputed)) / GIB
 
     def parts(self, budget: int, recomputed: int) -> dict[str, float]:
         """GiB of each part at that peak."""
         parts = self.fixed | {
             "kept activations": budget * self.saved[recomputed],
+            "adapted experts": self.made[recomputed],
             "working memory": self._working(budget, recomputed),
         }
         return {name: size / GIB for name, size in parts.items()}
@@ -230,10 +246,12 @@ class Training:
     def _working(self, budget: int, recomputed: int) -> float:
         """The larger of a chunk of logits and one layer's backward pass: the logits go before that begins."""
         _, kept, working = self._of_layer
+        making = self._making
         if recomputed == len(self.saved) - 1:
             # The recomputed layers are the lowest, so all the others' memory is free again when their turn comes.
             working += kept
-        return max(self._head_bytes(budget), budget * working)
+            making *= 1.5
+        return max(self._head_bytes(budget), budget * working + making)
 
     def _head_bytes(self, budget: int) -> float:
         """The logits of a chunk in fp32 and their gradient, and the gradient of each scored hidden state."""
