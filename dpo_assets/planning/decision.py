@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.cards import CARDS
@@ -11,7 +11,7 @@ from dpo_assets.planning.engines import beyond_unsloth
 from dpo_assets.planning.memory import MemoryFit
 from dpo_assets.planning.offers import BUILT_IN, EngineOffer, Offers, balances_routers
 from dpo_assets.planning.precision import Device, Precision, PrecisionChoice, choose_precision
-from dpo_assets.planning.shape import Kernels, ModelShape
+from dpo_assets.planning.shape import Kernels, ModelShape, Part
 from dpo_assets.planning.targets import kinds_of
 from dpo_assets.recipe import ALL_LINEAR, Recipe
 
@@ -35,14 +35,14 @@ def decide(
     shape: ModelShape,
     data: DatasetStats,
     device: Device,
-    installed: frozenset[Kernels] = BUILT_IN,
+    installed: frozenset[Part] = BUILT_IN,
 ) -> Decision:
     """Resolves `hardware` for a model, a dataset and a device. The decision may not fit; `memory.fits` tells.
 
     Precision comes first, engine second: of the fewest compromises that any engine fits with, the fastest engine.
 
     Args:
-        installed: engines that may be taken without being named.
+        installed: engines that may be taken without being named, and fla-core (`offers.installed_here`).
 
     Raises:
         ConfigError: when an explicit precision or engine cannot work on the device.
@@ -91,8 +91,21 @@ def refuse_engine(offers: Offers) -> None:
     if asked is not None and (reason := offers.cannot(asked)):
         raise ConfigError(
             f"hardware.kernels `{asked}` cannot serve {shape.architecture or 'this model'} with max_length "
-            f"{offers.data.max_length}: {reason}. Use `auto`."
+            f"{offers.data.max_length}: {reason}. {_way_out(offers)}"
         )
+    if asked is None:
+        offers.possible()
+
+
+def _way_out(offers: Offers) -> str:
+    """`auto`, where that finds an engine."""
+    hardware = offers.recipe.hardware.model_copy(update={"kernels": "auto", "speedups": []})
+    recipe = offers.recipe.model_copy(update={"hardware": hardware})
+    try:
+        replace(offers, recipe=recipe).possible()
+    except ConfigError as error:
+        return f"`auto` has no other: {error}"
+    return "Use `auto`."
 
 
 def _check_routers(recipe: Recipe, shape: ModelShape) -> None:
@@ -127,7 +140,7 @@ def what_would_fit(
     shape: ModelShape,
     data: DatasetStats,
     device: Device,
-    installed: frozenset[Kernels] = BUILT_IN,
+    installed: frozenset[Part] = BUILT_IN,
 ) -> list[str]:
     """Single changes that would make a decision fit, each as an instruction: precision, length, card."""
 

@@ -130,7 +130,8 @@ def dequantised_bytes(shape: ModelShape, precision: Precision) -> float:
 
 def _largest_group(layer: Layer, hidden: int) -> int:
     """Weights of the layers that read one input (q, k and v; gate and up), whichever group has the most."""
-    blocks = (layer.mixer.linears(hidden), layer.mlp.linears(hidden))
+    parts = (layer.mixer, layer.beside, layer.mlp)
+    blocks = [part.linears(hidden) for part in parts if part is not None]
     # The last of a block reads what the others made.
     groups = [group for block in blocks for group in (block[:-1], block[-1:])]
     return max(sum(rows * columns for _, rows, columns in group) for group in groups)

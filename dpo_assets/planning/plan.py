@@ -14,7 +14,7 @@ from dpo_assets.planning.offers import BUILT_IN, EngineOffer
 from dpo_assets.planning.precision import QUANTISED, Compute, Device, Half, Precision, compute_format
 from dpo_assets.planning.schedule import warmup_steps
 from dpo_assets.planning.scoring import Scoring, choose_scoring
-from dpo_assets.planning.shape import Kernels, ModelShape
+from dpo_assets.planning.shape import Kernels, ModelShape, Part
 from dpo_assets.planning.targets import LoraCoverage, planned_coverage, resolve_targets
 from dpo_assets.recipe import DpoSection, LoraSection, Recipe, SftSection, Speedup
 
@@ -135,12 +135,13 @@ def make_plan(
     shape: ModelShape,
     data: DatasetStats,
     device: Device,
-    installed: frozenset[Kernels] = BUILT_IN,
+    installed: frozenset[Part] = BUILT_IN,
 ) -> TrainingPlan:
     """Resolves a recipe for a model, a dataset and a device. A plan that does not fit says so, and what would.
 
     Args:
-        installed: engines that `auto` may take (`offers.installed_here`); the planner looks at no environment itself.
+        installed: engines that `auto` may take, and whether fla-core computes delta nets (`offers.installed_here`); the
+            planner looks at no environment itself.
 
     Raises:
         ConfigError: when an explicit choice cannot work on the device.

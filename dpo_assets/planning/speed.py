@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from dpo_assets.planning.activations import adapts, mlp_width
-from dpo_assets.planning.cards import Card, find_card, known_card
+from dpo_assets.planning.cards import Card, Rates, find_card, rates_of
 from dpo_assets.planning.decoder import Attention, Decoder, Experts
 from dpo_assets.planning.precision import QUANTISED, Device, Precision
 from dpo_assets.planning.shape import Kernels, Trainer
@@ -119,6 +119,11 @@ def step_seconds(
     return max(gpu, launches) + 0.1 * launches
 
 
-def card_of(device: Device) -> Card:
-    """The card to predict for: the device's own, or the one that the constants were fitted on."""
-    return known_card(device) or find_card(FITTED_ON)
+def predicted_by(device: Device) -> Rates:
+    """The rates to predict with: the device's own, or those of the card that the constants were fitted on."""
+    fitted = find_card(FITTED_ON)
+    if device.kind == "cpu":
+        return Rates(fitted)
+    return rates_of(device) or Rates(
+        fitted, f"at an {fitted.key.upper()}'s rates: {device.name} is not in the catalogue"
+    )

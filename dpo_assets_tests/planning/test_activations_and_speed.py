@@ -11,7 +11,6 @@ from dpo_assets.assets.dpo_plan import engines_table
 from dpo_assets.planning.activations import kept_bytes, working_bytes
 from dpo_assets.planning.cards import find_card
 from dpo_assets.planning.decoder import Attention, Decoder, Experts, Mlp, Norms
-from dpo_assets.planning.families import describe
 from dpo_assets.planning.memory import GIB, Training, body_parameters, described_parameters, weights_bytes
 from dpo_assets.planning.shape import Kernels, ModelShape
 from dpo_assets.planning.sizes import find_model
@@ -19,21 +18,11 @@ from dpo_assets.planning.speed import Arithmetic
 from dpo_assets.planning.targets import EXPERT_PARAMETERS
 from dpo_assets.planning.work import Work
 from dpo_assets.recipe import LoraSection
-from dpo_assets_tests.planning.cases import H200, planned
+from dpo_assets_tests.planning.cases import H200, planned, shape_of
 from dpo_assets_tests.planning.measured import LORA, SHAPES
 
 H100 = find_card("h100")
 STEP = Work(16, 1_892, 841.8, 172.1, 1_024)
-
-
-def shape_of(**config: Any) -> ModelShape:
-    decoder = describe(config)
-    assert decoder is not None
-    return ModelShape(
-        parameters=described_parameters(decoder), layers=len(decoder.layers), hidden=decoder.hidden,
-        intermediate=config["intermediate_size"], vocabulary=decoder.vocabulary, context=32_768, decoder=decoder,
-        heads=config["num_attention_heads"], kv_heads=config["num_key_value_heads"], head_dim=config["head_dim"],
-    )  # fmt: skip
 
 
 EXPERTS = shape_of(

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import re
 from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
 
+from dpo_assets.assets.dpo_plan import engines_table
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.decision import decide
+from dpo_assets.planning.describe import offer_sentence
 from dpo_assets.planning.offers import BUILT_IN, EngineOffer, installed_here
 from dpo_assets.planning.plan import TrainingPlan, make_plan
 from dpo_assets.planning.precision import Device
-from dpo_assets.planning.shape import Kernels, ModelShape
+from dpo_assets.planning.shape import Kernels, ModelShape, Part
+from dpo_assets.planning.sizes import find_model
 from dpo_assets.planning.targets import resolve_targets
-from dpo_assets_tests.planning.cases import A100, CPU, EIGHT_B, H200, L4, T4, V100, data
+from dpo_assets_tests.planning.cases import A100, CPU, EIGHT_B, H200, L4, T4, V100, data, shape_of
 from dpo_assets_tests.planning.measured import SHAPES
 from dpo_assets_tests.samples import recipe
 
@@ -24,7 +29,7 @@ UNDESCRIBED = EIGHT_B.model_copy(update={"decoder": None, "architecture": "MptFo
 
 
 def made(
-    shape: ModelShape, device: Device = H200, installed: frozenset[Kernels] = WITH_UNSLOTH, **sections: Any
+    shape: ModelShape, device: Device = H200, installed: frozenset[Part] = WITH_UNSLOTH, **sections: Any
 ) -> TrainingPlan:
     return make_plan(recipe(**sections), shape, data(), device, installed)
 
@@ -160,6 +165,80 @@ def test_the_engine_is_decided_after_the_precision_that_is_asked_for() -> None:
     decision = decide(resolved, EIGHT_B, data(), H200, WITH_UNSLOTH)
     assert decision.precision == "8bit"
     assert {o.name: o.why_not for o in decision.engines}["unsloth"] == "8-bit models are not on its own forward"
+
+
+LLAMA4 = shape_of(
+    model_type="llama4_text", vocab_size=202_048, hidden_size=512, intermediate_size=1_024, num_hidden_layers=4,
+    num_attention_heads=8, num_key_value_heads=8, head_dim=64, num_local_experts=4,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("device", [H200, CPU], ids=lambda device: device.name)
+@pytest.mark.parametrize("kernels", ["auto", "transformers"])
+def test_a_model_that_no_engine_computes_is_refused_with_every_reason_and_the_way_out(
+    device: Device, kernels: str
+) -> None:
+    """Llama 4 runs on `rows` alone, which does not tell what routers say."""
+    with pytest.raises(ConfigError, match="no engine can train") as refused:
+        made(LLAMA4, device, dpo={"router_balance": 0.01}, hardware={"kernels": kernels})
+    said = str(refused.value)
+    assert "`transformers`: a packed stream does not tell it the chunk" in said
+    assert "`rows`: it does not tell what routers say" in said
+    assert said.endswith("set sft.router_balance and dpo.router_balance to 0.")
+    assert "Use `auto`" not in said
+    assert made(LLAMA4, device).kernels == "rows"
+
+
+def test_an_engine_that_does_not_fit_is_told_by_the_numbers_that_decide() -> None:
+    """Not by its peak and the card's memory, of which the first may be the smaller."""
+    small = Device("cuda", "H100", 18.8, (9, 0))
+    long = data(longest_pair=6_000, mean_pair=5_000.0, max_length=4_096)
+    asked = recipe(hardware={"precision": "bf16"}, dpo={"batch_size": 1_024})
+    for offer in make_plan(asked, EIGHT_B, long, small, WITH_UNSLOTH).engines:
+        if "it does not fit" in offer.why_not:
+            found = re.fullmatch(
+                r"it does not fit: ([\d.]+) GiB in all, and a run can plan with ([\d.]+)", offer.why_not
+            )
+            assert found is not None
+            needed, usable = map(float, found.groups())
+            assert usable <= needed
+            assert usable < small.memory_gib
+
+
+def test_a_plan_says_who_computes_delta_nets() -> None:
+    """PyTorch's form takes more memory and several times as long; on Hopper some versions of Triton force it."""
+    shape = find_model("qwen3.5-9b").shape
+    without = made(shape, A100, BUILT_IN)
+    with_fla = made(shape, A100, BUILT_IN | {"delta-net"})
+    said = "delta nets by PyTorch, several times slower: pip install 'dpo-assets[delta-net]'"
+    assert offered(without)["fused"].note == said
+    assert offered(with_fla)["fused"].note == ""
+    assert said in offer_sentence(without.engines[0])
+    assert said in engines_table(without)
+    asked = {"hardware": {"precision": "bf16", "kernels": "transformers"}}
+    assert (
+        made(shape, A100, BUILT_IN, **asked).memory_parts
+        != made(shape, A100, BUILT_IN | {"delta-net"}, **asked).memory_parts
+    )
+    assert "triton>=3.7.1" in offered(made(shape, H200, BUILT_IN | {"delta-net"}))["fused"].note
+    assert offered(made(shape, H200, BUILT_IN | {"delta-net", "delta-net on Hopper"}))["fused"].note == ""
+    assert offered(made(EIGHT_B, A100, BUILT_IN))["fused"].note == ""
+
+
+def test_an_offer_says_whose_rates_it_was_predicted_with() -> None:
+    offers = offered(made(EIGHT_B, Device("cuda", "NVIDIA A10", 22.0, (8, 6))))
+    assert offers["fused"].note == "at an H100's rates: NVIDIA A10 is not in the catalogue"
+
+
+@pytest.mark.parametrize("triton", ["3.6.0", "3.7.1"])
+def test_fla_is_found_and_not_counted_on_where_its_gradient_is_wrong(
+    triton: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # No environment of these tests has fla-core and Triton, and one that has them is a GPU's.
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "fla" else None)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: triton)
+    assert "delta-net" in installed_here()
+    assert ("delta-net on Hopper" in installed_here()) is (triton == "3.7.1")
 
 
 def test_installed_engines_are_found_without_importing_them(monkeypatch: pytest.MonkeyPatch) -> None:
