@@ -39,6 +39,7 @@ USABLE = {"cuda": 0.97, "cpu": 0.9}  # The rest is lost to fragments, or other p
 # others only well below, where the allocator held 6 to 12 % more than it had given out.
 SMALL_TENSORS = 0.03
 TRL_TILE = 4_096 * 32_768  # Logits that TRL's own scorer has at one time.
+ABOUT_AS_FAST = 1.02  # Of the fastest time: no prediction is surer than that, and less memory leaves more room.
 STEP_SLACK = 1.15  # A step's tokens vary around the mean.
 
 
@@ -79,13 +80,28 @@ def weights_bytes(shape: ModelShape, precision: Precision) -> float:
     return body * BODY_BYTES[precision] + (parameters - body) * (4 if precision == "fp32" else 2)
 
 
+def usable_share(device: Literal["cpu", "cuda"], kernels: Kernels) -> float:
+    """Share of a device's memory that a plan may need."""
+    return USABLE[device] - (SMALL_TENSORS if device == "cuda" and kernels != "fused" else 0.0)
+
+
+def expert_parameters(shape: ModelShape) -> int:
+    """Weights of routed experts, by the model's files or its description."""
+    if shape.matrices is not None and shape.decoder is None:
+        return sum(kind.weights for kind in shape.matrices if kind.role == "experts")
+    return _expert_parameters(shape.decoder) if shape.decoder else 0
+
+
+def _expert_parameters(decoder: Decoder) -> int:
+    experts = ((layer.mlp, count) for layer, count in decoder.kinds if isinstance(layer.mlp, Experts))
+    return sum(count * 3 * mlp.count * mlp.width * decoder.hidden for mlp, count in experts)
+
+
 def described_parameters(decoder: Decoder) -> int:
     """Weights of the matrices that a description tells of: layers, experts, embedding and head."""
-    total = decoder.hidden * decoder.vocabulary * (1 if decoder.tied else 2)
+    total = decoder.hidden * decoder.vocabulary * (1 if decoder.tied else 2) + _expert_parameters(decoder)
     for layer, count in decoder.kinds:
         total += count * sum(rows * columns for _, rows, columns in layer.linears(decoder.hidden))
-        if isinstance(layer.mlp, Experts):
-            total += count * 3 * layer.mlp.count * layer.mlp.width * decoder.hidden
     return total
 
 
@@ -162,8 +178,7 @@ class Training:
 
     def usable(self, available_gib: float) -> float:
         """GiB that a plan may need."""
-        left = SMALL_TENSORS if self.device == "cuda" and self.kernels != "fused" else 0.0
-        return (USABLE[self.device] - left) * available_gib
+        return usable_share(self.device, self.kernels) * available_gib
 
     @property
     def stepwise(self) -> bool:
@@ -262,11 +277,14 @@ class Training:
 
     def seconds(self, work: Work, budget: int, recomputed: int, card: Card) -> float:
         """Predicted seconds of an optimizer step."""
-        return step_seconds(self.decoder, self.arithmetic, self.precision, self.kernels, work, budget, recomputed, card)
+        return step_seconds(
+            self.decoder, self.arithmetic, self.precision, self.kernels, work, budget, recomputed, card, self.lora.rank
+        )  # fmt: skip
 
 
 def fit(training: Training, work: Work, available_gib: float, card: Card | None = None) -> MemoryFit:
-    """The fastest forward size that fits, with as many recomputed layers as it needs.
+    """The forward size to take, with as many recomputed layers as it needs: of those that fit and are predicted to be
+    about as fast as the fastest (ABOUT_AS_FAST), the one that needs least.
 
     `peak_gib` is the allocator's; that the device also holds a CUDA context is counted in `fits`. No forward is smaller
     than the longest pair.
@@ -277,18 +295,20 @@ def fit(training: Training, work: Work, available_gib: float, card: Card | None 
     """
     card = card or find_card(FITTED_ON)
     usable = training.usable(available_gib)
-    best: tuple[float, int, int] | None = None
+    fitting: list[tuple[float, int, int]] = []
     last: tuple[float, int, int] | None = None
     for budget in _candidates(training, work):
         recomputed = training.fewest_recomputed(budget, usable)
         seconds = training.seconds(work, budget, recomputed, card)
         last = (seconds, budget, recomputed)
-        if training.needed(budget, recomputed) <= usable and (best is None or seconds < best[0]):
-            best = last
+        if training.needed(budget, recomputed) <= usable:
+            fitting.append(last)
     assert last is not None
-    seconds, budget, recomputed = best or last
+    enough = ABOUT_AS_FAST * min(fitting, default=last)[0]
+    about_as_fast = [each for each in fitting if each[0] <= enough]
+    seconds, budget, recomputed = min(about_as_fast, key=lambda each: training.needed(*each[1:]), default=last)
     parts = training.parts(budget, recomputed)
-    return MemoryFit(budget, recomputed, sum(parts.values()), parts, best is not None, seconds)
+    return MemoryFit(budget, recomputed, sum(parts.values()), parts, bool(fitting), seconds)
 
 
 def estimate_peak(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from dpo_assets.planning.activations import adapts, mlp_width
+from dpo_assets.planning.activations import adapts, made_bytes, mlp_width
 from dpo_assets.planning.cards import Card, Rates, find_card, rates_of
 from dpo_assets.planning.decoder import Attention, Decoder, Experts
 from dpo_assets.planning.precision import QUANTISED, Device, Precision
@@ -23,6 +23,7 @@ FITTED_ON = "h100"  # Whose rates stand in for those of a card that is not in th
 # 8,000 tokens. Experts' products are small: half the rate is assumed, and no row measured it.
 GEMM_SHARE, ATTENTION_SHARE, EXPERT_SHARE = 0.79, 0.6, 0.4
 HALF_RATE_WIDTH = 630
+MADE_TRAFFIC = 3  # Times that a weight of adapted experts passes through memory: read, added to, written.
 DEQUANTISED_BYTES = 2.5  # Of each quantised weight, once in every pass of every forward.
 FUSED_RECOMPUTED = 0.75  # Of a layer's forward: the down projection's output is the next layer's saved input.
 
@@ -59,38 +60,42 @@ class Arithmetic:
 
     linear: float  # Weights of linear layers, which are quantised where anything is.
     experts: float  # Weights of the experts that are active for a token; these are parameters, and never quantised.
-    adapter: float  # LoRA weights.
+    adapter: float  # LoRA weights of linear layers.
+    routed: float  # Weights of all experts, which a forward reads however few tokens it has.
+    made: float  # Of these the ones with an adapter, of which PEFT makes new ones at every use.
     attentions: tuple[tuple[int, int | None, int], ...]  # (query width, window, layers that have them).
     values: float  # Widths of all layers' activations.
     head: float
 
     @classmethod
     def of(cls, decoder: Decoder, lora: LoraSection) -> Arithmetic:
-        linear = experts = adapter = values = 0.0
+        linear = experts = adapter = routed = made = values = 0.0
         attentions: Counter[tuple[int, int | None]] = Counter()
         for layer, count in decoder.kinds:
             linears = layer.linears(decoder.hidden)
             linear += count * sum(rows * columns for _, rows, columns in linears)
             adapter += count * lora.rank * sum(rows + cols for name, rows, cols in linears if adapts(lora, name))
             if isinstance(layer.mlp, Experts):
-                experts += count * 3 * layer.mlp.active * layer.mlp.width * decoder.hidden
+                one = count * 3 * layer.mlp.width * decoder.hidden
+                experts += one * layer.mlp.active
+                routed += one * layer.mlp.count
+                made += count * made_bytes(layer, decoder, lora, 1)
             values += count * (4 * decoder.hidden + 3 * mlp_width(layer.mlp))
             if isinstance(layer.mixer, Attention):
                 values += count * 2 * (layer.mixer.query_width + layer.mixer.kv_width)
                 attentions[layer.mixer.query_width, layer.mixer.window] += count
-            else:
-                values += count * 8 * layer.mixer.inner
+            values += count * sum(8 * mixer.inner for mixer in layer.recurrents)
         return cls(
-            linear, experts, adapter, tuple((w, n, c) for (w, n), c in attentions.items()), values,
+            linear, experts, adapter, routed, made, tuple((w, n, c) for (w, n), c in attentions.items()), values,
             decoder.hidden * decoder.vocabulary,
         )  # fmt: skip
 
 
 def step_seconds(
     decoder: Decoder, arithmetic: Arithmetic, precision: Precision, kernels: Kernels, work: Work, budget: int,
-    recomputed: int, card: Card,
+    recomputed: int, card: Card, rank: int,
 ) -> float:  # fmt: skip
-    """Predicted seconds of an optimizer step in forwards of `budget` tokens."""
+    """Predicted seconds of an optimizer step in forwards of `budget` tokens, `rank` that of the adapter."""
     engine = ENGINES[kernels, work.trainer]
     tokens, forwards = work.computed_tokens(kernels, budget), work.forwards(kernels, budget)
     layers = max(1, len(decoder.layers))
@@ -109,7 +114,12 @@ def step_seconds(
     # Causal: half of the square of a row, for scores and for values; the backward pass is two and a half times as much.
     attention = sum(2 * wide * work.attended(window) * count for wide, window, count in arithmetic.attentions)
     products += (3.5 + again + reference) * attention / ATTENTION_SHARE
+    # Of adapted experts: the gradient of every weight by tokens, the adapter's product and its gradients by forwards.
+    trained = arithmetic.made / max(1.0, arithmetic.routed)
+    products += 2 * trained * arithmetic.experts * tokens / EXPERT_SHARE / filled
+    products += (3 + again + reference) * 2 * rank * arithmetic.made * forwards / EXPERT_SHARE / filled
     moved = passes * engine.traffic * arithmetic.values * width * tokens
+    moved += forwards * width * (passes * arithmetic.routed + MADE_TRAFFIC * (2 + again + reference) * arithmetic.made)
     if precision in QUANTISED:
         moved += passes * forwards * arithmetic.linear * DEQUANTISED_BYTES
     gpu = products / (card.tflops * 1e12) + moved / (card.terabytes_per_s * 1e12)

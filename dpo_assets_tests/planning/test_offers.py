@@ -13,13 +13,14 @@ import pytest
 from dpo_assets.assets.dpo_plan import engines_table
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.decision import decide
-from dpo_assets.planning.describe import offer_sentence
+from dpo_assets.planning.describe import offer_sentence, plan_rows, supposed_pairs
 from dpo_assets.planning.offers import BUILT_IN, EngineOffer, installed_here
 from dpo_assets.planning.plan import TrainingPlan, make_plan
 from dpo_assets.planning.precision import Device
 from dpo_assets.planning.shape import Kernels, ModelShape, Part
 from dpo_assets.planning.sizes import find_model
 from dpo_assets.planning.targets import resolve_targets
+from dpo_assets.planning.work import Work
 from dpo_assets_tests.planning.cases import A100, CPU, EIGHT_B, H200, L4, T4, V100, data, shape_of
 from dpo_assets_tests.planning.measured import SHAPES
 from dpo_assets_tests.samples import recipe
@@ -167,6 +168,53 @@ def test_the_engine_is_decided_after_the_precision_that_is_asked_for() -> None:
     assert {o.name: o.why_not for o in decision.engines}["unsloth"] == "8-bit models are not on its own forward"
 
 
+MOE = find_model("qwen3-30b-a3b").shape
+
+
+def test_4_bit_of_a_mixture_of_experts_is_explained_and_not_taken_where_it_saves_nothing() -> None:
+    """Of Qwen3-30B-A3B's 30.5 billion weights 29.0 are experts, which are parameters and are not quantised."""
+    small, fitting = (Device("cuda", "NVIDIA H100 80GB HBM3", gib, (9, 0)) for gib in (40.0, 60.0))
+    stays = "29.0 of 30.5 billion weights are experts and stay in 16 bit"
+    kept = made(MOE, small)
+    assert (kept.precision, kept.fits) == ("bf16", False)
+    assert kept.precision_reason.endswith(f"hardly less; {stays}")
+    taken = made(MOE, fitting)
+    assert (taken.precision, taken.fits) == ("4bit", True)
+    assert taken.precision_reason.endswith(stays)
+    # Of a dense model nothing is said, and 4 bit are planned although they do not fit: they save the most.
+    dense = made(find_model("70b").shape, Device("cuda", "H100", 20.0, (9, 0)))
+    assert dense.precision == "4bit"
+    assert "experts" not in dense.precision_reason
+
+
+def test_a_run_that_its_own_cap_leaves_too_little_is_told_to_raise_it_first() -> None:
+    asked: dict[str, Any] = {"hardware": {"memory_gib": 8.0, "precision": "bf16"}}
+    plan = made(EIGHT_B, A100, **asked)
+    assert not plan.fits
+    found = re.fullmatch(r"raise hardware.memory_gib to ([\d.]+) \(peak .* GiB\)", plan.would_fit[0])
+    assert found is not None
+    asked["hardware"]["memory_gib"] = float(found[1])
+    assert made(EIGHT_B, A100, **asked).fits
+    asked["hardware"]["memory_gib"] -= 0.2
+    assert not made(EIGHT_B, A100, **asked).fits
+    # A larger card alone does not lift the cap, and a card that is too small is no way out.
+    assert all("without hardware.memory_gib" in said for said in plan.would_fit if said.startswith("use a"))
+    without_room = made(find_model("70b").shape, L4, hardware={"memory_gib": 8.0, "precision": "bf16"})
+    assert not any(said.startswith("raise") for said in without_room.would_fit)
+
+
+def test_the_forwards_of_rows_are_counted_with_both_prompts_and_filler() -> None:
+    size = find_model("8b")
+    for kernels in ("fused", "rows"):
+        stats = supposed_pairs(1_024)
+        plan = make_plan(recipe(hardware={"kernels": kernels}), size.shape, stats, L4)
+        forwards = Work.of(stats, plan.dpo).forwards(plan.kernels, plan.token_budget)
+        said = dict(plan_rows(plan, size, L4))["forward"]
+        assert said.endswith(f"takes about {forwards} forwards")
+        if kernels == "rows":
+            assert forwards > -(-16 * 1_024 // plan.token_budget)
+
+
 LLAMA4 = shape_of(
     model_type="llama4_text", vocab_size=202_048, hidden_size=512, intermediate_size=1_024, num_hidden_layers=4,
     num_attention_heads=8, num_key_value_heads=8, head_dim=64, num_local_experts=4,
@@ -214,7 +262,7 @@ def test_a_plan_says_who_computes_delta_nets() -> None:
     assert offered(without)["fused"].note == said
     assert offered(with_fla)["fused"].note == ""
     assert said in offer_sentence(without.engines[0])
-    assert said in engines_table(without)
+    assert "taken; delta nets by PyTorch, several times slower" in engines_table(without)
     asked = {"hardware": {"precision": "bf16", "kernels": "transformers"}}
     assert (
         made(shape, A100, BUILT_IN, **asked).memory_parts
