@@ -106,8 +106,6 @@ def refuse_engine(offers: Offers) -> None:
             f"hardware.kernels `{asked}` cannot serve {shape.architecture or 'this model'} with max_length "
             f"{offers.data.max_length}: {reason}. {_way_out(offers)}"
         )
-    if asked is None:
-        offers.possible()
 
 
 def _way_out(offers: Offers) -> str:

@@ -14,7 +14,7 @@ from dpo_assets.planning.decoder import Attention, Decoder, Experts, Mlp, Norms
 from dpo_assets.planning.memory import GIB, Training, body_parameters, described_parameters, weights_bytes
 from dpo_assets.planning.shape import Kernels, ModelShape
 from dpo_assets.planning.sizes import find_model
-from dpo_assets.planning.speed import Arithmetic
+from dpo_assets.planning.speed import Arithmetic, step_seconds
 from dpo_assets.planning.targets import EXPERT_PARAMETERS
 from dpo_assets.planning.work import Work
 from dpo_assets.recipe import LoraSection
@@ -99,14 +99,14 @@ def test_every_forward_reads_all_experts_and_adapted_ones_are_made_anew() -> Non
     adapted, frozen = (Training(EXPERTS, "bf16", "fused", lora, "cuda").arithmetic for lora in (ADAPTED, LORA))
     assert (frozen.routed, frozen.made, adapted.made) == (adapted.routed, 0, adapted.routed)
     assert frozen.routed == 48 * 128 * 3 * 768 * 2_048
-    # A GPU that computes at once and a batch that launches hide behind: what is left is memory.
-    card = replace(H100, tflops=1e12)
-    step = Work(64, 4_096, 4_096.0, 800.0, 4_096)
-    one, two = (Training(EXPERTS, "bf16", "fused", LORA, "cuda").seconds(step, n, 0, card) for n in (4_096, 8_192))
-    without = Arithmetic.of(EXPERTS.described(), LORA)
-    per_forward = 2 * 2 * without.routed / (H100.terabytes_per_s * 1e12)
+    decoder, per_forward = EXPERTS.described(), 2 * 2 * frozen.routed / (H100.terabytes_per_s * 1e12)
     assert per_forward == pytest.approx(2 * 0.0173, rel=0.01)
-    assert one - two >= 32 * per_forward * 0.99
+    step = Work(64, 4_096, 4_096.0, 800.0, 4_096)
+    read, unread = (
+        step_seconds(decoder, arithmetic, "bf16", "fused", step, 8_192, 0, H100, rank=16)
+        for arithmetic in (frozen, replace(frozen, routed=0.0))
+    )
+    assert read - unread == pytest.approx(32 * per_forward)
     assert Training(EXPERTS, "bf16", "fused", ADAPTED, "cuda").seconds(step, 4_096, 0, H100) > Training(
         EXPERTS, "bf16", "fused", LORA, "cuda"
     ).seconds(step, 4_096, 0, H100)
