@@ -40,6 +40,7 @@ USABLE = {"cuda": 0.97, "cpu": 0.9}  # The rest is lost to fragments, or other p
 SMALL_TENSORS = 0.03
 TRL_TILE = 4_096 * 32_768  # Logits that TRL's own scorer has at one time.
 ABOUT_AS_FAST = 1.02  # Of the fastest time: no prediction is surer than that, and less memory leaves more room.
+WORTH_SAVING = 0.1  # Of what the fastest needs; for less, fewer and larger forwards are the surer ones.
 STEP_SLACK = 1.15  # A step's tokens vary around the mean.
 
 
@@ -284,7 +285,7 @@ class Training:
 
 def fit(training: Training, work: Work, available_gib: float, card: Card | None = None) -> MemoryFit:
     """The forward size to take, with as many recomputed layers as it needs: of those that fit and are predicted to be
-    about as fast as the fastest (ABOUT_AS_FAST), the one that needs least.
+    about as fast as the fastest (ABOUT_AS_FAST), the one that needs least, where that is much less (WORTH_SAVING).
 
     `peak_gib` is the allocator's; that the device also holds a CUDA context is counted in `fits`. No forward is smaller
     than the longest pair.
@@ -304,9 +305,11 @@ def fit(training: Training, work: Work, available_gib: float, card: Card | None 
         if training.needed(budget, recomputed) <= usable:
             fitting.append(last)
     assert last is not None
-    enough = ABOUT_AS_FAST * min(fitting, default=last)[0]
-    about_as_fast = [each for each in fitting if each[0] <= enough]
-    seconds, budget, recomputed = min(about_as_fast, key=lambda each: training.needed(*each[1:]), default=last)
+    fastest = min(fitting, default=last)
+    about_as_fast = [each for each in fitting if each[0] <= ABOUT_AS_FAST * fastest[0]]
+    least = min(about_as_fast, key=lambda each: training.needed(*each[1:]), default=last)
+    saved = training.needed(*fastest[1:]) - training.needed(*least[1:])
+    seconds, budget, recomputed = least if saved > WORTH_SAVING * training.needed(*fastest[1:]) else fastest
     parts = training.parts(budget, recomputed)
     return MemoryFit(budget, recomputed, sum(parts.values()), parts, bool(fitting), seconds)
 
