@@ -314,19 +314,6 @@ def fit(training: Training, work: Work, available_gib: float, card: Card | None 
     return MemoryFit(budget, recomputed, sum(parts.values()), parts, bool(fitting), seconds)
 
 
-def estimate_peak(
-    shape: ModelShape,
-    precision: Precision,
-    kernels: Kernels,
-    lora: LoraSection,
-    tokens: int,
-    recomputed_layers: int,
-    device: Literal["cpu", "cuda"],
-) -> float:
-    """Estimated peak in GiB of forwards of `tokens` tokens."""
-    return Training(shape, precision, kernels, lora, device).peak(tokens, recomputed_layers)
-
-
 def _candidates(training: Training, work: Work) -> Iterator[int]:
     """Budgets that cut a step into 1, 2, 3, ... forwards, from the largest to the longest pair.
 

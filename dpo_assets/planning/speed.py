@@ -46,7 +46,7 @@ class Engine:
     recomputed: float = 1.0
 
 
-ENGINES: dict[tuple[Kernels, Trainer], Engine] = {
+ENGINE_COSTS: dict[tuple[Kernels, Trainer], Engine] = {
     ("fused", "packed"): Engine(5.1, (1.3e-3, 2.0e-3), FUSED_RECOMPUTED),
     ("transformers", "packed"): Engine(18.5, (5.0e-3, 7.4e-3)),
     ("unsloth", "packed"): Engine(11.9, (4.1e-3, 6.1e-3)),
@@ -99,7 +99,7 @@ def step_seconds(
     recomputed: int, card: Card, rank: int,
 ) -> float:  # fmt: skip
     """Predicted seconds of an optimizer step in forwards of `budget` tokens, `rank` that of the adapter."""
-    engine = ENGINES[kernels, work.trainer]
+    engine = ENGINE_COSTS[kernels, work.trainer]
     tokens, forwards = work.computed_tokens(kernels, budget), work.forwards(kernels, budget)
     layers = max(1, len(decoder.layers))
     again = recomputed / layers * engine.recomputed

@@ -22,7 +22,6 @@ from dpo_assets.planning.memory import (
     Training,
     adapter_bytes,
     body_parameters,
-    estimate_peak,
     fit,
     head_chunk,
     weights_bytes,
@@ -93,10 +92,7 @@ def test_a_forward_holds_the_longest_pair_and_what_fits_leaves_room(
     needed = found.peak_gib + FRAMEWORK_GIB[asked.device]
     assert found.fits is (needed <= asked.usable(available))
     if asked.trainer == "packed":
-        again = estimate_peak(
-            asked.shape, asked.precision, asked.kernels, asked.lora, found.token_budget, found.recomputed_layers,
-            asked.device,
-        )  # fmt: skip
+        again = asked.peak(found.token_budget, found.recomputed_layers)
         assert again == pytest.approx(found.peak_gib)
 
 
