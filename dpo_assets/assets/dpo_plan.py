@@ -106,7 +106,7 @@ def engines_table(plan: TrainingPlan) -> str:
             offer.name,
             "" if offer.pairs_per_s is None else f"{offer.pairs_per_s:.3g}",
             "" if offer.peak_gib is None else f"{offer.peak_gib:.1f}",
-            offer.why_not or "taken",
+            "; ".join(filter(None, (offer.why_not or "taken", offer.note))),
         ]
         for offer in plan.engines
     ]

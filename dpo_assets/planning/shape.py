@@ -10,6 +10,8 @@ from dpo_assets.planning.decoder import Attention, Decoder, Layer, Mlp
 from dpo_assets.planning.matrices import Matrices
 
 Kernels = Literal["fused", "transformers", "unsloth", "rows"]
+# What an environment may have: engines, fla-core, and fla-core whose gradient is right on Hopper GPUs too.
+Part = Kernels | Literal["delta-net", "delta-net on Hopper"]
 Trainer = Literal["packed", "trl"]  # `dpo.trainer`.
 
 
