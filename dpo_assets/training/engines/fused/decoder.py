@@ -19,6 +19,7 @@ from dpo_assets.training.engines.fused.build import Builder, frozen_linears, mis
 from dpo_assets.training.engines.fused.ops import Angles
 from dpo_assets.training.engines.fused.stream import Stream
 from dpo_assets.training.engines.fused.weights import member_of
+from dpo_assets.training.private.torch import for_each, version_of
 
 
 def description_of(lm: Any) -> Decoder | None:
@@ -92,7 +93,8 @@ class FusedDecoder(PlainEngine):
     @torch.no_grad()
     def refresh(self) -> None:
         """Copies the active adapter's fp32 factors into the matrices, when an optimizer or a switch changed them."""
-        now = tuple(v for m in self._members for v in (m.switched_off, *((id(f), f._version) for f in m.factors or ())))
+        writes = version_of()
+        now = tuple(v for m in self._members for v in (m.switched_off, *((id(f), writes(f)) for f in m.factors or ())))
         if now == self._seen:
             return
         slots = [slot for group in self._groups for slot in group.slots()]
@@ -101,8 +103,9 @@ class FusedDecoder(PlainEngine):
             into, source = by_scale.setdefault(scale, ([], []))
             into.append(where)
             source.append(factor.detach())
+        each = for_each()
         for scale, (into, source) in by_scale.items():
-            torch._foreach_copy_(into, source if scale == 1.0 else torch._foreach_mul(source, scale))
+            each.copy(into, source if scale == 1.0 else each.times(source, scale))
         self._seen = now
 
     def stream(self, batch: PackedBatch) -> Stream:
