@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers.models.granitemoehybrid import modeling_granitemoehybrid
 
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.training.batches.data import dpo_group, longest_group
 from dpo_assets.training.batches.packing import Group, pack
 from dpo_assets.training.engines import attention
-from dpo_assets.training.engines.base import attach_engine
+from dpo_assets.training.engines.base import attach_engine, attached_engine
 from dpo_assets.training.engines.fused.weights import FrozenGroup
-from dpo_assets.training.engines.rows import RowsEngine
-from dpo_assets.training.engines.transformers import TransformersEngine, why_not_packed
+from dpo_assets.training.engines.rotary import RotaryTables
+from dpo_assets.training.engines.rows import OwnLogitsEngine, RowsEngine
+from dpo_assets.training.engines.transformers import TransformersEngine, engine_of, why_not_packed
+from dpo_assets.training.models.fp8 import Fp8Linear, quantise_layers
+from dpo_assets.training.models.loading import switch_off_dropout
 from dpo_assets.training.scoring import proof
 from dpo_assets.training.scoring.logprobs import score_groups, score_tokens, sequence_logps
-from dpo_assets.training.scoring.proof import NoisyError, NotExactError, assert_exact, settle_engine
+from dpo_assets.training.scoring.proof import (
+    NoisyError,
+    NotExactError,
+    Settled,
+    alike,
+    assert_exact,
+    assert_routers_heard,
+    settle_engine,
+)
+from dpo_assets.training.scoring.routers import RouterWatch
+from dpo_assets.training.stages import evaluate
 from dpo_assets_tests.training.conftest import PlanMaker
 from dpo_assets_tests.training.dense import summed_logps
 from dpo_assets_tests.training.tiny_models import PAIR, SETTINGS, SHORT_PAIR, tiny_model
@@ -176,9 +194,7 @@ def test_memory_that_a_cpu_lacks_in_the_proof_says_nothing_about_the_engine(
 
 def alone(name: str, rope: dict[str, Any], group: Group) -> list[float]:
     """Scores of each row by a model that has seen no other."""
-    return [
-        summed_logps(tiny_model(name, **rope), [Group(group.prompt, (answer,))])[0] for answer in group.completions
-    ]
+    return [summed_logps(tiny_model(name, **rope), [Group(group.prompt, (answer,))])[0] for answer in group.completions]
 
 
 @CHANGING
@@ -205,3 +221,118 @@ def test_rows_of_such_a_model_are_proven_also_where_a_pair_stands_on_both_sides(
     for answers in ((PAIR.completions[0][:4], PAIR.completions[1]), PAIR.completions[::-1]):
         settled = settle_engine(model, rows, Group(PAIR.prompt, answers))
         assert (settled.kernels, settled.note) == ("rows", "")
+
+
+def test_prompts_whose_rotary_tables_change_on_the_way_are_answered_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "GENERATION_BATCH", 2)
+    tables = RotaryTables.of(tiny_model("phi3", **LONGROPE))
+    prompts = [[5] * n for n in (3, 4, 5, 20, 6, 13)]
+    batches = list(evaluate.answered_together(prompts, 4, tables))
+    assert [[len(prompt) for prompt in batch] for batch in batches] == [[3, 4], [5], [20], [6], [13]]
+    assert [len(batch) for batch in evaluate.answered_together(prompts, 4, RotaryTables())] == [2, 2, 2]
+
+
+# --- noise, mixers, routers, layers -----------------------------------------------------------------------------------
+
+RANDOM: dict[str, tuple[str, dict[str, Any]]] = {
+    "router jitter": ("mixtral", {"router_jitter_noise": 0.3}),
+    "a rate that is read from the config": ("falcon+alibi", {"attention_dropout": 0.5, "hidden_dropout": 0.5}),
+    "layers left out": ("xglm", {"layerdrop": 0.5}),
+    "rates called pdrop": ("gpt2", {"resid_pdrop": 0.5, "attn_pdrop": 0.5, "embd_pdrop": 0.5}),
+}
+
+
+@pytest.mark.parametrize("what", RANDOM)
+def test_nothing_random_is_left_in_training_where_an_adapter_has_no_dropout(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    xglm = {"d_model": 32, "ffn_dim": 64, "num_layers": 4, "attention_heads": 4, "max_position_embeddings": 128}
+    monkeypatch.setitem(SETTINGS, "xglm", xglm)
+    name, rates = RANDOM[what]
+    model = tiny_model(name, **rates).train()
+    attach_engine(model, OwnLogitsEngine(model, 10_000))
+    batch = pack([PAIR])
+    assert not torch.equal(*(score_tokens(model, batch).logps for _ in range(2)))
+    switch_off_dropout(model)
+    assert torch.equal(*(score_tokens(model, batch).logps for _ in range(2)))
+
+
+@pytest.mark.parametrize("engine", [RowsEngine, OwnLogitsEngine, None])
+def test_a_mamba_layers_output_adapter_is_trained_by_every_engine(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """mamba-ssm's kernel takes the weight of the output projection, past its adapter. It runs on a GPU alone; in its
+    place is what Transformers computes without it, so that its call is seen."""
+    lm = tiny_model("granitemoehybrid")
+    model = get_peft_model(lm, LoraConfig(r=4, target_modules=["out_proj"], task_type="CAUSAL_LM"))
+    own, calls = modeling_granitemoehybrid.mamba2_split_conv1d_scan_combined, []
+
+    def seen(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs["outproj_weight"])
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(modeling_granitemoehybrid, "mamba2_split_conv1d_scan_combined", seen)
+    if engine is None:
+        packed(lm)
+    else:
+        attach_engine(lm, engine(lm, 10_000))
+    model.train()
+    score_tokens(model, pack([PAIR])).logps.sum().backward()
+    assert not calls
+    outputs = [p.grad for name, p in model.named_parameters() if "lora_B" in name]
+    assert outputs
+    assert all(grad is not None and bool(grad.any()) for grad in outputs)
+
+
+def test_an_engine_that_does_not_hear_routers_is_named_before_a_step() -> None:
+    model = tiny_model("qwen3_moe")
+    attach_engine(model, RowsEngine(model, 10_000))
+    with pytest.raises(ConfigError, match="kernels `rows` do not tell what routers say"):
+        assert_routers_heard(model, PAIR)
+    attach_engine(model, TransformersEngine(packed(model)))
+    assert_routers_heard(model, PAIR)
+    with pytest.raises(ConfigError, match="LlamaForCausalLM returns no router logits"):
+        assert_routers_heard(packed(tiny_model("llama")), PAIR)
+    watch = RouterWatch(tiny_model("llama"))
+    watch.take((torch.zeros(5, 4),))
+    with pytest.raises(ConfigError, match="does not say how many experts"):
+        watch.loss()
+
+
+@pytest.mark.parametrize("name", ["bloom", "gpt2", "llama"])
+def test_the_layers_of_any_decoder_are_found_for_fp8(name: str) -> None:
+    model = tiny_model(name)
+    quantise_layers(model, "cpu")
+    quantised = sum(isinstance(module, Fp8Linear) for module in model.modules())
+    assert bool(quantised) == (name != "gpt2"), "GPT-2 has Conv1D, no linear layers"
+
+
+def test_an_engine_is_made_once_where_none_is_attached() -> None:
+    model = tiny_model("lfm2")
+    assert engine_of(model) is engine_of(model)
+    assert attached_engine(model) is engine_of(model)
+
+
+def test_a_completion_without_a_token_is_refused() -> None:
+    with pytest.raises(ValueError, match="completion 2 of 2 behind a prompt of 3 tokens has no token"):
+        Group([1, 2, 3], ([4], []))
+
+
+def test_why_scores_that_are_compared_are_by_another_engine_is_told_by_both() -> None:
+    def scoring(*served: str) -> Any:
+        def score(first: str | None) -> tuple[Settled, str]:
+            taken = first if first in served else served[0]
+            note = "" if first == taken or taken == "fused" else f"no {first}"
+            return Settled(taken, note), taken
+
+        return score
+
+    results = alike([scoring("fused", "transformers"), scoring("transformers")])
+    assert results == [(Settled("transformers", "no fused"), "transformers")] * 2
+
+
+def test_the_longest_row_is_looked_for_among_held_out_pairs_too(tmp_path: Path) -> None:
+    columns = {"pair_id": ["a"], "prompt_ids": [[3, 4]], "chosen_ids": [[5, 6]], "rejected_ids": [[7]]}
+    pl.DataFrame(columns).write_parquet(tmp_path / "train.parquet")
+    to_group = partial(dpo_group, max_length=64)
+    assert longest_group(tmp_path, to_group, tmp_path / "one").longest_row == 4
+    pl.DataFrame(columns | {"chosen_ids": [[5] * 9]}).write_parquet(tmp_path / "eval.parquet")
+    assert longest_group(tmp_path, to_group, tmp_path / "both").longest_row == 11

@@ -22,7 +22,7 @@ class Switch:
 
     Attributes:
         fixed_up_to: tokens of a row up to which it stays what it is (`planning.decoder.Rope.fixed_up_to`).
-        by_length: whether every longer row has a table of its own (dynamic NTK), and not one for all of them (longrope).
+        by_length: whether every longer row has a table of its own (dynamic NTK), or all of them one (longrope).
     """
 
     fixed_up_to: int

@@ -15,7 +15,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -35,12 +35,12 @@ from dpo_assets.training.scoring.logprobs import evaluating, score_tokens, to_de
 LONGEST_EAGER = 4096  # Eager attention keeps all scores of a row, heads x length squared.
 SHORT = 16  # Most answer tokens of the row behind the longest.
 # Mean absolute difference of a token's log-probability from that by plain scoring, in nats. A sum over tokens would
-# not do: differences have both signs. Measured on tiny models of six architectures: in fp32 below 1e-5; in bf16 0.003 to
-# 0.0044 where an engine is exact, 0.03 to 0.45 where it leaves out a window, a soft cap or sinks.
+# not do: differences have both signs. Measured on tiny models of ten architectures: in fp32 below 1e-5; in bf16 0.0015
+# to 0.0102 where an engine is exact, 0.03 to 0.45 where it leaves out a window, a soft cap or sinks.
 PROBE_TOLERANCE = 1e-3
 HALF_TOLERANCE = 0.015
-# Deep models round more. In 16 bit an engine may also differ by this many times what a model's own scores differ by when
-# each layer's output is rounded otherwise, up to a limit.
+# Deep models round more. In 16 bit an engine may also differ by this many times what a model's own scores differ by
+# when each layer's output is rounded otherwise, up to a limit.
 ROUNDINGS, LARGEST_TOLERANCE = 3.0, 0.1
 ADAPTER_OUTPUTS = ("lora_B", "lora_embedding_B")  # PEFT's factors that a new adapter has at zero.
 NOISE = 0.1  # What the probe's adapter adds to the output of a layer, about, for inputs of size 1.
@@ -203,17 +203,27 @@ def assert_trains(model: Any, group: Group) -> None:
     apart = _apart(torch.cat(first), torch.cat(second).detach())
     if apart > (PROBE_TOLERANCE if lm.dtype == torch.float32 else HALF_TOLERANCE):
         raise NoisyError(
-            f"{type(lm).__name__} gives two scores of one pair that differ by {apart:.4f} nats a token while it trains, "
-            "without dropout in its adapter: a rate in its config.json (dropout, jitter, layerdrop) is not switched "
-            "off. Set it to 0 there."
+            f"{type(lm).__name__} gives two scores of one pair that differ by {apart:.4f} nats a token while it "
+            "trains, without dropout in its adapter: a rate in its config.json (dropout, jitter, layerdrop) is not "
+            "switched off. Set it to 0 there."
         )
     with evaluating(model), torch.no_grad():
         _compare(model, short, [logps.detach() for logps in second], None)
 
 
-def _engine_logps(
-    model: Any, groups: Sequence[Group], autocast: AbstractContextManager[Any] | None
-) -> list[Tensor]:
+@torch.no_grad()
+def assert_routers_heard(model: Any, group: Group) -> None:
+    """Asks the routers for their balance on short rows, where a run will train on it.
+
+    Raises:
+        ConfigError: when the engine or the model does not tell what they say.
+    """
+    with engine_of(model).watching_routers() as routers:
+        _engine_logps(model, [_beginning(group)], None)
+    routers.loss()
+
+
+def _engine_logps(model: Any, groups: Sequence[Group], autocast: AbstractContextManager[Any] | None) -> list[Tensor]:
     """Log-probabilities [tokens] of every completion, from one forward of the model's engine."""
     engine = engine_of(model)
     engine.renew()
@@ -296,7 +306,7 @@ def assert_causal(model: Any, group: Group) -> None:
     Raises:
         NotCausalError: when the first half of an answer has another score before another second half.
     """
-    lm, answer = causal_lm(model), list(max(group.completions, key=len))
+    lm, answer = causal_lm(model), max(map(list, group.completions), key=len)
     half = (len(answer) + 1) // 2
     changed = answer[:half] + [token + 1 if token == 0 else token - 1 for token in answer[half:]]
     with evaluating(model):
@@ -330,13 +340,15 @@ def alike(scorings: Sequence[Callable[[str | None], tuple[Settled, T]]]) -> list
     """The results of scorings that will be compared, all by one engine.
 
     Each is told the engine to begin with and says which it took. Where a later one cannot take that of those before
-    (an adapter that fused layers do not compute), they are done again by its own.
+    (an adapter that fused layers do not compute), they are done again by its own. Every result says why.
     """
     first: str | None = None
+    notes: dict[str, None] = {}
     while True:
         results: list[tuple[Settled, T]] = []
         for scoring in scorings:
             results.append(scoring(first))
             first = results[-1][0].kernels
+            notes |= {note: None for note in [results[-1][0].note] if note}
         if all(settled.kernels == first for settled, _ in results):
-            return results
+            return [(replace(settled, note="; ".join(notes)), result) for settled, result in results]

@@ -76,7 +76,7 @@ def run(spec: EvaluateSpec, reporter: Reporter) -> None:
         sft=AnswerHealth.model_validate(generation_health(answers)),
         policy=AnswerHealth.model_validate(generation_health(policy_answers)),
     )
-    report = summarise(table, spec.confidence, scored=spec.plan.scored, kernels=settled.kernels, generation=health)
+    report = summarise(table, spec.confidence, scored=spec.plan.scored, settled=settled, generation=health)
     report.write(spec.output_dir)
     write_json(spec.output_dir / VOLATILE, {"seconds": time.perf_counter() - started})
 
@@ -116,7 +116,7 @@ def _measured(
 
 
 def summarise(
-    table: pl.DataFrame, confidence: float, *, scored: str, kernels: str, generation: GreedyAnswers
+    table: pl.DataFrame, confidence: float, *, scored: str, settled: Settled, generation: GreedyAnswers
 ) -> EvaluationReport:
     """Scores with intervals, from the per-pair table."""
     chosen_ratio = (table["policy_chosen"] - table["sft_chosen"]) / table["chosen_tokens"]
@@ -143,7 +143,8 @@ def summarise(
         nll_ratio_chosen=float(table["policy_chosen"].sum() / table["sft_chosen"].sum()),
         confidence=confidence,
         scored=scored,
-        kernels=kernels,
+        kernels=settled.kernels,
+        kernels_note=settled.note,
         generation=generation,
     )
 
@@ -191,7 +192,7 @@ def generate(
     with plain_attention(model), own_generation(model, config), torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        for batch in _batches(prompts, max_new_tokens, RotaryTables.of(causal_lm(model))):
+        for batch in answered_together(prompts, max_new_tokens, RotaryTables.of(causal_lm(model))):
             width = max(len(ids) for ids in batch)
             fresh_tables(causal_lm(model))
             ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in batch], device=model.device)
@@ -201,7 +202,7 @@ def generate(
     return answers
 
 
-def _batches(prompts: list[list[int]], longest: int, tables: RotaryTables) -> Iterator[list[list[int]]]:
+def answered_together(prompts: list[list[int]], longest: int, tables: RotaryTables) -> Iterator[list[list[int]]]:
     """Prompts that are answered together, in their order.
 
     A row whose rotary tables change on the way to an answer of `longest` tokens would change those of the others with
