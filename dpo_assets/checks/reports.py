@@ -227,6 +227,7 @@ class MergeReport(Report):
     carried: Carried | None = Field(default=None, description="None: not compared, by an earlier version.")
     proven_in: str = Field(default="", description="What both were computed in, and where.")
     kernels: str = Field(default="", description="The engine that scored both.")
+    kernels_note: str = Field(default="", description="Why that is not what the plan said; empty where it is.")
 
     @computed_field(description="Whether all of them are numbers.")  # type: ignore[prop-decorator]
     @property
@@ -256,6 +257,7 @@ class EvaluationReport(Report):
     rejected_shift_nats_per_token: Number
     nll_ratio_chosen: Number = Field(description="NLL of chosen answers, policy over SFT.")
     confidence: Number
-    kernels: str = ""
+    kernels: str = Field(default="", description="The engine that scored both sides.")
+    kernels_note: str = Field(default="", description="Why that is not what the plan said; empty where it is.")
     scored: str = Field(default="", description="What was scored as the release; empty: of an earlier version.")
     generation: GreedyAnswers

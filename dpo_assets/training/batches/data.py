@@ -6,7 +6,7 @@ import atexit
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,6 +80,14 @@ def first_asked(
         if len(ids) <= longest:
             seen[str(row[by])] = (row, ids)
     return list(seen.values())
+
+
+def longest_group(folder: Path, to_group: Callable[[dict[str, Any]], Group], scratch: Path | None = None) -> Group:
+    """The group with the longest row of both splits: held-out pairs are scored too, by the engine that trains."""
+    splits: list[Literal["train", "eval"]] = ["train"]
+    splits += ["eval"] if (folder / "eval.parquet").is_file() else []
+    groups = (to_group(row) for split in splits for row in load_split(folder, split, scratch=scratch))
+    return max(groups, key=lambda group: group.longest_row)
 
 
 def dpo_group(row: dict[str, Any], max_length: int) -> Group:

@@ -238,17 +238,26 @@ def attach_adapter(
 
 
 def switch_off_dropout(model: torch.nn.Module) -> None:
-    """Two scores of one pair would differ by it.
+    """Two scores of one pair would differ by it, and by whatever else is random in training mode.
 
-    A starting adapter brings the dropout it was trained with, as modules; decoder layers keep theirs as numbers too
-    (`attention_dropout`, `residual_dropout`), which they hand to functions in training mode.
+    A starting adapter brings the dropout it was trained with, as modules; layers keep rates as numbers too
+    (`attention_dropout`, `layerdrop`, `router_jitter_noise`), or read their config's at every forward (Falcon).
     """
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        for name, value in vars(module).items():
-            if name.endswith("dropout") and isinstance(value, float):
-                setattr(module, name, 0.0)
+        for holder in (module, getattr(module, "config", None)):
+            for name in random_rates(holder):
+                setattr(holder, name, 0.0)
+
+
+def random_rates(holder: Any) -> dict[str, float]:
+    """The rates of what is random in training mode that a module or a config keeps as its own numbers."""
+    return {
+        name: float(value)
+        for name, value in getattr(holder, "__dict__", {}).items()
+        if ("drop" in name or "jitter" in name) and isinstance(value, int | float) and not isinstance(value, bool)
+    }
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:

@@ -28,6 +28,8 @@ from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.scoring import GENERATION_BATCH as GENERATION_BATCH
 from dpo_assets.training.batches.data import dpo_group, first_asked, load_asked
 from dpo_assets.training.batches.packing import Group
+from dpo_assets.training.engines.base import causal_lm
+from dpo_assets.training.engines.rotary import RotaryTables, fresh_tables
 from dpo_assets.training.models.chat_format import ChatFormat, load_chat_format
 from dpo_assets.training.models.loading import autocast_of, plain_attention
 from dpo_assets.training.models.policy import load_scored
@@ -74,7 +76,7 @@ def run(spec: EvaluateSpec, reporter: Reporter) -> None:
         sft=AnswerHealth.model_validate(generation_health(answers)),
         policy=AnswerHealth.model_validate(generation_health(policy_answers)),
     )
-    report = summarise(table, spec.confidence, scored=spec.plan.scored, kernels=settled.kernels, generation=health)
+    report = summarise(table, spec.confidence, scored=spec.plan.scored, settled=settled, generation=health)
     report.write(spec.output_dir)
     write_json(spec.output_dir / VOLATILE, {"seconds": time.perf_counter() - started})
 
@@ -114,7 +116,7 @@ def _measured(
 
 
 def summarise(
-    table: pl.DataFrame, confidence: float, *, scored: str, kernels: str, generation: GreedyAnswers
+    table: pl.DataFrame, confidence: float, *, scored: str, settled: Settled, generation: GreedyAnswers
 ) -> EvaluationReport:
     """Scores with intervals, from the per-pair table."""
     chosen_ratio = (table["policy_chosen"] - table["sft_chosen"]) / table["chosen_tokens"]
@@ -141,7 +143,8 @@ def summarise(
         nll_ratio_chosen=float(table["policy_chosen"].sum() / table["sft_chosen"].sum()),
         confidence=confidence,
         scored=scored,
-        kernels=kernels,
+        kernels=settled.kernels,
+        kernels_note=settled.note,
         generation=generation,
     )
 
@@ -189,14 +192,36 @@ def generate(
     with plain_attention(model), own_generation(model, config), torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        for start in range(0, len(prompts), GENERATION_BATCH):
-            batch = prompts[start : start + GENERATION_BATCH]
+        for batch in answered_together(prompts, max_new_tokens, RotaryTables.of(causal_lm(model))):
             width = max(len(ids) for ids in batch)
+            fresh_tables(causal_lm(model))
             ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in batch], device=model.device)
             mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=model.device)
             out = model.generate(input_ids=ids, attention_mask=mask)
             answers += [_answer(row, chat) for row in out[:, width:].tolist()]
     return answers
+
+
+def answered_together(prompts: list[list[int]], longest: int, tables: RotaryTables) -> Iterator[list[list[int]]]:
+    """Prompts that are answered together, in their order.
+
+    A row whose rotary tables change on the way to an answer of `longest` tokens would change those of the others with
+    it, so it is answered alone.
+    """
+    batch: list[list[int]] = []
+    for prompt in prompts:
+        if tables.change_before(len(prompt) + longest):
+            if batch:
+                yield batch
+            batch = []
+            yield [prompt]
+            continue
+        batch.append(prompt)
+        if len(batch) == GENERATION_BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def _answer(row: list[int], chat: ChatFormat) -> dict[str, Any]:

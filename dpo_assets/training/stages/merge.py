@@ -24,7 +24,7 @@ from dpo_assets.training.batches.data import dpo_group, load_split
 from dpo_assets.training.batches.packing import Group
 from dpo_assets.training.models.carrying import OtherLayout, compared, names_compared, put_back
 from dpo_assets.training.models.chat_format import load_chat_format, write_tokenizer
-from dpo_assets.training.models.loading import attach_adapter, autocast_of, load_base, load_causal_lm
+from dpo_assets.training.models.loading import attach_adapter, autocast_of, load_base, load_causal_lm, random_rates
 from dpo_assets.training.models.merging import NotStreamable, StreamedMerge, plan_merge, stored_format, stream_merge
 from dpo_assets.training.models.policy import load_scored
 from dpo_assets.training.reporting import Reporter
@@ -89,6 +89,7 @@ def run(spec: MergeSpec, reporter: Reporter) -> None:
         carried=carried,
         proven_in=f"{plan.compute} on {plan.device}",
         kernels=settled.kernels,
+        kernels_note=settled.note,
     )
     report.write(spec.output_dir)
     write_json(spec.output_dir / VOLATILE, {"seconds": time.perf_counter() - started})
@@ -111,7 +112,9 @@ def merge_in_memory(spec: MergeSpec, folder: Path, reporter: Reporter) -> Stream
     """
     stored = stored_format(spec.base_model)
     plan = spec.plan.model_copy(update={"device": "cpu", "precision": stored})
-    model = attach_adapter(load_base(spec.base_model, plan, packed=False), plan, spec.adapter, seed=0, dropout=0.0)
+    base = load_base(spec.base_model, plan, packed=False)
+    rates = random_rates(base.config)
+    model = attach_adapter(base, plan, spec.adapter, seed=0, dropout=0.0)
     model.eval()
     try:
         merged = model.merge_and_unload(safe_merge=True)
@@ -122,6 +125,7 @@ def merge_in_memory(spec: MergeSpec, folder: Path, reporter: Reporter) -> Stream
     for name, tensor in merged.state_dict().items():
         if not bool(torch.isfinite(tensor).all()):
             raise _not_finite(name)
+    merged.config.update(rates)  # The release is trained on as its base was.
     whole = spec.scratch / "merged"
     merged.save_pretrained(whole, safe_serialization=True)
     del model, merged

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 from dpo_assets.artifact import VOLATILE, write_json
 from dpo_assets.checks.reports import SftReport
 from dpo_assets.contract import TrainSpec
-from dpo_assets.training.batches.data import load_split, sft_group
+from dpo_assets.training.batches.data import load_split, longest_group, sft_group
 from dpo_assets.training.batches.packing import Group, PackedBatch
 from dpo_assets.training.engines.transformers import engine_of
 from dpo_assets.training.guard.finite import StopOnNonFinite, check_trained
@@ -24,6 +24,7 @@ from dpo_assets.training.models.policy import load_policy
 from dpo_assets.training.models.targets import coverage
 from dpo_assets.training.reporting import ProgressLines, Reporter, all_finite, write_metrics
 from dpo_assets.training.scoring.logprobs import evaluating, score_groups
+from dpo_assets.training.scoring.proof import assert_routers_heard
 from dpo_assets.training.trainers.packed import (
     PackedCollator,
     PackedSteps,
@@ -68,10 +69,13 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
         load_split(spec.dataset, "eval", scratch=spec.scratch),
     )
     to_group = partial(sft_group, max_length=plan.max_length)
-    longest = max((to_group(row) for row in train), key=lambda group: group.longest_row)
+    longest = longest_group(spec.dataset, to_group, spec.scratch)
     policy = load_policy(spec.base_model, plan, spec.start_adapter, seed=plan.sft.seed, dropout=plan.lora.dropout)
     policy = policy.proven(plan, longest)
     model = policy.model
+    if plan.sft.router_balance:
+        with autocast_of(plan):
+            assert_routers_heard(model, longest)
     if policy.note:
         reporter.log(policy.told("sft", plan))
     probe = [to_group(row) for row in held_out.select(range(min(PROBE_PAIRS, len(held_out))))]

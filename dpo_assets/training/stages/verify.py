@@ -15,7 +15,7 @@ from safetensors import safe_open
 from dpo_assets.artifact import write_json
 from dpo_assets.contract import VERIFIED, VerifiedBase, VerifySpec
 from dpo_assets.errors import ConfigError
-from dpo_assets.planning.model_folder import EMBEDDINGS, HEAD
+from dpo_assets.planning.model_folder import EMBEDDINGS, HEAD_WEIGHT
 from dpo_assets.planning.text_part import read_text_part
 from dpo_assets.planning.weights import Stored, read_weights
 from dpo_assets.training.models.chat_format import load_chat_format
@@ -62,7 +62,7 @@ def refuse_two_heads(folder: Path, model: torch.nn.Module, unused: Collection[st
         return
     stored = read_weights(folder).tensors
     own = [stored[name] for name in read_text_part(folder).names.values() if name not in unused]
-    heads = [tensor for tensor in own if f".{tensor.name}".endswith(f".{HEAD}")]
+    heads = [tensor for tensor in own if f".{tensor.name}".endswith(f".{HEAD_WEIGHT}")]
     embeddings = [tensor for tensor in own if f".{tensor.name}".endswith(tuple(f".{name}" for name in EMBEDDINGS))]
     for head, embedding in product(heads, embeddings):
         if _equal(head, embedding):

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,8 @@ from dpo_assets.contract import Progress, TrainSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.precision import QUANTISED
-from dpo_assets.training.batches.data import dpo_group, load_split
+from dpo_assets.training.batches import data
+from dpo_assets.training.batches.data import dpo_group
 from dpo_assets.training.batches.packing import Group, PackedBatch
 from dpo_assets.training.engines.speedups import speed_up
 from dpo_assets.training.engines.transformers import engine_of
@@ -79,9 +81,8 @@ def load_start(spec: TrainSpec, *, packed: bool) -> Start:
 
 
 def longest_group(spec: TrainSpec) -> Group:
-    """The training pair with the longest row."""
-    groups = (dpo_group(row, spec.plan.max_length) for row in load_split(spec.dataset, "train", scratch=spec.scratch))
-    return max(groups, key=lambda group: group.longest_row)
+    """The pair with the longest row that the run will see."""
+    return data.longest_group(spec.dataset, partial(dpo_group, max_length=spec.plan.max_length), spec.scratch)
 
 
 def _folded_start(folder: Path, plan: TrainingPlan, start: Path) -> Start:
