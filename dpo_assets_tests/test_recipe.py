@@ -284,6 +284,7 @@ def test_the_values_of_whoever_declares_nothing_are_these() -> None:
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
         "seed": 42,
+        "router_balance": 0.0,
     }
     assert recipe().model_dump(exclude={"base_model"}) == {
         "feedback": {

@@ -20,6 +20,7 @@ from dpo_assets.checks.catalog import severity_of
 from dpo_assets.checks.collapse import CollapseLimits, Trigger, first_trigger, healthy
 from dpo_assets.checks.config import plan_verdicts
 from dpo_assets.checks.dataset import dataset_verdicts
+from dpo_assets.checks.reports import DpoReport
 from dpo_assets.checks.statistics import Proportion, wilson
 from dpo_assets.checks.training import dpo_verdicts
 from dpo_assets.checks.verdict import Verdict, with_severity
@@ -154,7 +155,9 @@ def score(
             measured = row["report"]
             if user_probe:
                 measured = measured | {"capability": tasks_part(tasks, row["tasks"])}
-            verdicts = [*dpo_verdicts(measured, bands), *aftermath_verdicts(measured, bands)]
+            # The rows keep a trigger without its texts; these checks do not ask for it.
+            read = DpoReport.model_validate({**measured, "trigger": None, "stopped": None})
+            verdicts = [*dpo_verdicts(read, bands), *aftermath_verdicts(read, bands)]
             blocked["after"] = errors(verdicts, severity)
         elif row.get("stopped_by") not in (None, "reference_is_start"):
             blocked["while"] = (row["stopped_by"],)  # A number that is not finite ends the stage.
