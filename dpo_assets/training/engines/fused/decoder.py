@@ -102,7 +102,10 @@ class FusedDecoder(PlainEngine):
             into.append(where)
             source.append(factor.detach())
         for scale, (into, source) in by_scale.items():
-            torch._foreach_copy_(into, source if scale == 1.0 else torch._foreach_mul(source, scale))
+            if scale == 0.0:
+                torch._foreach_zero_(into)
+            else:
+                torch._foreach_copy_(into, source if scale == 1.0 else torch._foreach_mul(source, scale))
         self._seen = now
 
     def stream(self, batch: PackedBatch) -> Stream:
