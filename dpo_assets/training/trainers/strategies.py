@@ -31,6 +31,7 @@ from dpo_assets.training.engines.transformers import engine_of
 from dpo_assets.training.engines.unsloth.engine import reference_mode
 from dpo_assets.training.models.loading import CHAIN, attach_adapter, autocast_of, choose_kernels, load_base
 from dpo_assets.training.models.policy import Policy, load_policy
+from dpo_assets.training.packages import computing
 from dpo_assets.training.reporting import Reporter
 from dpo_assets.training.scoring.logprobs import score_groups, score_tokens, sequence_logps
 from dpo_assets.training.scoring.reference import ReferenceCache, Scores, reference_key, reference_scores
@@ -153,6 +154,7 @@ def join_adapters(trained: Path, folded: Path) -> None:
 def score_reference(policy: Policy, groups: Sequence[Group], spec: TrainSpec, reporter: Reporter) -> tuple[Scores, int]:
     """Reference scores by the same kernels, dtype and packing as the policy, from the cache where known."""
     plan, model = spec.plan, policy.model
+    packages = computing(policy.kernels, plan.precision, plan.speedups)
     with reference_mode(model, plan.model_copy(update={"kernels": policy.kernels})) as path:
         key = reference_key(
             scorer=f"{__version__}, {SCORING}",
@@ -164,7 +166,8 @@ def score_reference(policy: Policy, groups: Sequence[Group], spec: TrainSpec, re
             kernels=path,
             speedups=",".join(plan.speedups),
             device=plan.device_name,
-            torch=torch.__version__,
+            torch=torch.__version__,  # With the CUDA that it was built for.
+            packages=", ".join(f"{name} {version}" for name, version in packages.items()),
             max_length=plan.max_length,
             truncation="keep_start",
         )
