@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Iterable
 
-# Any of these may compute part of a model wherever it is installed: Transformers' and this project's recurrent layers
-# take fla-core, mamba-ssm, causal-conv1d and the Hub's `kernels` unasked, and tilelang takes Triton's place in fla-core.
+# Each computes part of a model wherever it is installed: recurrent layers, Transformers' and this project's, take
+# fla-core, mamba-ssm, causal-conv1d and the Hub's `kernels` unasked; in fla-core tilelang takes Triton's place.
 COMPUTING = (
     "torch", "triton", "transformers", "peft", "fla-core", "tilelang", "mamba-ssm", "causal-conv1d", "kernels",
 )  # fmt: skip

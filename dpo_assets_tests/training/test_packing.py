@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from dpo_assets.training.batches.data import CHOSEN, PAIR, dpo_group, longest_group, sft_group
 from dpo_assets.training.batches.packing import Group, PackedBatch, pack, under_budget
 from dpo_assets.training.engines import attention
 from dpo_assets.training.scoring import head, proof
@@ -37,6 +39,20 @@ def random_groups(longest: int = 9, most: int = 5) -> st.SearchStrategy[list[Gro
     """Groups of a prompt and one to three completions."""
     completions = st.lists(tokens(longest), min_size=1, max_size=3).map(tuple)
     return st.lists(st.builds(Group, tokens(longest), completions), min_size=1, max_size=most)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.tuples(tokens(5), tokens(9), tokens(9)), min_size=1, max_size=5), st.integers(6, 20))
+def test_the_longest_group_is_found_by_lengths_alone(rows: list[tuple[list[int], ...]], max_length: int) -> None:
+    split = Dataset.from_dict({name: [row[n] for row in rows] for n, name in enumerate(("prompt_ids", *PAIR))})
+    groups = {
+        PAIR: [dpo_group(row, max_length) for row in split],
+        CHOSEN: [sft_group(row, max_length) for row in split],
+    }
+    for answers, every in groups.items():
+        found = longest_group(split, max_length, answers)
+        assert found in every
+        assert found.longest_row == max(group.longest_row for group in every)
 
 
 # --- index tables -------------------------------------------------------------------------------------------------

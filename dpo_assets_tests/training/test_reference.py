@@ -251,7 +251,10 @@ def installed(folder: Path, name: str, version: str) -> str:
 @pytest.mark.parametrize(
     ("package", "precision", "again"),
     [
-        *((name, "fp32", True) for name in ("transformers", "peft", "triton", "fla-core", "mamba-ssm", "causal-conv1d")),
+        *(
+            (name, "fp32", True)
+            for name in ("transformers", "peft", "triton", "fla-core", "mamba-ssm", "causal-conv1d")
+        ),
         ("bitsandbytes", "4bit", True),
         ("bitsandbytes", "fp32", False),
         ("liger-kernel", "fp32", False),

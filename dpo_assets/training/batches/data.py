@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 
@@ -17,7 +19,9 @@ from dpo_assets.feedback.pair import TOOLS
 from dpo_assets.training.batches.packing import Group
 from dpo_assets.training.models.chat_format import ChatFormat
 
-TOKEN_COLUMNS = ["pair_id", "prompt_ids", "chosen_ids", "rejected_ids"]
+CHOSEN = ("chosen_ids",)
+PAIR = (*CHOSEN, "rejected_ids")
+TOKEN_COLUMNS = ["pair_id", "prompt_ids", *PAIR]
 
 
 def load_split(
@@ -80,6 +84,18 @@ def first_asked(
         if len(ids) <= longest:
             seen[str(row[by])] = (row, ids)
     return list(seen.values())
+
+
+def longest_group(rows: Dataset, max_length: int, answers: Sequence[str] = PAIR) -> Group:
+    """The group of the longest row, each cut to `max_length`; found by lengths, because only it need be converted.
+
+    Args:
+        answers: columns of a row's answers: PAIR, or CHOSEN alone.
+    """
+    table = rows.with_format("arrow")[:]
+    prompts, *each = (pc.list_value_length(table[name]).to_numpy() for name in ("prompt_ids", *answers))
+    row = rows[int(np.argmax(prompts + np.maximum.reduce(each)))]
+    return Group(row["prompt_ids"], tuple(row[name] for name in answers)).truncated(max_length)
 
 
 def dpo_group(row: dict[str, Any], max_length: int) -> Group:

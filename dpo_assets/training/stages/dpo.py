@@ -37,7 +37,7 @@ from dpo_assets.training.trainers.strategies import (
     Start,
     join_adapters,
     load_start,
-    longest_group,
+    longest_pair,
     score_reference,
     step_reference,
 )
@@ -81,7 +81,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     guard, watched = None, None
     if spec.guard is not None:
         if attached_engine(policy.model) is None and policy.kernels != "unsloth":
-            attach_scorer(policy.model, plan, longest_group(spec))
+            attach_scorer(policy.model, plan, longest_pair(spec))
         watched = Watched(policy.model, AdapterState(policy.model), chat, plan, policy.kernels)
         guard = collapse_guard(watched, spec.guard, spec, reporter)
     reporter.log(

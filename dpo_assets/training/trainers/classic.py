@@ -29,7 +29,7 @@ from dpo_assets.planning.work import CLASSIC_MICRO_BATCH
 from dpo_assets.recipe import DpoSection
 from dpo_assets.training.engines.unsloth.loading import check_adapter_only
 from dpo_assets.training.guard.finite import check_first_loss
-from dpo_assets.training.trainers.dpo import TRL_REFERENCE
+from dpo_assets.training.trainers.dpo import TRL_REFERENCE, adapter_kept
 from dpo_assets.training.trainers.losses import DpoLoss
 from dpo_assets.training.trainers.packed import trainer_arguments
 from dpo_assets.training.trainers.schedule import MovingSchedule
@@ -54,11 +54,8 @@ class ClassicDPOTrainer(MovingSchedule, trl.DPOTrainer):
     def __init__(
         self, *args: Any, check_first: Callable[[float, float], None], same_forward: bool = False, **kwargs: Any
     ) -> None:
-        # TRL turns the adapter of a quantised base into bf16, where a step of 5e-6 rounds to nothing: keep fp32.
-        factors = [(p, p.data) for p in kwargs["model"].parameters() if p.requires_grad]
-        super().__init__(*args, **kwargs)
-        for parameter, data in factors:
-            parameter.data = data
+        with adapter_kept(kwargs["model"]):
+            super().__init__(*args, **kwargs)
         self._same_forward = same_forward
         self._first_losses: list[Tensor] = []
         self._first_answers: list[tuple[Tensor, int]] = []  # Of each forward of the first step: tokens, pairs.
