@@ -17,9 +17,9 @@ from dpo_assets.planning.activations import kept_bytes, recomputed_bytes
 from dpo_assets.planning.decoder import Attention, Decoder, Layer, Mlp, QueryGrowth, Rope
 from dpo_assets.recipe import LoraSection
 from dpo_assets.training.batches.packing import pack
-from dpo_assets.training.engines.base import causal_lm
+from dpo_assets.training.engines.base import causal_lm, description_of
 from dpo_assets.training.engines.fused.block import FrozenBlock, Norm, Residual
-from dpo_assets.training.engines.fused.decoder import FusedDecoder, description_of, why_not_fused
+from dpo_assets.training.engines.fused.decoder import FusedDecoder, why_not_fused
 from dpo_assets.training.engines.fused.differentiated import AutogradBlock, product
 from dpo_assets.training.engines.fused.layer import FusedLayer
 from dpo_assets.training.engines.fused.mlp import GatedCore

@@ -78,6 +78,10 @@ class RowsEngine(OwnLayersEngine):
         super().__init__(lm, compiled=compiled)
         self._budget = budget
 
+    @property
+    def pads_attention(self) -> bool:
+        return True
+
     def hidden(self, batch: PackedBatch, autocast: AbstractContextManager[Any] | None) -> Tensor:
         decoder = decoder_of(self._lm)
         assert decoder is not None
