@@ -171,7 +171,8 @@ def _slug(heading: str) -> str:
 @pytest.mark.parametrize("document", ["design.md", "engine.md"])
 def test_every_module_that_a_document_names_exists(document: str) -> None:
     modules = re.findall(r"`([\w/]+(?:\.py|/))`", text_of(DOCS / document))
-    homes = (ROOT, PACKAGE, PACKAGE / "training", PACKAGE / "checks", PACKAGE / "feedback")
+    rooms = [path for room in ("training", "checks", "feedback") for path in (PACKAGE / room).rglob("*/")]
+    homes = (ROOT, PACKAGE, *(PACKAGE / room for room in ("training", "checks", "feedback")), *rooms)
     assert modules
     assert [name for name in modules if not any((home / name).exists() for home in homes)] == []
 

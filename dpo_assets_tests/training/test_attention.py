@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dpo_assets.training.batches.packing import Group, PackedBatch, pack
 from dpo_assets.training.engines import attention
-from dpo_assets.training.engines.attention import AttentionKind, packed_attention
+from dpo_assets.training.engines.attention import AttentionKind, joined_by_sinks, packed_attention
+from dpo_assets.training.private.torch import FlashAttention
 from dpo_assets.training.scoring.logprobs import to_device
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
@@ -174,8 +175,8 @@ class StandIn:
 def flash(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     """This CPU as a device with flash attention."""
     stand_in = StandIn()
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", stand_in.forward)
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", stand_in.backward)
+    kernels = FlashAttention(stand_in.forward, stand_in.backward)
+    monkeypatch.setattr(attention, "flash_attention", lambda: kernels)
     monkeypatch.setattr(attention, "has_flash", lambda *_: True)
     return stand_in
 
@@ -190,6 +191,29 @@ def test_flash_attention_on_unpadded_rows_computes_each_kind_as_it_is_defined(
     assert flash.calls == 2
     for got, wanted in zip(ours, outcome(by_definition(*leaves[:3], kind), leaves), strict=True):
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_sinks_join_a_softmax_and_flash_attention_differentiates_it() -> None:
+    """PyTorch's flash attention for CPUs: its forward knows no sinks, and its backward reads `out` and `lse` alone."""
+    torch.manual_seed(3)
+    heads, tokens, dim = 3, 9, 8
+    q, k, v, d = (torch.randn(1, heads, tokens, dim) for _ in range(4))
+    sinks = torch.tensor([-1.0, 0.5, 3.0])
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    scores = leaves[0] @ leaves[1].transpose(-1, -2) * dim**-0.5
+    scores = scores.masked_fill(torch.ones(tokens, tokens).triu(1).bool(), -math.inf)
+    beside = torch.cat([scores, sinks[None, :, None, None].expand(1, -1, tokens, 1)], dim=-1)
+    expected = beside.softmax(-1)[..., :-1] @ leaves[2]
+    expected.backward(d)
+
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+    joined, total = joined_by_sinks(out[0].transpose(0, 1), lse[0], sinks)
+    torch.testing.assert_close(joined.transpose(0, 1)[None], expected.detach())
+    torch.testing.assert_close(total, beside.detach().logsumexp(-1)[0])
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    with_sink = joined.transpose(0, 1)[None].contiguous()
+    for ours, leaf in zip(backward(d, q, k, v, with_sink, total[None], 0.0, True), leaves, strict=True):
+        torch.testing.assert_close(ours, leaf.grad)
 
 
 @pytest.mark.parametrize("kind", CAPPED.values(), ids=CAPPED)

@@ -25,9 +25,9 @@ from dpo_assets.training.batches.packing import PackedBatch, balanced
 from dpo_assets.training.engines.base import attach_engine, causal_lm
 from dpo_assets.training.engines.transformers import TransformersEngine
 from dpo_assets.training.models.loading import attach_adapter, load_base
+from dpo_assets.training.private.trl import REFERENCE_ADAPTER
 from dpo_assets.training.scoring.head import TokenScores
 from dpo_assets.training.stages.dpo import dpo_arguments, packed_trainer
-from dpo_assets.training.trainers.dpo import TRL_REFERENCE
 from dpo_assets.training.trainers.losses import DpoLoss
 from dpo_assets.training.trainers.packed import RunningMeans, end_quietly
 from dpo_assets.training.trainers.strategies import load_start
@@ -255,10 +255,10 @@ def test_the_adapter_of_a_quantised_base_stays_fp32_and_small_steps_move_it(
         moved = (p.detach() - before[name]).abs()
         assert moved.max() == pytest.approx(small, rel=0.05), name
         assert (moved > 0).float().mean() > 0.9, name
-    reference = {name: p for name, p in trainer.model.named_parameters() if f".{TRL_REFERENCE}." in name}
+    reference = {name: p for name, p in trainer.model.named_parameters() if f".{REFERENCE_ADAPTER}." in name}
     assert bool(reference) == (strategy == "adapter")
     for name, p in reference.items():
-        assert torch.equal(p, before[name.replace(f".{TRL_REFERENCE}.", ".default.")])
+        assert torch.equal(p, before[name.replace(f".{REFERENCE_ADAPTER}.", ".default.")])
 
 
 def test_trl_alone_turns_the_adapter_of_a_quantised_base_into_bf16(

@@ -1,9 +1,10 @@
-"""The whole pipeline on a tiny random model of each architecture that people tune, and of checkpoints with more than text.
+"""The whole pipeline on a tiny random model of each architecture that people tune, and of some with more than text.
 
-Every stage of the worker is the real one, in this process (one model goes through Dagster): a base is verified, real pairs are tokenized by its own tokenizer, a plan
-is made from its files, SFT and DPO train, the merge is proven, the release is evaluated; then plain Transformers loads
-the release, and must score as `evaluate` did. What each engine computes is held against the model's own forward in
-`test_architectures`; here it is that every stage takes the same engine, says so, and leaves what the checks pass.
+Every stage of the worker is the real one, in this process: a base is verified, real pairs are tokenized by its own
+tokenizer, a plan is made from its files, SFT and DPO train, the merge is proven, the release is evaluated; then plain
+Transformers loads the release, and must score as `evaluate` did. One model goes through Dagster. What each engine
+computes is held against the model's own forward in `test_architectures`; here it is that every stage takes the same
+engine, says so, and leaves what the checks pass.
 """
 
 from __future__ import annotations
@@ -210,11 +211,11 @@ def assert_whole(chain: Chain, model: Any) -> None:
 
 
 def loaded(release: Path, kind: Any = AutoModelForCausalLM) -> Any:
-    """The release as anyone would load it; Transformers' SDPA leaves soft caps out, and says to ask for eager."""
-    config = kind.from_pretrained(release, dtype=torch.float32)
-    if getattr(config.config.get_text_config(), "attn_logit_softcapping", None):
-        return kind.from_pretrained(release, dtype=torch.float32, attn_implementation="eager")
-    return config
+    """The release as anyone would load it. Transformers' SDPA leaves soft caps out, so these models need eager."""
+    model = kind.from_pretrained(release, dtype=torch.float32)
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")
+    return model
 
 
 def base_of(name: str, folder: Path, tokenizer: Path) -> Path:

@@ -317,38 +317,6 @@ def test_a_gate_on_the_output_of_attention(dtype: torch.dtype, gap: int) -> None
     assert wide[:, HEADS * stride :].isnan().all()
 
 
-# ---- sinks
-
-
-@pytest.mark.parametrize("form", ["torch"], indirect=True)
-def test_sinks_join_a_softmax_and_flash_attention_differentiates_it() -> None:
-    """PyTorch's flash attention for CPUs: its forward knows no sinks, and its backward reads `out` and `lse` alone."""
-    torch.manual_seed(3)
-    tokens, dim = 9, 8
-    q, k, v, d = (torch.randn(1, HEADS, tokens, dim) for _ in range(4))
-    sinks = torch.tensor([-1.0, 0.5, 3.0])
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    scores = leaves[0] @ leaves[1].transpose(-1, -2) * dim**-0.5
-    scores = scores.masked_fill(torch.ones(tokens, tokens).triu(1).bool(), float("-inf"))
-    beside = torch.cat([scores, sinks[None, :, None, None].expand(1, -1, tokens, 1)], dim=-1)
-    expected = beside.softmax(-1)[..., :-1] @ leaves[2]
-    expected.backward(d)
-
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
-    total = ops.with_sinks(out[0].transpose(0, 1), lse[0], sinks)
-    torch.testing.assert_close(out, expected.detach())
-    torch.testing.assert_close(total, beside.detach().logsumexp(-1)[0])
-    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    for ours, leaf in zip(backward(d, q, k, v, out, total[None], 0.0, True), leaves, strict=True):
-        torch.testing.assert_close(ours, leaf.grad)
-
-
-@pytest.mark.parametrize("form", ["torch"], indirect=True)
-def test_a_log_sum_exp_of_another_layout_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"\(6, 3\)"):
-        ops.with_sinks(torch.ones(6, 3, 8), torch.ones(6, 3), torch.ones(3))
-
-
 # ---- scores
 
 

@@ -82,13 +82,13 @@ def test_a_shared_prompt_is_projected_and_scanned_once(name: str, monkeypatch: p
     for path, module in causal_lm(policy).named_modules():
         if path.endswith(SHARING[name]):
             module.register_forward_hook(lambda module, args, out: projected.append(args[0].flatten(0, -2).shape[0]))
-    own = delta_net.torch_chunk_gated_delta_rule
+    own = delta_net.chunk_gated_delta_rule()
 
     def counted(query: Tensor, *args: Any, g: Tensor, **kwargs: Any) -> Any:
         convolved.append(int((g != 0).any(dim=-1).sum()))
         return own(query, *args, g=g, **kwargs)
 
-    monkeypatch.setattr(delta_net, "torch_chunk_gated_delta_rule", counted)
+    monkeypatch.setattr(delta_net, "chunk_gated_delta_rule", lambda: counted)
     score_groups(policy, GROUPS, budget=10_000)
     tokens = sum(group.tokens for group in GROUPS)
     assert projected == [tokens]
@@ -160,7 +160,7 @@ def _delta_rule_as_in_fla(
     outs, states = [], []
     for n, (start, end) in enumerate(itertools.pairwise(cu_seqlens_cpu.tolist())):
         part = [x[:, start:end] for x in (q.repeat_interleave(shared, 2), k.repeat_interleave(shared, 2), v)]
-        out, state = delta_net.torch_chunk_gated_delta_rule(
+        out, state = delta_net.chunk_gated_delta_rule()(
             *part, g=g[:, start:end], beta=beta[:, start:end], output_final_state=True,
             initial_state=None if initial_state is None else initial_state[n : n + 1],
             use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import polars as pl
@@ -21,6 +21,7 @@ from dpo_assets.training.engines import speedups
 from dpo_assets.training.engines.speedups import speed_up
 from dpo_assets.training.engines.transformers import TransformersEngine
 from dpo_assets.training.models.loading import load_base
+from dpo_assets.training.private.liger import Patches
 from dpo_assets.training.scoring.logprobs import score_groups
 from dpo_assets_tests.samples import recipe
 from dpo_assets_tests.training.conftest import PlanMaker, SpecMaker
@@ -60,11 +61,9 @@ def test_another_speedup_is_another_adapter() -> None:
 def with_liger(monkeypatch: pytest.MonkeyPatch, *model_types: str) -> list[dict[str, Any]]:
     """A stand-in for Liger, whose kernels need a GPU: what it is asked to patch."""
     asked: list[dict[str, Any]] = []
-    module: Any = ModuleType("monkey_patch")
-    module.MODEL_TYPE_TO_APPLY_LIGER_FN = dict.fromkeys(model_types)
-    module._apply_liger_kernel_to_instance = lambda model, **options: asked.append({"model": model, **options})
+    liger = Patches(model_types, lambda model, **options: asked.append({"model": model, **options}))
     monkeypatch.setattr(speedups.importlib.util, "find_spec", lambda name: SimpleNamespace())
-    monkeypatch.setattr(speedups.importlib, "import_module", lambda name: module)
+    monkeypatch.setattr(speedups, "patches", lambda: liger)
     return asked
 
 

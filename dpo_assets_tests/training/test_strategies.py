@@ -20,10 +20,10 @@ from dpo_assets.errors import ConfigError, GateError
 from dpo_assets.training.batches.data import dpo_group, load_split
 from dpo_assets.training.batches.packing import Group
 from dpo_assets.training.models.loading import load_base, save_adapter
+from dpo_assets.training.private.trl import REFERENCE_ADAPTER
 from dpo_assets.training.stages import dpo
 from dpo_assets.training.stages.dpo import packed_trainer
 from dpo_assets.training.trainers import strategies
-from dpo_assets.training.trainers.dpo import TRL_REFERENCE
 from dpo_assets.training.trainers.packed import end_quietly
 from dpo_assets.training.trainers.strategies import join_adapters, load_start, step_reference
 from dpo_assets_tests.training.conftest import Log, PlanMaker, SpecMaker
@@ -141,7 +141,7 @@ def test_no_second_adapter_is_saved(four: Four, model_folder: Path, plan_for: Pl
     for name, run in four.runs.items():
         folder = run.folder / "adapter"
         assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}, name
-        assert not [key for key in run.adapter if TRL_REFERENCE in key.split(".")], name
+        assert not [key for key in run.adapter if REFERENCE_ADAPTER in key.split(".")], name
         model = PeftModel.from_pretrained(load_base(model_folder, plan_for()), folder)
         assert list(model.peft_config) == ["default"]
 
@@ -255,8 +255,8 @@ def test_the_frozen_adapter_stays_at_the_start_while_the_policy_moves(
     before = load_file(sft_adapter / "adapter_model.safetensors")
     optimised = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
-        if f".{TRL_REFERENCE}." in name:
-            assert torch.equal(p, before[name.replace(f".{TRL_REFERENCE}.", ".")]), name
+        if f".{REFERENCE_ADAPTER}." in name:
+            assert torch.equal(p, before[name.replace(f".{REFERENCE_ADAPTER}.", ".")]), name
             assert id(p) not in optimised
             assert not p.requires_grad
         elif ".default." in name:
@@ -279,7 +279,7 @@ def test_reference_scores_at_a_step_are_those_of_the_start_and_carry_no_gradient
     spec = train_spec(plan, tmp_path, dataset=pairs, start_adapter=sft_adapter)
     start = load_start(spec, packed=True)
     if strategy == "adapter":
-        start.policy.model.load_adapter(sft_adapter, TRL_REFERENCE)
+        start.policy.model.load_adapter(sft_adapter, REFERENCE_ADAPTER)
     score = step_reference(start, spec)
     assert score is not None
     for name, p in start.policy.model.named_parameters():

@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dpo_assets.planning.decoder import Decoder
 from dpo_assets.training.batches.packing import PackedBatch
+from dpo_assets.training.private.torch import flash_attention
+from dpo_assets.training.private.transformers import attention_functions, attention_of
 
 FLASH_HEAD = 256  # The widest head that flash attention 2 has kernels for; widths are multiples of 8.
 SCORES_AT_ONCE = 2**25  # Explicit scores that are held at one time: 128 MiB in fp32.
@@ -99,21 +100,25 @@ class Flash:
 
 
 def flash_forward(q: Tensor, k: Tensor, v: Tensor, kind: AttentionKind, batch: PackedBatch) -> Flash:
-    """Queries q [T, heads, dim] of the stream on keys and values k, v [S, kv heads, dim] gathered by `kv_source`.
-
-    A sink joins the sum afterwards: with s = sigmoid(lse - sink) the output is s times that without it, and the sum's
-    logarithm becomes logaddexp(lse, sink).
-    """
+    """Queries q [T, heads, dim] of the stream on keys and values k, v [S, kv heads, dim] gathered by `kv_source`."""
     kind = kind.on_rows(batch["longest"][1])
-    out, lse, *state = torch.ops.aten._flash_attention_forward(
+    out, lse, *state = flash_attention().forward(
         q, k, v, batch["query_starts"], batch["key_starts"], *batch["longest"], 0.0, True, False,
         scale=kind.scale, **_window(kind),
     )  # fmt: skip
     if kind.sinks is not None:
-        sinks = kind.sinks.detach().float()[:, None]
-        out = out * torch.sigmoid(lse - sinks).T[:, :, None].to(out.dtype)
-        lse = torch.logaddexp(lse, sinks)
+        out, lse = joined_by_sinks(out, lse, kind.sinks)
     return Flash(out, lse, (state[0], state[1]))
+
+
+def joined_by_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention's output [T, heads, dim] and lse [heads, T] fp32, computed without sinks [heads], with them.
+
+    A sink joins the sum: with s = sigmoid(lse - sink) the output is s times that without it, and the sum's logarithm
+    becomes logaddexp(lse, sink).
+    """
+    sink = sinks.detach().float()[:, None]
+    return out * torch.sigmoid(lse - sink).T[:, :, None].to(out.dtype), torch.logaddexp(lse, sink)
 
 
 def flash_backward(
@@ -125,7 +130,7 @@ def flash_backward(
     zero, adds nothing to the sum of gradient times output that the softmax's derivative subtracts.
     """
     kind = kind.on_rows(batch["longest"][1])
-    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
+    grads: tuple[Tensor, Tensor, Tensor] = flash_attention().backward(
         grad, q, k, v, kept.out, kept.lse, batch["query_starts"], batch["key_starts"], *batch["longest"],
         0.0, True, *kept.state, scale=kind.scale, **_window(kind),
     )  # fmt: skip
@@ -315,7 +320,7 @@ def packed_rows(
     a limit, and computed as it is from then on. The kernel is what takes the time here, and it is compiled already.
     """
     if packed is None:
-        plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        plain = attention_functions()["sdpa"]
         return plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)  # type: ignore[no-any-return]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if torch.is_autocast_enabled(q.device.type):  # The kernels themselves are not among what autocast casts.
@@ -326,7 +331,7 @@ def packed_rows(
 
 def register() -> None:
     """Makes `attn_implementation="packed_rows"` known to Transformers."""
-    ALL_ATTENTION_FUNCTIONS.register(NAME, packed_rows)
+    attention_functions().register(NAME, packed_rows)
 
 
 def attend_packed(lm: Any) -> bool:
@@ -334,7 +339,7 @@ def attend_packed(lm: Any) -> bool:
     register()
     lm.set_attn_implementation(NAME)
     # Where layers compute attention in a way of their own, Transformers leaves a warning and what was there.
-    return bool(lm.config._attn_implementation == NAME)
+    return attention_of(lm) == NAME
 
 
 def attend_as_own(lm: Any) -> None:

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.parametrize import is_parametrized
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from dpo_assets.training.private.transformers import experts_functions, gated_by, is_experts, own_experts_forward
 
 NAME = "frozen_grouped"
 ALIGNMENT = 16  # Bytes that the strides of a grouped product's operands are multiples of on CUDA.
@@ -25,14 +26,11 @@ ALIGNMENT = 16  # Bytes that the strides of a grouped product's operands are mul
 
 def serve_experts(lm: Any) -> None:
     """Lets the experts of a causal language model run by grouped products, where Transformers lets one choose."""
-    if not any(_is_experts(module) for module in lm.modules()):
+    functions = experts_functions()
+    if not any(is_experts(module) for module in lm.modules()):
         return
-    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+    functions.register(NAME, experts_forward)
     lm.set_experts_implementation(NAME)
-
-
-def _is_experts(module: nn.Module) -> bool:
-    return all(hasattr(module, name) for name in ("num_experts", "is_transposed", "has_bias", "_apply_gate"))
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -44,9 +42,9 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     if _is_plain(self):
         out: Tensor = _FrozenExperts.apply(hidden_states, top_k_weights, top_k_index, self)
         return out.to(hidden_states.dtype)
-    grouped = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
+    grouped = experts_functions()["grouped_mm"]
     # What Transformers does in its stead on older GPUs makes a gradient of every weight, frozen or not.
-    own = grouped if _has_grouped_products(hidden_states.device) else type(self).forward.__wrapped__
+    own = grouped if _has_grouped_products(hidden_states.device) else own_experts_forward(self)
     trained: Tensor = own(self, hidden_states, top_k_index, top_k_weights)
     return trained
 
@@ -92,7 +90,7 @@ class _FrozenExperts(torch.autograd.Function):
         gate_up = _product(x.to(first.dtype).index_select(0, order.token), _inward(first, experts), order.ends)
         if experts.has_bias:
             gate_up += experts.gate_up_proj_bias.detach()[order.expert]
-        out = _product(experts._apply_gate(gate_up), _inward(last, experts), order.ends)
+        out = _product(gated_by(experts, gate_up), _inward(last, experts), order.ends)
         if experts.has_bias:
             out += experts.down_proj_bias.detach()[order.expert]
         ctx.save_for_backward(gate_up, weights)
@@ -107,7 +105,7 @@ class _FrozenExperts(torch.autograd.Function):
         dy = grads[0].to(last.dtype).index_select(0, order.token)
         with torch.enable_grad():
             leaf = gate_up.detach().requires_grad_()
-            activated = experts._apply_gate(leaf)
+            activated = gated_by(experts, leaf)
         d_activated = _product(dy, _outward(last, experts), order.ends)
         slope = (d_activated * activated.detach()).sum(dim=1, dtype=torch.float32)
         if experts.has_bias:

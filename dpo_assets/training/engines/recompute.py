@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers.modeling_layers import GradientCheckpointingLayer
-
 from dpo_assets.errors import ConfigError
 from dpo_assets.training.engines.base import causal_lm, decoder_of
 from dpo_assets.training.models.targets import decoder_layers
+from dpo_assets.training.private.transformers import checkpointing_layer
 
 
 def recompute_lowest(model: Any, layers: int) -> None:
@@ -45,5 +44,5 @@ def recompute_lowest(model: Any, layers: int) -> None:
         return
     for layer in upper:
         for module in layer.modules():
-            if isinstance(module, GradientCheckpointingLayer):
+            if isinstance(module, checkpointing_layer()):
                 module.gradient_checkpointing = False

@@ -9,13 +9,13 @@ the same way (`unsloth.engine.reference_mode`).
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from typing import Any
 
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.models.targets import decoder_layers
+from dpo_assets.training.private.liger import patches
 
 BACKEND = "inductor"
 # Round where the plain layers do: by default what is fused stays in fp32, so that rounding depends on what a graph
@@ -44,10 +44,10 @@ def _apply_liger(lm: Any) -> None:
             "hardware.speedups `liger` needs the package liger-kernel, which this environment lacks: "
             "pip install 'dpo-assets[liger]', or leave it out."
         )
-    patches = importlib.import_module("liger_kernel.transformers.monkey_patch")
+    liger = patches()
     kind = lm.config.model_type
-    if kind not in patches.MODEL_TYPE_TO_APPLY_LIGER_FN:
-        known = ", ".join(sorted(patches.MODEL_TYPE_TO_APPLY_LIGER_FN))
+    if kind not in liger.known:
+        known = ", ".join(sorted(liger.known))
         raise ConfigError(f"Liger has no layers for `{kind}`; it has: {known}. Leave `liger` out of hardware.speedups.")
     # Layers only: the head is this project's, and it is scored in fp32.
-    patches._apply_liger_kernel_to_instance(lm, fused_linear_cross_entropy=False, cross_entropy=False)
+    liger.apply(lm, fused_linear_cross_entropy=False, cross_entropy=False)

@@ -11,7 +11,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 
 from dpo_assets.checks.reports import (
@@ -31,6 +30,7 @@ from dpo_assets.training.batches.data import dpo_group
 from dpo_assets.training.guard.sampling import AdapterState, Answer, Watched, first_prompts
 from dpo_assets.training.models.fp8 import Fp8Linear
 from dpo_assets.training.models.loading import ADAPTER_NAME
+from dpo_assets.training.private.peft import dequantised, experts_of, parameter_of, stacked_weight
 from dpo_assets.training.scoring.generation import generation_health
 
 EXAMPLES, EXAMPLE_LENGTH = 3, 300  # Answers that the report quotes, and characters of each.
@@ -205,14 +205,14 @@ def _change(weight: Tensor, scale: float, now: Factors, before: Factors) -> floa
 def _factors(layer: Any, b: Tensor, a: Tensor) -> list[Factors]:
     """The factors in fp64 of a layer, or of each of its experts, whose factors PEFT keeps in one matrix."""
     b, a = b.detach().double().cpu(), a.detach().double().cpu()
-    experts: int = getattr(layer, "num_experts", 1)
+    experts = experts_of(layer)
     return list(zip(b.reshape(len(b), -1, experts).unbind(2), a.reshape(experts, -1, a.shape[1]), strict=True))
 
 
 def _weights(layer: Any) -> Sequence[Tensor] | None:
     """The weight [out, in] of an adapted layer, or that of each of its experts; None where nothing here knows how."""
-    if hasattr(layer, "parameter_name"):
-        stacked: Tensor = layer.get_param()
+    if parameter_of(layer) is not None:
+        stacked = stacked_weight(layer)
         return list(stacked) if stacked.is_floating_point() and stacked.dim() == 3 else None
     weight = _weight(layer.get_base_layer())
     return None if weight is None else [weight]
@@ -223,7 +223,7 @@ def _weight(base: Any) -> Tensor | None:
     if isinstance(base, Fp8Linear):
         return base.codes.float() * base.weight_scale[:, None]
     try:
-        weight: Tensor = dequantize_module_weight(base)
+        weight = dequantised(base)
     except (TypeError, ValueError, ImportError, AttributeError):
         return None
     return weight if weight.is_floating_point() and weight.dim() == 2 else None

@@ -35,6 +35,7 @@ from dpo_assets.training.engines.transformers import TransformersEngine, why_not
 from dpo_assets.training.models.fp8 import quantise_layers
 from dpo_assets.training.models.targets import chosen_places, peft_targets, refuse_other_places
 from dpo_assets.training.models.text_part import text_source
+from dpo_assets.training.private.transformers import attention_of, cannot_convert
 
 # The adapter must carry PEFT's default name: TRL reads `peft_config["default"]` unguarded.
 ADAPTER_NAME = "default"
@@ -42,7 +43,6 @@ ADAPTER_NAME = "default"
 LARGEST_TRAINABLE_SHARE = 0.6
 # Engines from the fastest to the one that serves every causal model. Unsloth's loads its models itself.
 CHAIN = ("fused", "transformers", RowsEngine.name, OwnLogitsEngine.name)
-CONVERSION = "conversion of the weights"  # What Transformers 5 says of experts that it cannot join into one tensor.
 
 
 def load_causal_lm(folder: Path, **how: Any) -> tuple[PreTrainedModel, list[str]]:
@@ -82,7 +82,7 @@ def load_causal_lm(folder: Path, **how: Any) -> tuple[PreTrainedModel, list[str]
         ) from None
     except RuntimeError as error:
         # Memory and devices speak by a RuntimeError too; these are no fault of the folder.
-        if CONVERSION not in str(error):
+        if not cannot_convert(error):
             raise
         raise ConfigError(
             f"the weights in {folder} cannot be put into the form that Transformers computes: {_first_line(error)}"
@@ -272,7 +272,7 @@ def plain_attention(model: Any, implementation: str | None = None) -> Iterator[N
         implementation: None: what Transformers takes by itself.
     """
     lm = causal_lm(model)
-    before = lm.config._attn_implementation
+    before = attention_of(lm)
     if implementation is None:
         attention.attend_as_own(lm)
     else:

@@ -8,7 +8,6 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -17,6 +16,7 @@ from dpo_assets.planning.matrices import Matrices, Role, is_stack, role_of
 from dpo_assets.planning.targets import Covered, LoraCoverage, all_linear, refuse_unknown
 from dpo_assets.planning.weights import listed
 from dpo_assets.recipe import EVERY_LINEAR, LoraSection
+from dpo_assets.training.private.peft import lora_layer, lora_of, parameter_of
 
 _WRAPPED = re.compile(r"\.base_layer(?=\.|$)")
 
@@ -119,9 +119,9 @@ def places_of(model: nn.Module, adapter: str = "") -> Iterator[Place]:
     name, layers = decoder_layers(model)
     for number, layer in enumerate(layers):
         adapted = {
-            _WRAPPED.sub("", f".{path}") + (f".{module.parameter_name}" if hasattr(module, "parameter_name") else "")
+            _WRAPPED.sub("", f".{path}") + (f".{parameter}" if (parameter := parameter_of(module)) else "")
             for path, module in layer.named_modules()
-            if isinstance(module, LoraLayer) and adapter in module.lora_A
+            if lora_of(module, adapter) is not None
         }
         for path, shape, stacked in _weights(layer):
             role: Role = "experts" if stacked else "router" if role_of(path) == "router" else "linear"
@@ -140,7 +140,7 @@ def _weights(layer: nn.Module) -> Iterator[tuple[str, tuple[int, ...], bool]]:
             yield plain, (module.out_features, module.in_features), False
         elif isinstance(module, Conv1D):  # GPT-2's linear layers keep their weight the other way round.
             yield plain, (module.nf, module.nx), False
-        elif not isinstance(module, LoraLayer):
+        elif not isinstance(module, lora_layer()):
             for own, parameter in module.named_parameters(recurse=False):
                 if is_stack(f"{plain}.{own}", parameter.shape):
                     yield f"{plain}.{own}", tuple(parameter.shape), True

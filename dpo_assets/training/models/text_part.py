@@ -21,6 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.text_part import TextPart, read_text_part
+from dpo_assets.training.private.transformers import check_tied_weights
 
 # Text parts that Transformers has a decoder for, and no class with a head. Each was held against its wrapper's logits.
 HEADLESS = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text", "glm4v_text")
@@ -96,6 +97,7 @@ def _loadable(folder: Path, config: PreTrainedConfig, text: PreTrainedConfig) ->
 @cache
 def with_head(decoder: Any) -> type[Any]:
     """A causal language model of a decoder class that has none: `model` and `lm_head`, as every other names them."""
+    check_tied_weights()
     # The class below the decoder's own says how the family's weights start and which attention it supports.
     family: Any = decoder.__mro__[1]
 

@@ -21,7 +21,6 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import DPOConfig
-from trl.trainer.utils import use_adapter
 
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
@@ -29,13 +28,13 @@ from dpo_assets.planning.work import CLASSIC_MICRO_BATCH
 from dpo_assets.recipe import DpoSection
 from dpo_assets.training.engines.unsloth.loading import check_adapter_only
 from dpo_assets.training.guard.finite import check_first_loss
-from dpo_assets.training.trainers.dpo import TRL_REFERENCE, adapter_kept
+from dpo_assets.training.private import trl as private
+from dpo_assets.training.trainers.dpo import made_by_trl
 from dpo_assets.training.trainers.losses import DpoLoss
 from dpo_assets.training.trainers.packed import trainer_arguments
 from dpo_assets.training.trainers.schedule import MovingSchedule
 
 COLUMNS = ("prompt", "chosen", "rejected")
-NOT_MODEL_INPUTS = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps"})
 
 
 class ClassicDPOTrainer(MovingSchedule, trl.DPOTrainer):
@@ -54,13 +53,14 @@ class ClassicDPOTrainer(MovingSchedule, trl.DPOTrainer):
     def __init__(
         self, *args: Any, check_first: Callable[[float, float], None], same_forward: bool = False, **kwargs: Any
     ) -> None:
-        with adapter_kept(kwargs["model"]):
+        with made_by_trl(self, kwargs["model"]):
             super().__init__(*args, **kwargs)
+        private.check_balance(self)
         self._same_forward = same_forward
         self._first_losses: list[Tensor] = []
         self._first_answers: list[tuple[Tensor, int]] = []  # Of each forward of the first step: tokens, pairs.
         if same_forward:
-            self.precompute_ref_logps = True  # TRL then reads the scores from the batch.
+            private.reference_in_batch(self)
         self.add_callback(_BeforeFirstUpdate(lambda: check_first(self._first_loss(), self.first_loss_tokens)))
 
     @property
@@ -81,16 +81,10 @@ class ClassicDPOTrainer(MovingSchedule, trl.DPOTrainer):
     ) -> Any:
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.state.global_step == 0 and self.model.training:
-            self._first_losses.append((result[0] if return_outputs else result).detach() - self._balance())
+            self._first_losses.append((result[0] if return_outputs else result).detach() - private.last_balance(self))
             mask = inputs["completion_mask"]
             self._first_answers.append((mask.sum(), len(mask) // 2))
         return result
-
-    def _balance(self) -> float:
-        """What the routers' balancing loss added to the last loss; nothing is known beforehand of it."""
-        if not getattr(self, "aux_loss_enabled", False):
-            return 0.0
-        return float(self.router_aux_loss_coef * self._metrics["train"]["aux_loss"][-1])
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         if self._same_forward:
@@ -100,12 +94,12 @@ class ClassicDPOTrainer(MovingSchedule, trl.DPOTrainer):
 
     def _reference_logps(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
         """Summed log-probabilities of the completions [2 * pairs], chosen first, detached."""
-        scored = {name: value for name, value in inputs.items() if name not in NOT_MODEL_INPUTS}
+        scored = {name: value for name, value in inputs.items() if name not in private.NOT_MODEL_INPUTS}
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         policy = self.accelerator.unwrap_model(self.model)
-        adapter = TRL_REFERENCE if TRL_REFERENCE in policy.peft_config else None
-        with use_adapter(policy, adapter_name=adapter), torch.set_grad_enabled(self.model.training):
-            logps = model(**scored, labels=labels, use_cache=False, fused_lm_head=True).log_probs
+        adapter = private.REFERENCE_ADAPTER if private.REFERENCE_ADAPTER in policy.peft_config else None
+        with private.using_adapter(policy, adapter), torch.set_grad_enabled(self.model.training):
+            logps = private.token_logps(model, scored, labels)
         summed: Tensor = logps.detach().sum(dim=1)
         return summed
 
@@ -167,7 +161,7 @@ def classic_trainer(
         )
     # An adapter at zero is the base; its copy is then the better reference, because it takes the policy's kernels.
     if plan.dpo.reference == "base" and not starts_as_base:
-        model.delete_adapter(TRL_REFERENCE)
+        model.delete_adapter(private.REFERENCE_ADAPTER)
     return trainer
 
 

@@ -15,23 +15,31 @@ from transformers import Trainer
 from dpo_assets.training.batches.packing import PackedBatch
 from dpo_assets.training.engines.transformers import engine_of
 from dpo_assets.training.guard.finite import check_first_loss
+from dpo_assets.training.private.trl import REFERENCE_ADAPTER, check_adapters, check_hooks, check_prepared
 from dpo_assets.training.scoring.head import TokenScores
 from dpo_assets.training.scoring.logprobs import score_tokens, sequence_logps
 from dpo_assets.training.trainers.losses import DpoLoss, PairScores
 from dpo_assets.training.trainers.packed import PackedSteps
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
-TRL_REFERENCE = "ref"  # The frozen copy of a starting adapter that TRL makes.
 # Scores a packed batch by the reference: [pairs, 2] summed log-probabilities of chosen and rejected.
 StepReference = Callable[[PackedBatch], Tensor]
 
 
 @contextmanager
-def adapter_kept(model: Any) -> Iterator[None]:
-    """Around the making of TRL's trainer, which turns the adapter of a quantised base into bf16, where a step of 5e-6
-    rounds to nothing: what is trained stays in fp32."""
+def made_by_trl(trainer: trl.DPOTrainer, model: Any) -> Iterator[None]:
+    """Around the `__init__` that TRL's trainer has of its own: what is trained stays in fp32.
+
+    TRL turns the adapter of a quantised base into bf16, where a step of 5e-6 rounds to nothing.
+
+    Raises:
+        ConfigError: when TRL is not as it was read.
+    """
+    check_hooks()
     factors = [(p, p.data) for p in model.parameters() if p.requires_grad]
+    adapters = tuple(getattr(model, "peft_config", ()))
     yield
+    check_adapters(trainer, adapters)
     for parameter, data in factors:
         parameter.data = data
 
@@ -63,8 +71,10 @@ class PackedDPOTrainer(PackedSteps, trl.DPOTrainer):
         keep_reference_adapter: bool = False,
         **kwargs: Any,
     ) -> None:
-        with adapter_kept(model):
+        self._taken_as_prepared = False
+        with made_by_trl(self, model):
             super().__init__(model, *args, **kwargs)
+        check_prepared(self, self._taken_as_prepared)
         self._loss = loss or DpoLoss(beta=self.beta)
         self._reference, self._step_reference = reference, step_reference
         self.router_balance = router_balance
@@ -73,10 +83,12 @@ class PackedDPOTrainer(PackedSteps, trl.DPOTrainer):
         self.expected_first_loss = float("nan")
         self.first_loss_tokens = 0.0  # Mean tokens of a pair's answers in the first step, in 16 bit.
         # With cached scores the clone that TRL makes of a PEFT policy is memory, and a wrong file when saved.
-        if not keep_reference_adapter and isinstance(self.model, PeftModel) and TRL_REFERENCE in self.model.peft_config:
-            self.model.delete_adapter(TRL_REFERENCE)
+        copied = isinstance(self.model, PeftModel) and REFERENCE_ADAPTER in self.model.peft_config
+        if copied and not keep_reference_adapter:
+            self.model.delete_adapter(REFERENCE_ADAPTER)
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        self._taken_as_prepared = True
         return dataset
 
     def begin_step(self, model: Any, step: dict[str, Any]) -> None:

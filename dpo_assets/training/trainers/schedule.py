@@ -18,6 +18,8 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
+from dpo_assets.training.private.transformers import mark_schedule_made
+
 # Transformers' names. Its `constant` takes no notice of warm-up steps.
 SCHEDULER_TYPES: dict[Literal["linear", "cosine", "constant"], str] = {
     "linear": "linear",
@@ -63,6 +65,6 @@ class MovingSchedule:
             warmup = self.args.get_warmup_steps(num_training_steps)
             moved = self.optimizer if optimizer is None else optimizer
             self.lr_scheduler = make_schedule(self.args.lr_scheduler_type, moved, warmup, num_training_steps)
-            self._created_lr_scheduler = True  # So that another `train` makes a new one.
+            mark_schedule_made(self)
         made: LRScheduler = self.lr_scheduler
         return made

@@ -17,7 +17,6 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from trl.trainer.utils import disable_dropout_in_model, use_adapter
 
 from dpo_assets.artifact import write_json
 from dpo_assets.contract import Progress, TrainSpec
@@ -29,13 +28,21 @@ from dpo_assets.training.batches.packing import Group, PackedBatch
 from dpo_assets.training.engines.speedups import speed_up
 from dpo_assets.training.engines.transformers import engine_of
 from dpo_assets.training.engines.unsloth.engine import reference_mode
-from dpo_assets.training.models.loading import CHAIN, attach_adapter, autocast_of, choose_kernels, load_base
+from dpo_assets.training.models.loading import (
+    CHAIN,
+    attach_adapter,
+    autocast_of,
+    choose_kernels,
+    load_base,
+    switch_off_dropout,
+)
 from dpo_assets.training.models.policy import Policy, load_policy
 from dpo_assets.training.packages import computing
+from dpo_assets.training.private.trl import REFERENCE_ADAPTER, using_adapter
 from dpo_assets.training.reporting import Reporter
 from dpo_assets.training.scoring.logprobs import score_groups, score_tokens, sequence_logps
 from dpo_assets.training.scoring.reference import ReferenceCache, Scores, reference_key, reference_scores
-from dpo_assets.training.trainers.dpo import TRL_REFERENCE, StepReference
+from dpo_assets.training.trainers.dpo import StepReference
 from dpo_assets.version import __version__
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -68,7 +75,7 @@ def load_start(spec: TrainSpec, *, packed: bool) -> Start:
         return replace(start, policy=start.policy.proven(plan, longest_pair(spec)))
     policy = load_policy(spec.base_model, plan, spec.start_adapter, seed=plan.dpo.seed, dropout=0.0, packed=packed)
     # Before the reference is scored: an SFT adapter may bring its own dropout, and DPO trains without.
-    disable_dropout_in_model(policy.model)
+    switch_off_dropout(policy.model)
     return Start(policy.proven(plan, longest_pair(spec)) if packed else policy)
 
 
@@ -104,13 +111,13 @@ def step_reference(start: Start, spec: TrainSpec) -> StepReference | None:
         if start.policy.kernels in CHAIN:  # The proof may have moved the policy from the plan's engine to another.
             taken, why = choose_kernels(other, plan, start.policy.kernels)
             assert taken == start.policy.kernels, why
-        disable_dropout_in_model(other)
+        switch_off_dropout(other)
         other.requires_grad_(False).train()
         return lambda batch: _pair_logps(other, batch, plan)
     bare = strategy == "merged" or plan.dpo.reference == "base"
 
     def score(batch: PackedBatch) -> Tensor:
-        with use_adapter(model, None if bare else TRL_REFERENCE):
+        with using_adapter(model, None if bare else REFERENCE_ADAPTER):
             return _pair_logps(model, batch, plan)
 
     return score

@@ -19,6 +19,7 @@ from dpo_assets.training.engines.fused.build import Builder, frozen_linears, mis
 from dpo_assets.training.engines.fused.ops import Angles
 from dpo_assets.training.engines.fused.stream import Stream
 from dpo_assets.training.engines.fused.weights import member_of
+from dpo_assets.training.private.torch import for_each, version_of
 
 
 def why_not_fused(lm: Any, max_length: int | None = None, adapter: str = "default") -> str:
@@ -93,7 +94,8 @@ class FusedDecoder(PlainEngine):
     @torch.no_grad()
     def refresh(self) -> None:
         """Copies the active adapter's fp32 factors into the matrices, when an optimizer or a switch changed them."""
-        now = tuple(v for m in self._members for v in (m.switched_off, *((id(f), f._version) for f in m.factors or ())))
+        writes = version_of()
+        now = tuple(v for m in self._members for v in (m.switched_off, *((id(f), writes(f)) for f in m.factors or ())))
         if now == self._seen:
             return
         slots = [slot for group in self._groups for slot in group.slots()]
@@ -102,11 +104,13 @@ class FusedDecoder(PlainEngine):
             into, source = by_scale.setdefault(scale, ([], []))
             into.append(where)
             source.append(factor.detach())
+        each = for_each()
         for scale, (into, source) in by_scale.items():
             if scale == 0.0:
-                torch._foreach_zero_(into)
+                for where in into:
+                    where.zero_()
             else:
-                torch._foreach_copy_(into, source if scale == 1.0 else torch._foreach_mul(source, scale))
+                each.copy(into, source if scale == 1.0 else each.times(source, scale))
         self._seen = now
 
     def stream(self, batch: PackedBatch) -> Stream:

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from dpo_assets.errors import ConfigError
 from dpo_assets.training.engines.fused import ops
 from dpo_assets.training.models.fp8 import Fp8Linear
+from dpo_assets.training.private.bitsandbytes import QuantState, four_bit_state, row_scales
+from dpo_assets.training.private.peft import Lora, lora_of
 
 ALIGNMENT = 8  # Row strides stay multiples of 16 bytes, which fast matrix kernels ask for.
 
@@ -43,7 +45,7 @@ class Nf4:
     """bitsandbytes' Params4bit: packed codes, one scale per block, the scales themselves in 8 bit when nested."""
 
     packed: Tensor
-    state: Any
+    state: QuantState
     shape: tuple[int, int]
 
     def dequantise(self, out: Tensor) -> None:
@@ -86,11 +88,10 @@ def quantised_weight(linear: nn.Module) -> Quantised | None:
     weight: Any = linear.weight
     match type(weight).__name__:
         case "Params4bit":
-            return Nf4(weight.data, weight.quant_state, tuple(weight.quant_state.shape))
+            state = four_bit_state(weight)
+            return Nf4(weight.data, state, (state.shape[0], state.shape[1]))
         case "Int8Params":
-            # bitsandbytes moves the scales from the weight into the layer's state at its first own forward.
-            scales = weight.SCB if weight.SCB is not None else linear.state.SCB  # type: ignore[union-attr]
-            return RowScaled(weight.data, (scales / 127.0).float())
+            return RowScaled(weight.data, (row_scales(linear) / 127.0).float())
     return RowScaled(linear.codes, linear.weight_scale) if isinstance(linear, Fp8Linear) else None
 
 
@@ -99,13 +100,13 @@ class Member:
     """A linear layer of a group, and its LoRA pair if it has one."""
 
     linear: nn.Module
-    lora: Any = None  # PEFT's LoraLayer
+    lora: Lora | None = None
 
     @property
     def adapter(self) -> str:
         """The adapter that is active now: a policy and its frozen reference may share the base."""
-        active: str = self.lora.active_adapters[0]
-        return active
+        assert self.lora is not None
+        return self.lora.active_adapters[0]
 
     @property
     def rank(self) -> int:
@@ -130,8 +131,7 @@ class Member:
 def member_of(module: nn.Module, adapter: str) -> Member:
     """A projection of a decoder layer, wrapped by PEFT or not."""
     if hasattr(module, "base_layer"):
-        has = adapter in getattr(module, "lora_A", {})
-        return Member(module.base_layer, module if has else None)  # type: ignore[arg-type]
+        return Member(module.base_layer, lora_of(module, adapter))  # type: ignore[arg-type]
     return Member(module)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from dpo_assets.training.engines.recurrent.kernels import fla_convolution
 from dpo_assets.training.engines.recurrent.segments import Segments
+from dpo_assets.training.private.transformers import activation_of
 
 
 def lead_of(convolution: nn.Conv1d) -> int:
@@ -29,5 +29,5 @@ def convolve(stream: Tensor, convolution: nn.Conv1d, activation: str | None, seg
         lead = lead_of(convolution)
         padded = F.pad(led.T[None], (lead, 0))
         out = F.conv1d(padded, convolution.weight, bias, groups=convolution.groups)[0].T
-        out = ACT2FN[activation](out) if activation is not None else out
+        out = activation_of(activation)(out) if activation is not None else out
     return out.to(stream.dtype)

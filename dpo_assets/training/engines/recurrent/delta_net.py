@@ -15,12 +15,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
 from dpo_assets.training.batches.packing import PackedBatch
 from dpo_assets.training.engines.recurrent.convolution import convolve, lead_of
 from dpo_assets.training.engines.recurrent.kernels import fla_delta_rule, fla_gated_norm
 from dpo_assets.training.engines.recurrent.segments import Segments, Stage
+from dpo_assets.training.private.transformers import chunk_gated_delta_rule
 
 NEEDED = ("conv1d", "A_log", "dt_bias", "norm", "out_proj", "num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim")
 
@@ -164,7 +164,7 @@ def _torch(
     """On padded rows. Past a row's end nothing is written and nothing decays, so its state stays what it was."""
     query, key, value, decay, write = (stage.padded(part).unflatten(0, stage.shape) for part in parts)
     shared = value.shape[2] // query.shape[2]
-    out, final = torch_chunk_gated_delta_rule(
+    out, final = chunk_gated_delta_rule()(
         query.repeat_interleave(shared, dim=2), key.repeat_interleave(shared, dim=2), value, g=decay, beta=write,
         initial_state=initial, output_final_state=leaves_state, use_qk_l2norm_in_kernel=True,
     )  # fmt: skip

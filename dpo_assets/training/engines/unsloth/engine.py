@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,6 +14,7 @@ from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.batches.packing import PackedBatch
 from dpo_assets.training.engines.base import PlainEngine
+from dpo_assets.training.private.unsloth import TABLE, has_own_attention, shared_prefix_table
 
 ATTENTION_BLOCK = 128  # Of FlexAttention's block mask, and a multiple of Unsloth's kernel's own blocks.
 
@@ -65,14 +65,14 @@ def unsloth_packed_hidden(lm: Any, batch: PackedBatch) -> Tensor:
         ConfigError: for an architecture, or a way of loading (8-bit), whose attention would ignore the table.
     """
     check_shared_prefix(lm, int(batch["shape"][1]))
-    kernel = importlib.import_module("unsloth.utils.prefix_grouper_kernel")
+    build = shared_prefix_table()
     groups, place = on_blocks(batch["groups"])
     place = place.to(batch["ids"].device)
     length = sum(prompt + sum(completions) for prompt, completions in groups)
-    table, _ = kernel.build_seg_info_multigroup(groups, place.device)
+    table, _ = build(groups, place.device)
     ids, pos = (batch[name].new_zeros(length).index_copy(0, place, batch[name])[None] for name in ("ids", "pos"))
     hidden: Tensor = lm.get_decoder()(
-        input_ids=ids, position_ids=pos, use_cache=False, prefix_seg_info=table
+        input_ids=ids, position_ids=pos, use_cache=False, **{TABLE: table}
     ).last_hidden_state[0]
     return hidden.index_select(0, place)
 
@@ -127,11 +127,10 @@ def check_shared_prefix(lm: Any, longest_row: int) -> None:
     Raises:
         ConfigError: with the reason and the way out.
     """
-    forward = type(lm.get_decoder().layers[0].self_attn).forward
     config = lm.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     reason = ""
-    if not forward.__module__.startswith("unsloth.models."):
+    if not has_own_attention(lm):
         reason = "is not on Unsloth's own forward (8-bit models never are)"
     elif getattr(config, "attn_logit_softcapping", None):
         reason = "caps its attention logits, which Unsloth's shared-prefix attention leaves out"

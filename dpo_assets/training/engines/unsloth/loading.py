@@ -18,13 +18,13 @@ from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.precision import Precision
 from dpo_assets.recipe import ALL_LINEAR, EVERY_LINEAR
+from dpo_assets.training.private.unsloth import COMPILE_CACHE, NO_STATISTICS
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 INSTALL = "pip install 'dpo-assets[unsloth]' (unsloth==2026.10.9 unsloth_zoo==2026.10.9 bitsandbytes)"
 PATCHED = ("trl", "transformers", "peft")  # Unsloth 2026.10.9 only warns when one of these came first.
-COMPILE_CACHE = "UNSLOTH_COMPILE_LOCATION"
 # What a LoRA adapter may set beside its matrices and still be continued as the plain LoRA that Unsloth's kernels know.
 PLAIN_LORA: dict[str, Any] = {
     "peft_type": "LORA",
@@ -65,7 +65,7 @@ def prepare_unsloth(scratch: Path) -> None:
     cache = scratch.absolute() / "unsloth_compiled_cache"
     cache.mkdir(parents=True, exist_ok=True)
     os.environ[COMPILE_CACHE] = str(cache)
-    os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
+    os.environ[NO_STATISTICS] = "1"
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
         os.environ.setdefault(name, "1")
     try:
@@ -146,10 +146,11 @@ def check_precision(model: Any, plan: TrainingPlan) -> None:
     Raises:
         ConfigError: with what was loaded in place of what was asked for.
     """
-    names = {"4bit": "is_loaded_in_4bit", "8bit": "is_loaded_in_8bit"}
-    loaded = [name for name, flag in names.items() if getattr(model, flag, False)]
+    from dpo_assets.training.private.transformers import LOADED_IN
+
+    loaded = [name for name, flag in LOADED_IN.items() if getattr(model, flag, False)]
     loaded += ["fp8"] if _has_fp8(model) else []
-    asked = [plan.precision] if plan.precision in (*names, "fp8") else []
+    asked = [plan.precision] if plan.precision in (*LOADED_IN, "fp8") else []
     if loaded != asked:
         raise ConfigError(
             f"hardware.precision `{plan.precision}` was asked for, and Unsloth loaded the base in "

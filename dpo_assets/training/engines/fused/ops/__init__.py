@@ -14,7 +14,6 @@ from dpo_assets.training.engines.fused.ops.gates import (
     gated_backward,
     output_gate,
     output_gate_backward,
-    with_sinks,
 )
 from dpo_assets.training.engines.fused.ops.heads import (
     Angles,
@@ -52,5 +51,4 @@ __all__ = [
     "score_logits",
     "transform",
     "transform_backward",
-    "with_sinks",
 ]

@@ -1,4 +1,4 @@
-"""What multiplies activations elementwise: the gated MLP, the gate on attention's output, and attention's sinks."""
+"""What multiplies activations elementwise: the gated MLP, and the gate on attention's output."""
 
 from __future__ import annotations
 
@@ -91,29 +91,6 @@ def output_gate_backward(
     _strided(d_gate, width, dim, stride_head).copy_(slope)
     grad.copy_(grad.float() * flat)
     out.copy_(gated_output)
-
-
-def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
-    """Lets a score per head without a value take part in a softmax that was computed without it (gpt-oss).
-
-    A sink adds exp(sink) to the softmax's denominator: `out` [T, heads, dim] becomes out * sigmoid(lse - sink), and the
-    new log-sum-exp, log(exp(lse) + exp(sink)), is returned in lse's shape [heads, T], fp32. Flash attention's backward
-    is exact with both: it reads P = exp(scores - lse) and dS = P (dP - rowsum(dO O)) (Dao, arXiv 2307.08691), and the
-    sink's own term is absent from rowsum(dO O) because its value is zero.
-
-    Args:
-        lse: [heads, T] fp32, as PyTorch's flash attention returns it for rows of several lengths.
-        sinks: [heads].
-
-    Raises:
-        ValueError: lse is not [heads, T].
-    """
-    if lse.shape != (out.shape[1], out.shape[0]):
-        raise ValueError(f"log-sum-exp of shape {tuple(lse.shape)} beside an output of {tuple(out.shape)}")
-    sink = sinks.float()[:, None]
-    share = torch.sigmoid(lse - sink)
-    out.mul_(share.T[..., None])
-    return torch.logaddexp(lse, sink)
 
 
 def _known(activation: str, values: Tensor) -> tuple[int, int]:

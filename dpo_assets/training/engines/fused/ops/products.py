@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dpo_assets.training.private.torch import addmm_in_place
+
 
 def matmul_fp32(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a @ b, accumulated and returned in fp32 whatever the inputs' dtype."""
@@ -17,6 +19,6 @@ def add_product(into: Tensor, a: Tensor, b: Tensor, *, fresh: bool, scale: float
     """into += scale * a @ b in fp32; `fresh` overwrites instead."""
     beta = 0.0 if fresh else 1.0
     if a.is_cuda and a.dtype != torch.float32:
-        torch.ops.aten.addmm.dtype_out(into, a, b, torch.float32, beta=beta, alpha=scale, out=into)
+        addmm_in_place()(into, a, b, torch.float32, beta=beta, alpha=scale, out=into)
     else:
         torch.addmm(into, a.float(), b.float(), beta=beta, alpha=scale, out=into)
