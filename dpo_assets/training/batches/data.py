@@ -6,7 +6,7 @@ import atexit
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +19,7 @@ from dpo_assets.feedback.pair import TOOLS
 from dpo_assets.training.batches.packing import Group
 from dpo_assets.training.models.chat_format import ChatFormat
 
-CHOSEN = ("chosen_ids",)
-PAIR = (*CHOSEN, "rejected_ids")
-TOKEN_COLUMNS = ["pair_id", "prompt_ids", *PAIR]
+TOKEN_COLUMNS = ["pair_id", "prompt_ids", "chosen_ids", "rejected_ids"]
 
 
 def load_split(
@@ -86,16 +84,25 @@ def first_asked(
     return list(seen.values())
 
 
-def longest_group(rows: Dataset, max_length: int, answers: Sequence[str] = PAIR) -> Group:
-    """The group of the longest row, each cut to `max_length`; found by lengths, because only it need be converted.
+def longest_group(folder: Path, to_group: Callable[[dict[str, Any]], Group], scratch: Path | None = None) -> Group:
+    """The group with the longest row of both splits: held-out pairs are scored too, by the engine that trains.
 
-    Args:
-        answers: columns of a row's answers: PAIR, or CHOSEN alone.
+    Found by the lengths of prompts and answers, because converting a split to groups takes long.
     """
-    table = rows.with_format("arrow")[:]
-    prompts, *each = (pc.list_value_length(table[name]).to_numpy() for name in ("prompt_ids", *answers))
-    row = rows[int(np.argmax(prompts + np.maximum.reduce(each)))]
-    return Group(row["prompt_ids"], tuple(row[name] for name in answers)).truncated(max_length)
+    splits: tuple[Literal["train", "eval"], ...] = ("train", "eval")
+    longest: list[Group] = []
+    for split in splits:
+        file = folder / f"{split}.parquet"
+        if not file.is_file() or not pq.read_metadata(file).num_rows:
+            continue
+        rows = load_split(folder, split, scratch=scratch)
+        table = rows.with_format("arrow")[:]
+        names = ("prompt_ids", "chosen_ids", "rejected_ids")
+        prompts, chosen, rejected = (pc.list_value_length(table[name]).to_numpy() for name in names)
+        # A group has the chosen answer, or both.
+        places = {int(np.argmax(prompts + answers)) for answers in (chosen, np.maximum(chosen, rejected))}
+        longest += [to_group(rows[place]) for place in places]
+    return max(longest, key=lambda group: group.longest_row)
 
 
 def dpo_group(row: dict[str, Any], max_length: int) -> Group:

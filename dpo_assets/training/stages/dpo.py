@@ -36,7 +36,7 @@ from dpo_assets.training.trainers.strategies import (
     Start,
     join_adapters,
     load_start,
-    longest_pair,
+    longest_group,
     score_reference,
     step_reference,
 )
@@ -80,7 +80,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     guard, watched = None, None
     if spec.guard is not None:
         if attached_engine(policy.model) is None and policy.kernels != "unsloth":
-            attach_scorer(policy.model, plan, longest_pair(spec))
+            attach_scorer(policy.model, plan, longest_group(spec))
         watched = Watched(policy.model, AdapterState(policy.model), chat, plan, policy.kernels)
         guard = collapse_guard(watched, spec.guard, spec, reporter)
     reporter.log(

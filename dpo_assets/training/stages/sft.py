@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 from dpo_assets.artifact import VOLATILE, write_json
 from dpo_assets.checks.reports import SftReport
 from dpo_assets.contract import TrainSpec
-from dpo_assets.training.batches.data import CHOSEN, load_split, longest_group, sft_group
+from dpo_assets.training.batches.data import load_split, longest_group, sft_group
 from dpo_assets.training.batches.packing import Group, PackedBatch
 from dpo_assets.training.guard.finite import StopOnNonFinite, check_trained
 from dpo_assets.training.models.chat_format import load_chat_format
@@ -67,7 +67,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
         load_split(spec.dataset, "eval", scratch=spec.scratch),
     )
     to_group = partial(sft_group, max_length=plan.max_length)
-    longest = longest_group(train, plan.max_length, CHOSEN)
+    longest = longest_group(spec.dataset, to_group, spec.scratch)
     policy = load_policy(spec.base_model, plan, spec.start_adapter, seed=plan.sft.seed, dropout=plan.lora.dropout)
     policy = policy.proven(plan, longest)
     model = policy.model

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,8 @@ from dpo_assets.contract import Progress, TrainSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.precision import QUANTISED
-from dpo_assets.training.batches.data import load_split, longest_group
+from dpo_assets.training.batches import data
+from dpo_assets.training.batches.data import dpo_group
 from dpo_assets.training.batches.packing import Group, PackedBatch
 from dpo_assets.training.engines.speedups import speed_up
 from dpo_assets.training.engines.transformers import engine_of
@@ -72,16 +74,16 @@ def load_start(spec: TrainSpec, *, packed: bool) -> Start:
     folds = plan.dpo.reference_strategy == "merged" and plan.dpo.reference == "sft"
     if packed and folds and spec.start_adapter is not None:
         start = _folded_start(spec.base_model, plan, spec.start_adapter)
-        return replace(start, policy=start.policy.proven(plan, longest_pair(spec)))
+        return replace(start, policy=start.policy.proven(plan, longest_group(spec)))
     policy = load_policy(spec.base_model, plan, spec.start_adapter, seed=plan.dpo.seed, dropout=0.0, packed=packed)
     # Before the reference is scored: an SFT adapter may bring its own dropout, and DPO trains without.
     switch_off_dropout(policy.model)
-    return Start(policy.proven(plan, longest_pair(spec)) if packed else policy)
+    return Start(policy.proven(plan, longest_group(spec)) if packed else policy)
 
 
-def longest_pair(spec: TrainSpec) -> Group:
-    """The training pair with the longest row."""
-    return longest_group(load_split(spec.dataset, "train", scratch=spec.scratch), spec.plan.max_length)
+def longest_group(spec: TrainSpec) -> Group:
+    """The pair with the longest row that the run will see."""
+    return data.longest_group(spec.dataset, partial(dpo_group, max_length=spec.plan.max_length), spec.scratch)
 
 
 def _folded_start(folder: Path, plan: TrainingPlan, start: Path) -> Start:

@@ -340,7 +340,7 @@ class FrozenGroup:
         """Whether a gradient is still the part of the common matrix that was put there."""
         if gradient is None or self._grad_a is None:
             return False
-        return gradient.data_ptr() == self._grad_a[ranks].data_ptr()
+        return bool(gradient.data_ptr() == self._grad_a[ranks].data_ptr())
 
 
 def _add_gradient(factor: nn.Parameter, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
