@@ -70,6 +70,8 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     policy = start.policy
     if policy.note:
         reporter.log(policy.told("dpo", plan))
+    plan = plan.fitted_to(policy.kernels) if packed else plan
+    spec = spec.model_copy(update={"plan": plan})
     trainer: PackedDPOTrainer | ClassicDPOTrainer
     reused = 0
     if packed:

@@ -73,6 +73,8 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     model = policy.model
     if policy.note:
         reporter.log(policy.told("sft", plan))
+    plan = plan.fitted_to(policy.kernels)
+    spec = spec.model_copy(update={"plan": plan})
     probe = [to_group(row) for row in held_out.select(range(min(PROBE_PAIRS, len(held_out))))]
     with autocast_of(plan):
         before = held_out_nll(model, probe, plan.token_budget)
