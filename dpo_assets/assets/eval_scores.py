@@ -76,6 +76,7 @@ def materialise(step: Step) -> Events:
             "scored": report.scored or "not recorded: these scores are of an earlier version",
             "scored_because": plan.scoring.reason,
             "kernels": report.kernels or "not recorded: these scores are of an earlier version",
+            "kernels_note": report.kernels_note,
             "held_out_pairs": report.pairs,
             "accuracy": report.implicit_reward_accuracy.value,
             "chosen_shift_nats_per_token": report.chosen_shift_nats_per_token,

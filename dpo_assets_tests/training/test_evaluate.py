@@ -20,6 +20,7 @@ from dpo_assets.training.models.chat_format import ChatFormat
 from dpo_assets.training.models.loading import attach_adapter, autocast_of, load_base
 from dpo_assets.training.scoring.generation import generate, generation_health, repeats_itself
 from dpo_assets.training.scoring.logprobs import score_groups
+from dpo_assets.training.scoring.proof import Settled
 from dpo_assets.training.stages import evaluate
 from dpo_assets.training.stages.evaluate import summarise
 from dpo_assets_tests.training.conftest import Log, PlanMaker
@@ -173,8 +174,13 @@ def test_the_ratio_of_likelihoods_is_the_policys_loss_over_that_of_sft() -> None
     )  # fmt: skip
     silent = AnswerHealth(answers=0)
     said = summarise(
-        table, 0.95, scored="merged model in fp32", kernels="rows", generation=GreedyAnswers(sft=silent, policy=silent)
+        table,
+        0.95,
+        scored="merged model in fp32",
+        settled=Settled("rows", "no other is exact"),
+        generation=GreedyAnswers(sft=silent, policy=silent),
     )
+    assert (said.kernels, said.kernels_note) == ("rows", "no other is exact")
     assert said.nll_ratio_chosen == 1.5
     assert said.chosen_shift_nats_per_token == pytest.approx((-1.0 - 1.5) / 2)
     assert said.rejected_shift_nats_per_token == pytest.approx((-3.0 - 5.0) / 2)

@@ -25,10 +25,22 @@ PackedBatch = dict[str, Any]
 
 @dataclass(frozen=True)
 class Group:
-    """A prompt and the completions that share it, as token ids."""
+    """A prompt and the completions that share it, as token ids.
+
+    Raises:
+        ValueError: for a completion without a token. It has no score, and a packed batch would give it its
+            neighbour's.
+    """
 
     prompt: Sequence[int]
     completions: tuple[Sequence[int], ...]
+
+    def __post_init__(self) -> None:
+        if empty := [n for n, completion in enumerate(self.completions, start=1) if not len(completion)]:
+            raise ValueError(
+                f"completion {empty[0]} of {len(self.completions)} behind a prompt of {len(self.prompt)} tokens has no "
+                "token, so there is nothing to score; leave the pair out, or end answers with a token"
+            )
 
     def truncated(self, max_length: int) -> Group:
         """Each row cut to `max_length` tokens from the start (TRL's keep_start).

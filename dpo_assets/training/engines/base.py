@@ -15,6 +15,7 @@ from dpo_assets.errors import ConfigError
 from dpo_assets.planning.decoder import Decoder
 from dpo_assets.planning.families import describe
 from dpo_assets.training.batches.packing import PackedBatch
+from dpo_assets.training.engines.recurrent.mixers import keep_adapters
 from dpo_assets.training.scoring.head import Head, TokenScores, score_hidden
 from dpo_assets.training.scoring.routers import RouterWatch
 
@@ -116,6 +117,7 @@ class OwnLayersEngine(PlainEngine):
 
     def __init__(self, lm: Any, *, compiled: bool = False) -> None:
         self._lm, self._compiled = lm, compiled
+        keep_adapters(lm)
 
     def as_the_policy(self) -> AbstractContextManager[Any]:
         return torch.enable_grad() if self._compiled else nullcontext()

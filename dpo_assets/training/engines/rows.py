@@ -4,6 +4,8 @@ Nothing is shared and nothing is gathered: a row is a prompt with one answer, pa
 mask; positions, masks and states are the model's own affair. What a causal model computes for a token does not depend
 on what follows it, padding included.
 
+Rows share the rotary tables of a forward, so rows that have other tables by themselves never meet in one (`rotary`).
+
 A forward costs its rows times the widest of them. Where a batch costs more than the token budget its rows go through
 in several runs, and a run is computed again in the backward pass, so that no more than one run's activations are held
 (Chen et al., arXiv 1604.06174). The collator makes batches that need only one (`packing.by_rows`).
@@ -11,7 +13,7 @@ in several runs, and a run is computed again in the backward pass, so that no mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dpo_assets.training.batches.packing import PackedBatch, by_rows
 from dpo_assets.training.engines.base import OwnLayersEngine, decoder_of
+from dpo_assets.training.engines.rotary import RotaryTables, fresh_tables
 from dpo_assets.training.scoring.head import TokenScores
 
 
@@ -42,15 +45,23 @@ class _Run:
     scored: Tensor
 
 
-def runs_of(batch: PackedBatch, budget: int) -> Iterator[_Run]:
-    """The rows of a packed batch in runs whose rows times width are at most `budget`; a row over it stands alone."""
+def runs_of(batch: PackedBatch, budget: int, tables: RotaryTables | None = None) -> Iterator[_Run]:
+    """The rows of a packed batch in runs whose rows times width are at most `budget`; a row over it stands alone.
+
+    Args:
+        tables: of a model whose rotary tables change with the longest row: a run's rows all have the same.
+    """
     device = batch["ids"].device
     lengths = [prompt + answer for prompt, answers in batch["groups"] for answer in answers]
     scored = [answer for _, answers in batch["groups"] for answer in answers]
     firsts = [sum(scored[:row]) for row in range(len(scored))]
     rows = batch["ids"].index_select(0, batch["row_src"]).view(batch["shape"])
     places = batch["pos"].index_select(0, batch["predict"])
-    for run in by_rows(range(len(lengths)), lengths, budget):
+    alike: dict[Hashable, list[int]] = {}
+    for row, length in enumerate(lengths):
+        alike.setdefault(tables.shared_by(length) if tables else None, []).append(row)
+    runs = (run for some in alike.values() for run in by_rows(some, [lengths[row] for row in some], budget))
+    for run in runs:
         width = max(lengths[row] for row in run)
         counts = torch.tensor([scored[row] for row in run])
         which = torch.cat([torch.arange(firsts[row], firsts[row] + scored[row]) for row in run]).to(device)
@@ -76,7 +87,7 @@ class RowsEngine(OwnLayersEngine):
 
     def __init__(self, lm: Any, budget: int, *, compiled: bool = False) -> None:
         super().__init__(lm, compiled=compiled)
-        self._budget = budget
+        self._budget, self._tables = budget, RotaryTables.of(lm)
 
     @property
     def pads_attention(self) -> bool:
@@ -99,10 +110,16 @@ class RowsEngine(OwnLayersEngine):
         autocast: AbstractContextManager[Any] | None,
     ) -> tuple[Tensor, ...]:
         """What `compute` makes of the scored tokens of every run [n, ...], in the batch's order [N, ...]."""
-        runs = list(runs_of(batch, self._budget))
+        runs = list(runs_of(batch, self._budget, self._tables))
         again = torch.is_grad_enabled() and len(runs) > 1
+
+        def computed(run: _Run) -> tuple[Tensor, ...]:
+            if self._tables.switches:
+                fresh_tables(self._lm)  # Also where a run is computed again.
+            return compute(run)
+
         with autocast or nullcontext():
-            parts = [checkpoint(compute, run, use_reentrant=False) if again else compute(run) for run in runs]
+            parts = [checkpoint(computed, run, use_reentrant=False) if again else computed(run) for run in runs]
         order = torch.argsort(torch.cat([run.scored for run in runs]))
         return tuple(torch.cat(column).index_select(0, order) for column in zip(*parts, strict=True))
 

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from dpo_assets.training.batches.packing import PackedBatch
 from dpo_assets.training.engines.attention import NAME, Tables, attend_packed, pads_attention
-from dpo_assets.training.engines.base import OwnLayersEngine, attached_engine, causal_lm, decoder_of, description_of
+from dpo_assets.training.engines.base import (
+    OwnLayersEngine,
+    attach_engine,
+    attached_engine,
+    causal_lm,
+    decoder_of,
+    description_of,
+)
 from dpo_assets.training.engines.recurrent.mixers import serve_packed
 from dpo_assets.training.scoring.routers import RouterWatch
 
@@ -77,5 +84,9 @@ def why_not_packed(lm: Any) -> str:
 
 
 def engine_of(model: Any) -> Any:
-    """The engine that computes a model: the attached one, or its own layers."""
-    return attached_engine(model) or TransformersEngine(causal_lm(model))
+    """The engine that computes a model: the attached one, or its own layers, which are attached by that."""
+    engine = attached_engine(model)
+    if engine is None:
+        engine = TransformersEngine(causal_lm(model))
+        attach_engine(model, engine)
+    return engine

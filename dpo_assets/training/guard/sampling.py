@@ -23,7 +23,7 @@ from dpo_assets.training.models.chat_format import ChatFormat
 from dpo_assets.training.models.loading import ADAPTER_NAME, autocast_of, plain_attention
 from dpo_assets.training.scoring.generation import generate
 from dpo_assets.training.scoring.logprobs import evaluating, score_hits
-from dpo_assets.training.scoring.proof import settle_engine
+from dpo_assets.training.scoring.proof import Settled, settle_engine
 
 Answer = dict[str, Any]
 
@@ -59,14 +59,17 @@ def _is_trained(name: str, parameter: torch.nn.Parameter) -> bool:
     return parameter.requires_grad and (".lora_" not in name or f".{ADAPTER_NAME}." in name)
 
 
-def attach_scorer(model: Any, plan: TrainingPlan, longest: Group) -> None:
+def attach_scorer(model: Any, plan: TrainingPlan, longest: Group) -> Settled:
     """Lets a model that TRL trains be scored here as well, its layers left as TRL's trainer found them.
+
+    Returns:
+        the engine that scores it, and why that is not the plan's.
 
     Raises:
         ConfigError: when no engine is exact (`scoring.proof`).
     """
     with plain_attention(model):
-        settle_engine(model, plan, longest)
+        return settle_engine(model, plan, longest)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpo_assets.training.models.targets import decoder_layers
+
 LARGEST = 448.0  # Of e4m3.
 
 
@@ -41,7 +43,7 @@ def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def quantise_layers(lm: Any, device: torch.device | str) -> None:
     """Turns the decoder's linear layers into Fp8Linear on `device`, one at a time, and moves the rest there."""
-    for module in lm.get_decoder().layers.modules():
+    for module in decoder_layers(lm)[1].modules():
         if type(module) is nn.Linear:
             codes, scale = quantise_rows(module.weight.data.to(device))
             module.weight = nn.Parameter(codes.view(torch.uint8), requires_grad=False)

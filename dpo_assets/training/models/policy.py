@@ -34,7 +34,7 @@ class Policy:
         Raises:
             ConfigError: when there is none.
         """
-        settled = settle_engine(self.model, plan, longest)
+        settled = settle_engine(self.model, plan, longest, trains=True)
         notes = [note for note in (self.note, settled.note) if note]
         return replace(self, kernels=settled.kernels, note="; ".join(notes))
 

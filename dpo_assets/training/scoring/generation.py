@@ -11,6 +11,8 @@ import torch
 from transformers import GenerationConfig
 
 from dpo_assets.planning.scoring import GENERATION_BATCH as GENERATION_BATCH
+from dpo_assets.training.engines.base import causal_lm
+from dpo_assets.training.engines.rotary import RotaryTables, fresh_tables
 from dpo_assets.training.models.chat_format import ChatFormat
 from dpo_assets.training.models.loading import plain_attention
 
@@ -43,14 +45,36 @@ def generate(
     with plain_attention(model), own_generation(model, config), torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        for start in range(0, len(prompts), GENERATION_BATCH):
-            batch = prompts[start : start + GENERATION_BATCH]
+        for batch in answered_together(prompts, max_new_tokens, RotaryTables.of(causal_lm(model))):
             width = max(len(ids) for ids in batch)
+            fresh_tables(causal_lm(model))
             ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in batch], device=model.device)
             mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=model.device)
             out = model.generate(input_ids=ids, attention_mask=mask)
             answers += [_answer(row, chat) for row in out[:, width:].tolist()]
     return answers
+
+
+def answered_together(prompts: list[list[int]], longest: int, tables: RotaryTables) -> Iterator[list[list[int]]]:
+    """Prompts that are answered together, in their order.
+
+    A row whose rotary tables change on the way to an answer of `longest` tokens would change those of the others with
+    it, so it is answered alone.
+    """
+    batch: list[list[int]] = []
+    for prompt in prompts:
+        if tables.change_before(len(prompt) + longest):
+            if batch:
+                yield batch
+            batch = []
+            yield [prompt]
+            continue
+        batch.append(prompt)
+        if len(batch) == GENERATION_BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def _answer(row: list[int], chat: ChatFormat) -> dict[str, Any]:

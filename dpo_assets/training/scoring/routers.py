@@ -51,5 +51,18 @@ class RouterWatch:
         self._logits = logits
 
     def loss(self) -> Tensor:
-        """Their balancing loss."""
-        return balancing_loss(self._logits, self._lm.config.get_text_config().num_experts_per_tok)
+        """Their balancing loss.
+
+        Raises:
+            ConfigError: for a model whose config does not say how many experts a token has.
+        """
+        config = self._lm.config.get_text_config()
+        stated = [getattr(config, name, None) for name in ("num_experts_per_tok", "top_k_experts")]  # Gemma 4
+        stated.append(getattr(getattr(config, "ffn_config", None), "moe_top_k", None))  # DBRX
+        choices = next((number for number in stated if number), None)
+        if choices is None:
+            raise ConfigError(
+                f"router_balance is set, and the config of {type(self._lm).__name__} does not say how many experts a "
+                "token has. Set sft.router_balance and dpo.router_balance to 0."
+            )
+        return balancing_loss(self._logits, int(choices))

@@ -24,10 +24,11 @@ from dpo_assets.training.guard.collapse import CollapseGuard
 from dpo_assets.training.guard.finite import StopOnNonFinite, check_trained
 from dpo_assets.training.guard.sampling import AdapterState, Watched, attach_scorer, first_prompts
 from dpo_assets.training.models.chat_format import RENDERING_ERRORS, load_chat_format
-from dpo_assets.training.models.loading import ADAPTER_NAME, save_adapter
+from dpo_assets.training.models.loading import ADAPTER_NAME, autocast_of, save_adapter
 from dpo_assets.training.models.policy import Policy
 from dpo_assets.training.models.targets import coverage
 from dpo_assets.training.reporting import ProgressLines, Reporter, all_finite, write_metrics
+from dpo_assets.training.scoring.proof import assert_routers_heard
 from dpo_assets.training.trainers.classic import ClassicDPOTrainer, classic_trainer, refuse_without_gpu
 from dpo_assets.training.trainers.dpo import REFERENCE_COLUMNS, PackedDPOTrainer
 from dpo_assets.training.trainers.losses import DpoLoss
@@ -82,7 +83,9 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     guard, watched = None, None
     if spec.guard is not None:
         if attached_engine(policy.model) is None and policy.kernels != "unsloth":
-            attach_scorer(policy.model, plan, longest_group(spec))
+            scorer = attach_scorer(policy.model, plan, longest_group(spec))
+            if scorer.note:
+                reporter.log(f"dpo: pairs are scored by {scorer.kernels} beside TRL's trainer: {scorer.note}")
         watched = Watched(policy.model, AdapterState(policy.model), chat, plan, policy.kernels)
         guard = collapse_guard(watched, spec.guard, spec, reporter)
     reporter.log(
@@ -123,6 +126,9 @@ def packed_trainer(start: Start, tokenizer: Any, spec: TrainSpec, reporter: Repo
     train = load_split(spec.dataset, "train", scratch=spec.scratch)
     to_group = partial(dpo_group, max_length=plan.max_length)
     groups = [to_group(row) for row in train]
+    if plan.dpo.router_balance:
+        with autocast_of(plan):
+            assert_routers_heard(policy.model, groups[0])
     reference = step_reference(start, spec)
     reused, columns = 0, ()  # type: tuple[int, tuple[str, ...]]
     if reference is None:

@@ -69,7 +69,7 @@ def run(spec: EvaluateSpec, reporter: Reporter) -> None:
         sft=AnswerHealth.model_validate(generation_health(answers)),
         policy=AnswerHealth.model_validate(generation_health(policy_answers)),
     )
-    report = summarise(table, spec.confidence, scored=spec.plan.scored, kernels=settled.kernels, generation=health)
+    report = summarise(table, spec.confidence, scored=spec.plan.scored, settled=settled, generation=health)
     report.write(spec.output_dir)
     write_json(spec.output_dir / VOLATILE, {"seconds": time.perf_counter() - started})
 
@@ -109,7 +109,7 @@ def _measured(
 
 
 def summarise(
-    table: pl.DataFrame, confidence: float, *, scored: str, kernels: str, generation: GreedyAnswers
+    table: pl.DataFrame, confidence: float, *, scored: str, settled: Settled, generation: GreedyAnswers
 ) -> EvaluationReport:
     """Scores with intervals, from the per-pair table."""
     chosen_ratio = (table["policy_chosen"] - table["sft_chosen"]) / table["chosen_tokens"]
@@ -136,7 +136,8 @@ def summarise(
         nll_ratio_chosen=float(table["policy_chosen"].sum() / table["sft_chosen"].sum()),
         confidence=confidence,
         scored=scored,
-        kernels=kernels,
+        kernels=settled.kernels,
+        kernels_note=settled.note,
         generation=generation,
     )
 

@@ -23,6 +23,7 @@ from dpo_assets.training.models.policy import load_policy
 from dpo_assets.training.models.targets import coverage
 from dpo_assets.training.reporting import ProgressLines, Reporter, all_finite, write_metrics
 from dpo_assets.training.scoring.logprobs import evaluating, score_groups
+from dpo_assets.training.scoring.proof import assert_routers_heard
 from dpo_assets.training.trainers.packed import (
     PackedCollator,
     PackedSteps,
@@ -71,6 +72,9 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     policy = load_policy(spec.base_model, plan, spec.start_adapter, seed=plan.sft.seed, dropout=plan.lora.dropout)
     policy = policy.proven(plan, longest)
     model = policy.model
+    if plan.sft.router_balance:
+        with autocast_of(plan):
+            assert_routers_heard(model, longest)
     if policy.note:
         reporter.log(policy.told("sft", plan))
     plan = plan.fitted_to(policy.kernels)

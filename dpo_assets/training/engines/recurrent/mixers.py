@@ -34,6 +34,32 @@ def is_recurrent(module: nn.Module) -> bool:
     )
 
 
+def keep_adapters(lm: Any) -> None:
+    """Lets every recurrent mixer of a language model train the adapters in it, on whatever batch.
+
+    In training, mamba-ssm's kernel would take the output projection's weight and leave out its adapter.
+    """
+    for mixer in [module for module in lm.modules() if is_recurrent(module)]:
+        if not isinstance(mixer.forward, _KeptAdapters | _PackedMixer):
+            mixer.forward = _KeptAdapters(mixer)
+
+
+class _KeptAdapters:
+    """A mixer's own forward in evaluation mode, which is said to the mixer alone and not to the layers in it."""
+
+    def __init__(self, mixer: nn.Module) -> None:
+        self._own, self._mixer = mixer.forward, mixer
+
+    @torch.compiler.disable
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        was_training = self._mixer.training
+        self._mixer.training = False
+        try:
+            return self._own(*args, **kwargs)
+        finally:
+            self._mixer.training = was_training
+
+
 def serve_packed(lm: Any) -> None:
     """Lets the recurrent mixers of a language model compute packed batches, whenever their layer is given one."""
     if not any(is_recurrent(module) for module in lm.modules()):
@@ -52,7 +78,7 @@ class _PackedMixer:
     """A mixer's forward: its own, but for packed batches."""
 
     def __init__(self, mixer: nn.Module) -> None:
-        self._own, self._mixer = mixer.forward, mixer
+        self._own = mixer.forward if isinstance(mixer.forward, _KeptAdapters) else _KeptAdapters(mixer)
         self._name = type(mixer).__name__
         self._shared: Callable[[Tensor, PackedBatch], Tensor] | None = DeltaNet.of(mixer) or ShortConv.of(mixer)
         self._tables: Tables | None = None
@@ -68,7 +94,7 @@ class _PackedMixer:
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._tables is None:
-            return self._run(*args, **kwargs)
+            return self._own(*args, **kwargs)
         batch = self._tables.batch
         if args:
             kwargs = kwargs | {INPUT: args[0]}
@@ -81,17 +107,7 @@ class _PackedMixer:
         if self._shared is not None:
             return self._shared(stream[0], batch)[None]
         kwargs |= {name: None for name in OF_OTHER_BATCHES if name in kwargs}
-        out = self._run(unshare(stream[0], batch), **kwargs)
+        out = self._own(unshare(stream[0], batch), **kwargs)
         first = out[0] if isinstance(out, tuple) else out
         home: Tensor = first.flatten(0, 1).index_select(0, batch["home"])[None]
         return (home, *out[1:]) if isinstance(out, tuple) else home
-
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
-        """The mixer's own forward. In training, mamba-ssm's kernel would take the output projection's weight and leave
-        out its adapter; its own mode says so to the mixer alone, not to the layers in it."""
-        was_training = self._mixer.training
-        self._mixer.training = False
-        try:
-            return self._own(*args, **kwargs)
-        finally:
-            self._mixer.training = was_training
