@@ -26,6 +26,7 @@ from dpo_assets.recipe import (
     DpoSection,
     FeedbackSource,
     HardwareSection,
+    Recipe,
     ReleaseRule,
     parse_recipe,
 )
@@ -168,13 +169,34 @@ def _slug(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.lstrip("# ").lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize("document", ["design.md", "engine.md"])
-def test_every_module_that_a_document_names_exists(document: str) -> None:
-    modules = re.findall(r"`([\w/]+(?:\.py|/))`", text_of(DOCS / document))
+MODULE = re.compile(r"`([\w/]+(?:\.py|/))`")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_module_that_a_document_names_exists(document: Path) -> None:
+    modules = MODULE.findall(text_of(document))
     rooms = [path for room in ("training", "checks", "feedback") for path in (PACKAGE / room).rglob("*/")]
     homes = (ROOT, PACKAGE, *(PACKAGE / room for room in ("training", "checks", "feedback")), *rooms)
-    assert modules
+    assert modules or document.name not in ("design.md", "engine.md")
     assert [name for name in modules if not any((home / name).exists() for home in homes)] == []
+
+
+def test_the_engine_page_names_modules_with_their_rooms() -> None:
+    modules = MODULE.findall(text_of(DOCS / "engine.md"))
+    assert [name for name in modules if not any((home / name).exists() for home in (ROOT, PACKAGE / "training"))] == []
+
+
+def test_every_name_of_a_module_that_the_engine_page_names_exists() -> None:
+    """`module.name`, but for settings: a recipe's section may be called as a module is."""
+    named = re.findall(r"`([a-z_]+)\.([a-z_]\w+)`", text_of(DOCS / "engine.md"))
+    lacking = []
+    for stem, name in named:
+        if stem in Recipe.model_fields or name in ("py", "md", "json"):
+            continue
+        sources = [text_of(path) for path in PACKAGE.rglob(f"{stem}.py")]
+        if not any(re.search(rf"^\s*(?:def|class) {name}\b", source, re.M) for source in sources):
+            lacking.append(f"{stem}.{name}")
+    assert lacking == []
 
 
 def test_every_constant_that_the_engine_page_names_exists() -> None:

@@ -62,14 +62,14 @@ def quiet() -> None:
     import torch
     import transformers
 
-    from dpo_assets.training.stages import evaluate
+    from dpo_assets.training.scoring import generation
 
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    evaluate.GENERATION_BATCH = SAMPLED_AT_ONCE
+    generation.GENERATION_BATCH = SAMPLED_AT_ONCE
 
 
 def run_all(work: Path, out: Path, which: str, part: str) -> None:

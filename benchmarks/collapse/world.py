@@ -168,8 +168,8 @@ class Behaviour:
 
 
 def behaviour_of(questions: Sequence[Question], answers: Sequence[dict[str, Any]]) -> Behaviour:
-    """Behaviour from answers as `training.evaluate.generate` describes them."""
-    from dpo_assets.training.stages.evaluate import repeats_itself
+    """Behaviour from answers as `training.scoring.generation.generate` describes them."""
+    from dpo_assets.training.scoring.generation import repeats_itself
 
     count = len(answers)
     texts = [" ".join(answer["text"].split()) for answer in answers]

@@ -137,11 +137,8 @@ class OursArm:
                 args=arguments,
                 train_dataset=Dataset.from_list([row | more for row, more in zip(rows, columns, strict=True)]),
                 processing_class=self.tokenizer,
-                data_collator=PackedCollator(
-                    partial(dpo_group, max_length=plan.max_length),
-                    plan.token_budget,
-                    REFERENCE_COLUMNS,
-                    padded=plan.device == "cpu",
+                data_collator=PackedCollator.of(
+                    policy.model, partial(dpo_group, max_length=plan.max_length), plan.token_budget, REFERENCE_COLUMNS
                 ),
                 loss=DpoLoss.of(plan.dpo),
                 reference=plan.dpo.reference,

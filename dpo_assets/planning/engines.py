@@ -49,7 +49,7 @@ def why_not_fused(decoder: Decoder | None, max_length: int | None = None) -> str
     """Why fused layers do not compute a decoder.
 
     They compute everything that a description has words for, but Mamba, short convolutions and MLPs without a gate.
-    Delta nets and experts run as Transformers' modules within them, differentiated by autograd, adapters included.
+    Experts run as Transformers' modules within them, differentiated by autograd, adapters included.
     """
     if decoder is None:
         return "nothing describes what this architecture computes"

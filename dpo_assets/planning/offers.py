@@ -34,6 +34,8 @@ class EngineOffer(BaseModel):
         default=None, description="Predicted pairs a second of training; None on a CPU, and where it cannot compute."
     )
     peak_gib: float | None = Field(default=None, description="Estimated peak of its own best forward size.")
+    token_budget: int | None = Field(default=None, description="Most tokens of one of its forwards at that size.")
+    recomputed_layers: int | None = Field(default=None, description="Layers that it computes again at that size.")
     why_not: str = Field(default="", description="Why another was taken; empty for the one that was.")
     note: str = Field(default="", description="What the prediction rests on, where that is not this card and engine.")
 
@@ -199,6 +201,8 @@ class Offers:
             name=kernels,
             pairs_per_s=speed,
             peak_gib=found.peak_gib,
+            token_budget=found.token_budget,
+            recomputed_layers=found.recomputed_layers,
             why_not="" if kernels == taken else self._passed_over(kernels, precision, found),
             note=self._note(kernels),
         )

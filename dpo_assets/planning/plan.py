@@ -127,7 +127,27 @@ class TrainingPlan(BaseModel):
             return None
         scored = self.scoring.token_budget and max(self.scoring.token_budget // 2, self.longest_pair, 1)
         scoring = self.scoring.model_copy(update={"token_budget": scored})
-        return self.model_copy(update={"token_budget": smaller, "scoring": scoring})
+        # Another engine may have taken over, in forwards of its own size.
+        engines = tuple(
+            offer
+            if offer.token_budget is None
+            else offer.model_copy(update={"token_budget": max(offer.token_budget // 2, self.longest_pair, 1)})
+            for offer in self.engines
+        )
+        return self.model_copy(update={"token_budget": smaller, "scoring": scoring, "engines": engines})
+
+    def fitted_to(self, engine: str) -> TrainingPlan:
+        """The same plan in forwards that were fitted to the memory that another engine needs.
+
+        Args:
+            engine: what computes in the place of `kernels`. Of `rows` with the model's own head nothing is estimated;
+                it has the forwards of `rows`. A budget that was halved since is not raised again.
+        """
+        offer = next((offer for offer in self.engines if offer.name == engine.partition(",")[0]), None)
+        if engine == self.kernels or offer is None or offer.token_budget is None:
+            return self
+        budget = min(self.token_budget, offer.token_budget)
+        return self.model_copy(update={"token_budget": budget, "recomputed_layers": offer.recomputed_layers or 0})
 
 
 def steps_of(pairs: int, batch: int, epochs: float) -> int:

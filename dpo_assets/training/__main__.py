@@ -20,7 +20,6 @@ import argparse
 import faulthandler
 import gc
 import importlib
-import importlib.metadata
 import shutil
 import signal
 import sys
@@ -47,6 +46,7 @@ from dpo_assets.contract import (
 )
 from dpo_assets.errors import ConfigError, GateError
 from dpo_assets.feedback.trained import write_trained_groups
+from dpo_assets.training.packages import versions
 
 SPECS: dict[Stage, type[Spec]] = {
     "verify": VerifySpec,
@@ -56,10 +56,6 @@ SPECS: dict[Stage, type[Spec]] = {
     "merge": MergeSpec,
     "evaluate": EvaluateSpec,
 }
-RECORDED_PACKAGES = (
-    "torch", "triton", "transformers", "trl", "peft", "datasets", "tokenizers", "accelerate", "bitsandbytes", "unsloth",
-    "unsloth_zoo",
-)  # fmt: skip
 
 
 class Terminal:
@@ -149,8 +145,9 @@ def _run(stage: Stage, spec: Spec, reporter: Any) -> None:
     if isinstance(spec, TrainSpec):
         write_trained_groups(spec.dataset, spec.output_dir)
     shutil.rmtree(spec.scratch, ignore_errors=True)
-    versions = {name: found for name in RECORDED_PACKAGES if (found := _version(name))}
-    seal(spec.output_dir, kind=spec.kind or stage, fingerprint=spec.fingerprint, inputs=spec.inputs, versions=versions)
+    seal(
+        spec.output_dir, kind=spec.kind or stage, fingerprint=spec.fingerprint, inputs=spec.inputs, versions=versions()
+    )
 
 
 @contextmanager
@@ -167,14 +164,6 @@ def _no_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _version(package: str) -> str:
-    """The installed version; empty for what is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def _end_with_parent() -> None:

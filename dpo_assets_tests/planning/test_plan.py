@@ -179,6 +179,27 @@ def test_a_forward_takes_the_longest_pair_and_a_plan_says_whether_that_fits(
     assert made.gradient_checkpointing is (made.recomputed_layers > 0)
 
 
+def test_a_plan_has_forwards_fitted_to_the_engine_that_takes_over() -> None:
+    offers = (
+        EngineOffer(name="fused", token_budget=4000, recomputed_layers=0),
+        EngineOffer(name="transformers", token_budget=3000, recomputed_layers=7, why_not="slower"),
+        EngineOffer(name="rows", token_budget=900, recomputed_layers=9, why_not="slower"),
+        EngineOffer(name="unsloth", why_not="not installed"),
+    )
+    numbers = {"token_budget": 4000, "recomputed_layers": 0, "longest_pair": 600}
+    whole = plan().model_copy(update={"kernels": "fused", "engines": offers} | numbers)
+
+    def fitted(to: TrainingPlan) -> list[tuple[int, int]]:
+        names = ("fused", "transformers", "rows", "rows, own logits", "unsloth")
+        return [(p.token_budget, p.recomputed_layers) for p in map(to.fitted_to, names)]
+
+    assert fitted(whole) == [(4000, 0), (3000, 7), (900, 9), (900, 9), (4000, 0)]
+    half = whole.with_half_budget()
+    assert half is not None
+    # A stage that ran out of memory must come back with less, whatever computes it; the longest pair is the least.
+    assert fitted(half) == [(2000, 0), (1500, 7), (600, 9), (600, 9), (2000, 0)]
+
+
 def test_the_memory_limit_of_the_recipe_lowers_what_is_available_and_never_raises_it() -> None:
     assert planned(ONE_B, L4, hardware={"memory_gib": 10.0}).memory_available_gib == 10.0
     assert planned(ONE_B, L4, hardware={"memory_gib": 1000.0}).memory_available_gib == L4.memory_gib

@@ -21,9 +21,12 @@ from dpo_assets.checks.losses import LOSSES
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.recipe import DpoSection
 from dpo_assets.training.batches.data import dpo_group, load_split
-from dpo_assets.training.batches.packing import balanced
+from dpo_assets.training.batches.packing import PackedBatch, balanced
+from dpo_assets.training.engines.base import attach_engine, causal_lm
+from dpo_assets.training.engines.transformers import TransformersEngine
 from dpo_assets.training.models.loading import attach_adapter, load_base
 from dpo_assets.training.private.trl import REFERENCE_ADAPTER
+from dpo_assets.training.scoring.head import TokenScores
 from dpo_assets.training.stages.dpo import dpo_arguments, packed_trainer
 from dpo_assets.training.trainers.losses import DpoLoss
 from dpo_assets.training.trainers.packed import RunningMeans, end_quietly
@@ -355,3 +358,31 @@ def test_balanced_runs_are_few_and_about_equally_large(sizes: list[int], budget:
 
 def test_an_item_over_the_budget_leaves_the_others_together() -> None:
     assert sorted(map(sorted, balanced("abcdef", [100, 1, 1, 1, 1, 1], 50))) == [["a"], ["b", "c", "d", "e", "f"]]
+
+
+# --- graphs -------------------------------------------------------------------------------------------------------
+
+
+class TwoGraphs(TransformersEngine):
+    """An engine with one graph for gradients and another without. Of compiled layers they differ by rounding."""
+
+    def scores(self, lm: Any, batch: PackedBatch, autocast: Any) -> TokenScores:
+        scores = super().scores(lm, batch, autocast)
+        if torch.is_grad_enabled():
+            return scores
+        away = torch.linspace(0, 9, len(scores.logps))
+        return TokenScores(scores.logps - away, scores.entropy, scores.mean_logits, scores.top1)
+
+
+def test_a_coupled_loss_scores_beforehand_by_the_graph_that_is_trained(
+    plan_for: PlanMaker, train_spec: SpecMaker, pairs: Path, tokenizer: Any, sft_adapter: Path, tmp_path: Path
+) -> None:
+    """Else its slopes are those of other scores; where the first step's loss is off by it, the stage stops there."""
+    plan = short_plan(plan_for, FAMILY[COUPLED[0]], steps=1)
+    spec = train_spec(plan, tmp_path, dataset=pairs, start_adapter=sft_adapter)
+    start = load_start(spec, packed=True)
+    attach_engine(start.policy.model, TwoGraphs(causal_lm(start.policy.model), compiled=True))
+    trainer, _ = packed_trainer(start, tokenizer, spec, Log())
+    end_quietly(trainer, [])
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(trainer.expected_first_loss, abs=TOLERANCE)

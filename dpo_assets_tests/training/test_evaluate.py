@@ -18,10 +18,11 @@ from dpo_assets.training.batches.data import dpo_group, load_split
 from dpo_assets.training.batches.packing import Group
 from dpo_assets.training.models.chat_format import ChatFormat
 from dpo_assets.training.models.loading import attach_adapter, autocast_of, load_base
+from dpo_assets.training.scoring.generation import generate, generation_health, repeats_itself
 from dpo_assets.training.scoring.logprobs import score_groups
 from dpo_assets.training.scoring.proof import Settled
 from dpo_assets.training.stages import evaluate
-from dpo_assets.training.stages.evaluate import generate, generation_health, repeats_itself, summarise
+from dpo_assets.training.stages.evaluate import summarise
 from dpo_assets_tests.training.conftest import Log, PlanMaker
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -105,6 +106,80 @@ def test_an_adapter_on_some_projections_only(targets: tuple[str, ...]) -> None:
     theirs = loss_and_gradients(model)
     assert attach_fused(model, torch.float32) == ""
     assert_same(loss_and_gradients(model), theirs)
+
+
+def named(model: Any, *parts: str) -> list[torch.nn.Parameter]:
+    """The adapter's parameters whose name holds all parts."""
+    return [p for n, p in model.named_parameters() if "lora_" in n and all(part in n for part in parts)]
+
+
+@pytest.mark.parametrize(
+    "frozen",
+    [("q_proj",), ("v_proj",), ("lora_A",), ("lora_B",), ("q_proj", "lora_A"), ("v_proj", "lora_B"), ("down_proj",)],
+    ids="-".join,
+)
+def test_a_frozen_factor_keeps_no_other_from_its_gradient(frozen: tuple[str, ...]) -> None:
+    """Part of an adapter may be frozen: A alone in LoRA-FA (Zhang et al., arXiv 2308.03303), some layers elsewhere."""
+    model = with_lora(llama())
+    for parameter in named(model, *frozen):
+        parameter.requires_grad_(False)
+    theirs = loss_and_gradients(model)
+    assert 0 < len(theirs[1]) == len(named(model)) - len(named(model, *frozen))
+    assert attach_fused(model, torch.float32) == ""
+    assert_same(loss_and_gradients(model), theirs)
+
+
+@pytest.mark.parametrize(
+    "cleared",
+    [("q_proj", "lora_A"), ("q_proj", "lora_B"), ("v_proj",), ("lora_A",), ("lora_B",), ("up_proj", "lora_A")],
+    ids="-".join,
+)
+def test_a_gradient_that_is_cleared_begins_anew_and_no_other(cleared: tuple[str, ...]) -> None:
+    model = with_lora(llama())
+    assert attach_fused(model, torch.float32) == ""
+    batch = pack(GROUPS)
+
+    def backward() -> None:
+        torch.nn.functional.logsigmoid(sequence_logps(score_tokens(model, batch), batch)).sum().backward()
+
+    backward()
+    once = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    anew = named(model, *cleared)
+    for parameter in anew:
+        parameter.grad = None
+    backward()
+    for name, parameter in model.named_parameters():
+        if name in once:
+            times = 1 if any(parameter is other for other in anew) else 2
+            assert parameter.grad is not None
+            torch.testing.assert_close(parameter.grad, once[name] * times, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_gradients_that_are_zero_before_the_first_backward_are_added_to() -> None:
+    model = with_lora(llama())
+    theirs = loss_and_gradients(model)
+    assert attach_fused(model, torch.float32) == ""
+    for parameter in named(model):
+        parameter.grad = torch.ones_like(parameter)
+    model.zero_grad(set_to_none=False)
+    batch = pack(GROUPS)
+    logps = sequence_logps(score_tokens(model, batch), batch)
+    torch.nn.functional.logsigmoid(logps.view(-1, 2).diff(dim=1)).sum().backward()
+    ours = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    assert_same((logps.detach(), ours), theirs)
+
+
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_an_adapter_that_diverged_leaves_the_base_alone_where_it_is_switched_off(factor: str) -> None:
+    model = with_lora(llama())
+    with model.disable_adapter():
+        base = score_groups(model, GROUPS, budget=20)[0]
+        assert attach_fused(model, torch.float32) == ""
+    with torch.no_grad():
+        named(model, "o_proj", factor)[0].fill_(torch.nan)
+    assert any(math.isnan(score) for score in score_groups(model, GROUPS, budget=20)[0])
+    with model.disable_adapter():
+        assert score_groups(model, GROUPS, budget=20)[0] == pytest.approx(base, abs=1e-3)
 
 
 def test_training_with_an_optimizer_that_leaves_no_trace_is_seen() -> None:

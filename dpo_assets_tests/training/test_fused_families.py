@@ -18,10 +18,10 @@ from dpo_assets.planning.decoder import Attention, Decoder, Layer, Mlp, QueryGro
 from dpo_assets.planning.support import NO, supported
 from dpo_assets.recipe import LoraSection
 from dpo_assets.training.batches.packing import pack
-from dpo_assets.training.engines.base import causal_lm
+from dpo_assets.training.engines.base import causal_lm, description_of
 from dpo_assets.training.engines.fused.block import FrozenBlock, Norm, Residual
-from dpo_assets.training.engines.fused.decoder import FusedDecoder, description_of, why_not_fused
-from dpo_assets.training.engines.fused.differentiated import AutogradBlock, product
+from dpo_assets.training.engines.fused.decoder import FusedDecoder, why_not_fused
+from dpo_assets.training.engines.fused.differentiated import AutogradBlock
 from dpo_assets.training.engines.fused.layer import FusedLayer
 from dpo_assets.training.engines.fused.mlp import GatedCore
 from dpo_assets.training.engines.fused.ops import HeadTransform
@@ -268,12 +268,20 @@ def test_a_block_by_autograd_equals_the_frozen_one(recompute: bool, after: Norm 
     first, last = group(8, 12, 12), group(12, 8)
     residual = Residual(Norm(torch.rand(8) + 0.5, 1e-6), after, 1.0 if after else 0.5)
 
+    def by_modules(x: Tensor, members: FrozenGroup) -> Tensor:
+        parts = [m.linear(x) + m.scale * m.lora.lora_B["default"](m.lora.lora_A["default"](x)) for m in members.members]
+        return torch.cat(parts, dim=-1)
+
     def function(x: Tensor, stream: Stream) -> Tensor:
-        gate, up = product(x, first).chunk(2, dim=-1)
-        return product(nn.functional.silu(gate) * up, last)
+        gate, up = by_modules(x, first).chunk(2, dim=-1)
+        return by_modules(nn.functional.silu(gate) * up, last)
 
     frozen = FrozenBlock(first, GatedCore("silu"), last, residual)
-    differentiated = AutogradBlock(function, residual, groups=(first, last))
+    differentiated = AutogradBlock(
+        function,
+        residual,
+        modules=[pair["default"] for m in (*first.members, *last.members) for pair in (m.lora.lora_A, m.lora.lora_B)],
+    )
     stream = Stream({}, {}, {})
     x, dy = torch.randn(2, 5, 8)
     outcomes = []

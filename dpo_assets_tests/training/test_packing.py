@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -15,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from dpo_assets.training.batches.data import TOKEN_COLUMNS, dpo_group, longest_group, sft_group
 from dpo_assets.training.batches.packing import Group, PackedBatch, pack, under_budget
 from dpo_assets.training.engines import attention
 from dpo_assets.training.scoring import head, proof
@@ -37,6 +40,22 @@ def random_groups(longest: int = 9, most: int = 5) -> st.SearchStrategy[list[Gro
     """Groups of a prompt and one to three completions."""
     completions = st.lists(tokens(longest), min_size=1, max_size=3).map(tuple)
     return st.lists(st.builds(Group, tokens(longest), completions), min_size=1, max_size=most)
+
+
+@pytest.mark.parametrize(
+    ("to_group", "longest"), [(dpo_group, ([1, 2], [3] * 4, [4] * 9)), (sft_group, ([5], [6] * 7, [7]))]
+)
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_the_longest_group_is_found_in_either_split(
+    to_group: Callable[..., Group], longest: tuple[list[int], ...], split: str, tmp_path: Path
+) -> None:
+    """It is found by lengths, and the lengths of a group are those of the answers that it has."""
+    few, others = ([1], [2], [3]), [([1, 2], [3] * 4, [4] * 9), ([5], [6] * 7, [7]), ([8] * 3, [9] * 2, [9])]
+    for name, rows in (("train", [few]), ("eval", [few]), (split, [few, *others])):
+        columns = zip(TOKEN_COLUMNS, (["p"] * len(rows), *map(list, zip(*rows, strict=True))), strict=True)
+        pl.DataFrame(dict(columns)).write_parquet(tmp_path / f"{name}.parquet")
+    found = longest_group(tmp_path, partial(to_group, max_length=10), tmp_path / "scratch")
+    assert found == to_group(dict(zip(TOKEN_COLUMNS[1:], longest, strict=True)), max_length=10)
 
 
 # --- index tables -------------------------------------------------------------------------------------------------

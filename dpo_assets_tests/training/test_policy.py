@@ -13,11 +13,14 @@ import pytest
 from peft import LoraConfig, PeftModel
 from transformers import MistralConfig, MistralForCausalLM
 
+from dpo_assets.artifact import VOLATILE
 from dpo_assets.errors import ConfigError
+from dpo_assets.planning.offers import EngineOffer
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.engines import attention
 from dpo_assets.training.engines.base import causal_lm
 from dpo_assets.training.engines.transformers import engine_of
+from dpo_assets.training.models import loading
 from dpo_assets.training.models.loading import choose_kernels, load_base
 from dpo_assets.training.models.policy import Policy, load_policy
 from dpo_assets.training.stages import sft
@@ -148,6 +151,23 @@ def test_trls_own_trainer_gets_the_model_as_its_library_made_it(model_folder: Pa
     lm = causal_lm(policy.model)
     assert engine_of(lm).name != "fused"
     assert lm.config._attn_implementation != attention.NAME
+
+
+def test_an_engine_that_takes_over_has_forwards_fitted_to_it(
+    plan_for: PlanMaker, train_spec: SpecMaker, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the plan were fitted to what its engine keeps of a token, and another keeps more."""
+    offers = (
+        EngineOffer(name="fused", token_budget=900, recomputed_layers=0),
+        EngineOffer(name="transformers", token_budget=600, recomputed_layers=2, why_not="slower"),
+    )
+    plan = plan_for(kernels="fused", engines=offers, token_budget=900, sft_steps=1, lora={"dropout": 0.1})
+    recomputed: list[int] = []
+    monkeypatch.setattr(loading, "recompute_lowest", lambda model, layers: recomputed.append(layers))
+    sft.run(train_spec(plan, tmp_path), Log())
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["kernels"] == "transformers"
+    assert json.loads((tmp_path / VOLATILE).read_text(encoding="utf-8"))["token_budget_used"] == 600
+    assert recomputed == [2]
 
 
 def test_training_with_dropout_falls_back_and_says_so(

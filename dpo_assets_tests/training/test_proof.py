@@ -24,7 +24,7 @@ from dpo_assets.training.engines.rows import OwnLogitsEngine, RowsEngine
 from dpo_assets.training.engines.transformers import TransformersEngine, engine_of, why_not_packed
 from dpo_assets.training.models.fp8 import Fp8Linear, quantise_layers
 from dpo_assets.training.models.loading import switch_off_dropout
-from dpo_assets.training.scoring import proof
+from dpo_assets.training.scoring import generation, proof
 from dpo_assets.training.scoring.logprobs import score_groups, score_tokens, sequence_logps
 from dpo_assets.training.scoring.proof import (
     NoisyError,
@@ -36,7 +36,6 @@ from dpo_assets.training.scoring.proof import (
     settle_engine,
 )
 from dpo_assets.training.scoring.routers import RouterWatch
-from dpo_assets.training.stages import evaluate
 from dpo_assets_tests.training.conftest import PlanMaker
 from dpo_assets_tests.training.dense import summed_logps
 from dpo_assets_tests.training.tiny_models import PAIR, SETTINGS, SHORT_PAIR, tiny_model
@@ -224,12 +223,12 @@ def test_rows_of_such_a_model_are_proven_also_where_a_pair_stands_on_both_sides(
 
 
 def test_prompts_whose_rotary_tables_change_on_the_way_are_answered_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "GENERATION_BATCH", 2)
+    monkeypatch.setattr(generation, "GENERATION_BATCH", 2)
     tables = RotaryTables.of(tiny_model("phi3", **LONGROPE))
     prompts = [[5] * n for n in (3, 4, 5, 20, 6, 13)]
-    batches = list(evaluate.answered_together(prompts, 4, tables))
+    batches = list(generation.answered_together(prompts, 4, tables))
     assert [[len(prompt) for prompt in batch] for batch in batches] == [[3, 4], [5], [20], [6], [13]]
-    assert [len(batch) for batch in evaluate.answered_together(prompts, 4, RotaryTables())] == [2, 2, 2]
+    assert [len(batch) for batch in generation.answered_together(prompts, 4, RotaryTables())] == [2, 2, 2]
 
 
 # --- noise, mixers, routers, layers -----------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from dpo_assets.errors import GateError
 from dpo_assets.training.batches.packing import Group
 from dpo_assets.training.models.loading import attach_adapter, load_base
 from dpo_assets.training.models.policy import Policy
+from dpo_assets.training.packages import computing, versions
 from dpo_assets.training.scoring.reference import ReferenceCache, Scores, pair_key, reference_key, reference_scores
 from dpo_assets.training.stages import dpo
 from dpo_assets.training.trainers.strategies import score_reference
@@ -236,6 +237,53 @@ def test_other_kernels_score_again(
     spec = cached_spec(train_spec, plan_for(), tmp_path, sft_adapter)
     score_reference(Policy(policy, "transformers"), groups[:1], spec, Log())
     assert score_reference(Policy(policy, "fused"), groups[:1], spec, Log())[1] == 0
+
+
+def installed(folder: Path, name: str, version: str) -> str:
+    """A folder for the path in which a package stands by its metadata alone."""
+    (folder / f"{name.replace('-', '_')}-{version}.dist-info").mkdir(parents=True)
+    (folder / f"{name.replace('-', '_')}-{version}.dist-info" / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    )
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("package", "precision", "again"),
+    [
+        *(
+            (name, "fp32", True)
+            for name in ("transformers", "peft", "triton", "fla-core", "mamba-ssm", "causal-conv1d")
+        ),
+        ("bitsandbytes", "4bit", True),
+        ("bitsandbytes", "fp32", False),
+        ("liger-kernel", "fp32", False),
+        ("unsloth", "fp32", False),
+    ],
+)
+def test_another_version_of_what_computes_scores_again(
+    policy: PeftModel,
+    plan_for: PlanMaker,
+    train_spec: SpecMaker,
+    sft_adapter: Path,
+    groups: list[Group],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    package: str,
+    precision: str,
+    again: bool,
+) -> None:
+    spec = cached_spec(train_spec, plan_for(precision=precision), tmp_path, sft_adapter)
+    score_reference(Policy(policy, "transformers"), groups[:1], spec, Log())
+    monkeypatch.syspath_prepend(installed(tmp_path / "site", package, "99.9"))
+    assert versions()[package] == "99.9"
+    assert score_reference(Policy(policy, "transformers"), groups[:1], spec, Log())[1] == (0 if again else 1)
+
+
+def test_liger_counts_where_it_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(installed(tmp_path, "liger-kernel", "99.9"))
+    assert computing("transformers", "fp32", ["liger"])["liger-kernel"] == "99.9"
+    assert "liger-kernel" not in computing("transformers", "fp32", [])
 
 
 @pytest.mark.parametrize("damage", [b"", b"not a database at all, by far" * 200], ids=["emptied", "overwritten"])

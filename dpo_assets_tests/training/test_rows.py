@@ -5,8 +5,10 @@ from __future__ import annotations
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,12 +16,16 @@ from hypothesis import strategies as st
 from dpo_assets.contract import TrainSpec
 from dpo_assets.training.batches.data import dpo_group, load_split
 from dpo_assets.training.batches.packing import Group, by_rows, pack
+from dpo_assets.training.engines.attention import pads_attention
+from dpo_assets.training.engines.base import attached_engine, description_of
 from dpo_assets.training.engines.rows import runs_of
+from dpo_assets.training.models.loading import choose_kernels
 from dpo_assets.training.models.policy import load_policy
 from dpo_assets.training.trainers.packed import PackedCollator
 from dpo_assets.training.trainers.strategies import score_reference
 from dpo_assets_tests.training.conftest import Log, PlanMaker, SpecMaker
 from dpo_assets_tests.training.dense import rows_of
+from dpo_assets_tests.training.tiny_models import tiny_config, tiny_model
 
 
 @given(
@@ -76,6 +82,57 @@ def test_a_step_on_whole_rows_is_cut_by_rows_times_the_widest(groups: list[Group
     assert all(batch["shape"][0] * batch["shape"][1] <= budget for batch in step["forwards"])
     plain = PackedCollator(partial(dpo_group, max_length=192), budget, padded=True)(rows)
     assert any(batch["shape"][0] * batch["shape"][1] > budget for batch in plain["forwards"])
+
+
+@pytest.mark.parametrize(
+    ("family", "changed", "capability", "dtype", "padded"),
+    [
+        ("llama", {}, (8, 0), torch.bfloat16, False),
+        ("llama", {}, (7, 5), torch.float16, True),
+        ("llama", {}, (8, 0), torch.float32, True),
+        ("llama", {"head_dim": 512}, (9, 0), torch.bfloat16, True),
+        ("gemma2", {}, (9, 0), torch.bfloat16, True),
+        ("gemma2", {"attn_logit_softcapping": None}, (9, 0), torch.bfloat16, False),
+        ("deepseek_v3", {}, (9, 0), torch.bfloat16, True),
+        ("gpt2", {}, (9, 0), torch.bfloat16, False),
+        ("gpt2", {}, (7, 0), torch.float16, True),
+    ],
+)
+def test_attention_is_padded_where_flash_attention_does_not_compute_it(
+    family: str,
+    changed: dict[str, Any],
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    padded: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the configuration and the card: no GPU is here to be asked."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    lm = SimpleNamespace(config=tiny_config(family, **changed))
+    text = lm.config.get_text_config()
+    assert pads_attention(text, description_of(lm), torch.device("cuda"), dtype) == padded
+    assert pads_attention(text, None, torch.device("cuda"), dtype) == padded
+
+
+@pytest.mark.parametrize("engine", ["fused", "transformers", "rows"])
+def test_a_batch_is_cut_as_the_engine_pays_for_it(engine: str, groups: list[Group], plan_for: PlanMaker) -> None:
+    """Padded attention pays for the widest row of a forward wherever it runs, not on a CPU alone."""
+    model = tiny_model("llama")
+    choose_kernels(model, plan_for(kernels=engine))
+    budget = 2 * max(group.tokens for group in groups)
+
+    def cut() -> list[list[int]]:
+        def to_group(row: dict[str, Any]) -> Group:
+            return groups[row["n"]]
+
+        step = PackedCollator.of(model, to_group, budget)([{"n": n} for n in range(len(groups))])
+        return [batch["lengths"].tolist() for batch in step["forwards"]]
+
+    attached: Any = attached_engine(model)
+    pads = cut()
+    assert attached.pads_attention
+    attached.__class__ = type("OnFlash", (type(attached),), {"pads_attention": False})
+    assert (pads == cut()) == attached.padded
 
 
 def test_reference_scores_of_one_engine_are_not_taken_for_those_of_another(

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 
@@ -83,11 +85,24 @@ def first_asked(
 
 
 def longest_group(folder: Path, to_group: Callable[[dict[str, Any]], Group], scratch: Path | None = None) -> Group:
-    """The group with the longest row of both splits: held-out pairs are scored too, by the engine that trains."""
-    splits: list[Literal["train", "eval"]] = ["train"]
-    splits += ["eval"] if (folder / "eval.parquet").is_file() else []
-    groups = (to_group(row) for split in splits for row in load_split(folder, split, scratch=scratch))
-    return max(groups, key=lambda group: group.longest_row)
+    """The group with the longest row of both splits: held-out pairs are scored too, by the engine that trains.
+
+    Found by the lengths of prompts and answers, because converting a split to groups takes long.
+    """
+    splits: tuple[Literal["train", "eval"], ...] = ("train", "eval")
+    longest: list[Group] = []
+    for split in splits:
+        file = folder / f"{split}.parquet"
+        if not file.is_file() or not pq.read_metadata(file).num_rows:
+            continue
+        rows = load_split(folder, split, scratch=scratch)
+        table = rows.with_format("arrow")[:]
+        names = ("prompt_ids", "chosen_ids", "rejected_ids")
+        prompts, chosen, rejected = (pc.list_value_length(table[name]).to_numpy() for name in names)
+        # A group has the chosen answer, or both.
+        places = {int(np.argmax(prompts + answers)) for answers in (chosen, np.maximum(chosen, rejected))}
+        longest += [to_group(rows[place]) for place in places]
+    return max(longest, key=lambda group: group.longest_row)
 
 
 def dpo_group(row: dict[str, Any], max_length: int) -> Group:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from dpo_assets.planning.decoder import Decoder
 from dpo_assets.training.batches.packing import PackedBatch
 from dpo_assets.training.private.torch import flash_attention
 from dpo_assets.training.private.transformers import attention_functions, attention_of
@@ -59,6 +60,25 @@ def has_flash(device: torch.device, dtype: torch.dtype, dim: int = 8) -> bool:
 def takes_flash(kind: AttentionKind, device: torch.device, dtype: torch.dtype, dim: int) -> bool:
     """Whether flash attention computes this kind here. PyTorch's has no soft cap."""
     return not kind.softcap and has_flash(device, dtype, dim)
+
+
+def pads_attention(config: Any, description: Decoder | None, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether an attention layer of a model runs on padded rows here.
+
+    Args:
+        config: its text configuration.
+        description: None where nothing describes it; the names count then that Transformers' configurations share.
+    """
+    keys = getattr(config, "qk_nope_head_dim", 0) + getattr(config, "qk_rope_head_dim", 0)
+    if keys and keys != getattr(config, "v_head_dim", keys):
+        return True  # Multi-head latent attention (arXiv 2405.04434): values are narrower than keys.
+    if description is not None:
+        heads = {(layer.head_dim, layer.softcap) for layer in description.attentions}
+    else:
+        count = getattr(config, "num_attention_heads", None) or 1
+        width = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 8 * count) // count
+        heads = {(width, getattr(config, "attn_logit_softcapping", None))}
+    return any(not takes_flash(AttentionKind(softcap=cap), device, dtype, width) for width, cap in heads)
 
 
 # --- flash attention on unpadded rows ---------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from dpo_assets.errors import ConfigError
+from dpo_assets.planning.decoder import Decoder
+from dpo_assets.planning.families import describe
 from dpo_assets.training.batches.packing import PackedBatch
 from dpo_assets.training.engines.recurrent.mixers import keep_adapters
 from dpo_assets.training.scoring.head import Head, TokenScores, score_hidden
@@ -62,6 +64,10 @@ class Engine(Protocol):
         """Whether every row is computed whole and padded, so that a forward costs its rows times the widest."""
 
     @property
+    def pads_attention(self) -> bool:
+        """Whether a layer's attention runs on padded rows, so that groups of like length belong together."""
+
+    @property
     def attention(self) -> str | None:
         """The attention of Transformers that the model's layers must be on; None: their own, or no matter."""
 
@@ -73,6 +79,11 @@ class PlainEngine:
     name = ""
     padded = False
     attention: str | None = None
+
+    @property
+    def pads_attention(self) -> bool:
+        """Attention of its own, on rows of any length."""
+        return False
 
     def hidden(self, batch: PackedBatch, autocast: AbstractContextManager[Any] | None) -> Tensor:
         """See `Engine`."""
@@ -122,6 +133,11 @@ def decoder_of(lm: Any) -> Any | None:
     # Llama 4's names its own prefix wrongly, so that Transformers takes the whole model for its decoder.
     found = [module for module in (lm.get_decoder(), getattr(lm, "model", None)) if module is not None]
     return next((module for module in found if module is not lm), None)
+
+
+def description_of(lm: Any) -> Decoder | None:
+    """What a loaded model computes, from its configuration; None where nothing describes its family."""
+    return describe(lm.config.get_text_config().to_dict())
 
 
 def attach_engine(model: Any, engine: Engine) -> None:

@@ -89,6 +89,10 @@ class RowsEngine(OwnLayersEngine):
         super().__init__(lm, compiled=compiled)
         self._budget, self._tables = budget, RotaryTables.of(lm)
 
+    @property
+    def pads_attention(self) -> bool:
+        return True
+
     def hidden(self, batch: PackedBatch, autocast: AbstractContextManager[Any] | None) -> Tensor:
         decoder = decoder_of(self._lm)
         assert decoder is not None

@@ -10,8 +10,15 @@ from typing import Any
 from torch import Tensor
 
 from dpo_assets.training.batches.packing import PackedBatch
-from dpo_assets.training.engines.attention import NAME, Tables, attend_packed
-from dpo_assets.training.engines.base import OwnLayersEngine, attach_engine, attached_engine, causal_lm, decoder_of
+from dpo_assets.training.engines.attention import NAME, Tables, attend_packed, pads_attention
+from dpo_assets.training.engines.base import (
+    OwnLayersEngine,
+    attach_engine,
+    attached_engine,
+    causal_lm,
+    decoder_of,
+    description_of,
+)
 from dpo_assets.training.engines.recurrent.mixers import serve_packed
 from dpo_assets.training.scoring.routers import RouterWatch
 
@@ -44,6 +51,12 @@ class TransformersEngine(OwnLayersEngine):
                 self._watch.take(getattr(said, "router_logits", None))
             states: Tensor = said.last_hidden_state[0]
             return states.index_select(0, batch["predict"])
+
+    @property
+    def pads_attention(self) -> bool:
+        """See `Engine`."""
+        lm = self._lm
+        return pads_attention(lm.config.get_text_config(), description_of(lm), lm.device, lm.dtype)
 
     @contextmanager
     def watching_routers(self) -> Iterator[RouterWatch]:

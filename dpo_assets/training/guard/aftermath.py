@@ -31,7 +31,7 @@ from dpo_assets.training.guard.sampling import AdapterState, Answer, Watched, fi
 from dpo_assets.training.models.fp8 import Fp8Linear
 from dpo_assets.training.models.loading import ADAPTER_NAME
 from dpo_assets.training.private.peft import dequantised, experts_of, parameter_of, stacked_weight
-from dpo_assets.training.stages.evaluate import generation_health
+from dpo_assets.training.scoring.generation import generation_health
 
 EXAMPLES, EXAMPLE_LENGTH = 3, 300  # Answers that the report quotes, and characters of each.
 

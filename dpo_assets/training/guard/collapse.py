@@ -23,7 +23,7 @@ from dpo_assets.contract import GuardSpec
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.guard.sampling import AdapterState, Answer, Watched
 from dpo_assets.training.reporting import Reporter
-from dpo_assets.training.stages.evaluate import generation_health
+from dpo_assets.training.scoring.generation import generation_health
 
 COMPARED_PAIRS, COMPARED_TOKENS = 32, 512  # Of the data, to say whether its pairs are near-identical.
 

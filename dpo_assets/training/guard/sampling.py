@@ -21,9 +21,9 @@ from dpo_assets.training.engines.transformers import engine_of
 from dpo_assets.training.engines.unsloth.engine import reference_mode
 from dpo_assets.training.models.chat_format import ChatFormat
 from dpo_assets.training.models.loading import ADAPTER_NAME, autocast_of, plain_attention
+from dpo_assets.training.scoring.generation import generate
 from dpo_assets.training.scoring.logprobs import evaluating, score_hits
 from dpo_assets.training.scoring.proof import Settled, settle_engine
-from dpo_assets.training.stages.evaluate import generate
 
 Answer = dict[str, Any]
 
@@ -98,7 +98,7 @@ class Watched:
         return ""
 
     def answers(self, prompts: list[list[int]], tokens: int, seed: int | None) -> list[Answer]:
-        """Answers of at most `tokens` tokens, as `evaluate.generate` makes them; greedy without a seed."""
+        """Answers of at most `tokens` tokens, as `generation.generate` makes them; greedy without a seed."""
         with evaluating(self.model), autocast_of(self.plan):
             said: list[Answer] = generate(self.model, prompts, self.chat, tokens, seed=seed)
             return said

@@ -167,11 +167,12 @@ def choose_kernels(model: Any, plan: TrainingPlan, first: str | None = None) -> 
     asked = first or (plan.kernels if plan.kernels in CHAIN else "transformers")
     reasons = []
     for kernels in CHAIN[CHAIN.index(asked) :]:
-        if not (reason := _attach(causal_lm(model), plan, kernels)):
+        fitted = plan.fitted_to(kernels)
+        if not (reason := _attach(causal_lm(model), fitted, kernels)):
             break
         reasons.append(reason)
     if kernels != "fused":  # Which recomputes by itself.
-        recompute_lowest(model, plan.recomputed_layers)
+        recompute_lowest(model, fitted.recomputed_layers)
     return kernels, "; ".join(reasons)
 
 

@@ -19,7 +19,6 @@ from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.batches.data import dpo_group, load_asked, load_conversations, load_split
 from dpo_assets.training.engines.base import attached_engine
-from dpo_assets.training.engines.transformers import engine_of
 from dpo_assets.training.guard.aftermath import measure
 from dpo_assets.training.guard.collapse import CollapseGuard
 from dpo_assets.training.guard.finite import StopOnNonFinite, check_trained
@@ -72,6 +71,8 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     policy = start.policy
     if policy.note:
         reporter.log(policy.told("dpo", plan))
+    plan = plan.fitted_to(policy.kernels) if packed else plan
+    spec = spec.model_copy(update={"plan": plan})
     trainer: PackedDPOTrainer | ClassicDPOTrainer
     reused = 0
     if packed:
@@ -140,13 +141,7 @@ def packed_trainer(start: Start, tokenizer: Any, spec: TrainSpec, reporter: Repo
         args=dpo_arguments(plan, spec.scratch),
         train_dataset=train,
         processing_class=tokenizer,
-        data_collator=PackedCollator(
-            to_group,
-            plan.token_budget,
-            columns,
-            padded=plan.device == "cpu",
-            whole_rows=engine_of(policy.model).padded,
-        ),
+        data_collator=PackedCollator.of(policy.model, to_group, plan.token_budget, columns),
         loss=loss,
         reference=plan.dpo.reference,
         step_reference=reference,

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,27 +16,21 @@ from statistics import fmean, median
 from typing import Any
 
 import polars as pl
-import torch
-from transformers import GenerationConfig
 
 from dpo_assets.artifact import VOLATILE, write_json
 from dpo_assets.checks.reports import AnswerHealth, EvaluationReport, GreedyAnswers
 from dpo_assets.checks.statistics import Proportion, pick_the_longer, tie_aware_accuracy
 from dpo_assets.contract import EvaluateSpec, Progress
 from dpo_assets.planning.plan import TrainingPlan
-from dpo_assets.planning.scoring import GENERATION_BATCH as GENERATION_BATCH
 from dpo_assets.training.batches.data import dpo_group, first_asked, load_asked
 from dpo_assets.training.batches.packing import Group
-from dpo_assets.training.engines.base import causal_lm
-from dpo_assets.training.engines.rotary import RotaryTables, fresh_tables
 from dpo_assets.training.models.chat_format import ChatFormat, load_chat_format
-from dpo_assets.training.models.loading import autocast_of, plain_attention
+from dpo_assets.training.models.loading import autocast_of
 from dpo_assets.training.models.policy import load_scored
 from dpo_assets.training.reporting import Reporter
+from dpo_assets.training.scoring.generation import generate, generation_health
 from dpo_assets.training.scoring.logprobs import score_groups
 from dpo_assets.training.scoring.proof import Settled, alike, settle_engine
-
-REPEATED_NGRAM, REPEATS = 4, 3  # An answer that says one 4-gram of tokens three times or more repeats itself.
 
 
 def run(spec: EvaluateSpec, reporter: Reporter) -> None:
@@ -164,107 +157,3 @@ def _score_table(
             "rejected_tokens": [len(g.completions[1]) for g in groups],
         }
     )
-
-
-@torch.no_grad()
-def generate(
-    model: Any, prompts: list[list[int]], chat: ChatFormat, max_new_tokens: int, *, seed: int | None = None
-) -> list[dict[str, Any]]:
-    """Answers: `ids` without the token that ended them, `text`, whether the answer `ended` by itself, and at which id
-    (`end`, None if it did not).
-
-    Greedy; with a `seed` sampled at temperature 1 from the whole distribution, and the state of torch's generators is
-    put back afterwards: a run that is watched must train as one that is not.
-    """
-    answers = []
-    pad = chat.tokenizer.pad_token_id
-    # Top-k is on by default where answers are sampled.
-    sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 0} if seed is not None else {}
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=seed is not None,
-        num_beams=1,
-        use_cache=True,
-        eos_token_id=sorted(chat.ends),
-        pad_token_id=pad,
-        **sampling,
-    )
-    with plain_attention(model), own_generation(model, config), torch.random.fork_rng(enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        for batch in answered_together(prompts, max_new_tokens, RotaryTables.of(causal_lm(model))):
-            width = max(len(ids) for ids in batch)
-            fresh_tables(causal_lm(model))
-            ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in batch], device=model.device)
-            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=model.device)
-            out = model.generate(input_ids=ids, attention_mask=mask)
-            answers += [_answer(row, chat) for row in out[:, width:].tolist()]
-    return answers
-
-
-def answered_together(prompts: list[list[int]], longest: int, tables: RotaryTables) -> Iterator[list[list[int]]]:
-    """Prompts that are answered together, in their order.
-
-    A row whose rotary tables change on the way to an answer of `longest` tokens would change those of the others with
-    it, so it is answered alone.
-    """
-    batch: list[list[int]] = []
-    for prompt in prompts:
-        if tables.change_before(len(prompt) + longest):
-            if batch:
-                yield batch
-            batch = []
-            yield [prompt]
-            continue
-        batch.append(prompt)
-        if len(batch) == GENERATION_BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _answer(row: list[int], chat: ChatFormat) -> dict[str, Any]:
-    length = next((n for n, token in enumerate(row) if token in chat.ends), None)
-    kept = row if length is None else row[:length]
-    text = chat.tokenizer.decode(kept, skip_special_tokens=True)
-    return {"ids": kept, "text": text, "ended": length is not None, "end": None if length is None else row[length]}
-
-
-@contextmanager
-def own_generation(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """A generation config in place of the model's own for a while.
-
-    `generate` fills what its arguments leave open from the model's config: a `no_repeat_ngram_size` there would keep a
-    policy that repeats itself from showing it.
-    """
-    holders = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
-    before = [holder.generation_config for holder in holders]
-    for holder in holders:
-        holder.generation_config = config
-    try:
-        yield
-    finally:
-        for holder, own in zip(holders, before, strict=True):
-            holder.generation_config = own
-
-
-def generation_health(answers: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Shares of answers that repeat themselves, never end or are empty; distinct bigrams; mean length in tokens."""
-    if not answers:
-        return {"answers": 0}
-    bigrams = [tuple(pair) for a in answers for pair in zip(a["ids"], a["ids"][1:], strict=False)]
-    return {
-        "answers": len(answers),
-        "repetition": fmean(repeats_itself(a["ids"]) for a in answers),
-        "no_eos": fmean(not a["ended"] for a in answers),
-        "empty": fmean(not a["ids"] for a in answers),
-        "distinct_2": len(set(bigrams)) / max(1, len(bigrams)),
-        "mean_tokens": fmean(len(a["ids"]) for a in answers),
-    }
-
-
-def repeats_itself(ids: Sequence[int]) -> bool:
-    """Whether any 4-gram of tokens stands three times or more."""
-    grams = [tuple(ids[n : n + REPEATED_NGRAM]) for n in range(len(ids) - REPEATED_NGRAM + 1)]
-    return any(grams.count(gram) >= REPEATS for gram in set(grams))

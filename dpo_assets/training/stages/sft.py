@@ -16,7 +16,6 @@ from dpo_assets.checks.reports import SftReport
 from dpo_assets.contract import TrainSpec
 from dpo_assets.training.batches.data import load_split, longest_group, sft_group
 from dpo_assets.training.batches.packing import Group, PackedBatch
-from dpo_assets.training.engines.transformers import engine_of
 from dpo_assets.training.guard.finite import StopOnNonFinite, check_trained
 from dpo_assets.training.models.chat_format import load_chat_format
 from dpo_assets.training.models.loading import ADAPTER_NAME, autocast_of, save_adapter
@@ -78,6 +77,8 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
             assert_routers_heard(model, longest)
     if policy.note:
         reporter.log(policy.told("sft", plan))
+    plan = plan.fitted_to(policy.kernels)
+    spec = spec.model_copy(update={"plan": plan})
     probe = [to_group(row) for row in held_out.select(range(min(PROBE_PAIRS, len(held_out))))]
     with autocast_of(plan):
         before = held_out_nll(model, probe, plan.token_budget)
@@ -93,9 +94,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
             **trainer_arguments(plan, plan.sft, spec.scratch, plan.sft_steps) | packed_arguments(plan)
         ),
         train_dataset=train,
-        data_collator=PackedCollator(
-            to_group, plan.token_budget, padded=plan.device == "cpu", whole_rows=engine_of(model).padded
-        ),
+        data_collator=PackedCollator.of(model, to_group, plan.token_budget),
         router_balance=plan.sft.router_balance,
     )
     keys = {"loss": "loss", "mean_token_accuracy": "token accuracy"}

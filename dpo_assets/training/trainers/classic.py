@@ -29,6 +29,7 @@ from dpo_assets.recipe import DpoSection
 from dpo_assets.training.engines.unsloth.loading import check_adapter_only
 from dpo_assets.training.guard.finite import check_first_loss
 from dpo_assets.training.private import trl as private
+from dpo_assets.training.trainers.dpo import made_by_trl
 from dpo_assets.training.trainers.losses import DpoLoss
 from dpo_assets.training.trainers.packed import trainer_arguments
 from dpo_assets.training.trainers.schedule import MovingSchedule
@@ -52,15 +53,9 @@ class ClassicDPOTrainer(MovingSchedule, trl.DPOTrainer):
     def __init__(
         self, *args: Any, check_first: Callable[[float, float], None], same_forward: bool = False, **kwargs: Any
     ) -> None:
-        # TRL turns the adapter of a quantised base into bf16, where a step of 5e-6 rounds to nothing: keep fp32.
-        private.check_hooks()
-        factors = [(p, p.data) for p in kwargs["model"].parameters() if p.requires_grad]
-        adapters = tuple(getattr(kwargs["model"], "peft_config", ()))
-        super().__init__(*args, **kwargs)
-        private.check_adapters(self, adapters)
+        with made_by_trl(self, kwargs["model"]):
+            super().__init__(*args, **kwargs)
         private.check_balance(self)
-        for parameter, data in factors:
-            parameter.data = data
         self._same_forward = same_forward
         self._first_losses: list[Tensor] = []
         self._first_answers: list[tuple[Tensor, int]] = []  # Of each forward of the first step: tokens, pairs.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from dpo_assets.training.batches.packing import PackedBatch
+from dpo_assets.training.engines.transformers import engine_of
 from dpo_assets.training.guard.finite import check_first_loss
 from dpo_assets.training.private.trl import REFERENCE_ADAPTER, check_adapters, check_hooks, check_prepared
 from dpo_assets.training.scoring.head import TokenScores
@@ -23,6 +24,24 @@ from dpo_assets.training.trainers.packed import PackedSteps
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 # Scores a packed batch by the reference: [pairs, 2] summed log-probabilities of chosen and rejected.
 StepReference = Callable[[PackedBatch], Tensor]
+
+
+@contextmanager
+def made_by_trl(trainer: trl.DPOTrainer, model: Any) -> Iterator[None]:
+    """Around the `__init__` that TRL's trainer has of its own: what is trained stays in fp32.
+
+    TRL turns the adapter of a quantised base into bf16, where a step of 5e-6 rounds to nothing.
+
+    Raises:
+        ConfigError: when TRL is not as it was read.
+    """
+    check_hooks()
+    factors = [(p, p.data) for p in model.parameters() if p.requires_grad]
+    adapters = tuple(getattr(model, "peft_config", ()))
+    yield
+    check_adapters(trainer, adapters)
+    for parameter, data in factors:
+        parameter.data = data
 
 
 class PackedDPOTrainer(PackedSteps, trl.DPOTrainer):
@@ -52,16 +71,10 @@ class PackedDPOTrainer(PackedSteps, trl.DPOTrainer):
         keep_reference_adapter: bool = False,
         **kwargs: Any,
     ) -> None:
-        check_hooks()
         self._taken_as_prepared = False
-        # TRL turns the adapter of a quantised base into bf16, where a step of 5e-6 rounds to nothing: keep fp32.
-        factors = [(p, p.data) for p in model.parameters() if p.requires_grad]
-        adapters = tuple(getattr(model, "peft_config", ()))
-        super().__init__(model, *args, **kwargs)
+        with made_by_trl(self, model):
+            super().__init__(model, *args, **kwargs)
         check_prepared(self, self._taken_as_prepared)
-        check_adapters(self, adapters)
-        for parameter, data in factors:
-            parameter.data = data
         self._loss = loss or DpoLoss(beta=self.beta)
         self._reference, self._step_reference = reference, step_reference
         self.router_balance = router_balance
@@ -92,8 +105,8 @@ class PackedDPOTrainer(PackedSteps, trl.DPOTrainer):
     def _couple(self, model: Any, step: dict[str, Any]) -> None:
         """Scores all pairs of the step first: a loss that sorts over them needs them all before any gradient."""
         with torch.no_grad():
-            parts = [self._pair_scores(self._score(model, batch), batch) for batch in step["forwards"]]
-        loss, by_chosen, by_rejected = self._loss.gradient(_joined(parts))
+            parts = [self._beforehand(model, batch) for batch in step["forwards"]]
+        loss, by_chosen, by_rejected = self._loss.gradient(PairScores.joined(parts))
         slopes = torch.stack([by_chosen, by_rejected], dim=1)
         for batch, slope in zip(step["forwards"], slopes.split([len(p.chosen) for p in parts]), strict=True):
             batch["slopes"] = slope
@@ -104,7 +117,7 @@ class PackedDPOTrainer(PackedSteps, trl.DPOTrainer):
         pairs = self._pair_scores(scores, batch)
         self._count(scores, batch, pairs)
         if self.state.global_step == 0:
-            self._first.append(PairScores(*(getattr(pairs, f.name).detach() for f in fields(pairs))))
+            self._first.append(pairs.detached())
         if "slopes" in batch:
             by_chosen, by_rejected = batch["slopes"].unbind(1)
             return (by_chosen * pairs.chosen + by_rejected * pairs.rejected).sum() + balance, batch["share"]
@@ -114,8 +127,11 @@ class PackedDPOTrainer(PackedSteps, trl.DPOTrainer):
             loss = self._loss.per_pair(pairs, step["first_targets"] / step["pairs"]).sum() / step["pairs"]
         return loss + balance, loss
 
-    def _score(self, model: Any, batch: PackedBatch) -> TokenScores:
-        return score_tokens(self.accelerator.unwrap_model(model), batch, self.accelerator.autocast())
+    def _beforehand(self, model: Any, batch: PackedBatch) -> PairScores:
+        """What `forward_loss` will score, by the same graph: where gradients decide which, they are thrown away."""
+        lm = self.accelerator.unwrap_model(model)
+        with engine_of(lm).as_the_policy():
+            return self._pair_scores(score_tokens(lm, batch, self.accelerator.autocast()), batch).detached()
 
     def _pair_scores(self, scores: TokenScores, batch: PackedBatch) -> PairScores:
         logps = sequence_logps(scores, batch).view(-1, 2)
@@ -124,7 +140,7 @@ class PackedDPOTrainer(PackedSteps, trl.DPOTrainer):
 
     def after_step_loss(self, loss: Tensor) -> None:
         if self.state.global_step == 0:
-            first = _joined(self._first)
+            first = PairScores.joined(self._first)
             self._first.clear()
             self.expected_first_loss = float(self._loss.of_batch(first.at_reference()))
             if self.args.bf16 or self.args.fp16:
@@ -160,8 +176,3 @@ class PackedDPOTrainer(PackedSteps, trl.DPOTrainer):
         if means:
             means["num_tokens"] = float(self._tokens)
         Trainer.log(self, logs | means, start_time)
-
-
-def _joined(parts: list[PairScores]) -> PairScores:
-    """The pairs of several forwards as one batch."""
-    return PairScores(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(PairScores)))

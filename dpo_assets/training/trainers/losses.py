@@ -11,8 +11,8 @@ No loss keeps state between steps: TRL 1.15 dropped the running mean that `bco_p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,15 @@ class PairScores:
     def at_reference(self) -> PairScores:
         """The same pairs with the policy equal to the reference: their loss is what a first loss must be."""
         return replace(self, chosen=self.ref_chosen, rejected=self.ref_rejected)
+
+    def detached(self) -> PairScores:
+        """The same without their graph."""
+        return PairScores(*(getattr(self, f.name).detach() for f in fields(self)))
+
+    @classmethod
+    def joined(cls, parts: Sequence[PairScores]) -> PairScores:
+        """The pairs of several forwards as one batch."""
+        return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,14 @@ class PackedCollator:
         self.to_group, self.budget, self.extra = to_group, budget, extra
         self.padded, self.whole_rows = padded, whole_rows
 
+    @classmethod
+    def of(
+        cls, model: Any, to_group: Callable[[dict[str, Any]], Group], budget: int, extra: tuple[str, ...] = ()
+    ) -> PackedCollator:
+        """Cuts a batch as the engine that computes `model` pays for it."""
+        engine = engine_of(model)
+        return cls(to_group, budget, extra, padded=engine.pads_attention, whole_rows=engine.padded)
+
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         groups = [self.to_group(row) for row in rows]
         forwards = []

@@ -39,6 +39,7 @@ from dpo_assets.training.models.loading import (
     switch_off_dropout,
 )
 from dpo_assets.training.models.policy import Policy, load_policy
+from dpo_assets.training.packages import computing
 from dpo_assets.training.private.trl import REFERENCE_ADAPTER, using_adapter
 from dpo_assets.training.reporting import Reporter
 from dpo_assets.training.scoring.logprobs import score_groups, score_tokens, sequence_logps
@@ -161,6 +162,7 @@ def join_adapters(trained: Path, folded: Path) -> None:
 def score_reference(policy: Policy, groups: Sequence[Group], spec: TrainSpec, reporter: Reporter) -> tuple[Scores, int]:
     """Reference scores by the same kernels, dtype and packing as the policy, from the cache where known."""
     plan, model = spec.plan, policy.model
+    packages = computing(policy.kernels, plan.precision, plan.speedups)
     with reference_mode(model, plan.model_copy(update={"kernels": policy.kernels})) as path:
         key = reference_key(
             scorer=f"{__version__}, {SCORING}",
@@ -172,7 +174,8 @@ def score_reference(policy: Policy, groups: Sequence[Group], spec: TrainSpec, re
             kernels=path,
             speedups=",".join(plan.speedups),
             device=plan.device_name,
-            torch=torch.__version__,
+            torch=torch.__version__,  # With the CUDA that it was built for.
+            packages=", ".join(f"{name} {version}" for name, version in packages.items()),
             max_length=plan.max_length,
             truncation="keep_start",
         )

@@ -98,7 +98,7 @@ class Residual:
         if self.after is None:
             return torch.add(x, z, alpha=self.scale), None
         y = torch.empty_like(x)
-        return y, ops.add_normed(x, z, self.after.weight, self.after.eps, 1.0, y)
+        return y, ops.add_normed(x, z, self.after.weight, self.after.eps, y)
 
     def leave_backward(self, dy: Tensor, z: Tensor | None, rstd: Tensor | None, out: Tensor) -> None:
         """out [T, hidden] = gradient of z."""

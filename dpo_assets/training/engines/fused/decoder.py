@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from dpo_assets.planning import engines
 from dpo_assets.planning.decoder import Decoder, QueryGrowth, Rope
-from dpo_assets.planning.families import describe
 from dpo_assets.training.batches.packing import PackedBatch
-from dpo_assets.training.engines.base import PlainEngine, attach_engine, causal_lm, decoder_of
+from dpo_assets.training.engines.attention import pads_attention
+from dpo_assets.training.engines.base import PlainEngine, attach_engine, causal_lm, decoder_of, description_of
 from dpo_assets.training.engines.fused import ops
 from dpo_assets.training.engines.fused.block import Norm
 from dpo_assets.training.engines.fused.build import Builder, frozen_linears, missing_names
@@ -20,11 +20,6 @@ from dpo_assets.training.engines.fused.ops import Angles
 from dpo_assets.training.engines.fused.stream import Stream
 from dpo_assets.training.engines.fused.weights import member_of
 from dpo_assets.training.private.torch import for_each, version_of
-
-
-def description_of(lm: Any) -> Decoder | None:
-    """What a loaded model computes, from its configuration; None where nothing describes its family."""
-    return describe(lm.config.get_text_config().to_dict())
 
 
 def why_not_fused(lm: Any, max_length: int | None = None, adapter: str = "default") -> str:
@@ -85,6 +80,12 @@ class FusedDecoder(PlainEngine):
         self._ropes = {a.rope for a in attentions if a.rope is not None}
         self._growths = {a.query_growth for a in attentions if a.query_growth is not None}
         self._seen: tuple[Any, ...] = ()
+        device = decoder.embed_tokens.weight.device
+        self._pads = pads_attention(lm.config.get_text_config(), description, device, dtype)
+
+    @property
+    def pads_attention(self) -> bool:
+        return self._pads
 
     def renew(self) -> None:
         """Lets the next call read the adapter again: fused optimizers leave a parameter's version as it was."""
@@ -105,7 +106,11 @@ class FusedDecoder(PlainEngine):
             source.append(factor.detach())
         each = for_each()
         for scale, (into, source) in by_scale.items():
-            each.copy(into, source if scale == 1.0 else each.times(source, scale))
+            if scale == 0.0:
+                for where in into:
+                    where.zero_()
+            else:
+                each.copy(into, source if scale == 1.0 else each.times(source, scale))
         self._seen = now
 
     def stream(self, batch: PackedBatch) -> Stream:

@@ -1,10 +1,9 @@
-"""A block that autograd differentiates: for what has no backward pass of its own here."""
+"""A block that autograd differentiates: for what has no backward pass of its own here, mixtures of experts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,26 +25,28 @@ class _Kept:
 
 @dataclass(frozen=True)
 class AutogradBlock:
-    """y = x + scale * norm(f(norm(x))) for any differentiable f: a delta net, a mixture of experts.
+    """y = x + scale * norm(f(norm(x))) for any differentiable f.
 
     Attributes:
         function: f, from [T, hidden] and the stream to [T, hidden]; a token may only see earlier ones of its own row.
             Called with gradients switched on where they are wanted, and outside of autocast. Parameters that it uses
             get their gradients from autograd.
         residual: as of every block; its norms are computed here.
-        groups: frozen matrices that f uses by `product`, so that their adapter is renewed with the others.
-        modules: whose other trained parameters f uses.
+        modules: whose trained parameters f uses.
     """
 
     function: Function
     residual: Residual
-    groups: Sequence[FrozenGroup] = ()
     modules: Sequence[nn.Module] = ()
 
     @property
+    def groups(self) -> tuple[FrozenGroup, ...]:
+        """None: its modules read their own parameters."""
+        return ()
+
+    @property
     def trained(self) -> list[nn.Parameter]:
-        of_groups = [parameter for group in self.groups for parameter in group.parameters]
-        return of_groups + [p for module in self.modules for p in module.parameters() if p.requires_grad]
+        return [p for module in self.modules for p in module.parameters() if p.requires_grad]
 
     def forward(self, x: Tensor, stream: Stream, keep: bool) -> tuple[Tensor, _Kept | None]:
         entered = torch.empty_like(x)
@@ -73,30 +74,3 @@ class AutogradBlock:
             entered_grad = kept.entered.grad
             d = torch.zeros_like(x) if entered_grad is None else entered_grad
             self.residual.enter_backward(d, x, kept.rstd, dy, out)
-
-
-def product(x: Tensor, group: FrozenGroup) -> Tensor:
-    """y [T, out] of x [T, in] by a group's matrix with its LoRA, for use inside an `AutogradBlock`'s function."""
-    y: Tensor = _Product.apply(x, group)
-    return y
-
-
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: FrozenGroup) -> Tensor:
-        buffer = group.input_buffer(len(x))
-        buffer[:, : group.inputs] = x
-        y, thin = group.forward(buffer)
-        ctx.group = group
-        ctx.save_for_backward(x, thin)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        x, thin = ctx.saved_tensors
-        group: FrozenGroup = ctx.group
-        grad = group.grad_buffer(len(x))
-        grad[:, : group.outputs] = grads[0]
-        group.complete(grad)
-        group.accumulate(grad, x, thin)
-        return group.backward(grad), None

@@ -176,6 +176,7 @@ class FrozenGroup:
         self.widths = [int(shape[0]) for shape in shapes]
         self.inputs, self.outputs = int(shapes[0][1]), sum(self.widths)
         self._ranks = [m.rank for m in members]
+        self._grad_a: Tensor | None = None  # [R, in] fp32, the gradients of all A in one.
         self.rank = math.ceil(sum(self._ranks) / ALIGNMENT) * ALIGNMENT
         self._scratch, self._dtype = scratch, dtype
         device: torch.device = members[0].linear.weight.device  # type: ignore[assignment]
@@ -213,12 +214,12 @@ class FrozenGroup:
 
     @property
     def trains(self) -> bool:
-        """Whether its gradients are asked for."""
-        parameters = self.parameters
-        return bool(parameters) and parameters[0].requires_grad
+        """Whether gradients of any of its factors are asked for."""
+        return any(factor.requires_grad for factor in self.parameters)
 
     def slots(self) -> list[tuple[Tensor, Tensor, float]]:
-        """(where, from, scale): where each factor stands in M."""
+        """(where, from, scale): where each factor stands in M. A scale of zero is for zeros, whatever the factor holds:
+        nothing that diverged reaches a base whose adapter is switched off."""
         if [m.rank for m in self.members] != self._ranks:
             raise ConfigError(
                 "fused kernels hold adapters of one rank, and one of another rank is active; "
@@ -228,9 +229,10 @@ class FrozenGroup:
         for member, width in zip(self.members, self.widths, strict=True):
             if member.factors is not None:
                 a, b = member.factors
-                scale = 0.0 if member.switched_off else member.scale
-                entries.append((self._a[column : column + member.rank], a, 1.0))
-                entries.append((self._b[row : row + width, column : column + member.rank], b, scale))
+                on = not member.switched_off
+                entries.append((self._a[column : column + member.rank], a, 1.0 if on else 0.0))
+                place = self._b[row : row + width, column : column + member.rank]
+                entries.append((place, b, member.scale if on else 0.0))
                 column += member.rank
             row += width
         return entries
@@ -299,36 +301,51 @@ class FrozenGroup:
         to autograd: a step has hundreds of small factors, and on a small model adding them up one by one takes longer
         than the layers do.
         """
-        if not self.trains:
-            return
-        fresh = self.parameters[0].grad is None
-        if fresh:
-            self._grad_a = torch.empty(self.rank, self.inputs, dtype=torch.float32, device=x.device)
-        else:
-            self._adopt_replaced_gradients()
-        ops.add_product(self._grad_a, dy[:, self.outputs :].T, x, fresh=fresh)
+        self._accumulate_a(dy[:, self.outputs :], x)
         row = column = 0
         for member, width in zip(self.members, self.widths, strict=True):
             if member.factors is not None:
-                a, b = member.factors
-                ranks = slice(column, column + member.rank)
-                if fresh:
-                    a.grad, b.grad = self._grad_a[ranks], torch.empty_like(b)
-                assert b.grad is not None
-                part = dy[:, row : row + width].T
-                ops.add_product(b.grad, part, thin[:, ranks], fresh=fresh, scale=member.scale)
+                b, ranks = member.factors[1], slice(column, column + member.rank)
+                if b.requires_grad:
+                    _add_gradient(b, dy[:, row : row + width].T, thin[:, ranks], member.scale)
                 column += member.rank
             row += width
 
-    def _adopt_replaced_gradients(self) -> None:
-        """Whoever put another tensor into `.grad` between two forwards (clipping, scaling) means that one."""
+    def _accumulate_a(self, d_thin: Tensor, x: Tensor) -> None:
+        """Adds the gradients of all A: by one product as long as they are trained together, else each by its own.
+
+        A factor may be frozen beside others that train, and anyone may set, clear or replace a single `.grad`.
+        """
+        factors: list[tuple[nn.Parameter, slice]] = []
         column = 0
         for member in self.members:
             if member.factors is not None:
-                a = member.factors[0]
-                part = self._grad_a[column : column + member.rank]
-                assert a.grad is not None
-                if a.grad.data_ptr() != part.data_ptr():
-                    part.copy_(a.grad)
-                    a.grad = part
+                factors.append((member.factors[0], slice(column, column + member.rank)))
                 column += member.rank
+        together = bool(factors) and all(a.requires_grad for a, _ in factors)
+        if together and all(a.grad is None for a, _ in factors):
+            self._grad_a = torch.empty(self.rank, self.inputs, dtype=torch.float32, device=x.device)
+            ops.add_product(self._grad_a, d_thin.T, x, fresh=True)
+            for a, ranks in factors:
+                a.grad = self._grad_a[ranks]
+        elif together and all(self._is_part(a.grad, ranks) for a, ranks in factors):
+            assert self._grad_a is not None
+            ops.add_product(self._grad_a, d_thin.T, x, fresh=False)
+        else:
+            for a, ranks in factors:
+                if a.requires_grad:
+                    _add_gradient(a, d_thin[:, ranks].T, x)
+
+    def _is_part(self, gradient: Tensor | None, ranks: slice) -> bool:
+        """Whether a gradient is still the part of the common matrix that was put there."""
+        if gradient is None or self._grad_a is None:
+            return False
+        return bool(gradient.data_ptr() == self._grad_a[ranks].data_ptr())
+
+
+def _add_gradient(factor: nn.Parameter, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
+    """Adds scale * a @ b to a factor's `.grad`, in fp32."""
+    fresh = factor.grad is None
+    if factor.grad is None:
+        factor.grad = torch.empty_like(factor)
+    ops.add_product(factor.grad, a, b, fresh=fresh, scale=scale)

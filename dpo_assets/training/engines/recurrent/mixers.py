@@ -3,7 +3,7 @@
 A mixer that is known (a delta net, a short convolution) runs along the segments. Any other gets its input gathered into
 padded rows and runs its own forward: causal, so that what follows a row's end never reaches back. Everything around it
 runs once a token of the stream. Mixers are found by their structure: a module that owns a causal depthwise convolution.
-What carries a state without one is found by nothing here, and `assert_packing_is_exact` then refuses it.
+What carries a state without one is found by nothing here, and `scoring.proof` then takes another engine.
 """
 
 from __future__ import annotations

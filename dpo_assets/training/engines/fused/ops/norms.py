@@ -29,41 +29,39 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
     return rstd
 
 
-def add_normed(x: Tensor, y: Tensor, weight: Tensor, eps: float, scale: float, out: Tensor) -> Tensor:
-    """out [T, width] = x + scale * y / rms(y) * weight: a norm after a mixer or an MLP, and the residual stream.
+def add_normed(x: Tensor, y: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
+    """out [T, width] = x + y / rms(y) * weight: a norm after a mixer or an MLP, and the residual stream.
 
     Returns 1 / rms(y) [T] in fp32. `out` may be x. The gradient of x is that of `out`; the gradient of y is
-    `rms_norm_backward(d_out, y, weight, rstd, None, d_y, scale)`.
+    `rms_norm_backward(d_out, y, weight, rstd, None, d_y)`.
     """
     rows, width = y.shape
     rstd = torch.empty(rows, dtype=torch.float32, device=y.device)
     if in_triton(y):
         block = power_of_two(width)
         backend.kernels.add_normed[(rows,)](
-            x, y, weight, out, rstd, x.stride(0), y.stride(0), out.stride(0), eps, scale, width,
+            x, y, weight, out, rstd, x.stride(0), y.stride(0), out.stride(0), eps, width,
             BLOCK=block, num_warps=warps(block),
         )  # fmt: skip
         return rstd
     wide = y.float()
     torch.rsqrt(wide.pow(2).mean(-1) + eps, out=rstd)
-    out.copy_(x.float() + wide * rstd[:, None] * weight.float() * scale)
+    out.copy_(x.float() + wide * rstd[:, None] * weight.float())
     return rstd
 
 
-def rms_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, skip: Tensor | None, out: Tensor, scale: float = 1.0
-) -> Tensor:
-    """out [T, width] = gradient of x from dy, that of scale * norm(x), plus `skip`, the gradient beside the norm."""
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, skip: Tensor | None, out: Tensor) -> Tensor:
+    """out [T, width] = gradient of x from dy, that of norm(x), plus `skip`, the gradient beside the norm."""
     rows, width = x.shape
     if in_triton(x):
         block, past = power_of_two(width), dy if skip is None else skip
         backend.kernels.rms_norm_backward[(rows,)](
-            dy, x, weight, rstd, past, out, dy.stride(0), x.stride(0), past.stride(0), out.stride(0), scale, width,
+            dy, x, weight, rstd, past, out, dy.stride(0), x.stride(0), past.stride(0), out.stride(0), width,
             HAS_SKIP=skip is not None, BLOCK=block, num_warps=warps(block),
         )  # fmt: skip
         return out
     unit = x.float() * rstd[:, None]
-    g = dy.float() * weight.float() * scale
+    g = dy.float() * weight.float()
     dx = rstd[:, None] * (g - unit * (g * unit).mean(-1, keepdim=True))
     out.copy_(dx if skip is None else dx + skip.float())
     return out
