@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.throughput.models import configuration
 from benchmarks.throughput.shapes import LORA_RANK, SHAPES, is_tiny
-from dpo_assets.planning.memory import estimate_peak
+from dpo_assets.planning.memory import Training
 from dpo_assets.planning.shape import ModelShape
 from dpo_assets.recipe import LoraSection
 from dpo_assets.training.batches.packing import Group, balanced, pack
@@ -157,7 +157,7 @@ def estimate(model: Any, args: argparse.Namespace) -> float:
         kv_heads=config.num_key_value_heads, head_dim=config.head_dim, tied=config.tie_word_embeddings,
     )  # fmt: skip
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return estimate_peak(shape, args.dtype, "fused", LoraSection(), args.budget, args.recompute, device)  # type: ignore[arg-type]
+    return Training(shape, args.dtype, "fused", LoraSection(), device).peak(args.budget, args.recompute)  # type: ignore[arg-type]
 
 
 def _arguments() -> argparse.Namespace:

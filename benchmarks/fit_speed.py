@@ -16,7 +16,7 @@ import random
 
 from dpo_assets.planning import speed
 from dpo_assets.planning.cards import find_card
-from dpo_assets.planning.speed import ENGINES, Engine
+from dpo_assets.planning.speed import ENGINE_COSTS, Engine
 from dpo_assets_tests.planning.measured import BLOCKS, PAIRS, Block
 
 SHARED = ("GEMM_SHARE", "ATTENTION_SHARE", "HALF_RATE_WIDTH")
@@ -36,7 +36,7 @@ def loss() -> float:
 
 def read() -> list[float]:
     """The constants of the code, as one list."""
-    engines = [value for key in MEASURED for value in (ENGINES[key].traffic, ENGINES[key].launch[0])]
+    engines = [value for key in MEASURED for value in (ENGINE_COSTS[key].traffic, ENGINE_COSTS[key].launch[0])]
     return [float(getattr(speed, name)) for name in SHARED] + engines
 
 
@@ -46,7 +46,7 @@ def write(values: list[float]) -> None:
         setattr(speed, name, value)
     rest = values[len(SHARED) :]
     for key, traffic, launch in zip(MEASURED, rest[::2], rest[1::2], strict=True):
-        ENGINES[key] = Engine(traffic, (launch, BACK * launch), ENGINES[key].recomputed)
+        ENGINE_COSTS[key] = Engine(traffic, (launch, BACK * launch), ENGINE_COSTS[key].recomputed)
 
 
 def fit(rounds: int, seed: int = 0) -> list[float]:
@@ -73,8 +73,8 @@ def main() -> None:
         for name in SHARED:
             print(f"{name} = {getattr(speed, name):.3g}")
         for key in MEASURED:
-            forward, back = ENGINES[key].launch
-            print(f"{key}: Engine({ENGINES[key].traffic:.3g}, ({forward:.2g}, {back:.2g}))")
+            forward, back = ENGINE_COSTS[key].launch
+            print(f"{key}: Engine({ENGINE_COSTS[key].traffic:.3g}, ({forward:.2g}, {back:.2g}))")
     for block in BLOCKS:
         error = predicted(block) / block.pairs_per_s - 1
         print(f"{block.label:<56} {block.pairs_per_s:7.2f} {predicted(block):7.2f} {100 * error:+6.1f} %")

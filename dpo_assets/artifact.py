@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -15,15 +16,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from dpo_assets.errors import ConfigError, CorruptArtifact
 from dpo_assets.version import __version__
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
+# A measured number as `write_json` keeps it: null reads back as NaN, which no limit lets pass.
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 MANIFEST = "manifest.json"
 # Timings differ between runs of equal inputs, so they stay outside the digest; their bytes are still in the manifest.
 VOLATILE = "timings.json"
@@ -95,8 +98,28 @@ def file_sha256(path: Path) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """UTF-8 JSON with sorted keys: equal values give equal bytes."""
+    """UTF-8 JSON with sorted keys: equal values give equal bytes. NaN and infinities become null (see `Number`)."""
+    path.write_text(
+        json.dumps(without_nan(value), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n",
+        encoding="utf-8",
+    )
+
+
+def rewrite_json(path: Path, value: Any) -> None:
+    """A file of another program with values changed: `Infinity` stays what that program wrote and expects.
+
+    Mamba 2's `time_step_limit` in config.json ends there.
+    """
     path.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def without_nan(value: Any) -> Any:
+    """The value with None for each float that is NaN or infinite, at any depth: JSON has no word for them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: without_nan(part) for key, part in value.items()}
+    return [without_nan(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def seal(

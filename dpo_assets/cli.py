@@ -105,7 +105,11 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpu", required=True, metavar="NAME", help="a card such as t4, rtx4090, a100-80, h200; or cpu, this machine's"
     )
     parser.add_argument(
-        "--model", required=True, metavar="SIZE", help="a size such as 0.5b, 8b, 70b, or a local model folder"
+        "--model",
+        required=True,
+        metavar="SIZE",
+        help="a size such as 0.5b, 8b, 70b, qwen3-8b, gemma3-4b, qwen3.5-9b, gpt-oss-20b or qwen3-30b-a3b, or a local "
+        "model folder",
     )
     parser.add_argument(
         "--recipe", type=Path, metavar="FILE", help="a defs.yaml to start from; options below change it"

@@ -63,7 +63,9 @@ class VerifySpec(Spec):
 class VerifiedBase(BaseModel):
     """What `verify` found of a base that it did not refuse."""
 
-    unused_tensors: tuple[str, ...] = Field(description="Tensors of the files that the model has no place for.")
+    unused_tensors: tuple[str, ...] = Field(
+        description="Tensors of the files that the model has no place for: released as they are, not trained."
+    )
     ends: tuple[str, ...] = Field(description="Tokens that end a turn.")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ from dpo_assets.artifact import (
     ArtifactTree,
     fingerprint,
     open_artifact,
+    rewrite_json,
     seal,
     write_json,
 )
@@ -200,6 +202,18 @@ def test_json_of_equal_values_is_equal_in_bytes_and_reads_back(tmp_path: Path) -
     (tmp_path / "art").mkdir()
     write_json(tmp_path / "art" / "report.json", {"b": 1})
     assert seal(tmp_path / "art", kind=KIND, fingerprint=PRINT, inputs={}).json("report.json") == {"b": 1}
+
+
+def test_numbers_that_json_has_no_word_for_are_null_in_what_this_package_writes(tmp_path: Path) -> None:
+    write_json(tmp_path / "own", {"a": [math.nan, (1.5, math.inf)], "b": {"c": -math.inf}, "d": 2})
+    assert json.loads((tmp_path / "own").read_text()) == {"a": [None, [1.5, None]], "b": {"c": None}, "d": 2}
+
+
+def test_a_config_of_another_program_keeps_its_infinity(tmp_path: Path) -> None:
+    """Mamba 2's `time_step_limit` ends there; null in its place is no config that its class reads."""
+    config = json.loads('{"time_step_limit": [0.0, Infinity]}')
+    rewrite_json(tmp_path / "config.json", config)
+    assert json.loads((tmp_path / "config.json").read_text()) == config
 
 
 # Finding and building

@@ -85,7 +85,7 @@ def test_a_base_without_chat_template_is_refused_with_the_way_out(instance: dg.D
     assert result.success
     said = metadata(result, "base_model")
     assert (said["parameters"], said["copies left out"]) == (260_032, "consolidated.safetensors")
-    assert (said["a turn ends at"], said["tensors without use"]) == ("<s>, </s>", 0)
+    assert (said["a turn ends at"], said["tensors beside the language model: kept, not trained"]) == ("<s>, </s>", 0)
     assert not (Path(str(said["path"])) / "model" / "consolidated.safetensors").exists()
 
 

@@ -13,11 +13,12 @@ import dagster as dg
 import pytest
 
 from dpo_assets import build_dpo_defs
-from dpo_assets.artifact import write_json
-from dpo_assets.assets.base_model import FACTS, read_facts
+from dpo_assets.artifact import seal, write_json
+from dpo_assets.assets.base_model import FACTS, read_facts, refuse_adapter_alone
 from dpo_assets.assets.dpo_plan import PLAN, read_plan
 from dpo_assets.checks.reports import EvaluationReport
 from dpo_assets.errors import ConfigError
+from dpo_assets.recipe import PublishingSection
 from dpo_assets_tests.hub_server import HubServer
 from dpo_assets_tests.pipelines import demo_recipe, failed_checks, failures, materialize, metadata
 from dpo_assets_tests.samples import dataset_report, evaluation_report, score
@@ -133,3 +134,38 @@ def test_a_hub_that_holds_something_else_fails_the_check_and_is_not_tried_again(
     events = [event.event_type for event in result.all_events]
     assert dg.DagsterEventType.STEP_UP_FOR_RETRY not in events
     assert f"delete the tag {sent['tag']}" in failures(result)[0]
+
+
+TOWER = {"text_config": {"model_type": "gemma3_text"}, "vision_config": {}, "model_type": "gemma3"}
+
+
+@pytest.mark.parametrize(
+    ("revision", "config", "said"),
+    [
+        (None, {}, "needs a base from the Hub"),
+        ("0" * 40, TOWER, r"needs a base of text alone\. x holds more .* Release `merged` instead"),
+        ("0" * 40, {"model_type": "llama"}, None),
+    ],
+    ids=["a folder", "more than text", "text from the Hub"],
+)
+def test_an_adapter_that_would_change_nothing_where_it_is_loaded_is_refused(
+    revision: str | None, config: dict[str, Any], said: str | None, tmp_path: Path
+) -> None:
+    """PEFT only warns of names that a base does not have, and puts fresh weights on a tower's layers in their place."""
+    (tmp_path / "model").mkdir()
+    write_json(tmp_path / "model" / "config.json", config)
+    write_json(tmp_path / FACTS, DESCRIBED | {"revision": revision})
+    base = seal(tmp_path, kind="base_model", fingerprint="f" * 32, inputs={})
+    refuse_adapter_alone(PublishingSection(artifact="merged"), base)
+    if said is None:
+        refuse_adapter_alone(PublishingSection(artifact="adapter"), base)
+        return
+    with pytest.raises(ConfigError, match=said):
+        refuse_adapter_alone(PublishingSection(artifact="adapter"), base)
+
+
+def test_an_adapter_that_cannot_be_released_is_refused_before_anything_is_trained_for_it(shelf: Shelf) -> None:
+    fill(shelf, HELD)
+    recipe = demo_recipe(publishing={"artifact": "adapter"})
+    result = materialize(recipe, shelf.instance, ["dpo_plan"])
+    assert "publishing.artifact `adapter` needs a base from the Hub" in failures(result)[0]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 from pydantic import JsonValue
 
-from dpo_assets.artifact import Artifact, read_kept, write_json
+from dpo_assets.artifact import Artifact, read_kept, rewrite_json, write_json
 from dpo_assets.assets.lineage import Inputs
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step, final
@@ -22,6 +22,7 @@ from dpo_assets.checks.verdict import Verdict
 from dpo_assets.contract import VERIFIED, TemplateSettings, VerifiedBase, VerifySpec
 from dpo_assets.errors import ConfigError, InfrastructureError
 from dpo_assets.planning.model_folder import (
+    CONFIG,
     KEPT,
     LEGACY_TEMPLATE,
     TEMPLATE,
@@ -31,9 +32,10 @@ from dpo_assets.planning.model_folder import (
     uses_name,
 )
 from dpo_assets.planning.shape import ModelShape
+from dpo_assets.planning.text_part import has_other_parts
 from dpo_assets.planning.weights import INDEX, SINGLE, weight_files
 from dpo_assets.publishing.secrets import scrub
-from dpo_assets.recipe import BUILTIN, BaseModelSection, looks_like_hub_id
+from dpo_assets.recipe import BUILTIN, BaseModelSection, PublishingSection, looks_like_hub_id
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -120,6 +122,30 @@ def read_facts(base: Artifact) -> BaseFacts:
     return read_kept(base, FACTS, BaseFacts)
 
 
+def refuse_adapter_alone(publishing: PublishingSection, base: Artifact) -> None:
+    """An adapter is of no use without a base that others can fetch, and put it on as it was trained.
+
+    Raises:
+        ConfigError: where `publishing.artifact` is `adapter`, and the base is a folder of this machine; or holds more
+            than text: its class names the decoder's layers otherwise than the text part that was trained, so PEFT would
+            load the adapter onto none of them, and onto layers of a tower that have the same last name.
+    """
+    if publishing.artifact != "adapter":
+        return
+    if not read_facts(base).revision:
+        raise ConfigError(
+            "publishing.artifact `adapter` needs a base from the Hub: an adapter is of no use without one that others "
+            "can fetch. Release `merged` instead."
+        )
+    config = json.loads((base.path / "model" / CONFIG).read_text(encoding="utf-8"))
+    if has_other_parts(config):
+        raise ConfigError(
+            f"publishing.artifact `adapter` needs a base of text alone. {read_facts(base).architecture} holds "
+            "more and names its layers otherwise than the language model that is trained: loaded onto it, the "
+            "adapter would change nothing. Release `merged` instead."
+        )
+
+
 def needs_worker(section: BaseModelSection) -> bool:
     """Whether the worker verifies the base: a built-in one is verified by the tests, with its own template."""
     return not section.is_builtin or section.chat_template is not None
@@ -155,15 +181,15 @@ def _verified(step: Step, base: Artifact) -> VerifiedBase:
         )
 
     verified, _ = step.build("verified_base", {}, inputs, make)
-    return VerifiedBase.model_validate(verified.json(VERIFIED))
+    return read_kept(verified, VERIFIED, VerifiedBase)
 
 
 def _verified_facts(verified: VerifiedBase) -> dict[str, Any]:
     unused = verified.unused_tensors
     return {
         "a turn ends at": ", ".join(verified.ends),
-        "tensors without use": len(unused),
-        **({"tensors without use, by name": dg.MetadataValue.json(list(unused))} if unused else {}),
+        "tensors beside the language model: kept, not trained": len(unused),
+        **({"kept, not trained": dg.MetadataValue.json(list(unused))} if unused else {}),
     }
 
 
@@ -282,7 +308,7 @@ def _set_template(template: Path, model: Path) -> None:
     (model / LEGACY_TEMPLATE).unlink(missing_ok=True)
     config = json.loads((model / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
     if config.pop("chat_template", None) is not None:
-        write_json(model / TOKENIZER_CONFIG, config)
+        rewrite_json(model / TOKENIZER_CONFIG, config)
 
 
 def _download(api: HfApi, section: BaseModelSection, target: Path, token_variable: str) -> list[str]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import dagster as dg
 
@@ -20,7 +18,7 @@ from dpo_assets.assets.step import Events, Step, memory_record
 from dpo_assets.checks.aftermath import aftermath_verdicts, collapse_verdict
 from dpo_assets.checks.bands import Bands
 from dpo_assets.checks.collapse import ACCURACY, ENTROPY, Trigger, first_trigger
-from dpo_assets.checks.reports import Aftermath, DpoReport, SampledAnswers, Stop
+from dpo_assets.checks.reports import Aftermath, DpoReport, SampledAnswers, Stop, read_metrics
 from dpo_assets.checks.tasks import read_tasks
 from dpo_assets.checks.training import dpo_verdicts
 from dpo_assets.checks.verdict import Verdict
@@ -95,17 +93,12 @@ def _would_go_on(stopped: Artifact | None, guard: GuardSpec) -> bool:
     """Whether an earlier run was stopped that under the limits of now would train on."""
     if stopped is None or not DpoReport.of(stopped).stopped:
         return False
-    return not guard.stops or first_trigger(metric_rows(stopped.path / "metrics.jsonl"), guard.limits) is None
-
-
-def metric_rows(metrics: Path) -> list[dict[str, Any]]:
-    """The rows of a metric log."""
-    return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    return not guard.stops or first_trigger(read_metrics(stopped.path / "metrics.jsonl"), guard.limits) is None
 
 
 def collapse(report: DpoReport, metrics: Path, guard: GuardSpec, bands: Bands) -> Verdict:
     """The check `collapse`, with the curve of the metric that fired, its limit and the stop."""
-    rows = metric_rows(metrics)
+    rows = read_metrics(metrics)
     verdict = collapse_verdict(report, rows, guard.limits, bands)
     fired = report.stopped or first_trigger(rows, guard.limits)
     if verdict.passed or not fired:

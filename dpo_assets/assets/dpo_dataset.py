@@ -14,7 +14,7 @@ from typing import Any
 
 import dagster as dg
 
-from dpo_assets.artifact import Artifact, file_sha256, fingerprint, write_json
+from dpo_assets.artifact import Artifact, file_sha256, fingerprint, read_kept, write_json
 from dpo_assets.assets.base_model import in_worker, read_facts
 from dpo_assets.assets.kept_models import bound_by_models
 from dpo_assets.assets.lineage import Inputs, Read
@@ -81,7 +81,7 @@ def materialise(step: Step) -> Events:
             tokens = _tokenize(step, inputs.only("base_model"), screened)
             if tokens is not None:
                 _refuse_template(step, tokens)
-                ends = ChatFormatFacts.model_validate(tokens.json(CHAT_FORMAT)).ends
+                ends = read_kept(tokens, CHAT_FORMAT, ChatFormatFacts).ends
                 markers = replace(markers, ends=markers.ends.union(ends))
             table = tokens.path / TOKENS if tokens is not None else None
             _write(folder, step.recipe, batches, screening, screened, table, (context_length, markers), kept_in_train)
@@ -148,8 +148,12 @@ def _trend(step: Step, report: Mapping[str, Any]) -> str:
 
 
 def dataset_stats(dataset: Artifact) -> DatasetStats:
-    """What planning needs to know of a dataset."""
-    return DatasetStats.model_validate(dataset.json("report.json"))
+    """What planning needs to know of a dataset.
+
+    Raises:
+        ConfigError: it is one of an earlier version, which said less.
+    """
+    return read_kept(dataset, "report.json", DatasetStats)
 
 
 def _sets(feedback: FeedbackSection) -> list[Path]:

@@ -9,8 +9,8 @@ from typing import Any
 
 import dagster as dg
 
-from dpo_assets.artifact import Artifact, file_sha256, write_json
-from dpo_assets.assets.base_model import read_facts
+from dpo_assets.artifact import Artifact, file_sha256, rewrite_json, write_json
+from dpo_assets.assets.base_model import read_facts, refuse_adapter_alone
 from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.lineage import Inputs, Read
 from dpo_assets.assets.node import Node
@@ -38,7 +38,8 @@ def materialise(step: Step) -> Events:
         target = folder / RELEASE
         target.mkdir()
         facts = _facts(step, inputs)
-        source = inputs["merged_model"].path / "model" if publishing.artifact == "merged" else _adapter(inputs, folder)
+        merged = publishing.artifact == "merged"
+        source = inputs["merged_model"].path / "model" if merged else _adapter(step, inputs, folder)
         operations = stage(source, target, render_card(facts), {"inputs": inputs.digests, "versions": facts.versions})
         write_json(folder / OPERATIONS, [asdict(o) for o in operations])
 
@@ -160,14 +161,10 @@ def _facts(step: Step, inputs: Inputs) -> CardFacts:
     )
 
 
-def _adapter(inputs: Inputs, folder: Path) -> Path:
+def _adapter(step: Step, inputs: Inputs, folder: Path) -> Path:
     """The adapter with the Hub id of its base in place of a local path."""
+    refuse_adapter_alone(step.recipe.publishing, inputs["base_model"])
     base = read_facts(inputs["base_model"])
-    if not base.revision:
-        raise ConfigError(
-            "publishing.artifact `adapter` needs a base from the Hub: an adapter is of no use without one that others "
-            "can fetch. Release `merged` instead."
-        )
     source = inputs["dpo_adapter"].path / "adapter"
     patched = folder / "adapter"
     patched.mkdir()
@@ -175,7 +172,7 @@ def _adapter(inputs: Inputs, folder: Path) -> Path:
         (patched / path.name).write_bytes(path.read_bytes())
     config: dict[str, Any] = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
     config["base_model_name_or_path"], config["revision"] = base.source, base.revision
-    write_json(patched / "adapter_config.json", config)
+    rewrite_json(patched / "adapter_config.json", config)
     return patched
 
 

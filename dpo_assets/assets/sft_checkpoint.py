@@ -6,13 +6,13 @@ from pathlib import Path
 
 import dagster as dg
 
-from dpo_assets.artifact import Artifact, write_json
+from dpo_assets.artifact import Artifact
 from dpo_assets.assets.base_model import in_worker
 from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.lineage import Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step, memory_record
-from dpo_assets.checks.reports import read_sft
+from dpo_assets.checks.reports import AdoptedBase, read_sft
 from dpo_assets.checks.training import sft_verdicts
 from dpo_assets.contract import TrainSpec
 from dpo_assets.planning.plan import TrainingPlan
@@ -29,7 +29,7 @@ def materialise(step: Step) -> Events:
 
     def make(folder: Path, print_: str) -> None:
         if adopted:
-            write_json(folder / "report.json", {"adopted": True})
+            AdoptedBase(adopted=True).write(folder)
             return
         step.launch(
             "sft",
@@ -49,7 +49,10 @@ def materialise(step: Step) -> Events:
     report = read_sft(artifact)
     metadata = {
         "strategy": plan.sft.strategy,
-        **report.model_dump(mode="json", exclude={"adopted", "lora_coverage"}),
+        **{
+            name: "not known" if value in (None, "") and name != "kernels_note" else value
+            for name, value in report.model_dump(mode="json", exclude={"adopted", "lora_coverage"}).items()
+        },
     }
     metadata |= memory_record(artifact)
     if not adopted:

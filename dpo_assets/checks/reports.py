@@ -5,12 +5,14 @@ A part that could not be measured says why (`NotMeasured`). A part that is None 
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, computed_field
+from pydantic import BaseModel, ConfigDict, Field, RootModel, computed_field
 
-from dpo_assets.artifact import Artifact, write_json
+from dpo_assets.artifact import Artifact, Number, read_kept, write_json
 from dpo_assets.checks.statistics import Proportion
 from dpo_assets.planning.targets import LoraCoverage
 
@@ -28,8 +30,18 @@ class Report(BaseModel):
 
     @classmethod
     def of(cls, artifact: Artifact) -> Self:
-        """The report of a sealed artefact."""
-        return cls.model_validate(artifact.json(FILE))
+        """The report of a sealed artefact.
+
+        Raises:
+            ConfigError: it is one of an earlier version, which said less.
+        """
+        return read_kept(artifact, FILE, cls)
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics.jsonl, one a logged step. What was no finite number reads as NaN."""
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
 
 
 class NotMeasured(Report):
@@ -43,16 +55,16 @@ class HeldOutPairs(Report):
 
     pairs: int
     accuracy: Proportion
-    margin_nats: float
-    nll_ratio: float
-    chosen_nats_per_token: float
-    rejected_nats_per_token: float
+    margin_nats: Number
+    nll_ratio: Number
+    chosen_nats_per_token: Number
+    rejected_nats_per_token: Number
 
 
 class Divergence(Report):
     """KL(policy || reference) in nats per token, with its interval where more than one answer was sampled."""
 
-    per_token: float
+    per_token: Number
     low: float | None = None
     high: float | None = None
 
@@ -64,11 +76,11 @@ class AnswerHealth(Report):
     """
 
     answers: int
-    repetition: float = 0.0
-    no_eos: float = 0.0
-    empty: float = 0.0
-    distinct_2: float = 0.0
-    mean_tokens: float = 0.0
+    repetition: Number = 0.0
+    no_eos: Number = 0.0
+    empty: Number = 0.0
+    distinct_2: Number = 0.0
+    mean_tokens: Number = 0.0
 
 
 class SampledAnswers(Report):
@@ -89,8 +101,8 @@ class Capability(Report):
 
     kind: Literal["tasks", "token_accuracy"]
     tasks: int
-    reference: float
-    policy: float
+    reference: Number
+    policy: Number
     lost: int
     gained: int
 
@@ -98,7 +110,7 @@ class Capability(Report):
 class AdapterNorm(Report):
     """The largest change of a layer's weights over their norm, and where it stands."""
 
-    largest: float
+    largest: Number
     layer: str
     layers: int
 
@@ -109,8 +121,8 @@ class Stop(Report):
     rule: str
     metric: str
     step: int
-    value: float
-    limit: float
+    value: Number
+    limit: Number
     band: str
     source: str
     fix: str
@@ -132,13 +144,13 @@ class DpoReport(Aftermath):
     """What stage `dpo` saw. The `last` values are means of the last logs; losses are in nats."""
 
     steps: int
-    first_loss: float
+    first_loss: Number
     expected_first_loss: float | None = Field(description="The loss at zero margin; None where it is not known.")
-    first_loss_tokens: float = Field(default=0.0, description="Mean answer tokens of a pair of step 1, in 16 bit.")
-    last_loss: float
-    last_margin: float
-    last_accuracy: float
-    nll_ratio: float = Field(description="NLL of chosen training answers, policy over reference.")
+    first_loss_tokens: Number = Field(default=0.0, description="Mean answer tokens of a pair of step 1, in 16 bit.")
+    last_loss: Number
+    last_margin: Number
+    last_accuracy: Number
+    nll_ratio: Number = Field(description="NLL of chosen training answers, policy over reference.")
     finite: bool
     lora_coverage: LoraCoverage | None = Field(default=None, description="As measured on the trained model.")
     lora_planned: LoraCoverage = LoraCoverage()
@@ -157,30 +169,34 @@ class DpoReport(Aftermath):
 class AdoptedBase(Report):
     """Of an SFT checkpoint that is the base as it is."""
 
-    adopted: Literal[True] = True
+    adopted: Literal[True]  # No default: a report that lacks everything else too is no adopted base.
 
 
 class SftReport(Report):
     """What stage `sft` saw. Losses are nats per token of held-out chosen answers."""
 
     steps: int
-    held_out_nll_before: float
-    held_out_nll_after: float
+    held_out_nll_before: Number
+    held_out_nll_after: Number
     finite: bool
-    kernels: str = Field(description="What computed its scores.")
+    kernels: str = Field(default="", description="What computed its scores; empty: of an earlier version.")
     kernels_note: str = Field(default="", description="Why that is not what the plan said; empty where it is.")
-    adapted_share: float
+    adapted_share: float | None = Field(default=None, description="Of the weights; None: of an earlier version.")
     lora_coverage: LoraCoverage | None = None
-    ends_with_eos: float = Field(description="Share of untruncated answers that end their turn.")
+    ends_with_eos: Number = Field(description="Share of untruncated answers that end their turn.")
 
 
-_SFT: TypeAdapter[SftReport | AdoptedBase] = TypeAdapter(SftReport | AdoptedBase)
+class SftOutcome(RootModel[SftReport | AdoptedBase]):
+    """Either of them, as the file says."""
 
 
 def read_sft(artifact: Artifact) -> SftReport | AdoptedBase:
-    """The report of an `sft_checkpoint`."""
-    outcome: SftReport | AdoptedBase = _SFT.validate_python(artifact.json(FILE))
-    return outcome
+    """The report of an `sft_checkpoint`.
+
+    Raises:
+        ConfigError: it is neither; one of an earlier version, or cut.
+    """
+    return read_kept(artifact, FILE, SftOutcome).root
 
 
 class Carried(Report):
@@ -192,6 +208,7 @@ class Carried(Report):
     lost: tuple[str, ...] = Field(default=(), description="Not in the release, or in another shape or format.")
     altered: tuple[str, ...] = Field(default=(), description="Without an adapter, and yet other bytes.")
     added: tuple[str, ...] = Field(default=(), description="In the release, and not in the base.")
+    by_name_alone: bool = Field(default=False, description="PEFT wrote another layout: no value was compared.")
 
     @property
     def whole(self) -> bool:
@@ -201,15 +218,13 @@ class Carried(Report):
 class MergeReport(Report):
     """What stage `merge` measured. Differences are nats per token between adapter and merged model."""
 
-    mean_difference_per_token: float
-    max_difference_per_token: float
+    mean_difference_per_token: Number
+    max_difference_per_token: Number
     probe_pairs: int
     parameters: int = Field(description="Values that were looked at, of the release as it loads.")
     not_finite: tuple[str, ...] = Field(default=(), description="The weights that are not all numbers, by name.")
     method: Literal["streamed", "peft"]
-    carried: Carried | None = Field(
-        default=None, description="Not known where PEFT wrote the model in another layout than the base's."
-    )
+    carried: Carried | None = Field(default=None, description="None: not compared, by an earlier version.")
     proven_in: str = Field(default="", description="What both were computed in, and where.")
     kernels: str = Field(default="", description="The engine that scored both.")
     kernels_note: str = Field(default="", description="Why that is not what the plan said; empty where it is.")
@@ -236,12 +251,12 @@ class EvaluationReport(Report):
     logp_accuracy_sft: Proportion
     logp_accuracy_policy: Proportion
     pick_the_longer: Proportion
-    margin_mean_nats: float
-    margin_median_nats: float
-    chosen_shift_nats_per_token: float
-    rejected_shift_nats_per_token: float
-    nll_ratio_chosen: float = Field(description="NLL of chosen answers, policy over SFT.")
-    confidence: float
+    margin_mean_nats: Number
+    margin_median_nats: Number
+    chosen_shift_nats_per_token: Number
+    rejected_shift_nats_per_token: Number
+    nll_ratio_chosen: Number = Field(description="NLL of chosen answers, policy over SFT.")
+    confidence: Number
     kernels: str = Field(default="", description="The engine that scored both sides.")
     kernels_note: str = Field(default="", description="Why that is not what the plan said; empty where it is.")
     scored: str = Field(default="", description="What was scored as the release; empty: of an earlier version.")

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from statistics import NormalDist
 
+from dpo_assets.artifact import Number
+
 TIE_NATS = 1e-4  # Margins below this are floating-point noise, not a preference.
 
 
@@ -15,9 +17,9 @@ TIE_NATS = 1e-4  # Margins below this are floating-point noise, not a preference
 class Proportion:
     """A share with its Wilson score interval."""
 
-    value: float
-    low: float
-    high: float
+    value: Number
+    low: Number
+    high: Number
     n: int
 
     def as_dict(self) -> dict[str, float]:

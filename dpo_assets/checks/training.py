@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from dpo_assets.checks.aftermath import displacement
 from dpo_assets.checks.bands import Bands, first_loss_tolerance
 from dpo_assets.checks.coverage import adapter_attached
@@ -71,10 +73,11 @@ def engine_as_planned(report: DpoReport) -> Verdict:
 def reference_is_start(report: DpoReport, bands: Bands) -> Verdict:
     """The first loss against the loss at zero margin, where that is known."""
     name, expected = "reference_is_start", report.expected_first_loss
-    if expected is None:
+    if expected is None and report.trainer == "trl" and math.isfinite(report.first_loss):
         why = "not measured: with an `sft` term the loss at zero margin depends on the data"
         fix = "set dpo.trainer to `packed`, which computes it; TRL's trainer does not tell its parts"
         return Verdict(name, "warn", why, "measured", bands.limit(name).source, fix)
+    expected = math.nan if expected is None else expected  # Computed always, and no number.
     off = abs(report.first_loss - expected)
     tolerance = first_loss_tolerance(expected, report.first_loss_tokens, bands)
     level = upper_limit(off, tolerance, tolerance)
@@ -122,13 +125,15 @@ def _tensors_kept(carried: Carried | None) -> Verdict:
     check, band = "tensors_kept", "every tensor of the base under its name, byte for byte unless it has an adapter"
     source = "a merge by plain names drops the vision tower (vllm 15031, 19139)"
     if carried is None:
-        why = "not compared: the release has another layout than the base's, or an earlier version merged it"
-        return Verdict(check, "warn", why, band, source, "only an adapter that adds layers needs another layout")
+        return Verdict(check, "warn", "not compared: an earlier version merged it", band, source, "merge it again")
     faults = [
         f"{len(names)} {what}: {', '.join(names[:NAMED])}"
         for what, names in (("lost", carried.lost), ("altered", carried.altered), ("added", carried.added))
         if names
     ]
+    if carried.by_name_alone and not carried.lost:
+        why = f"{carried.tensors} tensors by name and shape alone; " + ("; ".join(faults) or "none added")
+        return Verdict(check, "warn", why, band, source, "only an adapter that adds layers needs another layout")
     said = f"{carried.tensors - carried.adapted} of {carried.tensors} tensors as they were, {carried.adapted} adapted"
     return Verdict(
         check,

@@ -10,6 +10,7 @@ from typing import Any
 
 import dagster as dg
 
+from dpo_assets.artifact import open_artifact, without_nan
 from dpo_assets.assets.graph import NODES
 from dpo_assets.assets.step import PATH, REUSED
 from dpo_assets.checks.bands import first_loss_holds
@@ -62,7 +63,8 @@ class Summary:
             name: report.model_dump(mode="json") if report else {}
             for name, report in (("dpo", self.dpo), ("scores", self.scores))
         }
-        return json.dumps(asdict(self) | reports | {"holds": self.holds}, indent=1, ensure_ascii=False)
+        told = without_nan(asdict(self) | reports | {"holds": self.holds})
+        return json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False)
 
 
 def summarise(instance: dg.DagsterInstance, run_id: str) -> Summary:
@@ -131,10 +133,10 @@ def _read_artifacts(summary: Summary, folders: dict[str, Path]) -> None:
     plan = read("dpo_plan", "plan.json")
     choices = ("precision", "precision_reason", "device_name", "sft_steps", "dpo_steps")
     summary.plan = {key: plan[key] for key in choices if key in plan}
-    if trained := read("dpo_adapter", "report.json"):
-        summary.dpo = DpoReport.model_validate(trained)
-    if scored := read("eval_scores", "report.json"):
-        summary.scores = EvaluationReport.model_validate(scored)
+    if "dpo_adapter" in folders:
+        summary.dpo = DpoReport.of(open_artifact(folders["dpo_adapter"]))
+    if "eval_scores" in folders:
+        summary.scores = EvaluationReport.of(open_artifact(folders["eval_scores"]))
     summary.answers = read("eval_scores", "generations.json") or []
 
 

@@ -1,8 +1,10 @@
 """What a decoder layer keeps of a token for its backward pass, and what that pass works with besides. In bytes.
 
 Fused layers keep what `training/engines/fused/layer.py` saves. All other engines run modules that autograd
-differentiates, and keep what PyTorch's formulas of these operations need; tests count that on tiny models of every
-family. How much the backward pass of one such layer works with is fitted to peaks on an H100 and an H200.
+differentiates, and keep what PyTorch's formulas of these operations need. Tests count that on tiny models: of 17 dense
+families and of PyTorch's delta nets within 10 %, of experts, short convolutions and Falcon-H1 within a factor of two;
+nothing counts other families, or what flash-linear-attention keeps. How much the backward pass of one such layer works
+with is fitted to peaks on an H100 and an H200.
 """
 
 from __future__ import annotations
@@ -16,25 +18,41 @@ from dpo_assets.recipe import EVERY_LINEAR, LoraSection
 # Slots of padded attention rows for each token of the stream, as the transformers engine gathered them when the peaks
 # were measured (rows of UltraFeedback's lengths, 2.2 to 2.4).
 GATHERED = 2.3
+REPEATED = 1.2  # Of that, prompts that stand before both of their answers; delta nets compute them once.
 DELTA_CHUNK = 64  # Tokens between two states that a gated delta net keeps.
 # Of TRL's own trainer: hidden states in fp32 with their gradients, and its own adapters' casts (peaks on an H100).
 TRL_STATES = 16.0
 
 
 def kept_bytes(
-    layer: Layer, decoder: Decoder, kernels: Kernels, lora: LoraSection, width: int, trainer: Trainer = "packed"
-) -> float:
+    layer: Layer, decoder: Decoder, kernels: Kernels, lora: LoraSection, width: int, trainer: Trainer = "packed",
+    *, fla: bool = False,
+) -> float:  # fmt: skip
     """Bytes a token that one layer keeps where it is not recomputed; filler of padded rows counts as tokens.
 
     Args:
         width: bytes of a value in the format that layers compute in.
+        fla: whether gated delta nets are computed by flash-linear-attention.
     """
     if kernels == "fused":
         return _fused(layer, decoder, lora, width)
     if kernels == "unsloth" and not (layer.norms.after_mixer or layer.norms.after_mlp):
         return _unsloth(layer, decoder, lora, width)
     casts = width * sum(_inputs(layer, decoder.hidden, lora)) if trainer == "trl" and kernels == "transformers" else 0.0
-    return _autograd(layer, decoder, kernels, lora, width, trainer) + casts
+    return _autograd(layer, decoder, kernels, lora, width, trainer, fla=fla) + casts
+
+
+def made_bytes(layer: Layer, decoder: Decoder, lora: LoraSection, width: int) -> float:
+    """Bytes of the experts' weights that PEFT makes in a layer, whatever a forward holds.
+
+    W + scale B A of each adapted parameter, for all experts: the backward pass of the grouped products reads it
+    (`ParamWrapper` of PEFT 0.21).
+    """
+    if not isinstance(layer.mlp, Experts):
+        return 0.0
+    parts = {"gate_up_proj": 2, "down_proj": 1}
+    adapted = sum(part for name, part in parts.items() if any(t.endswith(name) for t in lora.target_parameters))
+    return float(width * adapted * layer.mlp.count * layer.mlp.width * decoder.hidden)
 
 
 def recomputed_bytes(layer: Layer, decoder: Decoder, kernels: Kernels, width: int) -> float:
@@ -50,20 +68,22 @@ def recomputed_bytes(layer: Layer, decoder: Decoder, kernels: Kernels, width: in
 
 
 def working_bytes(
-    layer: Layer, decoder: Decoder, kernels: Kernels, lora: LoraSection, width: int, trainer: Trainer = "packed"
-) -> float:
+    layer: Layer, decoder: Decoder, kernels: Kernels, lora: LoraSection, width: int, trainer: Trainer = "packed",
+    *, fla: bool = False,
+) -> float:  # fmt: skip
     """Bytes a token of the gradients inside one layer while it is differentiated, its kept values apart."""
     inner = mlp_width(layer.mlp)
+    scans = _scan(layer, kernels, trainer)
     sorted_rows = 0.0
     if isinstance(layer.mlp, Experts):  # Gradients of the rows sorted by expert, on both sides of them and inside.
         sorted_rows = width * layer.mlp.active * (2.0 * decoder.hidden + 3 * layer.mlp.width)
     if kernels == "fused":
         # A mixer with a state is computed again here, by autograd.
-        again = _recurrent(layer.mixer, width) if isinstance(layer.mixer, Recurrent) else 0.0
-        return width * (3 * inner + 5 * decoder.hidden) + sorted_rows + again
+        again = _recurrents(layer, width, kernels, trainer, fla=fla)
+        return width * (3 * inner + 5 * decoder.hidden) + sorted_rows + again + scans
     states = TRL_STATES * decoder.hidden if trainer == "trl" else 0.0
     gradients = 3 if kernels == "unsloth" else 2
-    return width * (gradients * inner + decoder.hidden) + states + sorted_rows
+    return width * (gradients * inner + decoder.hidden) + states + sorted_rows + scans
 
 
 def mlp_width(mlp: Mlp | Experts) -> int:
@@ -104,14 +124,14 @@ def _unsloth(layer: Layer, decoder: Decoder, lora: LoraSection, width: int) -> f
     hidden = decoder.hidden
     values: float = 5 * hidden + lora.rank * len(_inputs(layer, hidden, lora)) + 2 * mlp_width(layer.mlp)
     if isinstance(layer.mixer, Recurrent):
-        return width * values + _recurrent(layer.mixer, width)
+        return width * values + _recurrent(layer.mixer, width, 1.0, fla=False)
     a = layer.mixer
     values += (3 + bool(a.qk_norm)) * a.query_width + (2 + bool(a.qk_norm)) * a.kv_width
     return width * values
 
 
 def _autograd(
-    layer: Layer, decoder: Decoder, kernels: Kernels, lora: LoraSection, width: int, trainer: Trainer
+    layer: Layer, decoder: Decoder, kernels: Kernels, lora: LoraSection, width: int, trainer: Trainer, *, fla: bool
 ) -> float:
     hidden = decoder.hidden
     norms = layer.norms
@@ -122,10 +142,9 @@ def _autograd(
     if any(adapts(lora, name) for name, _, _ in layer.mixer.linears(hidden)[:-1]):
         total += width * hidden
     if isinstance(layer.mixer, Attention):
-        padded = kernels == "rows" or trainer == "trl"
+        padded = _padded(kernels, trainer)
         total += _attention(layer.mixer, width, padded=padded, spread=1.0 if padded else GATHERED)
-    else:
-        total += _recurrent(layer.mixer, width)
+    total += _recurrents(layer, width, kernels, trainer, fla=fla)
     if isinstance(layer.mlp, Experts):
         return total + _experts(layer.mlp, hidden, width, lora)
     *into, (down, _, _) = layer.mlp.linears(hidden)
@@ -151,16 +170,59 @@ def _attention(a: Attention, width: int, *, padded: bool, spread: float) -> floa
     return total + (2 * width * wide if a.gated else 0)
 
 
-def _recurrent(mixer: Recurrent, width: int) -> float:
-    """What autograd keeps of a mixer with a state: what its projections make, what its convolution makes in fp32."""
-    made = sum(rows for _, rows, _ in mixer.projections) or 3 * mixer.inner
-    # A state of each chunk, and two matrices of its tokens against one another.
-    states = 4.0 * (mixer.head_dim * mixer.inner / DELTA_CHUNK + 2 * mixer.heads * DELTA_CHUNK)
+def _padded(kernels: Kernels, trainer: Trainer) -> bool:
+    """Whether an engine computes padded rows, so that filler is counted among its tokens."""
+    return kernels == "rows" or trainer == "trl"
+
+
+def _recurrents(layer: Layer, width: int, kernels: Kernels, trainer: Trainer, *, fla: bool) -> float:
+    """What autograd keeps of all of a layer's mixers with a state."""
+    return sum(_recurrent(mixer, width, _spread(mixer, kernels, trainer), fla=fla) for mixer in layer.recurrents)
+
+
+def _spread(mixer: Recurrent, kernels: Kernels, trainer: Trainer) -> float:
+    """Slots of the padded rows that PyTorch's form of a mixer computes, for each token of the stream."""
+    if _padded(kernels, trainer):
+        return 1.0
+    return GATHERED if mixer.kind == "mamba" else GATHERED / REPEATED
+
+
+def _recurrent(mixer: Recurrent, width: int, spread: float, *, fla: bool) -> float:
+    """What autograd keeps of a mixer with a state: what its projections make, what its convolution makes in fp32, and
+    what its scan computes from these, of which flash-linear-attention's delta rule computes most again."""
+    made = float(sum(rows for _, rows, _ in mixer.projections) or 3 * mixer.inner)
     match mixer.kind:
         case "short_conv":
-            return float(width * (made + 2 * mixer.inner))
-        case "delta_net" | "mamba":
-            return 2.0 * width * made + 4.0 * 3 * mixer.inner + states
+            return width * (made + 2 * mixer.inner)
+        case "delta_net":
+            # A state of each chunk, and matrices of its tokens against one another.
+            state, square = mixer.head_dim * mixer.inner / DELTA_CHUNK, mixer.heads * DELTA_CHUNK
+            if fla:
+                return 2.0 * width * made + 4.0 * (3 * mixer.inner + state + 2 * square)
+            # Keys and queries as they come, normed, written, decayed, and again chunk by chunk; values as they come,
+            # solved, corrected; products with and without decay (Transformers' `torch_chunk_gated_delta_rule`, counted
+            # on heads of 8 to 128).
+            scan = 15 * mixer.inner + state + 5 * square
+            return 2.0 * width * made + 4.0 * (2 * mixer.inner + spread * scan)
+        case "mamba":
+            # Values three times, keys and queries of every head, decayed keys; decay, products and both together.
+            each = mixer.heads * mixer.state
+            states = 3 * mixer.inner * mixer.state / max(1, mixer.chunk)
+            scan = 3 * mixer.inner + 3 * each + 3 * mixer.heads * mixer.chunk + states
+            return 2.0 * width * made * spread + 4.0 * spread * scan
+
+
+def _scan(layer: Layer, kernels: Kernels, trainer: Trainer) -> float:
+    """What PyTorch's form of Mamba-2 works with: keys times queries of a chunk's tokens, before they are summed over
+    the state; or values times keys, where a head is wider than a chunk is long."""
+    return max(
+        (
+            4.0 * _spread(mixer, kernels, trainer) * mixer.heads * mixer.state * max(mixer.chunk, mixer.head_dim)
+            for mixer in layer.recurrents
+            if mixer.kind == "mamba"
+        ),
+        default=0.0,
+    )
 
 
 def _experts(mlp: Experts, hidden: int, width: int, lora: LoraSection) -> float:

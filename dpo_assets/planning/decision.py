@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.cards import CARDS
 from dpo_assets.planning.dataset import DatasetStats
 from dpo_assets.planning.engines import beyond_unsloth
-from dpo_assets.planning.memory import MemoryFit
+from dpo_assets.planning.memory import FRAMEWORK_GIB, MemoryFit, expert_parameters, usable_share
 from dpo_assets.planning.offers import BUILT_IN, EngineOffer, Offers, balances_routers
 from dpo_assets.planning.precision import Device, Precision, PrecisionChoice, choose_precision
-from dpo_assets.planning.shape import Kernels, ModelShape
+from dpo_assets.planning.shape import Kernels, ModelShape, Part
 from dpo_assets.planning.targets import kinds_of
 from dpo_assets.recipe import ALL_LINEAR, Recipe
 
@@ -35,14 +36,14 @@ def decide(
     shape: ModelShape,
     data: DatasetStats,
     device: Device,
-    installed: frozenset[Kernels] = BUILT_IN,
+    installed: frozenset[Part] = BUILT_IN,
 ) -> Decision:
     """Resolves `hardware` for a model, a dataset and a device. The decision may not fit; `memory.fits` tells.
 
     Precision comes first, engine second: of the fewest compromises that any engine fits with, the fastest engine.
 
     Args:
-        installed: engines that may be taken without being named.
+        installed: engines that may be taken without being named, and fla-core (`offers.installed_here`).
 
     Raises:
         ConfigError: when an explicit precision or engine cannot work on the device.
@@ -50,7 +51,10 @@ def decide(
     offers = Offers(recipe, shape, data, device, installed)
     refuse_engine(offers)
     choice: PrecisionChoice = choose_precision(
-        device, recipe.hardware.precision, lambda precision: offers.fitted(offers.best(precision), precision)
+        device,
+        recipe.hardware.precision,
+        lambda precision: offers.fitted(offers.best(precision), precision),
+        unquantised=_unquantised(shape),
     )
     kernels = offers.best(choice.precision)
     if reason := offers.cannot(kernels, choice.precision):
@@ -60,6 +64,15 @@ def decide(
         )
     memory = offers.fitted(kernels, choice.precision)
     return Decision(choice.precision, choice.reason, kernels, memory, offers.table(choice.precision, kernels))
+
+
+def _unquantised(shape: ModelShape) -> str:
+    """Why quantised weights save little of a mixture of experts; empty for another model."""
+    experts = expert_parameters(shape)
+    every = max(shape.parameters, experts)
+    if not experts:
+        return ""
+    return f"{experts / 1e9:.1f} of {every / 1e9:.1f} billion weights are experts and stay in 16 bit"
 
 
 def refuse_engine(offers: Offers) -> None:
@@ -91,8 +104,19 @@ def refuse_engine(offers: Offers) -> None:
     if asked is not None and (reason := offers.cannot(asked)):
         raise ConfigError(
             f"hardware.kernels `{asked}` cannot serve {shape.architecture or 'this model'} with max_length "
-            f"{offers.data.max_length}: {reason}. Use `auto`."
+            f"{offers.data.max_length}: {reason}. {_way_out(offers)}"
         )
+
+
+def _way_out(offers: Offers) -> str:
+    """`auto`, where that finds an engine."""
+    hardware = offers.recipe.hardware.model_copy(update={"kernels": "auto", "speedups": []})
+    recipe = offers.recipe.model_copy(update={"hardware": hardware})
+    try:
+        replace(offers, recipe=recipe).possible()
+    except ConfigError as error:
+        return f"`auto` has no other: {error}"
+    return "Use `auto`."
 
 
 def _check_routers(recipe: Recipe, shape: ModelShape) -> None:
@@ -127,9 +151,15 @@ def what_would_fit(
     shape: ModelShape,
     data: DatasetStats,
     device: Device,
-    installed: frozenset[Kernels] = BUILT_IN,
+    installed: frozenset[Part] = BUILT_IN,
+    whole_gib: float = 0.0,
 ) -> list[str]:
-    """Single changes that would make a decision fit, each as an instruction: precision, length, card."""
+    """Single changes that would make a decision fit, each as an instruction: cap, precision, length, card.
+
+    Args:
+        device: with the memory that the run may use.
+        whole_gib: the device's memory, where `hardware.memory_gib` leaves the run less; 0: it does not.
+    """
 
     def tried(changed: Recipe, pairs: DatasetStats, on: Device) -> Decision | None:
         """The decision if it fits, or None."""
@@ -140,7 +170,12 @@ def what_would_fit(
         return decision if decision.memory.fits else None
 
     decided = decide(recipe, shape, data, device, installed)
-    found = [
+    found = []
+    for gib in _enough(decided, device):
+        if device.memory_gib < gib <= whole_gib and (other := tried(recipe, data, replace(device, memory_gib=gib))):
+            found.append(f"raise hardware.memory_gib to {gib:g} ({_peak(other)})")
+            break
+    found += [
         f"set hardware.precision to `{p}` ({_peak(other)})"
         for p in _smaller(decided.precision)
         if (other := tried(_with_precision(recipe, p), data, device))
@@ -151,14 +186,26 @@ def what_would_fit(
             found.append(f"set feedback.max_length to {length} ({_peak(other)})")
             break
         length //= 2
-    larger = [card for card in CARDS if device.kind == "cpu" or card.memory_gib > device.memory_gib]
+    own = max(device.memory_gib, whole_gib)
+    larger = [card for card in CARDS if device.kind == "cpu" or card.memory_gib > own]
+    uncapped = " without hardware.memory_gib" if own > device.memory_gib else ""
     for card in sorted(larger, key=lambda card: card.memory_gib):
         if other := tried(recipe, data, card.device()):
             found.append(
-                f"use a {card.name} ({card.memory_gib:g} GiB, `{card.key}`: {other.precision}, {_peak(other)})"
+                f"use a {card.name}{uncapped} "
+                f"({card.memory_gib:g} GiB, `{card.key}`: {other.precision}, {_peak(other)})"
             )
             break
     return found
+
+
+def _enough(decision: Decision, device: Device) -> list[float]:
+    """GiB of a device that engines would fit, the least first: what does not fit is planned in its smallest forward."""
+    return sorted(
+        math.ceil(10 * (offer.peak_gib + FRAMEWORK_GIB[device.kind]) / usable_share(device.kind, offer.name)) / 10
+        for offer in decision.engines
+        if offer.peak_gib is not None
+    )
 
 
 def _smaller(precision: Precision) -> tuple[Precision, ...]:

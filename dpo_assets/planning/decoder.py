@@ -108,6 +108,8 @@ class Recurrent:
     Attributes:
         inner: width of its state's values, for memory and arithmetic.
         projections: its linear layers, named within its module.
+        state: values of the state for each value of `inner` (Mamba).
+        chunk: tokens that PyTorch's form of Mamba-2 computes against one another.
     """
 
     kind: Literal["delta_net", "short_conv", "mamba"]
@@ -116,6 +118,8 @@ class Recurrent:
     projections: tuple[Linear, ...] = ()
     heads: int = 0
     head_dim: int = 0
+    state: int = 0
+    chunk: int = 0
 
     def linears(self, hidden: int) -> tuple[Linear, ...]:
         """Its linear layers, in the order of computation."""
@@ -185,6 +189,11 @@ class Layer:
     mlp: Mlp | Experts
     norms: Norms = Norms()
     beside: Recurrent | None = None  # A second mixer of the same input, whose output is added (Falcon-H1).
+
+    @property
+    def recurrents(self) -> tuple[Recurrent, ...]:
+        """Its mixers that carry a state."""
+        return tuple(mixer for mixer in (self.mixer, self.beside) if isinstance(mixer, Recurrent))
 
     def linears(self, hidden: int) -> tuple[Linear, ...]:
         """Its linear layers, those of routed experts and routers left out."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +10,7 @@ from dpo_assets.planning.offers import EngineOffer
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.precision import Device
 from dpo_assets.planning.sizes import Size
+from dpo_assets.planning.work import Work
 
 KERNELS = {
     "fused": "fused: this project's own layers, with LoRA, attention and head computed together",
@@ -48,8 +48,8 @@ def plan_rows(plan: TrainingPlan, size: Size, device: Device) -> Iterator[tuple[
     for name, gib in sorted(plan.memory_parts.items(), key=lambda part: -part[1]):
         if gib:
             yield "", f"{gib:7.2f}  {name}"
-    step = batch * plan.max_length
-    forwards = math.ceil(step / plan.token_budget)
+    work = Work.of(supposed_pairs(plan.max_length), plan.dpo)
+    forwards = work.forwards(plan.kernels, plan.token_budget)
     often = "one forward" if forwards == 1 else f"about {forwards} forwards"
     most = f"up to {plan.token_budget:,} tokens"
     yield "forward", f"{most}; a step of {batch} pairs of {plan.max_length:,} takes {often}"
@@ -78,7 +78,8 @@ def offer_sentence(offer: EngineOffer) -> str:
     speed = "" if offer.pairs_per_s is None else f"{offer.pairs_per_s:.3g} pairs/s, "
     peak = "" if offer.peak_gib is None else f"{offer.peak_gib:.1f} GiB"
     numbers = f"{speed}{peak}"
-    return f"{offer.name:<12}  {numbers}{'; ' if numbers and offer.why_not else ''}{offer.why_not}"
+    said = "; ".join(filter(None, (numbers, offer.note, offer.why_not)))
+    return f"{offer.name:<12}  {said}"
 
 
 def _targets(plan: TrainingPlan) -> str:

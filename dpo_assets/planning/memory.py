@@ -15,7 +15,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Literal
 
-from dpo_assets.planning.activations import kept_bytes, mlp_width, recomputed_bytes, working_bytes
+from dpo_assets.planning.activations import kept_bytes, made_bytes, mlp_width, recomputed_bytes, working_bytes
 from dpo_assets.planning.cards import Card, find_card
 from dpo_assets.planning.decoder import Decoder, Experts, Layer
 from dpo_assets.planning.precision import QUANTISED, Precision
@@ -39,6 +39,8 @@ USABLE = {"cuda": 0.97, "cpu": 0.9}  # The rest is lost to fragments, or other p
 # others only well below, where the allocator held 6 to 12 % more than it had given out.
 SMALL_TENSORS = 0.03
 TRL_TILE = 4_096 * 32_768  # Logits that TRL's own scorer has at one time.
+ABOUT_AS_FAST = 1.02  # Of the fastest time: no prediction is surer than that, and less memory leaves more room.
+WORTH_SAVING = 0.1  # Of what the fastest needs; for less, fewer and larger forwards are the surer ones.
 STEP_SLACK = 1.15  # A step's tokens vary around the mean.
 
 
@@ -79,13 +81,28 @@ def weights_bytes(shape: ModelShape, precision: Precision) -> float:
     return body * BODY_BYTES[precision] + (parameters - body) * (4 if precision == "fp32" else 2)
 
 
+def usable_share(device: Literal["cpu", "cuda"], kernels: Kernels) -> float:
+    """Share of a device's memory that a plan may need."""
+    return USABLE[device] - (SMALL_TENSORS if device == "cuda" and kernels != "fused" else 0.0)
+
+
+def expert_parameters(shape: ModelShape) -> int:
+    """Weights of routed experts, by the model's files or its description."""
+    if shape.matrices is not None and shape.decoder is None:
+        return sum(kind.weights for kind in shape.matrices if kind.role == "experts")
+    return _expert_parameters(shape.decoder) if shape.decoder else 0
+
+
+def _expert_parameters(decoder: Decoder) -> int:
+    experts = ((layer.mlp, count) for layer, count in decoder.kinds if isinstance(layer.mlp, Experts))
+    return sum(count * 3 * mlp.count * mlp.width * decoder.hidden for mlp, count in experts)
+
+
 def described_parameters(decoder: Decoder) -> int:
     """Weights of the matrices that a description tells of: layers, experts, embedding and head."""
-    total = decoder.hidden * decoder.vocabulary * (1 if decoder.tied else 2)
+    total = decoder.hidden * decoder.vocabulary * (1 if decoder.tied else 2) + _expert_parameters(decoder)
     for layer, count in decoder.kinds:
         total += count * sum(rows * columns for _, rows, columns in layer.linears(decoder.hidden))
-        if isinstance(layer.mlp, Experts):
-            total += count * 3 * layer.mlp.count * layer.mlp.width * decoder.hidden
     return total
 
 
@@ -130,7 +147,8 @@ def dequantised_bytes(shape: ModelShape, precision: Precision) -> float:
 
 def _largest_group(layer: Layer, hidden: int) -> int:
     """Weights of the layers that read one input (q, k and v; gate and up), whichever group has the most."""
-    blocks = (layer.mixer.linears(hidden), layer.mlp.linears(hidden))
+    parts = (layer.mixer, layer.beside, layer.mlp)
+    blocks = [part.linears(hidden) for part in parts if part is not None]
     # The last of a block reads what the others made.
     groups = [group for block in blocks for group in (block[:-1], block[-1:])]
     return max(sum(rows * columns for _, rows, columns in group) for group in groups)
@@ -153,6 +171,7 @@ class Training:
     device: Literal["cpu", "cuda"]
     bases: int = 1  # Models in memory: two where the reference is one of its own.
     trainer: Trainer = "packed"
+    fla: bool = False  # Whether gated delta nets are computed by flash-linear-attention.
 
     @property
     def width(self) -> int:
@@ -160,8 +179,7 @@ class Training:
 
     def usable(self, available_gib: float) -> float:
         """GiB that a plan may need."""
-        left = SMALL_TENSORS if self.device == "cuda" and self.kernels != "fused" else 0.0
-        return (USABLE[self.device] - left) * available_gib
+        return usable_share(self.device, self.kernels) * available_gib
 
     @property
     def stepwise(self) -> bool:
@@ -194,11 +212,24 @@ class Training:
         return tuple(below + above for below, above in zip(lower, reversed(upper), strict=True))
 
     @cached_property
+    def made(self) -> tuple[float, ...]:
+        """Bytes of experts' weights with their adapters that are kept where the lowest 0, 1, ... layers are recomputed,
+        whatever a forward holds."""
+        made = [made_bytes(layer, self.decoder, self.lora, self.width) for layer in self.decoder.layers]
+        return tuple(reversed(list(accumulate(reversed(made), initial=0.0))))
+
+    @cached_property
+    def _making(self) -> float:
+        """Bytes that a layer's adapted experts take while they are differentiated, beside those kept: the adapter's
+        product and the gradient of their sum."""
+        return 2 * max(made_bytes(layer, self.decoder, self.lora, self.width) for layer, _ in self.decoder.kinds)
+
+    @cached_property
     def _of_layer(self) -> tuple[dict[Layer, float], float, float]:
         """Bytes a token: kept of each kind of layer, the most of one, and the most that differentiating one takes."""
         where = (self.decoder, self.kernels, self.lora, self.width, self.trainer)
-        kept = {layer: kept_bytes(layer, *where) for layer, _ in self.decoder.kinds}
-        return kept, max(kept.values()), max(working_bytes(layer, *where) for layer in kept)
+        kept = {layer: kept_bytes(layer, *where, fla=self.fla) for layer, _ in self.decoder.kinds}
+        return kept, max(kept.values()), max(working_bytes(layer, *where, fla=self.fla) for layer in kept)
 
     def fewest_recomputed(self, budget: int, usable_gib: float) -> int:
         layers = len(self.saved) - 1
@@ -213,12 +244,14 @@ class Training:
 
     def peak(self, budget: int, recomputed: int) -> float:
         """GiB at the peak of forwards of `budget` tokens."""
-        return (self._fixed_bytes + budget * self.saved[recomputed] + self._working(budget, recomputed)) / GIB
+        kept = budget * self.saved[recomputed] + self.made[recomputed]
+        return (self._fixed_bytes + kept + self._working(budget, recomputed)) / GIB
 
     def parts(self, budget: int, recomputed: int) -> dict[str, float]:
         """GiB of each part at that peak."""
         parts = self.fixed | {
             "kept activations": budget * self.saved[recomputed],
+            "adapted experts": self.made[recomputed],
             "working memory": self._working(budget, recomputed),
         }
         return {name: size / GIB for name, size in parts.items()}
@@ -230,10 +263,12 @@ class Training:
     def _working(self, budget: int, recomputed: int) -> float:
         """The larger of a chunk of logits and one layer's backward pass: the logits go before that begins."""
         _, kept, working = self._of_layer
+        making = self._making
         if recomputed == len(self.saved) - 1:
             # The recomputed layers are the lowest, so all the others' memory is free again when their turn comes.
             working += kept
-        return max(self._head_bytes(budget), budget * working)
+            making *= 1.5
+        return max(self._head_bytes(budget), budget * working + making)
 
     def _head_bytes(self, budget: int) -> float:
         """The logits of a chunk in fp32 and their gradient, and the gradient of each scored hidden state."""
@@ -243,11 +278,14 @@ class Training:
 
     def seconds(self, work: Work, budget: int, recomputed: int, card: Card) -> float:
         """Predicted seconds of an optimizer step."""
-        return step_seconds(self.decoder, self.arithmetic, self.precision, self.kernels, work, budget, recomputed, card)
+        return step_seconds(
+            self.decoder, self.arithmetic, self.precision, self.kernels, work, budget, recomputed, card, self.lora.rank
+        )  # fmt: skip
 
 
 def fit(training: Training, work: Work, available_gib: float, card: Card | None = None) -> MemoryFit:
-    """The fastest forward size that fits, with as many recomputed layers as it needs.
+    """The forward size to take, with as many recomputed layers as it needs: of those that fit and are predicted to be
+    about as fast as the fastest (ABOUT_AS_FAST), the one that needs least, where that is much less (WORTH_SAVING).
 
     `peak_gib` is the allocator's; that the device also holds a CUDA context is counted in `fits`. No forward is smaller
     than the longest pair.
@@ -258,31 +296,22 @@ def fit(training: Training, work: Work, available_gib: float, card: Card | None 
     """
     card = card or find_card(FITTED_ON)
     usable = training.usable(available_gib)
-    best: tuple[float, int, int] | None = None
+    fitting: list[tuple[float, int, int]] = []
     last: tuple[float, int, int] | None = None
     for budget in _candidates(training, work):
         recomputed = training.fewest_recomputed(budget, usable)
         seconds = training.seconds(work, budget, recomputed, card)
         last = (seconds, budget, recomputed)
-        if training.needed(budget, recomputed) <= usable and (best is None or seconds < best[0]):
-            best = last
+        if training.needed(budget, recomputed) <= usable:
+            fitting.append(last)
     assert last is not None
-    seconds, budget, recomputed = best or last
+    fastest = min(fitting, default=last)
+    about_as_fast = [each for each in fitting if each[0] <= ABOUT_AS_FAST * fastest[0]]
+    least = min(about_as_fast, key=lambda each: training.needed(*each[1:]), default=last)
+    saved = training.needed(*fastest[1:]) - training.needed(*least[1:])
+    seconds, budget, recomputed = least if saved > WORTH_SAVING * training.needed(*fastest[1:]) else fastest
     parts = training.parts(budget, recomputed)
-    return MemoryFit(budget, recomputed, sum(parts.values()), parts, best is not None, seconds)
-
-
-def estimate_peak(
-    shape: ModelShape,
-    precision: Precision,
-    kernels: Kernels,
-    lora: LoraSection,
-    tokens: int,
-    recomputed_layers: int,
-    device: Literal["cpu", "cuda"],
-) -> float:
-    """Estimated peak in GiB of forwards of `tokens` tokens."""
-    return Training(shape, precision, kernels, lora, device).peak(tokens, recomputed_layers)
+    return MemoryFit(budget, recomputed, sum(parts.values()), parts, bool(fitting), seconds)
 
 
 def _candidates(training: Training, work: Work) -> Iterator[int]:

@@ -17,7 +17,7 @@ from dpo_assets.errors import ConfigError
 from dpo_assets.planning.decoder import Decoder
 from dpo_assets.planning.families import describe
 from dpo_assets.planning.shape import ModelShape
-from dpo_assets.planning.text_part import TextPart, text_config
+from dpo_assets.planning.text_part import TextPart, has_other_parts, text_config
 from dpo_assets.planning.vocabulary import content, refuse_tokens_without_embedding
 from dpo_assets.planning.weights import FLOATS, Stored, Weights, listed, read_weights, unused_files
 
@@ -25,7 +25,7 @@ PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 # What a release or a run needs of a model folder beside the weights; nothing else is fetched or copied.
 KEPT = ("*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*")
 CONFIG, TOKENIZER_CONFIG, TEMPLATE = "config.json", "tokenizer_config.json", "chat_template.jinja"
-HEAD = "lm_head.weight"
+HEAD_WEIGHT = "lm_head.weight"
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "tok_embeddings.weight")
 # Files of a tokenizer, as the Hub's models have them.
 TOKENIZER_FILES = (
@@ -114,7 +114,7 @@ def _shape(folder: Path, config: Mapping[str, Any], weights: Weights) -> ModelSh
         heads, kv_heads, head_dim = _attention(decoder, text, weights)
         hidden = decoder.hidden if decoder else text["hidden_size"]
         # A tied head that is stored as well is the embedding once more.
-        twice = weights.tensors.get(part.names.get(HEAD, "")) if part.tied else None
+        twice = weights.tensors.get(part.names.get(HEAD_WEIGHT, "")) if part.tied else None
         return ModelShape(
             parameters=weights.parameters - (math.prod(twice.shape) if twice else 0),
             layers=len(decoder.layers) if decoder else text["num_hidden_layers"],
@@ -130,6 +130,7 @@ def _shape(folder: Path, config: Mapping[str, Any], weights: Weights) -> ModelSh
             model_type=text.get("model_type") or config.get("model_type") or "",
             stored=weights.format,
             beside=every.parameters - weights.parameters,
+            more_than_text=has_other_parts(config),
             decoder=decoder,
         )
     except KeyError as error:

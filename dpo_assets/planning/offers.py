@@ -9,13 +9,15 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dpo_assets.planning.cards import Card
+from dpo_assets.errors import ConfigError
+from dpo_assets.planning.cards import Rates
 from dpo_assets.planning.dataset import DatasetStats
+from dpo_assets.planning.delta_nets import BY_PYTORCH, HOPPER, has_delta_nets, has_fla, why_wrong_gradient
 from dpo_assets.planning.engines import KERNELS, beyond_unsloth, why_not
-from dpo_assets.planning.memory import MemoryFit, Training, fit
+from dpo_assets.planning.memory import FRAMEWORK_GIB, MemoryFit, Training, fit
 from dpo_assets.planning.precision import Device, Precision
-from dpo_assets.planning.shape import Kernels, ModelShape
-from dpo_assets.planning.speed import card_of
+from dpo_assets.planning.shape import Kernels, ModelShape, Part
+from dpo_assets.planning.speed import predicted_by
 from dpo_assets.planning.work import Work
 from dpo_assets.recipe import Recipe
 
@@ -33,12 +35,19 @@ class EngineOffer(BaseModel):
     )
     peak_gib: float | None = Field(default=None, description="Estimated peak of its own best forward size.")
     why_not: str = Field(default="", description="Why another was taken; empty for the one that was.")
+    note: str = Field(default="", description="What the prediction rests on, where that is not this card and engine.")
 
 
-def installed_here() -> frozenset[Kernels]:
-    """Engines whose packages this environment has. The worker runs in it too. Nothing is imported."""
-    has_unsloth = all(importlib.util.find_spec(package) for package in ("unsloth", "unsloth_zoo"))
-    return BUILT_IN | ({"unsloth"} if has_unsloth else set())
+def installed_here() -> frozenset[Part]:
+    """What this environment has the packages of. The worker runs in it too. Nothing is imported."""
+    found: set[Part] = set(BUILT_IN)
+    if all(importlib.util.find_spec(package) for package in ("unsloth", "unsloth_zoo")):
+        found.add("unsloth")
+    if has_fla():
+        found.add("delta-net")
+        if not why_wrong_gradient((HOPPER, 0)):
+            found.add("delta-net on Hopper")
+    return frozenset(found)
 
 
 def balances_routers(recipe: Recipe) -> bool:
@@ -54,7 +63,7 @@ class Offers:
     shape: ModelShape
     data: DatasetStats
     device: Device
-    installed: frozenset[Kernels]
+    installed: frozenset[Part]
 
     @property
     def asked(self) -> Kernels | None:
@@ -68,8 +77,14 @@ class Offers:
         return Work.of(self.data, self.recipe.dpo)
 
     @cached_property
-    def _card(self) -> Card:
-        return card_of(self.device)
+    def _rates(self) -> Rates:
+        return predicted_by(self.device)
+
+    @property
+    def _fla(self) -> bool:
+        """Whether gated delta nets are computed by flash-linear-attention: on a GPU that has a right gradient of it."""
+        hopper = (self.device.capability or (0, 0))[0] == HOPPER
+        return self.device.kind == "cuda" and ("delta-net on Hopper" if hopper else "delta-net") in self.installed
 
     @cached_property
     def _fitted(self) -> Any:
@@ -81,11 +96,20 @@ class Offers:
         return found
 
     def _fit(self, kernels: Kernels, precision: Precision) -> MemoryFit:
+        return fit(self._training(kernels, precision), self.work, self.device.memory_gib, self._rates.card)
+
+    def _training(self, kernels: Kernels, precision: Precision) -> Training:
         bases = 2 if self.recipe.dpo.reference_strategy == "model" else 1
-        training = Training(
-            self.shape, precision, kernels, self.recipe.lora, self.device.kind, bases, self.recipe.dpo.trainer
+        return Training(
+            self.shape,
+            precision,
+            kernels,
+            self.recipe.lora,
+            self.device.kind,
+            bases,
+            self.recipe.dpo.trainer,
+            self._fla,
         )
-        return fit(training, self.work, self.device.memory_gib, self._card)
 
     def cannot(self, kernels: Kernels, precision: Precision | None = None) -> str:
         """Why an engine cannot compute this run; empty where it can.
@@ -94,7 +118,7 @@ class Offers:
             precision: None: at any.
         """
         recipe = self.recipe
-        if kernels == "unsloth" and self.shape.beside:
+        if kernels == "unsloth" and self.shape.more_than_text:
             return f"it loads {self.shape.architecture} whole, and names its layers otherwise than a release does"
         if kernels != "transformers" and balances_routers(recipe):
             return "it does not tell what routers say, which router_balance needs"
@@ -122,14 +146,36 @@ class Offers:
             return f"not installed: pip install 'dpo-assets[{kernels}]'"
         return ""
 
+    def possible(self, precision: Precision | None = None) -> list[Kernels]:
+        """The engines that `auto` may take.
+
+        Raises:
+            ConfigError: there is none, with each engine's reason and the way out.
+        """
+        why = {k: self.cannot(k, precision) or self.unwanted(k) for k in KERNELS}
+        if found := [kernels for kernels, reason in why.items() if not reason]:
+            return found
+        reasons = "; ".join(f"`{kernels}`: {reason}" for kernels, reason in why.items())
+        out = (
+            "set sft.router_balance and dpo.router_balance to 0"
+            if balances_routers(self.recipe)
+            else "change what the reasons name, or take another base model"
+        )
+        raise ConfigError(
+            f"no engine can train {self.shape.architecture or 'this model'} with this recipe ({reasons}); {out}."
+        )
+
     def best(self, precision: Precision) -> Kernels:
         """The engine to take at a precision: the one that is asked for, else the fastest of those that fit.
 
         Where none fits it is the one that needs least. On a CPU nothing is predicted: the first that can is taken.
+
+        Raises:
+            ConfigError: as `possible`.
         """
         if self.asked is not None:
             return self.asked
-        possible = [k for k in KERNELS if not self.cannot(k, precision) and not self.unwanted(k)]
+        possible = self.possible(precision)
         if self.device.kind == "cpu":
             return possible[0]
 
@@ -153,10 +199,25 @@ class Offers:
             name=kernels,
             pairs_per_s=speed,
             peak_gib=found.peak_gib,
-            why_not="" if kernels == taken else self._passed_over(kernels, found),
+            why_not="" if kernels == taken else self._passed_over(kernels, precision, found),
+            note=self._note(kernels),
         )
 
-    def _passed_over(self, kernels: Kernels, found: MemoryFit) -> str:
+    def _note(self, kernels: Kernels) -> str:
+        """What a prediction rests on, where that is not this card and the fastest form of the model's layers."""
+        notes = [self._rates.note]
+        if kernels != "unsloth" and has_delta_nets(self.shape.described()) and not self._fla:
+            notes.append(f"{BY_PYTORCH}{self._way_to_fla()}")
+        return "; ".join(filter(None, notes))
+
+    def _way_to_fla(self) -> str:
+        if self.device.kind == "cpu":
+            return ""
+        if "delta-net" not in self.installed:
+            return ": pip install 'dpo-assets[delta-net]'"
+        return ", for this Triton compiles the gradient wrong on Hopper GPUs: pip install 'triton>=3.7.1', or tilelang"
+
+    def _passed_over(self, kernels: Kernels, precision: Precision, found: MemoryFit) -> str:
         if reason := self.unwanted(kernels):
             return reason
         if self.recipe.hardware.speedups:
@@ -164,5 +225,7 @@ class Offers:
         if self.asked is not None:
             return f"hardware.kernels asks for `{self.asked}`"
         if not found.fits:
-            return f"it does not fit: {found.peak_gib:.1f} of {self.device.memory_gib:.1f} GiB at the peak"
+            needed = found.peak_gib + FRAMEWORK_GIB[self.device.kind]
+            usable = self._training(kernels, precision).usable(self.device.memory_gib)
+            return f"it does not fit: {needed:.1f} GiB in all, and a run can plan with {usable:.1f}"
         return "not faster, by this prediction" if self.device.kind == "cuda" else "nothing is predicted on a CPU"

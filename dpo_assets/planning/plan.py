@@ -14,7 +14,7 @@ from dpo_assets.planning.offers import BUILT_IN, EngineOffer
 from dpo_assets.planning.precision import QUANTISED, Compute, Device, Half, Precision, compute_format
 from dpo_assets.planning.schedule import warmup_steps
 from dpo_assets.planning.scoring import Scoring, choose_scoring
-from dpo_assets.planning.shape import Kernels, ModelShape
+from dpo_assets.planning.shape import Kernels, ModelShape, Part
 from dpo_assets.planning.targets import LoraCoverage, planned_coverage, resolve_targets
 from dpo_assets.recipe import DpoSection, LoraSection, Recipe, SftSection, Speedup
 
@@ -79,7 +79,12 @@ class TrainingPlan(BaseModel):
         return warmup_steps(self.dpo.warmup_ratio, self.dpo_steps)
 
     def sft_part(self) -> dict[str, object]:
-        """What the SFT checkpoint depends on: a change of DPO settings must not retrain it."""
+        """What the SFT checkpoint depends on.
+
+        Both stages run on one engine at one precision. So of the DPO settings those that change either change this too:
+        `trainer`, `router_balance` and `reference_strategy`, and by the memory of a forward `micro_batch_size` and
+        `batch_size`. No other does, which is why a new rate, beta or loss keeps the SFT checkpoint.
+        """
         return self._identity("sft")
 
     def dpo_part(self) -> dict[str, object]:
@@ -135,17 +140,19 @@ def make_plan(
     shape: ModelShape,
     data: DatasetStats,
     device: Device,
-    installed: frozenset[Kernels] = BUILT_IN,
+    installed: frozenset[Part] = BUILT_IN,
 ) -> TrainingPlan:
     """Resolves a recipe for a model, a dataset and a device. A plan that does not fit says so, and what would.
 
     Args:
-        installed: engines that `auto` may take (`offers.installed_here`); the planner looks at no environment itself.
+        installed: engines that `auto` may take, and whether fla-core computes delta nets (`offers.installed_here`); the
+            planner looks at no environment itself.
 
     Raises:
         ConfigError: when an explicit choice cannot work on the device.
     """
-    available = min(device.memory_gib, recipe.hardware.memory_gib or device.memory_gib)
+    whole = device.memory_gib
+    available = min(whole, recipe.hardware.memory_gib or whole)
     device = replace(device, memory_gib=available)
     lora = resolve_targets(recipe.lora, shape)
     recipe = recipe.model_copy(update={"lora": lora})
@@ -171,7 +178,7 @@ def make_plan(
         memory_available_gib=available,
         memory_parts=memory.parts,
         fits=memory.fits,
-        would_fit=[] if memory.fits else what_would_fit(recipe, shape, data, device, installed),
+        would_fit=[] if memory.fits else what_would_fit(recipe, shape, data, device, installed, whole),
         parameters=shape.parameters,
         max_length=data.max_length,
         train_pairs=data.train_pairs,

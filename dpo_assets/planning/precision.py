@@ -17,6 +17,7 @@ QUANTISED: tuple[Precision, ...] = ("4bit", "8bit", "fp8")
 NEEDED_CAPABILITY: dict[Precision, tuple[int, int]] = {
     "4bit": (6, 0), "8bit": (7, 5), "fp8": (8, 9), "bf16": (8, 0), "fp16": (0, 0), "fp32": (0, 0),
 }  # fmt: skip
+WORTH_QUANTISING = 0.1  # Of the peak that 16 bit needs: what saves less, and does not fit, is not worth the rounding.
 AMPERE = NEEDED_CAPABILITY["bf16"]
 
 
@@ -70,7 +71,10 @@ class PrecisionChoice:
 
 
 def choose_precision(
-    device: Device, requested: Precision | Literal["auto"], fitted: Callable[[Precision], Fitted]
+    device: Device,
+    requested: Precision | Literal["auto"],
+    fitted: Callable[[Precision], Fitted],
+    unquantised: str = "",
 ) -> PrecisionChoice:
     """The fewest compromises that fit; a user's choice wins where the device can follow it.
 
@@ -78,6 +82,7 @@ def choose_precision(
 
     Args:
         fitted: the memory estimate of a precision on this device.
+        unquantised: what of the model no precision makes smaller, in words; empty where that is little.
 
     Raises:
         ConfigError: when the requested precision cannot run on this device, with the nearest one that can.
@@ -99,9 +104,12 @@ def choose_precision(
         return PrecisionChoice(half, f"{half}: it does not fit, and {name} is too old for 4-bit weights")
     why = f"{half} needs {plain.peak_gib:.1f} GiB at least, more than a run can plan with on the {memory} of {name}"
     small = fitted("4bit")
+    stays = f"; {unquantised}" if unquantised else ""
     if small.fits:
-        return PrecisionChoice("4bit", f"4bit: {why}; in 4 bit the peak is {small.peak_gib:.1f} GiB")
-    return PrecisionChoice("4bit", f"4bit: {why}; even 4 bit needs {small.peak_gib:.1f} GiB")
+        return PrecisionChoice("4bit", f"4bit: {why}; in 4 bit the peak is {small.peak_gib:.1f} GiB{stays}")
+    if small.peak_gib > (1 - WORTH_QUANTISING) * plain.peak_gib:
+        return PrecisionChoice(half, f"{why}; 4 bit would need {small.peak_gib:.1f} GiB, hardly less{stays}")
+    return PrecisionChoice("4bit", f"4bit: {why}; even 4 bit needs {small.peak_gib:.1f} GiB{stays}")
 
 
 def refuse_impossible(device: Device, requested: Precision) -> None:

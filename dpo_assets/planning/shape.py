@@ -10,6 +10,8 @@ from dpo_assets.planning.decoder import Attention, Decoder, Layer, Mlp
 from dpo_assets.planning.matrices import Matrices
 
 Kernels = Literal["fused", "transformers", "unsloth", "rows"]
+# What an environment may have: engines, fla-core, and fla-core whose gradient is right on Hopper GPUs too.
+Part = Kernels | Literal["delta-net", "delta-net on Hopper"]
 Trainer = Literal["packed", "trl"]  # `dpo.trainer`.
 
 
@@ -31,6 +33,7 @@ class ModelShape(BaseModel):
     model_type: str = ""  # Of config.json: by it PEFT and Transformers tell families apart.
     stored: str = ""  # What most weights are stored in, as `compute` names it; empty where no file was read.
     beside: int = 0  # Values in the files that are none of the language model's: towers, heads for further tokens.
+    more_than_text: bool = False  # Whether config.json describes towers too, whose class names the decoder otherwise.
     decoder: Decoder | None = None  # What its layers compute; None where no family is known.
     matrices: tuple[Matrices, ...] | None = None  # Of the decoder layers, where the model's files were read.
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from dpo_assets.planning.activations import adapts, mlp_width
-from dpo_assets.planning.cards import Card, find_card, known_card
+from dpo_assets.planning.activations import adapts, made_bytes, mlp_width
+from dpo_assets.planning.cards import Card, Rates, find_card, rates_of
 from dpo_assets.planning.decoder import Attention, Decoder, Experts
 from dpo_assets.planning.precision import QUANTISED, Device, Precision
 from dpo_assets.planning.shape import Kernels, Trainer
@@ -23,9 +23,10 @@ FITTED_ON = "h100"  # Whose rates stand in for those of a card that is not in th
 # 8,000 tokens. Experts' products are small: half the rate is assumed, and no row measured it.
 GEMM_SHARE, ATTENTION_SHARE, EXPERT_SHARE = 0.79, 0.6, 0.4
 HALF_RATE_WIDTH = 630
+MADE_TRAFFIC = 3  # Times that a weight of adapted experts passes through memory: read, added to, written.
 DEQUANTISED_BYTES = 2.5  # Of each quantised weight, once in every pass of every forward.
-# Each use of a quantised matrix is a launch more. Llama-8B in 4 bit on an H200: forwards of 1,984 tokens took 192 ms, and
-# ones of 5,248 tokens 360 ms, of which launches hid behind the GPU.
+# Each use of a quantised matrix is a launch more. Llama-8B in 4 bit on an H200: forwards of 1,984 tokens took 192 ms,
+# and ones of 5,248 tokens 360 ms, of which launches hid behind the GPU.
 QUANTISED_LAUNCHES = 1.5
 FUSED_RECOMPUTED = 0.75  # Of a layer's forward: the down projection's output is the next layer's saved input.
 
@@ -45,8 +46,8 @@ class Engine:
     recomputed: float = 1.0
 
 
-ENGINES: dict[tuple[Kernels, Trainer], Engine] = {
-    ("fused", "packed"): Engine(5.1, (1.3e-3, 2.0e-3), FUSED_RECOMPUTED),
+ENGINE_COSTS: dict[tuple[Kernels, Trainer], Engine] = {
+    ("fused", "packed"): Engine(5.1, (1.45e-3, 2.2e-3), FUSED_RECOMPUTED),
     ("transformers", "packed"): Engine(18.5, (5.0e-3, 7.4e-3)),
     ("unsloth", "packed"): Engine(11.9, (4.1e-3, 6.1e-3)),
     # Not measured yet: the layers are those of `transformers`, on more tokens.
@@ -62,39 +63,43 @@ class Arithmetic:
 
     linear: float  # Weights of linear layers, which are quantised where anything is.
     experts: float  # Weights of the experts that are active for a token; these are parameters, and never quantised.
-    adapter: float  # LoRA weights.
+    adapter: float  # LoRA weights of linear layers.
+    routed: float  # Weights of all experts, which a forward reads however few tokens it has.
+    made: float  # Of these the ones with an adapter, of which PEFT makes new ones at every use.
     attentions: tuple[tuple[int, int | None, int], ...]  # (query width, window, layers that have them).
     values: float  # Widths of all layers' activations.
     head: float
 
     @classmethod
     def of(cls, decoder: Decoder, lora: LoraSection) -> Arithmetic:
-        linear = experts = adapter = values = 0.0
+        linear = experts = adapter = routed = made = values = 0.0
         attentions: Counter[tuple[int, int | None]] = Counter()
         for layer, count in decoder.kinds:
             linears = layer.linears(decoder.hidden)
             linear += count * sum(rows * columns for _, rows, columns in linears)
             adapter += count * lora.rank * sum(rows + cols for name, rows, cols in linears if adapts(lora, name))
             if isinstance(layer.mlp, Experts):
-                experts += count * 3 * layer.mlp.active * layer.mlp.width * decoder.hidden
+                one = count * 3 * layer.mlp.width * decoder.hidden
+                experts += one * layer.mlp.active
+                routed += one * layer.mlp.count
+                made += count * made_bytes(layer, decoder, lora, 1)
             values += count * (4 * decoder.hidden + 3 * mlp_width(layer.mlp))
             if isinstance(layer.mixer, Attention):
                 values += count * 2 * (layer.mixer.query_width + layer.mixer.kv_width)
                 attentions[layer.mixer.query_width, layer.mixer.window] += count
-            else:
-                values += count * 8 * layer.mixer.inner
+            values += count * sum(8 * mixer.inner for mixer in layer.recurrents)
         return cls(
-            linear, experts, adapter, tuple((w, n, c) for (w, n), c in attentions.items()), values,
+            linear, experts, adapter, routed, made, tuple((w, n, c) for (w, n), c in attentions.items()), values,
             decoder.hidden * decoder.vocabulary,
         )  # fmt: skip
 
 
 def step_seconds(
     decoder: Decoder, arithmetic: Arithmetic, precision: Precision, kernels: Kernels, work: Work, budget: int,
-    recomputed: int, card: Card,
+    recomputed: int, card: Card, rank: int,
 ) -> float:  # fmt: skip
-    """Predicted seconds of an optimizer step in forwards of `budget` tokens."""
-    engine = ENGINES[kernels, work.trainer]
+    """Predicted seconds of an optimizer step in forwards of `budget` tokens, `rank` that of the adapter."""
+    engine = ENGINE_COSTS[kernels, work.trainer]
     tokens, forwards = work.computed_tokens(kernels, budget), work.forwards(kernels, budget)
     layers = max(1, len(decoder.layers))
     again = recomputed / layers * engine.recomputed
@@ -112,7 +117,12 @@ def step_seconds(
     # Causal: half of the square of a row, for scores and for values; the backward pass is two and a half times as much.
     attention = sum(2 * wide * work.attended(window) * count for wide, window, count in arithmetic.attentions)
     products += (3.5 + again + reference) * attention / ATTENTION_SHARE
+    # Of adapted experts: the gradient of every weight by tokens, the adapter's product and its gradients by forwards.
+    trained = arithmetic.made / max(1.0, arithmetic.routed)
+    products += 2 * trained * arithmetic.experts * tokens / EXPERT_SHARE / filled
+    products += (3 + again + reference) * 2 * rank * arithmetic.made * forwards / EXPERT_SHARE / filled
     moved = passes * engine.traffic * arithmetic.values * width * tokens
+    moved += forwards * width * (passes * arithmetic.routed + MADE_TRAFFIC * (2 + again + reference) * arithmetic.made)
     if precision in QUANTISED:
         moved += passes * forwards * arithmetic.linear * DEQUANTISED_BYTES
     gpu = products / (card.tflops * 1e12) + moved / (card.terabytes_per_s * 1e12)
@@ -124,6 +134,11 @@ def step_seconds(
     return max(gpu, launches) + 0.1 * launches
 
 
-def card_of(device: Device) -> Card:
-    """The card to predict for: the device's own, or the one that the constants were fitted on."""
-    return known_card(device) or find_card(FITTED_ON)
+def predicted_by(device: Device) -> Rates:
+    """The rates to predict with: the device's own, or those of the card that the constants were fitted on."""
+    fitted = find_card(FITTED_ON)
+    if device.kind == "cpu":
+        return Rates(fitted)
+    return rates_of(device) or Rates(
+        fitted, f"at an {fitted.key.upper()}'s rates: {device.name} is not in the catalogue"
+    )

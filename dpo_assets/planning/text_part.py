@@ -8,12 +8,15 @@ checkpoint of text alone has. Planner, loader and merge ask here which is which,
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpo_assets.errors import ConfigError
+from dpo_assets.planning.families import describe
 from dpo_assets.planning.matrices import decoder_list
 from dpo_assets.planning.weights import read_weights
 
@@ -22,6 +25,8 @@ DECODER, HEAD = "model.", "lm_head."
 # Parts of a config.json, each of another model of the checkpoint.
 PARTS = ("text_config", "vision_config", "audio_config")
 TIED = "tie_word_embeddings"
+# Layers that predict further tokens, under a name of their own (Qwen3-Next, Qwen3.5, MiMo).
+_FURTHER = re.compile(r"(^|\.)mtp(_\w+)?\.")
 
 
 @dataclass(frozen=True)
@@ -44,13 +49,20 @@ class TextPart:
     def of(cls, config: Mapping[str, Any], names: Iterable[str]) -> TextPart:
         """The text part of tensors of these names, under this config.json.
 
-        Of a checkpoint that is text alone, and of one whose decoder is not found, every tensor is its own.
+        Of a checkpoint that is text alone, and of one whose decoder is not found, every tensor is its own, but for
+        layers that predict further tokens: no causal language model of Transformers has a place for them.
+
+        Raises:
+            LookupError, TypeError, ValueError, ArithmeticError: as `describe`, where the layers are not stated.
         """
-        stored = list(names)
-        layers = text_config(config).get("num_hidden_layers") or 0
-        decoder = decoder_list(stored, layers).rpartition(".")[0] if has_other_parts(config) else ""
+        held = list(names)
+        layers = _layers(config)
+        found = decoder_list(held, layers)
+        stored = [name for name in held if not _predicts_further(name, found, layers)]
+        decoder = found.rpartition(".")[0] if has_other_parts(config) else ""
         if not decoder:
-            return cls({name: name for name in stored}, (), (), _tied(config, stored))
+            beside = tuple(sorted(set(held).difference(stored)))
+            return cls({name: name for name in stored}, beside, (), _tied(config, stored))
         decoder = f"{decoder}."
         # A tower may have a head of its own; the language model's stands at the top or beside its decoder.
         heads = {before for before in map(_before_head, stored) if before is not None and decoder.startswith(before)}
@@ -65,7 +77,7 @@ class TextPart:
         own = frozenset(plain.values())
         return cls(
             plain,
-            tuple(sorted(set(stored) - own)),
+            tuple(sorted(set(held) - own)),
             tuple(pair for pair in pairs if pair[0] != pair[1]),
             _tied(config, own),
         )
@@ -105,6 +117,21 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a config.json that describes the language model: the whole, where nothing else is described."""
     text: Mapping[str, Any] = config.get("text_config") or config
     return text
+
+
+def _layers(config: Mapping[str, Any]) -> int:
+    """Decoder layers of the model: as stated, else its family's default; where neither is known, all that there are."""
+    if stated := text_config(config).get("num_hidden_layers"):
+        return int(stated)
+    decoder = describe(config)
+    return len(decoder.layers) if decoder else sys.maxsize
+
+
+def _predicts_further(name: str, decoder: str, layers: int) -> bool:
+    """Whether a tensor is one of multi-token prediction: under a name of its own, or a layer beyond the model's
+    (DeepSeek-V3, GLM-4.5)."""
+    number = name.removeprefix(f"{decoder}.").partition(".")[0] if decoder and name.startswith(f"{decoder}.") else ""
+    return _FURTHER.search(name) is not None or (number.isdigit() and int(number) >= layers)
 
 
 def _before_head(name: str) -> str | None:

@@ -29,7 +29,10 @@ class PublishingSection(Section):
     dry_run: bool = Field(
         default=True, description="Write the exact folder, card and operation list, and send nothing."
     )
-    artifact: Literal["merged", "adapter"] = Field(default="merged", description="What is released.")
+    artifact: Literal["merged", "adapter"] = Field(
+        default="merged",
+        description="What is released. `adapter` is for bases on the Hub that hold text alone: it is loaded onto them.",
+    )
     private: bool = Field(default=True, description="Create the repository as private.")
     endpoint: str | None = Field(default=None, description="Hub address; default: huggingface_hub's own.")
 

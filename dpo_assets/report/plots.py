@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dpo_assets.checks.reports import read_metrics
 from dpo_assets.untrusted import in_markdown
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def line_plot(
     """
     from matplotlib.figure import Figure
 
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    rows = read_metrics(metrics)
     figure = Figure(figsize=(6, 3), dpi=80, layout="constrained")
     axes = figure.subplots()
     for key, label in series.items():

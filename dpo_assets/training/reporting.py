@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from dpo_assets.artifact import without_nan
 from dpo_assets.contract import Progress
 
 PROGRESS_EVERY_SECONDS = 1.0
@@ -52,7 +53,8 @@ def write_metrics(history: list[dict[str, Any]], path: Path) -> list[dict[str, f
         for row in history
         if "loss" in row
     ]
-    path.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows), encoding="utf-8")
+    lines = [json.dumps(without_nan(row), sort_keys=True, allow_nan=False) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
     return rows
 
 

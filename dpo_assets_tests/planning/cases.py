@@ -7,6 +7,7 @@ from typing import Any
 from dpo_assets.planning.cards import find_card
 from dpo_assets.planning.dataset import DatasetStats
 from dpo_assets.planning.families import describe
+from dpo_assets.planning.memory import described_parameters
 from dpo_assets.planning.plan import TrainingPlan, make_plan
 from dpo_assets.planning.precision import Device
 from dpo_assets.planning.shape import ModelShape
@@ -27,6 +28,16 @@ TINY = ModelShape(
         "rms_norm_eps": 1e-5,
     }),
 )  # fmt: skip
+
+
+def shape_of(**config: Any) -> ModelShape:
+    decoder = describe(config)
+    assert decoder is not None
+    return ModelShape(
+        parameters=described_parameters(decoder), layers=len(decoder.layers), hidden=decoder.hidden,
+        intermediate=config["intermediate_size"], vocabulary=decoder.vocabulary, context=32_768, decoder=decoder,
+        heads=config["num_attention_heads"], kv_heads=config["num_key_value_heads"], head_dim=config["head_dim"],
+    )  # fmt: skip
 
 
 def data(**changes: Any) -> DatasetStats:

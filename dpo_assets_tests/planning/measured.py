@@ -1,7 +1,8 @@
 """Measured training blocks on an H100 and an H200: what was asked for, pairs a second, and peak memory.
 
 Medians of the repeats of `benchmarks/dpo_throughput.py` and `length_cost.py`, as in benchmarks/results and
-benchmarks/RESULTS.md; Qwen3 and Gemma 3 of 2026-11-27 by the same script with their shapes. Random weights, LoRA r16 on
+benchmarks/RESULTS.md; Qwen3, Gemma 3, Phi-4-mini,
+OLMo 3, SmolLM3 and Ministral 3 of 2026-11-27 by the same script with their shapes. Random weights, LoRA r16 on
 all linear layers, 16 pairs a step, lengths like UltraFeedback's or near max_length. Blocks of `trl` are TRL's own
 trainer, on Transformers' layers or Unsloth's.
 """
@@ -51,6 +52,7 @@ SHAPES = {
         3_880_099_328, model_type="gemma3_text", vocab_size=262_208, hidden_size=2_560, intermediate_size=10_240,
         num_hidden_layers=34, num_attention_heads=8, num_key_value_heads=4, head_dim=256, sliding_window=1_024,
     ),
+    **{key: find_model(key).shape for key in ("phi4-mini", "olmo3-7b", "smollm3-3b", "ministral3-8b")},
 }  # fmt: skip
 
 
@@ -147,6 +149,17 @@ BLOCKS = (
     _classic("8b", "bf16", "unsloth", 25.0, 8, 32, 4.66, 20.165, "h200"),
     _classic("1b", "bf16", "unsloth", 6.0, 8, 16, 24.54, 4.883, "h200"),
     _classic("1b", "bf16", "unsloth", None, 16, 0, 32.62, 36.449, "h200"),
+    Block("qwen3-8b", "4bit", "fused", 10.3, 5_248, 35, 14.0, 9.33, card="h200"),
+    Block("qwen3-8b", "bf16", "fused", 26.0, 2_624, 0, 18.0, 24.09, card="h200"),
+    Block("qwen3-1.7b", "bf16", "fused", 10.0, 7_872, 15, 57.7, 8.71, card="h200"),
+    Block("gemma3-4b", "bf16", "fused", 20.0, 3_968, 0, 28.7, 17.73, card="h200"),
+    Block("phi4-mini", "bf16", "fused", 18.0, 3_904, 0, 31.7, 15.36, card="h200"),
+    Block("olmo3-7b", "bf16", "fused", 26.0, 2_624, 0, 17.5, 23.00, card="h200"),
+    Block("smollm3-3b", "bf16", "fused", 14.0, 5_248, 17, 31.7, 12.83, card="h200"),
+    Block("ministral3-8b", "bf16", "fused", 26.0, 2_240, 0, 16.8, 23.91, card="h200"),
+    _classic("qwen3-8b", "4bit", "unsloth", 10.3, 4, 36, 4.45, 8.49, "h200"),
+    _classic("qwen3-8b", "bf16", "unsloth", 26.0, 8, 36, 4.63, 20.04, "h200"),
+    _classic("qwen3-1.7b", "bf16", "unsloth", 10.0, 8, 28, 16.45, 5.60, "h200"),
     _long(1_024, 1_713.9, 1_943.9, 45.50, 25.601),
     _long(1_024, 1_445.4, 1_943.9, 56.39, 22.185),
     _long(1_024, 1_196.1, 1_943.9, 65.64, 19.017),

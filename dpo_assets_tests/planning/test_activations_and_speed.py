@@ -8,30 +8,21 @@ from typing import Any, get_args
 import pytest
 
 from dpo_assets.assets.dpo_plan import engines_table
-from dpo_assets.planning.activations import kept_bytes
+from dpo_assets.planning.activations import kept_bytes, working_bytes
 from dpo_assets.planning.cards import find_card
 from dpo_assets.planning.decoder import Attention, Decoder, Experts, Mlp, Norms
-from dpo_assets.planning.families import describe
 from dpo_assets.planning.memory import GIB, Training, body_parameters, described_parameters, weights_bytes
 from dpo_assets.planning.shape import Kernels, ModelShape
-from dpo_assets.planning.speed import Arithmetic
+from dpo_assets.planning.sizes import find_model
+from dpo_assets.planning.speed import Arithmetic, step_seconds
+from dpo_assets.planning.targets import EXPERT_PARAMETERS
 from dpo_assets.planning.work import Work
 from dpo_assets.recipe import LoraSection
-from dpo_assets_tests.planning.cases import H200, planned
+from dpo_assets_tests.planning.cases import H200, planned, shape_of
 from dpo_assets_tests.planning.measured import LORA, SHAPES
 
 H100 = find_card("h100")
 STEP = Work(16, 1_892, 841.8, 172.1, 1_024)
-
-
-def shape_of(**config: Any) -> ModelShape:
-    decoder = describe(config)
-    assert decoder is not None
-    return ModelShape(
-        parameters=described_parameters(decoder), layers=len(decoder.layers), hidden=decoder.hidden,
-        intermediate=config["intermediate_size"], vocabulary=decoder.vocabulary, context=32_768, decoder=decoder,
-        heads=config["num_attention_heads"], kv_heads=config["num_key_value_heads"], head_dim=config["head_dim"],
-    )  # fmt: skip
 
 
 EXPERTS = shape_of(
@@ -86,6 +77,69 @@ def test_more_active_experts_take_more_memory_and_more_time(kernels: Kernels) ->
     assert many.peak(4_096, 0) > few.peak(4_096, 0)
     # In one forward, which the launches do not hold up.
     assert many.seconds(STEP, 32_768, 0, H100) > few.seconds(STEP, 32_768, 0, H100)
+
+
+ADAPTED = LoraSection(rank=16, target_parameters=list(EXPERT_PARAMETERS))
+
+
+@pytest.mark.parametrize("kernels", ["fused", "transformers", "rows"])
+def test_adapted_experts_count_the_weights_that_peft_makes_of_them(kernels: Kernels) -> None:
+    """Qwen3-30B-A3B: 1.125 GiB in every layer that is not recomputed, 54 GiB in all, however small a forward is."""
+    adapted = Training(EXPERTS, "bf16", kernels, ADAPTED, "cuda")
+    one = 2 * 128 * 3 * 768 * 2_048 / GIB
+    for recomputed in (0, 40, 48):
+        assert adapted.parts(64, recomputed)["adapted experts"] == pytest.approx((48 - recomputed) * one)
+    assert adapted.peak(64, 0) == pytest.approx(sum(adapted.parts(64, 0).values()))
+    # Sums, product and gradient of the one layer that is differentiated.
+    assert adapted.parts(64, 48)["working memory"] == pytest.approx(3 * one, rel=0.05)
+
+
+def test_every_forward_reads_all_experts_and_adapted_ones_are_made_anew() -> None:
+    """57 GB at 3.35 TB/s are 17 ms for each of two passes, whatever a forward holds."""
+    adapted, frozen = (Training(EXPERTS, "bf16", "fused", lora, "cuda").arithmetic for lora in (ADAPTED, LORA))
+    assert (frozen.routed, frozen.made, adapted.made) == (adapted.routed, 0, adapted.routed)
+    assert frozen.routed == 48 * 128 * 3 * 768 * 2_048
+    decoder, per_forward = EXPERTS.described(), 2 * 2 * frozen.routed / (H100.terabytes_per_s * 1e12)
+    assert per_forward == pytest.approx(2 * 0.0173, rel=0.01)
+    step = Work(64, 4_096, 4_096.0, 800.0, 4_096)
+    read, unread = (
+        step_seconds(decoder, arithmetic, "bf16", "fused", step, 8_192, 0, H100, rank=16)
+        for arithmetic in (frozen, replace(frozen, routed=0.0))
+    )
+    assert read - unread == pytest.approx(32 * per_forward)
+    assert Training(EXPERTS, "bf16", "fused", ADAPTED, "cuda").seconds(step, 4_096, 0, H100) > Training(
+        EXPERTS, "bf16", "fused", LORA, "cuda"
+    ).seconds(step, 4_096, 0, H100)
+
+
+# Mixers with a state
+
+
+def test_mamba_beside_attention_is_kept_and_its_scan_is_worked_with() -> None:
+    """Falcon-H1-0.5B: PyTorch's scan makes chunk x heads x state values a token before it sums them."""
+    shape = shape_of(
+        model_type="falcon_h1", vocab_size=32_784, hidden_size=1_024, intermediate_size=2_048, num_hidden_layers=36,
+        num_attention_heads=8, num_key_value_heads=2, head_dim=64, mamba_d_ssm=1_536, mamba_n_heads=24,
+        mamba_d_state=128, mamba_n_groups=1, mamba_chunk_size=128,
+    )  # fmt: skip
+    decoder = shape.described()
+    layer = decoder.layers[0]
+    alone = replace(layer, beside=None)
+    for kernels in ("transformers", "rows"):
+        assert working_bytes(layer, decoder, kernels, LORA, 2) - working_bytes(alone, decoder, kernels, LORA, 2) >= (
+            128 * 24 * 128 * 4
+        )
+        # Values, keys and queries in fp32 and what they make of one another.
+        assert kept_bytes(layer, decoder, kernels, LORA, 2) > kept_bytes(alone, decoder, kernels, LORA, 2) + 4 * 3 * (
+            1_536 + 24 * 128
+        )
+
+
+def test_delta_nets_by_pytorch_take_more_than_by_flash_linear_attention() -> None:
+    shape = find_model("qwen3.5-9b").shape
+    for kernels in ("fused", "transformers", "rows"):
+        with_fla, without = (Training(shape, "bf16", kernels, LORA, "cuda", fla=fla) for fla in (True, False))
+        assert without.peak(4_096, 8) > with_fla.peak(4_096, 8) + 0.5
 
 
 # Layers

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from dpo_assets.errors import ConfigError
-from dpo_assets.planning.cards import CARDS, device_of, find_card, known_card
+from dpo_assets.planning.cards import CARDS, device_of, find_card, rates_of
 from dpo_assets.planning.precision import Device
 from dpo_assets.planning.sizes import SIZES, Size, find_model
+from dpo_assets.planning.speed import predicted_by
 from dpo_assets.planning.targets import kinds_of
 from dpo_assets_tests.pipelines import STORIES
 
@@ -39,6 +40,10 @@ from dpo_assets_tests.pipelines import STORIES
         ("B200", "b200"),
         ("h100", "h100"),
         ("V100 32GB", "v100-32"),
+        ("nvidia rtx a6000", "a6000"),
+        ("rtx4080 super", "rtx4080super"),
+        ("4070ti", "rtx4070ti"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
     ],
 )
 def test_a_card_answers_to_the_names_of_people_and_of_drivers(name: str, key: str) -> None:
@@ -59,7 +64,9 @@ def test_a_name_of_two_sizes_is_refused_with_both(name: str, sizes: str) -> None
     assert sizes in str(refused.value)
 
 
-@pytest.mark.parametrize(("name", "near"), [("h1000", "`h100`"), ("rtx4900", "`rtx4090`"), ("a10", "`a10g`")])
+@pytest.mark.parametrize(
+    ("name", "near"), [("h1000", "`h100`"), ("rtx4900", "`rtx4090`"), ("a10", "`a10g`"), ("3090 ti", "`rtx3090`")]
+)
 def test_an_unknown_card_is_refused_with_near_names_and_the_list(name: str, near: str) -> None:
     with pytest.raises(ConfigError) as refused:
         find_card(name)
@@ -145,6 +152,9 @@ def test_what_is_no_size_is_refused_with_the_list(name: str, tmp_path: Path, mon
     [
         ("NVIDIA H100 80GB HBM3", 26.0, "h100"),
         ("NVIDIA H100 NVL", 90.0, "h100-nvl"),
+        ("NVIDIA H100 PCIe", 79.0, "h100-pcie"),
+        ("NVIDIA GeForce RTX 4070 Ti", 11.6, "rtx4070ti"),
+        ("NVIDIA GeForce RTX 4080 SUPER", 15.6, "rtx4080super"),
         ("NVIDIA A100-SXM4-80GB", 79.0, "a100-80"),
         ("NVIDIA A100-PCIE-40GB", 39.0, "a100-40"),
         ("NVIDIA GeForce RTX 4090", 23.5, "rtx4090"),
@@ -162,12 +172,48 @@ def test_a_drivers_name_is_found_among_the_cards_or_none_is_taken_for_it(
     name: str, memory: float, key: str | None
 ) -> None:
     """Speeds are predicted by the card, and another card's would mislead."""
-    found = known_card(Device("cuda", name, memory, (8, 0)))
-    assert (found.key if found else None) == key
+    found = rates_of(Device("cuda", name, memory, (8, 0)))
+    assert (found.card.key if found else None) == key
+    assert found is None or not found.note
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "share", "note"),
+    [
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "h100", 10 / 79.1, "at 13% of the rates of an H100 80 GB"),
+        ("NVIDIA A100-SXM4-80GB MIG 3g.40gb", "a100-80", 40 / 79.2, "at 51% of the rates of an A100 80 GB"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "rtx4090", 0.5, "at 50% of the rates of a GeForce RTX 4090"),
+        ("NVIDIA GeForce RTX 3090 Ti", "rtx3090", 1.0, "at the rates of a GeForce RTX 3090"),
+        ("NVIDIA GeForce RTX 4070 SUPER", "rtx4070", 1.0, "at the rates of a GeForce RTX 4070"),
+    ],
+)
+def test_a_part_or_a_sibling_of_a_card_does_not_silently_get_its_rates(
+    name: str, key: str, share: float, note: str
+) -> None:
+    memory = 9.0 if "1g" in name else 39.0 if "3g" in name else 15.6
+    found = rates_of(Device("cuda", name, memory, (8, 0)))
+    assert found is not None
+    whole = find_card(key)
+    assert (found.card.key, found.note) == (key, note)
+    assert found.card.tflops == pytest.approx(share * whole.tflops)
+    assert found.card.terabytes_per_s == pytest.approx(share * whole.terabytes_per_s)
+
+
+@pytest.mark.parametrize("name", ["NVIDIA A10", "NVIDIA L40", "NVIDIA GeForce RTX 3080", "NVIDIA GB200"])
+def test_a_card_that_is_not_in_the_catalogue_is_predicted_by_another_and_says_so(name: str) -> None:
+    found = predicted_by(Device("cuda", name, 22.0, (8, 6)))
+    assert (found.card.key, found.note) == ("h100", f"at an H100's rates: {name} is not in the catalogue")
+
+
+def test_a_card_of_the_catalogue_needs_no_word() -> None:
+    assert not any(predicted_by(card.device()).note for card in CARDS)
+    assert not predicted_by(Device("cpu", "CPU", 16.0)).note
 
 
 def test_every_card_is_found_by_its_own_name_and_has_its_rates() -> None:
     for card in CARDS:
-        assert known_card(card.device()) is card
+        found = rates_of(card.device())
+        assert found is not None
+        assert found.card is card
         # Operations for each byte of memory: 60 (RTX 3060, T4's 200) to 420 (L40S), of all that there are.
         assert 50 < card.tflops / card.terabytes_per_s < 500, card.key

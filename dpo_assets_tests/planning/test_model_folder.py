@@ -258,6 +258,7 @@ def test_shards_are_added_up_and_a_text_config_inside_is_found(tmp_path: Path) -
         context=7,
         architecture="unknown",
         stored="fp32",
+        more_than_text=True,
     )
     assert (facts.architecture, facts.chat_template, facts.eos_token) == ("unknown", "", None)
 

@@ -245,7 +245,7 @@ def test_unsloth_is_not_asked_for_targets_that_it_does_not_know(lora: dict[str, 
 
 def test_unsloth_is_not_asked_for_a_checkpoint_of_more_than_text() -> None:
     """It would load the towers too, and save an adapter under names that no release has."""
-    beside = EIGHT_B.model_copy(update={"beside": 400_000_000, "architecture": "Gemma3ForConditionalGeneration"})
+    beside = EIGHT_B.model_copy(update={"more_than_text": True, "architecture": "Gemma3ForConditionalGeneration"})
     with pytest.raises(ConfigError, match=r"`unsloth` .*it loads Gemma3ForConditionalGeneration whole"):
         planned(beside, RTX_4090, hardware={"kernels": "unsloth"})
     assert planned(beside, RTX_4090).kernels != "unsloth"

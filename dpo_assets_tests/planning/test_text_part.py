@@ -57,10 +57,45 @@ def test_every_tensor_is_the_language_models_under_one_name_or_beside_it(
     assert part.tied is not head
 
 
-@given(st.lists(st.sampled_from([*OWN, "lm_head.weight", "mtp.fc.weight", "visual.patch.weight"]), unique=True))
+@given(st.lists(st.sampled_from([*OWN, "lm_head.weight", "visual.patch.weight"]), unique=True))
 def test_of_a_checkpoint_of_text_alone_every_tensor_is_its_own_by_its_own_name(names: list[str]) -> None:
     part = TextPart.of(TEXT, names)
     assert (dict(part.names), part.beside, part.prefixes) == ({name: name for name in names}, (), ())
+
+
+@pytest.mark.parametrize(
+    "further",
+    [
+        ["mtp.fc.weight", "mtp.layers.0.self_attn.q_proj.weight", "mtp.embed_tokens.weight", "mtp.lm_head.weight"],
+        [
+            "model.layers.2.eh_proj.weight",
+            "model.layers.2.embed_tokens.weight",
+            "model.layers.2.shared_head.head.weight",
+        ],
+        ["model.mtp_layers.0.norm.weight"],
+    ],
+    ids=["qwen3_next", "deepseek_v3, glm4_moe", "mimo"],
+)
+@pytest.mark.parametrize("form", [None, *FORMS])
+def test_layers_that_predict_further_tokens_are_no_part_of_the_model_alone_or_beside_a_tower(
+    form: str | None, further: list[str]
+) -> None:
+    decoder = "model." if form is None else FORMS[form][0]
+    own = [name.replace("model.", decoder, 1) for name in OWN]
+    also = [name.replace("model.", decoder, 1) for name in further]
+    part = TextPart.of(TEXT if form is None else BOTH, [*own, *also])
+    assert sorted(part.names.values()) == sorted(own)
+    assert list(part.beside) == sorted(also)
+
+
+@pytest.mark.parametrize("text", [{"model_type": "gemma3_text"}, {}, {"model_type": "of_no_family"}])
+def test_a_text_part_that_leaves_its_number_of_layers_to_its_class_is_told_from_its_tower(text: dict[str, Any]) -> None:
+    """No layers at all were found, and the tower was counted and trained for as text."""
+    config = {"model_type": "gemma3", "text_config": {"hidden_size": 8} | text, "vision_config": {}}
+    own = [name.replace("model.", "language_model.model.", 1) for name in OWN]
+    part = TextPart.of(config, [*own, *TOWERS["siglip"]])
+    assert sorted(part.names) == sorted(OWN)
+    assert sorted(part.beside) == sorted(TOWERS["siglip"])
 
 
 @pytest.mark.parametrize(

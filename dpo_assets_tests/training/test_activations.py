@@ -1,4 +1,4 @@
-"""What the planner says a layer keeps, beside what autograd keeps of it: tiny models of every described family."""
+"""What the planner says a layer keeps, beside what autograd keeps of it: tiny models of the families that follow."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from dpo_assets.planning.activations import kept_bytes
+from dpo_assets.planning.activations import kept_bytes, made_bytes
 from dpo_assets.planning.families import describe
+from dpo_assets.planning.targets import EXPERT_PARAMETERS
 from dpo_assets.recipe import LoraSection
 from dpo_assets.training.engines.experts import serve_experts
 from dpo_assets.training.models.targets import peft_targets
@@ -24,12 +25,16 @@ DENSE = (
     "llama", "qwen2", "qwen3", "ministral3", "phi3", "smollm3", "granite", "glm4", "ernie4_5", "hunyuan_v1_dense",
     "seed_oss", "olmo2", "olmo3", "gemma3_text", "exaone4", "mistral+window", "starcoder2",
 )  # fmt: skip
-ROUGH = ("qwen3_moe", "mixtral", "qwen3_5_text", "qwen3_next", "lfm2")
+ROUGH = ("qwen3_moe", "mixtral", "lfm2", "falcon_h1")
+DELTA_NETS = ("qwen3_5_text", "qwen3_next")
+WIDE_HEADS = {
+    "linear_key_head_dim": 64, "linear_value_head_dim": 64, "linear_num_key_heads": 2, "linear_num_value_heads": 4
+}  # fmt: skip
 
 
-def kept_a_token(name: str, lora: LoraSection) -> list[tuple[float, float]]:
+def kept_a_token(name: str, lora: LoraSection, **changes: Any) -> list[tuple[float, float]]:
     """(measured, planned) bytes a token of each layer of the model's own forward in fp32."""
-    model = tiny_model(name, **WIDE)
+    model = tiny_model(name, **WIDE | changes)
     config = model.config.to_dict()
     model.set_attn_implementation("sdpa")
     serve_experts(model)
@@ -86,3 +91,32 @@ def test_experts_and_mixers_with_a_state_are_planned_for_within_a_factor(name: s
     """Their modules differ by kernel and library, so the plan holds what is sure to be kept."""
     for measured, planned in kept_a_token(name, LoraSection(rank=RANK)):
         assert 0.5 < planned / measured < 2
+
+
+@pytest.mark.parametrize("name", DELTA_NETS)
+def test_a_delta_net_by_pytorch_is_planned_to_keep_what_autograd_keeps_of_it(name: str) -> None:
+    """Its scan keeps 15 copies of its values in fp32, which flash-linear-attention computes again."""
+    measured, planned = kept_a_token(name, LoraSection(rank=RANK), **WIDE_HEADS)[0]
+    assert planned == pytest.approx(measured, rel=0.1)
+
+
+def test_the_weights_that_peft_makes_of_adapted_experts_are_planned_for() -> None:
+    """Of all experts of a layer, whatever a forward holds: the backward pass reads them."""
+    model = tiny_model("qwen3_moe")
+    decoder = describe(model.config.to_dict())
+    assert decoder is not None
+    serve_experts(model)
+    lora = LoraSection(rank=RANK, target_parameters=list(EXPERT_PARAMETERS))
+    policy = get_peft_model(model, LoraConfig(r=RANK, **peft_targets(model, lora))).train()
+    own = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(value: Tensor) -> Tensor:
+        if value.untyped_storage().data_ptr() not in own and value.numel() in (4 * 32 * 32, 4 * 16 * 32):
+            kept.setdefault(value.untyped_storage().data_ptr(), value)
+        return value
+
+    with saved_tensors_hooks(keep, lambda value: value):
+        policy.get_base_model().get_decoder()(input_ids=torch.randint(3, 60, (1, 10)), use_cache=False)
+    found = sum(value.untyped_storage().nbytes() for value in kept.values())
+    assert found == sum(made_bytes(layer, decoder, lora, 4) for layer in decoder.layers) > 0

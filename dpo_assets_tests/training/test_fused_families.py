@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dpo_assets.planning.activations import kept_bytes, recomputed_bytes
 from dpo_assets.planning.decoder import Attention, Decoder, Layer, Mlp, QueryGrowth, Rope
+from dpo_assets.planning.support import NO, supported
 from dpo_assets.recipe import LoraSection
 from dpo_assets.training.batches.packing import pack
 from dpo_assets.training.engines.base import causal_lm
@@ -35,7 +36,7 @@ WITH_ATTENTION_ONLY: dict[str, dict[str, Any]] = {"qwen3_5_text": {"layer_types"
 FAMILIES = (
     "llama", "mistral+window", "ministral3", "qwen2", "qwen3", "phi3", "phi3+window", "smollm3", "granite", "olmo2",
     "olmo3", "gemma2", "gemma3_text", "glm4", "seed_oss", "hunyuan_v1_dense", "ernie4_5", "exaone4", "qwen3_moe",
-    "mixtral", "gpt_oss", *WITH_ATTENTION_ONLY,
+    "mixtral", "gpt_oss", "gemma", "ministral", "glm", "olmoe", "granitemoe", "qwen2_moe", *WITH_ATTENTION_ONLY,
 )  # fmt: skip
 # With what differs between them: norms, residuals, projections.
 KINDS = ("qwen3", "phi3", "olmo3", "gemma3_text", "granite", "glm4")
@@ -43,6 +44,12 @@ KINDS = ("qwen3", "phi3", "olmo3", "gemma3_text", "granite", "glm4")
 
 def of_family(family: str, targets: Any = "all-linear") -> Any:
     return adapted(tiny_model(family, **WITH_ATTENTION_ONLY.get(family, {})), targets)
+
+
+def test_every_family_that_the_page_of_models_says_is_fused_is_held_here() -> None:
+    """Hybrids' delta nets have tests of their own (test_recurrent.py)."""
+    claimed = {row.family for row in supported() if row.engines["fused"] != NO and "state" not in row.prompt}
+    assert claimed <= {name.partition("+")[0] for name in FAMILIES}
 
 
 @pytest.mark.parametrize("recomputed", [0, 1])

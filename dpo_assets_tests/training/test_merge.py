@@ -30,6 +30,7 @@ from dpo_assets.publishing.commit import ALLOWED
 from dpo_assets.training.models import merging
 from dpo_assets.training.models.merging import NotStreamable, plan_merge, stream_merge
 from dpo_assets.training.stages import merge
+from dpo_assets_tests.training.bases import rewrite
 from dpo_assets_tests.training.conftest import EVAL_PAIRS, Log, PlanMaker
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -317,6 +318,7 @@ def test_the_memory_of_a_merge_is_bounded_by_one_shard_and_not_by_the_model(mode
         for name in shard:
             pairs[name.removesuffix(".weight")] = (torch.randn(4, shape[1]), torch.randn(shape[0], 4))
     base = synthetic(tmp_path / "base", model_folder, files)
+    rewrite(base / "config.json", num_hidden_layers=shards)
     adapter = synthetic_adapter(tmp_path / "adapter", pairs)
     del files, shard
     done = subprocess.run(

@@ -254,6 +254,12 @@ FAULTS: dict[str, tuple[Callable[[], Any], str, str, Callable[[pytest.MonkeyPatc
         "has no get_expanded_tied_weights_keys on PreTrainedModel",
         without(transformers.PreTrainedModel, "get_expanded_tied_weights_keys"),
     ),
+    "ignored names": (
+        ours.adjusting_unexpected,
+        "transformers",
+        "has no _adjust_missing_and_unexpected_keys on PreTrainedModel",
+        without(transformers.PreTrainedModel, "_adjust_missing_and_unexpected_keys"),
+    ),
     "TRL's release": (
         trl.check_hooks,
         "trl",

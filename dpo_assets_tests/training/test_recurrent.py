@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dpo_assets.planning import delta_nets
 from dpo_assets.training.batches.packing import Group, pack
 from dpo_assets.training.engines.base import causal_lm
 from dpo_assets.training.engines.experts import serve_experts
 from dpo_assets.training.engines.fused.decoder import attach_fused
-from dpo_assets.training.engines.recurrent import convolution, delta_net, kernels, mixers
+from dpo_assets.training.engines.recurrent import convolution, delta_net, mixers
 from dpo_assets.training.engines.recurrent.segments import Segments
 from dpo_assets.training.scoring.logprobs import score_groups
 from dpo_assets.training.scoring.proof import NotExactError, assert_exact
@@ -260,8 +261,8 @@ def _stage_sizes(groups: list[tuple[int, list[int]]]) -> list[int]:
 def test_flas_gradient_is_not_taken_where_triton_compiles_it_wrong(
     triton: str, capability: tuple[int, int], tilelang: bool, wrong: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels.importlib.metadata, "version", lambda package: triton)
-    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: object() if tilelang else None)
-    said = kernels.why_wrong_gradient(capability)
+    monkeypatch.setattr(delta_nets.importlib.metadata, "version", lambda package: triton)
+    monkeypatch.setattr(delta_nets.importlib.util, "find_spec", lambda name: object() if tilelang else None)
+    said = delta_nets.why_wrong_gradient(capability)
     assert bool(said) == wrong
     assert not wrong or f"Triton {triton}" in said

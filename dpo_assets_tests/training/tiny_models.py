@@ -58,6 +58,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": _HEADS,
     "qwen3_moe": _HEADS | _EXPERTS,
+    "ministral": _HEADS | _BOTH,
     "ministral3": _HEADS | {"rope_parameters": _GROWING},
     "phi3": {"sliding_window": None, "rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
     "smollm3": {"no_rope_layers": [1, 0]},
@@ -65,7 +66,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "granite": {
         "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2, "logits_scaling": 3.0
     },
+    "glm": _HEADS | {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
     "glm4": _HEADS | {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+    "qwen2_moe": _SHARED_EXPERT,
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": {
+        "num_local_experts": 4, "num_experts_per_tok": 2, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
+        "attention_multiplier": 0.2, "logits_scaling": 3.0,
+    },
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "deepseek_v3": _LATENT,
     "ernie4_5": _HEADS,
@@ -76,6 +84,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qwen3_next": _DELTA_NET | _SHARED_EXPERT,
     "qwen3_5_text": _DELTA_NET,
     "qwen3_5_moe_text": _DELTA_NET | _SHARED_EXPERT,
+    "gemma": _HEADS,
     "gemma2": _HEADS | _BOTH | {
         "query_pre_attn_scalar": 1, "attn_logit_softcapping": 1.0, "final_logit_softcapping": 3.0
     },

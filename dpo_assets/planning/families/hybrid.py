@@ -83,7 +83,8 @@ def _mamba(text: Text, inner: int) -> Recurrent:
     heads = int(text["mamba_n_heads"])
     convolved = inner + 2 * int(text["mamba_n_groups"]) * int(text["mamba_d_state"])
     projections = (("in_proj", inner + convolved + heads, text.hidden), ("out_proj", text.hidden, inner))
-    return Recurrent("mamba", "mamba", inner, projections, heads, inner // heads)
+    state, chunk = int(text["mamba_d_state"]), int(text["mamba_chunk_size"])
+    return Recurrent("mamba", "mamba", inner, projections, heads, inner // heads, state, chunk)
 
 
 def granite_mixer(text: Text, number: int) -> Attention | Recurrent:
@@ -176,7 +177,7 @@ HYBRID: dict[str, Family] = {
         | {
             "num_experts": 8, "num_experts_per_tok": 2, "shared_intermediate_size": 1_024,
             "position_embedding_type": None, "mamba_n_heads": 128, "mamba_n_groups": 1, "mamba_d_state": 256,
-            "mamba_expand": 2,
+            "mamba_expand": 2, "mamba_chunk_size": 256,
         },
         granite_mixer,
         granite_experts,
@@ -191,7 +192,7 @@ HYBRID: dict[str, Family] = {
             "vocab_size": 128_000, "intermediate_size": 14_336, "num_key_value_heads": 8,
             "max_position_embeddings": 8_192, "rms_norm_eps": 1e-5, "embedding_multiplier": 1.0,
             "lm_head_multiplier": 1.0, "mamba_d_ssm": 1_024, "mamba_expand": 2, "mamba_n_heads": 128,
-            "mamba_n_groups": 1, "mamba_d_state": 256,
+            "mamba_n_groups": 1, "mamba_d_state": 256, "mamba_chunk_size": 256,
         },
         mlp=falcon_h1_mlp,
         norms=Norms(before_mlp="pre_ff_layernorm"),

@@ -19,7 +19,15 @@ RECAST = "recast-{}.safetensors"
 
 
 class OtherLayout(Exception):
-    """PEFT's merge cannot be put back into the base's files. Says which tensors keep it from that."""
+    """PEFT's merge cannot be put back into the base's files. Says which tensors keep it from that.
+
+    Attributes:
+        lost: tensors of the base that a release in PEFT's layout would not hold, or in another shape.
+    """
+
+    def __init__(self, why: str, lost: Collection[str] = ()) -> None:
+        super().__init__(why)
+        self.lost = tuple(sorted(lost))
 
 
 def put_back(base: Path, merged: Path, unused: Collection[str]) -> StreamedMerge:
@@ -37,7 +45,7 @@ def put_back(base: Path, merged: Path, unused: Collection[str]) -> StreamedMerge
     held, found = files.tensors, read_weights(merged).tensors
     new = {_place(name, part): tensor for name, tensor in found.items()}
     if len(new) < len(found):
-        raise OtherLayout("PEFT writes two tensors under one name of the base's")
+        raise OtherLayout("PEFT writes two tensors under one name of the base's", held.keys() - found.keys())
     head = part.names.get(f"{HEAD}weight", "")
     embedding = next((tensor for name, tensor in new.items() if name.endswith("embed_tokens.weight")), None)
     if part.tied and head and head not in new and embedding is not None:
@@ -45,7 +53,8 @@ def put_back(base: Path, merged: Path, unused: Collection[str]) -> StreamedMerge
     own = frozenset(part.names.values()) - frozenset(unused)
     other = own.symmetric_difference(new) | {name for name in own & new.keys() if held[name].shape != new[name].shape}
     if other:
-        raise OtherLayout(f"PEFT writes {listed(sorted(other))} otherwise than the base does")
+        lost = {name for name, tensor in held.items() if name not in new or new[name].shape != tensor.shape}
+        raise OtherLayout(f"PEFT writes {listed(sorted(other))} otherwise than the base does", lost)
     changed = [name for name in sorted(own) if _differ(held[name], new[name])]
     return StreamedMerge(files.files, {name: _in_format(new[name], held[name].dtype, merged) for name in changed})
 
@@ -66,6 +75,23 @@ def compared(base: Path, release: Path, adapted: Collection[str]) -> Carried:
         lost=tuple(sorted(lost)),
         altered=tuple(sorted(name for name in kept if not _same_bytes(before[name], after[name]))),
         added=tuple(sorted(after.keys() - before.keys())),
+    )
+
+
+def names_compared(base: Path, release: Path) -> Carried:
+    """What became of the base's tensors where PEFT wrote another layout: by name and shape alone.
+
+    Which of them an adapter changes its files do not tell, so no value can be held against the base's.
+    """
+    part, before, after = read_text_part(base), read_weights(base).tensors, read_weights(release).tensors
+    placed = {_place(name, part): tensor for name, tensor in after.items()}
+    return Carried(
+        tensors=len(before),
+        adapted=0,
+        beside=len(part.beside),
+        lost=tuple(sorted(n for n, tensor in before.items() if n not in placed or placed[n].shape != tensor.shape)),
+        added=tuple(sorted(placed.keys() - before.keys())),
+        by_name_alone=True,
     )
 
 

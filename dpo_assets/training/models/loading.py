@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from dpo_assets.artifact import write_json
+from dpo_assets.artifact import rewrite_json
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.weights import listed
@@ -35,7 +35,7 @@ from dpo_assets.training.engines.transformers import TransformersEngine, why_not
 from dpo_assets.training.models.fp8 import quantise_layers
 from dpo_assets.training.models.targets import chosen_places, peft_targets, refuse_other_places
 from dpo_assets.training.models.text_part import text_source
-from dpo_assets.training.private.transformers import attention_of, cannot_convert
+from dpo_assets.training.private.transformers import attention_of, cannot_convert, every_unexpected
 
 # The adapter must carry PEFT's default name: TRL reads `peft_config["default"]` unguarded.
 ADAPTER_NAME = "default"
@@ -60,17 +60,18 @@ def load_causal_lm(folder: Path, **how: Any) -> tuple[PreTrainedModel, list[str]
     """
     try:
         source = text_source(folder)
-        model, told = (source.cls or AutoModelForCausalLM).from_pretrained(
-            folder,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            # Told below instead of raised, all at once.
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **source.arguments,
-            **how,
-        )
+        with every_unexpected() as unexpected:
+            model, told = (source.cls or AutoModelForCausalLM).from_pretrained(
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                # Told below instead of raised, all at once.
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **source.arguments,
+                **how,
+            )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         # What the system says is no fault of the folder, and may pass: a disk, memory.
         if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
@@ -99,7 +100,7 @@ def load_causal_lm(folder: Path, **how: Any) -> tuple[PreTrainedModel, list[str]
             f"the weights in {folder} are not those that its config.json describes: {'; '.join(faults)}. Download the "
             "model again, or mend config.json (tie_word_embeddings, num_hidden_layers)."
         )
-    return model, source.unused(list(told["unexpected_keys"]))
+    return model, source.unused(sorted(unexpected))
 
 
 def _first_line(error: Exception) -> str:
@@ -268,7 +269,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     config |= {"base_model_name_or_path": None, "target_modules": sorted(config["target_modules"])}
     if config.get("target_parameters"):
         config["target_parameters"] = sorted(config["target_parameters"])
-    write_json(folder / "adapter_config.json", config)
+    rewrite_json(folder / "adapter_config.json", config)
     # PEFT writes a card that names the local folder of the base; the release gets a card of its own.
     (folder / "README.md").unlink(missing_ok=True)
 

@@ -48,12 +48,21 @@ class TextSource:
         """Tensors in the files that the language model has no place for, by their names there.
 
         Args:
-            unexpected: what Transformers says, which leaves out what a class ignores (`model.visual`, `mtp`).
+            unexpected: what Transformers met and had no place for (`every_unexpected`).
         """
-        if not self.arguments:
-            return sorted(unexpected)
+        beside = self.part.beside
         own = {self.part.names[name] for name in unexpected if name in self.part.names}
-        return sorted(own.union(self.part.beside))
+        # Of a part that is loaded renamed the rest is towers, which are beside it.
+        rest = set() if self.arguments else set(unexpected).difference(self.part.names)
+        # Experts beside it were joined under one name before they were met; their own names are the files'.
+        joined = {name for name in rest if any(one.startswith(_experts_of(name)) for one in beside)}
+        return sorted(own.union(rest - joined, beside))
+
+
+def _experts_of(name: str) -> str:
+    """What the names of a layer's experts begin with; the whole name of any other tensor."""
+    before, mark, _ = name.partition(".experts.")
+    return before + mark if mark else name
 
 
 def text_source(folder: Path) -> TextSource:
@@ -67,7 +76,7 @@ def text_source(folder: Path) -> TextSource:
     part = read_text_part(folder)
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     text = config.get_text_config(decoder=True)
-    if not part.beside and text is config:
+    if text is config and not part.prefixes:
         return TextSource(part, {})
     text.tie_word_embeddings = part.tied
     renamed = {f"^{re.escape(stored)}": plain for stored, plain in part.prefixes}

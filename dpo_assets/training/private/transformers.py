@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, Protocol
 
@@ -139,3 +140,41 @@ def cannot_convert(error: RuntimeError) -> bool:
     """Whether loading failed because experts could not be joined into one tensor: `utils.loading_report` says so in its
     text alone. In other words it would be raised as it is, as any RuntimeError is."""
     return "conversion of the weights" in str(error)
+
+
+@cache
+def adjusting_unexpected() -> str:
+    """`PreTrainedModel._adjust_missing_and_unexpected_keys` (loading_info), which takes out of `unexpected_keys` what a
+    class ignores: its name."""
+    model, name = TRANSFORMERS.find("transformers", "PreTrainedModel"), "_adjust_missing_and_unexpected_keys"
+    TRANSFORMERS.check_has("PreTrainedModel", model, (name,))
+    TRANSFORMERS.check_call(name, getattr(model, name), ("self", "loading_info"))
+    info = TRANSFORMERS.find("transformers.modeling_utils", "LoadStateDictInfo")
+    TRANSFORMERS.check_has("LoadStateDictInfo", info, ("__dataclass_fields__",))
+    TRANSFORMERS.check_has("LoadStateDictInfo", type("Info", (), dict(info.__dataclass_fields__)), ("unexpected_keys",))
+    return name
+
+
+@contextmanager
+def every_unexpected() -> Iterator[set[str]]:
+    """Collects the names that `from_pretrained` has no place for in the model, those too that its class ignores.
+
+    `unexpected_keys` lack these: buffers of earlier versions, and `mtp`. A release that was made without them would
+    have lost them unseen.
+
+    Yields:
+        a set that is filled while a model is loaded.
+    """
+    model, name = TRANSFORMERS.find("transformers", "PreTrainedModel"), adjusting_unexpected()
+    own = getattr(model, name)
+    met: set[str] = set()
+
+    def adjust(self: Any, loading_info: Any) -> None:
+        met.update(loading_info.unexpected_keys)
+        own(self, loading_info)
+
+    setattr(model, name, adjust)
+    try:
+        yield met
+    finally:
+        setattr(model, name, own)

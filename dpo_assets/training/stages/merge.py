@@ -13,17 +13,16 @@ from typing import Any, Literal
 
 import torch
 
-from dpo_assets.artifact import VOLATILE, write_json
+from dpo_assets.artifact import VOLATILE, rewrite_json, write_json
 from dpo_assets.checks.reports import MergeReport
 from dpo_assets.contract import MergeSpec, Progress
 from dpo_assets.errors import ConfigError, GateError
 from dpo_assets.planning.model_folder import PROCESSOR_FILES
 from dpo_assets.planning.plan import TrainingPlan
-from dpo_assets.planning.text_part import read_text_part
 from dpo_assets.planning.weights import listed
 from dpo_assets.training.batches.data import dpo_group, load_split
 from dpo_assets.training.batches.packing import Group
-from dpo_assets.training.models.carrying import OtherLayout, compared, put_back
+from dpo_assets.training.models.carrying import OtherLayout, compared, names_compared, put_back
 from dpo_assets.training.models.chat_format import load_chat_format, write_tokenizer
 from dpo_assets.training.models.loading import attach_adapter, autocast_of, load_base, load_causal_lm, random_rates
 from dpo_assets.training.models.merging import NotStreamable, StreamedMerge, plan_merge, stored_format, stream_merge
@@ -62,9 +61,12 @@ def run(spec: MergeSpec, reporter: Reporter) -> None:
         stream_merge(merge, folder, on_file=on_file)
         config = json.loads((spec.base_model / "config.json").read_text(encoding="utf-8"))
         config.pop("_name_or_path", None)  # Where the base once lay on someone's machine.
-        write_json(folder / "config.json", config)
+        rewrite_json(folder / "config.json", config)
     _write_tokenizer(spec, folder)
-    carried = compared(spec.base_model, folder, frozenset(merge.updates)) if merge is not None else None
+    if merge is not None:
+        carried = compared(spec.base_model, folder, frozenset(merge.updates))
+    else:
+        carried = names_compared(spec.base_model, folder)
 
     held_out = load_split(spec.dataset, "eval")
     to_group = partial(dpo_group, max_length=plan.max_length)
@@ -105,7 +107,8 @@ def merge_in_memory(spec: MergeSpec, folder: Path, reporter: Reporter) -> Stream
 
     Raises:
         GateError: when a merged weight is not finite.
-        ConfigError: when it has another layout, and would leave behind what the base holds beside its language model.
+        ConfigError: when it has another layout, and would leave behind a tensor of the base: a tower, a head for
+            further tokens.
     """
     stored = stored_format(spec.base_model)
     plan = spec.plan.model_copy(update={"device": "cpu", "precision": stored})
@@ -131,10 +134,11 @@ def merge_in_memory(spec: MergeSpec, folder: Path, reporter: Reporter) -> Stream
     try:
         return put_back(spec.base_model, whole, unused)
     except OtherLayout as why:
-        if beside := read_text_part(spec.base_model).beside:
+        if why.lost:
             raise ConfigError(
                 f"this adapter cannot be merged into {spec.base_model}: {why}, and the release would lose "
-                f"{listed(list(beside))}. Release the adapter itself (publishing.artifact: adapter)."
+                f"{listed(list(why.lost))}. An adapter on linear layers and experts alone (lora.target_modules, "
+                "lora.target_parameters) is merged into the base's own files."
             ) from None
         reporter.log(f"merge: {why}, so the release is stored as PEFT and Transformers write it")
         for path in whole.iterdir():
@@ -188,7 +192,7 @@ def _write_tokenizer(spec: MergeSpec, folder: Path) -> None:
     if not values:
         config = _object(base / "config.json")
         values = {name: config[name] for name in ("bos_token_id", "pad_token_id") if config.get(name)}
-    write_json(folder / GENERATION, values | {"eos_token_id": sorted(chat.ends)})
+    rewrite_json(folder / GENERATION, values | {"eos_token_id": sorted(chat.ends)})
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -5,6 +5,8 @@ It costs no memory: the model is built on torch's meta device, where tensors hav
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -13,7 +15,9 @@ from safetensors import safe_open
 from dpo_assets.artifact import write_json
 from dpo_assets.contract import VERIFIED, VerifiedBase, VerifySpec
 from dpo_assets.errors import ConfigError
-from dpo_assets.planning.weights import read_weights
+from dpo_assets.planning.model_folder import EMBEDDINGS, HEAD_WEIGHT
+from dpo_assets.planning.text_part import read_text_part
+from dpo_assets.planning.weights import Stored, read_weights
 from dpo_assets.training.models.chat_format import load_chat_format
 from dpo_assets.training.models.loading import load_causal_lm
 from dpo_assets.training.models.targets import places_of
@@ -31,7 +35,7 @@ def run(spec: VerifySpec, reporter: Reporter) -> None:
     """
     chat = load_chat_format(spec.base_model, spec.template)
     model, unused = load_causal_lm(spec.base_model, device_map={"": "meta"})
-    refuse_two_heads(spec.base_model, model)
+    refuse_two_heads(spec.base_model, model, unused)
     if not any(places_of(model)):
         raise ConfigError(f"{type(model).__name__} in {spec.base_model} has no linear layers that could be adapted")
     found = VerifiedBase(
@@ -42,10 +46,14 @@ def run(spec: VerifySpec, reporter: Reporter) -> None:
     reporter.log(f"verify: every tensor of {type(model).__name__} is there; a turn ends at {', '.join(found.ends)}")
 
 
-def refuse_two_heads(folder: Path, model: torch.nn.Module) -> None:
+def refuse_two_heads(folder: Path, model: torch.nn.Module, unused: Collection[str]) -> None:
     """A head that config.json ties to the embedding, while the files hold another one beside it.
 
     Transformers 5 takes the stored head then, others the embedding: no release could be the same model everywhere.
+
+    Args:
+        unused: tensors of the files that the model has no place for; layers that predict further tokens have an
+            embedding and a head of their own.
 
     Raises:
         ConfigError: naming both tensors.
@@ -53,18 +61,21 @@ def refuse_two_heads(folder: Path, model: torch.nn.Module) -> None:
     if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         return
     stored = read_weights(folder).tensors
-    heads = [name for name in stored if name.endswith("lm_head.weight")]
-    embeddings = [name for name in stored if name.endswith("embed_tokens.weight")]
-    if len(heads) != 1 or len(embeddings) != 1:
-        return
-    head, embedding = stored[heads[0]], stored[embeddings[0]]
-    with safe_open(head.path, framework="pt") as one, safe_open(embedding.path, framework="pt") as other:
-        parts = (one.get_slice(head.name), other.get_slice(embedding.name))
-        equal = head.shape == embedding.shape and all(
-            torch.equal(*(part[start : start + ROWS] for part in parts)) for start in range(0, head.shape[0], ROWS)
-        )
-    if not equal:
+    own = [stored[name] for name in read_text_part(folder).names.values() if name not in unused]
+    heads = [tensor for tensor in own if f".{tensor.name}".endswith(f".{HEAD_WEIGHT}")]
+    embeddings = [tensor for tensor in own if f".{tensor.name}".endswith(tuple(f".{name}" for name in EMBEDDINGS))]
+    for head, embedding in product(heads, embeddings):
+        if _equal(head, embedding):
+            continue
         raise ConfigError(
             f"config.json in {folder} says tie_word_embeddings, but {head.name} differs from {embedding.name}: set it "
             "to false if the head is meant, or take the head out of the files"
+        )
+
+
+def _equal(one: Stored, other: Stored) -> bool:
+    with safe_open(one.path, framework="pt") as left, safe_open(other.path, framework="pt") as right:
+        parts = (left.get_slice(one.name), right.get_slice(other.name))
+        return one.shape == other.shape and all(
+            torch.equal(*(part[start : start + ROWS] for part in parts)) for start in range(0, one.shape[0], ROWS)
         )

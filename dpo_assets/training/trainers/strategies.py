@@ -19,7 +19,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dpo_assets.artifact import write_json
+from dpo_assets.artifact import rewrite_json
 from dpo_assets.contract import Progress, TrainSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
@@ -155,7 +155,7 @@ def join_adapters(trained: Path, folded: Path) -> None:
     targets = sorted({target for _, config in parts for target in config["target_modules"]})
     config = parts[1][1] | {"r": sum(ranks), "lora_alpha": sum(ranks), "use_rslora": False, "target_modules": targets}
     save_file(joined, trained / WEIGHTS, metadata={"format": "pt"})
-    write_json(trained / CONFIG, config)
+    rewrite_json(trained / CONFIG, config)
 
 
 def score_reference(policy: Policy, groups: Sequence[Group], spec: TrainSpec, reporter: Reporter) -> tuple[Scores, int]:

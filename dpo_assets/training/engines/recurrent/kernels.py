@@ -5,9 +5,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
-import re
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
@@ -15,15 +12,10 @@ from typing import Any
 
 import torch
 
+from dpo_assets.planning.delta_nets import has_fla, why_wrong_gradient
 from dpo_assets.training.private import fla
 
-HOPPER = 9  # Major capability.
-MISCOMPILES = ((3, 4, 0), (3, 7, 1))  # Versions of Triton, from the first to the first that does not.
-
-
-@lru_cache(maxsize=1)
-def _installed() -> bool:
-    return importlib.util.find_spec("fla") is not None
+_installed = lru_cache(maxsize=1)(has_fla)
 
 
 def _runs(device: torch.device) -> bool:
@@ -46,27 +38,6 @@ def fla_delta_rule(device: torch.device) -> Callable[..., Any] | None:
         _warn_once(reason)
         return None
     return fla.delta_rule()
-
-
-def why_wrong_gradient(capability: tuple[int, int]) -> str:
-    """Why fla's delta rule must not be differentiated on a device of this capability; empty where it may.
-
-    fla-core 0.6 refuses it in the middle of the backward pass (`chunk_bwd_dqkwg`, its issue 640); TileLang, where it is
-    installed, is used in place of Triton there.
-    """
-    if capability[0] != HOPPER or importlib.util.find_spec("tilelang") is not None:
-        return ""
-    triton = importlib.metadata.version("triton")
-    if not MISCOMPILES[0] <= _release(triton) < MISCOMPILES[1]:
-        return ""
-    return (
-        f"Triton {triton} compiles flash-linear-attention's gradient wrong on Hopper GPUs, so delta nets are computed "
-        "by PyTorch, several times slower: pip install 'triton>=3.7.1', or tilelang."
-    )
-
-
-def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
 @lru_cache(maxsize=8)
