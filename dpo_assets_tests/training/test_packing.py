@@ -224,12 +224,12 @@ def test_the_probe_refuses_what_differs_by_more_than_a_thousandth_of_a_nat_a_tok
     packed: Any, groups: list[Group], monkeypatch: pytest.MonkeyPatch, off: float, refused: bool
 ) -> None:
     """A model's own forward that is off by so much stands for an architecture whose attention differs by so much."""
-    own = proof._row_logp
+    own = proof._row_logps
 
-    def shifted(lm: Any, prompt: Sequence[int], completion: Sequence[int], autocast: Any) -> float:
-        return own(lm, prompt, completion, autocast) + off * len(completion)
+    def shifted(lm: Any, prompt: Sequence[int], completion: Sequence[int], autocast: Any) -> Tensor:
+        return own(lm, prompt, completion, autocast) + off
 
-    monkeypatch.setattr(proof, "_row_logp", shifted)
+    monkeypatch.setattr(proof, "_row_logps", shifted)
     if not refused:
         proof.assert_exact(packed, groups[0])
         return
