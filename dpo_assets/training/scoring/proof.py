@@ -41,7 +41,7 @@ PROBE_TOLERANCE = 1e-3
 HALF_TOLERANCE = 0.015
 # Deep models round more. In 16 bit an engine may also differ by this many times what a model's own scores differ by
 # when each layer's output is rounded otherwise, up to a limit.
-ROUNDINGS, LARGEST_TOLERANCE = 3.0, 0.1
+ROUNDINGS, LARGEST_TOLERANCE = 3.0, 0.3
 ADAPTER_OUTPUTS = ("lora_B", "lora_embedding_B")  # PEFT's factors that a new adapter has at zero.
 NOISE = 0.1  # What the probe's adapter adds to the output of a layer, about, for inputs of size 1.
 
