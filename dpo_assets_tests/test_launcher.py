@@ -283,7 +283,11 @@ def test_a_worker_that_is_told_to_end_writes_down_what_it_was_doing(tmp_path: Pa
     spec = tmp_path / "spec.json"
     os.mkfifo(spec)
     command = [sys.executable, "-m", "dpo_assets.training", "sft", "--spec", str(spec), "--follow-parent"]
-    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # A parent that ignores it has workers that begin so.
+    try:
+        worker = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     writer: list[int] = []
 
     def waits() -> bool:

@@ -84,6 +84,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.follow_parent:
         _end_with_parent()
+        # A process inherits what its parent ignores, and a worker ends when it is told to.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         # Who ends a stage that takes too long finds in its log what it was doing.
         faulthandler.register(signal.SIGTERM, chain=True)
     spec = SPECS[args.stage].model_validate_json(args.spec.read_bytes())

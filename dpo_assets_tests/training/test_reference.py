@@ -91,7 +91,7 @@ def test_the_key_of_a_pair_tells_prompt_chosen_and_rejected_apart() -> None:
         Group([1, 2], ([3], [4])),
         Group([1], ([2, 3], [4])),
         Group([1, 2], ([4], [3])),
-        Group([1, 2], ([3, 4], [])),
+        Group([1, 2], ([3, 4], [5])),
         Group([12], ([3], [4])),
         Group([1, 2], ([3], [5])),
         Group([1, 2], ([5], [4])),
