@@ -1,10 +1,9 @@
 """Measured training blocks on an H100 and an H200: what was asked for, pairs a second, and peak memory.
 
 Medians of the repeats of `benchmarks/dpo_throughput.py` and `length_cost.py`, as in benchmarks/results and
-benchmarks/RESULTS.md; Qwen3, Gemma 3, Phi-4-mini,
-OLMo 3, SmolLM3 and Ministral 3 of 2026-11-27 by the same script with their shapes. Random weights, LoRA r16 on
-all linear layers, 16 pairs a step, lengths like UltraFeedback's or near max_length. Blocks of `trl` are TRL's own
-trainer, on Transformers' layers or Unsloth's.
+benchmarks/RESULTS.md; of 2026-11-27 by the same script with other shapes: Gemma 3, Phi-4-mini, OLMo 3, SmolLM3 and
+Ministral 3 have one repeat, which is no median. Random weights, LoRA r16 on all linear layers, 16 pairs a step, lengths
+like UltraFeedback's or near max_length. Blocks of `trl` are TRL's own trainer, on Transformers' layers or Unsloth's.
 """
 
 from __future__ import annotations

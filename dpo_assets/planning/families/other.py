@@ -85,6 +85,7 @@ OTHER: dict[str, Family] = {
         whole=around_zero,
         eps="norm_eps",
         beyond=LAYER_NORMS,
+        row_by_row="where rows begin, which its layers do not hand on to their attention",
     ),
     "starcoder2": Family(
         "StarCoder2",
