@@ -70,6 +70,8 @@ def main() -> int:
             model.parity(settings)
         for model in models:
             model.wait()
+        while args.after and not args.after.exists():
+            time.sleep(1.0)
         for model in models:
             model.time(settings)
     record.say(f"done after {time.monotonic() - begun:.0f} s; results in {args.out}, logs of the arms in {args.logs}")
@@ -213,6 +215,7 @@ def _arguments() -> argparse.Namespace:
     add("--kernels", help="kernels instead of the plan's: fused, transformers")
     add("--device-gib", type=float, help="memory that all arms share; default: what nvidia-smi says")
     add("--deadline", type=float, help="seconds after which no new block is started")
+    add("--after", type=Path, help="a file: nothing is timed before it is there, for another program has the device")
     add("--block-timeout", type=float, default=240.0, help="seconds after which a block's arm is given up")
     add("--load-timeout", type=float, default=LOAD_TIMEOUT)
     add("--out", type=Path, default=Path(tempfile.gettempdir()) / "dpo_throughput.jsonl")

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from transformers import AutoModelForCausalLM
 
 from benchmarks.throughput.models import configuration
@@ -39,6 +40,7 @@ from dpo_assets.training.engines.fused.decoder import attach_fused
 from dpo_assets.training.scoring.logprobs import score_groups, score_tokens, sequence_logps, to_device
 
 PAIRS, BETA = 16, 0.1
+KERNELS_SHOWN = 28
 
 
 def main() -> None:
@@ -57,13 +59,13 @@ def main() -> None:
         autocast = torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32)
         # Autocast casts the adapter's weights; PEFT's cast of its inputs to fp32 would only cost memory.
         measure(model, kernels, steps, args, autocast)
-    if args.profile:
-        profile(model, steps[0], args.budget)
+        if args.profile:
+            with disable_input_dtype_casting(model), autocast:
+                profile("training", partial(dpo_step, model, steps[0], args.budget))
+                profile("scoring", partial(score_groups, model, steps[0], args.budget))
 
 
 def measure(model: Any, kernels: str, steps: list[list[Group]], args: argparse.Namespace, autocast: Any) -> None:
-    from peft.helpers import disable_input_dtype_casting
-
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.empty_cache()
@@ -108,17 +110,21 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def profile(model: Any, groups: list[Group], budget: int) -> None:
-    """The kernels that take the most time in one step."""
+def profile(what: str, call: Callable[[], Any]) -> None:
+    """The kernels that take the most time, and for how much of it the GPU had none."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    with profiler(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
-        dpo_step(model, groups, budget)
-        torch.cuda.synchronize()
-    print(
-        found.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90), flush=True
-    )
+    torch.cuda.synchronize()
+    with profiler(activities=[ProfilerActivity.CUDA]) as found:
+        seconds = timed(call)
+    kernels = sorted(found.key_averages(), key=lambda kernel: -kernel.self_device_time_total)
+    busy = sum(kernel.self_device_time_total for kernel in kernels) / 1e6
+    print(f"{what}: {seconds * 1e3:.1f} ms, kernels {busy * 1e3:.1f} ms")
+    for kernel in kernels[:KERNELS_SHOWN]:
+        total = kernel.self_device_time_total
+        each = f"{kernel.count:5d} x {total / kernel.count:8.1f} us"
+        print(f"{total / 1e4 / busy:5.1f}% {total / 1e3:8.2f} ms {each}  {kernel.key[:110]}")
 
 
 def build(name: str, dtype: torch.dtype, device: str) -> Any:

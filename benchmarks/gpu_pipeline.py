@@ -210,7 +210,8 @@ def told(home: Path, name: str) -> dict[str, Any]:
         facts["checks"] = checks(instance, run_id)
         facts["plan"] = artefact(instance, run_id, "dpo_plan", "plan.json")
         facts["dpo"] = artefact(instance, run_id, "dpo_adapter", "report.json")
-    facts |= {"scores": summary.scores, "verdict": summary.verdict, "pairs": summary.pairs, "release": summary.release}
+    scores = None if summary.scores is None else summary.scores.model_dump(mode="json")
+    facts |= {"scores": scores, "verdict": summary.verdict, "pairs": summary.pairs, "release": summary.release}
     facts["answers"] = [{key: row[key] for key in ("sft", "policy")} for row in summary.answers]
     facts["peaks"] = peaks(home / "peaks.jsonl")
     facts["release_files"] = released(summary.release)

@@ -167,11 +167,11 @@ class OursArm:
             unique.setdefault(id(row), dpo_group(row, plan.max_length))
         groups = list(unique.values())
         with reference_mode(policy.model, plan), autocast_of(plan):
-            score_groups(policy.model, groups[:PAIRS_PER_STEP], plan.token_budget)
+            score_groups(policy.model, groups[:PAIRS_PER_STEP], plan.reference_budget)
             if CUDA:
                 torch.cuda.synchronize()
             begun = time.perf_counter()
-            logps, _ = score_groups(policy.model, groups, plan.token_budget)
+            logps, _ = score_groups(policy.model, groups, plan.reference_budget)
             seconds = time.perf_counter() - begun
         pairs = dict(zip(unique, zip(logps[::2], logps[1::2], strict=True), strict=True))
         facts = {"reference_pairs_per_s": len(groups) / seconds, "reference_seconds": seconds}
@@ -181,5 +181,5 @@ class OursArm:
 def _shown(plan: TrainingPlan) -> dict[str, Any]:
     """The decisions of a plan, for the record."""
     names = {"precision", "precision_reason", "kernels", "gradient_checkpointing", "recomputed_layers", "token_budget"}
-    names |= {"memory_gib", "memory_available_gib", "max_length"}
+    names |= {"reference_budget", "memory_gib", "memory_available_gib", "max_length"}
     return plan.model_dump(include=names)

@@ -33,6 +33,7 @@ BODY_BYTES: dict[Precision, float] = {
 }  # fmt: skip
 HEAD_CHUNKS = {"cuda": (1_024, 2_048), "cpu": (1_024, 1_024)}  # Scored tokens whose logits exist at one time.
 LARGEST_FORWARD = {"cuda": 32_768, "cpu": 1_536}  # A CPU gains by rows of like length, not by large matrices.
+LARGEST_SCORED = 16_384  # Tokens of a forward without gradient, beyond which an H200 gained nothing.
 FRAMEWORK_GIB = {"cuda": 0.35, "cpu": 1.0}  # CUDA context and cuBLAS workspaces; Python and libraries.
 USABLE = {"cuda": 0.97, "cpu": 0.9}  # The rest is lost to fragments, or other people's memory.
 # More of a GPU that is left where autograd keeps many small tensors: plans of fused layers were tried up to their caps,
@@ -50,6 +51,7 @@ class MemoryFit:
 
     token_budget: int
     recomputed_layers: int
+    reference_budget: int
     peak_gib: float
     parts: dict[str, float]
     fits: bool
@@ -121,11 +123,19 @@ def forward_peak(
         prompts: tokens of a batch of prompts that answers are generated from, computed in one forward too; of these
             only the last has logits.
     """
+    working = _forward_bytes(shape, precision, tokens, device, prompts)
+    return (weights_bytes(shape, precision) + dequantised_bytes(shape, precision) + working) / GIB
+
+
+def _forward_bytes(
+    shape: ModelShape, precision: Precision, tokens: int, device: Literal["cpu", "cuda"], prompts: int = 0
+) -> float:
+    """What such a forward takes beside the model: one layer, or a chunk of logits."""
     width = 4 if precision == "fp32" else 2
     inner = max(mlp_width(layer.mlp) for layer, _ in shape.described().kinds)
     layer = max(tokens, prompts) * width * (3 * inner + 5 * shape.hidden)
     head = head_chunk(tokens, device) * shape.vocabulary * (4 + width) + tokens * shape.hidden * width
-    return (weights_bytes(shape, precision) + dequantised_bytes(shape, precision) + max(layer, head)) / GIB
+    return max(layer, head)
 
 
 def cache_bytes(shape: ModelShape, tokens: int) -> float:
@@ -138,20 +148,14 @@ def cache_bytes(shape: ModelShape, tokens: int) -> float:
 
 
 def dequantised_bytes(shape: ModelShape, precision: Precision) -> float:
-    """The largest group of linear layers that is dequantised at one time, in 16 bit; 0 where nothing is quantised."""
+    """What is dequantised at one time, in 16 bit: the largest group of linear layers that a block begins with (q, k and
+    v; gate and up), and the largest layer that one ends with. 0 where nothing is quantised."""
     if precision not in QUANTISED:
         return 0.0
     decoder = shape.described()
-    return 2.0 * max(_largest_group(layer, decoder.hidden) for layer, _ in decoder.kinds)
-
-
-def _largest_group(layer: Layer, hidden: int) -> int:
-    """Weights of the layers that read one input (q, k and v; gate and up), whichever group has the most."""
-    parts = (layer.mixer, layer.beside, layer.mlp)
-    blocks = [part.linears(hidden) for part in parts if part is not None]
-    # The last of a block reads what the others made.
-    groups = [group for block in blocks for group in (block[:-1], block[-1:])]
-    return max(sum(rows * columns for _, rows, columns in group) for group in groups)
+    parts = (part for layer, _ in decoder.kinds for part in (layer.mixer, layer.beside, layer.mlp) if part is not None)
+    sizes = [[rows * columns for _, rows, columns in part.linears(decoder.hidden)] for part in parts]
+    return 2.0 * (max(sum(block[:-1]) for block in sizes) + max(sum(block[-1:]) for block in sizes))
 
 
 def head_chunk(budget: int, device: Literal["cpu", "cuda"]) -> int:
@@ -247,6 +251,19 @@ class Training:
         kept = budget * self.saved[recomputed] + self.made[recomputed]
         return (self._fixed_bytes + kept + self._working(budget, recomputed)) / GIB
 
+    def reference_budget(self, budget: int, recomputed: int) -> int:
+        """Tokens of a forward of the reference pass, in the memory of forwards of `budget` tokens that are trained on.
+
+        Nothing is kept there, so more fit; the larger, the fewer times layers are launched and weights dequantised. Of
+        fused layers only: what others hold for a while was not measured.
+        """
+        if self.kernels != "fused" or self.device == "cpu":
+            return budget
+        room = self.peak(budget, recomputed) * GIB - self._fixed_bytes
+        larger = (tokens for tokens in (8 * budget, 4 * budget, 2 * budget) if tokens <= LARGEST_SCORED)
+        fits = (n for n in larger if _forward_bytes(self.shape, self.precision, n, self.device) <= room)
+        return next(fits, budget)
+
     def parts(self, budget: int, recomputed: int) -> dict[str, float]:
         """GiB of each part at that peak."""
         parts = self.fixed | {
@@ -310,8 +327,8 @@ def fit(training: Training, work: Work, available_gib: float, card: Card | None 
     least = min(about_as_fast, key=lambda each: training.needed(*each[1:]), default=last)
     saved = training.needed(*fastest[1:]) - training.needed(*least[1:])
     seconds, budget, recomputed = least if saved > WORTH_SAVING * training.needed(*fastest[1:]) else fastest
-    parts = training.parts(budget, recomputed)
-    return MemoryFit(budget, recomputed, sum(parts.values()), parts, bool(fitting), seconds)
+    parts, scored = training.parts(budget, recomputed), training.reference_budget(budget, recomputed)
+    return MemoryFit(budget, recomputed, scored, sum(parts.values()), parts, bool(fitting), seconds)
 
 
 def _candidates(training: Training, work: Work) -> Iterator[int]:

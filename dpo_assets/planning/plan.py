@@ -43,6 +43,9 @@ class TrainingPlan(BaseModel):
         default=0, description="The lowest layers, whose activations are computed again in the backward pass."
     )
     token_budget: int = Field(description="Most tokens of one forward; a step takes as many forwards as it needs.")
+    reference_budget: int = Field(
+        default=0, description="Most tokens of one forward of the reference pass; 0: as many as in training."
+    )
     longest_pair: int = Field(default=0, description="Tokens of the longest pair: no forward can be smaller.")
     memory_gib: float = Field(description="Estimated peak.")
     memory_available_gib: float
@@ -118,12 +121,13 @@ class TrainingPlan(BaseModel):
         return self.model_copy(update=on_cpu)
 
     def with_half_budget(self) -> TrainingPlan | None:
-        """The same plan in forwards of half the size, or None where a forward holds no more than the longest pair.
+        """The same plan in forwards of half the size, those of the reference pass too. None where no forward holds more
+        than the longest pair.
 
         Pairs per optimizer step do not change: a step takes more forwards.
         """
         smaller = max(self.token_budget // 2, self.longest_pair, 1)
-        if smaller >= self.token_budget:
+        if smaller >= max(self.token_budget, self.reference_budget):
             return None
         scored = self.scoring.token_budget and max(self.scoring.token_budget // 2, self.longest_pair, 1)
         scoring = self.scoring.model_copy(update={"token_budget": scored})
@@ -134,7 +138,8 @@ class TrainingPlan(BaseModel):
             else offer.model_copy(update={"token_budget": max(offer.token_budget // 2, self.longest_pair, 1)})
             for offer in self.engines
         )
-        return self.model_copy(update={"token_budget": smaller, "scoring": scoring, "engines": engines})
+        changed = {"token_budget": smaller, "reference_budget": smaller, "scoring": scoring, "engines": engines}
+        return self.model_copy(update=changed)
 
     def fitted_to(self, engine: str) -> TrainingPlan:
         """The same plan in forwards that were fitted to the memory that another engine needs.
@@ -147,7 +152,8 @@ class TrainingPlan(BaseModel):
         if engine == self.kernels or offer is None or offer.token_budget is None:
             return self
         budget = min(self.token_budget, offer.token_budget)
-        return self.model_copy(update={"token_budget": budget, "recomputed_layers": offer.recomputed_layers or 0})
+        changed = {"recomputed_layers": offer.recomputed_layers or 0, "reference_budget": budget}
+        return self.model_copy(update=changed | {"token_budget": budget})
 
 
 def steps_of(pairs: int, batch: int, epochs: float) -> int:
@@ -193,6 +199,7 @@ def make_plan(
         gradient_checkpointing=memory.gradient_checkpointing,
         recomputed_layers=memory.recomputed_layers,
         token_budget=memory.token_budget,
+        reference_budget=memory.reference_budget,
         longest_pair=data.longest_pair,
         memory_gib=memory.peak_gib,
         memory_available_gib=available,

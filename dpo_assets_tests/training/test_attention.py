@@ -242,5 +242,6 @@ def test_flash_attention_of_the_gpu_is_as_exact_as_its_format(kind: AttentionKin
         found = outcome(packed_attention(*leaves[:3], on_gpu, batch), leaves)
         exact = exact or found
     for got, wanted in zip(found, exact, strict=True):
-        largest = float(wanted.abs().max())
+        # A query that sees one token has no gradient, nor has that token's key: what is found there is rounding.
+        largest = max(float(wanted.abs().max()), 1e-4)
         torch.testing.assert_close(got.float(), wanted.float(), atol=0.03 * largest, rtol=0.03)

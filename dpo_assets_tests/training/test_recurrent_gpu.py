@@ -3,7 +3,6 @@ own forms in the same precision are."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers import Qwen3_5TextConfig, Qwen3MoeConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from dpo_assets.planning.delta_nets import has_fla, why_wrong_gradient
 from dpo_assets.training.batches.packing import Group, PackedBatch, pack
 from dpo_assets.training.engines.experts import experts_forward
 from dpo_assets.training.engines.recurrent import convolution, delta_net
@@ -21,7 +21,8 @@ from dpo_assets.training.engines.recurrent.delta_net import DeltaNet
 from dpo_assets.training.scoring.logprobs import to_device
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-needs_fla = pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason="needs fla-core")
+needs_fla = pytest.mark.skipif(not has_fla(), reason="needs fla-core")
+WRONG_GRADIENT = why_wrong_gradient(torch.cuda.get_device_capability()) if torch.cuda.is_available() else ""
 HIDDEN, TIMES = 256, 2.0  # Of the error of PyTorch's form: both round, in other orders.
 
 
@@ -67,6 +68,7 @@ def by_pytorch(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 
 
 @needs_fla
+@pytest.mark.skipif(bool(WRONG_GRADIENT), reason=WRONG_GRADIENT)
 def test_flas_kernels_start_answers_from_their_prompts_state_and_bring_its_gradient_back(
     mixer: Any, batch: PackedBatch, by_pytorch: pytest.MonkeyPatch
 ) -> None:

@@ -185,12 +185,15 @@ def score_reference(policy: Policy, groups: Sequence[Group], spec: TrainSpec, re
                 f"dpo: the reference cache was damaged and is set aside as {cache.set_aside.name}; scoring anew"
             )
 
+        # On padded rows attention holds more than the plan counts, the more the larger a forward.
+        widened = plan.reference_budget and not engine_of(model).pads_attention
+        budget = plan.reference_budget if widened else plan.token_budget
         done = 0
 
         def score(part: Sequence[Group]) -> Scores:
             nonlocal done
             with autocast_of(plan), policy.computing(plan):
-                logps, _ = score_groups(model, part, plan.token_budget)
+                logps, _ = score_groups(model, part, budget)
             done += len(part)
             reporter.log(Progress(stage="reference", done=done, total=len(groups)).line())
             return list(zip(logps[::2], logps[1::2], strict=True))

@@ -28,7 +28,9 @@ class Builder:
 
     def __init__(self, description: Decoder, dtype: torch.dtype, device: torch.device, adapter: str) -> None:
         self._decoder, self._dtype, self._adapter = description, dtype, adapter
-        self._scratch = Scratch(dtype, device)
+        # One for what blocks begin with, one for what they end with: a layer that is computed again asks for gate and
+        # up twice, and only for the down projection in between.
+        self._firsts, self._lasts = Scratch(dtype, device), Scratch(dtype, device)
 
     def layers(self, modules: Sequence[Any], recomputed: int) -> list[FusedLayer]:
         """The lowest `recomputed` are recomputed: they are differentiated last, when the others' memory is free."""
@@ -49,15 +51,15 @@ class Builder:
             case Attention():
                 part = getattr(module, mixer.module)
                 return FrozenBlock(
-                    self._group(part, mixer.projections),
+                    self._group(part, mixer.projections, self._firsts),
                     self._attention(part, mixer),
-                    self._group(part, (mixer.output,)),
+                    self._group(part, (mixer.output,), self._lasts),
                     residual,
                 )
             case Recurrent():
                 part, (*entries, output) = getattr(module, mixer.module), _linears(mixer)
-                first = self._group(part, entries)
-                return FrozenBlock(first, DeltaNetCore.of(part, first), self._group(part, (output,)), residual)
+                first, last = self._group(part, entries, self._firsts), self._group(part, (output,), self._lasts)
+                return FrozenBlock(first, DeltaNetCore.of(part, first), last, residual)
 
     def _mlp(self, module: Any, layer: Layer) -> Block:
         mlp, names = layer.mlp, layer.norms
@@ -69,9 +71,9 @@ class Builder:
                 if activation == "relu2" or activation == "clamped_silu":
                     raise TypeError(f"no gated MLP has the activation {activation}")
                 return FrozenBlock(
-                    self._group(part, mlp.projections),
+                    self._group(part, mlp.projections, self._firsts),
                     GatedCore(activation),
-                    self._group(part, (mlp.output,)),
+                    self._group(part, (mlp.output,), self._lasts),
                     residual,
                 )
             case Experts():
@@ -84,9 +86,9 @@ class Builder:
             norms = (of_query, of_key)
         return AttentionCore(shape, self._decoder.eps, norms, part.sinks.detach() if shape.sinks else None)
 
-    def _group(self, part: Any, names: Sequence[str]) -> FrozenGroup:
+    def _group(self, part: Any, names: Sequence[str], scratch: Scratch) -> FrozenGroup:
         members = [member_of(getattr(part, name), self._adapter) for name in names]
-        return FrozenGroup(members, self._dtype, self._scratch)
+        return FrozenGroup(members, self._dtype, scratch)
 
     def _residual(self, module: Any, before: str, after: str) -> Residual:
         scale = self._decoder.residual_scale

@@ -95,6 +95,8 @@ class FusedDecoder(PlainEngine):
     def refresh(self) -> None:
         """Copies the active adapter's fp32 factors into the matrices, when an optimizer or a switch changed them."""
         writes = version_of()
+        for member in self._members:
+            member.look()
         now = tuple(v for m in self._members for v in (m.switched_off, *((id(f), writes(f)) for f in m.factors or ())))
         if now == self._seen:
             return

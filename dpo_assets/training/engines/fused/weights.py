@@ -7,8 +7,8 @@ LoRA pairs A [R, in] and B [out, R] (block-diagonal, scaled by alpha / r) a grou
             [ A  0 ]     dx = [dy, dy B] [W; A]
 
 so forward and backward are one product each, beside two thin ones. For a 16-bit base M is built once and the modules'
-own weights become views of it: no byte is held twice. A quantised base is dequantised into one scratch matrix, that
-all groups of all layers share, each time a group is used.
+own weights become views of it: no byte is held twice. A quantised base is dequantised into a scratch matrix that groups
+of all layers share, each time another of them is used.
 """
 
 from __future__ import annotations
@@ -97,35 +97,34 @@ def quantised_weight(linear: nn.Module) -> Quantised | None:
 
 @dataclass
 class Member:
-    """A linear layer of a group, and its LoRA pair if it has one."""
+    """A linear layer of a group, and its LoRA pair if it has one.
+
+    Attributes:
+        factors: A [r, in] and B [out, r] of the adapter that was active at the last `look`.
+        rank, scale: its own.
+        switched_off: whether adapters counted for nothing then.
+    """
 
     linear: nn.Module
     lora: Lora | None = None
+    factors: tuple[nn.Parameter, nn.Parameter] | None = field(default=None, init=False)
+    rank: int = field(default=0, init=False)
+    scale: float = field(default=0.0, init=False)
+    switched_off: bool = field(default=False, init=False)
 
-    @property
-    def adapter(self) -> str:
-        """The adapter that is active now: a policy and its frozen reference may share the base."""
-        assert self.lora is not None
-        return self.lora.active_adapters[0]
+    def __post_init__(self) -> None:
+        self.look()
 
-    @property
-    def rank(self) -> int:
-        return 0 if self.lora is None else int(self.lora.r[self.adapter])
+    def look(self) -> None:
+        """Reads which adapter is active: a policy and its frozen reference may share the base.
 
-    @property
-    def factors(self) -> tuple[nn.Parameter, nn.Parameter] | None:
-        """A [r, in] and B [out, r] of the active adapter."""
-        if self.lora is None:
-            return None
-        return self.lora.lora_A[self.adapter].weight, self.lora.lora_B[self.adapter].weight
-
-    @property
-    def scale(self) -> float:
-        return 0.0 if self.lora is None else float(self.lora.scaling[self.adapter])
-
-    @property
-    def switched_off(self) -> bool:
-        return self.lora is not None and bool(self.lora.disable_adapters)
+        Asking PEFT takes as long as launching a kernel, so a forward asks once, and its layers use what was found.
+        """
+        if (lora := self.lora) is not None:
+            adapter = lora.active_adapters[0]
+            self.factors = lora.lora_A[adapter].weight, lora.lora_B[adapter].weight
+            self.rank, self.scale = int(lora.r[adapter]), float(lora.scaling[adapter])
+            self.switched_off = bool(lora.disable_adapters)
 
 
 def member_of(module: nn.Module, adapter: str) -> Member:
@@ -137,19 +136,25 @@ def member_of(module: nn.Module, adapter: str) -> Member:
 
 @dataclass
 class Scratch:
-    """The one matrix that quantised groups are dequantised into, as large as the largest of them."""
+    """One matrix that quantised groups are dequantised into by turns, as large as the largest of them.
+
+    Attributes:
+        holds: the group whose weights stand in it. They are frozen, so they need not be written again.
+    """
 
     dtype: torch.dtype
     device: torch.device
+    holds: FrozenGroup | None = field(default=None, repr=False)
     _flat: Tensor | None = field(default=None, repr=False)
     _size: int = 0
 
     def reserve(self, elements: int) -> None:
+        """Room for a group, before the first is used."""
         self._size = max(self._size, elements)
 
     def matrix(self, rows: int, columns: int) -> Tensor:
-        if self._flat is None or self._flat.numel() < rows * columns:
-            self._flat = torch.empty(max(self._size, rows * columns), dtype=self.dtype, device=self.device)
+        if self._flat is None:
+            self._flat = torch.empty(self._size, dtype=self.dtype, device=self.device)
         return self._flat[: rows * columns].view(rows, columns)
 
 
@@ -166,6 +171,23 @@ class _Views:
         return cls(matrix[:outputs].T, matrix[:outputs, :inputs].T, matrix[:, :inputs])
 
 
+@dataclass(frozen=True)
+class _InScratch:
+    """Where the parts of a quantised group's M stand in the scratch matrix: made once, as views cost more to make than
+    to use."""
+
+    members: Sequence[Tensor]  # [width, in] of each.
+    a: Tensor  # [R, in]
+    b: Tensor  # [out, R]
+    views: _Views
+
+    @classmethod
+    def of(cls, matrix: Tensor, widths: Sequence[int], inputs: int) -> _InScratch:
+        outputs = sum(widths)
+        members = matrix[:outputs, :inputs].split(list(widths))
+        return cls(members, matrix[outputs:, :inputs], matrix[:outputs, inputs:], _Views.of(matrix, outputs, inputs))
+
+
 class FrozenGroup:
     """Linear layers of one input as the matrix M above."""
 
@@ -177,7 +199,9 @@ class FrozenGroup:
         self.inputs, self.outputs = int(shapes[0][1]), sum(self.widths)
         self._ranks = [m.rank for m in members]
         self._grad_a: Tensor | None = None  # [R, in] fp32, the gradients of all A in one.
+        self._grad_a_parts: list[Tensor] = []  # As they were handed to the factors.
         self.rank = math.ceil(sum(self._ranks) / ALIGNMENT) * ALIGNMENT
+        self._columns = [*self.widths, self.rank]  # Of a gradient buffer.
         self._scratch, self._dtype = scratch, dtype
         device: torch.device = members[0].linear.weight.device  # type: ignore[assignment]
         biases = [getattr(m.linear, "bias", None) for m in members]
@@ -206,6 +230,8 @@ class FrozenGroup:
         # Views cost more to make than to use on a small model, so each is made once.
         self._a_t, self._b_t = self._a.T, self._b.T
         self._views = None if self._matrix is None else _Views.of(self._matrix, self.outputs, self.inputs)
+        self._in_scratch: _InScratch | None = None
+        self._places = self._places_of_factors()
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -217,6 +243,17 @@ class FrozenGroup:
         """Whether gradients of any of its factors are asked for."""
         return any(factor.requires_grad for factor in self.parameters)
 
+    def _places_of_factors(self) -> list[tuple[Member, Tensor, Tensor]]:
+        """Where A and B of each member stand in M."""
+        places, row, column = [], 0, 0
+        for member, width in zip(self.members, self.widths, strict=True):
+            if member.factors is not None:
+                ranks = slice(column, column + member.rank)
+                places.append((member, self._a[ranks], self._b[row : row + width, ranks]))
+                column += member.rank
+            row += width
+        return places
+
     def slots(self) -> list[tuple[Tensor, Tensor, float]]:
         """(where, from, scale): where each factor stands in M. A scale of zero is for zeros, whatever the factor holds:
         nothing that diverged reaches a base whose adapter is switched off."""
@@ -225,35 +262,49 @@ class FrozenGroup:
                 "fused kernels hold adapters of one rank, and one of another rank is active; "
                 "set hardware.kernels to `transformers`."
             )
-        entries, row, column = [], 0, 0
-        for member, width in zip(self.members, self.widths, strict=True):
-            if member.factors is not None:
-                a, b = member.factors
-                on = not member.switched_off
-                entries.append((self._a[column : column + member.rank], a, 1.0 if on else 0.0))
-                place = self._b[row : row + width, column : column + member.rank]
-                entries.append((place, b, member.scale if on else 0.0))
-                column += member.rank
-            row += width
+        entries: list[tuple[Tensor, Tensor, float]] = []
+        for member, of_a, of_b in self._places:
+            assert member.factors is not None
+            (a, b), on = member.factors, not member.switched_off
+            entries += (of_a, a, 1.0 if on else 0.0), (of_b, b, member.scale if on else 0.0)
         return entries
 
-    def matrix(self) -> _Views:
-        """M, ready for use until the next group asks for its own."""
+    def _place(self) -> _InScratch:
+        """The scratch matrix with this group's weights in it; A and B are written where they are read."""
+        scratch = self._scratch
+        if self._in_scratch is None:
+            matrix = scratch.matrix(self.outputs + self.rank, self.inputs + self.rank)
+            self._in_scratch = _InScratch.of(matrix, self.widths, self.inputs)
+        if scratch.holds is not self:
+            scratch.holds = self
+            for member, quantised, part in zip(self.members, self.quantised, self._in_scratch.members, strict=True):
+                if quantised is None:
+                    part.copy_(member.linear.weight)
+                else:
+                    quantised.dequantise(part)
+        return self._in_scratch
+
+    def _with_b(self) -> Tensor:
+        """[W B]^T, ready for use until another group asks for its own."""
         if self._views is not None:
-            return self._views
-        matrix = self._scratch.matrix(self.outputs + self.rank, self.inputs + self.rank)
-        row = 0
-        for member, quantised, width in zip(self.members, self.quantised, self.widths, strict=True):
-            part = matrix[row : row + width, : self.inputs]
-            if quantised is None:
-                part.copy_(member.linear.weight)
-            else:
-                quantised.dequantise(part)
-            row += width
+            return self._views.forward
+        place = self._place()
         if self.rank:
-            matrix[: self.outputs, self.inputs :] = self._b
-            matrix[self.outputs :, : self.inputs] = self._a
-        return _Views.of(matrix, self.outputs, self.inputs)
+            place.b.copy_(self._b)
+        return place.views.forward
+
+    def _with_a(self) -> Tensor:
+        """[W; A], likewise."""
+        if self._views is not None:
+            return self._views.backward
+        place = self._place()
+        if self.rank:
+            place.a.copy_(self._a)
+        return place.views.backward
+
+    def _plain(self) -> Tensor:
+        """W^T, likewise."""
+        return (self._views or self._place().views).plain
 
     # ---- the products
 
@@ -275,8 +326,8 @@ class FrozenGroup:
         thin = torch.mm(x[:, : self.inputs], self._a_t)
         if x.shape[1] == self.inputs + self.rank:
             x[:, self.inputs :] = thin
-            return self._product(x, self.matrix().forward, residual, scale), thin
-        y = self._product(x, self.matrix().plain, residual, scale)
+            return self._product(x, self._with_b(), residual, scale), thin
+        y = self._product(x, self._plain(), residual, scale)
         return y.addmm_(thin, self._b_t, alpha=1.0 if residual is None else scale), thin
 
     def _product(self, x: Tensor, weight: Tensor, residual: Tensor | None, scale: float) -> Tensor:
@@ -292,7 +343,7 @@ class FrozenGroup:
 
     def backward(self, dy: Tensor) -> Tensor:
         """dx [T, in] of a complete gradient buffer."""
-        return torch.mm(dy, self.matrix().backward)
+        return torch.mm(dy, self._with_a())
 
     def accumulate(self, dy: Tensor, x: Tensor, thin: Tensor) -> None:
         """Adds the fp32 gradients of the factors to their `.grad`.
@@ -301,46 +352,38 @@ class FrozenGroup:
         to autograd: a step has hundreds of small factors, and on a small model adding them up one by one takes longer
         than the layers do.
         """
-        self._accumulate_a(dy[:, self.outputs :], x)
-        row = column = 0
-        for member, width in zip(self.members, self.widths, strict=True):
-            if member.factors is not None:
-                b, ranks = member.factors[1], slice(column, column + member.rank)
-                if b.requires_grad:
-                    _add_gradient(b, dy[:, row : row + width].T, thin[:, ranks], member.scale)
-                column += member.rank
-            row += width
+        *d_members, d_thin = dy.split(self._columns, dim=1)
+        self._accumulate_a(d_thin, x)
+        for member, d_member, thin_member in zip(self.members, d_members, self._by_member(thin, dim=1), strict=True):
+            if member.factors is not None and member.factors[1].requires_grad:
+                _add_gradient(member.factors[1], d_member.T, thin_member, member.scale)
+
+    def _by_member(self, ranks: Tensor, dim: int) -> list[Tensor]:
+        """The part of each member in a tensor of R columns or rows."""
+        return list(ranks.split([*self._ranks, self.rank - sum(self._ranks)], dim=dim)[:-1])
 
     def _accumulate_a(self, d_thin: Tensor, x: Tensor) -> None:
         """Adds the gradients of all A: by one product as long as they are trained together, else each by its own.
 
         A factor may be frozen beside others that train, and anyone may set, clear or replace a single `.grad`.
         """
-        factors: list[tuple[nn.Parameter, slice]] = []
-        column = 0
-        for member in self.members:
-            if member.factors is not None:
-                factors.append((member.factors[0], slice(column, column + member.rank)))
-                column += member.rank
-        together = bool(factors) and all(a.requires_grad for a, _ in factors)
-        if together and all(a.grad is None for a, _ in factors):
+        factors = [member.factors[0] for member in self.members if member.factors is not None]
+        gradients = [a.grad for a in factors]
+        together = bool(factors) and all(a.requires_grad for a in factors)
+        if together and all(gradient is None for gradient in gradients):
             self._grad_a = torch.empty(self.rank, self.inputs, dtype=torch.float32, device=x.device)
             ops.add_product(self._grad_a, d_thin.T, x, fresh=True)
-            for a, ranks in factors:
-                a.grad = self._grad_a[ranks]
-        elif together and all(self._is_part(a.grad, ranks) for a, ranks in factors):
+            parts = zip(self.members, self._by_member(self._grad_a, dim=0), strict=True)
+            self._grad_a_parts = [part for member, part in parts if member.factors is not None]
+            for a, part in zip(factors, self._grad_a_parts, strict=True):
+                a.grad = part
+        elif together and [*map(id, gradients)] == [*map(id, self._grad_a_parts)]:
             assert self._grad_a is not None
             ops.add_product(self._grad_a, d_thin.T, x, fresh=False)
         else:
-            for a, ranks in factors:
-                if a.requires_grad:
-                    _add_gradient(a, d_thin[:, ranks].T, x)
-
-    def _is_part(self, gradient: Tensor | None, ranks: slice) -> bool:
-        """Whether a gradient is still the part of the common matrix that was put there."""
-        if gradient is None or self._grad_a is None:
-            return False
-        return bool(gradient.data_ptr() == self._grad_a[ranks].data_ptr())
+            for member, d_member in zip(self.members, self._by_member(d_thin, dim=1), strict=True):
+                if member.factors is not None and member.factors[0].requires_grad:
+                    _add_gradient(member.factors[0], d_member.T, x)
 
 
 def _add_gradient(factor: nn.Parameter, a: Tensor, b: Tensor, scale: float = 1.0) -> None:

@@ -7,6 +7,7 @@ keeps those alone.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import gcd
 from typing import Any
 
@@ -77,6 +78,11 @@ class HeadTransform:
         """Whether the backward pass can do without the raw heads, so that they may be overwritten."""
         return self.norm is None
 
+    @cached_property
+    def tiles(self) -> _Tiles:
+        """How its kernels are launched."""
+        return _Tiles.of(self)
+
     def at(self, source: Tensor) -> HeadTransform:
         """The transform of tokens `source` [S] of the stream."""
         angles = None if self.angles is None else Angles(self.angles.cos[source], self.angles.sin[source])
@@ -91,7 +97,7 @@ def transform(src: Tensor, dst: Tensor, t: HeadTransform, stride_head: int = 0) 
         stride_head: columns from one head of src to the next; 0: dim. More where each head is followed by its gate.
     """
     if in_triton(src):
-        tiles = _Tiles.of(t)
+        tiles = t.tiles
         backend.kernels.transform[(len(src), tiles.blocks)](
             src, dst, *tiles.tables(src), src.stride(0), dst.stride(0), tiles.angle_stride, t.eps,
             STRIDE_HEAD=stride_head or t.dim, **tiles.constants,
@@ -111,7 +117,7 @@ def transform_backward(grad: Tensor, src: Tensor, out: Tensor, t: HeadTransform,
         stride_head: columns from one head to the next in src and in out; 0: dim.
     """
     if in_triton(src):
-        tiles, flat = _Tiles.of(t), grad.reshape(len(grad), t.width)
+        tiles, flat = t.tiles, grad.reshape(len(grad), t.width)
         backend.kernels.transform_backward[(len(src), tiles.blocks)](
             flat, src, out, *tiles.tables(src),
             flat.stride(0), src.stride(0), out.stride(0), tiles.angle_stride, t.eps,
@@ -127,7 +133,7 @@ def gather_kv(kv: Tensor, source: Tensor, t: HeadTransform) -> Tensor:
     """Rows [S, 2 * heads * dim] of transformed keys and of values, from raw kv [T, 2 * heads * dim] by source [S]."""
     rows = torch.empty(len(source), 2 * t.width, dtype=kv.dtype, device=kv.device)
     if in_triton(kv):
-        tiles = _Tiles.of(t)
+        tiles = t.tiles
         backend.kernels.gather_kv[(len(source), tiles.blocks)](
             kv, rows, source, *tiles.tables(kv), kv.stride(0), tiles.angle_stride, t.eps, **tiles.constants
         )
@@ -147,7 +153,7 @@ def fold_kv(dk: Tensor, dv: Tensor, kv: Tensor, slots: Tensor, t: HeadTransform,
         slots: [T, copies] of each token in S; -1 is none.
     """
     if in_triton(dk):
-        tiles, dk, dv = _Tiles.of(t), dk.reshape(len(dk), t.width), dv.reshape(len(dv), t.width)
+        tiles, dk, dv = t.tiles, dk.reshape(len(dk), t.width), dv.reshape(len(dv), t.width)
         backend.kernels.fold_kv[(len(slots), tiles.blocks)](
             dk, dv, kv, out, slots, *tiles.tables(dk),
             dk.stride(0), dv.stride(0), kv.stride(0), out.stride(0), tiles.angle_stride, t.eps,
@@ -172,11 +178,11 @@ class _Tiles:
         every = power_of_two(t.heads)
         return cls(t, every if t.over_projection else min(every, max(1, TILE // power_of_two(t.dim))))
 
-    @property
+    @cached_property
     def blocks(self) -> int:
         return -(-self.t.heads // self.block)
 
-    @property
+    @cached_property
     def angle_stride(self) -> int:
         return 0 if self.t.angles is None else self.t.angles.cos.stride(0)
 
@@ -186,7 +192,7 @@ class _Tiles:
         cos, sin = (None, None) if t.angles is None else (t.angles.cos, t.angles.sin)
         return tuple(unused if table is None else table for table in (cos, sin, t.norm, t.factor))
 
-    @property
+    @cached_property
     def constants(self) -> dict[str, Any]:
         t = self.t
         half = 0 if t.angles is None else t.angles.cos.shape[1]
