@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -45,6 +45,7 @@ class Fault:
     lost_response: bool
     silent: bool = False
     then: Callable[[], None] = lambda: None
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -119,15 +120,16 @@ class HubServer:
         lost_response: bool = False,
         silent: bool = False,
         then: Callable[[], None] = lambda: None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         """Fail the next ``times`` requests of ``method`` whose path contains the regular expression ``path``.
 
         They are answered ``status`` and not applied. With ``lost_response`` they are applied, and the
         connection closes without an answer. With ``silent`` they are not applied, and the connection stays open until
-        the Hub closes. ``then`` is called when one arrives, before anything else.
+        the Hub closes. ``then`` is called when one arrives, before anything else. ``headers`` go with the refusal.
         """
         with self._lock:
-            fault = Fault(method, re.compile(path), status, times, lost_response, silent, then)
+            fault = Fault(method, re.compile(path), status, times, lost_response, silent, then, headers or {})
             self.faults.pending.append(fault)
 
     def meanwhile(self, method: str, path: str, then: Callable[[], None]) -> None:
@@ -145,7 +147,7 @@ class HubServer:
                 if fault and fault.silent:
                     return SILENCE
                 if fault and fault.status and not fault.lost_response:
-                    raise HubError(fault.status, "injected failure")
+                    return Reply.error(HubError(fault.status, "injected failure"), fault.headers)
                 reply = self._dispatch(request)
             except HubError as error:
                 reply = Reply.error(error)

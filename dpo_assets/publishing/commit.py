@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,11 +198,11 @@ def _commit(
             if others == 0:
                 raise
             others -= 1
-        except Passing:
+        except Passing as error:
             if not waits:
                 raise
             unanswered = plan
-            time.sleep(waits.pop(0))
+            hub.pause(waits.pop(0), error)
         head = hub.head()
 
 

@@ -22,7 +22,11 @@ class HubFailure(PublishError, InfrastructureError):
 
 
 class Passing(HubFailure):
-    """A refusal or a broken connection that a moment later may be gone."""
+    """A refusal or a broken connection that a moment later may be gone; `after`: seconds that the Hub asks to wait."""
+
+    def __init__(self, message: str, after: float = 0.0) -> None:
+        super().__init__(message)
+        self.after = after
 
 
 class StaleHead(HubFailure):

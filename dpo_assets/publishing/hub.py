@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 ResultT = TypeVar("ResultT")
 CONNECT_SECONDS = 10.0
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})  # Answers that another try may not get.
+LONGEST_WAIT = 300.0  # Seconds: the Hub counts requests over five minutes.
 LARGEST_TEXT = 4 * 2**20  # Bytes of a text file that is read whole.
 _FRONT_MATTER_ALONE = re.compile(rb"---\r?\n.*?\r?\n---\s*", re.DOTALL)
 
@@ -178,9 +179,13 @@ class HubRepository:
         for wait in self.patience.waits:
             try:
                 return self._once(ask)
-            except Passing:
-                time.sleep(wait)
+            except Passing as error:
+                self.pause(wait, error)
         return self._once(ask)
+
+    def pause(self, seconds: float, error: Passing) -> None:
+        """Waits, as long as the Hub asks for, within bounds."""
+        time.sleep(max(seconds, min(error.after, LONGEST_WAIT)))
 
     def _once(self, ask: Callable[[], ResultT]) -> ResultT:
         from httpx import HTTPError
@@ -226,11 +231,22 @@ class HubRepository:
         if status in PASSING or (status is None and _cause(error, HTTPError)):
             return Passing(
                 f"publishing {self.repo_id} failed: {endpoint} is not well or not reached: {said}. Materialise "
-                "published_model again later: what was sent is not sent twice"
+                "published_model again later: what was sent is not sent twice",
+                after=_asked_to_wait(cause.response) if cause is not None else 0.0,
             )
         if isinstance(error, ValueError) or status in (400, 404, 413, 422):
             return PublishRefused(f"publishing {self.repo_id} is refused by {endpoint}: {said}")
         return HubFailure(f"publishing {self.repo_id} failed: {said}")
+
+
+def _asked_to_wait(response: httpx.Response) -> float:
+    """Seconds that an answer asks to wait: HTTP's own header, or the Hub's for the rest of a window of requests."""
+    from huggingface_hub.utils import parse_ratelimit_headers
+
+    told = response.headers.get("Retry-After", "")
+    window = parse_ratelimit_headers(response.headers)
+    # A second more, as its seconds are rounded.
+    return float(told) if told.isdigit() else window.reset_in_seconds + 1.0 if window is not None else 0.0
 
 
 def _held(file: Any) -> HeldFile:

@@ -77,9 +77,10 @@ class Reply:
         return cls(status, body, {"Content-Type": "application/json", **(headers or {})})
 
     @classmethod
-    def error(cls, error: HubError) -> Reply:
+    def error(cls, error: HubError, more: Mapping[str, str] | None = None) -> Reply:
         """A refusal, said in the body and in the headers, for HEAD has no body."""
         headers = {"X-Error-Message": error.message} | ({"X-Error-Code": error.code} if error.code else {})
+        headers |= more or {}
         return cls.json({"error": error.message, **error.details}, error.status, headers)
 
 

@@ -286,7 +286,7 @@ def test_a_release_of_a_version_that_listed_nothing_is_not_taken_for_ours(
     hub: HubServer, api: HfApi, tmp_path: Path
 ) -> None:
     made(hub, {"provenance.json": b'{"inputs": {}, "versions": {}}', "pytorch_model.bin": b"x"})
-    with pytest.raises(PublishRefused, match="holds files that no release"):
+    with pytest.raises(PublishRefused, match=r"holds files that no release .* as that of early versions"):
         send(api, staged(tmp_path))
 
 
@@ -490,6 +490,22 @@ def test_a_hub_that_never_answers_is_named_after_the_time_it_is_given(
     assert get_session().timeout.read is None
 
 
+@pytest.mark.parametrize(
+    ("header", "value", "seconds"),
+    [("Retry-After", "7", 7.0), ("Retry-After", "9000", 300.0), ("RateLimit", '"api";r=0;t=55', 56.0), ("X", "7", 2.0)],
+)
+@pytest.mark.parametrize(("method", "path"), [("GET", "/refs$"), ("POST", "/commit/")])
+def test_a_hub_that_says_when_to_come_back_is_waited_for_within_bounds(
+    hub: HubServer, api: HfApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    method: str, path: str, header: str, value: str, seconds: float,
+) -> None:  # fmt: skip
+    waited: list[float] = []
+    monkeypatch.setattr("dpo_assets.publishing.hub.time.sleep", waited.append)
+    hub.fail_next(method, path, status=429, headers={header: value})
+    assert send(api, staged(tmp_path), patience=Patience(5.0, (2.0,))).sent
+    assert waited == [seconds]
+
+
 def test_a_hub_that_cannot_be_reached_is_a_failure_worth_another_try(tmp_path: Path) -> None:
     with HubServer() as hub:
         api = HfApi(endpoint=hub.endpoint, token=hub.token)
@@ -669,12 +685,13 @@ def test_a_token_that_is_refused_is_asked_once(
 
 
 @pytest.mark.parametrize(("method", "path"), [step for step in STEPS if "lfs" not in step[1]])
+@pytest.mark.parametrize(("status", "said"), [(401, "must be valid"), (403, "may not write")])
 def test_a_refusal_at_any_step_is_told_by_the_tokens_variable_and_a_later_run_completes(
-    hub: HubServer, api: HfApi, tmp_path: Path, method: str, path: str
+    hub: HubServer, api: HfApi, tmp_path: Path, method: str, path: str, status: int, said: str
 ) -> None:
-    """As when the token is withdrawn while the release is sent."""
-    hub.fail_next(method, path, status=403)
-    with pytest.raises(PublishRefused, match=f"publishing {REPO} is refused: the token in HF_TOKEN may not write"):
+    """As when the token expires while the release is sent."""
+    hub.fail_next(method, path, status=status)
+    with pytest.raises(PublishRefused, match=f"publishing {REPO} is refused: the token in HF_TOKEN {said}"):
         send(api, staged(tmp_path))
     assert hub.faults.pending == []
     assert is_released_once(hub, send(api, staged(tmp_path)))
