@@ -181,8 +181,8 @@ def refuse_foreign(head: Head, repo_id: str, adopt: str | None) -> None:
         early = "; the provenance.json there lists no files, as that of early versions" if PROVENANCE in others else ""
         raise PublishRefused(
             f"{repo_id} holds files that no release of dpo_assets lists ({_some(others)}{early}). Nothing was sent. "
-            f"Name another publishing.repo_id; or adopt the repository with publishing.adopt: {repo_id}, which keeps its "
-            "files and replaces those whose names the release needs"
+            f"Name another publishing.repo_id; or adopt the repository with publishing.adopt: {repo_id}, which keeps "
+            "its files and replaces those whose names the release needs"
         )
 
 

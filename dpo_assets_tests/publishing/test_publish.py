@@ -473,6 +473,18 @@ def test_an_answer_that_is_lost_at_any_step_leads_to_one_commit(
     assert set(actions(release.plan).values()) == {"add"}
 
 
+def test_a_commit_that_an_earlier_run_made_and_did_not_tag_is_read_back_tagged_and_not_made_again(
+    hub: HubServer, api: HfApi, tmp_path: Path
+) -> None:
+    hub.fail_next("POST", "/commit/", lost_response=True)
+    with pytest.raises(HubFailure):
+        send(api, staged(tmp_path), patience=replace(PATIENCE, waits=()))
+    assert hub.repo(REPO).tags == {}
+    release = send(api, staged(tmp_path))
+    assert is_released_once(hub, release)
+    assert (release.sent, release.read_back) == (False, True)
+
+
 @pytest.mark.parametrize(("method", "path"), STEPS)
 def test_a_hub_that_never_answers_is_named_after_the_time_it_is_given(
     hub: HubServer, api: HfApi, tmp_path: Path, at_once: None, method: str, path: str
