@@ -696,6 +696,17 @@ def test_a_token_that_is_refused_is_asked_once(
     assert hub.repos == {}
 
 
+def test_a_repository_that_an_expired_token_does_not_see_is_not_taken_for_none(
+    hub: HubServer, api: HfApi, tmp_path: Path
+) -> None:
+    """The Hub says the same of a repository that is not there, but with another status."""
+    for ask in (look, send):
+        hub.fail_next("GET", "/api/models/org/bot$", status=401, headers={"X-Error-Code": "RepoNotFound"})
+        with pytest.raises(PublishRefused, match="the token in HF_TOKEN must be valid"):
+            ask(api, staged(tmp_path))
+    assert hub.changes == []
+
+
 @pytest.mark.parametrize(("method", "path"), [step for step in STEPS if "lfs" not in step[1]])
 @pytest.mark.parametrize(("status", "said"), [(401, "must be valid"), (403, "may not write")])
 def test_a_refusal_at_any_step_is_told_by_the_tokens_variable_and_a_later_run_completes(
