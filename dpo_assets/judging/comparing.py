@@ -91,8 +91,6 @@ def question(conversation: Sequence[Message], first: str, second: str) -> list[M
 
 
 def _marker(*texts: str) -> str:
-    """A word that none of the texts holds, the same for the same texts: a reply is remembered by its question."""
-    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-    while any(digest[:MARKER_HEX] in text for text in texts):
-        digest = hashlib.sha256(digest.encode()).hexdigest()
-    return digest[:MARKER_HEX]
+    """A word that nobody can have written into the texts, for it is made of them; the same for the same texts, because a
+    reply is remembered by its question."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:MARKER_HEX]
