@@ -91,6 +91,8 @@ def question(conversation: Sequence[Message], first: str, second: str) -> list[M
 
 
 def _marker(*texts: str) -> str:
-    """A word that nobody can have written into the texts, for it is made of them; the same for the same texts, because a
-    reply is remembered by its question."""
+    """A word that nobody can have written into the texts, for it is made of them.
+
+    The same for the same texts, because a reply is remembered by its question.
+    """
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:MARKER_HEX]
