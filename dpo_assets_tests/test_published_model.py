@@ -275,6 +275,10 @@ def test_a_hub_that_holds_something_else_fails_the_check_and_is_not_tried_again(
     sent = metadata(release(shelf, sending(hub)), "published_model")
     repo = hub.repo(REPO)
     repo.tags[sent["tag"]] = repo.history()[-1].oid
+    tried = release(shelf, trying(hub))
+    [check] = tried.get_asset_check_evaluations()
+    assert (tried.success, check.severity) == (True, dg.AssetCheckSeverity.WARN)
+    assert f"delete the tag {sent['tag']}" in str(check.description)
     result = release(shelf, sending(hub))
     assert f"tag {sent['tag']} of {REPO} points at" in failed_checks(result)["release_verified"]["value"]
     events = [event.event_type for event in result.all_events]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dpo_assets.artifact import Artifact, write_json
 from dpo_assets.assets.step import Step
+from dpo_assets.errors import GateError
 from dpo_assets.publishing.access import check_access
 from dpo_assets.publishing.commit import Release, preview, publish
 from dpo_assets.publishing.errors import HubFailure, HubOffline, PublishRefused
@@ -69,6 +70,8 @@ class Publication:
             return self._unasked(scrub(f"{publishing.repo_id} was not asked: {error}")), ""
         except PublishRefused as error:
             return self._unasked("the release would be refused"), scrub(str(error))
+        except GateError as error:
+            return self._unasked("the release would be refused"), scrub(f"{error}: {error.fix}")
         self._keep(plan)
         return plan, ""
 

@@ -26,6 +26,7 @@ from dpo_assets.publishing.plan import MADE_BY, FileRecord, ReleasePlan, Release
 from dpo_assets.report.tables import table
 
 FILES = "files.json"
+SHOWN = 50  # Files of others that the page of the asset names.
 
 
 def materialise(step: Step) -> Events:
@@ -88,7 +89,9 @@ def materialise(step: Step) -> Events:
 def _shown(plan: ReleasePlan, publication: Publication) -> dict[str, Any]:
     """The operations, what they were made against, and what stays beside the release."""
     rows = [[o.action, o.path, o.size, o.sha256[:12]] for o in plan.operations]
-    kept = [[path] for path in plan.kept]
+    kept = [[path] for path in plan.kept[:SHOWN]]
+    if (more := len(plan.kept) - SHOWN) > 0:
+        kept.append([f"and {more} more"])
     return {
         "planned_on": plan.head or plan.note,
         "operations": dg.MetadataValue.md(table(["action", "file", "bytes", "sha256"], rows)),

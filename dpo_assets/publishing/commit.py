@@ -97,13 +97,14 @@ def preview(hub: HubRepository, files: Mapping[str, FileRecord], *, private: boo
     """The plan that `publish` would make now. Nothing is written.
 
     Raises:
-        PublishRefused: as `publish`.
+        GateError, PublishRefused: as `publish`.
         HubFailure: the Hub did not answer.
     """
     head = hub.head()
     if head is None:
         how = "private" if private else "public"
         return first_release(files, f"{hub.repo_id} does not exist yet; it would be made, {how}")
+    _tagged(hub, files)
     return _plan(files, head, hub.repo_id, private, adopt)
 
 
@@ -144,12 +145,7 @@ def publish(
     if found is None:
         hub.create(private)
         found = hub.head()
-    tagged = hub.tags().get(tag) if found is not None else None
-    if found is not None and tagged is not None and _unlike(hub, files, tagged):
-        raise _not_equal(
-            f"tag {tag} of {repo_id} points at {tagged}, which holds something else; nothing was sent",
-            f"delete the tag {tag} of {repo_id}, and materialise published_model again",
-        )
+    tagged = _tagged(hub, files)
     head, sent, plan = _commit(hub, folder, files, found, private, adopt, planned)
     url = f"{api.endpoint}/{repo_id}"
     if tagged == head:
@@ -204,6 +200,22 @@ def _commit(
             unanswered = plan
             hub.pause(waits.pop(0), error)
         head = hub.head()
+
+
+def _tagged(hub: HubRepository, files: Mapping[str, FileRecord]) -> str | None:
+    """The commit that has the tag of this content already.
+
+    Raises:
+        GateError: something else lies there.
+    """
+    tag = content_tag(files)
+    found = hub.tags().get(tag)
+    if found is not None and _unlike(hub, files, found):
+        raise _not_equal(
+            f"tag {tag} of {hub.repo_id} points at {found}, which holds something else; nothing was sent",
+            f"delete the tag {tag} of {hub.repo_id}, and materialise published_model again",
+        )
+    return found
 
 
 def _plan(files: Mapping[str, FileRecord], head: Head, repo_id: str, private: bool, adopt: str | None) -> ReleasePlan:

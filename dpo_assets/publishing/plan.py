@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dpo_assets.artifact import file_sha256
 from dpo_assets.publishing.errors import PublishRefused
+from dpo_assets.untrusted import in_code
 
 PROVENANCE, CARD = "provenance.json", "README.md"
 MADE_BY: Literal["dpo_assets"] = "dpo_assets"
@@ -202,4 +203,4 @@ def refuse_public(head: Head, repo_id: str, private: bool) -> None:
 
 def _some(paths: Sequence[str]) -> str:
     more = f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
-    return ", ".join(paths[:SHOWN]) + more
+    return ", ".join(map(in_code, paths[:SHOWN])) + more
