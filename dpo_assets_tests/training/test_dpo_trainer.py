@@ -20,8 +20,9 @@ from torch import Tensor
 from dpo_assets.checks.losses import LOSSES
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.recipe import DpoSection
+from dpo_assets.training.batches.batch import PackedBatch
 from dpo_assets.training.batches.data import dpo_group, load_split
-from dpo_assets.training.batches.packing import PackedBatch, balanced
+from dpo_assets.training.batches.packing import balanced
 from dpo_assets.training.engines.base import attach_engine, causal_lm
 from dpo_assets.training.engines.transformers import TransformersEngine
 from dpo_assets.training.models.loading import attach_adapter, load_base
@@ -107,7 +108,7 @@ def test_the_small_budget_cuts_a_step_into_several_forwards_of_different_weight(
 ) -> None:
     """The tests below rest on it."""
     plan = short_plan(plan_for, {}, steps=STEPS)
-    sizes = [len(forward["lengths"]) // 2 for forward in forwards_of(pairs, plan)]
+    sizes = [len(batch.scored.lengths) // 2 for batch in forwards_of(pairs, plan)]
     assert len(sizes) >= 3
     assert len(set(sizes)) > 1
     assert sum(sizes) == PAIRS

@@ -136,7 +136,7 @@ def test_a_layer_keeps_what_the_planner_counts(family: str, recomputed: bool, mo
     batch = pack(GROUPS)
     stream = engine.stream(batch)
     with as_on_a_gpu(monkeypatch):
-        x = torch.randn(len(batch["ids"]), description.hidden).requires_grad_()
+        x = torch.randn(len(batch.ids), description.hidden).requires_grad_()
         kept = engine.layers[1](x, stream).grad_fn.kept  # type: ignore[union-attr]
     found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors(kept)}
     layer, lora = description.layers[1], LoraSection(rank=8)

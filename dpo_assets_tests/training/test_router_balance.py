@@ -22,7 +22,7 @@ from dpo_assets.training.scoring.logprobs import score_tokens
 from dpo_assets.training.scoring.routers import balancing_loss
 from dpo_assets.training.stages.sft import PackedSFTTrainer
 from dpo_assets.training.trainers.classic import classic_arguments
-from dpo_assets.training.trainers.packed import PackedCollator
+from dpo_assets.training.trainers.step import PackedCollator
 from dpo_assets_tests.training.conftest import PlanMaker, SpecMaker
 from dpo_assets_tests.training.dpo_runs import largest_difference, run_dpo, short_plan, write_pairs
 from dpo_assets_tests.training.row_by_row import tiny_policy

@@ -145,7 +145,7 @@ shapes = st.lists(st.tuples(lengths, st.lists(lengths, min_size=1, max_size=3)),
 @given(shapes)
 def test_a_packed_batch_names_the_lengths_of_its_groups(groups: list[tuple[int, list[int]]]) -> None:
     batch = pack([Group([5] * prompt, tuple([7] * n for n in completions)) for prompt, completions in groups])
-    assert batch["groups"] == groups
+    assert batch.groups == groups
 
 
 sizes = st.integers(1, 300)

@@ -110,7 +110,7 @@ def shared_prefix(request: Request) -> Answer:
     worst = 0.0
     for n, groups in enumerate(request["groups"]):
         batch = pack([Group(range(prompt), tuple(range(c) for c in lengths)) for prompt, lengths in groups])
-        laid, place = on_blocks(batch["groups"])
+        laid, place = on_blocks(batch.groups)
         table, _ = kernel.build_seg_info_multigroup(laid, torch.device("cpu"))
         generator = torch.Generator().manual_seed(n)
         query, key, value = (

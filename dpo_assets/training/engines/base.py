@@ -14,7 +14,7 @@ from torch import Tensor
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.decoder import Decoder
 from dpo_assets.planning.families import describe
-from dpo_assets.training.batches.packing import PackedBatch
+from dpo_assets.training.batches.batch import PackedBatch
 from dpo_assets.training.engines.recurrent.mixers import keep_adapters
 from dpo_assets.training.scoring.head import Head, TokenScores, score_hidden
 from dpo_assets.training.scoring.routers import RouterWatch

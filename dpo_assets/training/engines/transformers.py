@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dpo_assets.training.batches.packing import PackedBatch
+from dpo_assets.training.batches.batch import PackedBatch
 from dpo_assets.training.engines.attention import NAME, Tables, attend_packed, pads_attention
 from dpo_assets.training.engines.base import (
     OwnLayersEngine,
@@ -41,8 +41,8 @@ class TransformersEngine(OwnLayersEngine):
         asked = {} if self._watch is None else {"output_router_logits": True}
         with autocast or nullcontext():
             said = decoder(
-                input_ids=batch["ids"][None],
-                position_ids=batch["pos"][None],
+                input_ids=batch.ids[None],
+                position_ids=batch.positions[None],
                 use_cache=False,
                 packed=Tables(batch),
                 **asked,
@@ -50,7 +50,7 @@ class TransformersEngine(OwnLayersEngine):
             if self._watch is not None:
                 self._watch.take(getattr(said, "router_logits", None))
             states: Tensor = said.last_hidden_state[0]
-            return states.index_select(0, batch["predict"])
+            return states.index_select(0, batch.scored.predict)
 
     @property
     def pads_attention(self) -> bool:

@@ -30,7 +30,7 @@ from dpo_assets.training.engines.rotary import fresh_tables
 from dpo_assets.training.engines.transformers import engine_of
 from dpo_assets.training.models.loading import CHAIN, autocast_of, choose_kernels, plain_attention
 from dpo_assets.training.models.targets import decoder_layers
-from dpo_assets.training.scoring.logprobs import evaluating, score_tokens, to_device
+from dpo_assets.training.scoring.logprobs import evaluating, score_tokens
 
 LONGEST_EAGER = 4096  # Eager attention keeps all scores of a row, heads x length squared.
 SHORT = 16  # Most answer tokens of the row behind the longest.
@@ -227,10 +227,10 @@ def _engine_logps(model: Any, groups: Sequence[Group], autocast: AbstractContext
     """Log-probabilities [tokens] of every completion, from one forward of the model's engine."""
     engine = engine_of(model)
     engine.renew()
-    batch = to_device(pack(groups), causal_lm(model).device)
+    batch = pack(groups).to(causal_lm(model).device)
     with engine.as_the_policy():
         logps = score_tokens(model, batch, autocast).logps
-    return list(logps.float().split(batch["lengths"].tolist()))
+    return list(logps.float().split(batch.scored.lengths.tolist()))
 
 
 def _compare(

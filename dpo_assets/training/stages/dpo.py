@@ -30,9 +30,10 @@ from dpo_assets.training.models.targets import coverage
 from dpo_assets.training.reporting import ProgressLines, Reporter, all_finite, write_metrics
 from dpo_assets.training.scoring.proof import assert_routers_heard
 from dpo_assets.training.trainers.classic import ClassicDPOTrainer, classic_trainer, refuse_without_gpu
-from dpo_assets.training.trainers.dpo import REFERENCE_COLUMNS, PackedDPOTrainer
+from dpo_assets.training.trainers.dpo import PackedDPOTrainer
 from dpo_assets.training.trainers.losses import DpoLoss
-from dpo_assets.training.trainers.packed import PackedCollator, end_quietly, packed_arguments, trainer_arguments
+from dpo_assets.training.trainers.packed import end_quietly, packed_arguments, trainer_arguments
+from dpo_assets.training.trainers.step import REFERENCE_COLUMNS, PackedCollator
 from dpo_assets.training.trainers.strategies import (
     Start,
     join_adapters,
@@ -130,18 +131,17 @@ def packed_trainer(start: Start, tokenizer: Any, spec: TrainSpec, reporter: Repo
         with autocast_of(plan):
             assert_routers_heard(policy.model, groups[0])
     reference = step_reference(start, spec)
-    reused, columns = 0, ()  # type: tuple[int, tuple[str, ...]]
+    reused = 0
     if reference is None:
         scores, reused = score_reference(policy, groups, spec, reporter)
-        columns = REFERENCE_COLUMNS
-        for n, name in enumerate(columns):
+        for n, name in enumerate(REFERENCE_COLUMNS):
             train = train.add_column(name, [pair[n] for pair in scores])
     trainer = PackedDPOTrainer(
         model=policy.model,
         args=dpo_arguments(plan, spec.scratch),
         train_dataset=train,
         processing_class=tokenizer,
-        data_collator=PackedCollator.of(policy.model, to_group, plan.token_budget, columns),
+        data_collator=PackedCollator.of(policy.model, to_group, plan.token_budget, referenced=reference is None),
         loss=loss,
         reference=plan.dpo.reference,
         step_reference=reference,

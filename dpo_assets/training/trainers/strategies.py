@@ -25,8 +25,9 @@ from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.precision import QUANTISED
 from dpo_assets.training.batches import data
+from dpo_assets.training.batches.batch import PackedBatch
 from dpo_assets.training.batches.data import dpo_group
-from dpo_assets.training.batches.packing import Group, PackedBatch
+from dpo_assets.training.batches.packing import Group
 from dpo_assets.training.engines.speedups import speed_up
 from dpo_assets.training.engines.transformers import engine_of
 from dpo_assets.training.engines.unsloth.engine import reference_mode

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
-from dpo_assets.training.batches.packing import PackedBatch
+from dpo_assets.training.batches.batch import Layout, PackedBatch
 from dpo_assets.training.engines.base import PlainEngine
 from dpo_assets.training.private.unsloth import TABLE, has_own_attention, shared_prefix_table
 
@@ -64,13 +64,13 @@ def unsloth_packed_hidden(lm: Any, batch: PackedBatch) -> Tensor:
     Raises:
         ConfigError: for an architecture, or a way of loading (8-bit), whose attention would ignore the table.
     """
-    check_shared_prefix(lm, int(batch["shape"][1]))
+    check_shared_prefix(lm, max(batch.row_lengths))
     build = shared_prefix_table()
-    groups, place = on_blocks(batch["groups"])
-    place = place.to(batch["ids"].device)
+    groups, place = on_blocks(batch.groups)
+    place = place.to(batch.ids.device)
     length = sum(prompt + sum(completions) for prompt, completions in groups)
     table, _ = build(groups, place.device)
-    ids, pos = (batch[name].new_zeros(length).index_copy(0, place, batch[name])[None] for name in ("ids", "pos"))
+    ids, pos = (told.new_zeros(length).index_copy(0, place, told)[None] for told in (batch.ids, batch.positions))
     hidden: Tensor = lm.get_decoder()(
         input_ids=ids, position_ids=pos, use_cache=False, **{TABLE: table}
     ).last_hidden_state[0]
@@ -88,15 +88,12 @@ class UnslothEngine(PlainEngine):
 
     def hidden(self, batch: PackedBatch, autocast: AbstractContextManager[Any] | None) -> Tensor:
         with autocast or nullcontext():
-            return unsloth_packed_hidden(self._lm, batch).index_select(0, batch["predict"])
+            return unsloth_packed_hidden(self._lm, batch).index_select(0, batch.scored.predict)
 
     def as_the_policy(self) -> AbstractContextManager[Any]:
         """Its forwards with and without gradients round differently (`reference_mode`)."""
         recorded: AbstractContextManager[Any] = torch.enable_grad()
         return recorded
-
-
-Layout = list[tuple[int, list[int]]]  # (prompt tokens, tokens of each completion) of each group.
 
 
 def on_blocks(groups: Layout) -> tuple[Layout, Tensor]:
