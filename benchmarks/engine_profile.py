@@ -35,8 +35,8 @@ from dpo_assets.planning.shape import ModelShape
 from dpo_assets.recipe import LoraSection
 from dpo_assets.training.batches.packing import Group, balanced, pack
 from dpo_assets.training.engines import attention
-from dpo_assets.training.engines.base import causal_lm
 from dpo_assets.training.engines.fused.decoder import attach_fused
+from dpo_assets.training.models.structure import causal_lm
 from dpo_assets.training.scoring.logprobs import score_groups, score_tokens, sequence_logps
 
 PAIRS, BETA = 16, 0.1

@@ -37,7 +37,7 @@ from dpo_assets.training.batches.packing import Group
 from dpo_assets.training.engines.unsloth.engine import reference_mode
 from dpo_assets.training.models.chat_format import load_tokenizer
 from dpo_assets.training.models.loading import autocast_of
-from dpo_assets.training.models.policy import Policy, load_policy
+from dpo_assets.training.policy import Policy, load_policy
 from dpo_assets.training.scoring.logprobs import score_groups
 from dpo_assets.training.stages.dpo import dpo_arguments
 from dpo_assets.training.trainers.dpo import PackedDPOTrainer

@@ -16,9 +16,10 @@ from dpo_assets.training.batches.batch import UnpaddedRows
 from dpo_assets.training.batches.packing import Group, pack
 from dpo_assets.training.engines import attention
 from dpo_assets.training.engines.attention import AttentionKind, Flash
-from dpo_assets.training.engines.base import attach_engine, causal_lm
+from dpo_assets.training.engines.base import attach_engine
 from dpo_assets.training.engines.fused import attention as fused_attention
 from dpo_assets.training.engines.fused.decoder import FusedDecoder, why_not_fused
+from dpo_assets.training.models.structure import causal_lm
 from dpo_assets.training.scoring.logprobs import score_tokens, sequence_logps
 from dpo_assets_tests.training.tiny_models import OTHER_PAIR, PAIR
 

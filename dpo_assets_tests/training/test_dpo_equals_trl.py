@@ -81,7 +81,7 @@ class TrlAtTheSameRates(trl.DPOTrainer):
 
 
 def policy(model_folder: Path, plan: TrainingPlan, start: Path | None, *, packed: bool) -> Any:
-    return attach_adapter(load_base(model_folder, plan, packed=packed), plan, start, seed=plan.dpo.seed, dropout=0.0)
+    return attach_adapter(load_base(model_folder, plan), plan, start, seed=plan.dpo.seed, dropout=0.0)
 
 
 @pytest.fixture(scope="module")

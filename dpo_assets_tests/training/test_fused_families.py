@@ -18,7 +18,6 @@ from dpo_assets.planning.decoder import Attention, Decoder, Layer, Mlp, QueryGro
 from dpo_assets.planning.support import NO, supported
 from dpo_assets.recipe import LoraSection
 from dpo_assets.training.batches.packing import pack
-from dpo_assets.training.engines.base import causal_lm, description_of
 from dpo_assets.training.engines.fused.block import FrozenBlock, Norm, Residual
 from dpo_assets.training.engines.fused.decoder import FusedDecoder, why_not_fused
 from dpo_assets.training.engines.fused.differentiated import AutogradBlock
@@ -28,6 +27,7 @@ from dpo_assets.training.engines.fused.ops import HeadTransform
 from dpo_assets.training.engines.fused.stream import Stream
 from dpo_assets.training.engines.fused.weights import FrozenGroup, Member, Scratch
 from dpo_assets.training.models.fp8 import quantise_layers
+from dpo_assets.training.models.structure import causal_lm, description_of
 from dpo_assets_tests.training.fused_parity import GROUPS, adapted, as_on_a_gpu, assert_same, fused, own
 from dpo_assets_tests.training.tiny_models import tiny_model
 

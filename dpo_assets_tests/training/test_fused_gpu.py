@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo_assets.training.batches.packing import Group, pack
 from dpo_assets.training.engines import attention
-from dpo_assets.training.engines.base import causal_lm
 from dpo_assets.training.engines.fused.decoder import attach_fused
+from dpo_assets.training.models.structure import causal_lm
 from dpo_assets.training.scoring.logprobs import score_tokens, sequence_logps
 from dpo_assets_tests.training.test_fused import with_lora
 from dpo_assets_tests.training.tiny_models import tiny_model

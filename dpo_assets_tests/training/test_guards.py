@@ -24,7 +24,7 @@ from dpo_assets.training.batches.data import dpo_group, load_split, sft_group
 from dpo_assets.training.guard.finite import StopOnNonFinite, check_first_loss, first_non_finite
 from dpo_assets.training.models.chat_format import load_tokenizer
 from dpo_assets.training.models.loading import attach_adapter, load_base
-from dpo_assets.training.models.policy import Policy
+from dpo_assets.training.policy import Policy
 from dpo_assets.training.stages import dpo, sft
 from dpo_assets.training.stages.dpo import dpo_arguments
 from dpo_assets.training.stages.sft import PackedSFTTrainer

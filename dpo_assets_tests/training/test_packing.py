@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM
 from dpo_assets.training.batches.batch import PackedBatch, Tensors
 from dpo_assets.training.batches.data import TOKEN_COLUMNS, dpo_group, longest_group, sft_group
 from dpo_assets.training.batches.packing import Group, pack, under_budget
-from dpo_assets.training.engines import attention
-from dpo_assets.training.scoring import head, proof
-from dpo_assets.training.scoring.head import Head, ScoredHead
+from dpo_assets.training.engines import attention, head
+from dpo_assets.training.engines.head import Head, ScoredHead
+from dpo_assets.training.scoring import proof
 from dpo_assets.training.scoring.logprobs import score_groups, score_tokens, sequence_logps
 from dpo_assets.training.trainers.step import STEP, Coupled, PackedCollator, Step
 from dpo_assets_tests.training.dense import row_logits, row_logps, rows_of

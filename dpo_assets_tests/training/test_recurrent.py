@@ -16,11 +16,11 @@ from torch import Tensor
 
 from dpo_assets.planning import delta_nets
 from dpo_assets.training.batches.packing import Group, pack
-from dpo_assets.training.engines.base import causal_lm
-from dpo_assets.training.engines.experts import serve_experts
 from dpo_assets.training.engines.fused.decoder import attach_fused
 from dpo_assets.training.engines.recurrent import convolution, delta_net, mixers
 from dpo_assets.training.engines.recurrent.segments import Segments
+from dpo_assets.training.models.experts import serve_experts
+from dpo_assets.training.models.structure import causal_lm
 from dpo_assets.training.scoring.logprobs import score_groups
 from dpo_assets.training.scoring.proof import NotExactError, assert_exact
 from dpo_assets_tests.training.row_by_row import assert_equal, packed, row_by_row, tiny_policy

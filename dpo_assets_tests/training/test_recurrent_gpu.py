@@ -16,9 +16,9 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from dpo_assets.planning.delta_nets import has_fla, why_wrong_gradient
 from dpo_assets.training.batches.batch import PackedBatch
 from dpo_assets.training.batches.packing import Group, pack
-from dpo_assets.training.engines.experts import experts_forward
 from dpo_assets.training.engines.recurrent import convolution, delta_net
 from dpo_assets.training.engines.recurrent.delta_net import DeltaNet
+from dpo_assets.training.models.experts import experts_forward
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 needs_fla = pytest.mark.skipif(not has_fla(), reason="needs fla-core")

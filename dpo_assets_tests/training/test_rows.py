@@ -18,10 +18,11 @@ from dpo_assets.contract import TrainSpec
 from dpo_assets.training.batches.data import dpo_group, load_split
 from dpo_assets.training.batches.packing import Group, by_rows, pack
 from dpo_assets.training.engines.attention import pads_attention
-from dpo_assets.training.engines.base import attached_engine, description_of
+from dpo_assets.training.engines.base import attached_engine
+from dpo_assets.training.engines.ladder import choose_kernels
 from dpo_assets.training.engines.rows import runs_of
-from dpo_assets.training.models.loading import choose_kernels
-from dpo_assets.training.models.policy import load_policy
+from dpo_assets.training.models.structure import description_of
+from dpo_assets.training.policy import load_policy
 from dpo_assets.training.trainers.step import PackedCollator
 from dpo_assets.training.trainers.strategies import score_reference
 from dpo_assets_tests.training.conftest import Log, PlanMaker, SpecMaker

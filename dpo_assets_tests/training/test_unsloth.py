@@ -82,7 +82,7 @@ def test_at_most_one_precision_is_asked_of_unsloth(precision: Any) -> None:
 
 def test_a_base_in_another_precision_than_asked_is_refused(model_folder: Path, plan_for: PlanMaker) -> None:
     """Without bitsandbytes Unsloth prints a line and loads 16 bit."""
-    base = load_base(model_folder, plan_for(), packed=False)
+    base = load_base(model_folder, plan_for())
     check_precision(base, plan_for())
     for precision in ("4bit", "8bit", "fp8"):
         with pytest.raises(ConfigError, match=f"`{precision}` was asked for.*loaded the base in 16 or 32 bit"):

@@ -12,6 +12,8 @@ and explicit scores for what it has no word for, soft caps and sinks.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dpo_assets.planning.decoder import Decoder
 from dpo_assets.training.batches.batch import PackedBatch, PaddedRows, UnpaddedRows
+from dpo_assets.training.models.structure import causal_lm
 from dpo_assets.training.private.torch import flash_attention
 from dpo_assets.training.private.transformers import attention_functions, attention_of
 
@@ -349,3 +352,22 @@ def attend_as_own(lm: Any) -> None:
         lm.set_attn_implementation("eager" if capped else "sdpa")
     except ValueError:
         lm.set_attn_implementation("eager")
+
+
+@contextmanager
+def plain_attention(model: Any, implementation: str | None = None) -> Iterator[None]:
+    """Transformers' own attention for a while: batched generation needs its padding masks.
+
+    Args:
+        implementation: None: what Transformers takes by itself.
+    """
+    lm = causal_lm(model)
+    before = attention_of(lm)
+    if implementation is None:
+        attend_as_own(lm)
+    else:
+        lm.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        lm.set_attn_implementation(before)

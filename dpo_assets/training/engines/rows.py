@@ -24,9 +24,10 @@ from torch.utils.checkpoint import checkpoint
 
 from dpo_assets.training.batches.batch import PackedBatch
 from dpo_assets.training.batches.packing import by_rows
-from dpo_assets.training.engines.base import OwnLayersEngine, decoder_of
+from dpo_assets.training.engines.base import OwnLayersEngine
+from dpo_assets.training.engines.head import TokenScores
 from dpo_assets.training.engines.rotary import RotaryTables, fresh_tables
-from dpo_assets.training.scoring.head import TokenScores
+from dpo_assets.training.models.structure import decoder_of
 
 
 @dataclass(frozen=True)

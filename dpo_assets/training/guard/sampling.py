@@ -16,11 +16,12 @@ import torch
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.batches.data import first_asked
 from dpo_assets.training.batches.packing import Group
+from dpo_assets.training.engines.attention import plain_attention
 from dpo_assets.training.engines.base import attached_engine
 from dpo_assets.training.engines.transformers import engine_of
 from dpo_assets.training.engines.unsloth.engine import reference_mode
 from dpo_assets.training.models.chat_format import ChatFormat
-from dpo_assets.training.models.loading import ADAPTER_NAME, autocast_of, plain_attention
+from dpo_assets.training.models.loading import ADAPTER_NAME, autocast_of
 from dpo_assets.training.scoring.generation import generate
 from dpo_assets.training.scoring.logprobs import evaluating, score_hits
 from dpo_assets.training.scoring.proof import Settled, settle_engine

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from dpo_assets.training.batches.batch import PackedBatch
 from dpo_assets.training.batches.packing import Group, pack, under_budget
-from dpo_assets.training.engines.base import causal_lm
+from dpo_assets.training.engines.head import TokenScores
 from dpo_assets.training.engines.transformers import engine_of
-from dpo_assets.training.scoring.head import TokenScores
+from dpo_assets.training.models.structure import causal_lm
 
 
 def score_tokens(model: Any, batch: PackedBatch, autocast: AbstractContextManager[Any] | None = None) -> TokenScores:

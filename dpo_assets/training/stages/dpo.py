@@ -25,8 +25,8 @@ from dpo_assets.training.guard.finite import StopOnNonFinite, check_trained
 from dpo_assets.training.guard.sampling import AdapterState, Watched, attach_scorer, first_prompts
 from dpo_assets.training.models.chat_format import RENDERING_ERRORS, load_chat_format
 from dpo_assets.training.models.loading import ADAPTER_NAME, autocast_of, save_adapter
-from dpo_assets.training.models.policy import Policy
 from dpo_assets.training.models.targets import coverage
+from dpo_assets.training.policy import Policy
 from dpo_assets.training.reporting import ProgressLines, Reporter, all_finite, write_metrics
 from dpo_assets.training.scoring.proof import assert_routers_heard
 from dpo_assets.training.trainers.classic import ClassicDPOTrainer, classic_trainer, refuse_without_gpu

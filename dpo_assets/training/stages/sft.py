@@ -19,8 +19,8 @@ from dpo_assets.training.batches.packing import Group
 from dpo_assets.training.guard.finite import StopOnNonFinite, check_trained
 from dpo_assets.training.models.chat_format import load_chat_format
 from dpo_assets.training.models.loading import ADAPTER_NAME, autocast_of, save_adapter
-from dpo_assets.training.models.policy import load_policy
 from dpo_assets.training.models.targets import coverage
+from dpo_assets.training.policy import load_policy
 from dpo_assets.training.reporting import ProgressLines, Reporter, all_finite, write_metrics
 from dpo_assets.training.scoring.logprobs import evaluating, score_groups
 from dpo_assets.training.scoring.proof import assert_routers_heard

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import Trainer
 
 from dpo_assets.training.batches.batch import PackedBatch
+from dpo_assets.training.engines.head import TokenScores
 from dpo_assets.training.engines.transformers import engine_of
 from dpo_assets.training.guard.finite import check_first_loss
 from dpo_assets.training.private.trl import REFERENCE_ADAPTER, check_adapters, check_hooks, check_prepared
-from dpo_assets.training.scoring.head import TokenScores
 from dpo_assets.training.scoring.logprobs import score_tokens, sequence_logps
 from dpo_assets.training.trainers.losses import DpoLoss, PairScores
 from dpo_assets.training.trainers.packed import PackedSteps

@@ -16,8 +16,8 @@ from transformers import TrainerCallback
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.schedule import warmup_steps
 from dpo_assets.recipe import OptimSection
+from dpo_assets.training.engines.head import TokenScores
 from dpo_assets.training.engines.transformers import engine_of
-from dpo_assets.training.scoring.head import TokenScores
 from dpo_assets.training.scoring.logprobs import score_tokens
 from dpo_assets.training.trainers.schedule import SCHEDULER_TYPES, MovingSchedule
 from dpo_assets.training.trainers.step import STEP, Forward, Step

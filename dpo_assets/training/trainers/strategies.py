@@ -28,24 +28,18 @@ from dpo_assets.training.batches import data
 from dpo_assets.training.batches.batch import PackedBatch
 from dpo_assets.training.batches.data import dpo_group
 from dpo_assets.training.batches.packing import Group
+from dpo_assets.training.engines.ladder import LADDER, choose_kernels
 from dpo_assets.training.engines.speedups import speed_up
 from dpo_assets.training.engines.transformers import engine_of
 from dpo_assets.training.engines.unsloth.engine import reference_mode
-from dpo_assets.training.models.loading import (
-    CHAIN,
-    attach_adapter,
-    autocast_of,
-    choose_kernels,
-    load_base,
-    switch_off_dropout,
-)
-from dpo_assets.training.models.policy import Policy, load_policy
+from dpo_assets.training.models.loading import attach_adapter, autocast_of, load_base, switch_off_dropout
 from dpo_assets.training.packages import computing
+from dpo_assets.training.policy import Policy, load_policy
 from dpo_assets.training.private.trl import REFERENCE_ADAPTER, using_adapter
 from dpo_assets.training.reporting import Reporter
 from dpo_assets.training.scoring.logprobs import score_groups, score_tokens, sequence_logps
-from dpo_assets.training.scoring.reference import ReferenceCache, Scores, reference_key, reference_scores
 from dpo_assets.training.trainers.dpo import StepReference
+from dpo_assets.training.trainers.reference import ReferenceCache, Scores, reference_key, reference_scores
 from dpo_assets.version import __version__
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -94,7 +88,7 @@ def _folded_start(folder: Path, plan: TrainingPlan, start: Path) -> Start:
             f"dpo.reference_strategy `merged` cannot fold an adapter into {what} without rounding it; "
             "use `cached`, which measures against the same reference."
         )
-    sft = attach_adapter(load_base(folder, plan, packed=False), plan, start, seed=plan.dpo.seed, dropout=0.0)
+    sft = attach_adapter(load_base(folder, plan), plan, start, seed=plan.dpo.seed, dropout=0.0)
     merged = sft.merge_and_unload(safe_merge=True)
     model = attach_adapter(merged, plan, None, seed=plan.dpo.seed, dropout=0.0)
     speed_up(model, plan)
@@ -111,7 +105,7 @@ def step_reference(start: Start, spec: TrainSpec) -> StepReference | None:
     if strategy == "model":
         with_adapter = None if plan.dpo.reference == "base" else spec.start_adapter
         other = load_policy(spec.base_model, plan, with_adapter, seed=plan.dpo.seed, dropout=0.0).model
-        if start.policy.kernels in CHAIN:  # The proof may have moved the policy from the plan's engine to another.
+        if start.policy.kernels in LADDER:  # The proof may have moved the policy from the plan's engine to another.
             taken, why = choose_kernels(other, plan, start.policy.kernels)
             assert taken == start.policy.kernels, why
         switch_off_dropout(other)

@@ -12,13 +12,14 @@ from dpo_assets.planning import engines
 from dpo_assets.planning.decoder import Decoder, QueryGrowth, Rope
 from dpo_assets.training.batches.batch import PackedBatch
 from dpo_assets.training.engines.attention import pads_attention
-from dpo_assets.training.engines.base import PlainEngine, attach_engine, causal_lm, decoder_of, description_of
+from dpo_assets.training.engines.base import PlainEngine, attach_engine
 from dpo_assets.training.engines.fused import ops
 from dpo_assets.training.engines.fused.block import Norm
 from dpo_assets.training.engines.fused.build import Builder, frozen_linears, missing_names
 from dpo_assets.training.engines.fused.ops import Angles
 from dpo_assets.training.engines.fused.stream import Stream
 from dpo_assets.training.engines.fused.weights import member_of
+from dpo_assets.training.models.structure import causal_lm, decoder_of, description_of
 from dpo_assets.training.private.torch import for_each, version_of
 
 

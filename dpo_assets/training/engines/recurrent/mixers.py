@@ -19,7 +19,7 @@ from dpo_assets.training.batches.batch import PackedBatch
 from dpo_assets.training.engines.attention import Tables, unshare
 from dpo_assets.training.engines.recurrent.delta_net import DeltaNet
 from dpo_assets.training.engines.recurrent.short_conv import ShortConv
-from dpo_assets.training.models.targets import decoder_layers
+from dpo_assets.training.models.structure import decoder_layers
 
 INPUT = "hidden_states"
 # What a mixer may be told of a padded batch or of tokens before it; a packed batch has neither.

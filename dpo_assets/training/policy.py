@@ -12,11 +12,13 @@ from peft.helpers import disable_input_dtype_casting
 
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.batches.packing import Group
-from dpo_assets.training.engines.base import OWN_KERNELS, attach_engine, causal_lm
+from dpo_assets.training.engines.base import OWN_KERNELS, attach_engine
+from dpo_assets.training.engines.ladder import choose_kernels
 from dpo_assets.training.engines.speedups import speed_up
 from dpo_assets.training.engines.unsloth.engine import UnslothEngine, check_shared_prefix
 from dpo_assets.training.engines.unsloth.loading import load_unsloth
-from dpo_assets.training.models.loading import attach_adapter, choose_kernels, load_base
+from dpo_assets.training.models.loading import attach_adapter, load_base
+from dpo_assets.training.models.structure import causal_lm
 from dpo_assets.training.scoring.proof import settle_engine
 
 
@@ -80,7 +82,7 @@ def load_policy(
 
 def load_adapted(folder: Path, plan: TrainingPlan, start: Path | None, *, seed: int, dropout: float) -> PeftModel:
     """A base with the adapter `start`, or a new one, and the plan's speedups; no engine is chosen yet."""
-    model = attach_adapter(load_base(folder, plan, packed=False), plan, start, seed=seed, dropout=dropout)
+    model = attach_adapter(load_base(folder, plan), plan, start, seed=seed, dropout=dropout)
     speed_up(model, plan)
     return model
 
@@ -89,6 +91,6 @@ def load_scored(folder: Path, plan: TrainingPlan, adapter: Path | None) -> Any:
     """A model to be scored, with its adapter if it has one, in evaluation mode."""
     if adapter is not None:
         return load_adapted(folder, plan, adapter, seed=0, dropout=0.0).eval()
-    model = load_base(folder, plan, packed=False).eval()
+    model = load_base(folder, plan).eval()
     speed_up(model, plan)
     return model
