@@ -167,7 +167,7 @@ class OursArm:
         for row in rows:
             unique.setdefault(id(row), dpo_group(row, plan.max_length))
         groups = list(unique.values())
-        with reference_mode(policy.model, plan), autocast_of(plan):
+        with reference_mode(policy.model, plan.kernels), autocast_of(plan):
             score_groups(policy.model, groups[:PAIRS_PER_STEP], plan.reference_budget)
             if CUDA:
                 torch.cuda.synchronize()

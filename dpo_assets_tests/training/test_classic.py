@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -167,7 +168,7 @@ def test_the_8_bit_optimizer_is_used_only_where_it_can_run(
     kernels: str, device: str, found: bool, optimizer: str, plan_for: PlanMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(classic.importlib.util, "find_spec", lambda name: object() if found else None)
-    monkeypatch.delitem(classic.sys.modules, "unsloth", raising=False)
+    monkeypatch.delitem(sys.modules, "unsloth", raising=False)
     assert optimizer_of(plan_for(kernels=kernels, device=device)) == optimizer
 
 

@@ -114,7 +114,7 @@ def test_the_reference_is_scored_by_the_policys_own_forward(
     monkeypatch.setattr(unsloth_engine.importlib.metadata, "version", lambda name: "1.2")
     model = torch.nn.Linear(2, 2).eval()
     plan = plan_for(kernels="unsloth", gradient_checkpointing=checkpointing)
-    with reference_mode(model, plan) as path:
+    with reference_mode(model, plan.kernels) as path:
         assert model.training
         assert not torch.is_grad_enabled()
         with UnslothEngine(model).as_the_policy():
@@ -128,7 +128,7 @@ def test_the_mode_comes_back_after_a_failure(plan_for: PlanMaker) -> None:
     model = torch.nn.Linear(2, 2).eval()
 
     def fail_while_scoring() -> None:
-        with reference_mode(model, plan_for()) as path:
+        with reference_mode(model, plan_for().kernels) as path:
             assert (path, model.training) == ("transformers", True)
             raise ValueError("broken")
 

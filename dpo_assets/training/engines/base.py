@@ -19,7 +19,6 @@ from dpo_assets.training.engines.routers import RouterWatch
 from dpo_assets.training.models.structure import causal_lm
 
 ATTRIBUTE = "dpo_assets_engine"
-OWN_KERNELS = frozenset({"fused", "unsloth"})  # Whose layers are their own; others run the model's and PEFT's.
 
 
 class Engine(Protocol):

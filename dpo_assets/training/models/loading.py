@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import importlib.util
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from dpo_assets.artifact import rewrite_json
+from dpo_assets.artifact import read_object, rewrite_json
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.weights import listed
@@ -209,7 +208,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     model.save_pretrained(str(folder), selected_adapters=[ADAPTER_NAME], safe_serialization=True)
     # PEFT writes down where the base lay on this machine, which would leak, and its target modules in the order of a
     # set, which changes from process to process: equal adapters would differ by either.
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_object(folder / "adapter_config.json")
     config |= {"base_model_name_or_path": None, "target_modules": sorted(config["target_modules"])}
     if config.get("target_parameters"):
         config["target_parameters"] = sorted(config["target_parameters"])

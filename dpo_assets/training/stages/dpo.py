@@ -18,6 +18,7 @@ from dpo_assets.contract import GuardSpec, TrainSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.batches.data import dpo_group, load_asked, load_conversations, load_split
+from dpo_assets.training.engines import unsloth
 from dpo_assets.training.engines.base import attached_engine
 from dpo_assets.training.guard.aftermath import measure
 from dpo_assets.training.guard.collapse import CollapseGuard
@@ -83,7 +84,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
         trainer = classic_trainer(policy.model, chat.rendering_tokenizer(), rows, plan, spec.scratch)
     guard, watched = None, None
     if spec.guard is not None:
-        if attached_engine(policy.model) is None and policy.kernels != "unsloth":
+        if attached_engine(policy.model) is None and not unsloth.computes(policy.kernels):
             scorer = attach_scorer(policy.model, plan, longest_group(spec))
             if scorer.note:
                 reporter.log(f"dpo: pairs are scored by {scorer.kernels} beside TRL's trainer: {scorer.note}")

@@ -7,7 +7,6 @@ step's loss, another parametrisation, so another path after it.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dpo_assets.artifact import rewrite_json
+from dpo_assets.artifact import read_object, rewrite_json
 from dpo_assets.contract import Progress, TrainSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
@@ -28,6 +27,7 @@ from dpo_assets.training.batches import data
 from dpo_assets.training.batches.batch import PackedBatch
 from dpo_assets.training.batches.data import dpo_group
 from dpo_assets.training.batches.packing import Group
+from dpo_assets.training.engines import unsloth
 from dpo_assets.training.engines.ladder import LADDER, choose_kernels
 from dpo_assets.training.engines.speedups import speed_up
 from dpo_assets.training.engines.transformers import engine_of
@@ -82,7 +82,7 @@ def longest_group(spec: TrainSpec) -> Group:
 
 
 def _folded_start(folder: Path, plan: TrainingPlan, start: Path) -> Start:
-    if plan.precision in QUANTISED or plan.kernels == "unsloth":
+    if plan.precision in QUANTISED or unsloth.computes(plan.kernels):
         what = f"a {plan.precision} base" if plan.precision in QUANTISED else "Unsloth's kernels"
         raise ConfigError(
             f"dpo.reference_strategy `merged` cannot fold an adapter into {what} without rounding it; "
@@ -131,9 +131,7 @@ def join_adapters(trained: Path, folded: Path) -> None:
     W + s1 B1 A1 + s2 B2 A2 = W + [s1 B1, s2 B2] [A1; A2]: the ranks add up. A layer that only one of them adapts is
     filled with zeros.
     """
-    parts = [
-        (load_file(folder / WEIGHTS), json.loads((folder / CONFIG).read_text("utf-8"))) for folder in (folded, trained)
-    ]
+    parts = [(load_file(folder / WEIGHTS), read_object(folder / CONFIG)) for folder in (folded, trained)]
     ranks = [config["r"] for _, config in parts]
     scales = [c["lora_alpha"] / (math.sqrt(c["r"]) if c.get("use_rslora") else c["r"]) for _, c in parts]
     names = sorted({name.removesuffix(A) for tensors, _ in parts for name in tensors if name.endswith(A)})
@@ -158,7 +156,7 @@ def score_reference(policy: Policy, groups: Sequence[Group], spec: TrainSpec, re
     """Reference scores by the same kernels, dtype and packing as the policy, from the cache where known."""
     plan, model = spec.plan, policy.model
     packages = computing(policy.kernels, plan.precision, plan.speedups)
-    with reference_mode(model, plan.model_copy(update={"kernels": policy.kernels})) as path:
+    with reference_mode(model, policy.kernels) as path:
         key = reference_key(
             scorer=f"{__version__}, {SCORING}",
             base=spec.base_digest,
