@@ -120,7 +120,8 @@ def test_a_dry_run_lists_what_a_release_would_do_to_the_repository_as_it_is_now(
     sent = metadata(release(shelf, sending(hub)), "published_model")
     assert operations(sent) == operations(first)
     repo = hub.repo(REPO)
-    files = repo.resolve().files | {"bot.gguf": Blob.large(b"GGUF")}
+    images = {f"images/{number}.png": Blob.regular(b"png") for number in range(60)}
+    files = repo.resolve().files | {"bot.gguf": Blob.large(b"GGUF")} | images
     del files["README.md"]
     repo.commit("by hand", files)
     hub.requests.clear()
@@ -131,6 +132,7 @@ def test_a_dry_run_lists_what_a_release_would_do_to_the_repository_as_it_is_now(
         "README.md": "add", "model.safetensors": "unchanged", "provenance.json": "unchanged"
     }  # fmt: skip
     assert (again["planned_on"], "bot.gguf" in again["files_of_others"]) == (repo.resolve().oid, True)
+    assert "| and 11 more |" in again["files_of_others"]
     assert hub.changes == []
 
 

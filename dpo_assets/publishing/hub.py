@@ -278,7 +278,8 @@ def limited(seconds: float) -> Iterator[None]:
 
     By itself the session waits for ever, and most calls have no limit of their own. The factory of sessions is not
     replaced: another one may be set for a proxy, and cannot be asked for. After the last of several users the session
-    is as it was.
+    is as it was. A session that the client opens anew within one call, because a connection was refused, gets its limit
+    with the next call.
     """
     import httpx
     from huggingface_hub.utils import get_session

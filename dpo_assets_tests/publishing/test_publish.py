@@ -27,7 +27,7 @@ from dpo_assets.publishing.access import check_access
 from dpo_assets.publishing.card import render_card
 from dpo_assets.publishing.commit import Release, content_tag, preview, publish
 from dpo_assets.publishing.errors import HubFailure, HubOffline, PublishRefused
-from dpo_assets.publishing.hub import HubRepository, Patience
+from dpo_assets.publishing.hub import HubRepository, Patience, limited
 from dpo_assets.publishing.plan import (
     HUB_OWNED,
     FileRecord,
@@ -523,6 +523,15 @@ def test_a_hub_that_cannot_be_reached_is_a_failure_worth_another_try(tmp_path: P
         api = HfApi(endpoint=hub.endpoint, token=hub.token)
     with pytest.raises(HubFailure, match=hub.endpoint):
         send(api, staged(tmp_path))
+
+
+def test_the_clients_session_keeps_its_limit_until_the_last_of_several_publishers_is_done() -> None:
+    before = get_session().timeout
+    with limited(7.0):
+        with limited(5.0):
+            assert get_session().timeout.read == 5.0
+        assert get_session().timeout.read is not None
+    assert get_session().timeout == before
 
 
 def test_a_client_that_may_not_ask_says_which_variable_forbids_it(
