@@ -119,6 +119,7 @@ def test_a_dry_run_lists_what_a_release_would_do_to_the_repository_as_it_is_now(
     assert hub.repos == {}
     sent = metadata(release(shelf, sending(hub)), "published_model")
     assert operations(sent) == operations(first)
+    assert set(operations(metadata(release(shelf, sending(hub)), "published_model")).values()) == {"unchanged"}
     repo = hub.repo(REPO)
     images = {f"images/{number}.png": Blob.regular(b"png") for number in range(60)}
     files = repo.resolve().files | {"bot.gguf": Blob.large(b"GGUF")} | images
