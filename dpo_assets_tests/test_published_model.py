@@ -216,6 +216,22 @@ def test_a_hub_that_does_not_answer_before_training_stops_none_and_is_told(shelf
     assert not any(hub.endpoint in said for said in failures(result))
 
 
+@pytest.mark.parametrize(("times", "commits"), [(2, 2), (3, 1)])
+def test_a_hub_that_is_silent_is_tried_again_by_dagster_and_named_when_it_is_given_up(
+    shelf: Shelf, hub: HubServer, monkeypatch: pytest.MonkeyPatch, times: int, commits: int
+) -> None:
+    monkeypatch.setattr("dpo_assets.assets.step.RETRY_SECONDS", 0.0)
+    fill(shelf, evaluation_report())
+    hub.fail_next("POST", "/commit/", silent=True, times=times)
+    impatient = {"hub": HubResource(endpoint=hub.endpoint, timeout_seconds=0.3)}
+    result = release(shelf, sending(hub), **impatient)
+    assert len(hub.repo(REPO).history()) == commits
+    assert result.success is (commits == 2)
+    said = [f"publishing {REPO} failed: {hub.endpoint} did not answer within 0.3 s" in one for one in failures(result)]
+    assert said == ([] if result.success else [True])
+    assert len(hub.repo(REPO).tags) == commits - 1
+
+
 def test_the_token_is_nowhere_in_what_a_run_leaves(
     instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
