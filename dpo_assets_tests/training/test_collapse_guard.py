@@ -461,7 +461,7 @@ def test_trls_own_trainer_is_watched_too(
     assert rows[-1]["chosen_nats_per_token"] == pytest.approx(rows[-1]["rewards/chosen"] / 0.1 / 50.0)
     assert math.isfinite(rows[0]["probe/kl_per_token"])
     assert "ref" in model.peft_config
-    held = measure(watched, guard_spec, load_asked(dataset, "eval"), []).held_out
+    held = measure(watched, guard_spec, load_asked(dataset, "eval", more=["prompt_id"]), []).held_out
     assert isinstance(held, HeldOutPairs)
     assert held.pairs == 10
     assert all(".default." in name for name in watched.start.factors)

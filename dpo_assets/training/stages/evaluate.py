@@ -18,8 +18,9 @@ from typing import Any
 import polars as pl
 
 from dpo_assets.artifact import VOLATILE, write_json
+from dpo_assets.checks.evidence.clusters import clustered_mean, clustered_share, pick_the_longer, wins_of
+from dpo_assets.checks.evidence.paired import compare
 from dpo_assets.checks.reports import AnswerHealth, EvaluationReport, GreedyAnswers
-from dpo_assets.checks.statistics import Proportion, pick_the_longer, tie_aware_accuracy
 from dpo_assets.contract import EvaluateSpec, Progress
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.batches.data import dpo_group, first_asked, load_asked
@@ -111,24 +112,31 @@ def _measured(
 def summarise(
     table: pl.DataFrame, confidence: float, *, scored: str, settled: Settled, generation: GreedyAnswers
 ) -> EvaluationReport:
-    """Scores with intervals, from the per-pair table."""
+    """Scores with intervals over prompts, from the per-pair table: pairs of one prompt are no independent evidence."""
     chosen_ratio = (table["policy_chosen"] - table["sft_chosen"]) / table["chosen_tokens"]
     rejected_ratio = (table["policy_rejected"] - table["sft_rejected"]) / table["rejected_tokens"]
     margin = (table["policy_chosen"] - table["sft_chosen"]) - (table["policy_rejected"] - table["sft_rejected"])
+    prompts = table["prompt_id"].to_list()
 
-    def logp_accuracy(who: str) -> Proportion:
+    def logp_wins(who: str) -> list[float]:
         gap = table[f"{who}_chosen"] / table["chosen_tokens"] - table[f"{who}_rejected"] / table["rejected_tokens"]
-        return tie_aware_accuracy(gap.to_list(), confidence)
+        return wins_of(gap.to_list())
 
+    share = partial(clustered_share, prompts=prompts, confidence=confidence)
+    against = partial(compare, prompts=prompts, confidence=confidence)
+    rewarded, ranked, ranked_before = wins_of(margin.to_list()), logp_wins("policy"), logp_wins("sft")
     return EvaluationReport(
         pairs=table.height,
-        prompts=table["prompt_id"].n_unique(),
-        implicit_reward_accuracy=tie_aware_accuracy(margin.to_list(), confidence),
-        logp_accuracy_sft=logp_accuracy("sft"),
-        logp_accuracy_policy=logp_accuracy("policy"),
+        prompts=len(set(prompts)),
+        implicit_reward_accuracy=share(rewarded),
+        logp_accuracy_sft=share(ranked_before),
+        logp_accuracy_policy=share(ranked),
         pick_the_longer=pick_the_longer(
-            table["chosen_tokens"].to_list(), table["rejected_tokens"].to_list(), confidence
+            table["chosen_tokens"].to_list(), table["rejected_tokens"].to_list(), prompts, confidence
         ),
+        reward_against_chance=against(rewarded, [0.5] * table.height),
+        logp_against_sft=against(ranked, ranked_before),
+        margin=clustered_mean(margin.to_list(), prompts, confidence),
         margin_mean_nats=fmean(margin),
         margin_median_nats=median(margin),
         chosen_shift_nats_per_token=fmean(chosen_ratio),
