@@ -1,7 +1,7 @@
 """Scores of pairs that share prompts. Pairs of one prompt agree with each other, so they are no independent evidence.
 
 Intervals treat the prompt as what was sampled (Miller 2024, arXiv 2411.00640, section 2.2). A share takes its design
-effect, how much more its variance is than that of as many independent pairs (Kish 1965, chapter 5), and Wilson's
+effect, how much more its variance is than that of as many independent pairs (Kish 1965), and Wilson's
 interval of the pairs that this leaves (Korn and Graubard 1998, with their correction for the degrees of freedom).
 """
 
@@ -93,8 +93,8 @@ class Clusters:
     def variance(self, values: Floats) -> float:
         """Variance of the mean of `values` (n), prompts being what was sampled.
 
-        Delete-one-prompt jackknife: linearised, so prompts of unequal size are weighed right (CR3 of MacKinnon and
-        White 1985). With one pair a prompt it is the usual s^2 / n.
+        Delete-one-prompt jackknife: linearised, so prompts of unequal size are weighed right (CR3 of Bell and
+        McCaffrey 2002). With one pair a prompt it is the usual s^2 / n.
         """
         if self.count < 2:
             return math.inf
@@ -102,14 +102,29 @@ class Clusters:
         left_out = residuals / (1 - self.sizes / self.n)
         return float((self.count - 1) / self.count * np.square(left_out / self.n).sum())
 
+    def variance_of_components(self, values: Floats) -> float:
+        """Variance of the mean of `values` (n) from its parts between and within prompts, by one-way analysis.
+
+        It does not hang on the sizes of the few prompts that differ from the rest, as the jackknife does; but it takes
+        size and outcome for unrelated, as the jackknife does not (Donner and Klar 2000, chapter 1; unequal sizes as in
+        Searle, Casella and McCulloch 1992, section 3.6). It may come out below zero. Prompts have more than one pair.
+        """
+        sums, square = self.sums(values), float(np.square(self.sizes).sum())
+        means = sums / self.sizes
+        between = float((self.sizes * np.square(means - values.mean())).sum()) / (self.count - 1)
+        within = float(np.square(values - means[self.codes]).sum()) / (self.n - self.count)
+        typical = (self.n - square / self.n) / (self.count - 1)
+        return square / self.n**2 * (between - within) / typical + within / self.n
+
 
 def clustered_share(
     wins: Sequence[float], prompts: Sequence[object] | None = None, confidence: float = 0.95
 ) -> Proportion:
     """The share of `wins` (1, 0, or 0.5 for a tie) with Wilson's interval of its effective number of pairs.
 
-    With one pair a prompt this is `wilson`. Where no outcome differs, or all prompts have the very same share, nothing
-    is known of the agreement within a prompt, and full agreement is assumed. NaN bounds nothing.
+    With one pair a prompt this is `wilson`. The variance is the larger of two estimates: where few prompts differ from
+    the rest, each comes out small now and then. Where no outcome differs, or all prompts have the very same share,
+    nothing is known of the agreement within a prompt, and full agreement is assumed. NaN bounds nothing.
     """
     values = np.asarray(wins, dtype=float)
     clusters = Clusters.of(prompts, len(values))
@@ -131,7 +146,8 @@ def _effective(values: Floats, clusters: Clusters, confidence: float) -> float:
         return float(clusters.n)
     if clusters.equivalent - 1 < FEWEST_FREEDOM or not np.isfinite(values).all():
         return 0.0
-    alone, shared = Clusters.of(None, clusters.n).variance(values), clusters.variance(values)
+    alone = Clusters.of(None, clusters.n).variance(values)
+    shared = max(clusters.variance(values), clusters.variance_of_components(values))
     # What is left of the sums is rounding, where every prompt has the same share.
     pairs = clusters.n * alone / shared if shared > 1e-12 * alone > 0 else clusters.equivalent
     tail = 0.5 + confidence / 2

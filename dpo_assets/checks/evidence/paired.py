@@ -22,11 +22,13 @@ def compare(
     champion: Sequence[float],
     prompts: Sequence[object] | None = None,
     confidence: float = 0.95,
+    draws: int = DRAWS,
 ) -> Comparison:
     """The challenger's wins (1, 0, 0.5 for a tie) against the champion's, on the same pairs in the same order.
 
     p: were the two alike, each prompt's difference would have either sign with equal chance (Fisher 1935, section 21).
-    Every sign of every prompt is counted up to `EXACT_UP_TO` prompts. The interval is a bootstrap over prompts.
+    Every sign of every prompt is counted up to `EXACT_UP_TO` prompts, and the interval is a bootstrap of `draws` over
+    prompts; above, both are of normal theory.
     NaN in any win makes every number NaN and p 1.
 
     Raises:
@@ -46,7 +48,9 @@ def compare(
     tail = sign_flip_tail if exact else _normal_tail
     gained, lost = int((differences > 0).sum()), int((differences < 0).sum())
     low, high = (
-        bootstrap_interval(differences, clusters, confidence) if exact else _student(differences, clusters, confidence)
+        bootstrap_interval(differences, clusters, confidence, draws)
+        if exact
+        else _student(differences, clusters, confidence)
     )
     return Comparison(
         difference=float(differences.mean()),
@@ -90,7 +94,7 @@ def bootstrap_interval(
     """(low, high) of the mean of `values` by drawing prompts with replacement, with a fixed seed.
 
     Percentiles are taken further out than `confidence` alone asks for, as few prompts need ("expanded percentile",
-    Hesterberg 2015, The American Statistician 69, section 4.2). Too few prompts bound nothing: (-1, 1).
+    Hesterberg 2015, The American Statistician 69). Too few prompts bound nothing: (-1, 1).
     """
     freedom = clusters.equivalent - 1
     if freedom < FEWEST_FREEDOM:
