@@ -461,9 +461,10 @@ def test_trls_own_trainer_is_watched_too(
     assert rows[-1]["chosen_nats_per_token"] == pytest.approx(rows[-1]["rewards/chosen"] / 0.1 / 50.0)
     assert math.isfinite(rows[0]["probe/kl_per_token"])
     assert "ref" in model.peft_config
-    held = measure(watched, guard_spec, load_asked(dataset, "eval", more=["prompt_id"]), []).held_out
+    rows = load_asked(dataset, "eval", more=["prompt_id"])
+    held = measure(watched, guard_spec, rows, []).held_out
     assert isinstance(held, HeldOutPairs)
-    assert held.pairs == 10
+    assert (held.pairs, held.accuracy.clusters) == (10, len(set(rows["prompt_id"])))
     assert all(".default." in name for name in watched.start.factors)
 
 
