@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from dpo_assets.checks.evidence.ledger import FIRST, Ledger, Override, Record
 from dpo_assets.checks.evidence.measured import Comparison
+from dpo_assets.checks.evidence.outlook import Outlook
 from dpo_assets.checks.evidence.power import FEWEST_PROMPTS
 from dpo_assets.checks.evidence.rules import TOLERANCE, Evidence, Outcome, judge, record_of
 from dpo_assets.checks.evidence.spending import ALPHA, EXPONENT, HIGHEST, ZETA, Budget, budget_after, share
@@ -278,3 +279,27 @@ def test_a_hold_leaves_the_old_model_live() -> None:
     ledger, _ = decided(AFTER_FIRST, ALIKE, "x")
     assert ledger.champion == "model 1"
     assert ledger.records[-1].known == ()
+
+
+# ------------------------------------------------------------------------------------------------------------- outlook
+
+
+def test_the_screen_says_what_is_spent_and_whether_the_gate_can_pass() -> None:
+    held, _ = decided(AFTER_FIRST, ALIKE, "x")
+    rows = dict(Outlook.of(held, 49).rows())
+    assert rows["error spent"] == "2.19 % of 5 %; tests so far: 1"
+    assert rows["level of the next test"] == "0.722 %, one-sided"
+    assert rows["prompts that no decision saw"] == "49, of at least 50"
+    assert rows["can the gate pass with these"] == "no: 50 prompts are needed"
+    assert len(rows) == 4
+    enough = dict(Outlook.of(held, 50, BETTER).rows())
+    assert enough["can the gate pass with these"] == "yes"
+    assert enough["found with 80% power"] == "9.9 points"  # 0.03 * (2.447 + 0.842)
+    assert enough["power for 10 points"] == "81%"
+    assert enough["would show 10 points"] == "390 pairs"
+    assert Outlook.of(held, 60, fewest=61).can_pass is False
+
+
+def test_pairs_without_a_spread_say_that_no_number_decides() -> None:
+    alone = replace(ALIKE, error=float("nan"))
+    assert dict(Outlook.of(Ledger(), 50, alone).rows())["would show 10 points"] == "no number of pairs"

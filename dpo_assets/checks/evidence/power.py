@@ -56,6 +56,11 @@ def pairs_needed(effect: float, error: float, n: int, level: float, power: float
     return max(1, math.ceil(pairs)) if math.isfinite(pairs) else None
 
 
+def can_decide(prompts: int, level: float, fewest: int = FEWEST_PROMPTS) -> bool:
+    """Whether a test of so many prompts can meet the level at all: no sign-flip test has a p below 2^-prompts."""
+    return prompts >= fewest and 2.0**-prompts <= level
+
+
 @dataclass(frozen=True)
 class Reach:
     """What a test of some pairs at `level` can find: the numbers that stand beside a score."""
@@ -78,17 +83,14 @@ class Reach:
 
 
 def reach_of(error: float, n: int, prompts: int, level: float, fewest: int = FEWEST_PROMPTS) -> Reach:
-    """The reach of `n` pairs in `prompts` prompts, given the standard error of what is tested.
-
-    No sign-flip test over that many prompts has a p below 2^-prompts, so a level below that can't be met.
-    """
+    """The reach of `n` pairs in `prompts` prompts, given the standard error of what is tested."""
     return Reach(
         level=level,
         prompts=prompts,
         detectable=detectable(error, level),
         power=power_at(EFFECT, error, level),
         pairs_needed=pairs_needed(EFFECT, error, n, level),
-        can_pass=prompts >= fewest and 2.0**-prompts <= level,
+        can_pass=can_decide(prompts, level, fewest),
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from dpo_assets.checks.evidence.ledger import Decision, Ledger, Override, Primary, Record
 from dpo_assets.checks.evidence.measured import Comparison
-from dpo_assets.checks.evidence.power import FEWEST_PROMPTS
+from dpo_assets.checks.evidence.power import FEWEST_PROMPTS, can_decide
 from dpo_assets.checks.statistics import holm
 
 TOLERANCE = 0.05  # Accuracy that a guard may lose: five points, what about 600 to 900 pairs can rule out.
@@ -70,7 +70,7 @@ def judge(evidence: Evidence, ledger: Ledger, override: Override | None = None) 
 def _by_evidence(evidence: Evidence, level: float, *, first: bool) -> Outcome:
     floor = max(evidence.fewest, FEWEST_PROMPTS)
     fewest = min((one.clusters for one in evidence.primaries.values()), default=0)
-    if fewest < floor or 2.0**-fewest > level:
+    if not can_decide(fewest, level, floor):
         return Outcome("insufficient_evidence", f"{fewest} prompts that no decision saw, {floor} are needed", level)
     adjusted = holm({name: one.p_better for name, one in evidence.primaries.items()})
     worse = [name for name, one in evidence.primaries.items() if one.high < 0]
