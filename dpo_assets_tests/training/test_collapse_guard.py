@@ -462,9 +462,10 @@ def test_trls_own_trainer_is_watched_too(
     assert math.isfinite(rows[0]["probe/kl_per_token"])
     assert "ref" in model.peft_config
     rows = load_asked(dataset, "eval", more=["prompt_id"])
-    held = measure(watched, guard_spec, rows, []).held_out
+    of_two = rows.remove_columns("prompt_id").add_column("prompt_id", ["a"] * 5 + ["b"] * (len(rows) - 5))
+    held = measure(watched, guard_spec, of_two, []).held_out
     assert isinstance(held, HeldOutPairs)
-    assert (held.pairs, held.accuracy.clusters) == (10, len(set(rows["prompt_id"])))
+    assert (held.pairs, held.accuracy.clusters) == (10, 2)
     assert all(".default." in name for name in watched.start.factors)
 
 
