@@ -188,6 +188,37 @@ def test_evidence_is_what_came_after_the_cut_and_no_decision_saw() -> None:
     assert ledger.fresh(["a", "b", "c", "d", "e"]) == {"e"}
 
 
+def test_a_rollback_makes_an_earlier_release_live_again_with_its_cut() -> None:
+    ledger = life()
+    back = ledger.rollback("model 1", "model 4 answers in the wrong language", "2026-11-28T00:00:00+00:00")
+    assert (ledger.champion, back.champion) == ("model 4", "model 1")
+    assert back.budget() == ledger.budget(), "it is no test"
+    assert back.fresh(["prompt 0", "prompt 1", "prompt 2", "new"]) == {"prompt 2", "new"}
+    assert Ledger.of_lines(back.lines()) == back
+    again, outcome = decided(back, BETTER, "new")
+    assert (outcome.decision, again.champion) == ("promote", "model 7")
+
+
+@pytest.mark.parametrize(
+    ("to", "reason", "told"),
+    [
+        ("model 2", "it was a good one, I think", "goes back to model 2, which was no release"),
+        ("model 1", "oops", "at least 10 characters"),
+    ],
+)
+def test_a_rollback_needs_a_release_and_a_reason(to: str, reason: str, told: str) -> None:
+    with pytest.raises(ValidationError, match=told):
+        life().rollback(to, reason, "2026-11-28T00:00:00+00:00")
+
+
+def test_a_rollback_is_no_verdict_on_a_challenger() -> None:
+    with pytest.raises(ValueError, match="judges no challenger"):
+        judge(Evidence({"a": BETTER}), life(), Override(decision="rollback", reason="back to what was"))
+    promoted = life().records[3].model_dump()
+    with pytest.raises(ValidationError, match="a rollback is made by override"):
+        Record.model_validate(promoted | {"decision": "rollback"})
+
+
 # --------------------------------------------------------------------------------------------------------------- rules
 
 AFTER_FIRST = Ledger().append(

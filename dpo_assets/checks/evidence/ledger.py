@@ -17,7 +17,7 @@ from dpo_assets.checks.evidence.spending import ALPHA, Budget, budget_after
 from dpo_assets.errors import ConfigError
 
 Decision = Literal["promote", "first_publication", "hold", "reject", "insufficient_evidence"]
-RELEASED: frozenset[Decision] = frozenset({"promote", "first_publication"})
+RELEASED: frozenset[str] = frozenset({"promote", "first_publication"})
 FIRST = "0" * 64
 
 
@@ -36,11 +36,11 @@ class Primary(BaseModel):
 
 
 class Override(BaseModel):
-    """A decision that a person made against the rules, or before them."""
+    """A decision that a person made against the rules, or without them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    decision: Literal["promote", "hold"]
+    decision: Literal["promote", "hold", "rollback"]
     reason: str = Field(min_length=10, description="Why; the record and the card show it.")
 
 
@@ -48,7 +48,8 @@ class Record(BaseModel):
     """One decision.
 
     `found` says whether the rules released the challenger on their own, `decision` what counts after an override. A
-    decision that looked at no primary spent nothing, and its `level` is None.
+    decision that looked at no primary spent nothing, and its `level` is None. A `rollback` makes an earlier release
+    live again, by override; its `challenger` is that release.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -63,7 +64,7 @@ class Record(BaseModel):
     level: float | None = Field(description="One-sided level of the test; None: no primary was looked at.")
     saw: tuple[str, ...] = Field(description="Prompts whose scores were looked at.")
     known: tuple[str, ...] = Field(default=(), description="Of a release: all held-out prompts there were then.")
-    decision: Decision
+    decision: Decision | Literal["rollback"]
     found: bool
     reason: str
     override: Override | None = None
@@ -78,11 +79,15 @@ class Record(BaseModel):
             raise ValueError("`first_publication` is for a pipeline without a champion")
         if self.decision == "promote" and self.champion is None:
             raise ValueError("`promote` is for a challenger of a champion")
+        by_override = self.override is not None and self.override.decision == "rollback"
+        if (self.decision == "rollback") != by_override or (by_override and self.level is not None):
+            raise ValueError("a rollback is made by override, with its reason, and looks at no primary")
         return self
 
     @property
-    def released(self) -> bool:
-        return self.decision in RELEASED
+    def goes_live(self) -> bool:
+        """Whether its challenger is live from here on."""
+        return self.decision in RELEASED or self.decision == "rollback"
 
     @property
     def line(self) -> str:
@@ -109,13 +114,17 @@ class Ledger(BaseModel):
 
     @model_validator(mode="after")
     def _is_one_chain(self) -> Self:
-        before, champion = FIRST, None
+        before, champion, released = FIRST, None, set[str]()
         for number, record in enumerate(self.records, start=1):
             if (record.number, record.before) != (number, before):
                 raise ValueError(f"record {record.number} does not follow the one before it: the ledger was changed")
             if record.champion != champion:
                 raise ValueError(f"record {number} names {record.champion} as the champion, the ledger {champion}")
-            before, champion = record.digest, record.challenger if record.released else champion
+            if record.decision == "rollback" and record.challenger not in released:
+                raise ValueError(f"record {number} goes back to {record.challenger}, which was no release")
+            if record.decision in RELEASED:
+                released.add(record.challenger)
+            before, champion = record.digest, record.challenger if record.goes_live else champion
         return self
 
     @property
@@ -125,8 +134,8 @@ class Ledger(BaseModel):
 
     @property
     def champion(self) -> str | None:
-        """What was released last; None before the first release."""
-        return next((record.challenger for record in reversed(self.records) if record.released), None)
+        """What is live; None before the first release."""
+        return next((record.challenger for record in reversed(self.records) if record.goes_live), None)
 
     def budget(self, alpha: float = ALPHA) -> Budget:
         """What is spent of `alpha`, and the level of the next test.
@@ -137,7 +146,7 @@ class Ledger(BaseModel):
 
     def fresh(self, held_out: Iterable[str]) -> frozenset[str]:
         """Of the held-out prompts, those that are evidence: new since the champion's cut, and seen by no decision."""
-        cut = next((record.known for record in reversed(self.records) if record.released), ())
+        cut = next((record.known for record in reversed(self.records) if record.goes_live), ())
         return frozenset(held_out).difference(cut, *(record.saw for record in self.records))
 
     def append(self, record: Record) -> Ledger:
@@ -147,6 +156,31 @@ class Ledger(BaseModel):
             ValueError: it does not follow the last one (`head`, `champion`, number).
         """
         return Ledger(records=(*self.records, record))
+
+    def rollback(self, to: str, reason: str, decided_at: str) -> Ledger:
+        """A ledger in which an earlier release is live again, with the cut that it had.
+
+        Raises:
+            ValueError: `to` was no release, or the reason is too short to be one.
+        """
+        known = next((one.known for one in reversed(self.records) if one.challenger == to and one.goes_live), ())
+        record = Record(
+            number=len(self.records) + 1,
+            before=self.head,
+            decided_at=decided_at,
+            inputs={},
+            champion=self.champion,
+            challenger=to,
+            primaries={},
+            level=None,
+            saw=(),
+            known=known,
+            decision="rollback",
+            found=False,
+            reason=reason,
+            override=Override(decision="rollback", reason=reason),
+        )
+        return self.append(record)
 
     def lines(self) -> str:
         """JSON lines, one a record."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from dpo_assets.checks.evidence.ledger import Decision, Ledger, Override, Primary, Record
+from dpo_assets.checks.evidence.ledger import RELEASED, Decision, Ledger, Override, Primary, Record
 from dpo_assets.checks.evidence.measured import Comparison
 from dpo_assets.checks.evidence.power import FEWEST_PROMPTS, can_decide
 from dpo_assets.checks.statistics import holm
@@ -58,7 +58,12 @@ def judge(evidence: Evidence, ledger: Ledger, override: Override | None = None) 
     6. Else `hold`: what is live stays.
 
     An override then turns any of 2 to 6 into its decision; what the rules found, and what it cost, stays on record.
+
+    Raises:
+        ValueError: the override is a rollback, which judges nothing: `Ledger.rollback`.
     """
+    if override is not None and override.decision == "rollback":
+        raise ValueError("a rollback judges no challenger")
     level = ledger.budget().level
     if evidence.failures:
         told = "; ".join(f"{name}: {reason}" for name, reason in evidence.failures.items())
@@ -131,7 +136,6 @@ def record_of(
         for name, one in evidence.primaries.items()
         if outcome.looked
     }
-    released = outcome.decision in ("promote", "first_publication")
     return Record(
         number=len(ledger.records) + 1,
         before=ledger.head,
@@ -142,7 +146,7 @@ def record_of(
         primaries=primaries,
         level=outcome.level if outcome.looked else None,
         saw=tuple(sorted(saw)) if outcome.looked else (),
-        known=tuple(sorted(held_out)) if released else (),
+        known=tuple(sorted(held_out)) if outcome.decision in RELEASED else (),
         decision=outcome.decision,
         found=outcome.found,
         reason=outcome.reason,
