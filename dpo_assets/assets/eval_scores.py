@@ -80,6 +80,7 @@ def materialise(step: Step) -> Events:
             "chosen_shift_nats_per_token": report.chosen_shift_nats_per_token,
             "rejected_shift_nats_per_token": report.rejected_shift_nats_per_token,
             "scores": dg.MetadataValue.md(scores_table(report)),
+            "parts": dg.MetadataValue.md(parts_table(report)),
             "answers": dg.MetadataValue.md(table(["prompt (last message)", "SFT", "policy"], answers)),
         },
     )
@@ -115,6 +116,21 @@ def scores_table(report: EvaluationReport) -> str:
         )
     interval, least = f"{percent(report.confidence)} interval", f"found: {POWER:.0%} of the time"
     return table(["held-out accuracy", "value", interval, "pairs", least, f"{100 * EFFECT:.0f} points found"], rows)
+
+
+def parts_table(report: EvaluationReport) -> str:
+    """The policy by source and by quartile of the feedback's margin."""
+    rows = [
+        [
+            f"{one.by}: {one.name}",
+            one.reward.counted,
+            f"{one.reward.value:.3f} [{one.reward.low:.3f}, {one.reward.high:.3f}]",
+            f"{one.against_sft.difference:+.3f} [{one.against_sft.low:+.3f}, {one.against_sft.high:+.3f}]",
+        ]
+        for one in report.slices
+    ]
+    header = ["part", "pairs", "implicit reward", "log-probability per token, policy less SFT"]
+    return table(header, rows) if rows else "one source, and one margin or none"
 
 
 def _seen(step: Step, inputs: Inputs, scores: Artifact) -> int:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel, computed_field
 
 from dpo_assets.artifact import Artifact, Number, read_kept, write_json
 from dpo_assets.checks.evidence.measured import Comparison, MeanScore
+from dpo_assets.checks.evidence.slices import SliceScore
 from dpo_assets.checks.statistics import Proportion
 from dpo_assets.planning.targets import LoraCoverage
 
@@ -287,6 +288,9 @@ class EvaluationReport(Report):
         default=None, description="Accuracy by log-probability per token, policy less SFT, on the same pairs."
     )
     margin: MeanScore | None = Field(default=None, description="The mean margin in nats, with its interval.")
+    slices: tuple[SliceScore, ...] = Field(
+        default=(), description="By source, and by quartile of the feedback's margin; empty where there is one part."
+    )
     margin_mean_nats: Number
     margin_median_nats: Number
     chosen_shift_nats_per_token: Number

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_assets.assets.eval_scores import scores_table
-from dpo_assets.checks.evidence.clusters import Clusters
+from dpo_assets.assets.eval_scores import parts_table, scores_table
+from dpo_assets.checks.evidence.clusters import Clusters, clustered_share
 from dpo_assets.checks.evidence.measured import Comparison
 from dpo_assets.checks.evidence.paired import EXACT_UP_TO, bootstrap_interval, compare, sign_flip_tail
 from dpo_assets.checks.evidence.power import (
@@ -26,6 +26,7 @@ from dpo_assets.checks.evidence.power import (
     reach_of_comparison,
     reach_of_score,
 )
+from dpo_assets.checks.evidence.slices import SliceScore
 from dpo_assets.checks.statistics import Proportion, holm
 from dpo_assets_tests.samples import evaluation_report
 
@@ -225,3 +226,15 @@ def test_every_score_stands_beside_its_pairs_and_the_difference_they_show() -> N
     assert f"{paired.n} in 120 prompts" in shown[-1]
     assert f"{reach_of_comparison(paired, 0.025).detectable:.3f}" in shown[-1]
     assert len(scores_table(evaluation_report()).splitlines()) == 2 + 4
+
+
+def test_what_is_forgotten_of_a_source_stands_in_the_table_of_parts() -> None:
+    challenger, champion, names = drawn(5, 60, -0.2)
+    part = SliceScore(
+        "source", "tickets|2026.csv", clustered_share(challenger, names), compare(challenger, champion, names)
+    )
+    shown = parts_table(evaluation_report(slices=(part,))).splitlines()
+    assert f"{part.against_sft.difference:+.3f}" in shown[2]
+    assert part.against_sft.high < 0
+    assert f"{part.reward.n} in 60 prompts" in shown[2]
+    assert parts_table(evaluation_report()) == "one source, and one margin or none"

@@ -18,6 +18,7 @@ from dpo_assets.checks.evidence.clusters import (
     t_quantile,
     tie_aware_accuracy,
 )
+from dpo_assets.checks.evidence.slices import MOST_SOURCES, parts
 from dpo_assets.checks.statistics import mean_interval, wilson
 
 Pairs = list[tuple[float, int]]
@@ -203,3 +204,38 @@ def test_the_mean_of_single_pairs_is_students() -> None:
     assert mean.value == value
     assert mean.low is not None
     assert (value - mean.low) / (value - low) == pytest.approx(2.0452 / 1.959964, rel=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------------------- slices
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    pairs=st.lists(
+        st.tuples(st.sampled_from([f"file {n}" for n in range(20)]), st.none() | st.sampled_from([0.5, 1.0, 2.0, 3.0])),
+        max_size=60,
+    )
+)
+def test_every_pair_is_in_one_part_of_each_division(pairs: list[tuple[str, float | None]]) -> None:
+    found = parts([source for source, _ in pairs], [margin for _, margin in pairs])
+    for by in ("source", "margin"):
+        of_it = [part for part in found if part.by == by]
+        assert len(of_it) != 1
+        assert len(of_it) <= MOST_SOURCES + 1
+        assert not of_it or sorted(n for part in of_it for n in part.pairs) == list(range(len(pairs)))
+    for part in found:
+        if part.by == "margin":
+            inside = {pairs[n][1] for n in part.pairs}
+            assert not inside & {margin for n, (_, margin) in enumerate(pairs) if n not in part.pairs}
+
+
+def test_margins_are_divided_into_quartiles_and_small_sources_go_together() -> None:
+    margins = [None, *(float(n) for n in range(1, 9))]
+    sources = [f"file {n % 3}" for n in range(9)]
+    told = {(part.by, part.name): part.pairs for part in parts(sources, margins)}
+    assert told["source", "file 1"] == (1, 4, 7)
+    assert told["margin", "no margin"] == (0,)
+    assert [told["margin", f"quartile {n}"] for n in (1, 2, 3, 4)] == [(1, 2), (3, 4), (5, 6), (7, 8)]
+    many = [*(f"file {n}" for n in range(MOST_SOURCES) for _ in range(2)), "small", "smaller"]
+    [rest] = [part for part in parts(many, [None] * len(many)) if part.name == "2 other sources"]
+    assert rest.pairs == (24, 25)

@@ -169,7 +169,7 @@ def test_the_ratio_of_likelihoods_is_the_policys_loss_over_that_of_sft() -> None
     """Above one, chosen answers became less likely: log-probabilities of -10 and -30 went to -15 and -45."""
     table = pl.DataFrame(
         {
-            "prompt_id": ["a", "b"],
+            "prompt_id": ["a", "b"], "source": ["x", "x"], "margin": [None, None],
             "sft_chosen": [-10.0, -30.0], "policy_chosen": [-15.0, -45.0], "chosen_tokens": [5, 10],
             "sft_rejected": [-12.0, -20.0], "policy_rejected": [-30.0, -60.0], "rejected_tokens": [6, 8],
         }
@@ -196,9 +196,9 @@ def test_the_scores_of_a_report_count_prompts_and_not_pairs() -> None:
     skill = [1.0 if pair // 10 < 35 else -1.0 for pair in range(600)]
     table = pl.DataFrame(
         {
-            "prompt_id": prompts,
+            "prompt_id": prompts, "source": ["good"] * 300 + ["bad"] * 300, "margin": [1.0] * 450 + [2.0] * 150,
             "sft_chosen": [-10.0] * 600, "sft_rejected": [-10.0] * 600, "chosen_tokens": [5] * 600,
-            "policy_chosen": [-10.0 + s for s in skill], "policy_rejected": [-10.0] * 600,
+            "policy_chosen": [-10.0 + 5 * s for s in skill], "policy_rejected": [-10.0] * 600,
             "rejected_tokens": [6 if s > 0 else 4 for s in skill],
         }
     )  # fmt: skip
@@ -226,3 +226,14 @@ def test_the_scores_of_a_report_count_prompts_and_not_pairs() -> None:
     assert (said.margin.value, said.margin.clusters) == (said.margin_mean_nats, 60)
     assert said.margin.low is not None
     assert said.margin.low < 0.0 < said.margin.value
+    told = {(part.by, part.name): part for part in said.slices}
+    sizes = [(by, part.reward.n) for (by, _), part in told.items()]
+    assert sizes == [
+        ("source", 300),
+        ("source", 300),
+        ("margin", 450),
+        ("margin", 150),
+    ]
+    assert (told["source", "good"].reward.value, told["source", "bad"].reward.value) == pytest.approx((1.0, 1 / 6))
+    assert told["source", "bad"].reward.clusters == told["source", "bad"].against_sft.clusters == 30
+    assert told["source", "bad"].against_sft.high < 0 < told["source", "good"].against_sft.low
