@@ -14,6 +14,7 @@ from jinja2 import TemplateError
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from dpo_assets.artifact import read_object
 from dpo_assets.contract import TemplateSettings
 from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.quality_tokens import read_markers
@@ -162,7 +163,7 @@ def write_tokenizer(base: Path, folder: Path) -> None:
     for name in TOKENIZER_FILES:
         if (base / name).is_file():
             (folder / name).write_bytes((base / name).read_bytes())
-    config: dict[str, Any] = json.loads((base / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+    config = read_object(base / TOKENIZER_CONFIG)
     # Transformers 5 writes a class that no other version knows, and how the folder was once loaded.
     if not as_named or config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = GENERIC_CLASS
@@ -226,7 +227,7 @@ def _exact(folder: Path) -> Tokenizer:
 
 def _configured(path: Path) -> dict[int, AddedToken]:
     """The added tokens of a tokenizer_config.json by their ids."""
-    said = json.loads(path.read_text(encoding="utf-8")).get("added_tokens_decoder") or {}
+    said = read_object(path).get("added_tokens_decoder") or {}
     return {
         int(number): AddedToken(**{name: row[name] for name in ("content", *FLAGS) if name in row})
         for number, row in said.items()
