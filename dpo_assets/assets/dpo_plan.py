@@ -16,6 +16,7 @@ from dpo_assets.assets.base_model import read_facts, refuse_adapter_alone
 from dpo_assets.assets.dpo_dataset import dataset_stats
 from dpo_assets.assets.lineage import Read
 from dpo_assets.assets.node import Node
+from dpo_assets.assets.publication import access_ahead
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.config import plan_verdicts
 from dpo_assets.checks.coverage import coverage_table
@@ -35,6 +36,7 @@ def materialise(step: Step) -> Events:
     inputs = step.inputs()
     dataset, base = inputs["dpo_dataset"], inputs["base_model"]
     refuse_adapter_alone(step.recipe.publishing, base)  # Before anything is trained for it.
+    access = access_ahead(step)
     recipe = apply_overrides(step.recipe, {name: step.config.get(name, {}) for name in OVERRIDABLE})
     plan = make_plan(recipe, _shape(base), dataset_stats(dataset), step.gpu.detect(), installed_here())
 
@@ -70,6 +72,7 @@ def materialise(step: Step) -> Events:
             "loss": plan.dpo.loss,
             "reference": plan.dpo.reference,
             "hyperparameters": dg.MetadataValue.md(_hyperparameters(plan)),
+            **access,
         },
     )
 
