@@ -189,11 +189,13 @@ def test_evidence_is_what_came_after_the_cut_and_no_decision_saw() -> None:
 
 
 def test_a_rollback_makes_an_earlier_release_live_again_with_its_cut() -> None:
-    ledger = life()
+    ledger, _ = decided(Ledger(), BETTER, "prompt 0", held_out=("prompt 0", "there, and not looked at"))
+    for primary in (ALIKE, FEW, BETTER, WORSE):
+        ledger, _ = decided(ledger, primary, f"prompt {len(ledger.records)}")
     back = ledger.rollback("model 1", "model 4 answers in the wrong language", "2026-11-28T00:00:00+00:00")
     assert (ledger.champion, back.champion) == ("model 4", "model 1")
     assert back.budget() == ledger.budget(), "it is no test"
-    assert back.fresh(["prompt 0", "prompt 1", "prompt 2", "new"]) == {"prompt 2", "new"}
+    assert back.fresh(["prompt 0", "prompt 1", "prompt 2", "there, and not looked at", "new"]) == {"prompt 2", "new"}
     assert Ledger.of_lines(back.lines()) == back
     again, outcome = decided(back, BETTER, "new")
     assert (outcome.decision, again.champion) == ("promote", "model 7")

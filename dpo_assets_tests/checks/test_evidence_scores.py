@@ -236,6 +236,10 @@ def test_margins_are_divided_into_quartiles_and_small_sources_go_together() -> N
     assert told["source", "file 1"] == (1, 4, 7)
     assert told["margin", "no margin"] == (0,)
     assert [told["margin", f"quartile {n}"] for n in (1, 2, 3, 4)] == [(1, 2), (3, 4), (5, 6), (7, 8)]
+    unrated = [None] * 8
+    stepped = [1.0, 2.0, 2.0, 2.0, 3.0, 4.0, 4.0, 5.0]  # Edges at 2, 2.5 and 4: an edge is in the lower part.
+    by_rating = [part.pairs for part in parts(["one"] * 16, [*unrated, *stepped]) if part.by == "margin"]
+    assert by_rating == [tuple(range(8)), (8, 9, 10, 11), (12, 13, 14), (15,)]
     many = [*(f"file {n}" for n in range(MOST_SOURCES) for _ in range(2)), "small", "smaller"]
     [rest] = [part for part in parts(many, [None] * len(many)) if part.name == "2 other sources"]
     assert rest.pairs == (24, 25)
