@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from datetime import date
+from glob import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,16 +22,17 @@ from dpo_assets.assets.step import Events, Step, final
 from dpo_assets.checks.verdict import Verdict
 from dpo_assets.contract import VERIFIED, TemplateSettings, VerifiedBase, VerifySpec
 from dpo_assets.errors import ConfigError, InfrastructureError
-from dpo_assets.planning.model_folder import (
-    CONFIG,
-    KEPT,
+from dpo_assets.planning.companions import (
     LEGACY_TEMPLATE,
+    NAMED_TEMPLATES,
+    PROCESSOR_CONFIG,
     TEMPLATE,
     TOKENIZER_CONFIG,
-    ModelFolder,
-    inspect_model,
-    uses_name,
+    copy_files,
+    found,
+    is_kept,
 )
+from dpo_assets.planning.model_folder import CONFIG, ModelFolder, inspect_model, uses_name
 from dpo_assets.planning.shape import ModelShape
 from dpo_assets.planning.text_part import has_other_parts
 from dpo_assets.planning.weights import INDEX, SINGLE, weight_files
@@ -282,8 +284,9 @@ def _identity(section: BaseModelSection) -> dict[str, object]:
         identity["template"] = template.read_text(encoding="utf-8")
     if not looks_like_hub_id(section.source):
         folder, _ = local_source(section)
-        listed = sorted(p for p in folder.iterdir() if p.is_file()) if folder.is_dir() else []
-        identity["files"] = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in listed]
+        listed = found(folder, lambda _: True) if folder.is_dir() else []
+        told = [(name, (folder / name).stat()) for name in listed]
+        identity["files"] = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in told]
     return identity
 
 
@@ -295,10 +298,9 @@ def _copy(source: Path, target: Path) -> None:
             os.link(path.resolve(), target / path.name)
         except OSError:
             shutil.copyfile(path, target / path.name)
-    for path in sorted({p for pattern in KEPT for p in source.glob(pattern) if p.is_file()}):
-        # Beside a single file, which is what is loaded, the index is that of copies left behind.
-        if path.name != INDEX or not (target / SINGLE).is_file():
-            shutil.copyfile(path, target / path.name)
+    # Beside a single file, which is what is loaded, the index is that of copies left behind.
+    single = (target / SINGLE).is_file()
+    copy_files(source, target, lambda name: is_kept(name) and not (single and name == INDEX))
 
 
 def _set_template(template: Path, model: Path) -> None:
@@ -306,13 +308,16 @@ def _set_template(template: Path, model: Path) -> None:
     (model / TEMPLATE).write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
     # The processor of an older model would go on with its own copy of the template.
     (model / LEGACY_TEMPLATE).unlink(missing_ok=True)
-    config = json.loads((model / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
-    if config.pop("chat_template", None) is not None:
-        rewrite_json(model / TOKENIZER_CONFIG, config)
+    # One by the name of `tool_use` would be taken for every pair with tools.
+    shutil.rmtree(model / NAMED_TEMPLATES, ignore_errors=True)
+    for name in (TOKENIZER_CONFIG, PROCESSOR_CONFIG):
+        config = json.loads((model / name).read_text(encoding="utf-8")) if (model / name).is_file() else {}
+        if config.pop("chat_template", None) is not None:
+            rewrite_json(model / name, config)
 
 
 def _download(api: HfApi, section: BaseModelSection, target: Path, token_variable: str) -> list[str]:
-    """One pinned revision: what `KEPT` names, and the weights that a model is loaded from, once.
+    """One pinned revision: what `is_kept` names, and the weights that a model is loaded from, once.
 
     Repositories also hold pickled weights, and second copies in layouts of other libraries.
 
@@ -328,19 +333,14 @@ def _download(api: HfApi, section: BaseModelSection, target: Path, token_variabl
     )
 
     def fetch(names: Sequence[str]) -> None:
-        # At the top of the repository: `*` of a pattern goes through folders too.
-        api.snapshot_download(
-            section.source,
-            revision=section.revision,
-            local_dir=target,
-            allow_patterns=list(names),
-            ignore_patterns=["*/*"],
-        )
+        # As they are called: `[` in a name is none of a pattern.
+        allowed = [escape(name) for name in names]
+        api.snapshot_download(section.source, revision=section.revision, local_dir=target, allow_patterns=allowed)
 
     try:
         listed = api.list_repo_files(section.source, revision=section.revision)
         there = {name for name in listed if "/" not in name}
-        fetch(KEPT)
+        fetch([name for name in listed if is_kept(name)])
         weights = [SINGLE] if SINGLE in there else []
         if weights:
             # Of the copy in parts, which stays behind.

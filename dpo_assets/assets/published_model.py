@@ -20,7 +20,7 @@ from dpo_assets.checks.reports import EvaluationReport
 from dpo_assets.checks.verdict import Verdict
 from dpo_assets.errors import ConfigError
 from dpo_assets.publishing.card import CardFacts, card_settings, render_card
-from dpo_assets.publishing.commit import Operation, Release, publish, stage
+from dpo_assets.publishing.commit import Operation, Release, publish, stage, staged_files
 from dpo_assets.report.tables import table
 
 RELEASE, OPERATIONS = "release", "operations.json"
@@ -83,7 +83,7 @@ def verify(artifact: Artifact, operations: list[Operation], release: Release | N
     """The staged folder holds what the operations say. What is on the Hub, `publish` compares, and fails this check."""
     folder = artifact.path / RELEASE
     wrong = [o.path for o in operations if not (folder / o.path).is_file() or file_sha256(folder / o.path) != o.sha256]
-    extra = {p.name for p in folder.iterdir()} - {o.path for o in operations}
+    extra = set(staged_files(folder)) - {o.path for o in operations}
     bad = [*wrong, *sorted(extra)]
     return Verdict(
         "release_verified",

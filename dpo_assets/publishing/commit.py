@@ -13,25 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_assets.artifact import file_sha256
 from dpo_assets.errors import ConfigError, GateError, InfrastructureError
-from dpo_assets.planning.model_folder import PROCESSOR_FILES, TOKENIZER_FILES
+from dpo_assets.planning.companions import copy_files, is_released
 from dpo_assets.publishing.secrets import find_secrets, scrub
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-# A release holds these and nothing else. Pickles, optimizer states and training_args.bin (which holds the token in
-# clear text) can never be among them.
+# A release holds these, what belongs to a model beside its weights (`is_released`), and nothing else. Pickles,
+# optimizer states and training_args.bin (which holds the token in clear text) can never be among them.
 ALLOWED = (
     "model*.safetensors",
     "model.safetensors.index.json",
     "adapter_model.safetensors",
     "adapter_config.json",
     "config.json",
-    "generation_config.json",
-    *TOKENIZER_FILES,
-    *PROCESSOR_FILES,
-    "README.md",
-    "provenance.json",
 )
 HUB_OWNED = frozenset({".gitattributes"})
 
@@ -73,15 +68,24 @@ def stage(source: Path, target: Path, card: str, provenance: Mapping[str, Any]) 
     """
     for path in sorted({p for pattern in ALLOWED for p in source.glob(pattern) if p.is_file()}):
         shutil.copyfile(path, target / path.name)
+    copy_files(source, target, is_released)
     (target / "README.md").write_text(card, encoding="utf-8")
     text = json.dumps(provenance, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     (target / "provenance.json").write_text(text, encoding="utf-8")
-    for path in sorted(target.iterdir()):
+    operations = []
+    for name in staged_files(target):
+        path = target / name
         if path.suffix != ".safetensors" and (
             kinds := find_secrets(path.read_text(encoding="utf-8", errors="replace"))
         ):
-            raise ConfigError(f"{path.name} of the release seems to hold a {', a '.join(kinds)}; nothing was sent.")
-    return [Operation("add", p.name, p.stat().st_size, file_sha256(p)) for p in sorted(target.iterdir())]
+            raise ConfigError(f"{name} of the release seems to hold a {', a '.join(kinds)}; nothing was sent.")
+        operations.append(Operation("add", name, path.stat().st_size, file_sha256(path)))
+    return operations
+
+
+def staged_files(folder: Path) -> list[str]:
+    """The files of a staged release, by their paths in the repository, in order."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def content_tag(operations: list[Operation]) -> str:

@@ -19,7 +19,7 @@ from dpo_assets.artifact import seal
 from dpo_assets.assets.published_model import verify
 from dpo_assets.errors import ConfigError, GateError
 from dpo_assets.publishing.card import CardFacts, card_settings, render_card
-from dpo_assets.publishing.commit import Operation, PublishError, Release, content_tag, publish, stage
+from dpo_assets.publishing.commit import Operation, PublishError, Release, content_tag, publish, stage, staged_files
 from dpo_assets.publishing.secrets import SECRET_VARIABLES, find_secrets, name_secrets, scrub
 from dpo_assets.secret_shapes import MASK, PATTERNS
 from dpo_assets_tests.hub_server import HubServer, Repo
@@ -76,6 +76,10 @@ UNWANTED = [
     ".env",
     "checkpoint-1/model.safetensors",
     "notes.txt",
+    "license.py",
+    "LICENSE.pkl",
+    "other/LICENSE",
+    "additional_chat_templates/run.py",
     "train.parquet",
     "manifest.json",
 ]
@@ -87,7 +91,7 @@ def test_what_is_not_on_the_list_is_left_behind(tmp_path: Path, name: str) -> No
     assert {o.path for o in operations} == STAGED
 
 
-@pytest.mark.parametrize("name", ["tokenizer.pkl", "tokenizer.bin", "tokenizer_state.pt"])
+@pytest.mark.parametrize("name", ["tokenizer.pkl", "tokenizer.bin", "tokenizer_state.pt", "NOTICE.bin"])
 def test_a_pickle_is_left_behind_whatever_its_name(tmp_path: Path, name: str) -> None:
     _, operations = staged(tmp_path, {name: b"\x80\x04."})
     assert {o.path for o in operations} == STAGED
@@ -103,11 +107,18 @@ def test_a_pickle_is_left_behind_whatever_its_name(tmp_path: Path, name: str) ->
         "generation_config.json",
         "special_tokens_map.json",
         "tokenizer.model",
+        "tekken.json",
+        "additional_chat_templates/tool_use.jinja",
+        "LICENSE.txt",
+        "NOTICE",
+        "USE_POLICY.md",
+        "Community License for the Model.pdf",
     ],
 )
 def test_what_a_model_or_an_adapter_needs_is_taken(tmp_path: Path, name: str) -> None:
-    _, operations = staged(tmp_path, {name: b"{}"})
+    target, operations = staged(tmp_path, {name: b"{}"})
     assert {o.path for o in operations} == STAGED | {name}
+    assert (target / name).read_bytes() == b"{}"
 
 
 def test_the_card_of_the_base_model_is_replaced_by_the_releases(tmp_path: Path) -> None:
@@ -119,7 +130,10 @@ def test_the_card_of_the_base_model_is_replaced_by_the_releases(tmp_path: Path) 
 TOKEN = "hf_" + "a" * 34
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja", "tokenizer.model"])
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "tokenizer.json", "tokenizer.model", "NOTICE", "additional_chat_templates/rag.jinja"],
+)
 def test_a_text_that_holds_a_token_stops_the_release_and_the_token_is_not_repeated(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError) as refused:
         staged(tmp_path, {name: f'{{"x": "{TOKEN}"}}\xff'.encode("latin-1")})
@@ -166,11 +180,11 @@ def summaries(repo: Repo) -> list[str]:
 
 
 def test_a_release_is_one_commit_with_a_tag_and_reads_back_equal(hub: HubServer, api: HfApi, tmp_path: Path) -> None:
-    folder, operations = staged(tmp_path)
+    folder, operations = staged(tmp_path, {"additional_chat_templates/tool_use.jinja": b"{{ tools }}"})
     release = send(api, (folder, operations))
     repo = hub.repo(REPO)
     assert summaries(repo) == [f"Release {release.tag}", "initial commit"]
-    assert repo.files() == {p.name: p.read_bytes() for p in folder.iterdir()} | {
+    assert repo.files() == {name: (folder / name).read_bytes() for name in staged_files(folder)} | {
         ".gitattributes": repo.files()[".gitattributes"]
     }
     assert repo.tags == {content_tag(operations): release.commit} == {release.tag: repo.resolve().oid}

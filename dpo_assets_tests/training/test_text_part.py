@@ -19,8 +19,9 @@ from dpo_assets.checks.reports import MergeReport
 from dpo_assets.checks.training import merge_verdicts
 from dpo_assets.contract import VERIFIED, MergeSpec, VerifiedBase, VerifySpec
 from dpo_assets.errors import ConfigError
+from dpo_assets.planning.companions import PROCESSOR_FILES
 from dpo_assets.planning.matrices import read_matrices
-from dpo_assets.planning.model_folder import PROCESSOR_FILES, inspect_model
+from dpo_assets.planning.model_folder import inspect_model
 from dpo_assets.planning.text_part import read_text_part
 from dpo_assets.publishing.commit import stage
 from dpo_assets.training.models.carrying import compared, put_back

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from dpo_assets.contract import TemplateSettings
 from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.quality_tokens import read_markers
-from dpo_assets.planning.model_folder import TOKENIZER_CONFIG, TOKENIZER_FILES
+from dpo_assets.planning.companions import TOKENIZER_CONFIG, copy_files, is_tokenizer_file
 
 TOKENIZER = "tokenizer.json"
 # Texts on which two readings of one tokenizer.json part: spaces, line ends, code, numbers, letters of many scripts.
@@ -34,6 +34,8 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # Of an ad
 RENDERING_ERRORS = (TemplateError, TypeError, ValueError, KeyError)
 # The class that reads tokenizer.json as it stands. Transformers 4 and 5, vLLM and TGI know it by this name.
 GENERIC_CLASS = "PreTrainedTokenizerFast"
+TRANSFORMERS_5_CLASS = "TokenizersBackend"  # The same class, under the name that 5 writes and 4 does not know.
+ONLY_IN_5 = frozenset({"backend", "is_local", "local_files_only"})  # Keys of tokenizer_config.json.
 
 Conversation = Sequence[Mapping[str, Any]]
 
@@ -153,23 +155,36 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def write_tokenizer(base: Path, folder: Path) -> None:
-    """The base's own tokenizer files, under a class that reads them as they were read here.
+    """The base's own tokenizer files, byte for byte; tokenizer_config.json anew only where others could not read it.
 
     Raises:
         ConfigError: as `load_tokenizer`.
     """
     _, as_named = _read(base)
-    for name in TOKENIZER_FILES:
-        if (base / name).is_file():
-            (folder / name).write_bytes((base / name).read_bytes())
+    copy_files(base, folder, is_tokenizer_file)
     config: dict[str, Any] = json.loads((base / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
-    # Transformers 5 writes a class that no other version knows, and how the folder was once loaded.
-    if not as_named or config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = GENERIC_CLASS
-    for name in ("backend", "is_local", "local_files_only"):
-        config.pop(name, None)
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    (folder / TOKENIZER_CONFIG).write_text(text, encoding="utf-8")
+    written = _for_every_reader(config, as_named=as_named)
+    if written != config:
+        text = json.dumps(written, indent=2, ensure_ascii=False) + "\n"
+        (folder / TOKENIZER_CONFIG).write_text(text, encoding="utf-8")
+
+
+def _for_every_reader(config: Mapping[str, Any], *, as_named: bool) -> dict[str, Any]:
+    """A tokenizer_config.json that Transformers 4.57 and what builds on it read as it was read here.
+
+    Transformers 5 writes classes that no other version knows, how the folder was once loaded, and a list in a place
+    where 4.57 expects names with values (read of 4.57.6: it fails on `extra_special_tokens.keys()`).
+
+    Args:
+        as_named: whether the class that it names gives the ids of tokenizer.json.
+    """
+    written = {name: value for name, value in config.items() if name not in ONLY_IN_5}
+    if not as_named or config.get("tokenizer_class") == TRANSFORMERS_5_CLASS:
+        written["tokenizer_class"] = GENERIC_CLASS
+    if isinstance(extra := written.get("extra_special_tokens"), list):
+        del written["extra_special_tokens"]
+        written["additional_special_tokens"] = (written.get("additional_special_tokens") or []) + extra
+    return written
 
 
 def _read(folder: Path) -> tuple[PreTrainedTokenizerBase, bool]:

@@ -15,9 +15,9 @@ import torch
 
 from dpo_assets.artifact import VOLATILE, rewrite_json, write_json
 from dpo_assets.checks.reports import MergeReport
-from dpo_assets.contract import MergeSpec, Progress
+from dpo_assets.contract import MergeSpec, Progress, TemplateSettings
 from dpo_assets.errors import ConfigError, GateError
-from dpo_assets.planning.model_folder import PROCESSOR_FILES
+from dpo_assets.planning.companions import GENERATION, copy_files, is_released
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.weights import listed
 from dpo_assets.training.batches.data import dpo_group, load_split
@@ -31,7 +31,7 @@ from dpo_assets.training.reporting import Reporter
 from dpo_assets.training.scoring.logprobs import score_groups
 from dpo_assets.training.scoring.proof import Settled, alike, settle_engine
 
-GENERATION = "generation_config.json"
+IDS = ("bos_token_id", "pad_token_id")  # Of config.json, for a base without generation defaults.
 
 
 def run(spec: MergeSpec, reporter: Reporter) -> None:
@@ -59,10 +59,8 @@ def run(spec: MergeSpec, reporter: Reporter) -> None:
         merge = merge_in_memory(spec, folder, reporter)
     if merge is not None:
         stream_merge(merge, folder, on_file=on_file)
-        config = json.loads((spec.base_model / "config.json").read_text(encoding="utf-8"))
-        config.pop("_name_or_path", None)  # Where the base once lay on someone's machine.
-        rewrite_json(folder / "config.json", config)
-    _write_tokenizer(spec, folder)
+        _write_config(spec.base_model, folder)
+    write_companions(spec.base_model, folder, spec.template)
     if merge is not None:
         carried = compared(spec.base_model, folder, frozenset(merge.updates))
     else:
@@ -180,19 +178,42 @@ def _scored(
     return settled, _Scored(logps, lengths, weights)
 
 
-def _write_tokenizer(spec: MergeSpec, folder: Path) -> None:
-    """The base's own tokenizer and processor, and generation defaults that stop where the policy was taught to stop."""
-    base = spec.base_model
+def _write_config(base: Path, folder: Path) -> None:
+    """The base's own config.json, without where the base once lay on someone's machine."""
+    path = base / "config.json"
+    (folder / "config.json").write_bytes(path.read_bytes())
+    config = _object(path)
+    if config.pop("_name_or_path", None) is not None:
+        rewrite_json(folder / "config.json", config)
+
+
+def write_companions(base: Path, folder: Path, template: TemplateSettings) -> None:
+    """The base's own files beside the weights, byte for byte: tokenizer, chat templates, processor, licence, notices.
+
+    Its generation defaults too, unless they let the policy go on where it was taught to stop.
+
+    Raises:
+        ConfigError: as `write_tokenizer` and `load_chat_format`.
+    """
+    (folder / GENERATION).unlink(missing_ok=True)  # As PEFT's merge wrote it, of what Transformers made of the base's.
+    copy_files(base, folder, is_released)
     write_tokenizer(base, folder)
-    for name in PROCESSOR_FILES:
-        if (base / name).is_file():
-            (folder / name).write_bytes((base / name).read_bytes())
-    chat = load_chat_format(base, spec.template)
-    values = _object(folder / GENERATION) or _object(base / GENERATION)
-    if not values:
-        config = _object(base / "config.json")
-        values = {name: config[name] for name in ("bos_token_id", "pad_token_id") if config.get(name)}
-    rewrite_json(folder / GENERATION, values | {"eos_token_id": sorted(chat.ends)})
+    ends = sorted(load_chat_format(base, template).ends)
+    values = _object(folder / GENERATION) or _generation_of(_object(base / "config.json"))
+    if _listed(values.get("eos_token_id")) != ends:
+        values.pop("_from_model_config", None)  # Transformers would take that for leave to make them anew.
+        rewrite_json(folder / GENERATION, values | {"eos_token_id": ends})
+
+
+def _generation_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The ids that config.json names; those of a model of more than text may stand in its text part. 0 is one too."""
+    text = config.get("text_config") or {}
+    named = {name: config.get(name) if config.get(name) is not None else text.get(name) for name in IDS}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def _listed(ids: int | list[int] | None) -> list[int]:
+    return sorted(ids) if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def _object(path: Path) -> dict[str, Any]:

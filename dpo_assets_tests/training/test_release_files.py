@@ -1,0 +1,124 @@
+"""What a release holds beside its weights: the base's own files, byte for byte wherever others can read them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from dpo_assets.contract import TemplateSettings
+from dpo_assets.planning.companions import NAMED_TEMPLATES, found
+from dpo_assets.training.models.chat_format import load_chat_format
+from dpo_assets.training.stages.merge import write_companions
+from dpo_assets_tests.training.bases import byte_level, copy_of, rewrite
+
+SENTENCE = "Hello, how are you doing?"
+WORDS = [{"role": "user", "content": SENTENCE}]
+TOOL = {"type": "function", "function": {"name": "look", "description": "Looks.", "parameters": {"type": "object"}}}
+
+
+@pytest.fixture
+def base(model_folder: Path, tmp_path: Path) -> Path:
+    """A byte-level base with all that repositories put beside weights, and generation defaults that end every turn."""
+    folder = byte_level(copy_of(model_folder, tmp_path / "base"))
+    rewrite(folder / "generation_config.json", eos_token_id=[1, 0], temperature=0.7)
+    rewrite(folder / "config.json", eos_token_id=[0, 1])
+    (folder / NAMED_TEMPLATES).mkdir()
+    texts = {
+        "LICENSE.txt": "Terms,\r\nwith line ends of another system.",
+        "NOTICE": "Notices",
+        "Use_Policy.md": "# Policy",
+        "tokenizer.model": "as it is",
+        "special_tokens_map.json": '{"eos_token":   "</s>"}',
+        "preprocessor_config.json": "{}",
+        f"{NAMED_TEMPLATES}/tool_use.jinja": "{% for t in tools %}{{ t.function.name }}{% endfor %}" + SENTENCE,
+    }
+    for name, text in texts.items():
+        (folder / name).write_bytes(text.encode())
+    return folder
+
+
+def released(base: Path) -> Path:
+    folder = base.parent / "released"
+    folder.mkdir()
+    write_companions(base, folder, TemplateSettings())
+    return folder
+
+
+def test_the_bases_own_files_are_released_byte_for_byte(base: Path) -> None:
+    model = released(base)
+    own = set(found(base, lambda _: True)) - {"model.safetensors", "config.json"}
+    assert set(found(model, lambda _: True)) == own
+    assert [name for name in sorted(own) if (model / name).read_bytes() != (base / name).read_bytes()] == []
+
+
+def test_a_released_tokenizer_renders_by_its_named_templates_too(base: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(released(base), local_files_only=True, trust_remote_code=False)
+    assert tokenizer.apply_chat_template(WORDS, tools=[TOOL], tokenize=False) == f"look{SENTENCE}"
+    assert (
+        tokenizer.apply_chat_template(WORDS, tokenize=False)
+        == load_chat_format(base).texts([WORDS], answer_follows=False)[0]
+    )
+
+
+def test_a_byte_level_base_under_llamas_class_is_released_with_its_own_ids(base: Path) -> None:
+    rewrite(base / "tokenizer_config.json", tokenizer_class="LlamaTokenizerFast")
+    model = released(base)
+    assert (model / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    exact = Tokenizer.from_file(str(base / "tokenizer.json")).encode(SENTENCE, add_special_tokens=False).ids
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+    assert tokenizer(SENTENCE, add_special_tokens=False)["input_ids"] == exact
+    assert tokenizer.decode(exact) == SENTENCE
+
+
+def test_a_tokenizer_that_transformers_5_saved_is_released_as_4_reads_it(base: Path, tmp_path: Path) -> None:
+    """4.57 knows neither the class nor a list of extra tokens: it looks for their keys, and fails."""
+    byte_level(base, ("<s>", "</s>", "<|im_end|>"), additional_special_tokens=["<|im_end|>"])
+    rewrite(base / "generation_config.json", eos_token_id=[0, 1])
+    AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False).save_pretrained(base)
+    saved = json.loads((base / "tokenizer_config.json").read_text())
+    assert saved["tokenizer_class"] == "TokenizersBackend"
+    assert saved["extra_special_tokens"] == ["<|im_end|>"], "Transformers writes another form now"
+    model = released(base)
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert not {"backend", "is_local", "local_files_only", "extra_special_tokens"} & config.keys()
+    assert config["additional_special_tokens"] == ["<|im_end|>"]
+    before, after = (
+        AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        for folder in (base, model)
+    )
+    assert before.all_special_tokens == after.all_special_tokens
+    assert before("a<|im_end|> b")["input_ids"] == after("a<|im_end|> b")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("config", "kept"),
+    [
+        ({"pad_token_id": 0, "bos_token_id": 0}, {"pad_token_id": 0, "bos_token_id": 0}),
+        ({"pad_token_id": None, "bos_token_id": 0}, {"bos_token_id": 0}),
+        (
+            {"pad_token_id": None, "bos_token_id": None, "text_config": {"pad_token_id": 0, "bos_token_id": 2}},
+            {"pad_token_id": 0, "bos_token_id": 2},
+        ),
+    ],
+    ids=["both", "one", "of the text part"],
+)
+def test_ids_of_zero_are_ids_where_the_base_has_no_generation_defaults(
+    base: Path, config: dict[str, Any], kept: dict[str, int]
+) -> None:
+    (base / "generation_config.json").unlink()
+    rewrite(base / "config.json", **config)
+    assert json.loads((released(base) / "generation_config.json").read_text()) == kept | {"eos_token_id": [0, 1]}
+
+
+def test_generation_defaults_that_would_not_end_a_turn_are_mended_and_else_kept(base: Path) -> None:
+    rewrite(base / "generation_config.json", eos_token_id=1, _from_model_config=True)
+    before = json.loads((base / "generation_config.json").read_text())
+    del before["_from_model_config"]  # It would let Transformers go back to the ids of config.json.
+    after = json.loads((released(base) / "generation_config.json").read_text())
+    assert after == before | {"eos_token_id": [0, 1]}
