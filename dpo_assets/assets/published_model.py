@@ -10,7 +10,7 @@ from typing import Any
 import dagster as dg
 
 from dpo_assets.artifact import Artifact, file_sha256, rewrite_json, write_json
-from dpo_assets.assets.base_model import read_facts, refuse_adapter_alone
+from dpo_assets.assets.base_model import BaseFacts, read_facts, refuse_adapter_alone
 from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.lineage import Inputs, Read
 from dpo_assets.assets.node import Node
@@ -19,6 +19,8 @@ from dpo_assets.checks.promotion import decide, promotion_verdict
 from dpo_assets.checks.reports import EvaluationReport
 from dpo_assets.checks.verdict import Verdict
 from dpo_assets.errors import ConfigError
+from dpo_assets.planning.companions import copy_files, is_released
+from dpo_assets.planning.model_folder import ADAPTER
 from dpo_assets.publishing.card import CardFacts, card_settings, render_card
 from dpo_assets.publishing.commit import Operation, Release, publish, stage, staged_files
 from dpo_assets.report.tables import table
@@ -162,18 +164,23 @@ def _facts(step: Step, inputs: Inputs) -> CardFacts:
 
 
 def _adapter(step: Step, inputs: Inputs, folder: Path) -> Path:
-    """The adapter with the Hub id of its base in place of a local path."""
     refuse_adapter_alone(step.recipe.publishing, inputs["base_model"])
-    base = read_facts(inputs["base_model"])
-    source = inputs["dpo_adapter"].path / "adapter"
     patched = folder / "adapter"
     patched.mkdir()
-    for path in source.iterdir():
-        (patched / path.name).write_bytes(path.read_bytes())
-    config: dict[str, Any] = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
-    config["base_model_name_or_path"], config["revision"] = base.source, base.revision
-    rewrite_json(patched / "adapter_config.json", config)
+    merged = inputs["merged_model"].path / "model"
+    write_adapter(inputs["dpo_adapter"].path / "adapter", merged, read_facts(inputs["base_model"]), patched)
     return patched
+
+
+def write_adapter(source: Path, merged: Path, base: BaseFacts, folder: Path) -> None:
+    """The adapter with the Hub id of its base in place of a local path, and with what the merged model has beside its
+    weights: an adapter is asked through the tokenizer, template and turn ends that it was trained with."""
+    for path in source.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    copy_files(merged, folder, is_released)
+    config: dict[str, Any] = json.loads((source / ADAPTER).read_text(encoding="utf-8"))
+    config["base_model_name_or_path"], config["revision"] = base.source, base.revision
+    rewrite_json(folder / ADAPTER, config)
 
 
 NODE = Node(

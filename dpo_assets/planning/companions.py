@@ -20,8 +20,9 @@ CARD = "README.md"
 # Mistral's (tekken.json, tokenizer.model.v3) and tiktoken's.
 TOKENIZER_FILES = (
     "tokenizer.json", TOKENIZER_CONFIG, TEMPLATE, f"{NAMED_TEMPLATES}/*.jinja", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "bpe.codes", "tokenizer.model", "tokenizer.model.v[0-9]", "tokenizer.model.v[0-9][0-9]",
-    "spiece.model", "sentencepiece.bpe.model", "spm.model", "tekken.json", "tiktoken.model", "*.tiktoken",
+    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "bpe.codes", "tokenizer.model",
+    "tokenizer.model.v[0-9]", "tokenizer.model.v[0-9][0-9]", "spiece.model", "sentencepiece.bpe.model", "spm.model",
+    "tekken.json", "tiktoken.model", "*.tiktoken",
 )  # fmt: skip
 # Files by which a model of more than text reads images, video and sound.
 PROCESSOR_FILES = (

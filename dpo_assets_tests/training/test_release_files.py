@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpo_assets.assets.base_model import BaseFacts
+from dpo_assets.assets.published_model import write_adapter
 from dpo_assets.contract import TemplateSettings
 from dpo_assets.planning.companions import NAMED_TEMPLATES, found
+from dpo_assets.publishing.commit import stage, staged_files
 from dpo_assets.training.models.chat_format import load_chat_format
 from dpo_assets.training.stages.merge import write_companions
 from dpo_assets_tests.training.bases import byte_level, copy_of, rewrite
@@ -122,3 +127,34 @@ def test_generation_defaults_that_would_not_end_a_turn_are_mended_and_else_kept(
     del before["_from_model_config"]  # It would let Transformers go back to the ids of config.json.
     after = json.loads((released(base) / "generation_config.json").read_text())
     assert after == before | {"eos_token_id": [0, 1]}
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["class named", "class left to the model's type"])
+def test_an_adapter_release_is_loaded_with_tokenizer_template_and_turn_ends(base: Path, named: bool) -> None:
+    """By its folder alone, as its repository would be; PEFT puts it on the base that it names."""
+    if not named:
+        rewrite(base / "tokenizer_config.json", tokenizer_class=None)
+    merged, adapter = released(base), base.parent / "adapter"
+    torch.manual_seed(0)
+    trained = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    trained.save_pretrained(str(adapter))
+    folders = base.parent / "patched", base.parent / "staged"
+    for folder in folders:
+        folder.mkdir()
+    facts = BaseFacts.model_construct(source=str(base), revision=None)
+    write_adapter(adapter, merged, facts, folders[0])
+    stage(folders[0], folders[1], "# Card", {})
+    beside = set(found(merged, lambda _: True))
+    own = {"adapter_config.json", "adapter_model.safetensors", "README.md", "provenance.json"}
+    assert set(staged_files(folders[1])) == beside | own
+    assert {"LICENSE.txt", "NOTICE", "Use_Policy.md", "generation_config.json", "tokenizer.json"} < beside
+
+    tokenizer = AutoTokenizer.from_pretrained(folders[1], local_files_only=True, trust_remote_code=False)
+    text = tokenizer.apply_chat_template(WORDS, tokenize=False)
+    assert text == AutoTokenizer.from_pretrained(base).apply_chat_template(WORDS, tokenize=False)
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    model = AutoModelForCausalLM.from_pretrained(folders[1], local_files_only=True)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, trained.eval()(ids).logits)

@@ -160,27 +160,28 @@ def write_tokenizer(base: Path, folder: Path) -> None:
     Raises:
         ConfigError: as `load_tokenizer`.
     """
-    _, as_named = _read(base)
+    tokenizer, as_named = _read(base)
     copy_files(base, folder, is_tokenizer_file)
     config: dict[str, Any] = json.loads((base / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
-    written = _for_every_reader(config, as_named=as_named)
+    written = _for_every_reader(config, type(tokenizer).__name__ if as_named else GENERIC_CLASS)
     if written != config:
         text = json.dumps(written, indent=2, ensure_ascii=False) + "\n"
         (folder / TOKENIZER_CONFIG).write_text(text, encoding="utf-8")
 
 
-def _for_every_reader(config: Mapping[str, Any], *, as_named: bool) -> dict[str, Any]:
+def _for_every_reader(config: Mapping[str, Any], read_as: str) -> dict[str, Any]:
     """A tokenizer_config.json that Transformers 4.57 and what builds on it read as it was read here.
 
     Transformers 5 writes classes that no other version knows, how the folder was once loaded, and a list in a place
-    where 4.57 expects names with values (read of 4.57.6: it fails on `extra_special_tokens.keys()`).
+    where 4.57 expects names with values (read of 4.57.6: it fails on `extra_special_tokens.keys()`). A config without a
+    class leaves it to config.json, which stands beside no adapter.
 
     Args:
-        as_named: whether the class that it names gives the ids of tokenizer.json.
+        read_as: the class that gives the ids of tokenizer.json.
     """
     written = {name: value for name, value in config.items() if name not in ONLY_IN_5}
-    if not as_named or config.get("tokenizer_class") == TRANSFORMERS_5_CLASS:
-        written["tokenizer_class"] = GENERIC_CLASS
+    named = read_as if read_as == GENERIC_CLASS else written.get("tokenizer_class") or read_as
+    written["tokenizer_class"] = GENERIC_CLASS if named == TRANSFORMERS_5_CLASS else named
     if isinstance(extra := written.get("extra_special_tokens"), list):
         del written["extra_special_tokens"]
         written["additional_special_tokens"] = (written.get("additional_special_tokens") or []) + extra
