@@ -140,6 +140,7 @@ def test_an_adapter_release_is_loaded_with_tokenizer_template_and_turn_ends(base
         AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     )
     trained.save_pretrained(str(adapter))
+    rewrite(adapter / "adapter_config.json", base_model_name_or_path="/home/someone/model")
     folders = base.parent / "patched", base.parent / "staged"
     for folder in folders:
         folder.mkdir()
@@ -150,6 +151,9 @@ def test_an_adapter_release_is_loaded_with_tokenizer_template_and_turn_ends(base
     own = {"adapter_config.json", "adapter_model.safetensors", "README.md", "provenance.json"}
     assert set(staged_files(folders[1])) == beside | own
     assert {"LICENSE.txt", "NOTICE", "Use_Policy.md", "generation_config.json", "tokenizer.json"} < beside
+    # 4.57 looks for a config.json where no class is named.
+    said = json.loads((folders[1] / "tokenizer_config.json").read_text())
+    assert said["tokenizer_class"] == "PreTrainedTokenizerFast"
 
     tokenizer = AutoTokenizer.from_pretrained(folders[1], local_files_only=True, trust_remote_code=False)
     text = tokenizer.apply_chat_template(WORDS, tokenize=False)
