@@ -9,6 +9,7 @@ of examples/classic_unsloth.yaml on the same pairs, written to a file of prompts
 on the packed trainer in what the planner chooses, for TRL and Unsloth need one. Each runs as a job of a fresh instance,
 in a process that is ended when its time is over. Printed are what was decided of which device, the plan's memory beside
 the allocator's peak of every stage, seconds of every asset, and every check; with --against, which verdicts differ.
+What a run itself prints is copied beside --out.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,6 +62,7 @@ def main() -> int:
         home = (args.home or Path(tempfile.mkdtemp(prefix="dpo-pipeline-"))).absolute()
         for name in args.recipes.split(","):
             found[name] = run(name, args.model.absolute(), home / name, args.timeout)
+            shutil.copyfile(home / name / "output.log", args.out.with_suffix(f".{name}.log"))
             args.out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     other = json.loads(args.against.read_text(encoding="utf-8")) if args.against else {}
     for name, facts in found.items():

@@ -1,4 +1,4 @@
-"""`dpo-assets`: the demo, the plan for any card, the models that are known, and the recipe with all its defaults."""
+"""`dpo-assets`: the demo, the plan for any card, known models, where feedback went, the recipe with its defaults."""
 
 from __future__ import annotations
 
@@ -45,10 +45,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     _plan_arguments(commands.add_parser("plan", help="what a run would do on a card, and what the checks say of it"))
     models = commands.add_parser("models", help="which models there are engines for, and why not")
     models.add_argument("--markdown", action="store_true", help="print docs/models.md")
+    provenance = commands.add_parser("provenance", help="which feedback a release goes back to, and where a row went")
+    provenance.add_argument("store", type=Path, help="a pipeline's artefacts: storage/dpo_assets/NAME of the instance")
+    asked = provenance.add_mutually_exclusive_group()
+    asked.add_argument("--release", metavar="NAME", help="a release's fingerprint, or its beginning: print its rows")
+    asked.add_argument("--row", metavar="NAME", help="a pair id, row hash, row or source file: print its releases")
+    provenance.add_argument("--json", action="store_true", help="print the answer as JSON")
     commands.add_parser("recipe", help="print every field of a recipe with its default and meaning, as YAML")
     args = parser.parse_args(argv)
     try:
-        return {"demo": _demo, "plan": _plan, "models": _models, "recipe": _recipe}[args.command](args)
+        does = {"demo": _demo, "plan": _plan, "models": _models, "provenance": _provenance, "recipe": _recipe}
+        return does[args.command](args)
     except DpoAssetsError as error:
         print(error, file=sys.stderr)
         return 1
@@ -188,6 +195,51 @@ def _models(args: argparse.Namespace) -> int:
     console.print(grid)
     console.print("`rows`, the model's own forward, computes these and every other causal language model.")
     return 0
+
+
+def _provenance(args: argparse.Namespace) -> int:
+    """Exit status 1 where a dataset is gone, so that rows may be missing from the answer."""
+    from rich.table import Table
+
+    from dpo_assets.publishing.trace import COLUMNS, Trace
+
+    trace = Trace.of(args.store)
+    releases = trace.releases if args.release is None else [trace.release(args.release)]
+    rows = {one.name: one.rows if args.row is None else one.touched_by(args.row) for one in releases}
+    gone = {one.name: one.gone for one in releases if one.gone}
+    if args.json:
+        answer = [
+            {"release": one.name, "rows": rows[one.name].to_dicts(), "gone": list(one.gone)}
+            for one in releases
+            if args.row is None or rows[one.name].height
+        ]
+        print(json.dumps(answer, indent=1, ensure_ascii=False))
+        return 1 if gone else 0
+    console = _console()
+    if args.release is None and args.row is None:
+        grid = Table("release", "trained on", "held out")
+        for name, table in rows.items():
+            uses = table["use"].to_list()
+            grid.add_row(name, str(uses.count("trained on")), str(uses.count("held out")))
+    else:
+        grid = Table()
+        for heading in ("release", "use", *COLUMNS):
+            grid.add_column(heading, overflow="fold")  # Whatever is copied from here must be whole.
+        for name, table in rows.items():
+            for row in table.select("use", *COLUMNS).iter_rows():
+                grid.add_row(name, *map(str, row))
+    if grid.row_count:
+        console.print(grid)
+    elif args.row is not None:
+        console.print(f"{args.row} touched no release of {args.store}.", markup=False)
+    else:
+        console.print(f"{args.store} holds no release.", markup=False)
+    for name, digests in gone.items():
+        missing = ", ".join(digest[:12] for digest in digests)
+        console.print(
+            f"{name}: of dataset {missing} nothing can be told: it is not in the store any more.", markup=False
+        )
+    return 1 if gone else 0
 
 
 def _planned_recipe(args: argparse.Namespace) -> dict[str, Any]:

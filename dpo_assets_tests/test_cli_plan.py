@@ -15,6 +15,7 @@ from dpo_assets.checks.catalog import checks_of
 from dpo_assets.cli import main
 from dpo_assets.planning import offers
 from dpo_assets.planning.cards import CARDS
+from dpo_assets.planning.describe import KERNELS
 from dpo_assets.planning.sizes import SIZES
 from dpo_assets_tests.pipelines import STORIES, demo_recipe
 
@@ -94,13 +95,14 @@ def test_a_plan_that_does_not_fit_exits_1_and_says_what_would(capsys: pytest.Cap
 
 
 def test_the_table_says_in_words_what_the_json_says_in_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    kernels = plan_json(capsys, "--gpu", "t4", "--model", "70b", status=1)["kernels"]
     assert main(["plan", "--gpu", "t4", "--model", "70b"]) == 1
     table = " ".join(capsys.readouterr().out.split())
     for said in (
         "model 70b (shape of Llama-3.1-70B): 70.55 billion parameters, 80 layers",
         "device Tesla T4: 14.5 GiB, compute capability 7.5",
         "precision 4bit: fp16 needs",
-        "kernels fused: this project's own layers",
+        f"kernels {KERNELS[kernels]}",
         "80 of 80 layers are computed again in the backward pass",
         "fits no would fit use a",
         "planned for pairs of at most 2,048 tokens, 1,024 on average",

@@ -147,15 +147,19 @@ def cache_bytes(shape: ModelShape, tokens: int) -> float:
     return 4.0 * tokens * sum(attention.kv_width for attention in shape.described().attentions)
 
 
-def dequantised_bytes(shape: ModelShape, precision: Precision) -> float:
-    """What is dequantised at one time, in 16 bit: the largest group of linear layers that a block begins with (q, k and
-    v; gate and up), and the largest layer that one ends with. 0 where nothing is quantised."""
+def dequantised_bytes(shape: ModelShape, precision: Precision, kernels: Kernels = "fused") -> float:
+    """What is dequantised at one time, in 16 bit; 0 where nothing is quantised.
+
+    The largest group of linear layers that a block begins with (q, k and v; gate and up), and in fused layers the
+    largest layer that one ends with too.
+    """
     if precision not in QUANTISED:
         return 0.0
     decoder = shape.described()
     parts = (part for layer, _ in decoder.kinds for part in (layer.mixer, layer.beside, layer.mlp) if part is not None)
     sizes = [[rows * columns for _, rows, columns in part.linears(decoder.hidden)] for part in parts]
-    return 2.0 * (max(sum(block[:-1]) for block in sizes) + max(sum(block[-1:]) for block in sizes))
+    first, last = max(sum(block[:-1]) for block in sizes), max(sum(block[-1:]) for block in sizes)
+    return 2.0 * (first + last if kernels == "fused" else max(first, last))
 
 
 def head_chunk(budget: int, device: Literal["cpu", "cuda"]) -> int:
@@ -204,7 +208,7 @@ class Training:
         return {
             "weights": self.bases * weights_bytes(self.shape, self.precision),
             "adapter and optimizer": adapter_bytes(self.shape, self.lora),
-            "dequantised layer": dequantised_bytes(self.shape, self.precision),
+            "dequantised layers": dequantised_bytes(self.shape, self.precision, self.kernels),
         }
 
     @cached_property

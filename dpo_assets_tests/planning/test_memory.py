@@ -266,7 +266,7 @@ def test_a_quantised_base_needs_room_for_what_a_block_begins_and_ends_with() -> 
         found = fit(training(EIGHT_B, precision), work(1000, 8000.0), 200.0)
         first, last = max(2 * 14_336 * 4_096, 4_096 * (4_096 + 2 * 1_024)), max(14_336 * 4_096, 4_096 * 4_096)
         expected = (first + last) * 2 / GIB if precision in ("4bit", "8bit", "fp8") else 0.0
-        assert found.parts["dequantised layer"] == pytest.approx(expected), precision
+        assert found.parts["dequantised layers"] == pytest.approx(expected), precision
 
 
 def test_the_parts_are_written_as_a_plan_keeps_them() -> None:

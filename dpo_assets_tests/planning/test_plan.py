@@ -12,6 +12,7 @@ from dpo_assets.errors import ConfigError
 from dpo_assets.planning.cards import CARDS
 from dpo_assets.planning.families import describe
 from dpo_assets.planning.matrices import Matrices
+from dpo_assets.planning.memory import LARGEST_SCORED, forward_peak
 from dpo_assets.planning.offers import EngineOffer
 from dpo_assets.planning.plan import TrainingPlan, steps_of
 from dpo_assets.planning.precision import Device
@@ -186,7 +187,7 @@ def test_a_plan_has_forwards_fitted_to_the_engine_that_takes_over() -> None:
         EngineOffer(name="rows", token_budget=900, recomputed_layers=9, why_not="slower"),
         EngineOffer(name="unsloth", why_not="not installed"),
     )
-    numbers = {"token_budget": 4000, "recomputed_layers": 0, "longest_pair": 600}
+    numbers = {"token_budget": 4000, "reference_budget": 16_000, "recomputed_layers": 0, "longest_pair": 600}
     whole = plan().model_copy(update={"kernels": "fused", "engines": offers} | numbers)
 
     def fitted(to: TrainingPlan) -> list[tuple[int, int]]:
@@ -198,6 +199,7 @@ def test_a_plan_has_forwards_fitted_to_the_engine_that_takes_over() -> None:
     assert half is not None
     # A stage that ran out of memory must come back with less, whatever computes it; the longest pair is the least.
     assert fitted(half) == [(2000, 0), (1500, 7), (600, 9), (600, 9), (2000, 0)]
+    assert (half.reference_budget, whole.fitted_to("rows").reference_budget) == (2000, 900)
 
 
 def test_the_memory_limit_of_the_recipe_lowers_what_is_available_and_never_raises_it() -> None:
@@ -265,7 +267,34 @@ def test_what_fits_nowhere_is_told_nothing() -> None:
     assert (made.fits, made.would_fit) == (False, [])
 
 
+# The reference pass
+
+
+@pytest.mark.parametrize("precision", ["bf16", "4bit"])
+def test_the_reference_pass_has_larger_forwards_in_the_memory_of_training(precision: str) -> None:
+    made = planned(EIGHT_B, RTX_4090, hardware={"precision": precision, "memory_gib": 20.0})
+    assert made.kernels == "fused"
+    times = made.reference_budget / made.token_budget
+    assert times in (2, 4, 8)
+    assert made.reference_budget <= LARGEST_SCORED
+    assert forward_peak(EIGHT_B, made.precision, made.reference_budget, "cuda") <= made.memory_gib
+
+
+def test_other_engines_score_the_reference_in_forwards_of_training() -> None:
+    for device, kernels in ((H200, "transformers"), (H200, "rows"), (CPU, "fused")):
+        made = planned(ONE_B, device, hardware={"kernels": kernels})
+        assert made.reference_budget == made.token_budget
+
+
 # After running out of memory
+
+
+def test_a_reference_pass_that_ran_out_gets_smaller_forwards_where_training_has_the_smallest_already() -> None:
+    least = plan(token_budget=600, reference_budget=4800, longest_pair=600)
+    smaller = least.with_half_budget()
+    assert smaller is not None
+    assert (smaller.token_budget, smaller.reference_budget) == (600, 600)
+    assert smaller.with_half_budget() is None
 
 
 @settings(max_examples=60, deadline=None)

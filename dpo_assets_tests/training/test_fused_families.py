@@ -19,6 +19,7 @@ from dpo_assets.planning.support import NO, supported
 from dpo_assets.recipe import LoraSection
 from dpo_assets.training.batches.packing import pack
 from dpo_assets.training.engines.base import causal_lm, description_of
+from dpo_assets.training.engines.fused import weights
 from dpo_assets.training.engines.fused.block import FrozenBlock, Norm, Residual
 from dpo_assets.training.engines.fused.decoder import FusedDecoder, why_not_fused
 from dpo_assets.training.engines.fused.differentiated import AutogradBlock
@@ -298,3 +299,67 @@ def test_a_block_by_autograd_equals_the_frozen_one(recompute: bool, after: Norm 
     assert len(outcomes[0]) == 2 + len(frozen.trained)
     for other in outcomes[1:]:
         torch.testing.assert_close(other, outcomes[0], atol=1e-5, rtol=1e-5)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A quantised weight that tells when it is dequantised."""
+
+    weight: Tensor
+    name: str
+    told: list[str]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.weight.shape[0], self.weight.shape[1])
+
+    def dequantise(self, out: Tensor) -> None:
+        self.told.append(self.name)
+        out.copy_(self.weight)
+
+
+def test_a_recomputed_layer_dequantises_gate_and_up_once_in_its_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quantised groups of two blocks take turns in two matrices, and compute what plain ones do."""
+    torch.manual_seed(0)
+    plain = {name: group(8, *outputs) for name, outputs in (("qkv", (12, 12)), ("gate, up", (12, 12)))}
+    plain |= {name: group(12, 8) for name in ("o", "down")}
+    told: list[str] = []
+    scratches = {
+        "first": Scratch(torch.float32, torch.device("cpu")),
+        "last": Scratch(torch.float32, torch.device("cpu")),
+    }
+
+    def quantised(name: str) -> FrozenGroup:
+        of_it = plain[name]
+        monkeypatch.setattr(
+            weights, "quantised_weight", lambda linear: Written(linear.weight.detach().clone(), name, told)
+        )
+        made = FrozenGroup(of_it.members, torch.float32, scratches["last" if name in ("o", "down") else "first"])
+        for where, factor, scale in made.slots():
+            where.copy_(factor.detach() * scale)
+        return made
+
+    def layer(of: Callable[[str], FrozenGroup]) -> FusedLayer:
+        mixer, mlp = (
+            FrozenBlock(of(first), GatedCore("silu"), of(last), Residual(Norm(torch.ones(8), 1e-6)))
+            for first, last in (("qkv", "o"), ("gate, up", "down"))
+        )
+        return FusedLayer(mixer, mlp, recompute=True)
+
+    outcomes = []
+    x, dy = torch.randn(2, 5, 8)
+    for made in (layer(plain.__getitem__), layer(quantised)):
+        trained = [*made.mixer.trained, *made.mlp.trained]
+        for parameter in trained:
+            parameter.grad = None
+        leaf = x.clone().requires_grad_()
+        y = made(leaf, Stream({}, {}, {}))
+        forward, told[:] = list(dict.fromkeys(told)), []
+        y.backward(dy)
+        assert leaf.grad is not None
+        outcomes.append([y.detach(), leaf.grad, *(p.grad.clone() for p in trained if p.grad is not None)])
+    torch.testing.assert_close(outcomes[1], outcomes[0])
+    assert len(outcomes[0]) == 2 + 6 * 2
+    assert forward == ["qkv", "o", "gate, up", "down"]
+    # A group of two tells twice.
+    assert told == [*["qkv"] * 2, "o", *["gate, up"] * 2, "down", "o", *["qkv"] * 2]

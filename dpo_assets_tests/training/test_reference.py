@@ -16,10 +16,12 @@ from trl.trainer.utils import disable_dropout_in_model
 from dpo_assets.artifact import VOLATILE
 from dpo_assets.contract import TrainSpec
 from dpo_assets.errors import GateError
-from dpo_assets.training.batches.packing import Group
+from dpo_assets.training.batches.packing import Group, PackedBatch, pack
+from dpo_assets.training.engines.transformers import engine_of
 from dpo_assets.training.models.loading import attach_adapter, load_base
 from dpo_assets.training.models.policy import Policy
 from dpo_assets.training.packages import computing, versions
+from dpo_assets.training.scoring import logprobs, reference
 from dpo_assets.training.scoring.reference import ReferenceCache, Scores, pair_key, reference_key, reference_scores
 from dpo_assets.training.stages import dpo
 from dpo_assets.training.trainers.strategies import score_reference
@@ -224,6 +226,35 @@ def test_another_reference_is_scored_again(
     )
     spec = cached_spec(train_spec, plan_for(**plan_change), tmp_path, sft_adapter, **spec_change)
     assert score_reference(Policy(policy, "transformers"), few, spec, Log())[1] == 0
+
+
+@pytest.mark.parametrize(("padded", "largest"), [(False, 6), (True, 1)], ids=["flash", "padded rows"])
+def test_the_reference_pass_takes_larger_forwards_than_training_where_rows_are_not_padded(
+    policy: PeftModel,
+    plan_for: PlanMaker,
+    train_spec: SpecMaker,
+    sft_adapter: Path,
+    groups: list[Group],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    padded: bool,
+    largest: int,
+) -> None:
+    """By whether flash attention is there, which no CPU has."""
+    few = groups[:6]
+    monkeypatch.setattr(type(engine_of(policy)), "pads_attention", padded)
+    spec = cached_spec(train_spec, plan_for(token_budget=1), tmp_path, sft_adapter)
+    spec = spec.model_copy(update={"plan": spec.plan.model_copy(update={"reference_budget": 10_000})})
+    packed: list[int] = []
+
+    def watched(run: Sequence[Group]) -> PackedBatch:
+        packed.append(len(run))
+        return pack(run)
+
+    monkeypatch.setattr(logprobs, "pack", watched)
+    monkeypatch.setattr(reference, "PARTS", 1)
+    score_reference(Policy(policy, "transformers"), few, spec, Log())
+    assert max(packed) == largest
 
 
 def test_other_kernels_score_again(
