@@ -66,10 +66,14 @@ def test_a_refused_base_is_told_without_a_secret(
     assert "correct-horse-battery" not in said
 
 
-def test_a_model_of_unknown_licence_fails_its_gate(instance: dg.DagsterInstance, tmp_path: Path) -> None:
+def test_a_model_of_unknown_licence_fails_its_gate_where_a_release_is_sent(
+    instance: dg.DagsterInstance, tmp_path: Path
+) -> None:
     folder = tmp_path / "unlicensed"
     shutil.copytree(STORIES, folder)
-    result = materialize(demo_recipe(base_model={"source": str(folder)}), instance, ["base_model"])
+    sends = {"base_model": {"source": str(folder)}, "publishing": {"dry_run": False, "repo_id": "org/bot"}}
+    result = materialize(demo_recipe(**sends), instance, ["base_model"])
+    assert not result.success
     assert failed_checks(result)["licence_known"]["value"] == "none stated"
 
 

@@ -32,6 +32,7 @@ from dpo_assets.planning.companions import (
     found,
     is_kept,
 )
+from dpo_assets.planning.licence import Licence, licence_of
 from dpo_assets.planning.model_folder import CONFIG, ModelFolder, inspect_model, uses_name
 from dpo_assets.planning.shape import ModelShape
 from dpo_assets.planning.text_part import has_other_parts
@@ -44,15 +45,17 @@ if TYPE_CHECKING:
 
 BUILTIN_MODELS = {"stories260k": ("data/stories260k", "mit")}
 FACTS = "model.json"
+SAY_LICENCE = "set base_model.licence (for example apache-2.0, or `other` with licence_name) after reading its terms"
 
 
 def materialise(step: Step) -> Events:
     """Fetches or links the model; a model with pickled weights only is shown as a failed check, and not kept."""
     section = step.recipe.base_model
+    sends = not step.recipe.publishing.dry_run
     refused: list[Verdict] = []
 
     def refuse(facts: ModelFolder) -> None:
-        refused.extend(v for v in verdicts(section, facts) if v.level == "error")
+        refused.extend(v for v in verdicts(section, facts, sends=sends) if v.level == "error")
         if refused:
             raise _Refused
 
@@ -71,8 +74,11 @@ def materialise(step: Step) -> Events:
         facts = inspect_model(model)
         refuse(facts)
         _refuse_template(section, facts)
-        licence = section.licence or facts.licence or builtin_licence(section)
-        described = facts.shape.model_dump() | {"architecture": facts.architecture, "licence": licence}
+        licence = licence_of(section, facts.licence, builtin_licence(section))
+        described = facts.shape.model_dump() | {
+            "architecture": facts.architecture,
+            "licence": licence and licence.model_dump(),
+        }
         template = section.model_dump(mode="json", include={"template_arguments", "template_date"})
         origin = {"source": section.source, "revision": section.revision, "left_out": left_out}
         write_json(folder / FACTS, described | template | origin)
@@ -90,11 +96,11 @@ def materialise(step: Step) -> Events:
         "base_model",
         artifact,
         reused,
-        verdicts(section, facts),
+        verdicts(section, facts, sends=sends),
         {
             "source": section.source,
             "revision": section.revision or "local",
-            "licence": described.licence,
+            "licence": described.licence.shown if described.licence else "none known",
             "architecture": described.architecture,
             "parameters": described.parameters,
             **({"copies left out": ", ".join(described.left_out)} if described.left_out else {}),
@@ -107,7 +113,7 @@ def materialise(step: Step) -> Events:
 class BaseFacts(ModelShape):
     """What a base model is, as its artefact keeps it."""
 
-    licence: str
+    licence: Licence | None
     source: str
     revision: str | None
     left_out: tuple[str, ...]
@@ -146,6 +152,16 @@ def refuse_adapter_alone(publishing: PublishingSection, base: Artifact) -> None:
             "more and names its layers otherwise than the language model that is trained: loaded onto it, the "
             "adapter would change nothing. Release `merged` instead."
         )
+
+
+def refuse_unlicensed(publishing: PublishingSection, base: Artifact) -> None:
+    """A release hands on what its base allows, so that has to be known.
+
+    Raises:
+        ConfigError: where a release would be sent, and neither recipe nor base states a licence.
+    """
+    if not publishing.dry_run and read_facts(base).licence is None:
+        raise ConfigError(f"publishing.dry_run is false, and no licence is known of the base: {SAY_LICENCE}.")
 
 
 def needs_worker(section: BaseModelSection) -> bool:
@@ -222,10 +238,10 @@ class _Refused(Exception):
     """The folder fails a gate, so there is nothing to keep."""
 
 
-def verdicts(section: BaseModelSection, facts: ModelFolder) -> list[Verdict]:
-    """The gates of a starting model."""
+def verdicts(section: BaseModelSection, facts: ModelFolder, *, sends: bool) -> list[Verdict]:
+    """The gates of a starting model. Only what is sent needs a licence: in a dry run its lack is a warning."""
     pinned = not looks_like_hub_id(section.source) or section.revision is not None
-    licence = section.licence or facts.licence or builtin_licence(section)
+    licence = licence_of(section, facts.licence, builtin_licence(section))
     safe = bool(facts.safetensors)
     return [
         Verdict(
@@ -246,11 +262,11 @@ def verdicts(section: BaseModelSection, facts: ModelFolder) -> list[Verdict]:
         ),
         Verdict(
             "licence_known",
-            "pass" if licence else "error",
-            licence or "none stated",
-            "an SPDX id from the recipe or the model card",
+            "pass" if licence else "error" if sends else "warn",
+            f"{licence.shown}, by the {licence.stated_by}" if licence else "none stated",
+            "an id of the Hub's list in the recipe or the model card, or a licence file",
             "a release inherits the licence of its base",
-            "" if licence else "set base_model.licence (for example apache-2.0) after reading the model's terms",
+            "" if licence else SAY_LICENCE,
         ),
     ]
 

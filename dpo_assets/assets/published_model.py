@@ -10,17 +10,18 @@ from typing import Any
 import dagster as dg
 
 from dpo_assets.artifact import Artifact, file_sha256, rewrite_json, write_json
-from dpo_assets.assets.base_model import BaseFacts, read_facts, refuse_adapter_alone
+from dpo_assets.assets.base_model import BaseFacts, read_facts, refuse_adapter_alone, refuse_unlicensed
 from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.lineage import Inputs, Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.promotion import decide, promotion_verdict
-from dpo_assets.checks.reports import EvaluationReport
-from dpo_assets.checks.verdict import Verdict
+from dpo_assets.checks.reports import DpoReport, EvaluationReport, MergeReport
+from dpo_assets.checks.verdict import Level, Verdict
 from dpo_assets.errors import ConfigError
-from dpo_assets.planning.companions import copy_files, is_released
-from dpo_assets.planning.model_folder import ADAPTER
+from dpo_assets.planning.companions import copy_files, found, is_licence_file, is_released
+from dpo_assets.planning.model_folder import ADAPTER, CONFIG
+from dpo_assets.planning.text_part import has_other_parts
 from dpo_assets.publishing.card import CardFacts, card_settings, render_card
 from dpo_assets.publishing.commit import Operation, Release, publish, stage, staged_files
 from dpo_assets.report.tables import table
@@ -34,6 +35,7 @@ def materialise(step: Step) -> Events:
     inputs = step.inputs()
     sends = not publishing.dry_run and not step.only_checks
     if sends:
+        refuse_unlicensed(publishing, inputs["base_model"])
         _refuse_held(step, inputs)
 
     def make(folder: Path, _: str) -> None:
@@ -45,7 +47,13 @@ def materialise(step: Step) -> Events:
         operations = stage(source, target, render_card(facts), {"inputs": inputs.digests, "versions": facts.versions})
         write_json(folder / OPERATIONS, [asdict(o) for o in operations])
 
-    config = {"artifact": publishing.artifact, "title": _title(step), "min_pairs": step.recipe.evaluation.min_pairs}
+    config = {
+        "artifact": publishing.artifact,
+        "title": _title(step),
+        "repo_id": publishing.repo_id,
+        "min_pairs": step.recipe.evaluation.min_pairs,
+        "checks": _levels(step, inputs),
+    }
     artifact, reused = step.build("published_model", config, inputs, make)
     operations = [Operation(**o) for o in artifact.json(OPERATIONS)]
     release = _send(step, artifact, operations) if sends else None
@@ -147,20 +155,37 @@ def _facts(step: Step, inputs: Inputs) -> CardFacts:
     decision, reason = decide(scores, step.recipe.evaluation.min_pairs)
     return CardFacts(
         title=_title(step),
+        repo_id=step.recipe.publishing.repo_id,
         # A local folder's path says nothing to a reader of the card, and would publish the author's file system.
         base_source=base.source if base.revision or base.source.startswith("builtin:") else Path(base.source).name,
         base_revision=base.revision,
         licence=base.licence,
+        licence_files=tuple(found(inputs["base_model"].path / "model", is_licence_file)),
         artifact=step.recipe.publishing.artifact,
         plan=read_plan(inputs["dpo_plan"]),
         dataset=inputs["dpo_dataset"].json("report.json"),
         dataset_digest=inputs["dpo_dataset"].digest,
+        training=DpoReport.of(inputs["dpo_adapter"]),
+        merge=MergeReport.of(inputs["merged_model"]),
         scores=scores,
         decision=decision,
         reason=reason,
+        checks=_levels(step, inputs),
         versions=inputs["dpo_adapter"].manifest.versions,
+        beyond_text=has_other_parts(inputs["base_model"].json(f"model/{CONFIG}")),
         template_arguments=base.template_arguments,
     )
+
+
+def _levels(step: Step, inputs: Inputs) -> dict[str, dict[str, Level]]:
+    """The outcomes of the checks of what the release is made from, by asset.
+
+    Whether a plan fits is left out: the same release may be made on a card with less memory.
+    """
+    return {
+        node: {check: level for check, level in (step.levels(artifact) or {}).items() if check != "memory_fits"}
+        for node, artifact in inputs.items()
+    }
 
 
 def _adapter(step: Step, inputs: Inputs, folder: Path) -> Path:

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.companions import NAMED_TEMPLATES, TEMPLATE, TOKENIZER_CONFIG
 from dpo_assets.planning.decoder import Decoder
 from dpo_assets.planning.families import describe
+from dpo_assets.planning.licence import Licence, read_licence
 from dpo_assets.planning.shape import ModelShape
 from dpo_assets.planning.text_part import TextPart, has_other_parts, text_config
 from dpo_assets.planning.vocabulary import content, refuse_tokens_without_embedding
@@ -48,7 +48,7 @@ class ModelFolder:
     safetensors: tuple[str, ...]
     unused: tuple[str, ...]
     pickled: tuple[str, ...]
-    licence: str | None
+    licence: Licence | None
     chat_template: str
     eos_token: str | None
 
@@ -83,7 +83,7 @@ def inspect_model(folder: Path) -> ModelFolder:
         safetensors=weights.names,
         unused=tuple(unused_files(folder, weights.names)),
         pickled=tuple(sorted(p.name for pattern in PICKLED for p in folder.glob(pattern))),
-        licence=card_licence(folder / "README.md"),
+        licence=read_licence(folder),
         chat_template=templates,
         eos_token=content(tokenizer.get("eos_token")),
     )
@@ -220,22 +220,6 @@ def _templates(folder: Path, tokenizer: Mapping[str, Any]) -> str:
 def uses_name(template: str, name: str) -> bool:
     """Whether a chat template speaks of a variable of this name."""
     return re.search(rf"\b{re.escape(name)}\b", template) is not None
-
-
-def card_licence(card: Path) -> str | None:
-    """The licence in the front matter of a model card."""
-    if not card.is_file():
-        return None
-    text = card.read_text(encoding="utf-8", errors="replace")
-    lines = text.splitlines()
-    if not lines or lines[0].rstrip() != "---" or "---" not in (closing := [line.rstrip() for line in lines[1:]]):
-        return None
-    try:
-        front = yaml.safe_load("\n".join(closing[: closing.index("---")]))
-    except yaml.YAMLError:
-        return None
-    value = front.get("license") if isinstance(front, dict) else None
-    return value if isinstance(value, str) else None
 
 
 def _json(path: Path, why: str) -> dict[str, Any]:
