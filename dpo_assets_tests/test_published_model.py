@@ -23,7 +23,7 @@ from dpo_assets.recipe import PublishingSection
 from dpo_assets_tests.hub_server import HubServer
 from dpo_assets_tests.pipelines import demo_recipe, failed_checks, failures, materialize, metadata
 from dpo_assets_tests.samples import dataset_report, dpo_report, evaluation_report, merge_report, score
-from dpo_assets_tests.test_lineage import ORDER, Shelf
+from dpo_assets_tests.test_lineage import ORDER, Shelf, gates_of
 
 REPO = "org/bot"
 HELD = evaluation_report(implicit_reward_accuracy=score(0.55, 0.46, 0.64))
@@ -191,3 +191,22 @@ def test_a_base_of_unknown_licence_is_not_sent_and_not_trained_for_it(shelf: She
         [said] = failures(result)
         assert "no licence is known of the base: set base_model.licence" in said
     assert hub.repos == {}
+
+
+def test_the_card_tells_how_the_checks_came_out_but_for_what_another_card_would_change(shelf: Shelf) -> None:
+    """An outcome under another severity makes another card; whether the plan fitted makes none."""
+    fill(shelf, evaluation_report())
+
+    def released(**levels: str) -> dict[str, Any]:
+        write_json(gates_of(shelf.now["dpo_plan"]), levels)
+        return metadata(release(shelf, demo_recipe()), "published_model")
+
+    first, fitted, warned = (
+        released(memory_fits="pass", learning_rate_band="pass"),
+        released(memory_fits="warn", learning_rate_band="pass"),
+        released(memory_fits="pass", learning_rate_band="warn"),
+    )
+    assert fitted["digest"] == first["digest"]
+    assert "| dpo_plan | learning_rate_band | passed |" in first["card"]
+    assert "| dpo_plan | learning_rate_band | warned |" in warned["card"]
+    assert "memory_fits" not in first["card"]
