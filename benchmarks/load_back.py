@@ -75,14 +75,14 @@ def run(python: str, work: Path, names: Sequence[str] = tuple(ARCHITECTURES)) ->
     """
     bases, releases = work / "base", work / "release"
     asked = {name: bases / name for name in names if name not in MADE_HERE}
-    version, refused = _there(python, work, "make", asked)
+    version, refused = there(python, work, "make", asked)
     refused |= dict.fromkeys(MADE_HERE.intersection(names), "made here")
     for name in (name for name in names if refused[name]):
         shutil.rmtree(bases / name, ignore_errors=True)
         load_back_other.make(name, bases / name)
     merged = {name: _merged(bases / name, releases / name) for name in names}
-    _, failed = _there(python, work, "logits", {name: releases / name for name in names})
-    _, base_failed = _there(python, work, "logits", {name: bases / name for name in names})
+    _, failed = there(python, work, "logits", {name: releases / name for name in names})
+    _, base_failed = there(python, work, "logits", {name: bases / name for name in names})
 
     def gap(folder: Path, failed: str) -> float | None:
         here = load_back_other.logits_of(folder.name, folder)
@@ -127,10 +127,12 @@ def _merged(base: Path, release: Path) -> tuple[torch.Tensor, Carried, float]:
     return logits, compared(base, release, merge.updates.keys()), _gap(logits, start)
 
 
-def _there(python: str, work: Path, do: str, folders: dict[str, Path]) -> tuple[str, dict[str, str]]:
-    """(version of Transformers, per architecture why it could not) of the other environment."""
+def there(
+    python: str, work: Path, do: str, folders: dict[str, Path], out: str = OTHER_LOGITS
+) -> tuple[str, dict[str, str]]:
+    """(version of Transformers, per name why it could not) of the other environment."""
     request = work / f"{do}.json"
-    spoken = {"do": do, "out": OTHER_LOGITS, "folders": {name: str(folder) for name, folder in folders.items()}}
+    spoken = {"do": do, "out": out, "folders": {name: str(folder) for name, folder in folders.items()}}
     request.write_text(json.dumps(spoken), encoding="utf-8")
     subprocess.run([python, str(Path(load_back_other.__file__)), str(request)], check=True, cwd=work)
     told: dict[str, Any] = json.loads(request.with_suffix(".answer.json").read_text(encoding="utf-8"))

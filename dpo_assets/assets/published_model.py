@@ -10,7 +10,7 @@ from typing import Any
 import dagster as dg
 
 from dpo_assets.artifact import Artifact, file_sha256, rewrite_json, write_json
-from dpo_assets.assets.base_model import BaseFacts, read_facts, refuse_adapter_alone, refuse_unlicensed
+from dpo_assets.assets.base_model import read_facts, refuse_adapter_alone, refuse_unlicensed
 from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.lineage import Inputs, Read
 from dpo_assets.assets.node import Node
@@ -192,19 +192,20 @@ def _adapter(step: Step, inputs: Inputs, folder: Path) -> Path:
     refuse_adapter_alone(step.recipe.publishing, inputs["base_model"])
     patched = folder / "adapter"
     patched.mkdir()
+    base = read_facts(inputs["base_model"])
     merged = inputs["merged_model"].path / "model"
-    write_adapter(inputs["dpo_adapter"].path / "adapter", merged, read_facts(inputs["base_model"]), patched)
+    write_adapter(inputs["dpo_adapter"].path / "adapter", merged, patched, base.source, base.revision)
     return patched
 
 
-def write_adapter(source: Path, merged: Path, base: BaseFacts, folder: Path) -> None:
+def write_adapter(source: Path, merged: Path, folder: Path, base: str, revision: str | None) -> None:
     """The adapter with the Hub id of its base in place of a local path, and with what the merged model has beside its
     weights: an adapter is asked through the tokenizer, template and turn ends that it was trained with."""
     for path in source.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     copy_files(merged, folder, is_released)
     config: dict[str, Any] = json.loads((source / ADAPTER).read_text(encoding="utf-8"))
-    config["base_model_name_or_path"], config["revision"] = base.source, base.revision
+    config["base_model_name_or_path"], config["revision"] = base, revision
     rewrite_json(folder / ADAPTER, config)
 
 

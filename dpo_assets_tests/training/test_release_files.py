@@ -12,7 +12,6 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_assets.assets.base_model import BaseFacts
 from dpo_assets.assets.published_model import write_adapter
 from dpo_assets.contract import TemplateSettings
 from dpo_assets.planning.companions import NAMED_TEMPLATES, found
@@ -144,8 +143,7 @@ def test_an_adapter_release_is_loaded_with_tokenizer_template_and_turn_ends(base
     folders = base.parent / "patched", base.parent / "staged"
     for folder in folders:
         folder.mkdir()
-    facts = BaseFacts.model_construct(source=str(base), revision=None)
-    write_adapter(adapter, merged, facts, folders[0])
+    write_adapter(adapter, merged, folders[0], str(base), None)
     stage(folders[0], folders[1], "# Card", {})
     beside = set(found(merged, lambda _: True))
     own = {"adapter_config.json", "adapter_model.safetensors", "README.md", "provenance.json"}

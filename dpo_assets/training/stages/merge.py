@@ -59,7 +59,7 @@ def run(spec: MergeSpec, reporter: Reporter) -> None:
         merge = merge_in_memory(spec, folder, reporter)
     if merge is not None:
         stream_merge(merge, folder, on_file=on_file)
-        _write_config(spec.base_model, folder)
+        write_config(spec.base_model, folder)
     write_companions(spec.base_model, folder, spec.template)
     if merge is not None:
         carried = compared(spec.base_model, folder, frozenset(merge.updates))
@@ -178,7 +178,7 @@ def _scored(
     return settled, _Scored(logps, lengths, weights)
 
 
-def _write_config(base: Path, folder: Path) -> None:
+def write_config(base: Path, folder: Path) -> None:
     """The base's own config.json, without where the base once lay on someone's machine."""
     path = base / "config.json"
     (folder / "config.json").write_bytes(path.read_bytes())
