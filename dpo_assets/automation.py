@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import dagster as dg
 
-from dpo_assets.assets.graph import NODES
+from dpo_assets.assets.graph import nodes_of
 from dpo_assets.assets.step import Pipeline
 from dpo_assets.errors import ConfigError, InfrastructureError
 from dpo_assets.feedback.sources import FeedbackFile, files_of
@@ -24,7 +24,7 @@ def refresh_job(pipeline: Pipeline) -> dg.UnresolvedAssetJobDefinition:
     """Everything from feedback to release; what is unchanged is reused."""
     return dg.define_asset_job(
         f"{pipeline.name}_refresh",
-        selection=dg.AssetSelection.assets(*(pipeline.key(node.name) for node in NODES)),
+        selection=dg.AssetSelection.assets(*(pipeline.key(node.name) for node in nodes_of(pipeline.recipe))),
         description=f"Feedback to release for `{pipeline.name}`. Unchanged inputs are reused, not trained again.",
     )
 

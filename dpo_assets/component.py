@@ -111,7 +111,7 @@ class DpoPipeline(dg.Component, dg.Resolvable):
         """All definitions of the instance. Every name in them starts with the instance's name."""
         job = refresh_job(self.pipeline)
         return dg.Definitions(
-            assets=[self._assets(nodes) for nodes in steps()],
+            assets=[self._assets(nodes) for nodes in steps(self.pipeline.recipe)],
             jobs=[job],
             schedules=[refresh_schedule(self.pipeline, job)],
             sensors=[new_feedback_sensor(self.pipeline, job)],

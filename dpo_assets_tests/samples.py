@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from dpo_assets.checks.reports import DpoReport, EvaluationReport, MergeReport
+from dpo_assets.checks.reports import DpoReport, EvaluationReport, JudgedAnswers, MergeReport
 from dpo_assets.feedback.pair import Message, Pair
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.targets import Covered, LoraCoverage
@@ -149,6 +149,26 @@ def evaluation_report(**changes: Any) -> EvaluationReport:
         "generation": {"sft": answers(), "policy": answers()},
     }
     return EvaluationReport.model_validate(values | changes)
+
+
+def judged_answers(**changes: Any) -> JudgedAnswers:
+    """A judge that can be believed, and prefers the policy's answers."""
+    values: dict[str, Any] = {
+        "judge": "a judge",
+        "confidence": 0.95,
+        "wins": 60,
+        "ties": 20,
+        "losses": 20,
+        "nulls": 0,
+        "flipped": 20,
+        "share": score(0.7, 0.6, 0.78),
+        "share_at_equal_length": 0.65,
+        "human_pairs": 100,
+        "human_nulls": 0,
+        "agreement": score(0.8, 0.71, 0.87),
+        "corrected": score(0.83, 0.66, 1.0),
+    }
+    return JudgedAnswers.model_validate(values | changes)
 
 
 def dpo_report(**changes: Any) -> DpoReport:

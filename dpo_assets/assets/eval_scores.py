@@ -55,7 +55,7 @@ def materialise(step: Step) -> Events:
             ),
         )
 
-    config = {"evaluation": evaluation.model_dump(exclude={"min_pairs"})}
+    config = {"evaluation": evaluation.model_dump(exclude={"min_pairs", "judge"})}
     artifact, reused = step.build("eval_scores", config, inputs, make)
     report = EvaluationReport.of(artifact)
     decision, reason = decide(report, evaluation.min_pairs)

@@ -8,6 +8,7 @@ from dpo_assets.assets import (
     dpo_dataset,
     dpo_plan,
     eval_scores,
+    judged_answers,
     merged_model,
     published_model,
     raw_preferences,
@@ -15,6 +16,7 @@ from dpo_assets.assets import (
 )
 from dpo_assets.assets.lineage import Lineage
 from dpo_assets.assets.node import Node
+from dpo_assets.recipe import Recipe
 
 NODES: tuple[Node, ...] = (
     base_model.NODE,
@@ -28,12 +30,18 @@ NODES: tuple[Node, ...] = (
     eval_scores.NODE,
     published_model.NODE,
 )
-LINEAGE = Lineage({node.name: node.reads for node in NODES})
+OPTIONAL: tuple[Node, ...] = (judged_answers.NODE,)  # Of pipelines whose recipe asks for them.
+LINEAGE = Lineage({node.name: node.reads for node in (*NODES, *OPTIONAL)})
 
 
-def steps() -> list[tuple[Node, ...]]:
+def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
+    """The nodes of a pipeline."""
+    return (*NODES, *(node for node in OPTIONAL if node.wanted(recipe)))
+
+
+def steps(recipe: Recipe) -> list[tuple[Node, ...]]:
     """Nodes that one op makes together: those with the same body."""
     together: dict[int, list[Node]] = {}
-    for node in NODES:
+    for node in nodes_of(recipe):
         together.setdefault(id(node.body), []).append(node)
     return [tuple(nodes) for nodes in together.values()]

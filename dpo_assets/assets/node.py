@@ -21,7 +21,8 @@ class Node:
     """One asset. Nodes with the same body are materialised together by it.
 
     `reads` is all that the body may ask for, what its artefact's manifest records, and what Dagster's graph shows.
-    `recipe` names the sections that decide its result: its code version covers them.
+    `recipe` names the sections that decide its result: its code version covers them. `wanted` says whether a pipeline
+    has it.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Node:
     trains: bool = False
     config: Callable[[Recipe], type[dg.Config]] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    wanted: Callable[[Recipe], bool] = lambda recipe: True
 
 
 def column_schema(columns: Sequence[Column]) -> dg.TableSchema:

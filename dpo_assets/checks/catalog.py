@@ -98,6 +98,10 @@ CHECKS: tuple[CheckInfo, ...] = (
     CheckInfo("held_out_unseen", "eval_scores", "No pair is scored whose opening message the model was trained on."),
     CheckInfo("promotion_verdict", "eval_scores", "The policy beats its start on held-out pairs, beyond chance."),
     CheckInfo("greedy_health", "eval_scores", "The release's greedy answers end, and do not repeat.", blocking=False),
+    CheckInfo(
+        "judge_health", "judged_answers", "The judge answers, agrees with itself and with people.", blocking=False
+    ),
+    CheckInfo("judged_better", "judged_answers", "The judge does not prefer the answers of SFT.", blocking=False),
     CheckInfo("release_verified", "published_model", "The release is complete, free of secrets, and reads back equal."),
 )
 

@@ -190,6 +190,31 @@ class SftOutcome(RootModel[SftReport | AdoptedBase]):
     """Either of them, as the file says."""
 
 
+class JudgedAnswers(Report):
+    """What a judge said of the answers of policy and SFT, and of pairs that people had judged.
+
+    Shares are of comparisons with a verdict, a tie counted half, and those of the policy's answers.
+    """
+
+    judge: str
+    confidence: Number
+    wins: int
+    ties: int
+    losses: int
+    nulls: int = Field(description="Comparisons without a verdict.")
+    flipped: int = Field(description="Of those and of people's pairs, verdicts that went with the order.")
+    share: Proportion
+    share_at_equal_length: Number
+    human_pairs: int
+    human_nulls: int
+    agreement: Proportion = Field(description="Share of people's pairs in which it preferred what they did.")
+    corrected: Proportion = Field(description="The share that people would have preferred, by its agreement with them.")
+
+    @property
+    def asked(self) -> int:
+        return self.wins + self.ties + self.losses + self.nulls + self.human_pairs
+
+
 def read_sft(artifact: Artifact) -> SftReport | AdoptedBase:
     """The report of an `sft_checkpoint`.
 

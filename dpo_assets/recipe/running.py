@@ -4,11 +4,33 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dpo_assets.section import Section
 
 Speedup = Literal["liger", "compile"]
+
+
+class JudgeSection(Section):
+    """A language model that compares the answers of SFT and policy, behind an address of OpenAI's chat protocol."""
+
+    url: str = Field(description="Address before `/chat/completions`, for example `http://localhost:8000/v1`.")
+    model: str = Field(min_length=1, description="Name of the model there.")
+    key_variable: str = Field(
+        default="OPENAI_API_KEY", description="Environment variable of the key. Without a value none is sent."
+    )
+    human_pairs: int = Field(
+        default=100, ge=0, description="Held-out pairs of people that it judges too, to measure its own errors by."
+    )
+    max_tokens: int = Field(default=512, ge=1, description="Length limit of its replies.")
+    timeout_seconds: float = Field(default=60.0, gt=0, description="Of each wait for it.")
+
+    @field_validator("url")
+    @classmethod
+    def _is_an_address(cls, url: str) -> str:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"`{url}` is no http address")
+        return url
 
 
 class EvaluationSection(Section):
@@ -20,6 +42,9 @@ class EvaluationSection(Section):
     )
     generations: int = Field(default=16, ge=0, description="Held-out prompts that SFT and policy answer.")
     max_new_tokens: int = Field(default=64, ge=1, description="Length limit of those answers.")
+    judge: JudgeSection | None = Field(
+        default=None, description="Compares those answers, in an asset of its own. None: nobody is asked."
+    )
 
 
 class PublishingSection(Section):

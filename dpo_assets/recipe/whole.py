@@ -59,7 +59,8 @@ class Recipe(Section):
     @property
     def secret_variables(self) -> frozenset[str]:
         """Environment variables that it names as the place of a secret."""
-        return frozenset(s.sql.url_env for s in self.feedback.sources if s.sql is not None and s.sql.url_env)
+        named = [s.sql.url_env for s in self.feedback.sources if s.sql is not None and s.sql.url_env]
+        return frozenset([*named, *([self.evaluation.judge.key_variable] if self.evaluation.judge else [])])
 
 
 def _absolute_source(

@@ -22,6 +22,7 @@ from dpo_assets.checks.collapse import CollapseLimits
 from dpo_assets.checks.config import plan_verdicts
 from dpo_assets.checks.coverage import lora_coverage
 from dpo_assets.checks.dataset import dataset_verdicts
+from dpo_assets.checks.judged import judge_verdicts
 from dpo_assets.checks.judged_text import judged_text_kept
 from dpo_assets.checks.promotion import decide, evaluation_verdicts, greedy_health, promotion_verdict
 from dpo_assets.checks.reports import AdoptedBase, Aftermath, DpoReport, MergeReport, SftReport
@@ -43,6 +44,7 @@ from dpo_assets_tests.samples import (
     dataset_report,
     dpo_report,
     evaluation_report,
+    judged_answers,
     plan,
     quality,
     recipe,
@@ -559,6 +561,11 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
         ),
         "eval_scores": evaluation_verdicts(
             bad_scores if fail else evaluation_report(), recipe(), BANDS, seen=1 if fail else 0
+        ),
+        "judged_answers": judge_verdicts(
+            judged_answers(nulls=50, share=score(0.2, 0.1, 0.3), corrected=score(0.1, 0.0, 0.2))
+            if fail
+            else judged_answers()
         ),
         "published_model": [release_verified(artifact, operations, None)],
     }

@@ -1,0 +1,108 @@
+"""A judge behind an address that speaks OpenAI's chat protocol: a hosted service, vLLM, llama.cpp, Ollama."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from dpo_assets.errors import ConfigError, InfrastructureError
+from dpo_assets.judging.comparing import TEMPLATE_DIGEST, Message
+from dpo_assets.publishing.secrets import scrub
+
+if TYPE_CHECKING:
+    import httpx
+
+ATTEMPTS, WAIT_SECONDS = 4, 1.0  # Of a question; the wait doubles.
+REFUSED = (401, 403)  # Asking again changes nothing.
+BUSY = (408, 409, 425, 429)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """POST `url`/chat/completions, temperature 0.
+
+    Attributes:
+        key_variable: environment variable of the key; without a value none is sent.
+        timeout_seconds: of connecting, and of each wait for the answer.
+        wait_seconds: before the second attempt; the wait doubles.
+    """
+
+    url: str
+    model: str
+    key_variable: str
+    max_tokens: int
+    timeout_seconds: float
+    wait_seconds: float = WAIT_SECONDS
+
+    @property
+    def identity(self) -> str:
+        return f"{self.model} at {self.url}, {self.max_tokens} tokens, question {TEMPLATE_DIGEST}"
+
+    def reply(self, messages: Sequence[Message]) -> str:
+        """The text of the first choice.
+
+        Raises:
+            InfrastructureError: no answer, or one of no use, at every attempt.
+            ConfigError: the key or the address is refused.
+        """
+        import httpx
+
+        said = ""
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                time.sleep(self.wait_seconds * 2 ** (attempt - 1))
+            try:
+                answer = self._client.post(
+                    f"{self.url.rstrip('/')}/chat/completions",
+                    json={
+                        "model": self.model,
+                        "messages": list(messages),
+                        "temperature": 0,
+                        "max_tokens": self.max_tokens,
+                    },
+                    headers=self._headers(),
+                )
+            except httpx.TimeoutException:
+                said = f"no answer within {self.timeout_seconds:g} s"
+                continue
+            except httpx.HTTPError as error:
+                said = str(error)
+                continue
+            if answer.status_code in REFUSED:
+                raise ConfigError(
+                    f"the judge at {self.url} refuses the key in {self.key_variable} ({answer.status_code}): "
+                    f"{scrub(answer.text[:500])}"
+                )
+            if 400 <= answer.status_code < 500 and answer.status_code not in BUSY:
+                raise ConfigError(
+                    f"the judge at {self.url} does not take evaluation.judge ({answer.status_code}); is `url` the "
+                    f"address before /chat/completions, and `model` one that it has? {scrub(answer.text[:500])}"
+                )
+            if answer.is_success and (text := _text(answer)) is not None:
+                return text
+            said = f"status {answer.status_code}: {answer.text[:500]}"
+        raise InfrastructureError(f"the judge at {self.url} gave no answer in {ATTEMPTS} attempts: {scrub(said)}")
+
+    @cached_property
+    def _client(self) -> httpx.Client:
+        """One connection for all questions."""
+        import httpx
+
+        return httpx.Client(timeout=self.timeout_seconds)
+
+    def _headers(self) -> dict[str, str]:
+        key = os.environ.get(self.key_variable)
+        return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def _text(answer: Any) -> str | None:
+    """None where it is no answer of that protocol."""
+    try:
+        text = answer.json()["choices"][0]["message"]["content"]
+    except (ValueError, KeyError, IndexError, TypeError):
+        return None
+    return text if isinstance(text, str) else None
