@@ -33,6 +33,7 @@ from dpo_assets.recipe import EVERY_LINEAR, LoraSection
 from dpo_assets.training.models.carrying import compared
 from dpo_assets.training.models.loading import load_causal_lm
 from dpo_assets.training.models.merging import plan_merge, stream_merge
+from dpo_assets.training.models.release_files import write_config
 from dpo_assets.training.models.targets import peft_targets
 
 # Keys that Transformers 5 writes in another form than 4: (4, 5).
@@ -57,10 +58,9 @@ class Row:
 
     @property
     def holds(self) -> bool:
-        """Whether the release is the policy here, and there wherever its base is the same model as here."""
-        same_base = self.base_there is not None and self.base_there < EXACT
+        """Whether the release is the policy here, and there wherever the base is a model at all, even another one."""
         there = self.there is not None and self.there < EXACT
-        return self.carried.whole and self.here < EXACT < self.moved and there == same_base
+        return self.carried.whole and self.here < EXACT < self.moved and there == (self.base_there is not None)
 
 
 EXACT = 1e-4  # fp32 on both sides, whose kernels may differ by versions of torch.
@@ -123,7 +123,7 @@ def _merged(base: Path, release: Path) -> tuple[torch.Tensor, Carried, float]:
     release.mkdir(parents=True)
     merge = plan_merge(base, adapter)
     stream_merge(merge, release)
-    shutil.copyfile(base / "config.json", release / "config.json")
+    write_config(base, release)
     return logits, compared(base, release, merge.updates.keys()), _gap(logits, start)
 
 

@@ -32,7 +32,7 @@ from dpo_assets.contract import TemplateSettings
 from dpo_assets.publishing.commit import stage
 from dpo_assets.training.models.loading import load_causal_lm
 from dpo_assets.training.models.merging import plan_merge, stream_merge
-from dpo_assets.training.stages.merge import write_companions, write_config
+from dpo_assets.training.models.release_files import write_companions, write_config
 
 TEXT = ["Hello, how are you doing?", "def f(x):\n    return x", "  two  spaces\n\n", "the quick brown fox"] * 20
 MARKS = ("<s>", "</s>", "<|im_end|>")

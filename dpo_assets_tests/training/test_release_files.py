@@ -10,14 +10,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dpo_assets.assets.published_model import write_adapter
 from dpo_assets.contract import TemplateSettings
 from dpo_assets.planning.companions import NAMED_TEMPLATES, found
 from dpo_assets.publishing.commit import stage, staged_files
 from dpo_assets.training.models.chat_format import load_chat_format
-from dpo_assets.training.stages.merge import write_companions
+from dpo_assets.training.models.release_files import write_companions, write_config
 from dpo_assets_tests.training.bases import byte_level, copy_of, rewrite
 
 SENTENCE = "Hello, how are you doing?"
@@ -160,3 +160,49 @@ def test_an_adapter_release_is_loaded_with_tokenizer_template_and_turn_ends(base
     model = AutoModelForCausalLM.from_pretrained(folders[1], local_files_only=True)
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, trained.eval()(ids).logits)
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "original_max_position_embeddings": 128}
+PARTIAL = {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5}
+KINDS = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}, "sliding_attention": {"rope_type": "default"}}
+
+
+@pytest.mark.parametrize(
+    ("stated", "added"),
+    [
+        ({"rope_parameters": PARTIAL}, {"rope_theta": 1e6, "partial_rotary_factor": 0.5}),
+        (
+            {"rope_parameters": YARN},
+            {"rope_theta": 5e5, "rope_scaling": {k: v for k, v in YARN.items() if k != "rope_theta"}},
+        ),
+        ({"rope_parameters": YARN, "rope_theta": 5e5, "rope_scaling": YARN}, {}),
+        ({"rope_parameters": KINDS}, {}),
+        ({"rope_parameters": None, "rope_theta": 3e5}, {}),
+        ({"rope_parameters": None, "_name_or_path": "/home/someone/model"}, {"_name_or_path": None}),
+    ],
+    ids=["a share of the heads", "scaled", "both said", "a kind of layer each", "as 4 wrote it", "where it once lay"],
+)
+def test_a_config_that_transformers_5_saved_says_its_rotary_base_for_4_too(
+    base: Path, stated: dict[str, Any], added: dict[str, Any]
+) -> None:
+    """4.57 takes the default base without a word: the release was another model there, and its base as well."""
+    rewrite(base / "config.json", **stated)
+    target = base.parent / "target"
+    target.mkdir()
+    write_config(base, target)
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (base, target))
+    assert after == {name: value for name, value in (before | added).items() if value is not None}
+    if not added:
+        assert (target / "config.json").read_bytes() == (base / "config.json").read_bytes()
+    if "_name_or_path" not in stated:
+        read = [AutoConfig.from_pretrained(folder).rope_parameters for folder in (base, target)]
+        assert read[0] == read[1]
+
+
+def test_a_text_part_says_its_rotary_base_for_4_too(base: Path) -> None:
+    (base / "config.json").write_text(json.dumps({"text_config": {"rope_parameters": PARTIAL}, "vision_config": {}}))
+    target = base.parent / "target"
+    target.mkdir()
+    write_config(base, target)
+    text = json.loads((target / "config.json").read_text())["text_config"]
+    assert text == {"rope_parameters": PARTIAL, "rope_theta": 1e6, "partial_rotary_factor": 0.5}

@@ -170,7 +170,11 @@ def test_a_release_of_more_than_text_is_what_its_base_was(
     verdicts = merge_verdicts(MergeReport.model_validate(report), default_bands())
     assert [verdict.level for verdict in verdicts] == ["pass"] * 3
     config, released = (json.loads((f / "config.json").read_text()) for f in (folder, model))
+    text, text_before = released.pop("text_config"), config.pop("text_config")
     assert released == config
+    # In the names of Transformers 4 too.
+    assert text.keys() - text_before.keys() <= {"rope_theta", "rope_scaling", "partial_rotary_factor"}
+    assert text_before.items() <= text.items()
     (tmp_path / "staged").mkdir()
     stage(model, tmp_path / "staged", "# Card\n", {})
     for file in PROCESSOR_FILES[:3]:

@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 import gc
-import json
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from dpo_assets.artifact import VOLATILE, rewrite_json, write_json
+from dpo_assets.artifact import VOLATILE, write_json
 from dpo_assets.checks.reports import MergeReport
-from dpo_assets.contract import MergeSpec, Progress, TemplateSettings
+from dpo_assets.contract import MergeSpec, Progress
 from dpo_assets.errors import ConfigError, GateError
-from dpo_assets.planning.companions import GENERATION, copy_files, is_released
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.weights import listed
 from dpo_assets.training.batches.data import dpo_group, load_split
 from dpo_assets.training.batches.packing import Group
 from dpo_assets.training.models.carrying import OtherLayout, compared, names_compared, put_back
-from dpo_assets.training.models.chat_format import load_chat_format, write_tokenizer
 from dpo_assets.training.models.loading import attach_adapter, autocast_of, load_base, load_causal_lm, random_rates
 from dpo_assets.training.models.merging import NotStreamable, StreamedMerge, plan_merge, stored_format, stream_merge
 from dpo_assets.training.models.policy import load_scored
+from dpo_assets.training.models.release_files import write_companions, write_config
 from dpo_assets.training.reporting import Reporter
 from dpo_assets.training.scoring.logprobs import score_groups
 from dpo_assets.training.scoring.proof import Settled, alike, settle_engine
-
-IDS = ("bos_token_id", "pad_token_id")  # Of config.json, for a base without generation defaults.
 
 
 def run(spec: MergeSpec, reporter: Reporter) -> None:
@@ -176,49 +172,6 @@ def _scored(
     del model
     _free()
     return settled, _Scored(logps, lengths, weights)
-
-
-def write_config(base: Path, folder: Path) -> None:
-    """The base's own config.json, without where the base once lay on someone's machine."""
-    path = base / "config.json"
-    (folder / "config.json").write_bytes(path.read_bytes())
-    config = _object(path)
-    if config.pop("_name_or_path", None) is not None:
-        rewrite_json(folder / "config.json", config)
-
-
-def write_companions(base: Path, folder: Path, template: TemplateSettings) -> None:
-    """The base's own files beside the weights, byte for byte: tokenizer, chat templates, processor, licence, notices.
-
-    Its generation defaults too, unless they let the policy go on where it was taught to stop.
-
-    Raises:
-        ConfigError: as `write_tokenizer` and `load_chat_format`.
-    """
-    (folder / GENERATION).unlink(missing_ok=True)  # As PEFT's merge wrote it, of what Transformers made of the base's.
-    copy_files(base, folder, is_released)
-    write_tokenizer(base, folder)
-    ends = sorted(load_chat_format(base, template).ends)
-    values = _object(folder / GENERATION) or _generation_of(_object(base / "config.json"))
-    if _listed(values.get("eos_token_id")) != ends:
-        values.pop("_from_model_config", None)  # Transformers would take that for leave to make them anew.
-        rewrite_json(folder / GENERATION, values | {"eos_token_id": ends})
-
-
-def _generation_of(config: dict[str, Any]) -> dict[str, Any]:
-    """The ids that config.json names; those of a model of more than text may stand in its text part. 0 is one too."""
-    text = config.get("text_config") or {}
-    named = {name: config.get(name) if config.get(name) is not None else text.get(name) for name in IDS}
-    return {name: value for name, value in named.items() if value is not None}
-
-
-def _listed(ids: int | list[int] | None) -> list[int]:
-    return sorted(ids) if isinstance(ids, list) else [] if ids is None else [ids]
-
-
-def _object(path: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return value
 
 
 def _free() -> None:
