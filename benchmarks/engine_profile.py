@@ -35,9 +35,9 @@ from dpo_assets.planning.shape import ModelShape
 from dpo_assets.recipe import LoraSection
 from dpo_assets.training.batches.packing import Group, balanced, pack
 from dpo_assets.training.engines import attention
-from dpo_assets.training.engines.base import causal_lm
 from dpo_assets.training.engines.fused.decoder import attach_fused
-from dpo_assets.training.scoring.logprobs import score_groups, score_tokens, sequence_logps, to_device
+from dpo_assets.training.models.structure import causal_lm
+from dpo_assets.training.scoring.logprobs import score_groups, score_tokens, sequence_logps
 
 PAIRS, BETA = 16, 0.1
 KERNELS_SHOWN = 28
@@ -91,7 +91,7 @@ def dpo_step(model: Any, groups: list[Group], budget: int) -> float:
     model.zero_grad(set_to_none=True)
     total = torch.zeros((), device=causal_lm(model).device)
     for run in balanced(groups, [g.tokens for g in groups], budget):
-        batch = to_device(pack(run), causal_lm(model).device)
+        batch = pack(run).to(causal_lm(model).device)
         logps = sequence_logps(score_tokens(model, batch), batch).view(-1, 2)
         margin = (logps - logps.detach()).diff(dim=1)
         loss = -torch.nn.functional.logsigmoid(BETA * margin).sum() / len(groups)

@@ -265,7 +265,7 @@ def held_out(folder: Path, adapter: Path, plan: Any, data: Path) -> dict[str, An
     """Implicit-reward accuracy on the eval split; both trainers' adapters are scored by the same forward in fp32."""
     from dpo_assets.checks.statistics import tie_aware_accuracy
     from dpo_assets.training.batches.data import dpo_group, load_split
-    from dpo_assets.training.models.policy import load_policy
+    from dpo_assets.training.policy import load_policy
     from dpo_assets.training.scoring.logprobs import score_groups
 
     exact = plan.model_copy(update={"precision": "fp32", "kernels": "transformers"})

@@ -116,7 +116,7 @@ def distances(base: Path, folder: dict[str, Path], plan: TrainingPlan, data: Pat
     """Mean distance, in nats a pair, of margins scored in other ways from those of the release."""
     from dpo_assets.training.batches.data import dpo_group, load_split
     from dpo_assets.training.models.loading import load_base
-    from dpo_assets.training.models.policy import load_policy
+    from dpo_assets.training.policy import load_policy
     from dpo_assets.training.scoring.logprobs import score_groups
 
     groups = [dpo_group(row, plan.max_length) for row in load_split(data, "eval")]

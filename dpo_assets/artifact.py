@@ -105,6 +105,26 @@ def write_json(path: Path, value: Any) -> None:
     )
 
 
+def read_object(path: Path, why: str = "") -> dict[str, Any]:
+    """A JSON object that another program wrote.
+
+    Args:
+        why: what needs it.
+
+    Raises:
+        ConfigError: when the file is missing or holds anything else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is missing{f': {why}' if why else ''}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} is not a JSON object")
+    return value
+
+
 def rewrite_json(path: Path, value: Any) -> None:
     """A file of another program with values changed: `Infinity` stays what that program wrote and expects.
 

@@ -201,7 +201,7 @@ def sample(model: Any, tokenizer: Any, questions: Sequence[Question], seed: int 
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache, out = DynamicCache(), []
     ended = torch.zeros(len(rows), dtype=torch.bool)
-    from dpo_assets.training.models.loading import plain_attention
+    from dpo_assets.training.engines.attention import plain_attention
 
     with torch.no_grad(), plain_attention(model):
         step_ids, step_positions = ids, positions

@@ -37,12 +37,13 @@ from dpo_assets.training.batches.packing import Group
 from dpo_assets.training.engines.unsloth.engine import reference_mode
 from dpo_assets.training.models.chat_format import load_tokenizer
 from dpo_assets.training.models.loading import autocast_of
-from dpo_assets.training.models.policy import Policy, load_policy
+from dpo_assets.training.policy import Policy, load_policy
 from dpo_assets.training.scoring.logprobs import score_groups
 from dpo_assets.training.stages.dpo import dpo_arguments
-from dpo_assets.training.trainers.dpo import REFERENCE_COLUMNS, PackedDPOTrainer
+from dpo_assets.training.trainers.dpo import PackedDPOTrainer
 from dpo_assets.training.trainers.losses import DpoLoss
-from dpo_assets.training.trainers.packed import PackedCollator, end_quietly
+from dpo_assets.training.trainers.packed import end_quietly
+from dpo_assets.training.trainers.step import REFERENCE_COLUMNS, PackedCollator
 
 SEED = 42
 CPU_GIB = 4.0
@@ -138,7 +139,7 @@ class OursArm:
                 train_dataset=Dataset.from_list([row | more for row, more in zip(rows, columns, strict=True)]),
                 processing_class=self.tokenizer,
                 data_collator=PackedCollator.of(
-                    policy.model, partial(dpo_group, max_length=plan.max_length), plan.token_budget, REFERENCE_COLUMNS
+                    policy.model, partial(dpo_group, max_length=plan.max_length), plan.token_budget, referenced=True
                 ),
                 loss=DpoLoss.of(plan.dpo),
                 reference=plan.dpo.reference,
@@ -166,7 +167,7 @@ class OursArm:
         for row in rows:
             unique.setdefault(id(row), dpo_group(row, plan.max_length))
         groups = list(unique.values())
-        with reference_mode(policy.model, plan), autocast_of(plan):
+        with reference_mode(policy.model, plan.kernels), autocast_of(plan):
             score_groups(policy.model, groups[:PAIRS_PER_STEP], plan.reference_budget)
             if CUDA:
                 torch.cuda.synchronize()

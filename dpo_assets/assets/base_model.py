@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 from pydantic import JsonValue
 
-from dpo_assets.artifact import Artifact, read_kept, rewrite_json, write_json
+from dpo_assets.artifact import Artifact, read_kept, read_object, rewrite_json, write_json
 from dpo_assets.assets.lineage import Inputs
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step, final
@@ -327,7 +327,7 @@ def _set_template(template: Path, model: Path) -> None:
     # One by the name of `tool_use` would be taken for every pair with tools.
     shutil.rmtree(model / NAMED_TEMPLATES, ignore_errors=True)
     for name in (TOKENIZER_CONFIG, PROCESSOR_CONFIG):
-        config = json.loads((model / name).read_text(encoding="utf-8")) if (model / name).is_file() else {}
+        config = read_object(model / name) if (model / name).is_file() else {}
         if config.pop("chat_template", None) is not None:
             rewrite_json(model / name, config)
 

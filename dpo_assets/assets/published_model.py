@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import dagster as dg
 
-from dpo_assets.artifact import Artifact, file_sha256, rewrite_json, write_json
+from dpo_assets.artifact import Artifact, file_sha256, read_object, rewrite_json, write_json
 from dpo_assets.assets.base_model import read_facts, refuse_adapter_alone, refuse_unlicensed
 from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.lineage import Inputs, Read
@@ -204,7 +202,7 @@ def write_adapter(source: Path, merged: Path, folder: Path, base: str, revision:
     for path in source.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     copy_files(merged, folder, is_released)
-    config: dict[str, Any] = json.loads((source / ADAPTER).read_text(encoding="utf-8"))
+    config = read_object(source / ADAPTER)
     config["base_model_name_or_path"], config["revision"] = base, revision
     rewrite_json(folder / ADAPTER, config)
 

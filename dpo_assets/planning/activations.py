@@ -226,7 +226,7 @@ def _scan(layer: Layer, kernels: Kernels, trainer: Trainer) -> float:
 
 
 def _experts(mlp: Experts, hidden: int, width: int, lora: LoraSection) -> float:
-    """Gate and up of frozen experts (`training/engines/experts.py`).
+    """Gate and up of frozen experts (`training/models/experts.py`).
 
     Of adapted ones rows sorted by expert, gate and up, activation and product, and outputs, which the router's weights
     scale.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from dpo_assets.artifact import read_object
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.companions import NAMED_TEMPLATES, TEMPLATE, TOKENIZER_CONFIG
 from dpo_assets.planning.decoder import Decoder
@@ -69,8 +69,8 @@ def inspect_model(folder: Path) -> ModelFolder:
         raise ConfigError(f"base_model.source: there is no folder {folder}; a Hub id looks like `org/name`.")
     if (folder / ADAPTER).is_file():
         raise ConfigError(f"{folder} holds {ADAPTER}: merge the adapter into its base first, and start from the result")
-    config = _json(folder / CONFIG, "a model folder needs it")
-    tokenizer = _json(folder / TOKENIZER_CONFIG, "the tokenizer is missing")
+    config = read_object(folder / CONFIG, "a model folder needs it")
+    tokenizer = read_object(folder / TOKENIZER_CONFIG, "the tokenizer is missing")
     _refuse_quantised(folder, config)
     weights = read_weights(folder)
     _refuse_foreign_numbers(folder, weights)
@@ -131,7 +131,7 @@ def read_description(folder: Path) -> Decoder | None:
     Raises:
         ConfigError: for a config.json that is missing, or that its own class would not read.
     """
-    return _described(folder, _json(folder / CONFIG, "a model folder needs it"))
+    return _described(folder, read_object(folder / CONFIG, "a model folder needs it"))
 
 
 def _described(folder: Path, config: Mapping[str, Any]) -> Decoder | None:
@@ -220,15 +220,3 @@ def _templates(folder: Path, tokenizer: Mapping[str, Any]) -> str:
 def uses_name(template: str, name: str) -> bool:
     """Whether a chat template speaks of a variable of this name."""
     return re.search(rf"\b{re.escape(name)}\b", template) is not None
-
-
-def _json(path: Path, why: str) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is missing: {why}") from None
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} is not a JSON object")
-    return value

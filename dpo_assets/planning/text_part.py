@@ -7,7 +7,6 @@ checkpoint of text alone has. Planner, loader and merge ask here which is which,
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_assets.errors import ConfigError
+from dpo_assets.artifact import read_object
 from dpo_assets.planning.families import describe
 from dpo_assets.planning.matrices import decoder_list
 from dpo_assets.planning.weights import read_weights
@@ -96,15 +95,7 @@ def read_text_part(folder: Path) -> TextPart:
     Raises:
         ConfigError: as `read_weights`; when config.json is missing or no JSON object.
     """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is missing: a model folder needs it") from None
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path} is not a JSON object")
+    config = read_object(folder / "config.json", "a model folder needs it")
     return TextPart.of(config, read_weights(folder).tensors)
 
 

@@ -46,6 +46,7 @@ from dpo_assets.contract import (
 )
 from dpo_assets.errors import ConfigError, GateError
 from dpo_assets.feedback.trained import write_trained_groups
+from dpo_assets.training.engines import unsloth
 from dpo_assets.training.packages import versions
 
 SPECS: dict[Stage, type[Spec]] = {
@@ -125,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(stage: Stage, spec: Spec, reporter: Any) -> None:
     if any(spec.output_dir.iterdir()):
         raise ConfigError(f"output_dir {spec.output_dir} is not empty; a stage writes into a folder of its own.")
-    if isinstance(spec, PlannedSpec) and spec.plan.kernels == "unsloth" and stage in ("sft", "dpo"):
+    if isinstance(spec, PlannedSpec) and unsloth.computes(spec.plan.kernels) and stage in ("sft", "dpo"):
         from dpo_assets.training.engines.unsloth.loading import prepare_unsloth
 
         # It patches what is imported after it. The compile cache outlives the run beside the reference cache, if any.

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from dpo_assets.contract import TrainSpec
 from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.training.batches.batch import PackedBatch
 from dpo_assets.training.batches.data import dpo_group, load_split
 from dpo_assets.training.stages import dpo
-from dpo_assets.training.trainers.packed import PackedCollator
+from dpo_assets.training.trainers.step import PackedCollator
 from dpo_assets_tests.training.conftest import Log, PlanMaker, small_part
 
 ROW = 96  # Tokens of a row: long enough for answers of several lengths, short enough for many runs.
@@ -76,11 +77,10 @@ def short_plan(plan_for: PlanMaker, dpo: dict[str, Any], *, steps: int, **resolv
     return plan_for(dpo=section, **more)
 
 
-def forwards_of(folder: Path, plan: TrainingPlan) -> list[dict[str, Any]]:
+def forwards_of(folder: Path, plan: TrainingPlan) -> list[PackedBatch]:
     """The forwards of a step over the whole dataset."""
     collator = PackedCollator(lambda row: dpo_group(row, plan.max_length), plan.token_budget)
-    forwards: list[dict[str, Any]] = collator(list(load_split(folder, "train")))["forwards"]
-    return forwards
+    return [forward.batch for forward in collator.step(list(load_split(folder, "train"))).forwards]
 
 
 def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:

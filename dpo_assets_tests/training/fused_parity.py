@@ -12,12 +12,14 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from dpo_assets.planning.decoder import Decoder
-from dpo_assets.training.batches.packing import Group, PackedBatch, pack
+from dpo_assets.training.batches.batch import UnpaddedRows
+from dpo_assets.training.batches.packing import Group, pack
 from dpo_assets.training.engines import attention
 from dpo_assets.training.engines.attention import AttentionKind, Flash
-from dpo_assets.training.engines.base import attach_engine, causal_lm
+from dpo_assets.training.engines.base import attach_engine
 from dpo_assets.training.engines.fused import attention as fused_attention
 from dpo_assets.training.engines.fused.decoder import FusedDecoder, why_not_fused
+from dpo_assets.training.models.structure import causal_lm
 from dpo_assets.training.scoring.logprobs import score_tokens, sequence_logps
 from dpo_assets_tests.training.tiny_models import OTHER_PAIR, PAIR
 
@@ -95,10 +97,10 @@ def assert_same(ours: Outcome, theirs: Outcome) -> None:
         )
 
 
-def _by_rows(q: Tensor, k: Tensor, v: Tensor, kind: AttentionKind, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+def _by_rows(q: Tensor, k: Tensor, v: Tensor, kind: AttentionKind, unpadded: UnpaddedRows) -> tuple[Tensor, Tensor]:
     """Attention of unpadded rows as flash attention lays them out: out [T, heads, dim] and log-sum-exp [heads, T]."""
     outs, sums = [], []
-    queries, keys = (batch[name].tolist() for name in ("query_starts", "key_starts"))
+    queries, keys = unpadded.query_starts.tolist(), unpadded.key_starts.tolist()
     for row in range(len(queries) - 1):
         mine = q[queries[row] : queries[row + 1]].transpose(0, 1)
         theirs, values = (
@@ -120,16 +122,16 @@ def _by_rows(q: Tensor, k: Tensor, v: Tensor, kind: AttentionKind, batch: Packed
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Flash attention's kernel needs a GPU, what stands around it does not: the same arithmetic takes its place."""
 
-    def forward(q: Tensor, k: Tensor, v: Tensor, kind: AttentionKind, batch: PackedBatch) -> Flash:
-        out, lse = _by_rows(q, k, v, kind, batch)
+    def forward(q: Tensor, k: Tensor, v: Tensor, kind: AttentionKind, rows: UnpaddedRows) -> Flash:
+        out, lse = _by_rows(q, k, v, kind, rows)
         return Flash(out.contiguous(), lse, (torch.zeros(2), torch.zeros(0)))
 
     def backward(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Flash, kind: AttentionKind, batch: PackedBatch
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Flash, kind: AttentionKind, rows: UnpaddedRows
     ) -> tuple[Tensor, ...]:
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         with torch.enable_grad():
-            out, lse = _by_rows(*leaves, kind, batch)
+            out, lse = _by_rows(*leaves, kind, rows)
         torch.testing.assert_close((out, lse), (kept.out, kept.lse))
         return torch.autograd.grad(out, leaves, grad)
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from dpo_assets.training.batches.packing import Group, pack
 from dpo_assets.training.engines import attention
-from dpo_assets.training.engines.base import attach_engine, causal_lm
+from dpo_assets.training.engines.attention import plain_attention
+from dpo_assets.training.engines.base import attach_engine
 from dpo_assets.training.engines.transformers import TransformersEngine
-from dpo_assets.training.models.loading import plain_attention
+from dpo_assets.training.models.structure import causal_lm
 from dpo_assets.training.scoring.logprobs import score_tokens, sequence_logps
 from dpo_assets_tests.training.tiny_models import tiny_model
 

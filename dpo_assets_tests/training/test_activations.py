@@ -14,7 +14,7 @@ from dpo_assets.planning.activations import kept_bytes, made_bytes
 from dpo_assets.planning.families import describe
 from dpo_assets.planning.targets import EXPERT_PARAMETERS
 from dpo_assets.recipe import LoraSection
-from dpo_assets.training.engines.experts import serve_experts
+from dpo_assets.training.models.experts import serve_experts
 from dpo_assets.training.models.targets import peft_targets
 from dpo_assets_tests.training.tiny_models import tiny_model
 

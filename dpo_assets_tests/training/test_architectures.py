@@ -24,13 +24,14 @@ from dpo_assets.contract import EvaluateSpec, MergeSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.batches.packing import Group, pack
-from dpo_assets.training.engines.base import causal_lm
+from dpo_assets.training.engines.attention import attend_packed, plain_attention
 from dpo_assets.training.engines.fused.decoder import FusedDecoder
 from dpo_assets.training.engines.transformers import engine_of
 from dpo_assets.training.guard.sampling import AdapterState, Watched, attach_scorer
 from dpo_assets.training.models.chat_format import load_chat_format
-from dpo_assets.training.models.loading import attach_adapter, load_base, plain_attention, switch_off_dropout
-from dpo_assets.training.models.policy import load_policy
+from dpo_assets.training.models.loading import attach_adapter, load_base, switch_off_dropout
+from dpo_assets.training.models.structure import causal_lm
+from dpo_assets.training.policy import load_policy
 from dpo_assets.training.scoring.logprobs import score_groups, score_tokens, sequence_logps
 from dpo_assets.training.scoring.proof import NotExactError, Settled, alike, assert_exact, settle_engine
 from dpo_assets.training.stages import dpo, evaluate, merge, sft
@@ -306,6 +307,7 @@ def test_scores_that_are_compared_are_by_one_engine(served: Sequence[Sequence[st
 
 def test_plain_attention_brings_the_packed_one_back(model_folder: Path, plan: TrainingPlan) -> None:
     model = load_base(model_folder, plan)
+    assert attend_packed(model)
     with plain_attention(model):
         assert model.config._attn_implementation == "sdpa"
     assert model.config._attn_implementation == "packed_rows"

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_assets.training.batches.packing import Group, PackedBatch, pack
+from dpo_assets.training.batches.batch import PackedBatch
+from dpo_assets.training.batches.packing import Group, pack
 from dpo_assets.training.engines import attention
 from dpo_assets.training.engines.attention import AttentionKind, joined_by_sinks, packed_attention
 from dpo_assets.training.private.torch import FlashAttention
-from dpo_assets.training.scoring.logprobs import to_device
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 GROUPS = [
@@ -235,7 +235,7 @@ def test_dropout_and_values_of_another_width_are_not_given_to_flash_attention(fl
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_flash_attention_of_the_gpu_is_as_exact_as_its_format(kind: AttentionKind, dtype: torch.dtype) -> None:
-    batch: PackedBatch = to_device(pack(GROUPS), "cuda")
+    batch: PackedBatch = pack(GROUPS).to("cuda")
     exact: Any = None
     for format_ in (torch.float32, dtype):
         on_gpu, leaves = with_sinks(kind, inputs(format_, "cuda"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,7 +68,7 @@ def make(model_folder: Path, rows: Dataset, tokenizer: Any, tmp_path: Path) -> R
     """A trainer of a plan: `make(plan, start=adapter)`."""
 
     def build(plan: TrainingPlan, start: Path | None = None) -> ClassicDPOTrainer:
-        base = load_base(model_folder, plan, packed=False)
+        base = load_base(model_folder, plan)
         model = attach_adapter(base, plan, start, seed=plan.dpo.seed, dropout=0.0)
         trainer = classic_trainer(model, tokenizer, rows, plan, tmp_path / "trainer")
         end_quietly(trainer, [])
@@ -167,7 +168,7 @@ def test_the_8_bit_optimizer_is_used_only_where_it_can_run(
     kernels: str, device: str, found: bool, optimizer: str, plan_for: PlanMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(classic.importlib.util, "find_spec", lambda name: object() if found else None)
-    monkeypatch.delitem(classic.sys.modules, "unsloth", raising=False)
+    monkeypatch.delitem(sys.modules, "unsloth", raising=False)
     assert optimizer_of(plan_for(kernels=kernels, device=device)) == optimizer
 
 
@@ -186,13 +187,13 @@ def test_a_model_without_an_adapter_is_refused(
 ) -> None:
     """With a `peft_config` beside it, Unsloth's trainer would train every weight."""
     with pytest.raises(ConfigError, match=r"has no adapter.*`peft_config`"):
-        classic_trainer(load_base(model_folder, plan, packed=False), tokenizer, rows, plan, tmp_path)
+        classic_trainer(load_base(model_folder, plan), tokenizer, rows, plan, tmp_path)
 
 
 def test_a_model_whose_base_would_be_trained_is_refused(
     plan: TrainingPlan, model_folder: Path, rows: Dataset, tokenizer: Any, tmp_path: Path
 ) -> None:
-    model = attach_adapter(load_base(model_folder, plan, packed=False), plan, None, seed=1, dropout=0.0)
+    model = attach_adapter(load_base(model_folder, plan), plan, None, seed=1, dropout=0.0)
     model.requires_grad_(True)
     with pytest.raises(ConfigError, match="parameters would be trained"):
         classic_trainer(model, tokenizer, rows, plan, tmp_path)
@@ -203,7 +204,7 @@ def test_rows_that_trl_would_drop_are_refused(
 ) -> None:
     """TRL drops a pair whose prompt fills max_length, and says nothing."""
     short = plan.model_copy(update={"max_length": 40})
-    model = attach_adapter(load_base(model_folder, plan, packed=False), plan, None, seed=1, dropout=0.0)
+    model = attach_adapter(load_base(model_folder, plan), plan, None, seed=1, dropout=0.0)
     with pytest.raises(ConfigError, match=rf"TRL dropped \d+ of {TRAIN_PAIRS} rows"):
         classic_trainer(model, tokenizer, rows, short, tmp_path)
 
@@ -211,7 +212,7 @@ def test_rows_that_trl_would_drop_are_refused(
 def test_rows_without_a_column_are_refused(
     plan: TrainingPlan, model_folder: Path, rows: Dataset, tokenizer: Any, tmp_path: Path
 ) -> None:
-    model = attach_adapter(load_base(model_folder, plan, packed=False), plan, None, seed=1, dropout=0.0)
+    model = attach_adapter(load_base(model_folder, plan), plan, None, seed=1, dropout=0.0)
     for faulty in (rows.remove_columns("rejected"), rows.select([])):
         with pytest.raises(ConfigError, match="TRL needs rows with prompt, chosen, rejected"):
             classic_trainer(model, tokenizer, faulty, plan, tmp_path)
@@ -228,7 +229,7 @@ def in_one_forward(
     out = tmp_path_factory.mktemp("bare")
     whole = {"per_device_train_batch_size": plan.dpo.batch_size, "gradient_accumulation_steps": 1}
     trainer = trl.DPOTrainer(
-        model=attach_adapter(load_base(model_folder, plan, packed=False), plan, None, seed=plan.dpo.seed, dropout=0.0),
+        model=attach_adapter(load_base(model_folder, plan), plan, None, seed=plan.dpo.seed, dropout=0.0),
         args=DPOConfig(**(classic_arguments(plan, out) | whole)),
         train_dataset=rows,
         processing_class=tokenizer,

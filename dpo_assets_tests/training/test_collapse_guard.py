@@ -33,7 +33,7 @@ from dpo_assets.training.guard.collapse import CollapseGuard, advice, near_ident
 from dpo_assets.training.guard.sampling import AdapterState, Watched, attach_scorer, first_prompts
 from dpo_assets.training.models.chat_format import ChatFormat
 from dpo_assets.training.models.loading import attach_adapter, load_base
-from dpo_assets.training.models.policy import load_policy
+from dpo_assets.training.policy import load_policy
 from dpo_assets.training.stages import dpo
 from dpo_assets.training.trainers.classic import classic_trainer
 from dpo_assets.training.trainers.packed import end_quietly
@@ -321,7 +321,7 @@ def test_divergence_is_the_log_ratio_of_the_policys_own_answers(watched: Watched
 
 
 def dpo_plain(model: Any) -> Any:
-    from dpo_assets.training.models.loading import plain_attention
+    from dpo_assets.training.engines.attention import plain_attention
 
     return plain_attention(model)
 
@@ -439,7 +439,7 @@ def test_trls_own_trainer_is_watched_too(
 ) -> None:
     section = {"trainer": "trl", "learning_rate": 1e-3, "warmup_ratio": 0.0}
     plan = plan_for(dpo=section)
-    model = attach_adapter(load_base(model_folder, plan, packed=False), plan, None, seed=0, dropout=0.0)
+    model = attach_adapter(load_base(model_folder, plan), plan, None, seed=0, dropout=0.0)
     trainer = classic_trainer(
         model, chat.tokenizer, load_split(dataset, "train", ["prompt", "chosen", "rejected"]), plan, tmp_path
     )

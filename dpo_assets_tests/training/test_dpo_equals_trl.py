@@ -22,7 +22,8 @@ from dpo_assets.training.models.loading import attach_adapter, load_base
 from dpo_assets.training.stages import dpo
 from dpo_assets.training.stages.dpo import dpo_arguments
 from dpo_assets.training.trainers.dpo import PackedDPOTrainer
-from dpo_assets.training.trainers.packed import PackedCollator, end_quietly
+from dpo_assets.training.trainers.packed import end_quietly
+from dpo_assets.training.trainers.step import PackedCollator
 from dpo_assets_tests.training.conftest import Log, PlanMaker, SpecMaker, small_part
 from dpo_assets_tests.training.trl_dense_scoring import DenseLogProbs, dense_scoring
 
@@ -80,7 +81,7 @@ class TrlAtTheSameRates(trl.DPOTrainer):
 
 
 def policy(model_folder: Path, plan: TrainingPlan, start: Path | None, *, packed: bool) -> Any:
-    return attach_adapter(load_base(model_folder, plan, packed=packed), plan, start, seed=plan.dpo.seed, dropout=0.0)
+    return attach_adapter(load_base(model_folder, plan), plan, start, seed=plan.dpo.seed, dropout=0.0)
 
 
 @pytest.fixture(scope="module")

@@ -20,13 +20,15 @@ from torch import Tensor
 from dpo_assets.checks.losses import LOSSES
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.recipe import DpoSection
+from dpo_assets.training.batches.batch import PackedBatch
 from dpo_assets.training.batches.data import dpo_group, load_split
-from dpo_assets.training.batches.packing import PackedBatch, balanced
-from dpo_assets.training.engines.base import attach_engine, causal_lm
+from dpo_assets.training.batches.packing import balanced
+from dpo_assets.training.engines.base import attach_engine
+from dpo_assets.training.engines.head import TokenScores
 from dpo_assets.training.engines.transformers import TransformersEngine
 from dpo_assets.training.models.loading import attach_adapter, load_base
+from dpo_assets.training.models.structure import causal_lm
 from dpo_assets.training.private.trl import REFERENCE_ADAPTER
-from dpo_assets.training.scoring.head import TokenScores
 from dpo_assets.training.stages.dpo import dpo_arguments, packed_trainer
 from dpo_assets.training.trainers.losses import DpoLoss
 from dpo_assets.training.trainers.packed import RunningMeans, end_quietly
@@ -107,7 +109,7 @@ def test_the_small_budget_cuts_a_step_into_several_forwards_of_different_weight(
 ) -> None:
     """The tests below rest on it."""
     plan = short_plan(plan_for, {}, steps=STEPS)
-    sizes = [len(forward["lengths"]) // 2 for forward in forwards_of(pairs, plan)]
+    sizes = [len(batch.scored.lengths) // 2 for batch in forwards_of(pairs, plan)]
     assert len(sizes) >= 3
     assert len(set(sizes)) > 1
     assert sum(sizes) == PAIRS
@@ -173,9 +175,7 @@ def test_losses_and_adapter_equal_those_of_trl(
     args = dpo_arguments(plan, tmp_path / "trl")
     args.loss_type, args.loss_weights = list(loss.names), list(loss.weights) or None
     args.label_smoothing = loss.label_smoothing
-    policy = attach_adapter(
-        load_base(model_folder, plan, packed=False), plan, sft_adapter, seed=plan.dpo.seed, dropout=0.0
-    )
+    policy = attach_adapter(load_base(model_folder, plan), plan, sft_adapter, seed=plan.dpo.seed, dropout=0.0)
     with dense_scoring():
         trainer = trl.DPOTrainer(
             model=policy,

@@ -10,9 +10,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from dpo_assets.recipe import LoraSection
-from dpo_assets.training.engines import experts
-from dpo_assets.training.engines.base import causal_lm
+from dpo_assets.training.models import experts
 from dpo_assets.training.models.loading import load_base
+from dpo_assets.training.models.structure import causal_lm
 from dpo_assets.training.models.targets import coverage, peft_targets
 from dpo_assets_tests.training.conftest import PlanMaker
 from dpo_assets_tests.training.row_by_row import assert_equal, packed, row_by_row, tiny_policy

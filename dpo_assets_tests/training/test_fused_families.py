@@ -18,7 +18,6 @@ from dpo_assets.planning.decoder import Attention, Decoder, Layer, Mlp, QueryGro
 from dpo_assets.planning.support import NO, supported
 from dpo_assets.recipe import LoraSection
 from dpo_assets.training.batches.packing import pack
-from dpo_assets.training.engines.base import causal_lm, description_of
 from dpo_assets.training.engines.fused import weights
 from dpo_assets.training.engines.fused.block import FrozenBlock, Norm, Residual
 from dpo_assets.training.engines.fused.decoder import FusedDecoder, why_not_fused
@@ -29,6 +28,7 @@ from dpo_assets.training.engines.fused.ops import HeadTransform
 from dpo_assets.training.engines.fused.stream import Stream
 from dpo_assets.training.engines.fused.weights import FrozenGroup, Member, Scratch
 from dpo_assets.training.models.fp8 import quantise_layers
+from dpo_assets.training.models.structure import causal_lm, description_of
 from dpo_assets_tests.training.fused_parity import GROUPS, adapted, as_on_a_gpu, assert_same, fused, own
 from dpo_assets_tests.training.tiny_models import tiny_model
 
@@ -137,7 +137,7 @@ def test_a_layer_keeps_what_the_planner_counts(family: str, recomputed: bool, mo
     batch = pack(GROUPS)
     stream = engine.stream(batch)
     with as_on_a_gpu(monkeypatch):
-        x = torch.randn(len(batch["ids"]), description.hidden).requires_grad_()
+        x = torch.randn(len(batch.ids), description.hidden).requires_grad_()
         kept = engine.layers[1](x, stream).grad_fn.kept  # type: ignore[union-attr]
     found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors(kept)}
     layer, lora = description.layers[1], LoraSection(rank=8)

@@ -14,9 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo_assets.training.batches.packing import Group, pack
 from dpo_assets.training.engines import attention
-from dpo_assets.training.engines.base import causal_lm
 from dpo_assets.training.engines.fused.decoder import attach_fused
-from dpo_assets.training.scoring.logprobs import score_tokens, sequence_logps, to_device
+from dpo_assets.training.models.structure import causal_lm
+from dpo_assets.training.scoring.logprobs import score_tokens, sequence_logps
 from dpo_assets_tests.training.test_fused import with_lora
 from dpo_assets_tests.training.tiny_models import tiny_model
 
@@ -45,7 +45,7 @@ def groups() -> list[Group]:
 
 def scores_and_gradients(model: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     model.zero_grad()
-    batch = to_device(pack(groups()), "cuda")
+    batch = pack(groups()).to("cuda")
     with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
         logps = sequence_logps(
             score_tokens(model, batch, torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32)), batch
@@ -88,7 +88,7 @@ def test_scoring_with_and_without_gradient_is_bit_equal(recomputed: int) -> None
     """What makes the first loss ln 2 by construction: policy and reference go through one forward."""
     half = model(torch.bfloat16)
     assert attach_fused(half, torch.bfloat16, recomputed) == ""
-    batch = to_device(pack(groups()), "cuda")
+    batch = pack(groups()).to("cuda")
     with_gradient = score_tokens(half, batch).logps.detach()
     with torch.no_grad():
         without = score_tokens(half, batch).logps

@@ -19,7 +19,8 @@ from dpo_assets.training.batches.packing import Group, pack
 from dpo_assets.training.engines.base import attached_engine
 from dpo_assets.training.engines.fused.block import FrozenBlock
 from dpo_assets.training.engines.fused.decoder import attach_fused
-from dpo_assets.training.models.loading import attach_adapter, choose_kernels, load_base
+from dpo_assets.training.engines.ladder import choose_kernels
+from dpo_assets.training.models.loading import attach_adapter, load_base
 from dpo_assets.training.scoring.logprobs import score_groups, score_tokens, sequence_logps
 from dpo_assets.training.scoring.proof import NotExactError, assert_exact
 from dpo_assets_tests.training.conftest import PlanMaker

@@ -24,14 +24,15 @@ from dpo_assets.training.batches.data import dpo_group, load_split, sft_group
 from dpo_assets.training.guard.finite import StopOnNonFinite, check_first_loss, first_non_finite
 from dpo_assets.training.models.chat_format import load_tokenizer
 from dpo_assets.training.models.loading import attach_adapter, load_base
-from dpo_assets.training.models.policy import Policy
+from dpo_assets.training.policy import Policy
 from dpo_assets.training.stages import dpo, sft
 from dpo_assets.training.stages.dpo import dpo_arguments
 from dpo_assets.training.stages.sft import PackedSFTTrainer
 from dpo_assets.training.trainers import packed
-from dpo_assets.training.trainers.dpo import REFERENCE_COLUMNS, PackedDPOTrainer
+from dpo_assets.training.trainers.dpo import PackedDPOTrainer
 from dpo_assets.training.trainers.losses import DpoLoss, PairScores
-from dpo_assets.training.trainers.packed import PackedCollator, end_quietly, trainer_arguments
+from dpo_assets.training.trainers.packed import end_quietly, trainer_arguments
+from dpo_assets.training.trainers.step import REFERENCE_COLUMNS, PackedCollator
 from dpo_assets.training.trainers.strategies import score_reference
 from dpo_assets_tests.training.conftest import Log, PlanMaker, SpecMaker
 
@@ -62,7 +63,7 @@ def dpo_trainer(plan: TrainingPlan, model_folder: Path, dataset: Path, spec: Any
         model=model,
         args=dpo_arguments(plan, folder),
         train_dataset=rows,
-        data_collator=PackedCollator(to_group, plan.token_budget, REFERENCE_COLUMNS),
+        data_collator=PackedCollator(to_group, plan.token_budget, referenced=True),
         processing_class=load_tokenizer(model_folder),
     )
 

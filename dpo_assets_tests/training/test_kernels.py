@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpo_assets.training.batches.batch import PackedBatch
 from dpo_assets.training.batches.packing import Group, pack
 from dpo_assets.training.engines.fused import ops
 from dpo_assets.training.engines.fused.ops import Activation, Angles, HeadTransform, backend, heads
@@ -113,12 +114,12 @@ DIM = 10
 HEADS = 3
 
 
-def stream() -> dict[str, Any]:
-    return {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in pack(TOKENS).items()}
+def stream() -> PackedBatch:
+    return pack(TOKENS).to(DEVICE)
 
 
 def angles(rotated: int, scale: float = 1.0) -> Angles:
-    angle = stream()["pos"][:, None] * (0.3 ** torch.arange(rotated // 2, device=DEVICE))[None]
+    angle = stream().positions[:, None] * (0.3 ** torch.arange(rotated // 2, device=DEVICE))[None]
     return Angles(angle.cos() * scale, angle.sin() * scale)
 
 
@@ -127,7 +128,7 @@ def weight(*shape: int) -> Tensor:
 
 
 def growth() -> Tensor:
-    return 1 + 0.1 * stream()["pos"].float()
+    return 1 + 0.1 * stream().positions.float()
 
 
 def transforms() -> dict[str, HeadTransform]:
@@ -186,7 +187,7 @@ def plainly(x: Tensor, t: HeadTransform) -> Tensor:
 @pytest.mark.parametrize("name", NAMES)
 def test_heads_are_transformed_and_differentiated(dtype: torch.dtype, name: str, gap: int) -> None:
     t = transforms()[name]
-    tokens, stride = len(stream()["ids"]), t.dim + gap
+    tokens, stride = len(stream().ids), t.dim + gap
     src, d = randn(tokens, t.heads * stride, dtype=dtype, pad=16), randn(tokens, t.heads, t.dim, dtype=dtype)
     leaf = src.float().view(tokens, t.heads, stride)[..., : t.dim].clone().requires_grad_()
     expected = plainly(leaf, t)
@@ -209,7 +210,7 @@ def test_heads_are_transformed_and_differentiated(dtype: torch.dtype, name: str,
 @pytest.mark.parametrize("name", [name for name, t in transforms().items() if t.in_place])
 def test_heads_without_a_norm_are_transformed_in_place(dtype: torch.dtype, name: str) -> None:
     t = transforms()[name]
-    x, d = (randn(len(stream()["ids"]), t.width, dtype=dtype, pad=16) for _ in range(2))
+    x, d = (randn(len(stream().ids), t.width, dtype=dtype, pad=16) for _ in range(2))
     _, expected = unwritten(len(x), t.width, dtype)
     ops.transform(x, expected, t)
     _, expected_grad = unwritten(len(x), t.width, dtype)
@@ -223,18 +224,18 @@ def test_heads_without_a_norm_are_transformed_in_place(dtype: torch.dtype, name:
 @pytest.mark.parametrize("name", NAMES)
 def test_keys_and_values_are_gathered_and_folded(dtype: torch.dtype, name: str) -> None:
     t, batch = transforms()[name], stream()
-    kv = randn(len(batch["ids"]), 2 * t.width, dtype=dtype, pad=16)
+    kv = randn(len(batch.ids), 2 * t.width, dtype=dtype, pad=16)
     leaf = leaf_of(kv)
     keys = plainly(leaf[:, : t.width].unflatten(1, (t.heads, t.dim)), t).flatten(1)
-    expected = torch.cat([keys, leaf[:, t.width :]], dim=1)[batch["kv_source"]]
-    rows = ops.gather_kv(kv, batch["kv_source"], t)
+    expected = torch.cat([keys, leaf[:, t.width :]], dim=1)[batch.unpadded.source]
+    rows = ops.gather_kv(kv, batch.unpadded.source, t)
     assert_close(rows, expected.detach())
 
     dk, dv = (randn(len(rows), t.heads, t.dim, dtype=dtype, pad=pad) for pad in (0, 4))
     expected.backward(torch.cat([dk.flatten(1), dv.flatten(1)], dim=1).float())
     assert leaf.grad is not None
     wide, out = unwritten(len(kv), 2 * t.width, dtype)
-    ops.fold_kv(dk, dv, kv, batch["slots"], t, out)
+    ops.fold_kv(dk, dv, kv, batch.unpadded.slots, t, out)
     assert_close(out, leaf.grad)
     assert wide[:, 2 * t.width :].isnan().all()
 

@@ -94,7 +94,7 @@ def yardstick(
 ) -> Iterator[Yardstick]:
     """A policy that SFT trained, against its base as the reference: margins of many nats, of both signs."""
     plan = plan_for()
-    model = attach_adapter(load_base(model_folder, plan, packed=False), plan, sft_adapter, seed=1, dropout=0.0)
+    model = attach_adapter(load_base(model_folder, plan), plan, sft_adapter, seed=1, dropout=0.0)
     with dense_scoring():
         trainer = trl.DPOTrainer(
             model=model,
@@ -180,7 +180,7 @@ def test_trl_takes_divergences_with_the_same_losses(
     yardstick: Yardstick, model_folder: Path, plan_for: PlanMaker, tokenizer: Any, tmp_path: Path
 ) -> None:
     plan, divergence = plan_for(), "js_divergence"
-    model = attach_adapter(load_base(model_folder, plan, packed=False), plan, None, seed=1, dropout=0.0)
+    model = attach_adapter(load_base(model_folder, plan), plan, None, seed=1, dropout=0.0)
     args = dpo_arguments(plan, tmp_path)
     args.loss_type, args.f_divergence_type = ["aot"], divergence
     with pytest.raises(ValueError, match="is only supported for the following loss types") as refused:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -11,18 +12,22 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
+from torch.utils.data._utils.pin_memory import pin_memory
 from transformers import AutoModelForCausalLM
 
+from dpo_assets.training.batches.batch import PackedBatch, Tensors
 from dpo_assets.training.batches.data import TOKEN_COLUMNS, dpo_group, longest_group, sft_group
-from dpo_assets.training.batches.packing import Group, PackedBatch, pack, under_budget
-from dpo_assets.training.engines import attention
-from dpo_assets.training.scoring import head, proof
-from dpo_assets.training.scoring.head import Head, ScoredHead
+from dpo_assets.training.batches.packing import Group, pack, under_budget
+from dpo_assets.training.engines import attention, head
+from dpo_assets.training.engines.head import Head, ScoredHead
+from dpo_assets.training.scoring import proof
 from dpo_assets.training.scoring.logprobs import score_groups, score_tokens, sequence_logps
+from dpo_assets.training.trainers.step import STEP, Coupled, PackedCollator, Step
 from dpo_assets_tests.training.dense import row_logits, row_logps, rows_of
 
 VOCABULARY = 512
@@ -58,6 +63,60 @@ def test_the_longest_group_is_found_in_either_split(
     assert found == to_group(dict(zip(TOKEN_COLUMNS[1:], longest, strict=True)), max_length=10)
 
 
+# --- where tensors are --------------------------------------------------------------------------------------------
+
+
+def tensors_in(held: Any) -> list[Tensor]:
+    """Every tensor of a dataclass, however deep."""
+    match held:
+        case Tensor():
+            return [held]
+        case Tensors():
+            return [tensor for field in fields(held) for tensor in tensors_in(getattr(held, field.name))]
+        case list() | tuple():
+            return [tensor for entry in held for tensor in tensors_in(entry)]
+    return []
+
+
+@pytest.fixture
+def step() -> dict[str, Step]:
+    """A collator's, with all that a forward can carry."""
+    rows = [{"ref_chosen_logps": -3.0, "ref_rejected_logps": -4.0}] * 2
+    made = PackedCollator(lambda _: Group([1, 2], ([3], [4, 5])), budget=5, referenced=True).step(rows)
+    coupled = Coupled(slopes=torch.ones(1, 2), share=torch.zeros(()))
+    return {STEP: replace(made, forwards=tuple(replace(forward, coupled=coupled) for forward in made.forwards))}
+
+
+def test_accelerate_moves_every_tensor_of_a_step_to_the_device(step: dict[str, Step]) -> None:
+    """It leaves what it does not know where it is, and a table on the CPU would fail in the first forward on a GPU."""
+    before = tensors_in(step[STEP])
+    moved = send_to_device(step, "meta")[STEP]
+    assert isinstance(moved, Step)
+    after = tensors_in(moved)
+    assert len(after) == len(before) == 2 * (2 + 4 + 4 + 4 + 3)
+    assert all(tensor.is_meta for tensor in after)
+    assert [(tensor.shape, tensor.dtype) for tensor in after] == [(tensor.shape, tensor.dtype) for tensor in before]
+
+
+def test_a_data_loader_pins_every_tensor_of_a_step(step: dict[str, Step], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without a GPU has no memory to pin, so moving away stands for it."""
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor, device=None: tensor.to("meta"))
+    pinned = pin_memory(step)[STEP]
+    assert all(tensor.is_meta for tensor in tensors_in(pinned))
+
+
+def test_copies_of_a_step_are_waited_for_only_where_asked(
+    step: dict[str, Step], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: set[bool] = set()
+    monkeypatch.setattr(Tensor, "to", lambda tensor, device, non_blocking: asked.add(non_blocking) or tensor)
+    step[STEP].to("cpu")
+    assert asked == {True}
+    asked.clear()
+    step[STEP].to("cpu", non_blocking=False)
+    assert asked == {False}
+
+
 # --- index tables -------------------------------------------------------------------------------------------------
 
 
@@ -65,15 +124,15 @@ def test_the_longest_group_is_found_in_either_split(
 @given(random_groups())
 def test_every_row_is_its_prompt_and_its_completion_again(groups: list[Group]) -> None:
     batch = pack(groups)
-    rows, width = batch["shape"]
-    source = batch["row_src"].view(rows, width)
+    rows, width = batch.padded.shape
+    source = batch.padded.source.view(rows, width)
     expected = rows_of(groups)
     assert rows == len(expected)
     assert width == max(len(prompt) + len(completion) for prompt, completion in expected)
     for slots, (prompt, completion) in zip(source, expected, strict=True):
         length = len(prompt) + len(completion)
-        assert batch["ids"][slots[:length]].tolist() == prompt + completion
-        assert batch["pos"][slots[:length]].tolist() == list(range(length))
+        assert batch.ids[slots[:length]].tolist() == prompt + completion
+        assert batch.positions[slots[:length]].tolist() == list(range(length))
         # Filler repeats the row's first token: it belongs to this row's group, not to a neighbour's.
         assert set(slots[length:].tolist()) <= {int(slots[0])}
 
@@ -88,11 +147,11 @@ def test_the_tables_of_flash_attention_are_those_of_each_row(groups: list[Group]
         for g in groups
         for rank, c in enumerate(g.completions)
     ]
-    assert batch["query_starts"].diff().tolist() == [queries for queries, _ in asked]
-    assert batch["key_starts"].diff().tolist() == [keys for _, keys in asked]
-    assert batch["longest"] == (max(queries for queries, _ in asked), max(keys for _, keys in asked))
-    assert int(batch["query_starts"][-1]) == len(batch["ids"])
-    seen = [batch["ids"][batch["kv_source"]][start:end].tolist() for start, end in pairwise(batch["key_starts"])]
+    assert batch.unpadded.query_starts.diff().tolist() == [queries for queries, _ in asked]
+    assert batch.unpadded.key_starts.diff().tolist() == [keys for _, keys in asked]
+    assert batch.unpadded.longest == (max(queries for queries, _ in asked), max(keys for _, keys in asked))
+    assert int(batch.unpadded.query_starts[-1]) == len(batch.ids)
+    seen = [batch.ids[batch.unpadded.source][start:end].tolist() for start, end in pairwise(batch.unpadded.key_starts)]
     assert seen == [[*prompt, *completion] for prompt, completion in rows_of(groups)]
 
 
@@ -101,13 +160,15 @@ def test_the_tables_of_flash_attention_are_those_of_each_row(groups: list[Group]
 def test_every_slot_of_keys_is_that_of_one_token_and_is_found_from_it(groups: list[Group]) -> None:
     """Gradients of keys are gathered by these: a slot that is missed or taken twice is a wrong gradient on a GPU."""
     batch = pack(groups)
-    found = sorted((slot, token) for token, slots in enumerate(batch["slots"].tolist()) for slot in slots if slot >= 0)
-    assert found == list(enumerate(batch["kv_source"].tolist()))
+    found = sorted(
+        (slot, token) for token, slots in enumerate(batch.unpadded.slots.tolist()) for slot in slots if slot >= 0
+    )
+    assert found == list(enumerate(batch.unpadded.source.tolist()))
 
 
 def test_the_longest_queries_and_the_longest_keys_can_be_those_of_different_rows() -> None:
     batch = pack([Group([1] * 6, ([2], [3] * 4))])
-    assert batch["longest"] == (7, 10)
+    assert batch.unpadded.longest == (7, 10)
 
 
 @settings(deadline=None)
@@ -115,40 +176,40 @@ def test_the_longest_queries_and_the_longest_keys_can_be_those_of_different_rows
 def test_a_prompt_stands_in_the_stream_once(groups: list[Group]) -> None:
     batch = pack(groups)
     stream = [token for g in groups for token in [*g.prompt, *[t for c in g.completions for t in c]]]
-    assert batch["ids"].tolist() == stream
+    assert batch.ids.tolist() == stream
     assert len(stream) == sum(g.tokens for g in groups)
-    assert batch["logical"] == sum(len(prompt) + len(completion) for prompt, completion in rows_of(groups))
+    assert batch.row_lengths == [len(prompt) + len(completion) for prompt, completion in rows_of(groups)]
 
 
 @settings(deadline=None)
 @given(random_groups())
 def test_home_and_shared_slots_cover_each_row_token_exactly_once(groups: list[Group]) -> None:
     batch = pack(groups)
-    rows, width = batch["shape"]
+    rows, width = batch.padded.shape
     real = {
         row * width + column
         for row, (prompt, completion) in enumerate(rows_of(groups))
         for column in range(len(prompt) + len(completion))
     }
-    covered = batch["home"].tolist()
-    assert batch["row_src"][batch["home"]].tolist() == list(range(len(batch["ids"])))
-    for stream, slot in batch["shared"]:
+    covered = batch.padded.home.tolist()
+    assert batch.padded.source[batch.padded.home].tolist() == list(range(len(batch.ids)))
+    for stream, slot in batch.padded.shared:
         # Once each: the backward adds with plain indexing, which would lose the second of two equal indices.
         assert len(set(stream.tolist())) == len(stream)
-        assert torch.equal(batch["row_src"][slot], stream)
+        assert torch.equal(batch.padded.source[slot], stream)
         covered += slot.tolist()
     assert len(covered) == len(set(covered))
     assert set(covered) == real
-    assert rows * width == len(batch["row_src"])
+    assert rows * width == len(batch.padded.source)
 
 
 @settings(deadline=None)
 @given(random_groups())
 def test_each_completion_token_is_predicted_from_the_token_before_it_in_its_own_row(groups: list[Group]) -> None:
     batch = pack(groups)
-    rows, width = batch["shape"]
-    source = batch["row_src"].view(rows, width)
-    predict, target, owner = (batch[name].tolist() for name in ("predict", "target", "owner"))
+    rows, width = batch.padded.shape
+    source = batch.padded.source.view(rows, width)
+    predict, target, owner = (getattr(batch.scored, name).tolist() for name in ("predict", "target", "owner"))
     expected = [
         (int(source[row, len(prompt) + n - 1]), token, row)
         for row, (prompt, completion) in enumerate(rows_of(groups))
@@ -207,14 +268,14 @@ def assert_same_scores(packed: Any, plain: Any, groups: Sequence[Group]) -> None
         scores = score_tokens(packed, batch)
         logits = torch.cat([row_logits(plain, *row) for row in rows_of(groups)])
     logps = logits.log_softmax(-1)
-    theirs = logps.gather(-1, batch["target"][:, None])[:, 0]
+    theirs = logps.gather(-1, batch.scored.target[:, None])[:, 0]
     torch.testing.assert_close(scores.logps, theirs, atol=TOKEN_TOLERANCE, rtol=FP32_ROUNDING)
     torch.testing.assert_close(scores.entropy, -(logps.exp() * logps).sum(-1), atol=1e-4, rtol=0)
     torch.testing.assert_close(scores.mean_logits, logits.mean(-1), atol=1e-4, rtol=0)
     # A token whose two best logits are equal to the last digits may fall to either side.
     best = logits.topk(2).values
     clear = best[:, 0] - best[:, 1] > 1e-4
-    assert torch.equal(scores.top1[clear], (logits.argmax(-1) == batch["target"])[clear])
+    assert torch.equal(scores.top1[clear], (logits.argmax(-1) == batch.scored.target)[clear])
     summed = [float(part.sum()) for part in theirs.split([len(completion) for _, completion in rows_of(groups)])]
     torch.testing.assert_close(sequence_logps(scores, batch), torch.tensor(summed), atol=1e-3, rtol=1e-6)
 
@@ -327,7 +388,7 @@ def test_sharing_a_prompt_changes_neither_scores_nor_gradients(policy: PeftModel
     weights = torch.linspace(-1.0, 1.5, len(alone))
     logps, loss = weighted_packed(policy, pack(sample), weights)
     logps_alone, loss_alone = weighted_packed(policy, pack(alone), weights)
-    assert len(pack(sample)["ids"]) < len(pack(alone)["ids"])
+    assert len(pack(sample).ids) < len(pack(alone).ids)
     torch.testing.assert_close(logps, logps_alone, atol=1e-3, rtol=1e-6)
     assert_same_gradients(gradients(policy, loss), gradients(policy, loss_alone))
 
@@ -402,7 +463,7 @@ def test_chunk_borders_change_neither_scores_nor_gradients(
     monkeypatch: pytest.MonkeyPatch, policy: PeftModel, sample: list[Group], chunk: int
 ) -> None:
     batch = pack(sample)
-    assert len(batch["target"]) > 2 * chunk
+    assert len(batch.scored.target) > 2 * chunk
     weights = torch.linspace(-1.0, 1.5, len(rows_of(sample)))
     whole_logps, whole = weighted_packed(policy, batch, weights)
     whole_gradients = gradients(policy, whole)

@@ -17,12 +17,13 @@ from dpo_assets.artifact import VOLATILE
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.offers import EngineOffer
 from dpo_assets.planning.plan import TrainingPlan
-from dpo_assets.training.engines import attention
-from dpo_assets.training.engines.base import causal_lm
+from dpo_assets.training.engines import attention, ladder
+from dpo_assets.training.engines.base import attached_engine
+from dpo_assets.training.engines.ladder import choose_kernels
 from dpo_assets.training.engines.transformers import engine_of
-from dpo_assets.training.models import loading
-from dpo_assets.training.models.loading import choose_kernels, load_base
-from dpo_assets.training.models.policy import Policy, load_policy
+from dpo_assets.training.models.loading import load_base
+from dpo_assets.training.models.structure import causal_lm
+from dpo_assets.training.policy import Policy, load_policy
 from dpo_assets.training.stages import sft
 from dpo_assets_tests.training.conftest import Log, PlanMaker, SpecMaker
 from dpo_assets_tests.training.dpo_runs import (
@@ -149,7 +150,7 @@ def test_trls_own_trainer_gets_the_model_as_its_library_made_it(model_folder: Pa
     policy = load_policy(model_folder, fused_plan, None, seed=0, dropout=0.0, packed=False)
     assert (policy.kernels, policy.note) == ("transformers", "")
     lm = causal_lm(policy.model)
-    assert engine_of(lm).name != "fused"
+    assert attached_engine(lm) is None
     assert lm.config._attn_implementation != attention.NAME
 
 
@@ -163,7 +164,7 @@ def test_an_engine_that_takes_over_has_forwards_fitted_to_it(
     )
     plan = plan_for(kernels="fused", engines=offers, token_budget=900, sft_steps=1, lora={"dropout": 0.1})
     recomputed: list[int] = []
-    monkeypatch.setattr(loading, "recompute_lowest", lambda model, layers: recomputed.append(layers))
+    monkeypatch.setattr(ladder, "recompute_lowest", lambda model, layers: recomputed.append(layers))
     sft.run(train_spec(plan, tmp_path), Log())
     assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["kernels"] == "transformers"
     assert json.loads((tmp_path / VOLATILE).read_text(encoding="utf-8"))["token_budget_used"] == 600

@@ -20,6 +20,7 @@ from dpo_assets.training.engines import attention
 from dpo_assets.training.engines.base import attach_engine, attached_engine
 from dpo_assets.training.engines.fused.weights import FrozenGroup
 from dpo_assets.training.engines.rotary import RotaryTables
+from dpo_assets.training.engines.routers import RouterWatch
 from dpo_assets.training.engines.rows import OwnLogitsEngine, RowsEngine
 from dpo_assets.training.engines.transformers import TransformersEngine, engine_of, why_not_packed
 from dpo_assets.training.models.fp8 import Fp8Linear, quantise_layers
@@ -35,10 +36,9 @@ from dpo_assets.training.scoring.proof import (
     assert_routers_heard,
     settle_engine,
 )
-from dpo_assets.training.scoring.routers import RouterWatch
 from dpo_assets_tests.training.conftest import PlanMaker
 from dpo_assets_tests.training.dense import summed_logps
-from dpo_assets_tests.training.tiny_models import PAIR, SETTINGS, SHORT_PAIR, tiny_model
+from dpo_assets_tests.training.tiny_models import OTHER_PAIR, PAIR, SETTINGS, SHORT_PAIR, tiny_model
 
 LONGROPE: dict[str, Any] = {
     "original_max_position_embeddings": 16,
@@ -308,6 +308,16 @@ def test_an_engine_is_made_once_where_none_is_attached() -> None:
     model = tiny_model("lfm2")
     assert engine_of(model) is engine_of(model)
     assert attached_engine(model) is engine_of(model)
+
+
+def test_a_model_without_an_engine_is_scored_on_packed_attention_or_not_at_all() -> None:
+    """On the attention that it was loaded with, an answer would not see its prompt, and nothing would say so."""
+    model = tiny_model("llama")
+    together, _ = score_groups(model, [PAIR, OTHER_PAIR], 10_000)
+    rows = [Group(group.prompt, (answer,)) for group in (PAIR, OTHER_PAIR) for answer in group.completions]
+    assert together == pytest.approx([score_groups(model, [row], 10_000)[0][0] for row in rows], abs=1e-4)
+    with pytest.raises(ConfigError, match="takes no positions and no tables of a packed batch, so nothing computes"):
+        engine_of(tiny_model("bloom"))
 
 
 def test_a_completion_without_a_token_is_refused() -> None:

@@ -10,9 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 from dpo_assets.errors import ConfigError
-from dpo_assets.training.engines.base import causal_lm
 from dpo_assets.training.engines.recompute import recompute_lowest
-from dpo_assets.training.models.targets import decoder_layers
+from dpo_assets.training.models.structure import causal_lm, decoder_layers
 from dpo_assets_tests.training.tiny_models import tiny_model
 
 LAYERS = 4

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,11 @@ from torch import Tensor
 
 from dpo_assets.planning import delta_nets
 from dpo_assets.training.batches.packing import Group, pack
-from dpo_assets.training.engines.base import causal_lm
-from dpo_assets.training.engines.experts import serve_experts
 from dpo_assets.training.engines.fused.decoder import attach_fused
 from dpo_assets.training.engines.recurrent import convolution, delta_net, mixers
 from dpo_assets.training.engines.recurrent.segments import Segments
+from dpo_assets.training.models.experts import serve_experts
+from dpo_assets.training.models.structure import causal_lm
 from dpo_assets.training.scoring.logprobs import score_groups
 from dpo_assets.training.scoring.proof import NotExactError, assert_exact
 from dpo_assets_tests.training.row_by_row import assert_equal, packed, row_by_row, tiny_policy
@@ -196,7 +198,7 @@ lengths = st.integers(1, 6)
 def test_every_token_stands_behind_those_before_it_in_its_row(groups: list[tuple[int, list[int]]], lead: int) -> None:
     batch = pack([Group(range(prompt), tuple(range(n) for n in answers)) for prompt, answers in groups])
     segments = Segments.of(batch, lead)
-    stream = torch.arange(1, len(batch["ids"]) + 1)
+    stream = torch.arange(1, len(batch.ids) + 1)
     led, own = segments.led(stream).tolist(), segments.own(stream).tolist()
     rows = _rows(groups)
     for place in np.flatnonzero(own):
@@ -212,6 +214,17 @@ def test_every_token_stands_behind_those_before_it_in_its_row(groups: list[tuple
     assert not lead or len(starts) * lead == own.count(0)
 
 
+def test_the_tables_of_a_batch_are_made_once_and_go_with_it() -> None:
+    """Every layer asks for them; kept longer than their batch, they would be memory that nothing frees."""
+    batch = pack(GROUPS)
+    made = weakref.ref(Segments.of(batch, 3))
+    assert Segments.of(batch, 3) is made()
+    assert Segments.of(batch, 2) is not made()
+    del batch
+    gc.collect()
+    assert made() is None
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     groups=st.lists(st.tuples(lengths, st.lists(lengths, min_size=1, max_size=3)), min_size=1, max_size=4),
@@ -222,7 +235,7 @@ def test_gradients_of_copies_come_home(groups: list[tuple[int, list[int]]], lead
     batch = pack([Group(range(prompt), tuple(range(n) for n in answers)) for prompt, answers in groups])
     segments = Segments.of(batch, lead)
     generator = torch.Generator().manual_seed(0)
-    sizes = [len(batch["ids"]), len(batch["ids"]), len(segments.led.there.index)]
+    sizes = [len(batch.ids), len(batch.ids), len(segments.led.there.index)]
     tables = [segments.led, segments.own, segments.streamed]
     for stage in segments.stages:
         tables += [stage.padded, stage.padded.undone]

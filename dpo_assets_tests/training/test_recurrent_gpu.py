@@ -14,11 +14,11 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from dpo_assets.planning.delta_nets import has_fla, why_wrong_gradient
-from dpo_assets.training.batches.packing import Group, PackedBatch, pack
-from dpo_assets.training.engines.experts import experts_forward
+from dpo_assets.training.batches.batch import PackedBatch
+from dpo_assets.training.batches.packing import Group, pack
 from dpo_assets.training.engines.recurrent import convolution, delta_net
 from dpo_assets.training.engines.recurrent.delta_net import DeltaNet
-from dpo_assets.training.scoring.logprobs import to_device
+from dpo_assets.training.models.experts import experts_forward
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 needs_fla = pytest.mark.skipif(not has_fla(), reason="needs fla-core")
@@ -29,7 +29,7 @@ HIDDEN, TIMES = 256, 2.0  # Of the error of PyTorch's form: both round, in other
 @pytest.fixture
 def batch() -> PackedBatch:
     sizes = ((200, 70, 130), (3, 1, 200), (64, 64, 64), (1, 130, 2))
-    return to_device(pack([Group(range(p), (range(c), range(r))) for p, c, r in sizes]), "cuda")
+    return pack([Group(range(p), (range(c), range(r))) for p, c, r in sizes]).to("cuda")
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def mixer() -> Any:
 def _computed(mixer: Any, batch: PackedBatch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The mixer's output and the gradient of its input, both of one stream."""
     generator = torch.Generator("cuda").manual_seed(1)
-    x = torch.randn(len(batch["ids"]), HIDDEN, device="cuda", generator=generator)
+    x = torch.randn(len(batch.ids), HIDDEN, device="cuda", generator=generator)
     net = DeltaNet.of(mixer.to(dtype))
     assert net is not None
     leaf = x.to(dtype).requires_grad_()

@@ -16,14 +16,16 @@ from trl.trainer.utils import disable_dropout_in_model
 from dpo_assets.artifact import VOLATILE
 from dpo_assets.contract import TrainSpec
 from dpo_assets.errors import GateError
-from dpo_assets.training.batches.packing import Group, PackedBatch, pack
+from dpo_assets.training.batches.batch import PackedBatch
+from dpo_assets.training.batches.packing import Group, pack
 from dpo_assets.training.engines.transformers import engine_of
 from dpo_assets.training.models.loading import attach_adapter, load_base
-from dpo_assets.training.models.policy import Policy
 from dpo_assets.training.packages import computing, versions
-from dpo_assets.training.scoring import logprobs, reference
-from dpo_assets.training.scoring.reference import ReferenceCache, Scores, pair_key, reference_key, reference_scores
+from dpo_assets.training.policy import Policy
+from dpo_assets.training.scoring import logprobs
 from dpo_assets.training.stages import dpo
+from dpo_assets.training.trainers import reference
+from dpo_assets.training.trainers.reference import ReferenceCache, Scores, pair_key, reference_key, reference_scores
 from dpo_assets.training.trainers.strategies import score_reference
 from dpo_assets_tests.training.conftest import TRAIN_PAIRS, Log, PlanMaker, SpecMaker, small_part
 from dpo_assets_tests.training.dense import summed_logps

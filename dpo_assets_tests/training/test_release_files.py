@@ -164,6 +164,7 @@ def test_an_adapter_release_is_loaded_with_tokenizer_template_and_turn_ends(base
 
 YARN = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "original_max_position_embeddings": 128}
 PARTIAL = {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5}
+MROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1]}
 KINDS = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}, "sliding_attention": {"rope_type": "default"}}
 
 
@@ -175,12 +176,24 @@ KINDS = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}, "sliding
             {"rope_parameters": YARN},
             {"rope_theta": 5e5, "rope_scaling": {k: v for k, v in YARN.items() if k != "rope_theta"}},
         ),
+        (
+            {"rope_parameters": MROPE},
+            {"rope_theta": 1e6, "rope_scaling": {"rope_type": "default", "mrope_section": [1]}},
+        ),
         ({"rope_parameters": YARN, "rope_theta": 5e5, "rope_scaling": YARN}, {}),
         ({"rope_parameters": KINDS}, {}),
         ({"rope_parameters": None, "rope_theta": 3e5}, {}),
         ({"rope_parameters": None, "_name_or_path": "/home/someone/model"}, {"_name_or_path": None}),
     ],
-    ids=["a share of the heads", "scaled", "both said", "a kind of layer each", "as 4 wrote it", "where it once lay"],
+    ids=[
+        "a share of the heads",
+        "scaled",
+        "sections",
+        "both said",
+        "a kind of layer each",
+        "as 4 wrote it",
+        "where it once lay",
+    ],
 )
 def test_a_config_that_transformers_5_saved_says_its_rotary_base_for_4_too(
     base: Path, stated: dict[str, Any], added: dict[str, Any]

@@ -16,13 +16,14 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.batches.packing import Group, pack
-from dpo_assets.training.engines.base import PlainEngine, causal_lm
+from dpo_assets.training.engines.base import PlainEngine
+from dpo_assets.training.engines.routers import balancing_loss
 from dpo_assets.training.engines.transformers import engine_of
+from dpo_assets.training.models.structure import causal_lm
 from dpo_assets.training.scoring.logprobs import score_tokens
-from dpo_assets.training.scoring.routers import balancing_loss
 from dpo_assets.training.stages.sft import PackedSFTTrainer
 from dpo_assets.training.trainers.classic import classic_arguments
-from dpo_assets.training.trainers.packed import PackedCollator
+from dpo_assets.training.trainers.step import PackedCollator
 from dpo_assets_tests.training.conftest import PlanMaker, SpecMaker
 from dpo_assets_tests.training.dpo_runs import largest_difference, run_dpo, short_plan, write_pairs
 from dpo_assets_tests.training.row_by_row import tiny_policy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -17,11 +18,12 @@ from dpo_assets.contract import TrainSpec
 from dpo_assets.training.batches.data import dpo_group, load_split
 from dpo_assets.training.batches.packing import Group, by_rows, pack
 from dpo_assets.training.engines.attention import pads_attention
-from dpo_assets.training.engines.base import attached_engine, description_of
+from dpo_assets.training.engines.base import attached_engine
+from dpo_assets.training.engines.ladder import choose_kernels
 from dpo_assets.training.engines.rows import runs_of
-from dpo_assets.training.models.loading import choose_kernels
-from dpo_assets.training.models.policy import load_policy
-from dpo_assets.training.trainers.packed import PackedCollator
+from dpo_assets.training.models.structure import description_of
+from dpo_assets.training.policy import load_policy
+from dpo_assets.training.trainers.step import PackedCollator
 from dpo_assets.training.trainers.strategies import score_reference
 from dpo_assets_tests.training.conftest import Log, PlanMaker, SpecMaker
 from dpo_assets_tests.training.dense import rows_of
@@ -63,8 +65,8 @@ def test_every_scored_token_stands_in_its_row_behind_the_token_that_predicts_it(
         for n, (row, place) in enumerate(zip(run.row.tolist(), run.place.tolist(), strict=True)):
             tokens = run.ids[row][run.mask[row].bool()].tolist()
             assert run.mask[row].tolist() == sorted(run.mask[row].tolist(), reverse=True), "padding stands behind"
-            owner = int(batch["owner"][run.scored[n]])
-            assert tokens[place + 1] == int(batch["target"][run.scored[n]])
+            owner = int(batch.scored.owner[run.scored[n]])
+            assert tokens[place + 1] == int(batch.scored.target[run.scored[n]])
             found.setdefault(owner, (tokens, []))[1].append(place + 1)
     for owner, (prompt, completion) in enumerate(wanted):
         tokens, places = found[owner]
@@ -77,11 +79,11 @@ def test_a_step_on_whole_rows_is_cut_by_rows_times_the_widest(groups: list[Group
     rows = list(load_split(dataset, "train"))
     budget = 4 * max(group.longest_row for group in groups)
     collator = PackedCollator(partial(dpo_group, max_length=192), budget, whole_rows=True)
-    step = collator(rows)
-    assert sum(batch["shape"][0] for batch in step["forwards"]) == 2 * len(rows)
-    assert all(batch["shape"][0] * batch["shape"][1] <= budget for batch in step["forwards"])
-    plain = PackedCollator(partial(dpo_group, max_length=192), budget, padded=True)(rows)
-    assert any(batch["shape"][0] * batch["shape"][1] > budget for batch in plain["forwards"])
+    shapes = [forward.batch.padded.shape for forward in collator.step(rows).forwards]
+    assert sum(count for count, _ in shapes) == 2 * len(rows)
+    assert all(count * width <= budget for count, width in shapes)
+    plain = PackedCollator(partial(dpo_group, max_length=192), budget, padded=True).step(rows)
+    assert any(math.prod(forward.batch.padded.shape) > budget for forward in plain.forwards)
 
 
 @pytest.mark.parametrize(
@@ -125,8 +127,8 @@ def test_a_batch_is_cut_as_the_engine_pays_for_it(engine: str, groups: list[Grou
         def to_group(row: dict[str, Any]) -> Group:
             return groups[row["n"]]
 
-        step = PackedCollator.of(model, to_group, budget)([{"n": n} for n in range(len(groups))])
-        return [batch["lengths"].tolist() for batch in step["forwards"]]
+        step = PackedCollator.of(model, to_group, budget).step([{"n": n} for n in range(len(groups))])
+        return [forward.batch.scored.lengths.tolist() for forward in step.forwards]
 
     attached: Any = attached_engine(model)
     pads = cut()

@@ -131,7 +131,7 @@ def test_layers_are_not_compiled_anew_for_batches_of_other_numbers_and_lengths(
 
     monkeypatch.setattr(speedups, "BACKEND", backend)
     plan = plan_for(speedups=("compile",))
-    model = load_base(model_folder, plan, packed=True)
+    model = load_base(model_folder, plan)
     plain, _ = score_groups(model, groups[:12], 100_000)
     speed_up(model, plan)
     counts, scores = [], {}

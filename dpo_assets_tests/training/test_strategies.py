@@ -177,7 +177,7 @@ def test_the_adapter_of_a_merged_run_on_the_bare_base_scores_as_the_two_adapters
     run = run_dpo(train_spec(plan, tmp_path / "out", dataset=pairs, start_adapter=sft_adapter))
 
     def scores(*adapters: Path) -> list[float]:
-        model: Any = load_base(model_folder, plan, packed=False)
+        model: Any = load_base(model_folder, plan)
         for folder in adapters:
             model = PeftModel.from_pretrained(model, folder).merge_and_unload()
         return summed_logps(model.eval(), few)
@@ -185,7 +185,7 @@ def test_the_adapter_of_a_merged_run_on_the_bare_base_scores_as_the_two_adapters
     both, sft = scores(sft_adapter, trained), scores(sft_adapter)
     assert max(abs(a - b) for a, b in zip(both, sft, strict=True)) > 1, "the trained part must show"
     assert scores(run.folder / "adapter") == pytest.approx(both, abs=SCORE_TOLERANCE)
-    policy = PeftModel.from_pretrained(load_base(model_folder, plan, packed=False), run.folder / "adapter")
+    policy = PeftModel.from_pretrained(load_base(model_folder, plan), run.folder / "adapter")
     assert summed_logps(policy.eval(), few) == pytest.approx(both, abs=SCORE_TOLERANCE)
 
 
@@ -288,7 +288,7 @@ def test_reference_scores_at_a_step_are_those_of_the_start_and_carry_no_gradient
     forwards = forwards_of(pairs, plan)
     with torch.no_grad():
         scored = sorted(torch.cat([score(forward) for forward in forwards]).flatten().tolist())
-    sft = PeftModel.from_pretrained(load_base(model_folder, plan, packed=False), sft_adapter).eval()
+    sft = PeftModel.from_pretrained(load_base(model_folder, plan), sft_adapter).eval()
     assert scored == pytest.approx(sorted(summed_logps(sft, few)), abs=SCORE_TOLERANCE)
     if strategy == "model":
         assert not score(forwards[0]).requires_grad
@@ -349,13 +349,13 @@ def test_joined_adapters_score_as_one_after_the_other(
 ) -> None:
     first = random_adapter(model_folder, plan_for, tmp_path / "folded", 1, **folded)
     second = random_adapter(model_folder, plan_for, tmp_path / "trained", 2, **trained)
-    model: Any = load_base(model_folder, plan_for(), packed=False)
+    model: Any = load_base(model_folder, plan_for())
     for folder in (first, second):
         model = PeftModel.from_pretrained(model, folder).merge_and_unload()
     expected = summed_logps(model.eval(), few[:3])
     untouched = {name: values.clone() for name, values in load_file(first / strategies.WEIGHTS).items()}
     join_adapters(second, first)
-    joined = PeftModel.from_pretrained(load_base(model_folder, plan_for(), packed=False), second).eval()
+    joined = PeftModel.from_pretrained(load_base(model_folder, plan_for()), second).eval()
     assert summed_logps(joined, few[:3]) == pytest.approx(expected, abs=SCORE_TOLERANCE)
     assert joined.peft_config["default"].r == folded["r"] + trained["r"]
     assert largest_difference(load_file(first / strategies.WEIGHTS), untouched) == 0

@@ -82,7 +82,7 @@ def test_at_most_one_precision_is_asked_of_unsloth(precision: Any) -> None:
 
 def test_a_base_in_another_precision_than_asked_is_refused(model_folder: Path, plan_for: PlanMaker) -> None:
     """Without bitsandbytes Unsloth prints a line and loads 16 bit."""
-    base = load_base(model_folder, plan_for(), packed=False)
+    base = load_base(model_folder, plan_for())
     check_precision(base, plan_for())
     for precision in ("4bit", "8bit", "fp8"):
         with pytest.raises(ConfigError, match=f"`{precision}` was asked for.*loaded the base in 16 or 32 bit"):
@@ -114,7 +114,7 @@ def test_the_reference_is_scored_by_the_policys_own_forward(
     monkeypatch.setattr(unsloth_engine.importlib.metadata, "version", lambda name: "1.2")
     model = torch.nn.Linear(2, 2).eval()
     plan = plan_for(kernels="unsloth", gradient_checkpointing=checkpointing)
-    with reference_mode(model, plan) as path:
+    with reference_mode(model, plan.kernels) as path:
         assert model.training
         assert not torch.is_grad_enabled()
         with UnslothEngine(model).as_the_policy():
@@ -128,7 +128,7 @@ def test_the_mode_comes_back_after_a_failure(plan_for: PlanMaker) -> None:
     model = torch.nn.Linear(2, 2).eval()
 
     def fail_while_scoring() -> None:
-        with reference_mode(model, plan_for()) as path:
+        with reference_mode(model, plan_for().kernels) as path:
             assert (path, model.training) == ("transformers", True)
             raise ValueError("broken")
 
@@ -145,7 +145,7 @@ shapes = st.lists(st.tuples(lengths, st.lists(lengths, min_size=1, max_size=3)),
 @given(shapes)
 def test_a_packed_batch_names_the_lengths_of_its_groups(groups: list[tuple[int, list[int]]]) -> None:
     batch = pack([Group([5] * prompt, tuple([7] * n for n in completions)) for prompt, completions in groups])
-    assert batch["groups"] == groups
+    assert batch.groups == groups
 
 
 sizes = st.integers(1, 300)

@@ -37,7 +37,7 @@ def generated(request: Request) -> Answer:
     from dpo_assets_tests.training.trl_dense_scoring import dense_scoring
 
     plan = TrainingPlan.model_validate(request["plan"])
-    model: Any = load_base(Path(request["model"]), plan, packed=False)
+    model: Any = load_base(Path(request["model"]), plan)
     if not request.get("bare"):
         model = attach_adapter(model, plan, None, seed=plan.dpo.seed, dropout=0.0)
     # What Unsloth's forced fp32 is told by; otherwise its trainer switches 16-bit training on by itself.
@@ -84,7 +84,7 @@ def peft_config_trap(request: Request) -> Answer:
     from dpo_assets.training.trainers.classic import classic_arguments
 
     plan = TrainingPlan.model_validate(request["plan"])
-    model: Any = load_base(Path(request["model"]), plan, packed=False)
+    model: Any = load_base(Path(request["model"]), plan)
     model._unsloth_forced_float32 = True
     out = Path(request["out"])
     trainer = trl.DPOTrainer(
@@ -110,7 +110,7 @@ def shared_prefix(request: Request) -> Answer:
     worst = 0.0
     for n, groups in enumerate(request["groups"]):
         batch = pack([Group(range(prompt), tuple(range(c) for c in lengths)) for prompt, lengths in groups])
-        laid, place = on_blocks(batch["groups"])
+        laid, place = on_blocks(batch.groups)
         table, _ = kernel.build_seg_info_multigroup(laid, torch.device("cpu"))
         generator = torch.Generator().manual_seed(n)
         query, key, value = (

@@ -13,14 +13,16 @@ kernel, so it works from a CPU and a T4 upwards.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from itertools import accumulate
+from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
-PackedBatch = dict[str, Any]
+from dpo_assets.training.batches.batch import PackedBatch, PaddedRows, ScoredTokens, UnpaddedRows
 
 
 @dataclass(frozen=True)
@@ -123,85 +125,105 @@ def under_budget(items: Sequence[T], sizes: Sequence[int], budget: int) -> Itera
 
 
 def pack(groups: Sequence[Group]) -> PackedBatch:
-    """Index tables of one forward over `groups`. Tensors are int64 on the CPU unless it says otherwise.
-
-    With T stream tokens, R rows (one per completion) of at most W tokens, C completions in the largest group, S slots
-    of key/value rows (every row's tokens, one after the other, unpadded), and N scored tokens:
-        ids, pos      [T]    tokens and their positions
-        predict       [N]    stream index whose hidden state predicts a scored token
-        target        [N]    that token
-        owner         [N]    row it belongs to; rows are numbered group by group, completion by completion
-        lengths       [R]    scored tokens of each row
-        groups        (prompt tokens, [tokens of each completion]) of each group
-        shape         (R, W)
-        logical       tokens of the rows without sharing
-    Tables of padded rows, for attention without flash:
-        row_src       [R*W]  stream index behind each row slot; slots past a row's end repeat its first token
-        home          [T]    row slot that represents a stream token
-        shared        list of (stream [s], slot [s]): further slots of prompt tokens, one entry per completion rank
-    Tables of unpadded rows, for flash attention. A group's first row asks for its prompt and first completion, each
-    further row for its completion alone, so the queries of all rows are the stream itself:
-        query_starts, key_starts  [R + 1], int32   where each row's queries and keys begin
-        longest       (most queries, most keys of a row)
-        kv_source     [S]    stream index behind each slot
-        slots         [T, C] slots of each token, -1 where it has fewer than C
-    """
-    width = max(len(g.prompt) + len(c) for g in groups for c in g.completions)
-    copies = max(len(g.completions) for g in groups)
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in _CONCATENATED}
-    shared: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
-    queries: list[int] = []
-    keys: list[int] = []
-    base = row = slot = 0
-    for group in groups:
-        prompt_len = len(group.prompt)
-        prompt = np.arange(base, base + prompt_len)
-        prompt_slots = np.full((prompt_len, copies), -1)
-        parts["ids"].append(np.asarray(group.prompt, dtype=np.int64))
-        parts["pos"].append(np.arange(prompt_len))
-        parts["slots"].append(prompt_slots)
-        start = base + prompt_len
-        for rank, completion in enumerate(group.completions):
-            length = len(completion)
-            tokens = np.asarray(completion, dtype=np.int64)
-            own = np.arange(start, start + length)
-            cells = row * width + np.arange(prompt_len + length)
-            parts["ids"].append(tokens)
-            parts["pos"].append(np.arange(prompt_len, prompt_len + length))
-            # A cell past the end may hold any token: causal attention never looks right, and its output is dropped.
-            parts["row_src"] += [prompt, own, np.full(width - prompt_len - length, base)]
-            if rank == 0:
-                parts["home"].append(cells[:prompt_len])
-            else:
-                shared.setdefault(rank, []).append((prompt, cells[:prompt_len]))
-            parts["home"].append(cells[prompt_len:])
-            parts["kv_source"] += [prompt, own]
-            prompt_slots[:, rank] = np.arange(slot, slot + prompt_len)
-            own_slots = np.full((length, copies), -1)
-            own_slots[:, 0] = np.arange(slot + prompt_len, slot + prompt_len + length)
-            parts["slots"].append(own_slots)
-            parts["predict"] += [prompt[-1:], own[:-1]]
-            parts["target"].append(tokens)
-            parts["owner"].append(np.full(length, row))
-            queries.append(length + (prompt_len if rank == 0 else 0))
-            keys.append(prompt_len + length)
-            start += length
-            slot += prompt_len + length
-            row += 1
-        base = start
-    batch: PackedBatch = {name: torch.from_numpy(np.concatenate(arrays)) for name, arrays in parts.items()}
-    batch["shared"] = [
-        [torch.from_numpy(np.concatenate(column)) for column in zip(*entries, strict=True)]
-        for _, entries in sorted(shared.items())
+    """One forward over `groups`, on the CPU. Rows are numbered group by group, completion by completion."""
+    rows = list(_rows(groups))
+    stream = [part for group in groups for part in (group.prompt, *group.completions)]
+    positions = [
+        np.arange(start, start + len(ids))
+        for group in groups
+        for start, ids in [(0, group.prompt), *((len(group.prompt), completion) for completion in group.completions)]
     ]
-    batch["lengths"] = torch.tensor([len(c) for g in groups for c in g.completions])
-    batch["groups"] = [(len(g.prompt), [len(c) for c in g.completions]) for g in groups]
-    batch["shape"] = (row, width)
-    batch["logical"] = sum(keys)
-    batch["longest"] = (max(queries), max(keys))
-    for name, lengths in (("query_starts", queries), ("key_starts", keys)):
-        batch[name] = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-    return batch
+    tokens = sum(group.tokens for group in groups)
+    ids = _joined(np.asarray(part, dtype=np.int64) for part in stream)
+    return PackedBatch(
+        ids=ids,
+        positions=_joined(positions),
+        groups=[(len(group.prompt), [len(completion) for completion in group.completions]) for group in groups],
+        scored=_scored_tokens(rows, ids),
+        padded=_padded_rows(rows, tokens),
+        unpadded=_unpadded_rows(rows, tokens, max(len(group.completions) for group in groups)),
+    )
 
 
-_CONCATENATED = ("ids", "pos", "row_src", "home", "predict", "target", "owner", "kv_source", "slots")
+@dataclass(frozen=True)
+class _Row:
+    """A prompt with one of its completions, by their places in the stream.
+
+    Attributes:
+        start: where the group begins.
+        rank: number of the completion in its group.
+    """
+
+    start: int
+    rank: int
+    prompt: np.ndarray
+    own: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.own)
+
+
+def _rows(groups: Sequence[Group]) -> Iterator[_Row]:
+    start = 0
+    for group in groups:
+        prompt = np.arange(start, start + len(group.prompt))
+        own = start + len(prompt)
+        for rank, completion in enumerate(group.completions):
+            yield _Row(start, rank, prompt, np.arange(own, own + len(completion)))
+            own += len(completion)
+        start = own
+
+
+def _scored_tokens(rows: Sequence[_Row], ids: Tensor) -> ScoredTokens:
+    lengths = [len(row.own) for row in rows]
+    return ScoredTokens(
+        predict=_joined(part for row in rows for part in (row.prompt[-1:], row.own[:-1])),
+        target=ids[_joined(row.own for row in rows)],
+        owner=torch.from_numpy(np.repeat(np.arange(len(rows)), lengths)),
+        lengths=torch.tensor(lengths),
+    )
+
+
+def _padded_rows(rows: Sequence[_Row], tokens: int) -> PaddedRows:
+    width = max(map(len, rows))
+    # A slot past the end may hold any token: causal attention never looks right, and its output is dropped.
+    source = np.repeat([row.start for row in rows], width).reshape(len(rows), width)
+    home = np.empty(tokens, dtype=np.int64)
+    shared: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
+    for number, row in enumerate(rows):
+        shares, cells = len(row.prompt), number * width + np.arange(len(row))
+        source[number, :shares], source[number, shares : len(row)] = row.prompt, row.own
+        if row.rank == 0:
+            home[row.prompt] = cells[:shares]
+        else:
+            shared.setdefault(row.rank, []).append((row.prompt, cells[:shares]))
+        home[row.own] = cells[shares:]
+    return PaddedRows(
+        shape=(len(rows), width),
+        source=torch.from_numpy(source.reshape(-1)),
+        home=torch.from_numpy(home),
+        shared=tuple(
+            (_joined(places for places, _ in entries), _joined(slots for _, slots in entries))
+            for _, entries in sorted(shared.items())
+        ),
+    )
+
+
+def _unpadded_rows(rows: Sequence[_Row], tokens: int, copies: int) -> UnpaddedRows:
+    slots = np.full((tokens, copies), -1)
+    queries, keys = [len(row.own if row.rank else row) for row in rows], [len(row) for row in rows]
+    key_starts = [0, *accumulate(keys)]
+    for row, first in zip(rows, key_starts, strict=False):
+        shares, own = len(row.prompt), first + np.arange(len(row))
+        slots[row.prompt, row.rank], slots[row.own, 0] = own[:shares], own[shares:]
+    return UnpaddedRows(
+        query_starts=torch.tensor([0, *accumulate(queries)], dtype=torch.int32),
+        key_starts=torch.tensor(key_starts, dtype=torch.int32),
+        longest=(max(queries), max(keys)),
+        source=_joined(places for row in rows for places in (row.prompt, row.own)),
+        slots=torch.from_numpy(slots),
+    )
+
+
+def _joined(parts: Iterable[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(list(parts)))

@@ -12,6 +12,8 @@ and explicit scores for what it has no word for, soft caps and sinks.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +23,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dpo_assets.planning.decoder import Decoder
-from dpo_assets.training.batches.packing import PackedBatch
+from dpo_assets.training.batches.batch import PackedBatch, PaddedRows, UnpaddedRows
+from dpo_assets.training.models.structure import causal_lm
 from dpo_assets.training.private.torch import flash_attention
 from dpo_assets.training.private.transformers import attention_functions, attention_of
 
@@ -99,11 +102,11 @@ class Flash:
     state: tuple[Tensor, Tensor]
 
 
-def flash_forward(q: Tensor, k: Tensor, v: Tensor, kind: AttentionKind, batch: PackedBatch) -> Flash:
-    """Queries q [T, heads, dim] of the stream on keys and values k, v [S, kv heads, dim] gathered by `kv_source`."""
-    kind = kind.on_rows(batch["longest"][1])
+def flash_forward(q: Tensor, k: Tensor, v: Tensor, kind: AttentionKind, rows: UnpaddedRows) -> Flash:
+    """Queries q [T, heads, dim] of the stream on keys and values k, v [S, kv heads, dim] gathered by `rows.source`."""
+    kind = kind.on_rows(rows.longest[1])
     out, lse, *state = flash_attention().forward(
-        q, k, v, batch["query_starts"], batch["key_starts"], *batch["longest"], 0.0, True, False,
+        q, k, v, rows.query_starts, rows.key_starts, *rows.longest, 0.0, True, False,
         scale=kind.scale, **_window(kind),
     )  # fmt: skip
     if kind.sinks is not None:
@@ -122,16 +125,16 @@ def joined_by_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Te
 
 
 def flash_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Flash, kind: AttentionKind, batch: PackedBatch
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Flash, kind: AttentionKind, rows: UnpaddedRows
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q [T, heads, dim] and of the gathered k and v [S, kv heads, dim].
 
     Exact with sinks too: a probability is exp(score - lse) with the sink in lse, and the sink's column, whose value is
     zero, adds nothing to the sum of gradient times output that the softmax's derivative subtracts.
     """
-    kind = kind.on_rows(batch["longest"][1])
+    kind = kind.on_rows(rows.longest[1])
     grads: tuple[Tensor, Tensor, Tensor] = flash_attention().backward(
-        grad, q, k, v, kept.out, kept.lse, batch["query_starts"], batch["key_starts"], *batch["longest"],
+        grad, q, k, v, kept.out, kept.lse, rows.query_starts, rows.key_starts, *rows.longest,
         0.0, True, *kept.state, scale=kind.scale, **_window(kind),
     )  # fmt: skip
     return grads
@@ -148,26 +151,26 @@ def _window(kind: AttentionKind) -> dict[str, int]:
     return {} if kind.window is None else {"window_size_left": kind.window - 1, "window_size_right": 0}
 
 
-def fold_slots(rows: Tensor, batch: PackedBatch) -> Tensor:
-    """Sums gathered rows [S, ...] back to the stream [T, ...] in fp32, without atomics."""
+def fold_slots(gathered: Tensor, rows: UnpaddedRows) -> Tensor:
+    """Sums gathered keys or values [S, ...] back to the stream [T, ...] in fp32, without atomics."""
     total: Tensor | None = None
-    for slots in batch["slots"].unbind(1):
-        part = rows.index_select(0, slots.clamp_min(0)).float()
-        part = part * (slots >= 0).view(-1, *[1] * (rows.ndim - 1))
+    for slots in rows.slots.unbind(1):
+        part = gathered.index_select(0, slots.clamp_min(0)).float()
+        part = part * (slots >= 0).view(-1, *[1] * (gathered.ndim - 1))
         total = part if total is None else total + part
     assert total is not None
-    return total.to(rows.dtype)
+    return total.to(gathered.dtype)
 
 
 class _PackedFlash(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, kind: AttentionKind, batch: PackedBatch
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, kind: AttentionKind, rows: UnpaddedRows
     ) -> Tensor:
-        rows_k, rows_v = (x.index_select(0, batch["kv_source"]) for x in (k, v))
-        kept = flash_forward(q, rows_k, rows_v, kind, batch)
+        rows_k, rows_v = (x.index_select(0, rows.source) for x in (k, v))
+        kept = flash_forward(q, rows_k, rows_v, kind, rows)
         ctx.save_for_backward(q, k, v, sinks, kept.out, kept.lse, *kept.state)
-        ctx.kind, ctx.batch = kind, batch
+        ctx.kind, ctx.rows = kind, rows
         return kept.out
 
     @staticmethod
@@ -175,10 +178,10 @@ class _PackedFlash(torch.autograd.Function):
         q, k, v, sinks, out, lse, *state = ctx.saved_tensors
         kept = Flash(out, lse, (state[0], state[1]))
         # The key and value rows are gathered again: keeping them would cost more memory than this pass costs time.
-        rows_k, rows_v = (x.index_select(0, ctx.batch["kv_source"]) for x in (k, v))
-        dq, dk, dv = flash_backward(grads[0], q, rows_k, rows_v, kept, ctx.kind, ctx.batch)
+        rows_k, rows_v = (x.index_select(0, ctx.rows.source) for x in (k, v))
+        dq, dk, dv = flash_backward(grads[0], q, rows_k, rows_v, kept, ctx.kind, ctx.rows)
         d_sinks = sinks_gradient(grads[0], kept, sinks) if ctx.needs_input_grad[3] else None
-        return dq, fold_slots(dk, ctx.batch), fold_slots(dv, ctx.batch), d_sinks, None, None
+        return dq, fold_slots(dk, ctx.rows), fold_slots(dv, ctx.rows), d_sinks, None, None
 
 
 # --- padded rows ------------------------------------------------------------------------------------------------------
@@ -192,23 +195,23 @@ class _Unshare(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, stream: Tensor, batch: PackedBatch) -> Tensor:
-        ctx.batch = batch
-        return stream.index_select(0, batch["row_src"]).view(*batch["shape"], *stream.shape[1:])
+    def forward(ctx: Any, stream: Tensor, rows: PaddedRows) -> Tensor:
+        ctx.rows = rows
+        return stream.index_select(0, rows.source).view(*rows.shape, *stream.shape[1:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        rows = grads[0].flatten(0, 1)
-        out = rows.index_select(0, ctx.batch["home"])
-        for stream, slot in ctx.batch["shared"]:
-            out[stream] += rows.index_select(0, slot)
+        slots = grads[0].flatten(0, 1)
+        out = slots.index_select(0, ctx.rows.home)
+        for stream, further in ctx.rows.shared:
+            out[stream] += slots.index_select(0, further)
         return out, None
 
 
-def unshare(stream: Tensor, batch: PackedBatch) -> Tensor:
+def unshare(stream: Tensor, rows: PaddedRows) -> Tensor:
     """Stream [T, ...] to rows [R, W, ...], with a deterministic backward pass."""
-    rows: Tensor = _Unshare.apply(stream, batch)
-    return rows
+    unshared: Tensor = _Unshare.apply(stream, rows)
+    return unshared
 
 
 def causal_rows(q: Tensor, k: Tensor, v: Tensor, kind: AttentionKind, dropout: float = 0.0) -> Tensor:
@@ -275,11 +278,11 @@ def packed_attention(
 ) -> Tensor:
     """[T, heads, dim of v] of a packed stream: q [T, heads, dim], k and v [T, kv heads, dim]; differentiable."""
     if not dropout and q.shape[-1] == v.shape[-1] and takes_flash(kind, q.device, q.dtype, q.shape[-1]):
-        out: Tensor = _PackedFlash.apply(q, k, v, kind.sinks, kind, batch)
+        out: Tensor = _PackedFlash.apply(q, k, v, kind.sinks, kind, batch.unpadded)
         return out
-    rows_q, rows_k, rows_v = (unshare(x, batch).transpose(1, 2) for x in (q, k, v))
+    rows_q, rows_k, rows_v = (unshare(x, batch.padded).transpose(1, 2) for x in (q, k, v))
     attended = causal_rows(rows_q, rows_k, rows_v, kind, dropout)
-    return attended.transpose(1, 2).flatten(0, 1).index_select(0, batch["home"])
+    return attended.transpose(1, 2).flatten(0, 1).index_select(0, batch.padded.home)
 
 
 # --- as an attention of Transformers' layers --------------------------------------------------------------------------
@@ -349,3 +352,22 @@ def attend_as_own(lm: Any) -> None:
         lm.set_attn_implementation("eager" if capped else "sdpa")
     except ValueError:
         lm.set_attn_implementation("eager")
+
+
+@contextmanager
+def plain_attention(model: Any, implementation: str | None = None) -> Iterator[None]:
+    """Transformers' own attention for a while: batched generation needs its padding masks.
+
+    Args:
+        implementation: None: what Transformers takes by itself.
+    """
+    lm = causal_lm(model)
+    before = attention_of(lm)
+    if implementation is None:
+        attend_as_own(lm)
+    else:
+        lm.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        lm.set_attn_implementation(before)

@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 
 from dpo_assets.errors import ConfigError
-from dpo_assets.planning.decoder import Decoder
-from dpo_assets.planning.families import describe
-from dpo_assets.training.batches.packing import PackedBatch
+from dpo_assets.training.batches.batch import PackedBatch
+from dpo_assets.training.engines.head import Head, TokenScores, score_hidden
 from dpo_assets.training.engines.recurrent.mixers import keep_adapters
-from dpo_assets.training.scoring.head import Head, TokenScores, score_hidden
-from dpo_assets.training.scoring.routers import RouterWatch
+from dpo_assets.training.engines.routers import RouterWatch
+from dpo_assets.training.models.structure import causal_lm
 
 ATTRIBUTE = "dpo_assets_engine"
-OWN_KERNELS = frozenset({"fused", "unsloth"})  # Whose layers are their own; others run the model's and PEFT's.
 
 
 class Engine(Protocol):
@@ -121,23 +119,6 @@ class OwnLayersEngine(PlainEngine):
 
     def as_the_policy(self) -> AbstractContextManager[Any]:
         return torch.enable_grad() if self._compiled else nullcontext()
-
-
-def causal_lm(model: Any) -> Any:
-    """The Transformers model inside a PEFT wrapper, its LoRA layers still in place."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def decoder_of(lm: Any) -> Any | None:
-    """What makes hidden states of token ids; None where the model does not say."""
-    # Llama 4's names its own prefix wrongly, so that Transformers takes the whole model for its decoder.
-    found = [module for module in (lm.get_decoder(), getattr(lm, "model", None)) if module is not None]
-    return next((module for module in found if module is not lm), None)
-
-
-def description_of(lm: Any) -> Decoder | None:
-    """What a loaded model computes, from its configuration; None where nothing describes its family."""
-    return describe(lm.config.get_text_config().to_dict())
 
 
 def attach_engine(model: Any, engine: Engine) -> None:

@@ -11,8 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from dpo_assets.errors import ConfigError
-from dpo_assets.training.engines.base import causal_lm, decoder_of
-from dpo_assets.training.models.targets import decoder_layers
+from dpo_assets.training.models.structure import causal_lm, decoder_layers, decoder_of
 from dpo_assets.training.private.transformers import checkpointing_layer
 
 

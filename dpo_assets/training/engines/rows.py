@@ -22,10 +22,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dpo_assets.training.batches.packing import PackedBatch, by_rows
-from dpo_assets.training.engines.base import OwnLayersEngine, decoder_of
+from dpo_assets.training.batches.batch import PackedBatch
+from dpo_assets.training.batches.packing import by_rows
+from dpo_assets.training.engines.base import OwnLayersEngine
+from dpo_assets.training.engines.head import TokenScores
 from dpo_assets.training.engines.rotary import RotaryTables, fresh_tables
-from dpo_assets.training.scoring.head import TokenScores
+from dpo_assets.training.models.structure import decoder_of
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,11 @@ def runs_of(batch: PackedBatch, budget: int, tables: RotaryTables | None = None)
     Args:
         tables: of a model whose rotary tables change with the longest row: a run's rows all have the same.
     """
-    device = batch["ids"].device
-    lengths = [prompt + answer for prompt, answers in batch["groups"] for answer in answers]
-    scored = [answer for _, answers in batch["groups"] for answer in answers]
+    device, lengths = batch.ids.device, batch.row_lengths
+    scored = [answer for _, answers in batch.groups for answer in answers]
     firsts = [sum(scored[:row]) for row in range(len(scored))]
-    rows = batch["ids"].index_select(0, batch["row_src"]).view(batch["shape"])
-    places = batch["pos"].index_select(0, batch["predict"])
+    rows = batch.ids.index_select(0, batch.padded.source).view(batch.padded.shape)
+    places = batch.positions.index_select(0, batch.scored.predict)
     alike: dict[Hashable, list[int]] = {}
     for row, length in enumerate(lengths):
         alike.setdefault(tables.shared_by(length) if tables else None, []).append(row)
@@ -133,7 +134,7 @@ class OwnLogitsEngine(RowsEngine):
     def scores(self, lm: Any, batch: PackedBatch, autocast: AbstractContextManager[Any] | None) -> TokenScores:
         def scored(run: _Run) -> tuple[Tensor, ...]:
             logits = lm(input_ids=run.ids, attention_mask=run.mask, use_cache=False).logits[run.row, run.place].float()
-            target = batch["target"].index_select(0, run.scored)
+            target = batch.scored.target.index_select(0, run.scored)
             logps = logits.log_softmax(-1)
             fixed, fixed_logps = logits.detach(), logps.detach()
             return (

@@ -14,7 +14,7 @@ from typing import Any
 
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
-from dpo_assets.training.models.targets import decoder_layers
+from dpo_assets.training.models.structure import causal_lm, decoder_layers
 from dpo_assets.training.private.liger import patches
 
 BACKEND = "inductor"
@@ -29,7 +29,7 @@ def speed_up(model: Any, plan: TrainingPlan) -> None:
     Raises:
         ConfigError: when Liger is not installed, or knows no kernels for the architecture.
     """
-    lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    lm = causal_lm(model)
     if "liger" in plan.speedups:
         _apply_liger(lm)
     if "compile" in plan.speedups:

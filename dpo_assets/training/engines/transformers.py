@@ -9,18 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from dpo_assets.training.batches.packing import PackedBatch
+from dpo_assets.errors import ConfigError
+from dpo_assets.training.batches.batch import PackedBatch
 from dpo_assets.training.engines.attention import NAME, Tables, attend_packed, pads_attention
-from dpo_assets.training.engines.base import (
-    OwnLayersEngine,
-    attach_engine,
-    attached_engine,
-    causal_lm,
-    decoder_of,
-    description_of,
-)
+from dpo_assets.training.engines.base import Engine, OwnLayersEngine, attach_engine, attached_engine
 from dpo_assets.training.engines.recurrent.mixers import serve_packed
-from dpo_assets.training.scoring.routers import RouterWatch
+from dpo_assets.training.engines.routers import RouterWatch
+from dpo_assets.training.models.structure import causal_lm, decoder_of, description_of
 
 
 class TransformersEngine(OwnLayersEngine):
@@ -41,8 +36,8 @@ class TransformersEngine(OwnLayersEngine):
         asked = {} if self._watch is None else {"output_router_logits": True}
         with autocast or nullcontext():
             said = decoder(
-                input_ids=batch["ids"][None],
-                position_ids=batch["pos"][None],
+                input_ids=batch.ids[None],
+                position_ids=batch.positions[None],
                 use_cache=False,
                 packed=Tables(batch),
                 **asked,
@@ -50,7 +45,7 @@ class TransformersEngine(OwnLayersEngine):
             if self._watch is not None:
                 self._watch.take(getattr(said, "router_logits", None))
             states: Tensor = said.last_hidden_state[0]
-            return states.index_select(0, batch["predict"])
+            return states.index_select(0, batch.scored.predict)
 
     @property
     def pads_attention(self) -> bool:
@@ -83,10 +78,17 @@ def why_not_packed(lm: Any) -> str:
     return "" if attend_packed(lm) else f"{type(lm).__name__} computes attention in a way of its own"
 
 
-def engine_of(model: Any) -> Any:
-    """The engine that computes a model: the attached one, or its own layers, which are attached by that."""
+def engine_of(model: Any) -> Engine:
+    """The engine that computes a model: the attached one, or its own layers, which are attached by that.
+
+    Raises:
+        ConfigError: when its layers take no packed batch.
+    """
     engine = attached_engine(model)
     if engine is None:
-        engine = TransformersEngine(causal_lm(model))
+        lm = causal_lm(model)
+        if reason := why_not_packed(lm):
+            raise ConfigError(f"{reason}, so nothing computes packed batches with it; choose_kernels finds what does")
+        engine = TransformersEngine(lm)
         attach_engine(model, engine)
     return engine

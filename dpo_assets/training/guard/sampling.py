@@ -16,11 +16,13 @@ import torch
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.batches.data import first_asked
 from dpo_assets.training.batches.packing import Group
+from dpo_assets.training.engines import unsloth
+from dpo_assets.training.engines.attention import plain_attention
 from dpo_assets.training.engines.base import attached_engine
 from dpo_assets.training.engines.transformers import engine_of
 from dpo_assets.training.engines.unsloth.engine import reference_mode
 from dpo_assets.training.models.chat_format import ChatFormat
-from dpo_assets.training.models.loading import ADAPTER_NAME, autocast_of, plain_attention
+from dpo_assets.training.models.loading import ADAPTER_NAME, autocast_of
 from dpo_assets.training.scoring.generation import generate
 from dpo_assets.training.scoring.logprobs import evaluating, score_hits
 from dpo_assets.training.scoring.proof import Settled, settle_engine
@@ -86,14 +88,14 @@ class Watched:
     def why_no_scores(self) -> str:
         """Why pairs cannot be scored here; empty when they can."""
         engine = attached_engine(self.model)
-        if engine is None or (engine.name == "unsloth") != (self.kernels == "unsloth"):
+        if engine is None or unsloth.computes(engine.name) != unsloth.computes(self.kernels):
             return "TRL's own trainer on Unsloth's kernels has no packed scorer"
         return ""
 
     @property
     def why_no_answers(self) -> str:
         """Why no answers can be sampled here; empty when they can."""
-        if self.kernels == "unsloth":
+        if unsloth.computes(self.kernels):
             return "Unsloth's kernels have a generation mode of their own, and switching to it changes what is trained"
         return ""
 
@@ -106,9 +108,8 @@ class Watched:
     def scores(self, groups: Sequence[Group]) -> tuple[list[float], list[int]]:
         """(summed log-probability, greedy matches) of every completion, by the forward of training."""
         with ExitStack() as stack:
-            if self.kernels == "unsloth":
-                plan = self.plan.model_copy(update={"kernels": "unsloth"})
-                stack.enter_context(reference_mode(self.model, plan))
+            if unsloth.computes(self.kernels):
+                stack.enter_context(reference_mode(self.model, self.kernels))
             else:
                 stack.enter_context(evaluating(self.model))
                 # TRL trains a model with the attention that Transformers chose.

@@ -14,6 +14,7 @@ from jinja2 import TemplateError
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from dpo_assets.artifact import read_object
 from dpo_assets.contract import TemplateSettings
 from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.quality_tokens import read_markers
@@ -162,7 +163,7 @@ def write_tokenizer(base: Path, folder: Path) -> None:
     """
     tokenizer, as_named = _read(base)
     copy_files(base, folder, is_tokenizer_file)
-    config: dict[str, Any] = json.loads((base / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+    config = read_object(base / TOKENIZER_CONFIG)
     written = _for_every_reader(config, type(tokenizer).__name__ if as_named else GENERIC_CLASS)
     if written != config:
         text = json.dumps(written, indent=2, ensure_ascii=False) + "\n"
@@ -242,7 +243,7 @@ def _exact(folder: Path) -> Tokenizer:
 
 def _configured(path: Path) -> dict[int, AddedToken]:
     """The added tokens of a tokenizer_config.json by their ids."""
-    said = json.loads(path.read_text(encoding="utf-8")).get("added_tokens_decoder") or {}
+    said = read_object(path).get("added_tokens_decoder") or {}
     return {
         int(number): AddedToken(**{name: row[name] for name in ("content", *FLAGS) if name in row})
         for number, row in said.items()

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpo_assets.training.models.targets import decoder_layers
+from dpo_assets.training.models.structure import decoder_layers
 
 LARGEST = 448.0  # Of e4m3.
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import importlib.util
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +19,20 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from dpo_assets.artifact import rewrite_json
+from dpo_assets.artifact import read_object, rewrite_json
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.weights import listed
-from dpo_assets.training.engines import attention
-from dpo_assets.training.engines.base import attach_engine, causal_lm
-from dpo_assets.training.engines.experts import serve_experts
-from dpo_assets.training.engines.fused.decoder import attach_fused
-from dpo_assets.training.engines.recompute import recompute_lowest
-from dpo_assets.training.engines.rows import OwnLogitsEngine, RowsEngine, why_not_rows
-from dpo_assets.training.engines.transformers import TransformersEngine, why_not_packed
+from dpo_assets.training.models.experts import serve_experts
 from dpo_assets.training.models.fp8 import quantise_layers
 from dpo_assets.training.models.targets import chosen_places, peft_targets, refuse_other_places
 from dpo_assets.training.models.text_part import text_source
-from dpo_assets.training.private.transformers import attention_of, cannot_convert, every_unexpected
+from dpo_assets.training.private.transformers import cannot_convert, every_unexpected
 
 # The adapter must carry PEFT's default name: TRL reads `peft_config["default"]` unguarded.
 ADAPTER_NAME = "default"
 # A LoRA that trains a larger share than this is not a LoRA: a dropped `peft_config` once meant full fine-tuning.
 LARGEST_TRAINABLE_SHARE = 0.6
-# Engines from the fastest to the one that serves every causal model. Unsloth's loads its models itself.
-CHAIN = ("fused", "transformers", RowsEngine.name, OwnLogitsEngine.name)
 
 
 def load_causal_lm(folder: Path, **how: Any) -> tuple[PreTrainedModel, list[str]]:
@@ -107,11 +97,8 @@ def _first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def load_base(folder: Path, plan: TrainingPlan, *, packed: bool = True) -> PreTrainedModel:
-    """The base model in the plan's precision on the plan's device.
-
-    Args:
-        packed: put the packed attention into its layers, where they take one; False keeps what Transformers chooses.
+def load_base(folder: Path, plan: TrainingPlan) -> PreTrainedModel:
+    """The base model in the plan's precision on the plan's device, its attention that which Transformers chooses.
 
     Raises:
         ConfigError: when the weights are not whole.
@@ -119,8 +106,6 @@ def load_base(folder: Path, plan: TrainingPlan, *, packed: bool = True) -> PreTr
     dtype, extra = compute_dtype(plan), _quantisation(plan)
     model, _ = load_causal_lm(folder, dtype=dtype, **extra)
     serve_experts(model)
-    if packed:
-        why_not_packed(model)
     if plan.precision == "fp8":
         quantise_layers(model, plan.device)
     elif plan.device == "cuda" and not extra:
@@ -152,49 +137,6 @@ def _quantisation(plan: TrainingPlan) -> Mapping[str, Any]:
         case _:
             return {}
     return {"quantization_config": settings, "device_map": {"": 0}}
-
-
-def choose_kernels(model: Any, plan: TrainingPlan, first: str | None = None) -> tuple[str, str]:
-    """Attaches the first engine of CHAIN that says it can compute a loaded model: (its name, why not those before it).
-
-    The planner knows the architecture; what only the worker sees (an adapter with dropout, of a kind of its own) falls
-    back to the next. Whether an engine is exact is proven afterwards (`scoring.proof`).
-
-    Args:
-        first: the engine to begin with; None: the plan's, and Transformers' layers where that is Unsloth, which loads
-            its models itself.
-    """
-    asked = first or (plan.kernels if plan.kernels in CHAIN else "transformers")
-    reasons = []
-    for kernels in CHAIN[CHAIN.index(asked) :]:
-        fitted = plan.fitted_to(kernels)
-        if not (reason := _attach(causal_lm(model), fitted, kernels)):
-            break
-        reasons.append(reason)
-    if kernels != "fused":  # Which recomputes by itself.
-        recompute_lowest(model, fitted.recomputed_layers)
-    return kernels, "; ".join(reasons)
-
-
-def _attach(lm: Any, plan: TrainingPlan, kernels: str) -> str:
-    """Lets an engine compute a model. Returns why not, empty when it does."""
-    compiled = "compile" in plan.speedups
-    match kernels:
-        case "fused":
-            return attach_fused(lm, compute_dtype(plan), plan.recomputed_layers, plan.max_length)
-        case "transformers":
-            if reason := why_not_packed(lm):
-                return reason
-            attach_engine(lm, TransformersEngine(lm, compiled=compiled))
-        case "rows":
-            if reason := why_not_rows(lm):
-                return reason
-            attention.attend_as_own(lm)
-            attach_engine(lm, RowsEngine(lm, plan.token_budget, compiled=compiled))
-        case _:
-            lm.set_attn_implementation(OwnLogitsEngine.attention)
-            attach_engine(lm, OwnLogitsEngine(lm, plan.token_budget, compiled=compiled))
-    return ""
 
 
 def autocast_of(plan: TrainingPlan) -> torch.autocast:
@@ -266,29 +208,10 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     model.save_pretrained(str(folder), selected_adapters=[ADAPTER_NAME], safe_serialization=True)
     # PEFT writes down where the base lay on this machine, which would leak, and its target modules in the order of a
     # set, which changes from process to process: equal adapters would differ by either.
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_object(folder / "adapter_config.json")
     config |= {"base_model_name_or_path": None, "target_modules": sorted(config["target_modules"])}
     if config.get("target_parameters"):
         config["target_parameters"] = sorted(config["target_parameters"])
     rewrite_json(folder / "adapter_config.json", config)
     # PEFT writes a card that names the local folder of the base; the release gets a card of its own.
     (folder / "README.md").unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def plain_attention(model: Any, implementation: str | None = None) -> Iterator[None]:
-    """Transformers' own attention for a while: batched generation needs its padding masks.
-
-    Args:
-        implementation: None: what Transformers takes by itself.
-    """
-    lm = causal_lm(model)
-    before = attention_of(lm)
-    if implementation is None:
-        attention.attend_as_own(lm)
-    else:
-        lm.set_attn_implementation(implementation)
-    try:
-        yield
-    finally:
-        lm.set_attn_implementation(before)

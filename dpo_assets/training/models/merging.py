@@ -7,7 +7,6 @@ File format: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -19,7 +18,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from dpo_assets.artifact import write_json
+from dpo_assets.artifact import read_object, write_json
 from dpo_assets.errors import ConfigError, GateError
 from dpo_assets.planning.precision import Compute
 from dpo_assets.planning.text_part import TextPart, read_text_part
@@ -83,7 +82,7 @@ def plan_merge(base: Path, adapter: Path) -> StreamedMerge:
         NotStreamable: when PEFT must merge, because the adapter is not plain LoRA or its layers are stored otherwise.
         ConfigError: when a file is missing or unreadable, or the adapter holds nothing.
     """
-    settings = _json(adapter / ADAPTER_CONFIG)
+    settings = read_object(adapter / ADAPTER_CONFIG)
     _refuse_other_kinds(settings)
     pairs = _pairs(read_header(adapter / ADAPTER_WEIGHTS))
     files = tuple(read_header(path) for path in weight_files(base))
@@ -284,18 +283,6 @@ def _not_finite(name: str, where: str, fix: str) -> GateError:
         source="a NaN weight answers nothing but NaN",
         fix=fix,
     )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is missing") from None
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} is not a JSON object")
-    return value
 
 
 def stored_format(base: Path) -> Compute:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dpo_assets.artifact import rewrite_json
+from dpo_assets.artifact import read_object, rewrite_json
 from dpo_assets.contract import TemplateSettings
 from dpo_assets.planning.companions import GENERATION, copy_files, is_released
 from dpo_assets.planning.model_folder import CONFIG
@@ -78,5 +77,5 @@ def _listed(ids: int | list[int] | None) -> list[int]:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return value
+    """What it holds; nothing where it is not there."""
+    return read_object(path) if path.is_file() else {}

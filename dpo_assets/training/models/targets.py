@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -16,6 +15,7 @@ from dpo_assets.planning.matrices import Matrices, Role, is_stack, role_of
 from dpo_assets.planning.targets import Covered, LoraCoverage, all_linear, refuse_unknown
 from dpo_assets.planning.weights import listed
 from dpo_assets.recipe import EVERY_LINEAR, LoraSection
+from dpo_assets.training.models.structure import decoder_layers
 from dpo_assets.training.private.peft import lora_layer, lora_of, parameter_of
 
 _WRAPPED = re.compile(r"\.base_layer(?=\.|$)")
@@ -144,31 +144,6 @@ def _weights(layer: nn.Module) -> Iterator[tuple[str, tuple[int, ...], bool]]:
             for own, parameter in module.named_parameters(recurse=False):
                 if is_stack(f"{plain}.{own}", parameter.shape):
                     yield f"{plain}.{own}", tuple(parameter.shape), True
-
-
-def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
-    """The list of decoder layers and its name in the model.
-
-    Raises:
-        ConfigError: when there is none, or nothing tells which one it is.
-    """
-    lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder, layers = lm.get_decoder(), lm.config.get_text_config().num_hidden_layers
-    lists = {name: held for name, held in lm.named_modules() if isinstance(held, nn.ModuleList) and len(held) == layers}
-    own = {name: held for name, held in lists.items() if any(child is held for child in decoder.children())}
-    # Llama 4's decoder is the whole language model: one of its children owns the list.
-    below = {
-        name: held
-        for name, held in lists.items()
-        if any(grandchild is held for child in decoder.children() for grandchild in child.children())
-    }
-    if not own and len(below) != 1:
-        has = f"several, {', '.join(below)}" if below else "none"
-        raise ConfigError(
-            f"{type(lm).__name__} should have one list of its {layers} decoder layers, and has {has}; take a decoder "
-            "language model of another family."
-        )
-    return next(iter((own or below).items()))
 
 
 def _ending_in(names: list[str], paths: list[str]) -> set[str]:

@@ -11,10 +11,10 @@ import torch
 from transformers import GenerationConfig
 
 from dpo_assets.planning.scoring import GENERATION_BATCH as GENERATION_BATCH
-from dpo_assets.training.engines.base import causal_lm
+from dpo_assets.training.engines.attention import plain_attention
 from dpo_assets.training.engines.rotary import RotaryTables, fresh_tables
 from dpo_assets.training.models.chat_format import ChatFormat
-from dpo_assets.training.models.loading import plain_attention
+from dpo_assets.training.models.structure import causal_lm
 
 REPEATED_NGRAM, REPEATS = 4, 3  # An answer that says one 4-gram of tokens three times or more repeats itself.
 

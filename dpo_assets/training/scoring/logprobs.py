@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_assets.training.batches.packing import Group, PackedBatch, pack, under_budget
-from dpo_assets.training.engines.base import causal_lm
+from dpo_assets.training.batches.batch import PackedBatch
+from dpo_assets.training.batches.packing import Group, pack, under_budget
+from dpo_assets.training.engines.head import TokenScores
 from dpo_assets.training.engines.transformers import engine_of
-from dpo_assets.training.scoring.head import TokenScores
+from dpo_assets.training.models.structure import causal_lm
 
 
 def score_tokens(model: Any, batch: PackedBatch, autocast: AbstractContextManager[Any] | None = None) -> TokenScores:
@@ -26,19 +27,8 @@ def score_tokens(model: Any, batch: PackedBatch, autocast: AbstractContextManage
 
 def sequence_logps(scores: TokenScores, batch: PackedBatch) -> Tensor:
     """Summed log-probability of each completion [R], in the order of `pack`."""
-    rows = batch["shape"][0]
-    return scores.logps.new_zeros(rows).index_add(0, batch["owner"], scores.logps)
-
-
-def to_device(batch: PackedBatch, device: Any) -> PackedBatch:
-    """The batch with its tensors on `device`."""
-
-    def move(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.to(device, non_blocking=True)
-        return [move(v) for v in value] if isinstance(value, list) else value
-
-    return {name: move(value) for name, value in batch.items()}
+    rows = len(batch.scored.lengths)
+    return scores.logps.new_zeros(rows).index_add(0, batch.scored.owner, scores.logps)
 
 
 def score_groups(
@@ -64,11 +54,11 @@ def score_hits(
     engine = engine_of(model)
     engine.renew()
     for run in under_budget(groups, [g.tokens for g in groups], budget):
-        batch = to_device(pack(run), causal_lm(model).device)
+        batch = pack(run).to(causal_lm(model).device)
         with engine.as_the_policy():
             scores = score_tokens(model, batch, autocast)
             logps.append(sequence_logps(scores, batch).detach())
-        hits.append(torch.zeros_like(batch["lengths"]).index_add(0, batch["owner"], scores.top1.long()))
+        hits.append(torch.zeros_like(batch.scored.lengths).index_add(0, batch.scored.owner, scores.top1.long()))
     # Read once at the end: a read per forward would wait for the device each time.
     return (torch.cat(logps).tolist(), torch.cat(hits).tolist()) if logps else ([], [])
 

@@ -25,12 +25,14 @@ from dpo_assets.contract import memory_failure
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.batches.packing import Group, pack
-from dpo_assets.training.engines.base import attached_engine, causal_lm
+from dpo_assets.training.engines.attention import plain_attention
+from dpo_assets.training.engines.base import attached_engine
+from dpo_assets.training.engines.ladder import below, choose_kernels
 from dpo_assets.training.engines.rotary import fresh_tables
 from dpo_assets.training.engines.transformers import engine_of
-from dpo_assets.training.models.loading import CHAIN, autocast_of, choose_kernels, plain_attention
-from dpo_assets.training.models.targets import decoder_layers
-from dpo_assets.training.scoring.logprobs import evaluating, score_tokens, to_device
+from dpo_assets.training.models.loading import autocast_of
+from dpo_assets.training.models.structure import causal_lm, decoder_layers
+from dpo_assets.training.scoring.logprobs import evaluating, score_tokens
 
 LONGEST_EAGER = 4096  # Eager attention keeps all scores of a row, heads x length squared.
 SHORT = 16  # Most answer tokens of the row behind the longest.
@@ -109,7 +111,7 @@ def _settle(model: Any, plan: TrainingPlan, longest: Group, first: str | None, t
             # Whatever keeps a layer of an unknown architecture from computing a packed batch, the next engine may not
             # mind.
             reasons.append(str(error) if isinstance(error, NotExactError) else f"`{kernels}` fails: {_named(error)}")
-            slower = CHAIN[CHAIN.index(kernels) + 1 :] if kernels in CHAIN else ()
+            slower = below(kernels)
             if not slower:
                 raise ConfigError(
                     f"{type(causal_lm(model)).__name__} is computed by nothing here as by its own forward, so no score "
@@ -227,10 +229,10 @@ def _engine_logps(model: Any, groups: Sequence[Group], autocast: AbstractContext
     """Log-probabilities [tokens] of every completion, from one forward of the model's engine."""
     engine = engine_of(model)
     engine.renew()
-    batch = to_device(pack(groups), causal_lm(model).device)
+    batch = pack(groups).to(causal_lm(model).device)
     with engine.as_the_policy():
         logps = score_tokens(model, batch, autocast).logps
-    return list(logps.float().split(batch["lengths"].tolist()))
+    return list(logps.float().split(batch.scored.lengths.tolist()))
 
 
 def _compare(

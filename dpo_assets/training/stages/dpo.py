@@ -18,6 +18,7 @@ from dpo_assets.contract import GuardSpec, TrainSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.batches.data import dpo_group, load_asked, load_conversations, load_split
+from dpo_assets.training.engines import unsloth
 from dpo_assets.training.engines.base import attached_engine
 from dpo_assets.training.guard.aftermath import measure
 from dpo_assets.training.guard.collapse import CollapseGuard
@@ -25,14 +26,15 @@ from dpo_assets.training.guard.finite import StopOnNonFinite, check_trained
 from dpo_assets.training.guard.sampling import AdapterState, Watched, attach_scorer, first_prompts
 from dpo_assets.training.models.chat_format import RENDERING_ERRORS, load_chat_format
 from dpo_assets.training.models.loading import ADAPTER_NAME, autocast_of, save_adapter
-from dpo_assets.training.models.policy import Policy
 from dpo_assets.training.models.targets import coverage
+from dpo_assets.training.policy import Policy
 from dpo_assets.training.reporting import ProgressLines, Reporter, all_finite, write_metrics
 from dpo_assets.training.scoring.proof import assert_routers_heard
 from dpo_assets.training.trainers.classic import ClassicDPOTrainer, classic_trainer, refuse_without_gpu
-from dpo_assets.training.trainers.dpo import REFERENCE_COLUMNS, PackedDPOTrainer
+from dpo_assets.training.trainers.dpo import PackedDPOTrainer
 from dpo_assets.training.trainers.losses import DpoLoss
-from dpo_assets.training.trainers.packed import PackedCollator, end_quietly, packed_arguments, trainer_arguments
+from dpo_assets.training.trainers.packed import end_quietly, packed_arguments, trainer_arguments
+from dpo_assets.training.trainers.step import REFERENCE_COLUMNS, PackedCollator
 from dpo_assets.training.trainers.strategies import (
     Start,
     join_adapters,
@@ -82,7 +84,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
         trainer = classic_trainer(policy.model, chat.rendering_tokenizer(), rows, plan, spec.scratch)
     guard, watched = None, None
     if spec.guard is not None:
-        if attached_engine(policy.model) is None and policy.kernels != "unsloth":
+        if attached_engine(policy.model) is None and not unsloth.computes(policy.kernels):
             scorer = attach_scorer(policy.model, plan, longest_group(spec))
             if scorer.note:
                 reporter.log(f"dpo: pairs are scored by {scorer.kernels} beside TRL's trainer: {scorer.note}")
@@ -130,18 +132,17 @@ def packed_trainer(start: Start, tokenizer: Any, spec: TrainSpec, reporter: Repo
         with autocast_of(plan):
             assert_routers_heard(policy.model, groups[0])
     reference = step_reference(start, spec)
-    reused, columns = 0, ()  # type: tuple[int, tuple[str, ...]]
+    reused = 0
     if reference is None:
         scores, reused = score_reference(policy, groups, spec, reporter)
-        columns = REFERENCE_COLUMNS
-        for n, name in enumerate(columns):
+        for n, name in enumerate(REFERENCE_COLUMNS):
             train = train.add_column(name, [pair[n] for pair in scores])
     trainer = PackedDPOTrainer(
         model=policy.model,
         args=dpo_arguments(plan, spec.scratch),
         train_dataset=train,
         processing_class=tokenizer,
-        data_collator=PackedCollator.of(policy.model, to_group, plan.token_budget, columns),
+        data_collator=PackedCollator.of(policy.model, to_group, plan.token_budget, referenced=reference is None),
         loss=loss,
         reference=plan.dpo.reference,
         step_reference=reference,

@@ -26,7 +26,7 @@ from dpo_assets.training.batches.data import dpo_group, first_asked, load_asked
 from dpo_assets.training.batches.packing import Group
 from dpo_assets.training.models.chat_format import ChatFormat, load_chat_format
 from dpo_assets.training.models.loading import autocast_of
-from dpo_assets.training.models.policy import load_scored
+from dpo_assets.training.policy import load_scored
 from dpo_assets.training.reporting import Reporter
 from dpo_assets.training.scoring.generation import generate, generation_health
 from dpo_assets.training.scoring.logprobs import score_groups

@@ -23,8 +23,8 @@ from dpo_assets.training.batches.packing import Group
 from dpo_assets.training.models.carrying import OtherLayout, compared, names_compared, put_back
 from dpo_assets.training.models.loading import attach_adapter, autocast_of, load_base, load_causal_lm, random_rates
 from dpo_assets.training.models.merging import NotStreamable, StreamedMerge, plan_merge, stored_format, stream_merge
-from dpo_assets.training.models.policy import load_scored
 from dpo_assets.training.models.release_files import write_companions, write_config
+from dpo_assets.training.policy import load_scored
 from dpo_assets.training.reporting import Reporter
 from dpo_assets.training.scoring.logprobs import score_groups
 from dpo_assets.training.scoring.proof import Settled, alike, settle_engine
@@ -106,7 +106,7 @@ def merge_in_memory(spec: MergeSpec, folder: Path, reporter: Reporter) -> Stream
     """
     stored = stored_format(spec.base_model)
     plan = spec.plan.model_copy(update={"device": "cpu", "precision": stored})
-    base = load_base(spec.base_model, plan, packed=False)
+    base = load_base(spec.base_model, plan)
     rates = random_rates(base.config)
     model = attach_adapter(base, plan, spec.adapter, seed=0, dropout=0.0)
     model.eval()

@@ -15,22 +15,22 @@ from dpo_assets.artifact import VOLATILE, write_json
 from dpo_assets.checks.reports import SftReport
 from dpo_assets.contract import TrainSpec
 from dpo_assets.training.batches.data import load_split, longest_group, sft_group
-from dpo_assets.training.batches.packing import Group, PackedBatch
+from dpo_assets.training.batches.packing import Group
 from dpo_assets.training.guard.finite import StopOnNonFinite, check_trained
 from dpo_assets.training.models.chat_format import load_chat_format
 from dpo_assets.training.models.loading import ADAPTER_NAME, autocast_of, save_adapter
-from dpo_assets.training.models.policy import load_policy
 from dpo_assets.training.models.targets import coverage
+from dpo_assets.training.policy import load_policy
 from dpo_assets.training.reporting import ProgressLines, Reporter, all_finite, write_metrics
 from dpo_assets.training.scoring.logprobs import evaluating, score_groups
 from dpo_assets.training.scoring.proof import assert_routers_heard
 from dpo_assets.training.trainers.packed import (
-    PackedCollator,
     PackedSteps,
     end_quietly,
     packed_arguments,
     trainer_arguments,
 )
+from dpo_assets.training.trainers.step import Forward, PackedCollator, Step
 
 PROBE_PAIRS = 64  # Held-out answers whose loss is measured before and after.
 
@@ -46,12 +46,12 @@ class PackedSFTTrainer(PackedSteps, Trainer):
         super().__init__(*args, **kwargs)
         self.router_balance = router_balance
 
-    def forward_loss(self, model: Any, batch: PackedBatch, step: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        scores, balance = self.scored(model, batch, step)
+    def forward_loss(self, model: Any, forward: Forward, step: Step) -> tuple[Tensor, Tensor]:
+        scores, balance = self.scored(model, forward, step)
         count = len(scores.logps)
         self._means.add("mean_token_accuracy", scores.top1.sum(), count)
         self._means.add("entropy", scores.entropy.sum(), count)
-        loss = -scores.logps.sum() / step["targets"]
+        loss = -scores.logps.sum() / step.targets
         return loss + balance, loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -9,7 +9,6 @@ Import this module after `unsloth.loading.prepare_unsloth`: Unsloth replaces `tr
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.work import CLASSIC_MICRO_BATCH
 from dpo_assets.recipe import DpoSection
+from dpo_assets.training.engines import unsloth
 from dpo_assets.training.engines.unsloth.loading import check_adapter_only
 from dpo_assets.training.guard.finite import check_first_loss
 from dpo_assets.training.private import trl as private
@@ -123,7 +123,7 @@ def refuse_without_gpu(plan: TrainingPlan) -> None:
     Raises:
         ConfigError: on a CPU.
     """
-    if plan.device == "cpu" and plan.kernels != "unsloth":
+    if plan.device == "cpu" and not unsloth.computes(plan.kernels):
         raise ConfigError("dpo.trainer `trl` needs a GPU: TRL 1.15 scores with a Triton kernel. Use `packed` on a CPU.")
 
 
@@ -151,7 +151,7 @@ def classic_trainer(
         train_dataset=rows.select_columns(list(COLUMNS)),
         processing_class=tokenizer,
         check_first=first_loss_check(plan.dpo),
-        same_forward="compile" in plan.speedups or (plan.kernels == "unsloth" and not plan.gradient_checkpointing),
+        same_forward="compile" in plan.speedups or (unsloth.computes(plan.kernels) and not plan.gradient_checkpointing),
     )
     check_arguments(asked, trainer.args)
     if len(trainer.train_dataset) != len(rows):
@@ -217,7 +217,7 @@ def classic_arguments(plan: TrainingPlan, output_dir: Path) -> dict[str, Any]:
         "dataloader_drop_last": False,
         "train_sampling_strategy": "random",
     }
-    if plan.gradient_checkpointing and plan.kernels != "unsloth":
+    if plan.gradient_checkpointing and not unsloth.computes(plan.kernels):
         arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     return arguments
 
@@ -268,10 +268,10 @@ def optimizer_of(plan: TrainingPlan) -> str:
     8-bit AdamW is what Unsloth's users train with. Unsloth's CPU backend replaces `adamw_torch` by its fused form, so
     that is what is asked of it there.
     """
-    if plan.kernels != "unsloth":
+    if not unsloth.computes(plan.kernels):
         return "adamw_torch"
     if plan.device == "cpu":
-        return "adamw_torch_fused" if "unsloth" in sys.modules else "adamw_torch"
+        return "adamw_torch_fused" if unsloth.is_imported() else "adamw_torch"
     return "adamw_8bit" if importlib.util.find_spec("bitsandbytes") else "adamw_torch"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,16 +13,16 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import Trainer
 
-from dpo_assets.training.batches.packing import PackedBatch
+from dpo_assets.training.batches.batch import PackedBatch
+from dpo_assets.training.engines.head import TokenScores
 from dpo_assets.training.engines.transformers import engine_of
 from dpo_assets.training.guard.finite import check_first_loss
 from dpo_assets.training.private.trl import REFERENCE_ADAPTER, check_adapters, check_hooks, check_prepared
-from dpo_assets.training.scoring.head import TokenScores
 from dpo_assets.training.scoring.logprobs import score_tokens, sequence_logps
 from dpo_assets.training.trainers.losses import DpoLoss, PairScores
 from dpo_assets.training.trainers.packed import PackedSteps
+from dpo_assets.training.trainers.step import Coupled, Forward, Step
 
-REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 # Scores a packed batch by the reference: [pairs, 2] summed log-probabilities of chosen and rejected.
 StepReference = Callable[[PackedBatch], Tensor]
 
@@ -91,51 +92,53 @@ class PackedDPOTrainer(PackedSteps, trl.DPOTrainer):
         self._taken_as_prepared = True
         return dataset
 
-    def begin_step(self, model: Any, step: dict[str, Any]) -> None:
-        """Reference scores of every forward; and, for a loss that couples pairs across forwards, its slopes."""
-        for batch in step["forwards"]:
-            if self._step_reference is None:
-                batch["reference"] = torch.stack([batch[name] for name in REFERENCE_COLUMNS], dim=1)
-            else:
-                with torch.no_grad():
-                    batch["reference"] = self._step_reference(batch)
-        if self._loss.coupled and len(step["forwards"]) > 1:
-            self._couple(model, step)
+    def begin_step(self, model: Any, step: Step) -> Step:
+        """With reference scores of every forward; and, for a loss that couples pairs across forwards, its slopes."""
+        forwards = step.forwards
+        if self._step_reference is not None:
+            with torch.no_grad():
+                forwards = tuple(replace(each, reference=self._step_reference(each.batch)) for each in forwards)
+        if self._loss.coupled and len(forwards) > 1:
+            forwards = self._coupled(model, forwards)
+        return replace(step, forwards=forwards)
 
-    def _couple(self, model: Any, step: dict[str, Any]) -> None:
+    def _coupled(self, model: Any, forwards: tuple[Forward, ...]) -> tuple[Forward, ...]:
         """Scores all pairs of the step first: a loss that sorts over them needs them all before any gradient."""
         with torch.no_grad():
-            parts = [self._beforehand(model, batch) for batch in step["forwards"]]
+            parts = [self._beforehand(model, forward) for forward in forwards]
         loss, by_chosen, by_rejected = self._loss.gradient(PairScores.joined(parts))
         slopes = torch.stack([by_chosen, by_rejected], dim=1)
-        for batch, slope in zip(step["forwards"], slopes.split([len(p.chosen) for p in parts]), strict=True):
-            batch["slopes"] = slope
-            batch["share"] = loss / len(parts)
+        by_forward = slopes.split([len(part.chosen) for part in parts])
+        return tuple(
+            replace(forward, coupled=Coupled(own, share=loss / len(parts)))
+            for forward, own in zip(forwards, by_forward, strict=True)
+        )
 
-    def forward_loss(self, model: Any, batch: PackedBatch, step: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        scores, balance = self.scored(model, batch, step)
-        pairs = self._pair_scores(scores, batch)
-        self._count(scores, batch, pairs)
+    def forward_loss(self, model: Any, forward: Forward, step: Step) -> tuple[Tensor, Tensor]:
+        scores, balance = self.scored(model, forward, step)
+        pairs = self._pair_scores(scores, forward)
+        self._count(scores, forward.batch, pairs)
         if self.state.global_step == 0:
             self._first.append(pairs.detached())
-        if "slopes" in batch:
-            by_chosen, by_rejected = batch["slopes"].unbind(1)
-            return (by_chosen * pairs.chosen + by_rejected * pairs.rejected).sum() + balance, batch["share"]
+        if (coupled := forward.coupled) is not None:
+            by_chosen, by_rejected = coupled.slopes.unbind(1)
+            return (by_chosen * pairs.chosen + by_rejected * pairs.rejected).sum() + balance, coupled.share
         if self._loss.coupled:
             loss = self._loss.of_batch(pairs)
         else:
-            loss = self._loss.per_pair(pairs, step["first_targets"] / step["pairs"]).sum() / step["pairs"]
+            loss = self._loss.per_pair(pairs, step.first_targets / step.pairs).sum() / step.pairs
         return loss + balance, loss
 
-    def _beforehand(self, model: Any, batch: PackedBatch) -> PairScores:
+    def _beforehand(self, model: Any, forward: Forward) -> PairScores:
         """What `forward_loss` will score, by the same graph: where gradients decide which, they are thrown away."""
         lm = self.accelerator.unwrap_model(model)
         with engine_of(lm).as_the_policy():
-            return self._pair_scores(score_tokens(lm, batch, self.accelerator.autocast()), batch).detached()
+            return self._pair_scores(score_tokens(lm, forward.batch, self.accelerator.autocast()), forward).detached()
 
-    def _pair_scores(self, scores: TokenScores, batch: PackedBatch) -> PairScores:
-        logps = sequence_logps(scores, batch).view(-1, 2)
-        reference, lengths = batch["reference"].to(logps), batch["lengths"].view(-1, 2)
+    def _pair_scores(self, scores: TokenScores, forward: Forward) -> PairScores:
+        assert forward.reference is not None, "the collator takes it from the rows, or `step_reference` scores it"
+        logps = sequence_logps(scores, forward.batch).view(-1, 2)
+        reference, lengths = forward.reference.to(logps), forward.batch.scored.lengths.view(-1, 2)
         return PairScores(*logps.unbind(1), *reference.unbind(1), *lengths.unbind(1))
 
     def after_step_loss(self, loss: Tensor) -> None:
@@ -149,7 +152,7 @@ class PackedDPOTrainer(PackedSteps, trl.DPOTrainer):
 
     def _count(self, scores: TokenScores, batch: PackedBatch, pairs: PairScores) -> None:
         """TRL's metrics under TRL's names, weighted by pairs and tokens. Nothing here waits for the device."""
-        chosen_token = batch["owner"] % 2 == 0
+        chosen_token = batch.scored.owner % 2 == 0
         count, number = len(scores.logps), len(pairs.chosen)
         chosen_count = chosen_token.sum()
         rewards_chosen = self.beta * (pairs.chosen - pairs.ref_chosen).detach()
@@ -169,7 +172,7 @@ class PackedDPOTrainer(PackedSteps, trl.DPOTrainer):
         add("rejected_nats_per_token", (pairs.rejected - pairs.ref_rejected).sum(), count - chosen_count)
         add("logps/chosen", pairs.chosen.sum(), number)
         add("logps/rejected", pairs.rejected.sum(), number)
-        self._tokens += batch["logical"]
+        self._tokens += sum(batch.row_lengths)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         means = self._means.take()

@@ -6,7 +6,6 @@ the gradient is that of one forward over all pairs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,11 @@ from transformers import TrainerCallback
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.schedule import warmup_steps
 from dpo_assets.recipe import OptimSection
-from dpo_assets.training.batches.packing import Group, PackedBatch, balanced, by_rows, by_width, pack
+from dpo_assets.training.engines.head import TokenScores
 from dpo_assets.training.engines.transformers import engine_of
-from dpo_assets.training.scoring.head import TokenScores
-from dpo_assets.training.scoring.logprobs import score_tokens, to_device
+from dpo_assets.training.scoring.logprobs import score_tokens
 from dpo_assets.training.trainers.schedule import SCHEDULER_TYPES, MovingSchedule
+from dpo_assets.training.trainers.step import STEP, Forward, Step
 
 LOGGED_STEPS = 200  # A run logs every step up to this many steps, and about this many times beyond.
 
@@ -70,59 +69,6 @@ def packed_arguments(plan: TrainingPlan) -> dict[str, Any]:
     }
 
 
-class PackedCollator:
-    """Rows of a prepared dataset to one batch: a list of packed forwards with the extra columns of their pairs.
-
-    Args:
-        padded: attention will run on padded rows, so pairs of like length belong together; otherwise forwards are
-            about equally large.
-        whole_rows: all of the model will, so a forward costs its rows times the widest.
-    """
-
-    def __init__(
-        self,
-        to_group: Callable[[dict[str, Any]], Group],
-        budget: int,
-        extra: tuple[str, ...] = (),
-        *,
-        padded: bool = False,
-        whole_rows: bool = False,
-    ) -> None:
-        self.to_group, self.budget, self.extra = to_group, budget, extra
-        self.padded, self.whole_rows = padded, whole_rows
-
-    @classmethod
-    def of(
-        cls, model: Any, to_group: Callable[[dict[str, Any]], Group], budget: int, extra: tuple[str, ...] = ()
-    ) -> PackedCollator:
-        """Cuts a batch as the engine that computes `model` pays for it."""
-        engine = engine_of(model)
-        return cls(to_group, budget, extra, padded=engine.pads_attention, whole_rows=engine.padded)
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        groups = [self.to_group(row) for row in rows]
-        forwards = []
-        both, sizes = list(zip(groups, rows, strict=True)), [g.tokens for g in groups]
-        widths = [g.longest_row for g in groups]
-        if self.whole_rows:
-            runs = by_rows(both, widths, self.budget, len(groups[0].completions))
-        elif self.padded:
-            runs = by_width(both, sizes, widths, self.budget)
-        else:
-            runs = balanced(both, sizes, self.budget)
-        for run in runs:
-            batch = pack([group for group, _ in run])
-            for name in self.extra:
-                batch[name] = torch.tensor([row[name] for _, row in run])
-            forwards.append(batch)
-        return {
-            "forwards": forwards,
-            "pairs": len(rows),
-            "targets": sum(len(f["target"]) for f in forwards),
-            "first_targets": sum(len(group.completions[0]) for group in groups),
-        }
-
-
 class PackedSteps(MovingSchedule):
     """Mixin for transformers.Trainer: runs the forwards of a step and adds up their weighted losses."""
 
@@ -136,14 +82,15 @@ class PackedSteps(MovingSchedule):
         super().__init__(*args, **kwargs)
         self._means = RunningMeans()
 
-    def begin_step(self, model: Any, step: dict[str, Any]) -> None:
-        """Hook before the first forward of a step, its batches on the device."""
+    def begin_step(self, model: Any, step: Step) -> Step:
+        """Hook before the first forward of a step that is on the device: the step with what its forwards need."""
+        return step
 
-    def forward_loss(self, model: Any, batch: PackedBatch, step: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def forward_loss(self, model: Any, forward: Forward, step: Step) -> tuple[Tensor, Tensor]:
         """(what to differentiate, this forward's share of the step's loss). Both add up over the step's forwards."""
         raise NotImplementedError
 
-    def scored(self, model: Any, batch: PackedBatch, step: dict[str, Any]) -> tuple[TokenScores, Tensor | float]:
+    def scored(self, model: Any, forward: Forward, step: Step) -> tuple[TokenScores, Tensor | float]:
         """A forward's scores, and what the balance of its routers adds to what is differentiated.
 
         A forward counts by its tokens, a shared prompt's once. Each is balanced for itself, as the micro-batches of TRL
@@ -151,12 +98,12 @@ class PackedSteps(MovingSchedule):
         """
         lm, autocast = self.accelerator.unwrap_model(model), self.accelerator.autocast()
         if not self.router_balance:
-            return score_tokens(lm, batch, autocast), 0.0
+            return score_tokens(lm, forward.batch, autocast), 0.0
         with engine_of(lm).watching_routers() as routers:
-            scores = score_tokens(lm, batch, autocast)
-        balance, tokens = routers.loss(), len(batch["ids"])
+            scores = score_tokens(lm, forward.batch, autocast)
+        balance, tokens = routers.loss(), len(forward.batch.ids)
         self._means.add("aux_loss", balance * tokens, tokens)
-        return scores, self.router_balance * balance * tokens / sum(len(other["ids"]) for other in step["forwards"])
+        return scores, self.router_balance * balance * tokens / step.tokens
 
     def after_step_loss(self, loss: Tensor) -> None:
         """Hook on the whole step's loss, before the optimizer moves."""
@@ -164,12 +111,12 @@ class PackedSteps(MovingSchedule):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         model.train()
         device = self.accelerator.device
-        step = inputs | {"forwards": [to_device(batch, device) for batch in inputs["forwards"]]}
+        moved: Step = inputs[STEP].to(device)
         engine_of(self.accelerator.unwrap_model(model)).renew()
-        self.begin_step(model, step)
+        step = self.begin_step(model, moved)
         total = torch.zeros((), device=device)
-        for batch in step["forwards"]:
-            loss, share = self.forward_loss(model, batch, step)
+        for forward in step.forwards:
+            loss, share = self.forward_loss(model, forward, step)
             self.accelerator.backward(loss)
             total += share.detach()
         self.after_step_loss(total)

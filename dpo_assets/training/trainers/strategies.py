@@ -7,7 +7,6 @@ step's loss, another parametrisation, so another path after it.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,32 +18,28 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dpo_assets.artifact import rewrite_json
+from dpo_assets.artifact import read_object, rewrite_json
 from dpo_assets.contract import Progress, TrainSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.precision import QUANTISED
 from dpo_assets.training.batches import data
+from dpo_assets.training.batches.batch import PackedBatch
 from dpo_assets.training.batches.data import dpo_group
-from dpo_assets.training.batches.packing import Group, PackedBatch
+from dpo_assets.training.batches.packing import Group
+from dpo_assets.training.engines import unsloth
+from dpo_assets.training.engines.ladder import LADDER, choose_kernels
 from dpo_assets.training.engines.speedups import speed_up
 from dpo_assets.training.engines.transformers import engine_of
 from dpo_assets.training.engines.unsloth.engine import reference_mode
-from dpo_assets.training.models.loading import (
-    CHAIN,
-    attach_adapter,
-    autocast_of,
-    choose_kernels,
-    load_base,
-    switch_off_dropout,
-)
-from dpo_assets.training.models.policy import Policy, load_policy
+from dpo_assets.training.models.loading import attach_adapter, autocast_of, load_base, switch_off_dropout
 from dpo_assets.training.packages import computing
+from dpo_assets.training.policy import Policy, load_policy
 from dpo_assets.training.private.trl import REFERENCE_ADAPTER, using_adapter
 from dpo_assets.training.reporting import Reporter
 from dpo_assets.training.scoring.logprobs import score_groups, score_tokens, sequence_logps
-from dpo_assets.training.scoring.reference import ReferenceCache, Scores, reference_key, reference_scores
 from dpo_assets.training.trainers.dpo import StepReference
+from dpo_assets.training.trainers.reference import ReferenceCache, Scores, reference_key, reference_scores
 from dpo_assets.version import __version__
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -87,13 +82,13 @@ def longest_group(spec: TrainSpec) -> Group:
 
 
 def _folded_start(folder: Path, plan: TrainingPlan, start: Path) -> Start:
-    if plan.precision in QUANTISED or plan.kernels == "unsloth":
+    if plan.precision in QUANTISED or unsloth.computes(plan.kernels):
         what = f"a {plan.precision} base" if plan.precision in QUANTISED else "Unsloth's kernels"
         raise ConfigError(
             f"dpo.reference_strategy `merged` cannot fold an adapter into {what} without rounding it; "
             "use `cached`, which measures against the same reference."
         )
-    sft = attach_adapter(load_base(folder, plan, packed=False), plan, start, seed=plan.dpo.seed, dropout=0.0)
+    sft = attach_adapter(load_base(folder, plan), plan, start, seed=plan.dpo.seed, dropout=0.0)
     merged = sft.merge_and_unload(safe_merge=True)
     model = attach_adapter(merged, plan, None, seed=plan.dpo.seed, dropout=0.0)
     speed_up(model, plan)
@@ -110,7 +105,7 @@ def step_reference(start: Start, spec: TrainSpec) -> StepReference | None:
     if strategy == "model":
         with_adapter = None if plan.dpo.reference == "base" else spec.start_adapter
         other = load_policy(spec.base_model, plan, with_adapter, seed=plan.dpo.seed, dropout=0.0).model
-        if start.policy.kernels in CHAIN:  # The proof may have moved the policy from the plan's engine to another.
+        if start.policy.kernels in LADDER:  # The proof may have moved the policy from the plan's engine to another.
             taken, why = choose_kernels(other, plan, start.policy.kernels)
             assert taken == start.policy.kernels, why
         switch_off_dropout(other)
@@ -136,9 +131,7 @@ def join_adapters(trained: Path, folded: Path) -> None:
     W + s1 B1 A1 + s2 B2 A2 = W + [s1 B1, s2 B2] [A1; A2]: the ranks add up. A layer that only one of them adapts is
     filled with zeros.
     """
-    parts = [
-        (load_file(folder / WEIGHTS), json.loads((folder / CONFIG).read_text("utf-8"))) for folder in (folded, trained)
-    ]
+    parts = [(load_file(folder / WEIGHTS), read_object(folder / CONFIG)) for folder in (folded, trained)]
     ranks = [config["r"] for _, config in parts]
     scales = [c["lora_alpha"] / (math.sqrt(c["r"]) if c.get("use_rslora") else c["r"]) for _, c in parts]
     names = sorted({name.removesuffix(A) for tensors, _ in parts for name in tensors if name.endswith(A)})
@@ -163,7 +156,7 @@ def score_reference(policy: Policy, groups: Sequence[Group], spec: TrainSpec, re
     """Reference scores by the same kernels, dtype and packing as the policy, from the cache where known."""
     plan, model = spec.plan, policy.model
     packages = computing(policy.kernels, plan.precision, plan.speedups)
-    with reference_mode(model, plan.model_copy(update={"kernels": policy.kernels})) as path:
+    with reference_mode(model, policy.kernels) as path:
         key = reference_key(
             scorer=f"{__version__}, {SCORING}",
             base=spec.base_digest,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dpo_assets.planning.decoder import Attention
-from dpo_assets.training.batches.packing import PackedBatch
+from dpo_assets.training.batches.batch import PackedBatch
 from dpo_assets.training.engines.attention import (
     AttentionKind,
     Flash,
@@ -88,7 +88,7 @@ class AttentionCore:
             ops.transform(projected, projected, of_query)
         query = self._query(projected, of_query)
         if takes_flash(self.kind, query.device, query.dtype, self.shape.head_dim):
-            flash = flash_forward(query, *self._rows(projected, of_key, stream.batch), self.kind, stream.batch)
+            flash = flash_forward(query, *self._rows(projected, of_key, stream.batch), self.kind, stream.batch.unpadded)
             return Attended(flash.out.flatten(1), flash if keep else None, transforms)
         out, rows = self._on_rows(projected, query, of_key, stream.batch, keep)
         return Attended(out, rows, transforms)
@@ -112,10 +112,10 @@ class AttentionCore:
         if isinstance(inside.by, Flash):
             rows = self._rows(projected, of_key, stream.batch)
             query = self._query(projected, of_query)
-            dq, dk, dv = flash_backward(heads, query, *rows, inside.by, self.kind, stream.batch)
+            dq, dk, dv = flash_backward(heads, query, *rows, inside.by, self.kind, stream.batch.unpadded)
             del rows, query
             ops.transform_backward(dq, projected, out, of_query, self._stride)
-            ops.fold_kv(dk, dv, kv, stream.batch["slots"], of_key, d_kv)
+            ops.fold_kv(dk, dv, kv, stream.batch.unpadded.slots, of_key, d_kv)
         else:
             assert inside.by is not None
             dq, dk, dv = torch.autograd.grad(inside.by.attended, inside.by.leaves, heads)
@@ -153,7 +153,7 @@ class AttentionCore:
 
     def _rows(self, projected: Tensor, of_key: HeadTransform, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Transformed keys and values [S, kv heads, dim] of every row, one after the other."""
-        rows = ops.gather_kv(projected[:, self._keys :], batch["kv_source"], of_key)
+        rows = ops.gather_kv(projected[:, self._keys :], batch.unpadded.source, of_key)
         key, value = rows.unflatten(1, (2, self.shape.kv_heads, self.shape.head_dim)).unbind(1)
         return key, value
 
@@ -171,7 +171,7 @@ class AttentionCore:
             for part in (query.flatten(1), key, value)
         )
         with torch.set_grad_enabled(keep):
-            q_rows, k_rows, v_rows = (unshare(leaf, batch).transpose(1, 2) for leaf in (q, k, v))
+            q_rows, k_rows, v_rows = (unshare(leaf, batch.padded).transpose(1, 2) for leaf in (q, k, v))
             rows = causal_rows(q_rows, k_rows, v_rows, self.kind)
-            attended = rows.transpose(1, 2).flatten(0, 1).index_select(0, batch["home"])
+            attended = rows.transpose(1, 2).flatten(0, 1).index_select(0, batch.padded.home)
         return attended.detach().flatten(1), _Rows((q, k, v), attended) if keep else None

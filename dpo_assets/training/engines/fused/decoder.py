@@ -10,15 +10,16 @@ from torch import Tensor, nn
 
 from dpo_assets.planning import engines
 from dpo_assets.planning.decoder import Decoder, QueryGrowth, Rope
-from dpo_assets.training.batches.packing import PackedBatch
+from dpo_assets.training.batches.batch import PackedBatch
 from dpo_assets.training.engines.attention import pads_attention
-from dpo_assets.training.engines.base import PlainEngine, attach_engine, causal_lm, decoder_of, description_of
+from dpo_assets.training.engines.base import PlainEngine, attach_engine
 from dpo_assets.training.engines.fused import ops
 from dpo_assets.training.engines.fused.block import Norm
 from dpo_assets.training.engines.fused.build import Builder, frozen_linears, missing_names
 from dpo_assets.training.engines.fused.ops import Angles
 from dpo_assets.training.engines.fused.stream import Stream
 from dpo_assets.training.engines.fused.weights import member_of
+from dpo_assets.training.models.structure import causal_lm, decoder_of, description_of
 from dpo_assets.training.private.torch import for_each, version_of
 
 
@@ -117,7 +118,7 @@ class FusedDecoder(PlainEngine):
 
     def stream(self, batch: PackedBatch) -> Stream:
         """The batch with the tables of its positions."""
-        positions = batch["pos"]
+        positions = batch.positions
         return Stream(
             batch,
             {rope: self._angles(rope, positions) for rope in self._ropes},
@@ -136,15 +137,15 @@ class FusedDecoder(PlainEngine):
 
     def hidden(self, batch: PackedBatch, autocast: AbstractContextManager[Any] | None = None) -> Tensor:
         """Its layers choose their own formats, so autocast has no say."""
-        with torch.autocast(batch["ids"].device.type, enabled=False):
+        with torch.autocast(batch.ids.device.type, enabled=False):
             self.refresh()
             stream = self.stream(batch)
-            x = self._embedded(batch["ids"])
+            x = self._embedded(batch.ids)
             # The layers write the adapter's gradients themselves, so the graph hangs on their input alone.
             x.requires_grad_(any(layer.trains for layer in self.layers))
             for layer in self.layers:
                 x = layer(x, stream)
-            hidden: Tensor = _LastNorm.apply(x.index_select(0, batch["predict"]), self._norm)
+            hidden: Tensor = _LastNorm.apply(x.index_select(0, batch.scored.predict), self._norm)
             return hidden
 
     def _embedded(self, ids: Tensor) -> Tensor:

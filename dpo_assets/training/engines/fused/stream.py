@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dpo_assets.planning.decoder import QueryGrowth, Rope
-from dpo_assets.training.batches.packing import PackedBatch
+from dpo_assets.training.batches.batch import PackedBatch
 from dpo_assets.training.engines.fused.ops import Angles
 
 

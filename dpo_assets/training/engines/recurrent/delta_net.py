@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo_assets.training.batches.packing import PackedBatch
+from dpo_assets.training.batches.batch import PackedBatch
 from dpo_assets.training.engines.recurrent.convolution import convolve, lead_of
 from dpo_assets.training.engines.recurrent.kernels import fla_delta_rule, fla_gated_norm
 from dpo_assets.training.engines.recurrent.segments import Segments, Stage

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from dpo_assets.errors import ConfigError
-from dpo_assets.training.batches.packing import PackedBatch
+from dpo_assets.training.batches.batch import PackedBatch
 from dpo_assets.training.engines.attention import Tables, unshare
 from dpo_assets.training.engines.recurrent.delta_net import DeltaNet
 from dpo_assets.training.engines.recurrent.short_conv import ShortConv
-from dpo_assets.training.models.targets import decoder_layers
+from dpo_assets.training.models.structure import decoder_layers
 
 INPUT = "hidden_states"
 # What a mixer may be told of a padded batch or of tokens before it; a packed batch has neither.
@@ -107,7 +107,7 @@ class _PackedMixer:
         if self._shared is not None:
             return self._shared(stream[0], batch)[None]
         kwargs |= {name: None for name in OF_OTHER_BATCHES if name in kwargs}
-        out = self._own(unshare(stream[0], batch), **kwargs)
+        out = self._own(unshare(stream[0], batch.padded), **kwargs)
         first = out[0] if isinstance(out, tuple) else out
-        home: Tensor = first.flatten(0, 1).index_select(0, batch["home"])[None]
+        home: Tensor = first.flatten(0, 1).index_select(0, batch.padded.home)[None]
         return (home, *out[1:]) if isinstance(out, tuple) else home

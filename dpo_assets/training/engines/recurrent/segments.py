@@ -11,14 +11,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_assets.training.batches.packing import PackedBatch
+from dpo_assets.training.batches.batch import Layout, PackedBatch
 
-KEPT = "segments"  # Where a batch keeps its tables: every layer of a forward needs the same ones.
+# By the lead: every layer of a forward needs the same tables, for as long as its batch lives.
+_MADE: WeakKeyDictionary[PackedBatch, dict[int, Segments]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -149,15 +151,14 @@ class Segments:
 
     @classmethod
     def of(cls, batch: PackedBatch, lead: int) -> Segments:
-        """A batch's tables; made once and kept in it."""
-        kept: dict[tuple[int, torch.device], Segments] = batch.setdefault(KEPT, {})
-        key = lead, batch["ids"].device
-        if key not in kept:
-            kept[key] = cls._made(batch["groups"], *key)
-        return kept[key]
+        """A batch's tables; made once for it."""
+        made = _MADE.setdefault(batch, {})
+        if lead not in made:
+            made[lead] = cls._made(batch.groups, lead, batch.ids.device)
+        return made[lead]
 
     @classmethod
-    def _made(cls, groups: list[tuple[int, list[int]]], lead: int, device: torch.device) -> Segments:
+    def _made(cls, groups: Layout, lead: int, device: torch.device) -> Segments:
         firsts = [0, *accumulate(prompt + sum(answers) for prompt, answers in groups)]
         before = np.full(lead, -1)
         alone, prompts, answers = [], [], []  # type: list[np.ndarray], list[np.ndarray], list[np.ndarray]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dpo_assets.training.batches.packing import PackedBatch
+from dpo_assets.training.batches.batch import PackedBatch
 from dpo_assets.training.engines.recurrent.convolution import convolve, lead_of
 from dpo_assets.training.engines.recurrent.segments import Segments
 

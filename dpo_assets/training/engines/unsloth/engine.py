@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from dpo_assets.errors import ConfigError
-from dpo_assets.planning.plan import TrainingPlan
-from dpo_assets.training.batches.packing import PackedBatch
+from dpo_assets.training.batches.batch import Layout, PackedBatch
 from dpo_assets.training.engines.base import PlainEngine
+from dpo_assets.training.engines.unsloth import NAME, computes
 from dpo_assets.training.private.unsloth import TABLE, has_own_attention, shared_prefix_table
 
 ATTENTION_BLOCK = 128  # Of FlexAttention's block mask, and a multiple of Unsloth's kernel's own blocks.
 
 
 @contextmanager
-def reference_mode(model: Any, plan: TrainingPlan) -> Iterator[str]:
+def reference_mode(model: Any, kernels: str) -> Iterator[str]:
     """Puts the model into the mode whose forward is the policy's, and names that forward.
 
     Unsloth has two forwards that round differently, one compiled by whole blocks and one eager, and chooses by training
@@ -39,9 +39,9 @@ def reference_mode(model: Any, plan: TrainingPlan) -> Iterator[str]:
     Yields:
         A name of the forward for the key of a reference cache: scores of two names must not meet in one run.
     """
-    path: str = plan.kernels
-    if plan.kernels == "unsloth":
-        path = f"unsloth {importlib.metadata.version('unsloth')}, the policy's forward"
+    path = kernels
+    if computes(kernels):
+        path = f"{NAME} {importlib.metadata.version(NAME)}, the policy's forward"
     was_training = model.training
     model.train()
     try:
@@ -64,13 +64,13 @@ def unsloth_packed_hidden(lm: Any, batch: PackedBatch) -> Tensor:
     Raises:
         ConfigError: for an architecture, or a way of loading (8-bit), whose attention would ignore the table.
     """
-    check_shared_prefix(lm, int(batch["shape"][1]))
+    check_shared_prefix(lm, max(batch.row_lengths))
     build = shared_prefix_table()
-    groups, place = on_blocks(batch["groups"])
-    place = place.to(batch["ids"].device)
+    groups, place = on_blocks(batch.groups)
+    place = place.to(batch.ids.device)
     length = sum(prompt + sum(completions) for prompt, completions in groups)
     table, _ = build(groups, place.device)
-    ids, pos = (batch[name].new_zeros(length).index_copy(0, place, batch[name])[None] for name in ("ids", "pos"))
+    ids, pos = (told.new_zeros(length).index_copy(0, place, told)[None] for told in (batch.ids, batch.positions))
     hidden: Tensor = lm.get_decoder()(
         input_ids=ids, position_ids=pos, use_cache=False, **{TABLE: table}
     ).last_hidden_state[0]
@@ -80,7 +80,7 @@ def unsloth_packed_hidden(lm: Any, batch: PackedBatch) -> Tensor:
 class UnslothEngine(PlainEngine):
     """Unsloth's own forward with a table of shared prefixes. Call `check_shared_prefix` first."""
 
-    name = "unsloth"
+    name = NAME
     has_eager = False  # Its table of shared prefixes is checked at loading instead.
 
     def __init__(self, lm: Any) -> None:
@@ -88,15 +88,12 @@ class UnslothEngine(PlainEngine):
 
     def hidden(self, batch: PackedBatch, autocast: AbstractContextManager[Any] | None) -> Tensor:
         with autocast or nullcontext():
-            return unsloth_packed_hidden(self._lm, batch).index_select(0, batch["predict"])
+            return unsloth_packed_hidden(self._lm, batch).index_select(0, batch.scored.predict)
 
     def as_the_policy(self) -> AbstractContextManager[Any]:
         """Its forwards with and without gradients round differently (`reference_mode`)."""
         recorded: AbstractContextManager[Any] = torch.enable_grad()
         return recorded
-
-
-Layout = list[tuple[int, list[int]]]  # (prompt tokens, tokens of each completion) of each group.
 
 
 def on_blocks(groups: Layout) -> tuple[Layout, Tensor]:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpo_assets.artifact import read_object
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.precision import Precision
 from dpo_assets.recipe import ALL_LINEAR, EVERY_LINEAR
+from dpo_assets.training.engines.unsloth import NAME, is_imported
 from dpo_assets.training.private.unsloth import COMPILE_CACHE, NO_STATISTICS
 
 if TYPE_CHECKING:
@@ -48,9 +49,9 @@ def prepare_unsloth(scratch: Path) -> None:
         ConfigError: when Unsloth is not installed or cannot be imported here, and when trl, transformers or peft were
             imported first: they would stay unpatched, and Unsloth would only warn.
     """
-    if "unsloth" in sys.modules:
+    if is_imported():
         return
-    missing = [name for name in ("unsloth", "unsloth_zoo") if importlib.util.find_spec(name) is None]
+    missing = [name for name in (NAME, "unsloth_zoo") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
             f"hardware.kernels `unsloth` needs {' and '.join(missing)}, which this environment lacks. {INSTALL}, "
@@ -69,7 +70,7 @@ def prepare_unsloth(scratch: Path) -> None:
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
         os.environ.setdefault(name, "1")
     try:
-        unsloth = importlib.import_module("unsloth")
+        unsloth = importlib.import_module(NAME)
     except (ImportError, NotImplementedError, RuntimeError, AttributeError) as error:
         raise ConfigError(
             f"Unsloth cannot be imported here: {error}. {INSTALL}, or set hardware.kernels to `auto`."
@@ -201,7 +202,7 @@ def _planned_shape(plan: TrainingPlan) -> dict[str, Any]:
 
 def _adapter_shape(folder: Path) -> dict[str, Any]:
     """What a saved adapter is made of. It stays as it is, whatever the plan would make anew."""
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_object(folder / "adapter_config.json")
     for name, plain in PLAIN_LORA.items():
         if config.get(name, plain) not in (plain, None):
             raise ConfigError(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dpo_assets.planning.memory import head_chunk
-from dpo_assets.training.batches.packing import PackedBatch
+from dpo_assets.training.batches.batch import PackedBatch
 from dpo_assets.training.engines.fused import ops
 
 
@@ -110,5 +110,5 @@ class ScoredHead(torch.autograd.Function):
 
 def score_hidden(hidden: Tensor, head: Head, batch: PackedBatch) -> TokenScores:
     """Scores of a packed batch's tokens from the hidden states [N, h] that predict them."""
-    chunk = head_chunk(len(batch["ids"]), "cuda" if hidden.is_cuda else "cpu")
-    return TokenScores(*ScoredHead.apply(hidden, head, batch["target"], chunk))
+    chunk = head_chunk(len(batch.ids), "cuda" if hidden.is_cuda else "cpu")
+    return TokenScores(*ScoredHead.apply(hidden, head, batch.scored.target, chunk))

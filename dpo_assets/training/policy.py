@@ -12,12 +12,20 @@ from peft.helpers import disable_input_dtype_casting
 
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.batches.packing import Group
-from dpo_assets.training.engines.base import OWN_KERNELS, attach_engine, causal_lm
+from dpo_assets.training.engines import unsloth
+from dpo_assets.training.engines.base import attach_engine
+from dpo_assets.training.engines.fused.decoder import FusedDecoder
+from dpo_assets.training.engines.ladder import choose_kernels
 from dpo_assets.training.engines.speedups import speed_up
+from dpo_assets.training.engines.transformers import TransformersEngine
 from dpo_assets.training.engines.unsloth.engine import UnslothEngine, check_shared_prefix
 from dpo_assets.training.engines.unsloth.loading import load_unsloth
-from dpo_assets.training.models.loading import attach_adapter, choose_kernels, load_base
+from dpo_assets.training.models.loading import attach_adapter, load_base
+from dpo_assets.training.models.structure import causal_lm
 from dpo_assets.training.scoring.proof import settle_engine
+
+# Other engines run the model's layers and PEFT's.
+OWN_LAYERS = frozenset({FusedDecoder.name, unsloth.NAME})
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ class Policy:
 
         Under autocast the first cast only costs memory and time.
         """
-        if self.kernels not in OWN_KERNELS and plan.compute != "fp32":
+        if self.kernels not in OWN_LAYERS and plan.compute != "fp32":
             context: AbstractContextManager[Any] = disable_input_dtype_casting(self.model)
             return context
         return nullcontext()
@@ -64,23 +72,23 @@ def load_policy(
     Raises:
         ConfigError: when the adapter was not attached as one.
     """
-    if plan.kernels == "unsloth":
+    if unsloth.computes(plan.kernels):
         model = load_unsloth(folder, plan, start, seed, dropout=dropout)
         if packed:
             lm = causal_lm(model)
             check_shared_prefix(lm, plan.max_length)
             attach_engine(lm, UnslothEngine(lm))
-        return Policy(model, "unsloth")
+        return Policy(model, unsloth.NAME)
     model = load_adapted(folder, plan, start, seed=seed, dropout=dropout)
     if not packed:
-        return Policy(model, "transformers")
+        return Policy(model, TransformersEngine.name)
     kernels, note = choose_kernels(model, plan)
     return Policy(model, kernels, note)
 
 
 def load_adapted(folder: Path, plan: TrainingPlan, start: Path | None, *, seed: int, dropout: float) -> PeftModel:
     """A base with the adapter `start`, or a new one, and the plan's speedups; no engine is chosen yet."""
-    model = attach_adapter(load_base(folder, plan, packed=False), plan, start, seed=seed, dropout=dropout)
+    model = attach_adapter(load_base(folder, plan), plan, start, seed=seed, dropout=dropout)
     speed_up(model, plan)
     return model
 
@@ -89,6 +97,6 @@ def load_scored(folder: Path, plan: TrainingPlan, adapter: Path | None) -> Any:
     """A model to be scored, with its adapter if it has one, in evaluation mode."""
     if adapter is not None:
         return load_adapted(folder, plan, adapter, seed=0, dropout=0.0).eval()
-    model = load_base(folder, plan, packed=False).eval()
+    model = load_base(folder, plan).eval()
     speed_up(model, plan)
     return model
