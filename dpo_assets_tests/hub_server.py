@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 import socket
 import threading
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,18 +26,26 @@ from urllib.parse import urlsplit
 from dpo_assets_tests.hub.repository import Blob, HubError, Repo
 from dpo_assets_tests.hub.routes import Call, Reply, Request, find_route
 
+SILENCE = Reply(0)
+
 __all__ = ["Fault", "FaultPlan", "HubServer", "Repo", "Request"]
 
 
 @dataclass
 class Fault:
-    """A planned failure: matching requests get ``status``, or are applied and never answered."""
+    """A planned failure: matching requests get ``status``, or are applied and never answered.
+
+    ``then`` is called first. With ``silent`` nothing is applied, and the connection stays open without an answer.
+    """
 
     method: str
     path: re.Pattern[str]
     status: int
     times: int
     lost_response: bool
+    silent: bool = False
+    then: Callable[[], None] = lambda: None
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -59,17 +68,23 @@ class FaultPlan:
 class HubServer:
     """A Hub on a free local port, alive inside its ``with`` block.
 
-    One token may write; anyone may read what is not private.
+    One token is known; anyone may read what is not private. ``role`` is the token's: ``write``, or ``read``, with which
+    nothing can be changed. ``orgs`` are the organisations in which its user may make repositories.
     """
 
-    def __init__(self, token: str = "hf_test", user: str = "tester") -> None:
+    def __init__(
+        self, token: str = "hf_test", user: str = "tester", role: str = "write", orgs: tuple[str, ...] = ("org",)
+    ) -> None:
         self.token = token
         self.user = user
+        self.role = role
+        self.orgs = orgs
         self.requests: list[Request] = []
         self.faults = FaultPlan()
         self.repos: dict[tuple[str, str], Repo] = {}
         self.lfs: dict[str, Blob] = {}
         self._lock = threading.RLock()
+        self.closed = threading.Event()
         self._server = _Server(("127.0.0.1", 0), partial(_Connection, self))
         port = self._server.server_address[1]
         self.endpoint = f"http://127.0.0.1:{port}"
@@ -82,6 +97,7 @@ class HubServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.closed.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -95,28 +111,47 @@ class HubServer:
         return self.repos[f"{repo_type}s", repo_id]
 
     def fail_next(
-        self, method: str, path: str, *, status: int = 503, times: int = 1, lost_response: bool = False
+        self,
+        method: str,
+        path: str,
+        *,
+        status: int = 503,
+        times: int = 1,
+        lost_response: bool = False,
+        silent: bool = False,
+        then: Callable[[], None] = lambda: None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         """Fail the next ``times`` requests of ``method`` whose path contains the regular expression ``path``.
 
         They are answered ``status`` and not applied. With ``lost_response`` they are applied, and the
-        connection closes without an answer.
+        connection closes without an answer. With ``silent`` they are not applied, and the connection stays open until
+        the Hub closes. ``then`` is called when one arrives, before anything else. ``headers`` go with the refusal.
         """
         with self._lock:
-            self.faults.pending.append(Fault(method, re.compile(path), status, times, lost_response))
+            fault = Fault(method, re.compile(path), status, times, lost_response, silent, then, headers or {})
+            self.faults.pending.append(fault)
+
+    def meanwhile(self, method: str, path: str, then: Callable[[], None]) -> None:
+        """Call ``then`` when the next such request arrives, which is answered as if nothing had happened."""
+        self.fail_next(method, path, status=0, then=then)
 
     def answer(self, request: Request) -> Reply | None:
-        """Record and answer one request; None when its answer gets lost."""
+        """Record and answer one request; None when its answer gets lost, SILENCE when it is waited for."""
         with self._lock:
             self.requests.append(request)
             fault = self.faults.take(request)
-            if fault and not fault.lost_response:
-                return Reply.error(HubError(fault.status, "injected failure"))
             try:
+                if fault:
+                    fault.then()
+                if fault and fault.silent:
+                    return SILENCE
+                if fault and fault.status and not fault.lost_response:
+                    return Reply.error(HubError(fault.status, "injected failure"), fault.headers)
                 reply = self._dispatch(request)
             except HubError as error:
                 reply = Reply.error(error)
-            return None if fault else reply
+            return None if fault and fault.lost_response else reply
 
     def _dispatch(self, request: Request) -> Reply:
         found = find_route(request.method, request.path)
@@ -128,6 +163,8 @@ class HubServer:
             raise HubError(401, "Invalid credentials in Authorization header")
         if route.needs_token and not request.token_valid:
             raise HubError(401, "Invalid username or password.")
+        if route.changes_hub and route.needs_token and self.role == "read":
+            raise HubError(403, "Forbidden: you must use a write token to upload to a repository.")
         return route.handler(Call(self, request, args))
 
 
@@ -172,7 +209,9 @@ class _Connection(BaseHTTPRequestHandler):
         token = self.headers.get("Authorization", "").removeprefix("Bearer ").strip()
         request = Request(self.command, url.path, url.query, self._body(), token != "", token == self.hub.token)
         reply = self.hub.answer(request)
-        if reply is None:
+        if reply is SILENCE:
+            self.hub.closed.wait()
+        if reply is None or reply is SILENCE:
             self.close_connection = True
             return
         self.send_response(reply.status)

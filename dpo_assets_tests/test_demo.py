@@ -129,7 +129,8 @@ def test_the_dry_run_release_is_complete_and_loads_with_plain_transformers(first
     card = (release / "README.md").read_text(encoding="utf-8")
     assert "license: mit" in card
     assert "142 accepted" in card
-    operations = json.loads((release.parent / "operations.json").read_text(encoding="utf-8"))
+    listed = release.parent.with_name(f"{release.parent.name}.operations.json")
+    operations = json.loads(listed.read_text(encoding="utf-8"))
     assert {o["path"] for o in operations} == names
     tokenizer = AutoTokenizer.from_pretrained(release)
     model = AutoModelForCausalLM.from_pretrained(release)

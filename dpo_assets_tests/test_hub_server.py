@@ -286,6 +286,42 @@ def test_a_fault_hits_as_often_as_planned_and_nothing_else(hub: HubServer, api: 
     assert api.list_repo_refs(REPO).tags == []
 
 
+def test_a_read_only_token_reads_and_changes_nothing(hub: HubServer, api: HfApi) -> None:
+    api.auth_check(REPO, write=True)
+    hub.role = "read"
+    before = head(api)
+    api.auth_check(REPO)
+    calls: list[Callable[[], object]] = [
+        lambda: api.auth_check(REPO, write=True),
+        lambda: publish(api, {"config.json": CONFIG}),
+        lambda: api.create_tag(REPO, tag="v1"),
+        lambda: api.create_repo("org/other"),
+    ]
+    for call in calls:
+        with pytest.raises(HfHubHTTPError, match="403"):
+            call()
+    assert (head(api), hub.repo(REPO).tags, len(hub.repos)) == (before, {}, 1)
+    assert api.whoami()["auth"]["accessToken"]["role"] == "read"
+
+
+def test_a_silent_hub_applies_nothing_and_ends_with_the_server(hub: HubServer, api: HfApi) -> None:
+    hub.fail_next("GET", "/api/models/org/model$", silent=True)
+    with pytest.raises(httpx.ReadTimeout):
+        api.model_info(REPO, timeout=0.05)
+    assert head(api)
+    assert hub.faults.pending == []
+
+
+def test_something_happens_as_a_request_arrives_which_is_then_answered(hub: HubServer, api: HfApi) -> None:
+    repo = hub.repo(REPO)
+    hub.meanwhile("GET", r"/refs$", lambda: repo.tags.update(v1=repo.resolve().oid))
+    assert [tag.name for tag in api.list_repo_refs(REPO).tags] == ["v1"]
+    hub.fail_next("GET", r"/refs$", status=429, headers={"Retry-After": "7"})
+    with pytest.raises(HfHubHTTPError) as refused:
+        api.list_repo_refs(REPO)
+    assert refused.value.response.headers["Retry-After"] == "7"
+
+
 def test_what_is_unknown_has_its_own_error(api: HfApi, tmp_path: Path) -> None:
     with pytest.raises(RepositoryNotFoundError):
         api.model_info("org/nobody")

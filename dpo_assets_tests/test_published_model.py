@@ -5,6 +5,7 @@ The artefacts are small and made by hand; the step, the Hub's client and the Hub
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from dpo_assets import build_dpo_defs
+from dpo_assets import HubResource, build_dpo_defs
 from dpo_assets.artifact import seal, write_json
 from dpo_assets.assets.base_model import FACTS, read_facts, refuse_adapter_alone
 from dpo_assets.assets.dpo_plan import PLAN, read_plan
@@ -20,6 +21,8 @@ from dpo_assets.checks.reports import EvaluationReport
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.licence import front_matter
 from dpo_assets.recipe import PublishingSection
+from dpo_assets.report.tables import table
+from dpo_assets_tests.hub.repository import Blob, HubError, Repo
 from dpo_assets_tests.hub_server import HubServer
 from dpo_assets_tests.pipelines import demo_recipe, failed_checks, failures, materialize, metadata
 from dpo_assets_tests.samples import dataset_report, dpo_report, evaluation_report, merge_report, score
@@ -76,13 +79,25 @@ def sending(hub: HubServer) -> dict[str, Any]:
     return demo_recipe(publishing={"dry_run": False, "repo_id": REPO, "endpoint": hub.endpoint})
 
 
-def release(shelf: Shelf, recipe: dict[str, Any]) -> dg.ExecuteInProcessResult:
-    return materialize(recipe, shelf.instance, ["published_model"])
+def trying(hub: HubServer, **publishing: Any) -> dict[str, Any]:
+    return demo_recipe(publishing={"dry_run": True, "repo_id": REPO, "endpoint": hub.endpoint, **publishing})
+
+
+def release(shelf: Shelf, recipe: dict[str, Any], **resources: Any) -> dg.ExecuteInProcessResult:
+    return materialize(recipe, shelf.instance, ["published_model"], resources=resources)
+
+
+def operations(shown: dict[str, Any]) -> dict[str, str]:
+    """Path and action of every operation in the file that a materialisation names."""
+    listed = json.loads(Path(shown["operations_file"]).read_text(encoding="utf-8"))
+    rows = [[one["action"], one["path"], one["size"], one["sha256"][:12]] for one in listed]
+    assert shown["operations"] == table(["action", "file", "bytes", "sha256"], rows)
+    return {one["path"]: one["action"] for one in listed}
 
 
 def test_executing_the_check_of_a_release_sends_nothing(shelf: Shelf, hub: HubServer) -> None:
     fill(shelf, evaluation_report())
-    assert release(shelf, demo_recipe(publishing={"dry_run": True, "repo_id": REPO})).success
+    assert release(shelf, trying(hub)).success
     check = dg.AssetCheckKey(dg.AssetKey(["demo", "published_model"]), "release_verified")
     job = dg.define_asset_job("check", selection=dg.AssetSelection.checks(check))
     defs = dg.Definitions.merge(build_dpo_defs("demo", sending(hub)), dg.Definitions(jobs=[job]))
@@ -95,13 +110,163 @@ def test_executing_the_check_of_a_release_sends_nothing(shelf: Shelf, hub: HubSe
 
 def test_a_policy_that_a_dry_run_only_warned_of_is_not_sent(shelf: Shelf, hub: HubServer) -> None:
     fill(shelf, HELD)
-    assert release(shelf, demo_recipe(publishing={"dry_run": True, "repo_id": REPO})).success
+    assert release(shelf, trying(hub)).success
     [said] = failures(release(shelf, sending(hub)))
     assert "the scores do not carry a release: promotion_verdict: hold" in said
     assert "collect more pairs" in said
     assert hub.repos == {}
     allowed = sending(hub) | {"checks": {"severity": {"promotion_verdict": "warn"}}}
     assert release(shelf, allowed).success
+
+
+def test_a_dry_run_lists_what_a_release_would_do_to_the_repository_as_it_is_now(shelf: Shelf, hub: HubServer) -> None:
+    fill(shelf, evaluation_report())
+    first = metadata(release(shelf, trying(hub)), "published_model")
+    assert set(operations(first).values()) == {"add"}
+    assert first["planned_on"] == f"{REPO} does not exist yet; it would be made, private"
+    assert hub.repos == {}
+    sent = metadata(release(shelf, sending(hub)), "published_model")
+    assert operations(sent) == operations(first)
+    assert set(operations(metadata(release(shelf, sending(hub)), "published_model")).values()) == {"unchanged"}
+    repo = hub.repo(REPO)
+    images = {f"images/{number}.png": Blob.regular(b"png") for number in range(60)}
+    files = repo.resolve().files | {"bot.gguf": Blob.large(b"GGUF")} | images
+    del files["README.md"]
+    repo.commit("by hand", files)
+    hub.requests.clear()
+    again = metadata(release(shelf, trying(hub)), "published_model")
+    # Nothing was made again: what lies on the Hub is no part of what a release is.
+    assert (again["digest"], str(again["reused"])[:3]) == (first["digest"], "yes")
+    assert operations(again) == {
+        "README.md": "add", "model.safetensors": "unchanged", "provenance.json": "unchanged"
+    }  # fmt: skip
+    assert (again["planned_on"], "bot.gguf" in again["files_of_others"]) == (repo.resolve().oid, True)
+    assert "| and 11 more |" in again["files_of_others"]
+    assert hub.changes == []
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "token", "said"),
+    [
+        (None, True, "publishing.repo_id names no repository"),
+        (REPO, False, f"HF_TOKEN is not set, so {REPO} was not asked"),
+        (REPO, True, f"{REPO} was not asked: publishing {REPO} failed: http://127"),
+    ],
+    ids=["no repository", "no token", "no answer"],
+)
+def test_a_dry_run_that_cannot_ask_the_hub_lists_a_first_release_and_says_so(
+    shelf: Shelf, hub: HubServer, monkeypatch: pytest.MonkeyPatch, repo_id: str | None, token: bool, said: str
+) -> None:
+    if not token:
+        monkeypatch.delenv("HF_TOKEN")
+    hub.fail_next("GET", "/api/models", silent=True, times=9)
+    fill(shelf, evaluation_report())
+    impatient = {"hub": HubResource(endpoint=hub.endpoint, timeout_seconds=0.1)}
+    shown = metadata(release(shelf, trying(hub, repo_id=repo_id), **impatient), "published_model")
+    assert set(operations(shown).values()) == {"add"}
+    assert shown["planned_on"].startswith(f"as for an empty repository: {said}")
+
+
+def test_a_dry_run_warns_of_what_would_refuse_the_release(shelf: Shelf, hub: HubServer) -> None:
+    fill(shelf, evaluation_report())
+    hub.repos["models", REPO] = Repo(REPO, private=False)
+    result = release(shelf, trying(hub))
+    assert result.success
+    [check] = result.get_asset_check_evaluations()
+    assert (check.passed, check.severity) == (False, dg.AssetCheckSeverity.WARN)
+    assert f"{REPO} is public, and publishing.private is true" in str(check.description)
+    [said] = failures(release(shelf, sending(hub)))
+    assert f"{REPO} is public, and publishing.private is true" in said
+    assert hub.changes == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("no token", "HF_TOKEN is not set in the environment"),
+        ("read-only", "the token in HF_TOKEN may only read"),
+        ("expired", "the token in HF_TOKEN must be valid"),
+        ("public", f"{REPO} is public"),
+    ],
+)
+def test_a_release_that_would_be_refused_ends_the_run_before_training_and_is_tried_once(
+    shelf: Shelf, hub: HubServer, monkeypatch: pytest.MonkeyPatch, fault: str, said: str
+) -> None:
+    fill(shelf, evaluation_report())
+    if fault == "no token":
+        monkeypatch.delenv("HF_TOKEN")
+    if fault == "read-only":
+        hub.role = "read"
+    if fault == "expired":
+        monkeypatch.setenv("HF_TOKEN", "hf_of_last_year")
+    if fault == "public":
+        hub.repos["models", REPO] = Repo(REPO, private=False)
+    policy = dg.RetryPolicy(max_retries=2)
+    for asset in ("dpo_plan", "published_model"):
+        result = materialize(sending(hub), shelf.instance, [asset], op_retry_policy=policy)
+        [message] = failures(result)
+        if (asset, fault) != ("published_model", "read-only"):
+            assert said in message
+        assert dg.DagsterEventType.STEP_UP_FOR_RETRY not in [event.event_type for event in result.all_events]
+    assert len([request for request in hub.requests if "whoami" in request.path]) == (fault != "no token")
+    assert all(not repo.tags for repo in hub.repos.values())
+
+
+def test_a_hub_that_does_not_answer_before_training_stops_none_and_is_told(shelf: Shelf, hub: HubServer) -> None:
+    fill(shelf, evaluation_report())
+    hub.fail_next("GET", "whoami", silent=True)
+    impatient = {"hub": HubResource(endpoint=hub.endpoint, timeout_seconds=0.1)}
+    result = materialize(sending(hub), shelf.instance, ["dpo_plan"], resources=impatient)
+    log = [event.user_message for event in shelf.instance.all_logs(result.run_id)]
+    [told] = [line for line in log if line.startswith(f"whether {REPO} can be published is not known")]
+    assert f"{hub.endpoint} did not answer within 0.1 s" in told
+    # The plan itself fails here later, for the base on this shelf is none.
+    assert not any(hub.endpoint in said for said in failures(result))
+
+
+@pytest.mark.parametrize(("times", "commits"), [(2, 2), (3, 1)])
+def test_a_hub_that_is_silent_is_tried_again_by_dagster_and_named_when_it_is_given_up(
+    shelf: Shelf, hub: HubServer, monkeypatch: pytest.MonkeyPatch, times: int, commits: int
+) -> None:
+    monkeypatch.setattr("dpo_assets.assets.step.RETRY_SECONDS", 0.0)
+    fill(shelf, evaluation_report())
+    hub.fail_next("POST", "/commit/", silent=True, times=times)
+    impatient = {"hub": HubResource(endpoint=hub.endpoint, timeout_seconds=0.3)}
+    result = release(shelf, sending(hub), **impatient)
+    assert len(hub.repo(REPO).history()) == commits
+    assert result.success is (commits == 2)
+    said = [f"publishing {REPO} failed: {hub.endpoint} did not answer within 0.3 s" in one for one in failures(result)]
+    assert said == ([] if result.success else [True])
+    assert len(hub.repo(REPO).tags) == commits - 1
+
+
+def test_the_token_is_nowhere_in_what_a_run_leaves(
+    instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whole: event log, compute logs, artefacts; after a release that fails, one that succeeds, and a dry run."""
+    token = "correct-horse-battery-staple"
+    shelf = Shelf(instance)
+    fill(shelf, evaluation_report())
+    with HubServer(token=token) as hub:
+        monkeypatch.setenv("HF_TOKEN", token)
+
+        def tell_it() -> None:
+            raise HubError(400, f"no such parent; your request had Authorization: Bearer {token}")
+
+        hub.meanwhile("POST", "/commit/", tell_it)
+        [said] = failures(release(shelf, sending(hub)))
+        assert "no such parent" in said
+        hub.fail_next("PUT", "/lfs-storage/")
+        assert metadata(release(shelf, sending(hub)), "published_model")["sent"]
+        assert release(shelf, trying(hub)).success
+    out, err = capfd.readouterr()
+    assert token not in out + err + said
+    home = Path(instance.root_directory)
+    files = [path for path in home.rglob("*") if path.is_file()]
+    assert {"operations.json", "db", "safetensors"} <= {path.name.rsplit(".", 1)[-1] for path in files} | {
+        path.name.split(".", 1)[-1] for path in files
+    }
+    assert [path for path in files if token.encode() in path.read_bytes()] == []
 
 
 def test_plans_that_differ_in_memory_and_device_give_the_same_release(shelf: Shelf) -> None:
@@ -137,6 +302,10 @@ def test_a_hub_that_holds_something_else_fails_the_check_and_is_not_tried_again(
     sent = metadata(release(shelf, sending(hub)), "published_model")
     repo = hub.repo(REPO)
     repo.tags[sent["tag"]] = repo.history()[-1].oid
+    tried = release(shelf, trying(hub))
+    [check] = tried.get_asset_check_evaluations()
+    assert (tried.success, check.severity) == (True, dg.AssetCheckSeverity.WARN)
+    assert f"delete the tag {sent['tag']}" in str(check.description)
     result = release(shelf, sending(hub))
     assert f"tag {sent['tag']} of {REPO} points at" in failed_checks(result)["release_verified"]["value"]
     events = [event.event_type for event in result.all_events]

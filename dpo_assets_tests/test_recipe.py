@@ -352,7 +352,14 @@ def test_the_values_of_whoever_declares_nothing_are_these() -> None:
             "capability_probe": None,
         },
         "evaluation": {"confidence": 0.95, "min_pairs": 50, "generations": 16, "max_new_tokens": 64, "judge": None},
-        "publishing": {"repo_id": None, "dry_run": True, "artifact": "merged", "private": True, "endpoint": None},
+        "publishing": {
+            "repo_id": None,
+            "dry_run": True,
+            "artifact": "merged",
+            "private": True,
+            "adopt": None,
+            "endpoint": None,
+        },
         "refresh": {"schedule": "0 3 * * *", "sensor_interval_seconds": 60},
         "hardware": {
             "device": "auto",
@@ -401,6 +408,13 @@ def test_a_folder_is_no_hub_id_and_needs_no_revision(source: str) -> None:
 def test_a_release_without_a_repository_is_refused(repo_id: dict[str, Any]) -> None:
     message = refusal(RECIPE | {"publishing": {"dry_run": False, **repo_id}})
     assert message == "publishing: `dry_run: false` needs `repo_id` (for example `my-org/my-bot-dpo`)."
+
+
+def test_a_repository_is_adopted_by_its_own_name_alone() -> None:
+    """So that the wish does not go along to another repository."""
+    assert recipe(publishing={"repo_id": "org/bot", "adopt": "org/bot"}).publishing.adopt == "org/bot"
+    message = refusal(RECIPE | {"publishing": {"repo_id": "org/bot", "adopt": "org/other"}})
+    assert message == "publishing: `adopt: org/other` must name the same repository as `repo_id`, or be left out."
 
 
 def test_a_release_with_a_repository_is_taken_and_a_dry_run_needs_none() -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 
-from dpo_assets.artifact import Artifact, file_sha256, read_object, rewrite_json, write_json
+from dpo_assets.artifact import Artifact, file_sha256, read_kept, read_object, rewrite_json, write_json
 from dpo_assets.assets.base_model import read_facts, refuse_adapter_alone, refuse_unlicensed
 from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.lineage import Inputs, Read
 from dpo_assets.assets.node import Node
+from dpo_assets.assets.publication import RELEASE, Publication
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.promotion import decide, promotion_verdict
 from dpo_assets.checks.reports import DpoReport, EvaluationReport, MergeReport
@@ -21,14 +23,16 @@ from dpo_assets.planning.companions import copy_files, found, is_licence_file, i
 from dpo_assets.planning.model_folder import ADAPTER, CONFIG
 from dpo_assets.planning.text_part import has_other_parts
 from dpo_assets.publishing.card import CardFacts, card_settings, render_card
-from dpo_assets.publishing.commit import Operation, Release, publish, stage, staged_files
+from dpo_assets.publishing.commit import Release, stage, staged_files
+from dpo_assets.publishing.plan import MADE_BY, FileRecord, ReleasePlan, ReleaseRecord
 from dpo_assets.report.tables import table
 
-RELEASE, OPERATIONS = "release", "operations.json"
+FILES = "files.json"
+SHOWN = 50  # Files of others that the page of the asset names.
 
 
 def materialise(step: Step) -> Events:
-    """Stages the release; sends it when the recipe says so and the environment holds a token."""
+    """Stages the release, plans it against the repository, and sends it when the recipe says so."""
     publishing = step.recipe.publishing
     inputs = step.inputs()
     sends = not publishing.dry_run and not step.only_checks
@@ -42,24 +46,29 @@ def materialise(step: Step) -> Events:
         facts = _facts(step, inputs)
         merged = publishing.artifact == "merged"
         source = inputs["merged_model"].path / "model" if merged else _adapter(step, inputs, folder)
-        operations = stage(source, target, render_card(facts), {"inputs": inputs.digests, "versions": facts.versions})
-        write_json(folder / OPERATIONS, [asdict(o) for o in operations])
+        files = stage(source, target, render_card(facts), {"inputs": inputs.digests, "versions": facts.versions})
+        write_json(folder / FILES, ReleaseRecord(made_by=MADE_BY, files=files).model_dump())
 
     config = {
         "artifact": publishing.artifact,
         "title": _title(step),
         "repo_id": publishing.repo_id,
         "min_pairs": step.recipe.evaluation.min_pairs,
+        "record": sorted(ReleaseRecord.model_fields),
         "checks": _levels(step, inputs),
     }
     artifact, reused = step.build("published_model", config, inputs, make)
-    operations = [Operation(**o) for o in artifact.json(OPERATIONS)]
-    release = _send(step, artifact, operations) if sends else None
+    publication = Publication(step, artifact, read_kept(artifact, FILES, ReleaseRecord).files)
+    release = publication.send() if sends else None
+    if step.only_checks:
+        plan, refused = None, ""
+    else:
+        plan, refused = (release.plan, "") if release else publication.plan()
     yield from step.result(
         "published_model",
         artifact,
         reused,
-        [verify(artifact, operations, release)],
+        [verify(artifact, publication.files, release, refused)],
         {
             "release": dg.MetadataValue.path(str(artifact.path / RELEASE)),
             "dry_run": publishing.dry_run,
@@ -74,12 +83,7 @@ def materialise(step: Step) -> Events:
                 if release
                 else {}
             ),
-            "operations": dg.MetadataValue.md(
-                table(
-                    ["action", "file", "bytes", "sha256"],
-                    [[o.action, o.path, o.size, o.sha256[:12]] for o in operations],
-                )
-            ),
+            **(_shown(plan, publication) if plan else {}),
             "card": dg.MetadataValue.md(
                 (artifact.path / RELEASE / "README.md").read_text(encoding="utf-8").split("---", 2)[2]
             ),
@@ -87,19 +91,36 @@ def materialise(step: Step) -> Events:
     )
 
 
-def verify(artifact: Artifact, operations: list[Operation], release: Release | None) -> Verdict:
-    """The staged folder holds what the operations say. What is on the Hub, `publish` compares, and fails this check."""
+def _shown(plan: ReleasePlan, publication: Publication) -> dict[str, Any]:
+    """The operations, what they were made against, and what stays beside the release."""
+    rows = [[o.action, o.path, o.size, o.sha256[:12]] for o in plan.operations]
+    kept = [[path] for path in plan.kept[:SHOWN]]
+    if (more := len(plan.kept) - SHOWN) > 0:
+        kept.append([f"and {more} more"])
+    return {
+        "planned_on": plan.head or plan.note,
+        "operations": dg.MetadataValue.md(table(["action", "file", "bytes", "sha256"], rows)),
+        "operations_file": dg.MetadataValue.path(str(publication.operations_file)),
+        **({"files_of_others": dg.MetadataValue.md(table(["stays as it is"], kept))} if kept else {}),
+    }
+
+
+def verify(artifact: Artifact, files: Mapping[str, FileRecord], release: Release | None, refused: str = "") -> Verdict:
+    """The staged folder holds what was listed. What is on the Hub, `publish` compares, and fails this check.
+
+    A release that a dry run finds would be refused (`refused`: why) is a warning.
+    """
     folder = artifact.path / RELEASE
-    wrong = [o.path for o in operations if not (folder / o.path).is_file() or file_sha256(folder / o.path) != o.sha256]
-    extra = set(staged_files(folder)) - {o.path for o in operations}
+    wrong = [p for p, f in files.items() if not (folder / p).is_file() or file_sha256(folder / p) != f.sha256]
+    extra = set(staged_files(folder)) - set(files)
     bad = [*wrong, *sorted(extra)]
     return Verdict(
         "release_verified",
-        "error" if bad else "pass",
-        f"{len(operations)} files, {_outcome(release)}",
+        "error" if bad else "warn" if refused else "pass",
+        f"{len(files)} files, {_outcome(release)}" + (", and it would be refused" if refused else ""),
         "every file as listed, no secret in any text",
         "docs/design.md, publishing",
-        f"these files differ: {', '.join(bad)}" if bad else "",
+        f"these files differ: {', '.join(bad)}" if bad else refused,
     )
 
 
@@ -108,7 +129,8 @@ def _outcome(release: Release | None) -> str:
     if release is None:
         return "nothing sent"
     sent = f"commit {release.commit[:12]}" + (", sent" if release.sent else " was there already, nothing sent")
-    return f"{sent}, " + ("re-downloaded and equal" if release.read_back else "found equal when it was tagged")
+    proof = "read back and equal" if release.read_back else "equal by the Hub's digests, read back when it was tagged"
+    return f"{sent}, {proof}"
 
 
 def _refuse_held(step: Step, inputs: Inputs) -> None:
@@ -123,25 +145,6 @@ def _refuse_held(step: Step, inputs: Inputs) -> None:
             f"publishing.dry_run is false, and the scores do not carry a release: {verdict.headline}: {verdict.note}. "
             f"{verdict.fix}."
         )
-
-
-def _send(step: Step, artifact: Artifact, operations: list[Operation]) -> Release:
-    publishing = step.recipe.publishing
-    if step.hub.token() is None:
-        raise ConfigError(
-            f"publishing.dry_run is false, but {step.hub.token_variable} is not set in the environment; set it, or "
-            "set dry_run: true."
-        )
-    assert publishing.repo_id is not None, "the recipe requires repo_id when dry_run is false"
-    folder = artifact.path / RELEASE
-    return publish(
-        step.hub.api(),
-        publishing.repo_id,
-        folder,
-        operations,
-        private=publishing.private,
-        token_variable=step.hub.token_variable,
-    )
 
 
 def _title(step: Step) -> str:

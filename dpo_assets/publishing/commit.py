@@ -1,20 +1,31 @@
-"""One release as one atomic commit: stage a folder by allow-list, plan the operations, send them, read them back."""
+"""One release as one atomic commit: stage a folder by allow-list, plan against the head, send, read back, tag."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_assets.artifact import file_sha256
-from dpo_assets.errors import ConfigError, GateError, InfrastructureError
+from dpo_assets.errors import ConfigError, GateError
 from dpo_assets.planning.companions import copy_files, is_released
-from dpo_assets.publishing.secrets import find_secrets, scrub
+from dpo_assets.publishing.errors import Passing, PublishRefused, StaleHead
+from dpo_assets.publishing.hub import DEFAULT_PATIENCE, HubRepository, Patience
+from dpo_assets.publishing.plan import (
+    CARD,
+    MADE_BY,
+    PROVENANCE,
+    FileRecord,
+    Head,
+    ReleasePlan,
+    first_release,
+    plan_release,
+    refuse_public,
+)
+from dpo_assets.publishing.secrets import find_secrets
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -28,29 +39,14 @@ ALLOWED = (
     "adapter_config.json",
     "config.json",
 )
-HUB_OWNED = frozenset({".gitattributes"})
-
-
-class PublishError(InfrastructureError):
-    """The Hub did not answer, or did not take what was sent."""
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One line of a commit."""
-
-    action: str
-    path: str
-    size: int = 0
-    sha256: str = ""
 
 
 @dataclass(frozen=True)
 class Release:
     """Where a release ended up.
 
-    `sent`: this call made the commit; otherwise the Hub held the release already. `read_back`: this call downloaded and
-    compared it; otherwise the tag says that an earlier one did.
+    `sent`: this call made the commit; otherwise the Hub held the release already. `read_back`: this call streamed every
+    byte of it and compared; otherwise its tag says that an earlier one did, and this one compared the Hub's digests.
     """
 
     url: str
@@ -58,10 +54,13 @@ class Release:
     tag: str
     sent: bool
     read_back: bool
+    plan: ReleasePlan
 
 
-def stage(source: Path, target: Path, card: str, provenance: Mapping[str, Any]) -> list[Operation]:
-    """Copies what a release may hold, adds card and provenance, and returns the operations that would send it.
+def stage(source: Path, target: Path, card: str, provenance: Mapping[str, Any]) -> dict[str, FileRecord]:
+    """Copies what a release may hold, adds card and provenance, and returns the files by name, in order of names.
+
+    provenance.json lists the others: by that list the next release knows which files of a repository are its own.
 
     Raises:
         ConfigError: when a text file of the release holds something shaped like a credential.
@@ -69,18 +68,20 @@ def stage(source: Path, target: Path, card: str, provenance: Mapping[str, Any]) 
     for path in sorted({p for pattern in ALLOWED for p in source.glob(pattern) if p.is_file()}):
         shutil.copyfile(path, target / path.name)
     copy_files(source, target, is_released)
-    (target / "README.md").write_text(card, encoding="utf-8")
-    text = json.dumps(provenance, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    (target / "provenance.json").write_text(text, encoding="utf-8")
-    operations = []
+    (target / CARD).write_text(card, encoding="utf-8")
+    (target / PROVENANCE).unlink(missing_ok=True)
+    files = {name: FileRecord.of(target / name) for name in staged_files(target)}
+    record = {"made_by": MADE_BY, "files": {name: file.model_dump() for name, file in files.items()}}
+    text = json.dumps({**provenance, **record}, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    (target / PROVENANCE).write_text(text, encoding="utf-8")
+    files[PROVENANCE] = FileRecord.of(target / PROVENANCE)
     for name in staged_files(target):
         path = target / name
         if path.suffix != ".safetensors" and (
             kinds := find_secrets(path.read_text(encoding="utf-8", errors="replace"))
         ):
             raise ConfigError(f"{name} of the release seems to hold a {', a '.join(kinds)}; nothing was sent.")
-        operations.append(Operation("add", name, path.stat().st_size, file_sha256(path)))
-    return operations
+    return dict(sorted(files.items()))
 
 
 def staged_files(folder: Path) -> list[str]:
@@ -88,78 +89,151 @@ def staged_files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def content_tag(operations: list[Operation]) -> str:
+def content_tag(files: Mapping[str, FileRecord]) -> str:
     """A tag that names the content: equal releases get equal tags."""
-    rows = [[o.path, o.sha256] for o in operations]
+    rows = [[path, file.sha256] for path, file in files.items()]
     return "content-" + hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]
 
 
-def publish(
-    api: HfApi, repo_id: str, folder: Path, operations: list[Operation], *, private: bool, token_variable: str
-) -> Release:
-    """Sends a staged release as one commit on the head that was read, compares it byte for byte, and tags it.
-
-    A release whose tag is on the head was compared before it was tagged, so it is neither sent nor downloaded again.
-
-    Args:
-        token_variable: environment variable that holds the token, for messages.
+def preview(hub: HubRepository, files: Mapping[str, FileRecord], *, private: bool, adopt: str | None) -> ReleasePlan:
+    """The plan that `publish` would make now. Nothing is written.
 
     Raises:
-        ConfigError: the token is refused, or may not write there.
-        GateError: what the Hub holds is not what was sent, or not what its tag says.
-        PublishError: on any other refusal of the Hub, with secrets masked.
+        GateError, PublishRefused: as `publish`.
+        HubFailure: the Hub did not answer.
     """
-    from httpx import HTTPError
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return _publish(api, repo_id, folder, operations, private)
-    # The client lets broken connections through as httpx errors, and wraps a refused upload as RuntimeError.
-    except (HfHubHTTPError, HTTPError, OSError, RuntimeError) as error:
-        said = scrub(str(error))
-        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
-            raise ConfigError(
-                f"publishing {repo_id} is refused: the token in {token_variable} must be valid, and may write there: "
-                f"{said}"
-            ) from None
-        raise PublishError(f"publishing {repo_id} failed: {said}") from None
+    head = hub.head()
+    if head is None:
+        how = "private" if private else "public"
+        return first_release(files, f"{hub.repo_id} does not exist yet; it would be made, {how}")
+    _tagged(hub, files)
+    return _plan(files, head, hub.repo_id, private, adopt)
 
 
-def _publish(api: HfApi, repo_id: str, folder: Path, operations: list[Operation], private: bool) -> Release:
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+def publish(
+    api: HfApi,
+    repo_id: str,
+    folder: Path,
+    files: Mapping[str, FileRecord],
+    *,
+    private: bool,
+    adopt: str | None = None,
+    token_variable: str = "HF_TOKEN",
+    patience: Patience = DEFAULT_PATIENCE,
+    planned: Callable[[ReleasePlan], None] = lambda _: None,
+) -> Release:
+    """Sends a staged release as one commit on the head that was read, compares what arrived, and tags it.
 
-    tag = content_tag(operations)
-    url = str(api.create_repo(repo_id, private=private, exist_ok=True))
-    tagged = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}.get(tag)
-    head = str(api.model_info(repo_id).sha)
+    The plan is made against the head, and what it lists is what is sent. Where somebody else commits in between, it is
+    made once more. A commit whose answer was lost is found there and not made twice. The tag comes last, and says that
+    every byte was read back. Where it is at the head already, the Hub's digests of what lies there are compared, and
+    nothing is written.
+
+    Args:
+        files: what `stage` returned for `folder`.
+        adopt: the repository, where its files of others may be replaced when the release needs their names.
+        token_variable: environment variable that holds the token, for messages.
+        planned: told of the plan before anything of it is sent, and again when it is made anew.
+
+    Raises:
+        PublishRefused: the token is refused or may not write there; the repository is public and must not be, or holds
+            files of others.
+        GateError: what the Hub holds is not what was sent, or not what its tag says.
+        HubFailure: on any other refusal of the Hub, with secrets masked.
+    """
+    hub = HubRepository(api, repo_id, token_variable, patience)
+    tag = content_tag(files)
+    found = hub.head()
+    if found is None:
+        hub.create(private)
+        found = hub.head()
+    tagged = _tagged(hub, files)
+    head, sent, plan = _commit(hub, folder, files, found, private, adopt, planned)
+    url = f"{api.endpoint}/{repo_id}"
     if tagged == head:
-        return Release(url, head, tag, sent=False, read_back=False)
-    if tagged is not None and _differing(api, repo_id, tagged, operations):
+        return Release(url, head, tag, sent=False, read_back=False, plan=plan)
+    if wrong := _unlike(hub, files, head) or _unread(hub, files, head):
         raise _not_equal(
-            f"tag {tag} of {repo_id} points at {tagged}, which holds something else; nothing was sent",
-            f"delete the tag {tag} of {repo_id}, and materialise published_model again",
-        )
-    keep = {o.path for o in operations} | HUB_OWNED
-    stale = [name for name in api.list_repo_files(repo_id, revision=head) if name not in keep]
-    commit = api.create_commit(
-        repo_id,
-        operations=[
-            *(CommitOperationAdd(o.path, folder / o.path) for o in operations),
-            *(CommitOperationDelete(name) for name in stale),
-        ],
-        commit_message=f"Release {tag}",
-        parent_commit=head,
-    )
-    if wrong := _differing(api, repo_id, commit.oid, operations):
-        raise _not_equal(
-            f"{', '.join(wrong)} at {repo_id}@{commit.oid} is not what was sent",
-            "do not use that commit; it has no tag. Materialise published_model again: that sends the release anew",
+            f"{', '.join(wrong)} at {repo_id}@{head} is not what was sent",
+            "do not use that commit; it has no tag. Materialise published_model again, which reads it once more. "
+            "Where that fails too, what the Hub stores is damaged: name another repo_id, or tell who runs that Hub",
         )
     # Last: the tag says that the content was read back. Going back to an older release leaves its tag where it is.
     if tagged is None:
-        api.create_tag(repo_id, tag=tag, revision=commit.oid, exist_ok=True)
-    # The client makes no commit where nothing would change, as after an answer that was lost, and names the head.
-    return Release(url, commit.oid, tag, sent=commit.oid != head, read_back=True)
+        hub.tag(tag, head)
+        if (there := hub.tags().get(tag)) != head:
+            raise _not_equal(
+                f"tag {tag} of {repo_id} points at {there}, and the release is {head}",
+                f"delete the tag {tag} of {repo_id}, and materialise published_model again",
+            )
+    return Release(url, head, tag, sent=sent, read_back=True, plan=plan)
+
+
+def _commit(
+    hub: HubRepository,
+    folder: Path,
+    files: Mapping[str, FileRecord],
+    head: Head | None,
+    private: bool,
+    adopt: str | None,
+    planned: Callable[[ReleasePlan], None],
+) -> tuple[str, bool, ReleasePlan]:
+    """(commit that holds the release, whether this call made it, the plan by which it did)."""
+    waits, others = list(hub.patience.waits), 1
+    unanswered: ReleasePlan | None = None
+    while True:
+        if head is None:
+            raise PublishRefused(f"{hub.repo_id} was made, and the token in {hub.token_variable} does not see it.")
+        plan = _plan(files, head, hub.repo_id, private, adopt)
+        if unanswered is not None and not plan.changes:
+            return head.commit, True, unanswered  # Its answer was lost, and it was made.
+        planned(plan)
+        if not plan.changes:
+            return head.commit, False, plan
+        try:
+            return hub.commit(plan, folder, f"Release {content_tag(files)}"), True, plan
+        except StaleHead:
+            if others == 0:
+                raise
+            others -= 1
+        except Passing as error:
+            if not waits:
+                raise
+            unanswered = plan
+            hub.pause(waits.pop(0), error)
+        head = hub.head()
+
+
+def _tagged(hub: HubRepository, files: Mapping[str, FileRecord]) -> str | None:
+    """The commit that has the tag of this content already.
+
+    Raises:
+        GateError: something else lies there.
+    """
+    tag = content_tag(files)
+    found = hub.tags().get(tag)
+    if found is not None and _unlike(hub, files, found):
+        raise _not_equal(
+            f"tag {tag} of {hub.repo_id} points at {found}, which holds something else; nothing was sent",
+            f"delete the tag {tag} of {hub.repo_id}, and materialise published_model again",
+        )
+    return found
+
+
+def _plan(files: Mapping[str, FileRecord], head: Head, repo_id: str, private: bool, adopt: str | None) -> ReleasePlan:
+    refuse_public(head, repo_id, private)
+    return plan_release(files, head, repo_id, adopt)
+
+
+def _unlike(hub: HubRepository, files: Mapping[str, FileRecord], commit: str) -> list[str]:
+    """Files that a commit lacks, or that differ by the Hub's own digests: sha256 in LFS, git's ids elsewhere."""
+    held = hub.held(commit)
+    return [path for path, file in files.items() if path not in held or not held[path].holds(file)]
+
+
+def _unread(hub: HubRepository, files: Mapping[str, FileRecord], commit: str) -> list[str]:
+    """Files whose bytes, as the Hub hands them out, are others than those that were sent."""
+    return [path for path, file in files.items() if hub.sha256(path, commit) != file.sha256]
 
 
 def _not_equal(message: str, fix: str) -> GateError:
@@ -171,12 +245,3 @@ def _not_equal(message: str, fix: str) -> GateError:
         source="docs/design.md, publishing",
         fix=fix,
     )
-
-
-def _differing(api: HfApi, repo_id: str, commit: str, operations: list[Operation]) -> list[str]:
-    """Files of a commit, downloaded into a fresh folder, that are missing or not as listed."""
-    with tempfile.TemporaryDirectory(prefix="dpo-assets-verify-") as fresh:
-        # By force: the client would copy what this machine's cache holds of the commit, and nothing was read back.
-        api.snapshot_download(repo_id, revision=commit, local_dir=fresh, force_download=True)
-        paths = {o.path: Path(fresh) / o.path for o in operations}
-        return [o.path for o in operations if not paths[o.path].is_file() or file_sha256(paths[o.path]) != o.sha256]

@@ -52,19 +52,40 @@ class PublishingSection(Section):
 
     repo_id: str | None = Field(default=None, description="Hub repository (`org/name`) of the release.")
     dry_run: bool = Field(
-        default=True, description="Write the exact folder, card and operation list, and send nothing."
+        default=True,
+        description=(
+            "Write the exact folder, card and operation list, and send nothing. With `repo_id` and a token the list is "
+            "made against what the repository holds."
+        ),
     )
     artifact: Literal["merged", "adapter"] = Field(
         default="merged",
         description="What is released. `adapter` is for bases on the Hub that hold text alone: it is loaded onto them.",
     )
-    private: bool = Field(default=True, description="Create the repository as private.")
+    private: bool = Field(
+        default=True,
+        description=(
+            "The repository is made private, and one that is public already is refused. `false`: it is made public; "
+            "one that is private already stays so."
+        ),
+    )
+    adopt: str | None = Field(
+        default=None,
+        description=(
+            "Name `repo_id` here again to release into a repository that holds files of others. They stay, but for "
+            "those whose names the release needs, which it replaces; the operation list names each. Empty: such a "
+            "repository is refused."
+        ),
+        examples=["my-org/my-bot-dpo"],
+    )
     endpoint: str | None = Field(default=None, description="Hub address; default: huggingface_hub's own.")
 
     @model_validator(mode="after")
     def _a_release_needs_a_repository(self) -> PublishingSection:
         if not self.dry_run and not self.repo_id:
             raise ValueError("`dry_run: false` needs `repo_id` (for example `my-org/my-bot-dpo`).")
+        if self.adopt is not None and self.adopt != self.repo_id:
+            raise ValueError(f"`adopt: {self.adopt}` must name the same repository as `repo_id`, or be left out.")
         return self
 
 

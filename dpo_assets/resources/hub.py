@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import dagster as dg
 from pydantic import Field
 
+from dpo_assets.errors import ConfigError
+from dpo_assets.publishing.hub import HubRepository, Patience
 from dpo_assets.publishing.secrets import name_secrets
 
 if TYPE_CHECKING:
@@ -19,6 +21,11 @@ class HubResource(dg.ConfigurableResource):  # type: ignore[type-arg]
 
     endpoint: str | None = Field(default=None, description="Hub address; default: huggingface_hub's own.")
     token_variable: str = Field(default="HF_TOKEN", description="Environment variable that holds the token.")
+    timeout_seconds: float = Field(
+        default=60.0,
+        gt=0.0,
+        description="How long a publication waits for an answer of the Hub, and for a part of a file to go through.",
+    )
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
         """Makes the token known as a secret, so that it is masked wherever it turns up."""
@@ -34,3 +41,20 @@ class HubResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         from huggingface_hub import HfApi
 
         return HfApi(endpoint=self.endpoint, token=self.token() or False)
+
+    def patience(self) -> Patience:
+        """How long a publication waits."""
+        return Patience(seconds=self.timeout_seconds)
+
+    def repository(self, repo_id: str) -> HubRepository:
+        """A repository to publish in.
+
+        Raises:
+            ConfigError: the environment holds no token.
+        """
+        if self.token() is None:
+            raise ConfigError(
+                f"publishing.dry_run is false, but {self.token_variable} is not set in the environment; set it, or set "
+                "dry_run: true."
+            )
+        return HubRepository(self.api(), repo_id, self.token_variable, self.patience())

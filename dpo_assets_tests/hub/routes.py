@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dpo_assets_tests.hub_server import HubServer
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".gguf", ".parquet", ".pt", ".zip", ".gz")
+SIGNATURE = "5e1f" * 16
 LFS_THRESHOLD = 10 * 1024 * 1024
 
 _ID = r"(?P<id>[^/]+/[^/]+?)"
@@ -76,9 +77,10 @@ class Reply:
         return cls(status, body, {"Content-Type": "application/json", **(headers or {})})
 
     @classmethod
-    def error(cls, error: HubError) -> Reply:
+    def error(cls, error: HubError, more: Mapping[str, str] | None = None) -> Reply:
         """A refusal, said in the body and in the headers, for HEAD has no body."""
         headers = {"X-Error-Message": error.message} | ({"X-Error-Code": error.code} if error.code else {})
+        headers |= more or {}
         return cls.json({"error": error.message, **error.details}, error.status, headers)
 
 
@@ -146,8 +148,18 @@ def find_route(method: str, path: str) -> tuple[Route, dict[str, str]] | None:
 @route("GET", "/api/whoami-v2", needs_token=True)
 def whoami(call: Call) -> Reply:
     """Who the token belongs to."""
-    access = {"accessToken": {"role": "write"}}
-    return Reply.json({"type": "user", "name": call.hub.user, "orgs": [], "auth": access})
+    access = {"accessToken": {"role": call.hub.role}}
+    orgs = [{"name": org, "roleInOrg": "write"} for org in call.hub.orgs]
+    return Reply.json({"type": "user", "name": call.hub.user, "orgs": orgs, "auth": access})
+
+
+@route("GET", f"{_API}/auth-check(?P<write>/write)?")
+def auth_check(call: Call) -> Reply:
+    """Whether the token may see a repository, or write to it."""
+    assert call.repo
+    if "write" in call.args and (not call.request.token_valid or call.hub.role == "read"):
+        raise HubError(403, "Forbidden: no write access to this repository")
+    return Reply.json({})
 
 
 @route("POST", "/api/repos/create", needs_token=True, changes_hub=True)
@@ -208,7 +220,8 @@ def lfs_batch(call: Call) -> Reply:
         answer: Json = {"oid": wanted["oid"], "size": wanted["size"]}
         if wanted["oid"] not in call.hub.lfs:
             # No actions means "already stored", which is how an interrupted upload resumes.
-            upload = f"{call.hub.storage}/lfs-storage/{wanted['oid']}"
+            # Signed, as those of real stores are: who has the address may write there.
+            upload = f"{call.hub.storage}/lfs-storage/{wanted['oid']}?X-Amz-Signature={SIGNATURE}"
             answer["actions"] = {"upload": {"href": upload}, "verify": {"href": verify}}
         objects.append(answer)
     return Reply.json({"transfer": "basic", "objects": objects})

@@ -1,0 +1,103 @@
+"""What the assets ask of the Hub: whether a release may go there, what it would do there, and to send it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dpo_assets.artifact import Artifact, write_json
+from dpo_assets.assets.step import Step
+from dpo_assets.errors import GateError
+from dpo_assets.publishing.access import check_access
+from dpo_assets.publishing.commit import Release, preview, publish
+from dpo_assets.publishing.errors import HubFailure, HubOffline, PublishRefused
+from dpo_assets.publishing.plan import FileRecord, ReleasePlan, first_release
+from dpo_assets.publishing.secrets import scrub
+
+RELEASE = "release"
+
+
+def access_ahead(step: Step) -> dict[str, str]:
+    """Before anything is trained for a release that will be sent: whether the token and the repository let it.
+
+    A Hub that does not answer now stops no training: what is made is kept, and can be sent when it answers again.
+
+    Returns:
+        what is known, for the materialisation; nothing for a dry run.
+
+    Raises:
+        PublishRefused: the release would be refused, with the way out.
+    """
+    publishing = step.recipe.publishing
+    if publishing.dry_run or step.only_checks:
+        return {}
+    assert publishing.repo_id is not None, "the recipe requires repo_id when dry_run is false"
+    hub = step.hub.repository(publishing.repo_id)
+    try:
+        said = check_access(hub, private=publishing.private, adopt=publishing.adopt)
+    except HubFailure as error:
+        said = scrub(f"not known: {error}")
+        step.context.log.warning(f"whether {publishing.repo_id} can be published is {said}")
+    return {"release_access": said}
+
+
+@dataclass(frozen=True)
+class Publication:
+    """One staged release and the repository that it is for."""
+
+    step: Step
+    artifact: Artifact
+    files: Mapping[str, FileRecord]
+
+    @property
+    def operations_file(self) -> Path:
+        """The operations of the last plan. Beside the artefact: they depend on what the repository held then."""
+        return self.artifact.path.with_name(f"{self.artifact.path.name}.operations.json")
+
+    def plan(self) -> tuple[ReleasePlan, str]:
+        """What a release would do now, and why it would be refused (empty: it would not)."""
+        publishing, hub = self.step.recipe.publishing, self.step.hub
+        if publishing.repo_id is None:
+            return self._unasked("publishing.repo_id names no repository"), ""
+        if hub.token() is None:
+            return self._unasked(f"{hub.token_variable} is not set, so {publishing.repo_id} was not asked"), ""
+        try:
+            repository = hub.repository(publishing.repo_id)
+            plan = preview(repository, self.files, private=publishing.private, adopt=publishing.adopt)
+        except (HubFailure, HubOffline) as error:
+            return self._unasked(scrub(f"{publishing.repo_id} was not asked: {error}")), ""
+        except PublishRefused as error:
+            return self._unasked("the release would be refused"), scrub(str(error))
+        except GateError as error:
+            return self._unasked("the release would be refused"), scrub(f"{error}: {error.fix}")
+        self._keep(plan)
+        return plan, ""
+
+    def send(self) -> Release:
+        """Publishes; the operations are on the disk before the first of them is sent."""
+        publishing, hub = self.step.recipe.publishing, self.step.hub
+        assert publishing.repo_id is not None, "the recipe requires repo_id when dry_run is false"
+        repository = hub.repository(publishing.repo_id)
+        return publish(
+            repository.api,
+            publishing.repo_id,
+            self.artifact.path / RELEASE,
+            self.files,
+            private=publishing.private,
+            adopt=publishing.adopt,
+            token_variable=hub.token_variable,
+            patience=repository.patience,
+            planned=self._keep,
+        )
+
+    def _unasked(self, why: str) -> ReleasePlan:
+        plan = first_release(self.files, f"as for an empty repository: {why}")
+        self._keep(plan)
+        return plan
+
+    def _keep(self, plan: ReleasePlan) -> None:
+        partial = self.operations_file.with_name(f"{self.operations_file.name}.tmp-{os.getpid()}")
+        write_json(partial, [asdict(operation) for operation in plan.operations])
+        partial.replace(self.operations_file)
