@@ -63,7 +63,9 @@ def saved_here(folder: Path) -> None:
 
 BASES: dict[str, Callable[[Path], None]] = {
     "as it is": lambda folder: None,
-    "PreTrainedTokenizerFast": lambda folder: byte_level(folder, tokenizer_class="PreTrainedTokenizerFast"),
+    "PreTrainedTokenizerFast": lambda folder: byte_level(
+        folder, tokenizer_class="PreTrainedTokenizerFast", model_input_names=["input_ids", "attention_mask"]
+    ),
     "byte level under Llama's class": lambda folder: byte_level(folder, tokenizer_class="LlamaTokenizerFast"),
     "no class named": byte_level,
     "saved by 5": saved_here,

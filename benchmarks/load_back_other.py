@@ -134,6 +134,7 @@ def asked(folder: Path) -> dict[str, Any]:
     return {
         "text": text,
         "ids": ids,
+        "inputs": sorted(tokenizer(text)),
         "decoded": tokenizer.decode(ids),
         "special": sorted(tokenizer.all_special_tokens),
         "ends": defaults.eos_token_id,

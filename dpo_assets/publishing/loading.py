@@ -45,8 +45,9 @@ def load_snippet(
             "inputs = tokenizer.apply_chat_template(",
             f'    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"{arguments}',
             ")",
-            "answer = model.generate(**inputs, max_new_tokens=64, do_sample=False)",
-            'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+            'ids = inputs["input_ids"]',
+            'answer = model.generate(ids, attention_mask=inputs["attention_mask"], max_new_tokens=64, do_sample=False)',
+            "print(tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True))",
         ]
     )
 

@@ -77,6 +77,9 @@ def test_a_byte_level_base_under_llamas_class_is_released_with_its_own_ids(base:
     tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
     assert tokenizer(SENTENCE, add_special_tokens=False)["input_ids"] == exact
     assert tokenizer.decode(exact) == SENTENCE
+    # 4.57 gives token types by itself under this class, and `generate` refuses them.
+    said = json.loads((model / "tokenizer_config.json").read_text())["model_input_names"]
+    assert said == ["input_ids", "attention_mask"] == sorted(tokenizer(SENTENCE), reverse=True)
 
 
 def test_a_tokenizer_that_transformers_5_saved_is_released_as_4_reads_it(base: Path, tmp_path: Path) -> None:

@@ -164,13 +164,14 @@ def write_tokenizer(base: Path, folder: Path) -> None:
     tokenizer, as_named = _read(base)
     copy_files(base, folder, is_tokenizer_file)
     config = read_object(base / TOKENIZER_CONFIG)
-    written = _for_every_reader(config, type(tokenizer).__name__ if as_named else GENERIC_CLASS)
+    read_as = type(tokenizer).__name__ if as_named else GENERIC_CLASS
+    written = _for_every_reader(config, read_as, tokenizer.model_input_names)
     if written != config:
         text = json.dumps(written, indent=2, ensure_ascii=False) + "\n"
         (folder / TOKENIZER_CONFIG).write_text(text, encoding="utf-8")
 
 
-def _for_every_reader(config: Mapping[str, Any], read_as: str) -> dict[str, Any]:
+def _for_every_reader(config: Mapping[str, Any], read_as: str, inputs: Sequence[str]) -> dict[str, Any]:
     """A tokenizer_config.json that Transformers 4.57 and what builds on it read as it was read here.
 
     Transformers 5 writes classes that no other version knows, how the folder was once loaded, and a list in a place
@@ -179,10 +180,13 @@ def _for_every_reader(config: Mapping[str, Any], read_as: str) -> dict[str, Any]
 
     Args:
         read_as: the class that gives the ids of tokenizer.json.
+        inputs: what it gives a model. The class that is written gives more by itself in 4.57, which `generate` refuses.
     """
     written = {name: value for name, value in config.items() if name not in ONLY_IN_5}
     named = read_as if read_as == GENERIC_CLASS else written.get("tokenizer_class") or read_as
     written["tokenizer_class"] = GENERIC_CLASS if named == TRANSFORMERS_5_CLASS else named
+    if written["tokenizer_class"] == GENERIC_CLASS != config.get("tokenizer_class"):
+        written.setdefault("model_input_names", list(inputs))
     if isinstance(extra := written.get("extra_special_tokens"), list):
         del written["extra_special_tokens"]
         written["additional_special_tokens"] = (written.get("additional_special_tokens") or []) + extra
