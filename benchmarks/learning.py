@@ -263,7 +263,7 @@ def plan_of(variant: str, seed: int, args: argparse.Namespace) -> Any:
 
 def held_out(folder: Path, adapter: Path, plan: Any, data: Path) -> dict[str, Any]:
     """Implicit-reward accuracy on the eval split; both trainers' adapters are scored by the same forward in fp32."""
-    from dpo_assets.checks.statistics import tie_aware_accuracy
+    from dpo_assets.checks.evidence.clusters import tie_aware_accuracy
     from dpo_assets.training.batches.data import dpo_group, load_split
     from dpo_assets.training.policy import load_policy
     from dpo_assets.training.scoring.logprobs import score_groups

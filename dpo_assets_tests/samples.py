@@ -123,7 +123,7 @@ def quality(**changes: Any) -> dict[str, Any]:
 
 
 def score(value: float, low: float, high: float, n: int = 120) -> dict[str, float]:
-    return {"value": value, "low": low, "high": high, "n": n}
+    return {"value": value, "low": low, "high": high, "n": n, "clusters": 100, "effective": 100.0}
 
 
 def answers(**changes: Any) -> dict[str, Any]:

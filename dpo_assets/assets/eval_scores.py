@@ -14,7 +14,8 @@ from dpo_assets.assets.lineage import Inputs, Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.sft_checkpoint import start_adapter
 from dpo_assets.assets.step import Events, Step
-from dpo_assets.checks.promotion import decide, evaluation_verdicts
+from dpo_assets.checks.evidence.power import EFFECT, POWER, one_sided, reach_of_comparison, reach_of_score
+from dpo_assets.checks.promotion import decide, evaluation_verdicts, power_told
 from dpo_assets.checks.reports import EvaluationReport
 from dpo_assets.checks.statistics import percent
 from dpo_assets.contract import EvaluateSpec
@@ -59,11 +60,6 @@ def materialise(step: Step) -> Events:
     artifact, reused = step.build("eval_scores", config, inputs, make)
     report = EvaluationReport.of(artifact)
     decision, reason = decide(report, evaluation.min_pairs)
-    rows = [
-        [label, f"{score.value:.3f}", f"[{score.low:.3f}, {score.high:.3f}]"]
-        for name, label in SHOWN.items()
-        if (score := getattr(report, name))
-    ]
     answers = [[a["prompt"][-1]["content"], a["sft"], a["policy"]] for a in artifact.json("generations.json")]
     yield from step.result(
         "eval_scores",
@@ -78,15 +74,63 @@ def materialise(step: Step) -> Events:
             "kernels": report.kernels or "not recorded: these scores are of an earlier version",
             "kernels_note": report.kernels_note,
             "held_out_pairs": report.pairs,
+            "held_out_prompts": report.prompts,
+            "power": power_told(report),
             "accuracy": report.implicit_reward_accuracy.value,
             "chosen_shift_nats_per_token": report.chosen_shift_nats_per_token,
             "rejected_shift_nats_per_token": report.rejected_shift_nats_per_token,
-            "scores": dg.MetadataValue.md(
-                table(["held-out accuracy", "value", f"{percent(evaluation.confidence)} interval"], rows)
-            ),
+            "scores": dg.MetadataValue.md(scores_table(report)),
+            "parts": dg.MetadataValue.md(parts_table(report)),
             "answers": dg.MetadataValue.md(table(["prompt (last message)", "SFT", "policy"], answers)),
         },
     )
+
+
+def scores_table(report: EvaluationReport) -> str:
+    """Every score with its interval over prompts, and the least difference that so many pairs would find."""
+    level = one_sided(report.confidence)
+    shares = [(label, getattr(report, name)) for name, label in SHOWN.items()]
+    rows = [
+        [
+            label,
+            f"{score.value:.3f}",
+            f"[{score.low:.3f}, {score.high:.3f}]",
+            score.counted,
+            f"{found.detectable:.3f}",
+            f"{found.power:.0%}",
+        ]
+        for label, score in shares
+        for found in [reach_of_score(score, level)]
+    ]
+    if (paired := report.logp_against_sft) is not None:
+        found = reach_of_comparison(paired, level)
+        rows.append(
+            [
+                "policy less SFT, log-probability per token, paired",
+                f"{paired.difference:+.3f}",
+                f"[{paired.low:+.3f}, {paired.high:+.3f}]",
+                f"{paired.n} in {paired.clusters} prompts",
+                f"{found.detectable:.3f}",
+                f"{found.power:.0%}",
+            ]
+        )
+    interval, least = f"{percent(report.confidence)} interval", f"found: {POWER:.0%} of the time"
+    return table(["held-out accuracy", "value", interval, "pairs", least, f"{100 * EFFECT:.0f} points found"], rows)
+
+
+def parts_table(report: EvaluationReport) -> str:
+    """The policy by source and by quartile of the feedback's margin."""
+    rows = [
+        [
+            f"{one.by}: {one.name}",
+            one.reward.counted,
+            f"{one.reward.value:.3f} [{one.reward.low:.3f}, {one.reward.high:.3f}]",
+            f"{one.against_sft.difference:+.3f} [{one.against_sft.low:+.3f}, {one.against_sft.high:+.3f}]",
+        ]
+        for one in report.slices
+    ]
+    header = ["part", "pairs", "implicit reward", "log-probability per token, policy less SFT"]
+    return table(header, rows) if rows else "one source, and one margin or none"
 
 
 def _seen(step: Step, inputs: Inputs, scores: Artifact) -> int:

@@ -103,10 +103,14 @@ class _Pair:
 
 
 def _human_pairs(inputs: Inputs, most: int) -> list[_Pair]:
-    """Held-out pairs, chosen answer first: those that people ranked, in the order of their ids, which is none."""
+    """Held-out pairs, chosen answer first: those that people ranked, in the order of their ids, which is none.
+
+    One of each prompt: pairs of one prompt agree, and the interval of the judge's agreement takes them for independent.
+    """
     import polars as pl
 
-    table_ = pl.read_parquet(inputs["dpo_dataset"].path / "eval.parquet").sort("pair_id").head(most)
+    pairs = pl.read_parquet(inputs["dpo_dataset"].path / "eval.parquet").sort("pair_id")
+    table_ = pairs.unique("prompt_id", keep="first", maintain_order=True).head(most)
     return [
         _Pair([_plain(m) for m in row["prompt"]], row["chosen"][-1]["content"], row["rejected"][-1]["content"])
         for row in table_.select("prompt", "chosen", "rejected").iter_rows(named=True)

@@ -2,28 +2,31 @@
 
 A policy that only looks better by chance is held. With no champion published yet, the bar is the SFT policy: the lower
 end of the implicit-reward accuracy's interval must lie above one half, and the policy must not rank pairs worse than
-SFT did by plain log-probability.
+SFT did by plain log-probability. Intervals count prompts, not pairs. `checks.evidence.rules` has the rules of every
+later release, against the champion.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 from dpo_assets.checks.bands import Bands
+from dpo_assets.checks.evidence.ledger import RELEASED, Decision
+from dpo_assets.checks.evidence.power import FEWEST_PROMPTS, chance_error, one_sided, pairs_needed, reach_of_score
 from dpo_assets.checks.reports import EvaluationReport
 from dpo_assets.checks.verdict import Level, Verdict, upper_limit, worst
 from dpo_assets.recipe import Recipe
 
-Decision = Literal["first_publication", "hold", "reject", "insufficient_evidence"]
 CHANCE, TOLERANCE = 0.5, 0.05
-SOURCE = "Wilson interval on held-out pairs; power: 400 pairs show 10 points, 1,000 show 3 (arXiv 2411.00640)"
+SOURCE = "interval over prompts, not pairs, and its power (arXiv 2411.00640); coverage: benchmarks/RESULTS.md"
 
 
 def decide(report: EvaluationReport, min_prompts: int) -> tuple[Decision, str]:
-    """The decision and its reason."""
+    """The decision and its reason.
+
+    Fewer than `min_prompts` prompts, or than `FEWEST_PROMPTS` whatever the recipe asks for, decide nothing.
+    """
     accuracy, prompts = report.implicit_reward_accuracy, report.prompts
-    drop = report.logp_accuracy_sft.value - report.logp_accuracy_policy.value
     if not math.isfinite(accuracy.value) or not math.isfinite(report.nll_ratio_chosen):
         return "reject", "a score is not finite"
     if accuracy.high < CHANCE:
@@ -33,17 +36,48 @@ def decide(report: EvaluationReport, min_prompts: int) -> tuple[Decision, str]:
         )
     if prompts < min_prompts:
         return "insufficient_evidence", f"{prompts} held-out prompts, evaluation.min_pairs asks for {min_prompts}"
+    if prompts < FEWEST_PROMPTS:
+        return "insufficient_evidence", f"{prompts} held-out prompts; fewer than {FEWEST_PROMPTS} carry no release"
+    if accuracy.clusters is None and report.pairs > prompts:
+        return (
+            "insufficient_evidence",
+            "an earlier version took the pairs of a prompt for independent; materialise `eval_scores` again",
+        )
     if accuracy.low <= CHANCE:
         return (
             "hold",
             f"the interval [{accuracy.low:.3f}, {accuracy.high:.3f}] holds one half: this may be chance",
         )
-    if drop > TOLERANCE:
-        return "hold", f"plain log-probability ranks pairs worse than SFT by {drop:.3f}"
+    exact = report.reward_against_chance
+    if exact is not None and not exact.p_better <= (level := one_sided(report.confidence)):
+        return "hold", f"p of the exact test is {exact.p_better:.3f}, above {level:.3g}: this may be chance"
+    if loss := _ranking_loss(report):
+        return "hold", loss
     return (
         "first_publication",
         f"better than its start on {accuracy.value:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}]",
     )
+
+
+def _ranking_loss(report: EvaluationReport) -> str:
+    """What plain log-probability lost against SFT: more than the tolerance, or beyond chance. Empty: nothing."""
+    drop = report.logp_accuracy_sft.value - report.logp_accuracy_policy.value
+    if not drop <= TOLERANCE:
+        return f"plain log-probability ranks pairs worse than SFT by {drop:.3f}"
+    paired = report.logp_against_sft
+    if paired is not None and not paired.high >= 0:
+        return f"plain log-probability ranks pairs worse than SFT, beyond chance: {paired}"
+    return ""
+
+
+def power_told(report: EvaluationReport) -> str:
+    """What these held-out prompts can show at the level of their interval, and how many pairs would decide."""
+    accuracy = report.implicit_reward_accuracy
+    level = one_sided(report.confidence)
+    seen = accuracy.value - CHANCE
+    needed = pairs_needed(seen, chance_error(accuracy), accuracy.n, level)
+    told = f"; {needed} pairs would show the {100 * seen:.1f} points seen" if needed else ""
+    return f"{reach_of_score(accuracy, level)}{told}"
 
 
 def evaluation_verdicts(report: EvaluationReport, recipe: Recipe, bands: Bands, *, seen: int) -> list[Verdict]:
@@ -69,11 +103,11 @@ def promotion_verdict(report: EvaluationReport, recipe: Recipe) -> Verdict:
     level: Level = "pass"
     if decision == "reject":
         level = "error"
-    elif decision != "first_publication":
+    elif decision not in RELEASED:
         level = "warn" if recipe.publishing.dry_run else "error"
     fixes = {
-        "hold": "collect more pairs, or train longer inside the learning-rate band",
-        "insufficient_evidence": "collect more feedback or raise feedback.eval_fraction",
+        "hold": f"collect more pairs, or train longer inside the learning-rate band; {power_told(report)}",
+        "insufficient_evidence": f"collect more feedback or raise feedback.eval_fraction; {power_told(report)}",
         "reject": "look at the pairs: labels may be inverted",
     }
     return Verdict(

@@ -13,6 +13,8 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, RootModel, computed_field
 
 from dpo_assets.artifact import Artifact, Number, read_kept, write_json
+from dpo_assets.checks.evidence.measured import Comparison, MeanScore
+from dpo_assets.checks.evidence.slices import SliceScore
 from dpo_assets.checks.statistics import Proportion
 from dpo_assets.planning.targets import LoraCoverage
 
@@ -268,7 +270,10 @@ class GreedyAnswers(Report):
 
 
 class EvaluationReport(Report):
-    """Held-out scores of the policy and of the SFT model that it started from."""
+    """Held-out scores of the policy and of the SFT model that it started from, clustered by prompt.
+
+    A comparison that is None is of an earlier version, whose intervals took the pairs of a prompt for independent.
+    """
 
     pairs: int
     prompts: int
@@ -276,6 +281,16 @@ class EvaluationReport(Report):
     logp_accuracy_sft: Proportion
     logp_accuracy_policy: Proportion
     pick_the_longer: Proportion
+    reward_against_chance: Comparison | None = Field(
+        default=None, description="The policy's implicit-reward accuracy less one half."
+    )
+    logp_against_sft: Comparison | None = Field(
+        default=None, description="Accuracy by log-probability per token, policy less SFT, on the same pairs."
+    )
+    margin: MeanScore | None = Field(default=None, description="The mean margin in nats, with its interval.")
+    slices: tuple[SliceScore, ...] = Field(
+        default=(), description="By source, and by quartile of the feedback's margin; empty where there is one part."
+    )
     margin_mean_nats: Number
     margin_median_nats: Number
     chosen_shift_nats_per_token: Number

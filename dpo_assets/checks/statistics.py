@@ -1,62 +1,60 @@
-"""Intervals and tallies of held-out scores."""
+"""Intervals and tests of independent counts. Pairs that share prompts are counted in `checks.evidence`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from statistics import NormalDist
 
 from dpo_assets.artifact import Number
 
-TIE_NATS = 1e-4  # Margins below this are floating-point noise, not a preference.
-
 
 @dataclass(frozen=True)
 class Proportion:
-    """A share with its Wilson score interval."""
+    """A share of `n` with its interval.
+
+    `clusters` is how many prompts the `n` belong to, and `effective` how many independent pairs would bound the share
+    as well. Both are None where the `n` were counted as independent: shares of answers, and scores of earlier versions.
+    """
 
     value: Number
     low: Number
     high: Number
     n: int
+    clusters: int | None = None
+    effective: float | None = None
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, float | None]:
         return asdict(self)
 
+    @property
+    def counted(self) -> str:
+        """The number of pairs, and of prompts where they are fewer."""
+        return f"{self.n}" if self.clusters in (None, self.n) else f"{self.n} in {self.clusters} prompts"
+
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] (n={self.n})"
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] (n={self.counted})"
 
 
-def wilson(successes: float, n: int, confidence: float = 0.95) -> Proportion:
-    """Wilson score interval (Wilson 1927); `successes` may hold halves, from ties. A NaN bounds nothing."""
+def wilson(successes: float, n: float, confidence: float = 0.95) -> Proportion:
+    """Wilson score interval (Wilson 1927); `successes` may hold halves, from ties. A NaN bounds nothing.
+
+    `n` may be an effective number of pairs, which is not whole.
+    """
     if n == 0 or math.isnan(successes):
-        return Proportion(math.nan, 0.0, 1.0, n)
+        return Proportion(math.nan, 0.0, 1.0, int(n))
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     share, width = successes / n, z / n  # z / n: a square of n is no float for every n.
     centre = (share + z * width / 2) / (1 + z * width)
     half = z / (1 + z * width) * math.sqrt(share * (1 - share) / n + width * width / 4)
-    return Proportion(share, max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half)), n)
+    return Proportion(share, max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half)), int(n))
 
 
 def percent(level: float) -> str:
     """0.95 as `95%`, 0.995 as `99.5%`."""
     return f"{100 * level:.6g}%"
-
-
-def tie_aware_accuracy(margins: Sequence[float], confidence: float = 0.95) -> Proportion:
-    """Share of margins above zero; a margin inside the tie band counts as half a win. NaN in, NaN out."""
-    if any(math.isnan(m) for m in margins):
-        return Proportion(math.nan, 0.0, 1.0, len(margins))
-    wins = sum(0.5 if abs(m) <= TIE_NATS else float(m > 0) for m in margins)
-    return wilson(wins, len(margins), confidence)
-
-
-def pick_the_longer(chosen: Sequence[int], rejected: Sequence[int], confidence: float = 0.95) -> Proportion:
-    """How often the longer answer is the chosen one: what a score must beat to be more than a taste for length."""
-    margins = [float(c - r) for c, r in zip(chosen, rejected, strict=True)]
-    return tie_aware_accuracy(margins, confidence)
 
 
 def significant_rise(share: float, before: float, n: int, confidence: float = 0.95) -> bool:
@@ -72,20 +70,32 @@ def significant_rise(share: float, before: float, n: int, confidence: float = 0.
     return now.value - then.value > math.hypot(now.value - now.low, then.high - then.value)
 
 
-def significant_fall(lost: int, gained: int, confidence: float = 0.95) -> bool:
-    """Exact McNemar test, one-sided: more things were lost than gained, beyond chance. Pairs that agree say nothing.
+def sign_test(towards: int, against: int) -> Fraction:
+    """One-sided p of the exact sign test (McNemar, exact): P(X >= towards), X binomial of all at one half.
 
-    Under chance each discordant pair is a fair coin: p = P(X >= lost), X binomial of lost + gained at one half. All of
-    it is counted in whole numbers: from 1,024 pairs on 2**n is no float.
+    All of it is counted in whole numbers: from 1,024 on 2**n is no float.
     """
-    if lost <= gained:
-        return False
-    n = lost + gained
-    term = tail = math.comb(n, lost)
-    for k in range(lost, n):
+    n = towards + against
+    term = tail = math.comb(n, towards)
+    for k in range(towards, n):
         term = term * (n - k) // (k + 1)  # The next binomial coefficient.
         tail += term
-    return Fraction(tail, 2**n) <= 1 - Fraction(confidence)
+    return Fraction(tail, 2**n)
+
+
+def significant_fall(lost: int, gained: int, confidence: float = 0.95) -> bool:
+    """Exact McNemar test, one-sided: more things were lost than gained, beyond chance. Pairs that agree say nothing."""
+    return lost > gained and sign_test(lost, gained) <= 1 - Fraction(confidence)
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """p of several tests, each adjusted so that comparing it with one level keeps that level over all (Holm 1979)."""
+    adjusted: dict[str, float] = {}
+    largest = 0.0
+    for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[name]))
+        adjusted[name] = largest
+    return adjusted
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:

@@ -54,7 +54,7 @@ def _rows(summary: Summary) -> Iterator[tuple[str, str]]:
         score: Proportion = getattr(scores, name)
         interval = f"[{score.low:.3f}, {score.high:.3f}]"
         level = percent(scores.confidence if scores else 0.0)
-        yield label, f"{score.value:.3f}, {level} interval {interval}, n = {score.n}"
+        yield label, f"{score.value:.3f}, {level} interval {interval}, n = {score.counted}"
     if summary.verdict:
         yield "verdict", f"{summary.verdict['decision']}: {summary.verdict['reason']}"
     for check in summary.failed_checks:

@@ -38,7 +38,10 @@ class EvaluationSection(Section):
 
     confidence: float = Field(default=0.95, gt=0.5, lt=1.0, description="Level of every interval.")
     min_pairs: int = Field(
-        default=50, ge=1, description="Fewer held-out prompt groups than this: `insufficient_evidence`, no release."
+        default=50,
+        ge=1,
+        description="Fewer held-out prompts than this, or than 50 whatever stands here: `insufficient_evidence`, no "
+        "release.",
     )
     generations: int = Field(default=16, ge=0, description="Held-out prompts that SFT and policy answer.")
     max_new_tokens: int = Field(default=64, ge=1, description="Length limit of those answers.")

@@ -24,7 +24,7 @@ from dpo_assets.checks.coverage import lora_coverage
 from dpo_assets.checks.dataset import dataset_verdicts
 from dpo_assets.checks.judged import judge_verdicts
 from dpo_assets.checks.judged_text import judged_text_kept
-from dpo_assets.checks.promotion import decide, evaluation_verdicts, greedy_health, promotion_verdict
+from dpo_assets.checks.promotion import decide, evaluation_verdicts, greedy_health, power_told, promotion_verdict
 from dpo_assets.checks.reports import AdoptedBase, Aftermath, DpoReport, MergeReport, SftReport
 from dpo_assets.checks.training import dpo_verdicts, merge_verdicts, sft_verdicts
 from dpo_assets.checks.verdict import Level, Verdict, upper_limit, worst
@@ -328,6 +328,14 @@ def test_a_merge_is_held_against_its_report(check: str, changes: Report, level: 
 # eval_scores
 
 
+def paired(difference: float, low: float, high: float, p_better: float = 0.5) -> dict[str, Any]:
+    """A comparison on the pairs of `evaluation_report`."""
+    return {
+        "difference": difference, "low": low, "high": high, "error": 0.02, "p_better": p_better, "p_worse": 0.5,
+        "p_pairs": p_better, "n": 120, "clusters": 100, "discordant": 30, "method": "exact sign flips",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("changes", "decision"),
     [
@@ -347,12 +355,43 @@ def test_a_merge_is_held_against_its_report(check: str, changes: Report, level: 
         ({"logp_accuracy_policy": score(0.5301, 0.4, 0.6)}, "first_publication"),
         ({"logp_accuracy_policy": score(0.52, 0.4, 0.6)}, "hold"),
         ({"logp_accuracy_policy": score(0.9, 0.8, 1.0)}, "first_publication"),
+        ({"logp_accuracy_policy": score(math.nan, 0.0, 1.0)}, "hold"),
+        ({"logp_against_sft": paired(-0.03, -0.06, -0.001)}, "hold"),
+        ({"logp_against_sft": paired(-0.03, -0.06, 0.001)}, "first_publication"),
+        ({"logp_against_sft": paired(math.nan, math.nan, math.nan)}, "hold"),
+        ({"reward_against_chance": paired(0.2, 0.11, 0.28, p_better=0.025)}, "first_publication"),
+        ({"reward_against_chance": paired(0.2, 0.11, 0.28, p_better=0.026)}, "hold"),
     ],
 )
 def test_a_release_is_decided_by_evidence_beyond_chance(changes: Report, decision: str) -> None:
     found, reason = decide(evaluation_report(**changes), 50)
     assert found == decision
     assert reason
+
+
+@pytest.mark.parametrize(("prompts", "decision"), [(49, "insufficient_evidence"), (50, "first_publication")])
+def test_no_recipe_lowers_the_prompts_that_carry_a_release_below_fifty(prompts: int, decision: str) -> None:
+    found, reason = decide(evaluation_report(prompts=prompts), 1)
+    assert found == decision
+    assert ("fewer than 50" in reason) == (decision == "insufficient_evidence")
+
+
+def test_scores_of_an_earlier_version_that_counted_pairs_carry_no_release() -> None:
+    """Their intervals are too narrow where prompts have several pairs; where none has, they are right."""
+    plain = {"value": 0.7, "low": 0.61, "high": 0.78, "n": 120}
+    found, reason = decide(evaluation_report(implicit_reward_accuracy=plain), 50)
+    assert found == "insufficient_evidence"
+    assert "materialise `eval_scores` again" in reason
+    single = evaluation_report(implicit_reward_accuracy=plain, prompts=120)
+    assert decide(single, 50)[0] == "first_publication"
+
+
+def test_a_hold_says_what_its_pairs_can_show_and_how_many_would_decide() -> None:
+    verdict = promotion_verdict(evaluation_report(implicit_reward_accuracy=score(0.55, 0.45, 0.64)), recipe())
+    assert "a difference of 14.0 points is found with 80% power" in verdict.fix
+    assert "942 pairs would show the 5.0 points seen" in verdict.fix  # 120 pairs, worth 100: 120 * (0.140 / 0.05)^2.
+    unlucky = power_told(evaluation_report(implicit_reward_accuracy=score(0.45, 0.35, 0.54)))
+    assert "points seen" not in unlucky
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,20 @@ def test_an_sft_report_from_before_engines_were_told_is_judged_by_what_it_holds(
     assert [verdict.level for verdict in sft_verdicts(report, BANDS)] == ["error", "pass", "pass"]
 
 
+def test_scores_from_before_prompts_were_counted_are_read_and_say_so(tmp_path: Path) -> None:
+    plain = evaluation_report().model_dump(mode="json")
+    for name in ("reward_against_chance", "logp_against_sft", "margin"):
+        del plain[name]
+    scores = {name: value for name, value in plain.items() if isinstance(value, dict) and "low" in value}
+    old = plain | {name: {key: score[key] for key in ("value", "low", "high", "n")} for name, score in scores.items()}
+    report = EvaluationReport.of(kept(tmp_path, old))
+    assert len(scores) == 4
+    assert (report.implicit_reward_accuracy.clusters, report.implicit_reward_accuracy.effective) == (None, None)
+    assert (report.reward_against_chance, report.logp_against_sft, report.margin) == (None, None, None)
+    [verdict] = [v for v in evaluation_verdicts(report, recipe(), BANDS, seen=0) if v.check == "promotion_verdict"]
+    assert (verdict.value, verdict.level) == ("insufficient_evidence", "warn")
+
+
 def test_counts_of_an_earlier_dataset_are_told_as_such(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="of an earlier version; materialise `dpo_dataset` again"):
         dataset_stats(kept(tmp_path, {"train_pairs": 3}, "dpo_dataset"))

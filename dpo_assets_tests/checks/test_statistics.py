@@ -8,15 +8,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from dpo_assets.checks.evidence.clusters import TIE_NATS, pick_the_longer, tie_aware_accuracy
 from dpo_assets.checks.statistics import (
-    TIE_NATS,
     Proportion,
     mean_interval,
     percent,
-    pick_the_longer,
     significant_fall,
     significant_rise,
-    tie_aware_accuracy,
     wilson,
 )
 
@@ -92,7 +90,11 @@ def test_no_pairs_say_nothing_about_the_share() -> None:
 def test_a_share_reads_as_a_line_and_as_a_mapping() -> None:
     share = Proportion(0.5, 0.25, 0.75, 4)
     assert str(share) == "0.500 [0.250, 0.750] (n=4)"
-    assert share.as_dict() == {"value": 0.5, "low": 0.25, "high": 0.75, "n": 4}
+    assert share.as_dict() == {
+        "value": 0.5, "low": 0.25, "high": 0.75, "n": 4, "clusters": None, "effective": None,
+    }  # fmt: skip
+    assert str(Proportion(0.5, 0.25, 0.75, 4, 3, 2.5)) == "0.500 [0.250, 0.750] (n=4 in 3 prompts)"
+    assert str(Proportion(0.5, 0.25, 0.75, 4, 4, 4.0)) == "0.500 [0.250, 0.750] (n=4)"
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,9 @@ def fill(shelf: Shelf, better: int = PROMPTS) -> None:
             answer = [{"role": "assistant", "content": "a longer answer of a person"}]
             other = [{"role": "assistant", "content": "short"}]
             pairs = [
-                {"pair_id": f"{n:03}", "prompt": asked(n), "chosen": answer, "rejected": other} for n in range(PAIRS)
+                {"pair_id": f"{n:03}", "prompt_id": f"{n % PAIRS}", "prompt": asked(n % PAIRS), "chosen": answer}
+                | {"rejected": other}
+                for n in range(2 * PAIRS)  # Two of each prompt, of which one is asked about.
             ]
             pl.DataFrame(pairs).write_parquet(folder / "eval.parquet")
 

@@ -461,9 +461,11 @@ def test_trls_own_trainer_is_watched_too(
     assert rows[-1]["chosen_nats_per_token"] == pytest.approx(rows[-1]["rewards/chosen"] / 0.1 / 50.0)
     assert math.isfinite(rows[0]["probe/kl_per_token"])
     assert "ref" in model.peft_config
-    held = measure(watched, guard_spec, load_asked(dataset, "eval"), []).held_out
+    rows = load_asked(dataset, "eval", more=["prompt_id"])
+    of_two = rows.remove_columns("prompt_id").add_column("prompt_id", ["a"] * 5 + ["b"] * (len(rows) - 5))
+    held = measure(watched, guard_spec, of_two, []).held_out
     assert isinstance(held, HeldOutPairs)
-    assert held.pairs == 10
+    assert (held.pairs, held.accuracy.clusters) == (10, 2)
     assert all(".default." in name for name in watched.start.factors)
 
 

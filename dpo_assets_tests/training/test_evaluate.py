@@ -11,7 +11,9 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from dpo_assets.checks.promotion import decide
 from dpo_assets.checks.reports import AnswerHealth, GreedyAnswers
+from dpo_assets.checks.statistics import wilson
 from dpo_assets.contract import EvaluateSpec
 from dpo_assets.planning.scoring import Scoring
 from dpo_assets.training.batches.data import dpo_group, load_split
@@ -167,7 +169,7 @@ def test_the_ratio_of_likelihoods_is_the_policys_loss_over_that_of_sft() -> None
     """Above one, chosen answers became less likely: log-probabilities of -10 and -30 went to -15 and -45."""
     table = pl.DataFrame(
         {
-            "prompt_id": ["a", "b"],
+            "prompt_id": ["a", "b"], "source": ["x", "x"], "margin": [None, None],
             "sft_chosen": [-10.0, -30.0], "policy_chosen": [-15.0, -45.0], "chosen_tokens": [5, 10],
             "sft_rejected": [-12.0, -20.0], "policy_rejected": [-30.0, -60.0], "rejected_tokens": [6, 8],
         }
@@ -186,3 +188,52 @@ def test_the_ratio_of_likelihoods_is_the_policys_loss_over_that_of_sft() -> None
     assert said.rejected_shift_nats_per_token == pytest.approx((-3.0 - 5.0) / 2)
     assert (said.margin_mean_nats, said.margin_median_nats) == pytest.approx(((13 + 25) / 2, (13 + 25) / 2))
     assert (said.pairs, said.prompts) == (2, 2)
+
+
+def test_the_scores_of_a_report_count_prompts_and_not_pairs() -> None:
+    """60 prompts of 10 pairs that agree: as 600 pairs they were better than chance, as 60 prompts they are not."""
+    prompts = [f"prompt {pair // 10}" for pair in range(600)]
+    skill = [1.0 if pair // 10 < 35 else -1.0 for pair in range(600)]
+    table = pl.DataFrame(
+        {
+            "prompt_id": prompts, "source": ["good"] * 300 + ["bad"] * 300, "margin": [1.0] * 450 + [2.0] * 150,
+            "sft_chosen": [-10.0] * 600, "sft_rejected": [-10.0] * 600, "chosen_tokens": [5] * 600,
+            "policy_chosen": [-10.0 + 5 * s for s in skill], "policy_rejected": [-10.0] * 600,
+            "rejected_tokens": [6 if s > 0 else 4 for s in skill],
+        }
+    )  # fmt: skip
+    silent = AnswerHealth(answers=0)
+    said = summarise(
+        table,
+        0.95,
+        scored="merged model in fp32",
+        settled=Settled("rows", ""),
+        generation=GreedyAnswers(sft=silent, policy=silent),
+    )
+    assert (said.pairs, said.prompts) == (600, 60)
+    scores = (said.implicit_reward_accuracy, said.logp_accuracy_policy, said.pick_the_longer)
+    assert all(score.clusters == 60 and (score.effective or 0) < 61 for score in scores)
+    assert said.implicit_reward_accuracy.low < 0.5 < wilson(350, 600).low
+    assert decide(said, 50)[0] == "hold"
+    assert said.reward_against_chance is not None
+    assert (said.reward_against_chance.clusters, said.reward_against_chance.p_better > 0.1) == (60, True)
+    assert said.reward_against_chance.difference == pytest.approx(35 / 60 - 0.5)
+    assert said.logp_against_sft is not None
+    assert said.logp_against_sft.difference == pytest.approx(
+        said.logp_accuracy_policy.value - said.logp_accuracy_sft.value
+    )
+    assert said.margin is not None
+    assert (said.margin.value, said.margin.clusters) == (said.margin_mean_nats, 60)
+    assert said.margin.low is not None
+    assert said.margin.low < 0.0 < said.margin.value
+    told = {(part.by, part.name): part for part in said.slices}
+    sizes = [(by, part.reward.n) for (by, _), part in told.items()]
+    assert sizes == [
+        ("source", 300),
+        ("source", 300),
+        ("margin", 450),
+        ("margin", 150),
+    ]
+    assert (told["source", "good"].reward.value, told["source", "bad"].reward.value) == pytest.approx((1.0, 1 / 6))
+    assert told["source", "bad"].reward.clusters == told["source", "bad"].against_sft.clusters == 30
+    assert told["source", "bad"].against_sft.high < 0 < told["source", "good"].against_sft.low

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo_assets.checks.evidence.clusters import tie_aware_accuracy
 from dpo_assets.checks.reports import (
     AdapterNorm,
     Aftermath,
@@ -23,7 +24,7 @@ from dpo_assets.checks.reports import (
     NotMeasured,
     SampledAnswers,
 )
-from dpo_assets.checks.statistics import mean_interval, tie_aware_accuracy
+from dpo_assets.checks.statistics import mean_interval
 from dpo_assets.checks.tasks import Task, compared
 from dpo_assets.contract import GuardSpec
 from dpo_assets.training.batches.data import dpo_group
@@ -40,7 +41,7 @@ def measure(watched: Watched, guard: GuardSpec, held_out: Any, tasks: Sequence[t
     """What an adapter did, for the report of stage `dpo`.
 
     Args:
-        held_out: rows of the held-out split with their token ids and prompts, or None where there is none.
+        held_out: rows of the held-out split with their token ids, prompts and `prompt_id`, or None where there is none.
         tasks: the user's capability probe with the token ids of its prompts; without one token accuracy is compared.
     """
     plan = watched.plan
@@ -52,7 +53,7 @@ def measure(watched: Watched, guard: GuardSpec, held_out: Any, tasks: Sequence[t
         pairs = NotMeasured(not_measured=watched.why_no_scores)
     elif guard.held_out_pairs:
         few = held_out.select(range(min(guard.held_out_pairs, len(held_out))))
-        pairs, matches = _pairs(watched, [dpo_group(row, plan.max_length) for row in few])
+        pairs, matches = _pairs(watched, [dpo_group(row, plan.max_length) for row in few], few["prompt_id"])
     return Aftermath(
         held_out=pairs,
         answers=_answers(watched, guard, held_out),
@@ -61,8 +62,13 @@ def measure(watched: Watched, guard: GuardSpec, held_out: Any, tasks: Sequence[t
     )
 
 
-def _pairs(watched: Watched, groups: list[Any]) -> tuple[HeldOutPairs, list[tuple[float, float]]]:
-    """Numbers of held-out pairs, and the token accuracy of each chosen answer by (reference, policy)."""
+def _pairs(
+    watched: Watched, groups: list[Any], prompts: Sequence[str]
+) -> tuple[HeldOutPairs, list[tuple[float, float]]]:
+    """Numbers of held-out pairs, and the token accuracy of each chosen answer by (reference, policy).
+
+    `prompts` names the prompt of each pair.
+    """
     lengths = [len(c) for g in groups for c in g.completions]
     policy, hits = watched.scores(groups)
     reference, reference_hits = watched.reference_scores(groups)
@@ -70,7 +76,7 @@ def _pairs(watched: Watched, groups: list[Any]) -> tuple[HeldOutPairs, list[tupl
     margins = [c - r for c, r in zip(shifts[::2], shifts[1::2], strict=True)]
     part = HeldOutPairs(
         pairs=len(groups),
-        accuracy=tie_aware_accuracy(margins),
+        accuracy=tie_aware_accuracy(margins, prompts),
         margin_nats=fmean(margins),
         nll_ratio=sum(policy[::2]) / sum(reference[::2]),
         chosen_nats_per_token=sum(shifts[::2]) / sum(lengths[::2]),

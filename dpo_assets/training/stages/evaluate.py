@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,10 @@ from typing import Any
 import polars as pl
 
 from dpo_assets.artifact import VOLATILE, write_json
+from dpo_assets.checks.evidence.clusters import clustered_mean, clustered_share, pick_the_longer, wins_of
+from dpo_assets.checks.evidence.paired import compare
+from dpo_assets.checks.evidence.slices import Part, SliceScore, parts
 from dpo_assets.checks.reports import AnswerHealth, EvaluationReport, GreedyAnswers
-from dpo_assets.checks.statistics import Proportion, pick_the_longer, tie_aware_accuracy
 from dpo_assets.contract import EvaluateSpec, Progress
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.batches.data import dpo_group, first_asked, load_asked
@@ -32,13 +34,16 @@ from dpo_assets.training.scoring.generation import generate, generation_health
 from dpo_assets.training.scoring.logprobs import score_groups
 from dpo_assets.training.scoring.proof import Settled, alike, settle_engine
 
+OF_A_PAIR = ["prompt_id", "source", "margin"]  # Columns of the dataset that the per-pair table keeps.
+SLICE_DRAWS = 2_000  # Of the bootstrap for each part: there may be a dozen.
+
 
 def run(spec: EvaluateSpec, reporter: Reporter) -> None:
     """Writes `scores.parquet` (a row a pair), `generations.json` and `report.json`."""
     plan = spec.plan.at_release()
     started = time.perf_counter()
     chat = load_chat_format(spec.base_model, spec.template)
-    held_out = load_asked(spec.dataset, "eval", spec.scratch, ["prompt_id"])
+    held_out = load_asked(spec.dataset, "eval", spec.scratch, OF_A_PAIR)
     to_group = partial(dpo_group, max_length=plan.max_length)
     groups = [to_group(row) for row in held_out]
     room = plan.max_length - spec.max_new_tokens
@@ -56,7 +61,7 @@ def run(spec: EvaluateSpec, reporter: Reporter) -> None:
     (settled, sft), (_, policy) = alike([partial(measure, *subject) for subject in compared])
     answers, policy_answers = sft.answers, policy.answers
 
-    table = _score_table(held_out["pair_id"], held_out["prompt_id"], groups, sft.logps, policy.logps)
+    table = _score_table({name: held_out[name] for name in ("pair_id", *OF_A_PAIR)}, groups, sft.logps, policy.logps)
     table.write_parquet(spec.output_dir / "scores.parquet")
     write_json(
         spec.output_dir / "generations.json",
@@ -111,24 +116,45 @@ def _measured(
 def summarise(
     table: pl.DataFrame, confidence: float, *, scored: str, settled: Settled, generation: GreedyAnswers
 ) -> EvaluationReport:
-    """Scores with intervals, from the per-pair table."""
+    """Scores with intervals over prompts, from the per-pair table: pairs of one prompt are no independent evidence."""
     chosen_ratio = (table["policy_chosen"] - table["sft_chosen"]) / table["chosen_tokens"]
     rejected_ratio = (table["policy_rejected"] - table["sft_rejected"]) / table["rejected_tokens"]
     margin = (table["policy_chosen"] - table["sft_chosen"]) - (table["policy_rejected"] - table["sft_rejected"])
+    prompts = table["prompt_id"].to_list()
 
-    def logp_accuracy(who: str) -> Proportion:
+    def logp_wins(who: str) -> list[float]:
         gap = table[f"{who}_chosen"] / table["chosen_tokens"] - table[f"{who}_rejected"] / table["rejected_tokens"]
-        return tie_aware_accuracy(gap.to_list(), confidence)
+        return wins_of(gap.to_list())
+
+    share = partial(clustered_share, prompts=prompts, confidence=confidence)
+    against = partial(compare, prompts=prompts, confidence=confidence)
+    rewarded, ranked, ranked_before = wins_of(margin.to_list()), logp_wins("policy"), logp_wins("sft")
+
+    def slice_of(part: Part) -> SliceScore:
+        def of_part(values: Sequence[Any]) -> list[Any]:
+            return [values[n] for n in part.pairs]
+
+        own = of_part(prompts)
+        return SliceScore(
+            part.by,
+            part.name,
+            clustered_share(of_part(rewarded), own, confidence),
+            compare(of_part(ranked), of_part(ranked_before), own, confidence, draws=SLICE_DRAWS),
+        )
 
     return EvaluationReport(
         pairs=table.height,
-        prompts=table["prompt_id"].n_unique(),
-        implicit_reward_accuracy=tie_aware_accuracy(margin.to_list(), confidence),
-        logp_accuracy_sft=logp_accuracy("sft"),
-        logp_accuracy_policy=logp_accuracy("policy"),
+        prompts=len(set(prompts)),
+        implicit_reward_accuracy=share(rewarded),
+        logp_accuracy_sft=share(ranked_before),
+        logp_accuracy_policy=share(ranked),
         pick_the_longer=pick_the_longer(
-            table["chosen_tokens"].to_list(), table["rejected_tokens"].to_list(), confidence
+            table["chosen_tokens"].to_list(), table["rejected_tokens"].to_list(), prompts, confidence
         ),
+        reward_against_chance=against(rewarded, [0.5] * table.height),
+        logp_against_sft=against(ranked, ranked_before),
+        margin=clustered_mean(margin.to_list(), prompts, confidence),
+        slices=tuple(slice_of(part) for part in parts(table["source"].to_list(), table["margin"].to_list())),
         margin_mean_nats=fmean(margin),
         margin_median_nats=median(margin),
         chosen_shift_nats_per_token=fmean(chosen_ratio),
@@ -143,12 +169,11 @@ def summarise(
 
 
 def _score_table(
-    pair_ids: Sequence[str], prompt_ids: Sequence[str], groups: list[Group], reference: list[float], policy: list[float]
+    of_a_pair: Mapping[str, Sequence[Any]], groups: list[Group], reference: list[float], policy: list[float]
 ) -> pl.DataFrame:
     return pl.DataFrame(
         {
-            "pair_id": list(pair_ids),
-            "prompt_id": list(prompt_ids),
+            **{name: list(values) for name, values in of_a_pair.items()},
             "sft_chosen": reference[::2],
             "sft_rejected": reference[1::2],
             "policy_chosen": policy[::2],

@@ -1,0 +1,47 @@
+"""Comparisons and means as they were measured: plain numbers that a report keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dpo_assets.artifact import Number
+
+Method = Literal["exact sign flips", "normal approximation of sign flips"]
+
+
+@dataclass(frozen=True)
+class MeanScore:
+    """A mean over pairs with its interval, clustered by prompt. Ends are None where too few prompts bound nothing."""
+
+    value: Number
+    low: float | None
+    high: float | None
+    n: int
+    clusters: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A paired difference of two tie-aware accuracies on the same pairs, challenger minus champion.
+
+    `difference`, `low`, `high` and `error` (the cluster-robust standard error) are shares, from -1 to 1. `p_better` and
+    `p_worse` are one-sided, over prompts. `p_pairs` is the exact McNemar test for `better` that takes pairs for
+    independent: a cross-check, too small where pairs of a prompt agree.
+    """
+
+    difference: Number
+    low: Number
+    high: Number
+    error: Number
+    p_better: Number
+    p_worse: Number
+    p_pairs: Number
+    n: int
+    clusters: int
+    discordant: int
+    method: Method
+
+    def __str__(self) -> str:
+        ends = f"{self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+        return f"{ends} (n={self.n}, {self.clusters} prompts, p={self.p_better:.2g})"

@@ -1,0 +1,117 @@
+"""Two models on the same pairs. Only pairs on which they differ speak, and prompts, not pairs, are what was sampled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpo_assets.checks.evidence.clusters import FEWEST_FREEDOM, Clusters, Floats, t_quantile
+from dpo_assets.checks.evidence.measured import Comparison
+from dpo_assets.checks.statistics import sign_test
+
+EXACT_UP_TO = 400  # Prompts. Above, sums of fair signs are normal to the levels that are asked for.
+DRAWS, SEED = 10_000, 20_261_127
+
+
+def compare(
+    challenger: Sequence[float],
+    champion: Sequence[float],
+    prompts: Sequence[object] | None = None,
+    confidence: float = 0.95,
+    draws: int = DRAWS,
+) -> Comparison:
+    """The challenger's wins (1, 0, 0.5 for a tie) against the champion's, on the same pairs in the same order.
+
+    p: were the two alike, each prompt's difference would have either sign with equal chance (Fisher 1935, section 21).
+    Every sign of every prompt is counted up to `EXACT_UP_TO` prompts, and the interval is a bootstrap of `draws` over
+    prompts; above, both are of normal theory.
+    NaN in any win makes every number NaN and p 1.
+
+    Raises:
+        ValueError: not one win of each side, and one prompt, a pair; or a win that is no multiple of one half.
+    """
+    if len(challenger) != len(champion):
+        raise ValueError(f"{len(challenger)} wins of the challenger, {len(champion)} of the champion")
+    differences = np.asarray(challenger, dtype=float) - np.asarray(champion, dtype=float)
+    clusters = Clusters.of(prompts, len(differences))
+    if not clusters.n or not np.isfinite(differences).all():
+        nothing = (math.nan, -1.0, 1.0, math.nan)
+        return Comparison(*nothing, 1.0, 1.0, 1.0, clusters.n, clusters.count, 0, "exact sign flips")
+    sums = np.rint(2 * clusters.sums(differences)).astype(np.int64)
+    if not np.allclose(2 * differences, np.rint(2 * differences)):
+        raise ValueError("a win is 1, 0, or 0.5 for a tie")
+    exact = clusters.count <= EXACT_UP_TO
+    tail = sign_flip_tail if exact else _normal_tail
+    gained, lost = int((differences > 0).sum()), int((differences < 0).sum())
+    low, high = (
+        bootstrap_interval(differences, clusters, confidence, draws)
+        if exact
+        else _student(differences, clusters, confidence)
+    )
+    return Comparison(
+        difference=float(differences.mean()),
+        low=low,
+        high=high,
+        error=math.sqrt(clusters.variance(differences)) if clusters.count > 1 else math.nan,
+        p_better=tail(sums),
+        p_worse=tail(-sums),
+        p_pairs=float(sign_test(gained, lost)),
+        n=clusters.n,
+        clusters=clusters.count,
+        discordant=gained + lost,
+        method="exact sign flips" if exact else "normal approximation of sign flips",
+    )
+
+
+def sign_flip_tail(sums: NDArray[np.int64]) -> float:
+    """Chance that whole numbers with fair random signs sum to at least what `sums` (prompts) do. Exact.
+
+    Numbers of equal size make a binomial, so their distribution is built size by size: no draw, no smallest p but
+    2^-prompts.
+    """
+    sizes, counts = np.unique(np.abs(sums[sums != 0]), return_counts=True)
+    positive = np.ones(1)  # positive[k]: chance that the numbers with a plus sum to k.
+    for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
+        stretched = np.zeros(size * count + 1)
+        stretched[::size] = [math.comb(count, k) / 2**count for k in range(count + 1)]
+        positive = np.convolve(positive, stretched)
+    observed = int(sums[sums > 0].sum())
+    return min(1.0, float(positive[observed:].sum()))
+
+
+def _normal_tail(sums: NDArray[np.int64]) -> float:
+    spread = math.sqrt(float(np.square(sums.astype(float)).sum()))
+    return 0.5 * math.erfc(float(sums.sum()) / spread / math.sqrt(2)) if spread else 1.0
+
+
+def bootstrap_interval(
+    values: Floats, clusters: Clusters, confidence: float = 0.95, draws: int = DRAWS, seed: int = SEED
+) -> tuple[float, float]:
+    """(low, high) of the mean of `values` by drawing prompts with replacement, with a fixed seed.
+
+    Percentiles are taken further out than `confidence` alone asks for, as few prompts need ("expanded percentile",
+    Hesterberg 2015, The American Statistician 69). Too few prompts bound nothing: (-1, 1).
+    """
+    freedom = clusters.equivalent - 1
+    if freedom < FEWEST_FREEDOM:
+        return -1.0, 1.0
+    count = clusters.count
+    weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws)
+    means = (weights @ clusters.sums(values)) / (weights @ clusters.sizes)
+    wider = math.sqrt((freedom + 1) / freedom) * t_quantile(0.5 + confidence / 2, freedom)
+    tail = NormalDist().cdf(-wider)
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def _student(values: Floats, clusters: Clusters, confidence: float) -> tuple[float, float]:
+    freedom = clusters.equivalent - 1
+    if freedom < FEWEST_FREEDOM:
+        return -1.0, 1.0
+    half = t_quantile(0.5 + confidence / 2, freedom) * math.sqrt(clusters.variance(values))
+    mean = float(values.mean())
+    return mean - half, mean + half
