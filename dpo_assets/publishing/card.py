@@ -138,7 +138,7 @@ def front_matter(facts: CardFacts) -> str:
             metric_type="accuracy",
             metric_name=label,
             metric_value=score.value,
-            metric_args={"low": score.low, "high": score.high, "level": facts.scores.confidence, "pairs": score.n},
+            metric_args=_told(score, facts.scores.confidence),
         )
         for label, score in _scores(facts.scores)
         if math.isfinite(score.value)  # The Hub takes no other number.
@@ -160,6 +160,12 @@ def front_matter(facts: CardFacts) -> str:
 
 def _scores(report: EvaluationReport) -> Iterator[tuple[str, Proportion]]:
     return ((label, getattr(report, name)) for name, label in SCORES.items())
+
+
+def _told(score: Proportion, level: float) -> dict[str, float | int]:
+    """What a score is worth: its interval, and what it was counted over."""
+    prompts = {} if score.clusters is None else {"prompts": score.clusters}
+    return {"low": score.low, "high": score.high, "level": level, "pairs": score.n, **prompts}
 
 
 def _link(facts: CardFacts) -> str | None:
@@ -227,7 +233,7 @@ def _settings(facts: CardFacts) -> str:
 def _evaluation(facts: CardFacts) -> str:
     scores = facts.scores
     rows = [
-        f"| {label} | {score.value:.3f} | [{score.low:.3f}, {score.high:.3f}] | {score.n} |"
+        f"| {label} | {score.value:.3f} | [{score.low:.3f}, {score.high:.3f}] | {score.counted} |"
         for label, score in _scores(scores)
     ]
     return "\n".join(

@@ -75,8 +75,26 @@ def test_the_scores_stand_in_the_metadata_as_the_hubs_client_reads_them() -> Non
         report.pick_the_longer.value,
     ]
     first = report.implicit_reward_accuracy
-    assert results[0].metric_args == {"low": first.low, "high": first.high, "level": 0.95, "pairs": first.n}
+    assert results[0].metric_args == {
+        "low": first.low,
+        "high": first.high,
+        "level": 0.95,
+        "pairs": first.n,
+        "prompts": 100,
+    }
     assert (results[0].dataset_split, results[0].dataset_args) == ("eval", {"digest": "c" * 64})
+
+
+def test_a_score_over_several_pairs_a_prompt_says_how_many_prompts() -> None:
+    score = {"value": 0.7, "low": 0.58, "high": 0.8, "n": 123, "clusters": 97, "effective": 88.5}
+    independent = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 120}
+    report = evaluation_report(implicit_reward_accuracy=score, pick_the_longer=independent)
+    card = render_card(facts(scores=report))
+    assert "| baseline: pick the longer answer | 0.500 | [0.400, 0.600] | 120 |" in card
+    assert "| policy, implicit reward against SFT | 0.700 | [0.580, 0.800] | 123 in 97 prompts |" in card
+    results = ModelCard(card, ignore_metadata_errors=False).data.eval_results
+    assert (results[0].metric_args["pairs"], results[0].metric_args["prompts"]) == (123, 97)
+    assert "prompts" not in results[-1].metric_args
 
 
 def test_a_score_that_is_no_number_is_none_of_the_metadata() -> None:
@@ -112,9 +130,9 @@ def test_a_card_says_the_numbers_of_its_artefacts() -> None:
         "merged (streamed): 0.0012 nats",
         "0.0012 nats per token from base and adapter on 29 pairs, compared in bf16 on cuda.",
         "dpo_assets 0.1.0, torch 2.9.0",
-        "| policy, implicit reward against SFT | 0.700 | [0.610, 0.780] | 120 |",
-        "| SFT, log-probability per token | 0.580 | [0.490, 0.660] | 120 |",
-        "| baseline: pick the longer answer | 0.550 | [0.460, 0.640] | 120 |",
+        "| policy, implicit reward against SFT | 0.700 | [0.610, 0.780] | 120 in 100 prompts |",
+        "| SFT, log-probability per token | 0.580 | [0.490, 0.660] | 120 in 100 prompts |",
+        "| baseline: pick the longer answer | 0.550 | [0.460, 0.640] | 120 in 100 prompts |",
         "| score | value | 95% interval | pairs |",
         "120 pairs of 100 prompts.",
         "Verdict: **first_publication** (better than its start).",
