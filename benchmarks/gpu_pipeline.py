@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 PEAKS, PROBE = "DPO_ASSETS_PEAKS", ROOT / "benchmarks" / "peaks"
 PACKAGES = ("dagster", "torch", "transformers", "trl", "peft", "bitsandbytes", "unsloth")
 # What the demo adds to a recipe for a dataset of a hundred pairs.
-SMALL = {"min_pairs": 40, "generations": 6, "max_new_tokens": 64}
+SMALL = {"min_pairs": 50, "generations": 6, "max_new_tokens": 64}
 INTERVALS = ("implicit_reward_accuracy", "logp_accuracy_policy", "logp_accuracy_sft", "pick_the_longer")
 LOCATION = """\
 import json
