@@ -33,6 +33,7 @@ from dpo_assets.recipe import EVERY_LINEAR, LoraSection
 from dpo_assets.training.models.carrying import compared
 from dpo_assets.training.models.loading import load_causal_lm
 from dpo_assets.training.models.merging import plan_merge, stream_merge
+from dpo_assets.training.models.release_files import write_config
 from dpo_assets.training.models.targets import peft_targets
 
 # Keys that Transformers 5 writes in another form than 4: (4, 5).
@@ -57,10 +58,9 @@ class Row:
 
     @property
     def holds(self) -> bool:
-        """Whether the release is the policy here, and there wherever its base is the same model as here."""
-        same_base = self.base_there is not None and self.base_there < EXACT
+        """Whether the release is the policy here, and there wherever the base is a model at all, even another one."""
         there = self.there is not None and self.there < EXACT
-        return self.carried.whole and self.here < EXACT < self.moved and there == same_base
+        return self.carried.whole and self.here < EXACT < self.moved and there == (self.base_there is not None)
 
 
 EXACT = 1e-4  # fp32 on both sides, whose kernels may differ by versions of torch.
@@ -75,14 +75,14 @@ def run(python: str, work: Path, names: Sequence[str] = tuple(ARCHITECTURES)) ->
     """
     bases, releases = work / "base", work / "release"
     asked = {name: bases / name for name in names if name not in MADE_HERE}
-    version, refused = _there(python, work, "make", asked)
+    version, refused = there(python, work, "make", asked)
     refused |= dict.fromkeys(MADE_HERE.intersection(names), "made here")
     for name in (name for name in names if refused[name]):
         shutil.rmtree(bases / name, ignore_errors=True)
         load_back_other.make(name, bases / name)
     merged = {name: _merged(bases / name, releases / name) for name in names}
-    _, failed = _there(python, work, "logits", {name: releases / name for name in names})
-    _, base_failed = _there(python, work, "logits", {name: bases / name for name in names})
+    _, failed = there(python, work, "logits", {name: releases / name for name in names})
+    _, base_failed = there(python, work, "logits", {name: bases / name for name in names})
 
     def gap(folder: Path, failed: str) -> float | None:
         here = load_back_other.logits_of(folder.name, folder)
@@ -123,14 +123,16 @@ def _merged(base: Path, release: Path) -> tuple[torch.Tensor, Carried, float]:
     release.mkdir(parents=True)
     merge = plan_merge(base, adapter)
     stream_merge(merge, release)
-    shutil.copyfile(base / "config.json", release / "config.json")
+    write_config(base, release)
     return logits, compared(base, release, merge.updates.keys()), _gap(logits, start)
 
 
-def _there(python: str, work: Path, do: str, folders: dict[str, Path]) -> tuple[str, dict[str, str]]:
-    """(version of Transformers, per architecture why it could not) of the other environment."""
+def there(
+    python: str, work: Path, do: str, folders: dict[str, Path], out: str = OTHER_LOGITS
+) -> tuple[str, dict[str, str]]:
+    """(version of Transformers, per name why it could not) of the other environment."""
     request = work / f"{do}.json"
-    spoken = {"do": do, "out": OTHER_LOGITS, "folders": {name: str(folder) for name, folder in folders.items()}}
+    spoken = {"do": do, "out": out, "folders": {name: str(folder) for name, folder in folders.items()}}
     request.write_text(json.dumps(spoken), encoding="utf-8")
     subprocess.run([python, str(Path(load_back_other.__file__)), str(request)], check=True, cwd=work)
     told: dict[str, Any] = json.loads(request.with_suffix(".answer.json").read_text(encoding="utf-8"))

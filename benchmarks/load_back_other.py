@@ -1,6 +1,7 @@
 """The part of `load_back` that runs in another environment: tiny bases as its Transformers writes them, and logits.
 
-It needs torch, transformers and safetensors, and nothing of this project: `python load_back_other.py request.json`.
+For `load_back_files` it asks a release one thing by its folder alone. It needs torch, transformers and safetensors
+(adapters: peft), and nothing of this project: `python load_back_other.py request.json`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from transformers import CONFIG_MAPPING
 
 IDS = [1, *range(3, 27)]  # More tokens than the windows below.
 WINDOW = 8
+QUESTION = "Hello, how are you doing?"
 _SMALL: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
@@ -118,6 +120,28 @@ def logits_of(name: str, folder: Path) -> torch.Tensor:
     return found.float()
 
 
+@torch.no_grad()
+def asked(folder: Path) -> dict[str, Any]:
+    """What a release makes of a conversation, by its own tokenizer, chat template and generation defaults."""
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    messages = [{"role": "user", "content": QUESTION}]
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+    given = torch.tensor([ids])
+    out = model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=24, do_sample=False)
+    defaults = transformers.GenerationConfig.from_pretrained(folder)
+    return {
+        "text": text,
+        "ids": ids,
+        "inputs": sorted(tokenizer(text)),
+        "decoded": tokenizer.decode(ids),
+        "special": sorted(tokenizer.all_special_tokens),
+        "ends": defaults.eos_token_id,
+        "answer": out[0, len(ids) :].tolist(),
+    }
+
+
 def answer(request: dict[str, Any]) -> dict[str, str]:
     """Per architecture: empty, or why this environment cannot do it."""
     said = {}
@@ -125,6 +149,8 @@ def answer(request: dict[str, Any]) -> dict[str, str]:
         try:
             if request["do"] == "make":
                 make(name, Path(folder))
+            elif request["do"] == "ask":
+                (Path(folder) / request["out"]).write_text(json.dumps(asked(Path(folder))), encoding="utf-8")
             else:
                 save_file({"logits": logits_of(name, Path(folder))}, Path(folder) / request["out"])
             said[name] = ""

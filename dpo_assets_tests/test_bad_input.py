@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from dpo_assets.artifact import open_artifact
-from dpo_assets.assets.base_model import _download, _set_template, in_worker, needs_worker
+from dpo_assets.assets.base_model import _copy, _download, _identity, _set_template, in_worker, needs_worker
 from dpo_assets.errors import ConfigError
 from dpo_assets.recipe import BaseModelSection
 from dpo_assets_tests.hub_server import HubServer
@@ -66,10 +66,14 @@ def test_a_refused_base_is_told_without_a_secret(
     assert "correct-horse-battery" not in said
 
 
-def test_a_model_of_unknown_licence_fails_its_gate(instance: dg.DagsterInstance, tmp_path: Path) -> None:
+def test_a_model_of_unknown_licence_fails_its_gate_where_a_release_is_sent(
+    instance: dg.DagsterInstance, tmp_path: Path
+) -> None:
     folder = tmp_path / "unlicensed"
     shutil.copytree(STORIES, folder)
-    result = materialize(demo_recipe(base_model={"source": str(folder)}), instance, ["base_model"])
+    sends = {"base_model": {"source": str(folder)}, "publishing": {"dry_run": False, "repo_id": "org/bot"}}
+    result = materialize(demo_recipe(**sends), instance, ["base_model"])
+    assert not result.success
     assert failed_checks(result)["licence_known"]["value"] == "none stated"
 
 
@@ -158,8 +162,14 @@ def test_the_recipes_template_takes_the_place_of_the_models_own(tmp_path: Path) 
     config.write_text(json.dumps({"chat_template": "{{ theirs }}", "eos_token": "</s>"}))
     of_processor = tmp_path / "chat_template.json"
     of_processor.write_text(json.dumps({"chat_template": "{{ theirs }}"}))
+    processor = tmp_path / "processor_config.json"
+    processor.write_text(json.dumps({"chat_template": "{{ theirs }}", "processor_class": "X"}))
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("{{ theirs }}")
     _set_template(STORIES / "chat_template.jinja", tmp_path)
     assert json.loads(config.read_text()) == {"eos_token": "</s>"}
+    assert json.loads(processor.read_text()) == {"processor_class": "X"}
+    assert not (tmp_path / "additional_chat_templates").exists()
     assert not of_processor.exists()
     assert (tmp_path / "chat_template.jinja").read_bytes() == (STORIES / "chat_template.jinja").read_bytes()
 
@@ -213,6 +223,33 @@ def test_weights_are_downloaded_once_and_from_nowhere_but_the_top(tmp_path: Path
     }
     found, left = downloaded(files, tmp_path)
     assert (found, left) == (["config.json", "model.safetensors"], ["consolidated.safetensors"])
+
+
+def test_what_goes_with_a_model_is_fetched_wherever_it_lies_and_whatever_its_case(tmp_path: Path) -> None:
+    wanted = (
+        "LICENSE", "MODEL_LICENSE", "Licence.md", "license.txt", "NOTICE", "Third_Party_Notices.txt", "USE_POLICY.md",
+        "USAGE_POLICY", "Community License for the [7B] Model.pdf", "additional_chat_templates/tool_use.jinja",
+        "qwen.tiktoken", "tekken.json", "tokenizer.model.v3", "config.json",
+    )  # fmt: skip
+    left_there = {"additional_chat_templates/run.py": b"", "docs/LICENSE": b"", "license.py": b"", "logo.png": b""}
+    found, _ = downloaded(dict.fromkeys(wanted, b"{}") | left_there, tmp_path)
+    assert found == sorted(wanted)
+
+
+def test_a_folders_named_templates_decide_the_base_as_its_own_does(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(STORIES, base)
+    (base / "additional_chat_templates").mkdir()
+    named = base / "additional_chat_templates" / "tool_use.jinja"
+    named.write_text("{{ tools }}")
+    (base / "LICENSE.md").write_text("terms")
+    section = BaseModelSection(source=str(base))
+    before = _identity(section)
+    _copy(base, tmp_path / "copied")
+    assert (tmp_path / "copied" / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ tools }}"
+    assert (tmp_path / "copied" / "LICENSE.md").read_text() == "terms"
+    named.write_text("{{ tools }} and more")
+    assert _identity(section) != before
 
 
 def test_of_weights_in_parts_those_of_the_index_are_downloaded(tmp_path: Path) -> None:

@@ -19,30 +19,38 @@ from dpo_assets.assets.base_model import FACTS, read_facts, refuse_adapter_alone
 from dpo_assets.assets.dpo_plan import PLAN, read_plan
 from dpo_assets.checks.reports import EvaluationReport
 from dpo_assets.errors import ConfigError
+from dpo_assets.planning.licence import front_matter
 from dpo_assets.recipe import PublishingSection
 from dpo_assets.report.tables import table
 from dpo_assets_tests.hub.repository import Blob, HubError, Repo
 from dpo_assets_tests.hub_server import HubServer
 from dpo_assets_tests.pipelines import demo_recipe, failed_checks, failures, materialize, metadata
-from dpo_assets_tests.samples import dataset_report, evaluation_report, score
-from dpo_assets_tests.test_lineage import ORDER, Shelf
+from dpo_assets_tests.samples import dataset_report, dpo_report, evaluation_report, merge_report, score
+from dpo_assets_tests.test_lineage import ORDER, Shelf, gates_of
 
 REPO = "org/bot"
 HELD = evaluation_report(implicit_reward_accuracy=score(0.55, 0.46, 0.64))
 DESCRIBED = {
     "parameters": 1, "layers": 1, "hidden": 1, "intermediate": 1, "vocabulary": 1, "context": 64, "architecture": "x",
-    "licence": "mit", "template_arguments": {}, "template_date": "2024-07-26", "source": "builtin:stories260k",
-    "revision": None, "left_out": [],
+    "licence": {"identifier": "mit", "stated_by": "package"}, "template_arguments": {}, "template_date": "2024-07-26",
+    "source": "builtin:stories260k", "revision": None, "left_out": [],
 }  # fmt: skip
 
 
-def fill(shelf: Shelf, scores: EvaluationReport, **of_plan: Any) -> None:
+def fill(shelf: Shelf, scores: EvaluationReport, licensed: bool = True, **of_plan: Any) -> None:
     """What a release is made of."""
 
     def write(node: str, folder: Path) -> None:
-        reports = {"dpo_dataset": dataset_report(), "eval_scores": scores.model_dump(mode="json")}
+        reports = {
+            "dpo_dataset": dataset_report(),
+            "dpo_adapter": dpo_report().model_dump(mode="json"),
+            "merged_model": merge_report().model_dump(mode="json"),
+            "eval_scores": scores.model_dump(mode="json"),
+        }
         if node == "base_model":
-            write_json(folder / FACTS, DESCRIBED)
+            (folder / "model").mkdir()
+            write_json(folder / "model" / "config.json", {"model_type": "llama"})
+            write_json(folder / FACTS, DESCRIBED if licensed else DESCRIBED | {"licence": None})
         if node in reports:
             write_json(folder / "report.json", reports[node])
         if node == "merged_model":
@@ -338,3 +346,36 @@ def test_an_adapter_that_cannot_be_released_is_refused_before_anything_is_traine
     recipe = demo_recipe(publishing={"artifact": "adapter"})
     result = materialize(recipe, shelf.instance, ["dpo_plan"])
     assert "publishing.artifact `adapter` needs a base from the Hub" in failures(result)[0]
+
+
+def test_a_base_of_unknown_licence_is_not_sent_and_not_trained_for_it(shelf: Shelf, hub: HubServer) -> None:
+    """Also where its check only warned, when nothing was to be sent yet."""
+    fill(shelf, evaluation_report(), licensed=False)
+    dry = release(shelf, demo_recipe(publishing={"dry_run": True, "repo_id": REPO}))
+    assert dry.success
+    card = Path(str(metadata(dry, "published_model")["release"])) / "README.md"
+    assert "license" not in front_matter(card.read_text())
+    assert "No licence of the base is known" in card.read_text()
+    for result in (release(shelf, sending(hub)), materialize(sending(hub), shelf.instance, ["dpo_plan"])):
+        [said] = failures(result)
+        assert "no licence is known of the base: set base_model.licence" in said
+    assert hub.repos == {}
+
+
+def test_the_card_tells_how_the_checks_came_out_but_for_what_another_card_would_change(shelf: Shelf) -> None:
+    """An outcome under another severity makes another card; whether the plan fitted makes none."""
+    fill(shelf, evaluation_report())
+
+    def released(**levels: str) -> dict[str, Any]:
+        write_json(gates_of(shelf.now["dpo_plan"]), levels)
+        return metadata(release(shelf, demo_recipe()), "published_model")
+
+    first, fitted, warned = (
+        released(memory_fits="pass", learning_rate_band="pass"),
+        released(memory_fits="warn", learning_rate_band="pass"),
+        released(memory_fits="pass", learning_rate_band="warn"),
+    )
+    assert fitted["digest"] == first["digest"]
+    assert "| dpo_plan | learning_rate_band | passed |" in first["card"]
+    assert "| dpo_plan | learning_rate_band | warned |" in warned["card"]
+    assert "memory_fits" not in first["card"]

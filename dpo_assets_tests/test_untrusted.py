@@ -20,12 +20,13 @@ from rich.console import Console
 
 from dpo_assets.demo.render import show_summary
 from dpo_assets.demo.summary import Summary
+from dpo_assets.planning.licence import Licence
 from dpo_assets.publishing.card import render_card
 from dpo_assets.report.plots import as_markdown
 from dpo_assets.report.tables import cell, table
 from dpo_assets.untrusted import in_code, in_markdown, in_terminal
 from dpo_assets_tests.pipelines import failures, materialize, trl_recipe
-from dpo_assets_tests.publishing.test_release import facts
+from dpo_assets_tests.publishing.test_card import facts
 
 PARSER = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
 # What GitHub's Markdown, which Dagster's UI speaks, makes links of in the text that is left after parsing
@@ -129,7 +130,8 @@ def test_words_and_names_stay_as_they_are_in_the_source() -> None:
 
 def test_nothing_that_a_card_takes_from_elsewhere_is_live() -> None:
     hostile = " ".join(HOSTILE)
-    made = facts(title=hostile, base_source=hostile, licence=hostile, reason=hostile)
+    licence = Licence(identifier=hostile, name=hostile, link=hostile, stated_by="model card")
+    made = facts(title=hostile, base_source=hostile, licence=licence, licence_files=(hostile, hostile), reason=hostile)
     body = render_card(made).split("---\n", 2)[2]
     plain = render_card(facts()).split("---\n", 2)[2]
     bodies = [[token.type for token in tokens(text) if token.type in PARTS] for text in (body, plain)]

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from datetime import date
+from glob import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,23 +15,25 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 from pydantic import JsonValue
 
-from dpo_assets.artifact import Artifact, read_kept, rewrite_json, write_json
+from dpo_assets.artifact import Artifact, read_kept, read_object, rewrite_json, write_json
 from dpo_assets.assets.lineage import Inputs
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step, final
 from dpo_assets.checks.verdict import Verdict
 from dpo_assets.contract import VERIFIED, TemplateSettings, VerifiedBase, VerifySpec
 from dpo_assets.errors import ConfigError, InfrastructureError
-from dpo_assets.planning.model_folder import (
-    CONFIG,
-    KEPT,
+from dpo_assets.planning.companions import (
     LEGACY_TEMPLATE,
+    NAMED_TEMPLATES,
+    PROCESSOR_CONFIG,
     TEMPLATE,
     TOKENIZER_CONFIG,
-    ModelFolder,
-    inspect_model,
-    uses_name,
+    copy_files,
+    found,
+    is_kept,
 )
+from dpo_assets.planning.licence import Licence, licence_of
+from dpo_assets.planning.model_folder import CONFIG, ModelFolder, inspect_model, uses_name
 from dpo_assets.planning.shape import ModelShape
 from dpo_assets.planning.text_part import has_other_parts
 from dpo_assets.planning.weights import INDEX, SINGLE, weight_files
@@ -42,15 +45,17 @@ if TYPE_CHECKING:
 
 BUILTIN_MODELS = {"stories260k": ("data/stories260k", "mit")}
 FACTS = "model.json"
+SAY_LICENCE = "set base_model.licence (for example apache-2.0, or `other` with licence_name) after reading its terms"
 
 
 def materialise(step: Step) -> Events:
     """Fetches or links the model; a model with pickled weights only is shown as a failed check, and not kept."""
     section = step.recipe.base_model
+    sends = not step.recipe.publishing.dry_run
     refused: list[Verdict] = []
 
     def refuse(facts: ModelFolder) -> None:
-        refused.extend(v for v in verdicts(section, facts) if v.level == "error")
+        refused.extend(v for v in verdicts(section, facts, sends=sends) if v.level == "error")
         if refused:
             raise _Refused
 
@@ -69,8 +74,11 @@ def materialise(step: Step) -> Events:
         facts = inspect_model(model)
         refuse(facts)
         _refuse_template(section, facts)
-        licence = section.licence or facts.licence or builtin_licence(section)
-        described = facts.shape.model_dump() | {"architecture": facts.architecture, "licence": licence}
+        licence = licence_of(section, facts.licence, builtin_licence(section))
+        described = facts.shape.model_dump() | {
+            "architecture": facts.architecture,
+            "licence": licence and licence.model_dump(),
+        }
         template = section.model_dump(mode="json", include={"template_arguments", "template_date"})
         origin = {"source": section.source, "revision": section.revision, "left_out": left_out}
         write_json(folder / FACTS, described | template | origin)
@@ -88,11 +96,11 @@ def materialise(step: Step) -> Events:
         "base_model",
         artifact,
         reused,
-        verdicts(section, facts),
+        verdicts(section, facts, sends=sends),
         {
             "source": section.source,
             "revision": section.revision or "local",
-            "licence": described.licence,
+            "licence": described.licence.shown if described.licence else "none known",
             "architecture": described.architecture,
             "parameters": described.parameters,
             **({"copies left out": ", ".join(described.left_out)} if described.left_out else {}),
@@ -105,7 +113,7 @@ def materialise(step: Step) -> Events:
 class BaseFacts(ModelShape):
     """What a base model is, as its artefact keeps it."""
 
-    licence: str
+    licence: Licence | None
     source: str
     revision: str | None
     left_out: tuple[str, ...]
@@ -144,6 +152,16 @@ def refuse_adapter_alone(publishing: PublishingSection, base: Artifact) -> None:
             "more and names its layers otherwise than the language model that is trained: loaded onto it, the "
             "adapter would change nothing. Release `merged` instead."
         )
+
+
+def refuse_unlicensed(publishing: PublishingSection, base: Artifact) -> None:
+    """A release hands on what its base allows, so that has to be known.
+
+    Raises:
+        ConfigError: where a release would be sent, and neither recipe nor base states a licence.
+    """
+    if not publishing.dry_run and read_facts(base).licence is None:
+        raise ConfigError(f"publishing.dry_run is false, and no licence is known of the base: {SAY_LICENCE}.")
 
 
 def needs_worker(section: BaseModelSection) -> bool:
@@ -220,10 +238,10 @@ class _Refused(Exception):
     """The folder fails a gate, so there is nothing to keep."""
 
 
-def verdicts(section: BaseModelSection, facts: ModelFolder) -> list[Verdict]:
-    """The gates of a starting model."""
+def verdicts(section: BaseModelSection, facts: ModelFolder, *, sends: bool) -> list[Verdict]:
+    """The gates of a starting model. Only what is sent needs a licence: in a dry run its lack is a warning."""
     pinned = not looks_like_hub_id(section.source) or section.revision is not None
-    licence = section.licence or facts.licence or builtin_licence(section)
+    licence = licence_of(section, facts.licence, builtin_licence(section))
     safe = bool(facts.safetensors)
     return [
         Verdict(
@@ -244,11 +262,11 @@ def verdicts(section: BaseModelSection, facts: ModelFolder) -> list[Verdict]:
         ),
         Verdict(
             "licence_known",
-            "pass" if licence else "error",
-            licence or "none stated",
-            "an SPDX id from the recipe or the model card",
+            "pass" if licence else "error" if sends else "warn",
+            f"{licence.shown}, by the {licence.stated_by}" if licence else "none stated",
+            "an id of the Hub's list in the recipe or the model card, or a licence file",
             "a release inherits the licence of its base",
-            "" if licence else "set base_model.licence (for example apache-2.0) after reading the model's terms",
+            "" if licence else SAY_LICENCE,
         ),
     ]
 
@@ -282,8 +300,9 @@ def _identity(section: BaseModelSection) -> dict[str, object]:
         identity["template"] = template.read_text(encoding="utf-8")
     if not looks_like_hub_id(section.source):
         folder, _ = local_source(section)
-        listed = sorted(p for p in folder.iterdir() if p.is_file()) if folder.is_dir() else []
-        identity["files"] = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in listed]
+        listed = found(folder, lambda _: True) if folder.is_dir() else []
+        told = [(name, (folder / name).stat()) for name in listed]
+        identity["files"] = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in told]
     return identity
 
 
@@ -295,10 +314,9 @@ def _copy(source: Path, target: Path) -> None:
             os.link(path.resolve(), target / path.name)
         except OSError:
             shutil.copyfile(path, target / path.name)
-    for path in sorted({p for pattern in KEPT for p in source.glob(pattern) if p.is_file()}):
-        # Beside a single file, which is what is loaded, the index is that of copies left behind.
-        if path.name != INDEX or not (target / SINGLE).is_file():
-            shutil.copyfile(path, target / path.name)
+    # Beside a single file, which is what is loaded, the index is that of copies left behind.
+    single = (target / SINGLE).is_file()
+    copy_files(source, target, lambda name: is_kept(name) and not (single and name == INDEX))
 
 
 def _set_template(template: Path, model: Path) -> None:
@@ -306,13 +324,16 @@ def _set_template(template: Path, model: Path) -> None:
     (model / TEMPLATE).write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
     # The processor of an older model would go on with its own copy of the template.
     (model / LEGACY_TEMPLATE).unlink(missing_ok=True)
-    config = json.loads((model / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
-    if config.pop("chat_template", None) is not None:
-        rewrite_json(model / TOKENIZER_CONFIG, config)
+    # One by the name of `tool_use` would be taken for every pair with tools.
+    shutil.rmtree(model / NAMED_TEMPLATES, ignore_errors=True)
+    for name in (TOKENIZER_CONFIG, PROCESSOR_CONFIG):
+        config = read_object(model / name) if (model / name).is_file() else {}
+        if config.pop("chat_template", None) is not None:
+            rewrite_json(model / name, config)
 
 
 def _download(api: HfApi, section: BaseModelSection, target: Path, token_variable: str) -> list[str]:
-    """One pinned revision: what `KEPT` names, and the weights that a model is loaded from, once.
+    """One pinned revision: what `is_kept` names, and the weights that a model is loaded from, once.
 
     Repositories also hold pickled weights, and second copies in layouts of other libraries.
 
@@ -328,19 +349,14 @@ def _download(api: HfApi, section: BaseModelSection, target: Path, token_variabl
     )
 
     def fetch(names: Sequence[str]) -> None:
-        # At the top of the repository: `*` of a pattern goes through folders too.
-        api.snapshot_download(
-            section.source,
-            revision=section.revision,
-            local_dir=target,
-            allow_patterns=list(names),
-            ignore_patterns=["*/*"],
-        )
+        # As they are called: `[` in a name is none of a pattern.
+        allowed = [escape(name) for name in names]
+        api.snapshot_download(section.source, revision=section.revision, local_dir=target, allow_patterns=allowed)
 
     try:
         listed = api.list_repo_files(section.source, revision=section.revision)
         there = {name for name in listed if "/" not in name}
-        fetch(KEPT)
+        fetch([name for name in listed if is_kept(name)])
         weights = [SINGLE] if SINGLE in there else []
         if weights:
             # Of the copy in parts, which stays behind.

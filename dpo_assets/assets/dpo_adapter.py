@@ -23,7 +23,7 @@ from dpo_assets.checks.tasks import read_tasks
 from dpo_assets.checks.training import dpo_verdicts
 from dpo_assets.checks.verdict import Verdict
 from dpo_assets.contract import GuardSpec, TrainSpec
-from dpo_assets.planning.model_folder import TOKENIZER_FILES
+from dpo_assets.planning.companions import is_tokenizer_file
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.report.plots import line_plot
 from dpo_assets.report.tables import table
@@ -124,8 +124,8 @@ def _with_answers(verdict: Verdict, report: DpoReport) -> Verdict:
 
 def tokenizer_digest(base: Artifact) -> str:
     """Digest of the files that decide how text becomes tokens."""
-    files = base.manifest.files
-    parts = [f"{name}:{files[f'model/{name}'].sha256}" for name in TOKENIZER_FILES if f"model/{name}" in files]
+    files = {path.removeprefix("model/"): entry for path, entry in base.manifest.files.items()}
+    parts = [f"{name}:{files[name].sha256}" for name in sorted(files) if is_tokenizer_file(name)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

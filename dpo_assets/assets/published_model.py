@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
-from dpo_assets.artifact import Artifact, file_sha256, read_kept, rewrite_json, write_json
-from dpo_assets.assets.base_model import read_facts, refuse_adapter_alone
+from dpo_assets.artifact import Artifact, file_sha256, read_kept, read_object, rewrite_json, write_json
+from dpo_assets.assets.base_model import read_facts, refuse_adapter_alone, refuse_unlicensed
 from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.lineage import Inputs, Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.publication import RELEASE, Publication
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.promotion import decide, promotion_verdict
-from dpo_assets.checks.reports import EvaluationReport
-from dpo_assets.checks.verdict import Verdict
+from dpo_assets.checks.reports import DpoReport, EvaluationReport, MergeReport
+from dpo_assets.checks.verdict import Level, Verdict
 from dpo_assets.errors import ConfigError
+from dpo_assets.planning.companions import copy_files, found, is_licence_file, is_released
+from dpo_assets.planning.model_folder import ADAPTER, CONFIG
+from dpo_assets.planning.text_part import has_other_parts
 from dpo_assets.publishing.card import CardFacts, card_settings, render_card
-from dpo_assets.publishing.commit import Release, stage
+from dpo_assets.publishing.commit import Release, stage, staged_files
 from dpo_assets.publishing.plan import MADE_BY, FileRecord, ReleasePlan, ReleaseRecord
 from dpo_assets.report.tables import table
 
@@ -35,6 +37,7 @@ def materialise(step: Step) -> Events:
     inputs = step.inputs()
     sends = not publishing.dry_run and not step.only_checks
     if sends:
+        refuse_unlicensed(publishing, inputs["base_model"])
         _refuse_held(step, inputs)
 
     def make(folder: Path, _: str) -> None:
@@ -49,8 +52,10 @@ def materialise(step: Step) -> Events:
     config = {
         "artifact": publishing.artifact,
         "title": _title(step),
+        "repo_id": publishing.repo_id,
         "min_pairs": step.recipe.evaluation.min_pairs,
         "record": sorted(ReleaseRecord.model_fields),
+        "checks": _levels(step, inputs),
     }
     artifact, reused = step.build("published_model", config, inputs, make)
     publication = Publication(step, artifact, read_kept(artifact, FILES, ReleaseRecord).files)
@@ -107,7 +112,7 @@ def verify(artifact: Artifact, files: Mapping[str, FileRecord], release: Release
     """
     folder = artifact.path / RELEASE
     wrong = [p for p, f in files.items() if not (folder / p).is_file() or file_sha256(folder / p) != f.sha256]
-    extra = {p.name for p in folder.iterdir()} - set(files)
+    extra = set(staged_files(folder)) - set(files)
     bad = [*wrong, *sorted(extra)]
     return Verdict(
         "release_verified",
@@ -151,35 +156,58 @@ def _facts(step: Step, inputs: Inputs) -> CardFacts:
     decision, reason = decide(scores, step.recipe.evaluation.min_pairs)
     return CardFacts(
         title=_title(step),
+        repo_id=step.recipe.publishing.repo_id,
         # A local folder's path says nothing to a reader of the card, and would publish the author's file system.
         base_source=base.source if base.revision or base.source.startswith("builtin:") else Path(base.source).name,
         base_revision=base.revision,
         licence=base.licence,
+        licence_files=tuple(found(inputs["base_model"].path / "model", is_licence_file)),
         artifact=step.recipe.publishing.artifact,
         plan=read_plan(inputs["dpo_plan"]),
         dataset=inputs["dpo_dataset"].json("report.json"),
         dataset_digest=inputs["dpo_dataset"].digest,
+        training=DpoReport.of(inputs["dpo_adapter"]),
+        merge=MergeReport.of(inputs["merged_model"]),
         scores=scores,
         decision=decision,
         reason=reason,
+        checks=_levels(step, inputs),
         versions=inputs["dpo_adapter"].manifest.versions,
+        beyond_text=has_other_parts(inputs["base_model"].json(f"model/{CONFIG}")),
         template_arguments=base.template_arguments,
     )
 
 
+def _levels(step: Step, inputs: Inputs) -> dict[str, dict[str, Level]]:
+    """The outcomes of the checks of what the release is made from, by asset.
+
+    Whether a plan fits is left out: the same release may be made on a card with less memory.
+    """
+    return {
+        node: {check: level for check, level in (step.levels(artifact) or {}).items() if check != "memory_fits"}
+        for node, artifact in inputs.items()
+    }
+
+
 def _adapter(step: Step, inputs: Inputs, folder: Path) -> Path:
-    """The adapter with the Hub id of its base in place of a local path."""
     refuse_adapter_alone(step.recipe.publishing, inputs["base_model"])
-    base = read_facts(inputs["base_model"])
-    source = inputs["dpo_adapter"].path / "adapter"
     patched = folder / "adapter"
     patched.mkdir()
-    for path in source.iterdir():
-        (patched / path.name).write_bytes(path.read_bytes())
-    config: dict[str, Any] = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
-    config["base_model_name_or_path"], config["revision"] = base.source, base.revision
-    rewrite_json(patched / "adapter_config.json", config)
+    base = read_facts(inputs["base_model"])
+    merged = inputs["merged_model"].path / "model"
+    write_adapter(inputs["dpo_adapter"].path / "adapter", merged, patched, base.source, base.revision)
     return patched
+
+
+def write_adapter(source: Path, merged: Path, folder: Path, base: str, revision: str | None) -> None:
+    """The adapter with the Hub id of its base in place of a local path, and with what the merged model has beside its
+    weights: an adapter is asked through the tokenizer, template and turn ends that it was trained with."""
+    for path in source.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    copy_files(merged, folder, is_released)
+    config = read_object(source / ADAPTER)
+    config["base_model_name_or_path"], config["revision"] = base, revision
+    rewrite_json(folder / ADAPTER, config)
 
 
 NODE = Node(

@@ -19,7 +19,7 @@ from dpo_assets.assets.event_log import Event, scrubbed, without_secrets
 from dpo_assets.assets.lineage import Conflict, Inputs, Lineage, Read, whole
 from dpo_assets.checks.bands import Bands, default_bands
 from dpo_assets.checks.catalog import checks_of, severity_of
-from dpo_assets.checks.verdict import Verdict, with_severity
+from dpo_assets.checks.verdict import Level, Verdict, with_severity
 from dpo_assets.contract import PlannedSpec, Spec, Stage
 from dpo_assets.errors import ConfigError, GateError, InfrastructureError, OutOfMemory, StageTimeout
 from dpo_assets.planning.scoring import GENERATION_BATCH
@@ -347,14 +347,20 @@ class Step:
         write_json(partial, {verdict.check: verdict.level for verdict in verdicts})
         partial.replace(path)
 
+    def levels(self, artifact: Artifact) -> dict[str, Level] | None:
+        """The outcomes of an artefact's checks, as they were judged last; None where no record can be read."""
+        try:
+            levels: dict[str, Level] = json.loads(self._gates_file(artifact).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        return levels
+
     def _failed_gates(self, artifact: Artifact) -> list[str]:
         """The checks that hold an artefact back. One is held too where no record of its checks can be read."""
         severities = self.recipe.checks.severity
         if all(severity_of(check.name, severities) == "warn" for check in checks_of(artifact.manifest.kind)):
             return []
-        try:
-            levels: dict[str, str] = json.loads(self._gates_file(artifact).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+        if (levels := self.levels(artifact)) is None:
             return ["its checks, of which no record can be read (execute them again)"]
         return sorted(name for name, level in levels.items() if level == "error")
 

@@ -9,37 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from dpo_assets.artifact import read_object
 from dpo_assets.errors import ConfigError
+from dpo_assets.planning.companions import NAMED_TEMPLATES, TEMPLATE, TOKENIZER_CONFIG
 from dpo_assets.planning.decoder import Decoder
 from dpo_assets.planning.families import describe
+from dpo_assets.planning.licence import Licence, read_licence
 from dpo_assets.planning.shape import ModelShape
 from dpo_assets.planning.text_part import TextPart, has_other_parts, text_config
 from dpo_assets.planning.vocabulary import content, refuse_tokens_without_embedding
 from dpo_assets.planning.weights import FLOATS, Stored, Weights, listed, read_weights, unused_files
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-# What a release or a run needs of a model folder beside the weights; nothing else is fetched or copied.
-KEPT = ("*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*")
-CONFIG, TOKENIZER_CONFIG, TEMPLATE = "config.json", "tokenizer_config.json", "chat_template.jinja"
+CONFIG = "config.json"
 HEAD_WEIGHT = "lm_head.weight"
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "tok_embeddings.weight")
-# Files of a tokenizer, as the Hub's models have them.
-TOKENIZER_FILES = (
-    "tokenizer.json", TOKENIZER_CONFIG, TEMPLATE, "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
-)  # fmt: skip
-# Files by which a model of more than text reads images, video and sound.
-LEGACY_TEMPLATE = "chat_template.json"  # A processor's, of Transformers before 4.50.
-PROCESSOR_FILES = (
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-    LEGACY_TEMPLATE,
-)
 ADAPTER = "adapter_config.json"
 USUAL_NAMES = {
     "n_layer": "num_hidden_layers", "n_layers": "num_hidden_layers", "num_layers": "num_hidden_layers",
@@ -62,7 +48,7 @@ class ModelFolder:
     safetensors: tuple[str, ...]
     unused: tuple[str, ...]
     pickled: tuple[str, ...]
-    licence: str | None
+    licence: Licence | None
     chat_template: str
     eos_token: str | None
 
@@ -97,7 +83,7 @@ def inspect_model(folder: Path) -> ModelFolder:
         safetensors=weights.names,
         unused=tuple(unused_files(folder, weights.names)),
         pickled=tuple(sorted(p.name for pattern in PICKLED for p in folder.glob(pattern))),
-        licence=card_licence(folder / "README.md"),
+        licence=read_licence(folder),
         chat_template=templates,
         eos_token=content(tokenizer.get("eos_token")),
     )
@@ -219,10 +205,12 @@ def _is_weight(tensor: Stored) -> bool:
 
 
 def _templates(folder: Path, tokenizer: Mapping[str, Any]) -> str:
-    """The chat template as Transformers chooses it: the file, else the tokenizer's; named ones one after the other."""
-    file = folder / TEMPLATE
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
+    """The chat templates as Transformers chooses them, one after the other: the files, else the tokenizer's."""
+    files = [
+        path for path in (folder / TEMPLATE, *sorted((folder / NAMED_TEMPLATES).glob("*.jinja"))) if path.is_file()
+    ]
+    if files:
+        return "\n".join(path.read_text(encoding="utf-8") for path in files)
     stated = tokenizer.get("chat_template")
     if isinstance(stated, list):
         return "\n".join(str(entry.get("template", "")) for entry in stated if isinstance(entry, Mapping))
@@ -232,19 +220,3 @@ def _templates(folder: Path, tokenizer: Mapping[str, Any]) -> str:
 def uses_name(template: str, name: str) -> bool:
     """Whether a chat template speaks of a variable of this name."""
     return re.search(rf"\b{re.escape(name)}\b", template) is not None
-
-
-def card_licence(card: Path) -> str | None:
-    """The licence in the front matter of a model card."""
-    if not card.is_file():
-        return None
-    text = card.read_text(encoding="utf-8", errors="replace")
-    lines = text.splitlines()
-    if not lines or lines[0].rstrip() != "---" or "---" not in (closing := [line.rstrip() for line in lines[1:]]):
-        return None
-    try:
-        front = yaml.safe_load("\n".join(closing[: closing.index("---")]))
-    except yaml.YAMLError:
-        return None
-    value = front.get("license") if isinstance(front, dict) else None
-    return value if isinstance(value, str) else None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_assets.errors import ConfigError, GateError
-from dpo_assets.planning.model_folder import PROCESSOR_FILES, TOKENIZER_FILES
+from dpo_assets.planning.companions import copy_files, is_released
 from dpo_assets.publishing.errors import Passing, PublishRefused, StaleHead
 from dpo_assets.publishing.hub import DEFAULT_PATIENCE, HubRepository, Patience
 from dpo_assets.publishing.plan import (
@@ -30,19 +30,14 @@ from dpo_assets.publishing.secrets import find_secrets
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-# A release holds these and nothing else. Pickles, optimizer states and training_args.bin (which holds the token in
-# clear text) can never be among them.
+# A release holds these, what belongs to a model beside its weights (`is_released`), and nothing else. Pickles,
+# optimizer states and training_args.bin (which holds the token in clear text) can never be among them.
 ALLOWED = (
     "model*.safetensors",
     "model.safetensors.index.json",
     "adapter_model.safetensors",
     "adapter_config.json",
     "config.json",
-    "generation_config.json",
-    *TOKENIZER_FILES,
-    *PROCESSOR_FILES,
-    "README.md",
-    "provenance.json",
 )
 
 
@@ -72,19 +67,26 @@ def stage(source: Path, target: Path, card: str, provenance: Mapping[str, Any]) 
     """
     for path in sorted({p for pattern in ALLOWED for p in source.glob(pattern) if p.is_file()}):
         shutil.copyfile(path, target / path.name)
+    copy_files(source, target, is_released)
     (target / CARD).write_text(card, encoding="utf-8")
     (target / PROVENANCE).unlink(missing_ok=True)
-    files = {path.name: FileRecord.of(path) for path in target.iterdir()}
+    files = {name: FileRecord.of(target / name) for name in staged_files(target)}
     record = {"made_by": MADE_BY, "files": {name: file.model_dump() for name, file in files.items()}}
     text = json.dumps({**provenance, **record}, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     (target / PROVENANCE).write_text(text, encoding="utf-8")
     files[PROVENANCE] = FileRecord.of(target / PROVENANCE)
-    for path in sorted(target.iterdir()):
+    for name in staged_files(target):
+        path = target / name
         if path.suffix != ".safetensors" and (
             kinds := find_secrets(path.read_text(encoding="utf-8", errors="replace"))
         ):
-            raise ConfigError(f"{path.name} of the release seems to hold a {', a '.join(kinds)}; nothing was sent.")
+            raise ConfigError(f"{name} of the release seems to hold a {', a '.join(kinds)}; nothing was sent.")
     return dict(sorted(files.items()))
+
+
+def staged_files(folder: Path) -> list[str]:
+    """The files of a staged release, by their paths in the repository, in order."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def content_tag(files: Mapping[str, FileRecord]) -> str:

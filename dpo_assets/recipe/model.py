@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import date
 
-from pydantic import Field, JsonValue, field_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from dpo_assets.section import Section
 
@@ -47,7 +47,14 @@ class BaseModelSection(Section):
     )
     licence: str | None = Field(
         default=None,
-        description="SPDX id of the model's licence, where its model card does not state one.",
+        description=(
+            "Licence id of the model as the Hub lists it (`apache-2.0`, `llama3.2`), where its card states none; "
+            "`other` with a name and a link for terms of its own."
+        ),
+    )
+    licence_name: str | None = Field(default=None, description="Name of the licence, with `licence: other`.")
+    licence_link: str | None = Field(
+        default=None, description="Address of its text, or the name of a file of the base, with `licence: other`."
     )
 
     @field_validator("template_arguments")
@@ -59,6 +66,12 @@ class BaseModelSection(Section):
             if not name.isidentifier():
                 raise ValueError(f"`{name}` is no name that a template can use")
         return arguments
+
+    @model_validator(mode="after")
+    def _a_name_is_of_another_licence(self) -> BaseModelSection:
+        if (self.licence_name or self.licence_link) and self.licence != "other":
+            raise ValueError("`licence_name` and `licence_link` go with `licence: other`: a known licence has its own.")
+        return self
 
     @property
     def is_builtin(self) -> bool:

@@ -28,6 +28,7 @@ from dpo_assets.checks.promotion import decide, evaluation_verdicts, greedy_heal
 from dpo_assets.checks.reports import AdoptedBase, Aftermath, DpoReport, MergeReport, SftReport
 from dpo_assets.checks.training import dpo_verdicts, merge_verdicts, sft_verdicts
 from dpo_assets.checks.verdict import Level, Verdict, upper_limit, worst
+from dpo_assets.planning.licence import Licence
 from dpo_assets.planning.matrices import Role
 from dpo_assets.planning.model_folder import ModelFolder
 from dpo_assets.planning.plan import ModelShape
@@ -463,7 +464,7 @@ def model_folder(**changes: Any) -> ModelFolder:
         "safetensors": ("model.safetensors",),
         "unused": (),
         "pickled": (),
-        "licence": "mit",
+        "licence": Licence(identifier="mit", stated_by="model card"),
         "chat_template": "{{ messages }}",
         "eos_token": "</s>",
     }
@@ -491,8 +492,14 @@ LOCAL = BaseModelSection(source="./base")
 def test_a_base_model_is_held_against_what_its_folder_holds(
     check: str, section: BaseModelSection, facts: dict[str, Any], level: str
 ) -> None:
-    verdict = named(check, base_model_verdicts(section, model_folder(**facts)))
+    verdict = named(check, base_model_verdicts(section, model_folder(**facts), sends=True))
     assert (verdict.level, bool(verdict.fix)) == (level, level != "pass")
+
+
+def test_an_unknown_licence_only_warns_where_nothing_is_sent() -> None:
+    verdict = named("licence_known", base_model_verdicts(LOCAL, model_folder(licence=None), sends=False))
+    assert (verdict.level, verdict.value) == ("warn", "none stated")
+    assert "base_model.licence" in verdict.fix
 
 
 @pytest.mark.parametrize("flag", ["later_turns_cut", "prompt_repeated", "reasoning_left_out", "foreign_turn"])
@@ -569,7 +576,9 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
     bad_facts = model_folder(safetensors=(), licence=None)
     judged = {"pairs": 5, "answers": 2, "flags": {"foreign_turn": 7 if fail else 0}}
     return {
-        "base_model": base_model_verdicts(unpinned if fail else LOCAL, bad_facts if fail else model_folder()),
+        "base_model": base_model_verdicts(
+            unpinned if fail else LOCAL, bad_facts if fail else model_folder(), sends=True
+        ),
         "raw_preferences": [
             *(bad_ingest() if fail else good_ingest()),
             judged_text_kept({"files": [judged], "paired": None}, BANDS),

@@ -12,7 +12,7 @@ import pytest
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.families import describe
 from dpo_assets.planning.memory import cache_bytes
-from dpo_assets.planning.model_folder import card_licence, inspect_model, uses_name
+from dpo_assets.planning.model_folder import inspect_model, uses_name
 from dpo_assets.planning.shape import ModelShape
 from dpo_assets_tests.planning.cases import TINY
 from dpo_assets_tests.planning.weights import save_index, save_tensors
@@ -60,7 +60,11 @@ def test_a_folder_tells_its_shape_weights_template_licence_and_eos(tmp_path: Pat
         architecture="LlamaForCausalLM",
         stored="fp32",
     )
-    assert (facts.architecture, facts.licence, facts.eos_token) == ("LlamaForCausalLM", "apache-2.0", "</s>")
+    assert (facts.architecture, facts.licence and facts.licence.identifier, facts.eos_token) == (
+        "LlamaForCausalLM",
+        "apache-2.0",
+        "</s>",
+    )
     assert (facts.safetensors, facts.pickled) == (("model.safetensors",), ("old.bin", "optimizer.pt"))
     assert facts.chat_template == "{{ x }}"
 
@@ -329,33 +333,3 @@ def test_a_folder_that_does_not_exist_and_a_config_of_another_kind_are_refused(t
 def test_a_config_of_wrong_types_is_refused_as_a_config_error(tmp_path: Path, config: Any) -> None:
     with pytest.raises(ConfigError, match=r"config\.json"):
         inspect_model(model(tmp_path, config=config))
-
-
-@pytest.mark.parametrize(
-    ("card", "licence"),
-    [
-        (None, None),
-        ("", None),
-        ("# Model\nlicense: mit\n", None),
-        ("# Model\n---\nlicense: mit\n---\n", None),
-        ("---", None),
-        ("---\nlicense: mit\n---\n", "mit"),
-        ("---\r\nlicense: mit\r\n---\r\n", "mit"),
-        ("---\ntags: [a]\n---\n", None),
-        ("---\nlicense: [mit, apache-2.0]\n---\n", None),
-        ("---\n- license\n---\n", None),
-        ("---\nlicense: [mit\n---\n", None),
-        ("---\nlicense: \n---\n", None),
-    ],
-)
-def test_the_licence_is_read_from_the_front_matter_and_from_nowhere_else(
-    tmp_path: Path, card: str | None, licence: str | None
-) -> None:
-    if card is not None:
-        (tmp_path / "README.md").write_text(card, newline="")
-    assert card_licence(tmp_path / "README.md") == licence
-
-
-def test_three_dashes_inside_a_value_do_not_end_the_front_matter(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("---\nbase_model: org/a---b\nlicense: mit\n---\n# Model\n")
-    assert card_licence(tmp_path / "README.md") == "mit"

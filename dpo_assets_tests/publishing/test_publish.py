@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from dpo_assets.assets.published_model import verify
 from dpo_assets.errors import ConfigError, GateError, InfrastructureError
 from dpo_assets.publishing.access import check_access
 from dpo_assets.publishing.card import render_card
-from dpo_assets.publishing.commit import Release, content_tag, preview, publish
+from dpo_assets.publishing.commit import Release, content_tag, preview, publish, staged_files
 from dpo_assets.publishing.errors import HubFailure, HubOffline, PublishRefused
 from dpo_assets.publishing.hub import HubRepository, Patience, limited
 from dpo_assets.publishing.plan import (
@@ -41,7 +41,8 @@ from dpo_assets.secret_shapes import MASK
 from dpo_assets_tests.hub.repository import Blob
 from dpo_assets_tests.hub.routes import SIGNATURE
 from dpo_assets_tests.hub_server import HubServer, Repo
-from dpo_assets_tests.publishing.test_release import MODEL, STAGED, TOKEN, facts, staged
+from dpo_assets_tests.publishing.test_card import facts
+from dpo_assets_tests.publishing.test_release import MODEL, STAGED, TOKEN, staged
 
 REPO = "org/bot"
 PATIENCE = Patience(seconds=5.0, waits=(0.0, 0.0, 0.0))
@@ -99,29 +100,30 @@ def actions(plan: ReleasePlan) -> dict[str, str]:
     return {operation.path: operation.action for operation in plan.operations}
 
 
-def is_released_once(hub: HubServer, release: Release) -> bool:
+def is_released_once(hub: HubServer, release: Release, names: Set[str] = frozenset(STAGED)) -> bool:
     """One commit on a new repository, tagged, with every file."""
     repo = hub.repo(REPO)
     assert summaries(repo) == [f"Release {release.tag}", "initial commit"]
     assert repo.tags == {release.tag: repo.resolve().oid}
-    return set(repo.files()) == STAGED | HUB_OWNED
+    return set(repo.files()) == names | HUB_OWNED
 
 
 # The way it should go
 
 
 def test_a_release_is_one_commit_with_a_tag_and_reads_back_equal(hub: HubServer, api: HfApi, tmp_path: Path) -> None:
-    folder, files = staged(tmp_path)
+    inside = "additional_chat_templates/tool_use.jinja"
+    folder, files = staged(tmp_path, {inside: b"{{ tools }}"})
     release = send(api, (folder, files))
     repo = hub.repo(REPO)
-    assert is_released_once(hub, release)
-    assert repo.files() == {p.name: p.read_bytes() for p in folder.iterdir()} | {
+    assert is_released_once(hub, release, {*STAGED, inside})
+    assert repo.files() == {name: (folder / name).read_bytes() for name in staged_files(folder)} | {
         ".gitattributes": repo.files()[".gitattributes"]
     }
     assert release.url == f"{hub.endpoint}/{REPO}"
     assert (release.commit, release.tag) == (repo.resolve().oid, content_tag(files))
     assert (release.sent, release.read_back) == (True, True)
-    assert actions(release.plan) == dict.fromkeys(sorted(STAGED), "add")
+    assert actions(release.plan) == dict.fromkeys(sorted({*STAGED, inside}), "add")
     assert repo.private
 
 

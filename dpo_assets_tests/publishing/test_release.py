@@ -5,21 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
-from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_assets.errors import ConfigError
-from dpo_assets.publishing.card import CardFacts, card_settings, render_card
 from dpo_assets.publishing.commit import content_tag, stage
 from dpo_assets.publishing.plan import FileRecord, ReleaseRecord
 from dpo_assets.publishing.secrets import SECRET_VARIABLES, find_secrets, name_secrets, scrub
 from dpo_assets.secret_shapes import MASK, PATTERNS
-from dpo_assets_tests.samples import SHA, dataset_report, evaluation_report, plan
 
 REPO = "org/bot"
 CARD = "---\nlicense: mit\n---\n# Bot\n"
@@ -87,6 +82,10 @@ UNWANTED = [
     ".env",
     "checkpoint-1/model.safetensors",
     "notes.txt",
+    "license.py",
+    "LICENSE.pkl",
+    "other/LICENSE",
+    "additional_chat_templates/run.py",
     "train.parquet",
     "manifest.json",
 ]
@@ -98,7 +97,7 @@ def test_what_is_not_on_the_list_is_left_behind(tmp_path: Path, name: str) -> No
     assert set(files) == STAGED
 
 
-@pytest.mark.parametrize("name", ["tokenizer.pkl", "tokenizer.bin", "tokenizer_state.pt"])
+@pytest.mark.parametrize("name", ["tokenizer.pkl", "tokenizer.bin", "tokenizer_state.pt", "NOTICE.bin"])
 def test_a_pickle_is_left_behind_whatever_its_name(tmp_path: Path, name: str) -> None:
     _, files = staged(tmp_path, {name: b"\x80\x04."})
     assert set(files) == STAGED
@@ -114,11 +113,18 @@ def test_a_pickle_is_left_behind_whatever_its_name(tmp_path: Path, name: str) ->
         "generation_config.json",
         "special_tokens_map.json",
         "tokenizer.model",
+        "tekken.json",
+        "additional_chat_templates/tool_use.jinja",
+        "LICENSE.txt",
+        "NOTICE",
+        "USE_POLICY.md",
+        "Community License for the Model.pdf",
     ],
 )
 def test_what_a_model_or_an_adapter_needs_is_taken(tmp_path: Path, name: str) -> None:
-    _, files = staged(tmp_path, {name: b"{}"})
+    target, files = staged(tmp_path, {name: b"{}"})
     assert set(files) == STAGED | {name}
+    assert (target / name).read_bytes() == b"{}"
 
 
 def test_the_card_of_the_base_model_is_replaced_by_the_releases(tmp_path: Path) -> None:
@@ -130,7 +136,10 @@ def test_the_card_of_the_base_model_is_replaced_by_the_releases(tmp_path: Path) 
 TOKEN = "hf_" + "a" * 34
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja", "tokenizer.model"])
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "tokenizer.json", "tokenizer.model", "NOTICE", "additional_chat_templates/rag.jinja"],
+)
 def test_a_text_that_holds_a_token_stops_the_release_and_the_token_is_not_repeated(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError) as refused:
         staged(tmp_path, {name: f'{{"x": "{TOKEN}"}}\xff'.encode("latin-1")})
@@ -313,109 +322,3 @@ def test_scrubbing_twice_changes_nothing_more(before: str, after: str, kind: str
     once = scrub(f"{before} {KEYS[kind]} {after}")
     assert KEYS[kind] not in once
     assert scrub(once) == once
-
-
-# The card
-
-
-def facts(**changes: Any) -> CardFacts:
-    values: dict[str, Any] = {
-        "title": "bot-dpo",
-        "base_source": "org/base",
-        "base_revision": SHA,
-        "licence": "apache-2.0",
-        "artifact": "merged",
-        "plan": plan(dpo={"beta": 0.2, "learning_rate": 1e-5, "epochs": 2.0}),
-        "dataset": dataset_report(),
-        "dataset_digest": "c" * 64,
-        "scores": evaluation_report(),
-        "decision": "first_publication",
-        "reason": "better than its start",
-        "versions": {"torch": "2.9.0", "dpo_assets": "0.1.0"},
-    }
-    return CardFacts(**values | changes)
-
-
-def front_matter(card: str) -> dict[str, Any]:
-    _, head, _ = card.split("---\n", 2)
-    parsed = yaml.safe_load(head)
-    assert isinstance(parsed, dict)
-    return parsed
-
-
-def test_the_front_matter_of_a_merged_model_is_what_the_hub_reads() -> None:
-    card = render_card(facts())
-    assert front_matter(card) == {
-        "license": "apache-2.0",
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["dpo", "trl", "dagster", "preference-optimization"],
-        "base_model": "org/base",
-        "base_model_relation": "finetune",
-    }
-    assert ModelCard(card).data.license == "apache-2.0"
-
-
-def test_an_adapter_says_so_and_a_base_that_is_not_on_the_hub_is_not_claimed() -> None:
-    card = render_card(facts(artifact="adapter"))
-    adapter = front_matter(card)
-    assert (adapter["library_name"], adapter["base_model_relation"]) == ("peft", "adapter")
-    assert ("a LoRA adapter." in card, "one merged model." in card) == (True, False)
-    assert "one merged model." in render_card(facts())
-    for source in ("/srv/models/base", "./models/base", "builtin:stories260k", "base"):
-        assert "base_model" not in front_matter(render_card(facts(base_source=source, base_revision=None)))
-
-
-def test_a_card_says_the_numbers_of_its_artefacts() -> None:
-    card = " ".join(render_card(facts()).split())
-    for text in (
-        "# bot-dpo",
-        f"`org/base` at revision `{SHA}` (apache-2.0)",
-        "1200 feedback rows: 1120 accepted (1000 train, 120 held out)",
-        "70 quarantined (invalid_json: 20, synthetic: 50), 10 duplicates",
-        f"Dataset digest `{'c' * 64}`",
-        "loss sigmoid, beta 0.2, learning rate 1e-05",
-        "63 steps of 16 pairs, 2 epochs",
-        "Precision: base weights in bf16, computed in bf16.",
-        "dpo_assets 0.1.0, torch 2.9.0",
-        "| policy, implicit reward against SFT | 0.700 | [0.610, 0.780] | 120 |",
-        "| SFT, log-probability per token | 0.580 | [0.490, 0.660] | 120 |",
-        "| baseline: pick the longer answer | 0.550 | [0.460, 0.640] | 120 |",
-        "| score | value | 95% interval | pairs |",
-        "Verdict: **first_publication** (better than its start).",
-    ):
-        assert text in card
-
-
-def test_a_card_says_no_more_of_a_plan_than_its_settings() -> None:
-    """What differs here from night to night on a shared machine, or from one card to the next."""
-    other = plan(
-        dpo={"beta": 0.2, "learning_rate": 1e-5, "epochs": 2.0}, device_name="NVIDIA H200", device_index=3,
-        device_uuid="GPU-2b3c", precision_reason="bf16: of the 7.25 GiB", token_budget=512, memory_gib=3.0,
-        memory_available_gib=7.25, gradient_checkpointing=True, recomputed_layers=2,
-    )  # fmt: skip
-    assert card_settings(other) == card_settings(facts().plan)
-    assert render_card(facts(plan=other)) == render_card(facts())
-    more = facts().plan.model_copy(update={"dpo_steps": 64})
-    assert card_settings(more) != card_settings(facts().plan)
-
-
-def test_a_card_without_rejected_rows_or_revision_still_reads() -> None:
-    card = render_card(facts(dataset=dataset_report(reasons={}), base_revision=None))
-    assert "quarantined (none)" in card
-    assert "at revision" not in card
-
-
-def test_a_licence_that_yaml_would_read_as_something_else_stays_text() -> None:
-    assert front_matter(render_card(facts(licence="no")))["license"] == "no"
-    assert front_matter(render_card(facts(licence="1.0")))["license"] == "1.0"
-
-
-def test_the_card_tells_what_the_chat_template_must_be_given() -> None:
-    assert "Chat template arguments" not in render_card(facts())
-    told = render_card(facts(template_arguments={"enable_thinking": False}))
-    assert 'Chat template arguments: `{"enable_thinking": false}`.' in told
-
-
-def test_the_level_of_the_intervals_is_shown_as_it_is() -> None:
-    assert "99.5% interval" in render_card(facts(scores=evaluation_report(confidence=0.995)))

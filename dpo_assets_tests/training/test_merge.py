@@ -647,4 +647,4 @@ def test_generation_ends_where_any_file_of_the_base_ends_an_answer(
     assert generation.eos_token_id == ends
     if given is not None:
         assert generation.top_k == 7
-    assert json.loads((model / "config.json").read_text()) == config
+    assert json.loads((model / "config.json").read_text()) == config | {"rope_theta": 10000.0}

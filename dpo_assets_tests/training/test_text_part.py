@@ -19,8 +19,9 @@ from dpo_assets.checks.reports import MergeReport
 from dpo_assets.checks.training import merge_verdicts
 from dpo_assets.contract import VERIFIED, MergeSpec, VerifiedBase, VerifySpec
 from dpo_assets.errors import ConfigError
+from dpo_assets.planning.companions import PROCESSOR_FILES
 from dpo_assets.planning.matrices import read_matrices
-from dpo_assets.planning.model_folder import PROCESSOR_FILES, inspect_model
+from dpo_assets.planning.model_folder import inspect_model
 from dpo_assets.planning.text_part import read_text_part
 from dpo_assets.publishing.commit import stage
 from dpo_assets.training.models.carrying import compared, put_back
@@ -169,7 +170,11 @@ def test_a_release_of_more_than_text_is_what_its_base_was(
     verdicts = merge_verdicts(MergeReport.model_validate(report), default_bands())
     assert [verdict.level for verdict in verdicts] == ["pass"] * 3
     config, released = (json.loads((f / "config.json").read_text()) for f in (folder, model))
+    text, text_before = released.pop("text_config"), config.pop("text_config")
     assert released == config
+    # In the names of Transformers 4 too.
+    assert text.keys() - text_before.keys() <= {"rope_theta", "rope_scaling", "partial_rotary_factor"}
+    assert text_before.items() <= text.items()
     (tmp_path / "staged").mkdir()
     stage(model, tmp_path / "staged", "# Card\n", {})
     for file in PROCESSOR_FILES[:3]:

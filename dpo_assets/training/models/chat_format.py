@@ -18,7 +18,7 @@ from dpo_assets.artifact import read_object
 from dpo_assets.contract import TemplateSettings
 from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.quality_tokens import read_markers
-from dpo_assets.planning.model_folder import TOKENIZER_CONFIG, TOKENIZER_FILES
+from dpo_assets.planning.companions import TOKENIZER_CONFIG, copy_files, is_tokenizer_file
 
 TOKENIZER = "tokenizer.json"
 # Texts on which two readings of one tokenizer.json part: spaces, line ends, code, numbers, letters of many scripts.
@@ -35,6 +35,8 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # Of an ad
 RENDERING_ERRORS = (TemplateError, TypeError, ValueError, KeyError)
 # The class that reads tokenizer.json as it stands. Transformers 4 and 5, vLLM and TGI know it by this name.
 GENERIC_CLASS = "PreTrainedTokenizerFast"
+TRANSFORMERS_5_CLASS = "TokenizersBackend"  # The same class, under the name that 5 writes and 4 does not know.
+ONLY_IN_5 = frozenset({"backend", "is_local", "local_files_only"})  # Keys of tokenizer_config.json.
 
 Conversation = Sequence[Mapping[str, Any]]
 
@@ -154,23 +156,41 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def write_tokenizer(base: Path, folder: Path) -> None:
-    """The base's own tokenizer files, under a class that reads them as they were read here.
+    """The base's own tokenizer files, byte for byte; tokenizer_config.json anew only where others could not read it.
 
     Raises:
         ConfigError: as `load_tokenizer`.
     """
-    _, as_named = _read(base)
-    for name in TOKENIZER_FILES:
-        if (base / name).is_file():
-            (folder / name).write_bytes((base / name).read_bytes())
+    tokenizer, as_named = _read(base)
+    copy_files(base, folder, is_tokenizer_file)
     config = read_object(base / TOKENIZER_CONFIG)
-    # Transformers 5 writes a class that no other version knows, and how the folder was once loaded.
-    if not as_named or config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = GENERIC_CLASS
-    for name in ("backend", "is_local", "local_files_only"):
-        config.pop(name, None)
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    (folder / TOKENIZER_CONFIG).write_text(text, encoding="utf-8")
+    read_as = type(tokenizer).__name__ if as_named else GENERIC_CLASS
+    written = _for_every_reader(config, read_as, tokenizer.model_input_names)
+    if written != config:
+        text = json.dumps(written, indent=2, ensure_ascii=False) + "\n"
+        (folder / TOKENIZER_CONFIG).write_text(text, encoding="utf-8")
+
+
+def _for_every_reader(config: Mapping[str, Any], read_as: str, inputs: Sequence[str]) -> dict[str, Any]:
+    """A tokenizer_config.json that Transformers 4.57 and what builds on it read as it was read here.
+
+    Transformers 5 writes classes that no other version knows, how the folder was once loaded, and a list in a place
+    where 4.57 expects names with values (read of 4.57.6: it fails on `extra_special_tokens.keys()`). A config without a
+    class leaves it to config.json, which stands beside no adapter.
+
+    Args:
+        read_as: the class that gives the ids of tokenizer.json.
+        inputs: what it gives a model. The class that is written gives more by itself in 4.57, which `generate` refuses.
+    """
+    written = {name: value for name, value in config.items() if name not in ONLY_IN_5}
+    named = read_as if read_as == GENERIC_CLASS else written.get("tokenizer_class") or read_as
+    written["tokenizer_class"] = GENERIC_CLASS if named == TRANSFORMERS_5_CLASS else named
+    if written["tokenizer_class"] == GENERIC_CLASS != config.get("tokenizer_class"):
+        written.setdefault("model_input_names", list(inputs))
+    if isinstance(extra := written.get("extra_special_tokens"), list):
+        del written["extra_special_tokens"]
+        written["additional_special_tokens"] = (written.get("additional_special_tokens") or []) + extra
+    return written
 
 
 def _read(folder: Path) -> tuple[PreTrainedTokenizerBase, bool]:

@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 import gc
-import json
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from dpo_assets.artifact import VOLATILE, rewrite_json, write_json
+from dpo_assets.artifact import VOLATILE, write_json
 from dpo_assets.checks.reports import MergeReport
 from dpo_assets.contract import MergeSpec, Progress
 from dpo_assets.errors import ConfigError, GateError
-from dpo_assets.planning.model_folder import PROCESSOR_FILES
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.weights import listed
 from dpo_assets.training.batches.data import dpo_group, load_split
 from dpo_assets.training.batches.packing import Group
 from dpo_assets.training.models.carrying import OtherLayout, compared, names_compared, put_back
-from dpo_assets.training.models.chat_format import load_chat_format, write_tokenizer
 from dpo_assets.training.models.loading import attach_adapter, autocast_of, load_base, load_causal_lm, random_rates
 from dpo_assets.training.models.merging import NotStreamable, StreamedMerge, plan_merge, stored_format, stream_merge
+from dpo_assets.training.models.release_files import write_companions, write_config
 from dpo_assets.training.policy import load_scored
 from dpo_assets.training.reporting import Reporter
 from dpo_assets.training.scoring.logprobs import score_groups
 from dpo_assets.training.scoring.proof import Settled, alike, settle_engine
-
-GENERATION = "generation_config.json"
 
 
 def run(spec: MergeSpec, reporter: Reporter) -> None:
@@ -59,10 +55,8 @@ def run(spec: MergeSpec, reporter: Reporter) -> None:
         merge = merge_in_memory(spec, folder, reporter)
     if merge is not None:
         stream_merge(merge, folder, on_file=on_file)
-        config = json.loads((spec.base_model / "config.json").read_text(encoding="utf-8"))
-        config.pop("_name_or_path", None)  # Where the base once lay on someone's machine.
-        rewrite_json(folder / "config.json", config)
-    _write_tokenizer(spec, folder)
+        write_config(spec.base_model, folder)
+    write_companions(spec.base_model, folder, spec.template)
     if merge is not None:
         carried = compared(spec.base_model, folder, frozenset(merge.updates))
     else:
@@ -178,26 +172,6 @@ def _scored(
     del model
     _free()
     return settled, _Scored(logps, lengths, weights)
-
-
-def _write_tokenizer(spec: MergeSpec, folder: Path) -> None:
-    """The base's own tokenizer and processor, and generation defaults that stop where the policy was taught to stop."""
-    base = spec.base_model
-    write_tokenizer(base, folder)
-    for name in PROCESSOR_FILES:
-        if (base / name).is_file():
-            (folder / name).write_bytes((base / name).read_bytes())
-    chat = load_chat_format(base, spec.template)
-    values = _object(folder / GENERATION) or _object(base / GENERATION)
-    if not values:
-        config = _object(base / "config.json")
-        values = {name: config[name] for name in ("bos_token_id", "pad_token_id") if config.get(name)}
-    rewrite_json(folder / GENERATION, values | {"eos_token_id": sorted(chat.ends)})
-
-
-def _object(path: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return value
 
 
 def _free() -> None:

@@ -1,0 +1,118 @@
+"""Who states the licence of a base, and that none is guessed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from dpo_assets.planning.licence import OF_A_FILE, Licence, card_licence, front_matter, licence_of, read_licence
+from dpo_assets.recipe import BaseModelSection
+
+LLAMA = "---\nlicense: other\nlicense_name: my-licence\nlicense_link: LICENSE\n---\n# Model\n"
+
+
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        (None, None),
+        ("", None),
+        ("# Model\nlicense: mit\n", None),
+        ("# Model\n---\nlicense: mit\n---\n", None),
+        ("---", None),
+        ("---\nlicense: mit\n---\n", "mit"),
+        ("---\r\nlicense: mit\r\n---\r\n", "mit"),
+        ("---\ntags: [a]\n---\n", None),
+        ("---\nlicense: [mit]\n---\n", "mit"),
+        ("---\nlicense: [mit, apache-2.0]\n---\n", None),
+        ("---\nlicense: unknown\n---\n", None),
+        ("---\n- license\n---\n", None),
+        ("---\nlicense: [mit\n---\n", None),
+        ("---\nlicense: \n---\n", None),
+        ("---\nbase_model: org/a---b\nlicense: mit\n---\n# Model\n", "mit"),
+    ],
+)
+def test_the_licence_is_read_from_the_front_matter_and_from_nowhere_else(
+    tmp_path: Path, card: str | None, licence: str | None
+) -> None:
+    if card is not None:
+        (tmp_path / "README.md").write_text(card, newline="")
+    found = card_licence(tmp_path / "README.md")
+    assert (found and found.identifier) == licence
+    assert read_licence(tmp_path) == found
+
+
+def test_a_card_that_names_another_licence_says_its_name_and_where_it_stands(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(LLAMA)
+    assert read_licence(tmp_path) == Licence(
+        identifier="other", name="my-licence", link="LICENSE", stated_by="model card"
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "link"),
+    [
+        (["LICENSE.txt"], "LICENSE.txt"),
+        (["NOTICE", "copying"], "copying"),
+        (["NOTICE", "USE_POLICY.md", "Third-Party-Licenses.txt"], None),
+        ([], None),
+    ],
+)
+def test_a_file_of_terms_is_a_licence_of_no_known_name(tmp_path: Path, names: list[str], link: str | None) -> None:
+    """Its text is not read for one: what looks like MIT may have a clause more."""
+    for name in names:
+        (tmp_path / name).write_text("MIT License")
+    found = read_licence(tmp_path)
+    assert found == (link and Licence(identifier="other", name=OF_A_FILE, link=link, stated_by="licence file"))
+
+
+CARD = Licence(identifier="other", name="theirs", link="LICENSE", stated_by="model card")
+
+
+@pytest.mark.parametrize(
+    ("section", "stated", "packaged", "licence"),
+    [
+        ({}, None, None, None),
+        ({}, CARD, "mit", CARD),
+        ({}, None, "mit", Licence(identifier="mit", stated_by="package")),
+        ({"licence": "gemma"}, CARD, None, Licence(identifier="gemma", stated_by="recipe")),
+        ({"licence": "unknown"}, None, None, None),
+        (
+            {"licence": "other"},
+            CARD,
+            None,
+            Licence(identifier="other", name="theirs", link="LICENSE", stated_by="recipe"),
+        ),
+        (
+            {"licence": "other", "licence_name": "ours", "licence_link": "https://example.org/terms"},
+            CARD,
+            None,
+            Licence(identifier="other", name="ours", link="https://example.org/terms", stated_by="recipe"),
+        ),
+    ],
+    ids=["none", "card", "package", "recipe", "said to be unknown", "other, named by the card", "other, named here"],
+)
+def test_the_recipe_goes_before_the_card_and_the_card_before_the_package(
+    section: dict[str, Any], stated: Licence | None, packaged: str | None, licence: Licence | None
+) -> None:
+    assert licence_of(BaseModelSection(source="./base", **section), stated, packaged) == licence
+
+
+def test_a_name_beside_a_known_licence_is_refused() -> None:
+    with pytest.raises(ValidationError, match="go with `licence: other`"):
+        BaseModelSection(source="./base", licence="mit", licence_name="mine")
+
+
+@given(st.text())
+def test_no_card_breaks_the_reading_of_it(text: str) -> None:
+    assert isinstance(front_matter(f"---\n{text}"), dict)
+
+
+@given(st.dictionaries(st.sampled_from(["license", "license_name", "tags"]), st.text(max_size=9), max_size=3))
+def test_front_matter_reads_back_as_it_was_written(front: dict[str, str]) -> None:
+    assert front_matter(f"---\n{yaml.safe_dump(front)}---\nbody\n---\n") == front
