@@ -16,7 +16,7 @@ from dpo_assets.assets.sft_checkpoint import start_adapter
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.evidence.power import EFFECT, POWER, one_sided, reach_of_comparison, reach_of_score
 from dpo_assets.checks.promotion import decide, evaluation_verdicts, power_told
-from dpo_assets.checks.reports import EvaluationReport
+from dpo_assets.checks.reports import DpoReport, EvaluationReport
 from dpo_assets.checks.statistics import percent
 from dpo_assets.contract import EvaluateSpec
 from dpo_assets.feedback.trained import seen_pairs
@@ -65,7 +65,13 @@ def materialise(step: Step) -> Events:
         "eval_scores",
         artifact,
         reused,
-        evaluation_verdicts(report, step.recipe, step.bands, seen=_seen(step, inputs, artifact)),
+        evaluation_verdicts(
+            report,
+            step.recipe,
+            step.bands,
+            seen=_seen(step, inputs, artifact),
+            adapter=DpoReport.of(inputs["dpo_adapter"]),
+        ),
         {
             "verdict": decision,
             "verdict_reason": reason,

@@ -97,6 +97,9 @@ CHECKS: tuple[CheckInfo, ...] = (
     ),
     CheckInfo("held_out_unseen", "eval_scores", "No pair is scored whose opening message the model was trained on."),
     CheckInfo("promotion_verdict", "eval_scores", "The policy beats its start on held-out pairs, beyond chance."),
+    CheckInfo(
+        "kept_by_merge", "eval_scores", "What the adapter learned is left in the merged weights.", blocking=False
+    ),
     CheckInfo("greedy_health", "eval_scores", "The release's greedy answers end, and do not repeat.", blocking=False),
     CheckInfo(
         "judge_health", "judged_answers", "The judge answers, agrees with itself and with people.", blocking=False

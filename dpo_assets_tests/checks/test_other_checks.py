@@ -24,7 +24,14 @@ from dpo_assets.checks.coverage import lora_coverage
 from dpo_assets.checks.dataset import dataset_verdicts
 from dpo_assets.checks.judged import judge_verdicts
 from dpo_assets.checks.judged_text import judged_text_kept
-from dpo_assets.checks.promotion import decide, evaluation_verdicts, greedy_health, power_told, promotion_verdict
+from dpo_assets.checks.promotion import (
+    decide,
+    evaluation_verdicts,
+    greedy_health,
+    kept_by_merge,
+    power_told,
+    promotion_verdict,
+)
 from dpo_assets.checks.reports import AdoptedBase, Aftermath, DpoReport, MergeReport, SftReport
 from dpo_assets.checks.training import dpo_verdicts, merge_verdicts, sft_verdicts
 from dpo_assets.checks.verdict import Level, Verdict, upper_limit, worst
@@ -554,8 +561,11 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
         dpo={"learning_rate": 1.0, "beta": 0.0, "label_smoothing": 0.1, "batch_size": 1, "warmup_ratio": 0.0},
     )
     bad_scores = evaluation_report(
-        implicit_reward_accuracy=score(0.2, 0.1, 0.3), generation={"sft": answers(), "policy": answers(no_eos=1.0)}
+        implicit_reward_accuracy=score(0.2, 0.1, 0.3),
+        margin_mean_nats=0.1,
+        generation={"sft": answers(), "policy": answers(no_eos=1.0)},
     )
+    learned = dpo_report(**aftermath_report())
     bad_dataset = dataset_report(
         damaged=1200, reasons={"schema": 1}, leaked_prompts=1, identical_after_truncation=1, train_pairs=0,
         quality=quality(
@@ -599,7 +609,7 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
             BANDS,
         ),
         "eval_scores": evaluation_verdicts(
-            bad_scores if fail else evaluation_report(), recipe(), BANDS, seen=1 if fail else 0
+            bad_scores if fail else evaluation_report(), recipe(), BANDS, seen=1 if fail else 0, adapter=learned
         ),
         "judged_answers": judge_verdicts(
             judged_answers(nulls=50, share=score(0.2, 0.1, 0.3), corrected=score(0.1, 0.0, 0.2))
@@ -643,3 +653,30 @@ def test_every_verdict_names_its_band_and_source_and_a_failed_one_the_way_out(tm
 
 def test_a_wrong_reference_is_told_the_way_out() -> None:
     assert named("reference_is_start", dpo_verdicts(DpoReport.model_validate(DPO | {"first_loss": 1.0}), BANDS)).fix
+
+
+@pytest.mark.parametrize(
+    ("margin", "held_out", "level"),
+    [
+        (0.104, {"margin_nats": 0.328}, "warn"),
+        (0.2, {"margin_nats": 0.328}, "pass"),
+        (-0.1, {"margin_nats": 0.328}, "warn"),
+        (math.nan, {"margin_nats": 0.328}, "warn"),
+        (0.0, {"margin_nats": 0.328, "accuracy": score(0.58, 0.43, 0.71)}, "pass"),
+        (0.0, {"margin_nats": -0.1}, "pass"),
+    ],
+    ids=["a third", "most", "turned round", "not a number", "nothing was learned", "learned the wrong way"],
+)
+def test_what_the_merge_rounds_away_is_told_where_something_was_learned(
+    margin: float, held_out: dict[str, Any], level: str
+) -> None:
+    adapter = aftermath_report()
+    adapter["held_out"] |= held_out
+    verdict = kept_by_merge(evaluation_report(margin_mean_nats=margin), dpo_report(**adapter))
+    assert verdict.level == level
+    assert bool(verdict.fix) is (level == "warn")
+
+
+def test_an_adapter_that_was_not_measured_is_not_held_against_its_merge() -> None:
+    adapter = aftermath_report() | {"held_out": {"not_measured": "no held-out pairs"}}
+    assert kept_by_merge(evaluation_report(), dpo_report(**adapter)).passed

@@ -91,7 +91,10 @@ JUDGED: list[tuple[Report, Callable[[Any], list[Verdict]]]] = [
     (SftReport.model_validate(SFT), lambda report: sft_verdicts(report, BANDS)),
     (dpo_report(**aftermath_report()), dpo_levels),
     (MergeReport.model_validate(MERGE), lambda report: merge_verdicts(report, BANDS)),
-    (evaluation_report(), lambda report: evaluation_verdicts(report, recipe(), BANDS, seen=0)),
+    (
+        evaluation_report(),
+        lambda report: evaluation_verdicts(report, recipe(), BANDS, seen=0, adapter=dpo_report(**aftermath_report())),
+    ),
 ]
 
 
@@ -173,7 +176,11 @@ def test_scores_from_before_prompts_were_counted_are_read_and_say_so(tmp_path: P
     assert len(scores) == 4
     assert (report.implicit_reward_accuracy.clusters, report.implicit_reward_accuracy.effective) == (None, None)
     assert (report.reward_against_chance, report.logp_against_sft, report.margin) == (None, None, None)
-    [verdict] = [v for v in evaluation_verdicts(report, recipe(), BANDS, seen=0) if v.check == "promotion_verdict"]
+    [verdict] = [
+        v
+        for v in evaluation_verdicts(report, recipe(), BANDS, seen=0, adapter=dpo_report(**aftermath_report()))
+        if v.check == "promotion_verdict"
+    ]
     assert (verdict.value, verdict.level) == ("insufficient_evidence", "warn")
 
 
