@@ -92,7 +92,7 @@ class PlannedSpec(Spec):
     out_of_memory_retries: int = Field(default=0, ge=0, description="Earlier processes of this stage that ran out.")
 
     def smaller_forwards(self) -> Self | None:
-        """The same stage in forwards of half the size, or None where they hold no more than the longest pair."""
+        """The same stage in forwards of half the size; None where neither they nor the reference pass's can shrink."""
         plan = self.plan.with_half_budget()
         retries = self.out_of_memory_retries + 1
         return self.model_copy(update={"plan": plan, "out_of_memory_retries": retries}) if plan else None

@@ -71,6 +71,7 @@ def materialise(step: Step) -> Events:
             step.bands,
             seen=_seen(step, inputs, artifact),
             adapter=DpoReport.of(inputs["dpo_adapter"]),
+            merged=plan.scoring.subject == "merged",
         ),
         {
             "verdict": decision,

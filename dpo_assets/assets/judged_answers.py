@@ -148,7 +148,7 @@ def _report(
         human_pairs=by_people.asked,
         human_nulls=by_people.nulls,
         agreement=agreement,
-        corrected=corrected(share, agreement, confidence),
+        corrected=corrected(share, agreement),
     )
 
 

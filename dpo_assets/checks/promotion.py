@@ -44,7 +44,7 @@ def decide(report: EvaluationReport, min_prompts: int) -> tuple[Decision, str]:
             "insufficient_evidence",
             "an earlier version took the pairs of a prompt for independent; materialise `eval_scores` again",
         )
-    if accuracy.low <= CHANCE:
+    if not accuracy.low > CHANCE:
         return (
             "hold",
             f"the interval [{accuracy.low:.3f}, {accuracy.high:.3f}] holds one half: this may be chance",
@@ -82,18 +82,19 @@ def power_told(report: EvaluationReport) -> str:
 
 
 def evaluation_verdicts(
-    report: EvaluationReport, recipe: Recipe, bands: Bands, *, seen: int, adapter: DpoReport
+    report: EvaluationReport, recipe: Recipe, bands: Bands, *, seen: int, adapter: DpoReport, merged: bool
 ) -> list[Verdict]:
     """All checks of `eval_scores`.
 
     Args:
         seen: of its pairs, those with an opening message that the model was trained on.
         adapter: what was measured of the adapter before it was merged.
+        merged: whether the merged weights were scored.
     """
     return [
         held_out_unseen(report, seen),
         promotion_verdict(report, recipe),
-        kept_by_merge(report, adapter),
+        kept_by_merge(report, adapter, merged=merged),
         greedy_health(report, bands),
     ]
 
@@ -134,7 +135,7 @@ def promotion_verdict(report: EvaluationReport, recipe: Recipe) -> Verdict:
     )
 
 
-def kept_by_merge(report: EvaluationReport, adapter: DpoReport) -> Verdict:
+def kept_by_merge(report: EvaluationReport, adapter: DpoReport, *, merged: bool) -> Verdict:
     """How much of the adapter's held-out margin is left in the weights that are released.
 
     Merged weights are rounded to the base's format, and a small change of a weight is lost there: a run of 14 steps at
@@ -144,10 +145,16 @@ def kept_by_merge(report: EvaluationReport, adapter: DpoReport) -> Verdict:
     before, after = adapter.held_out, report.margin_mean_nats
     band = f"at least {KEPT:.0%} of the margin that the adapter had before it was merged"
     source = "16-bit rounding of small updates: benchmarks/RESULTS.md"
-    if not isinstance(before, HeldOutPairs) or before.accuracy.low <= CHANCE or before.margin_nats <= 0:
-        return Verdict(
-            "kept_by_merge", "pass", f"{after:.3f} nats", band, source, note="the adapter learned too little"
-        )
+    if not isinstance(before, HeldOutPairs):
+        why = "it is of an earlier version" if before is None else before.not_measured
+        fix = "set checks.held_out_pairs above 0, and materialise dpo_adapter again"
+        return Verdict("kept_by_merge", "warn", f"not measured: the adapter's margin: {why}", band, source, fix)
+    if not merged:
+        said = "not measured: what was scored is the adapter on its base, not the merged weights"
+        return Verdict("kept_by_merge", "warn", said, band, source, "evaluate where the merged model fits in 16 bit")
+    if not before.accuracy.low > CHANCE or not before.margin_nats > 0:
+        note = "the adapter learned too little to tell"
+        return Verdict("kept_by_merge", "pass", f"{after:.3f} nats", band, source, note=note)
     share = after / before.margin_nats
     lost = not share >= KEPT
     return Verdict(

@@ -69,22 +69,27 @@ class Endpoint:
             except httpx.TimeoutException:
                 said = f"no answer within {self.timeout_seconds:g} s"
                 continue
+            except httpx.InvalidURL as error:
+                raise ConfigError(f"evaluation.judge.url {scrub(self.url)} is no address: {error}") from None
             except httpx.HTTPError as error:
                 said = str(error)
                 continue
+            if answer.is_redirect:
+                where = scrub(answer.headers.get("Location", "elsewhere"))
+                raise ConfigError(f"the judge has moved to {where}: set evaluation.judge.url to the address there")
             if answer.status_code in REFUSED:
                 raise ConfigError(
                     f"the judge at {self.url} refuses the key in {self.key_variable} ({answer.status_code}): "
-                    f"{scrub(answer.text[:500])}"
+                    f"{scrub(answer.text)[:500]}"
                 )
             if 400 <= answer.status_code < 500 and answer.status_code not in BUSY:
                 raise ConfigError(
                     f"the judge at {self.url} does not take evaluation.judge ({answer.status_code}); is `url` the "
-                    f"address before /chat/completions, and `model` one that it has? {scrub(answer.text[:500])}"
+                    f"address before /chat/completions, and `model` one that it has? {scrub(answer.text)[:500]}"
                 )
             if answer.is_success and (text := _text(answer)) is not None:
                 return text
-            said = f"status {answer.status_code}: {answer.text[:500]}"
+            said = f"status {answer.status_code}: {scrub(answer.text)[:500]}"
         raise InfrastructureError(f"the judge at {self.url} gave no answer in {ATTEMPTS} attempts: {scrub(said)}")
 
     @cached_property
@@ -100,9 +105,12 @@ class Endpoint:
 
 
 def _text(answer: Any) -> str | None:
-    """None where it is no answer of that protocol."""
+    """None where it is no answer of that protocol.
+
+    One without content is: a model that reasons may have spent all its tokens on that. It is a reply without a verdict.
+    """
     try:
-        text = answer.json()["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError):
+        text = answer.json()["choices"][0]["message"].get("content")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         return None
-    return text if isinstance(text, str) else None
+    return "" if text is None else text if isinstance(text, str) else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 from dpo_assets.checks.statistics import Proportion, wilson
 from dpo_assets.judging.comparing import Comparison
@@ -44,12 +43,13 @@ class Tally:
         return wilson(self.wins + 0.5 * self.ties, self.decided, confidence)
 
 
-def corrected(share: Proportion, agreement: Proportion, confidence: float) -> Proportion:
+def corrected(share: Proportion, agreement: Proportion) -> Proportion:
     """The share that people would have preferred, from a judge's share and its agreement with people.
 
     A judge that agrees with people with probability p, whichever answer is the better one (both orders are asked), sees
-    w = p t + (1 - p) (1 - t) of a true share t, so t = (w + p - 1) / (2 p - 1) (Rogan & Gladen 1978). The variance adds
-    that of w and that of p by the delta method: dt/dw = 1 / (2 p - 1), dt/dp = (1 - 2 w) / (2 p - 1)^2.
+    w = p t + (1 - p) (1 - t) of a true share t, so t = (w + p - 1) / (2 p - 1) (Rogan & Gladen 1978). How far the ends
+    of both intervals move it (dt/dw = 1 / (2 p - 1), dt/dp = (1 - 2 w) / (2 p - 1)^2) adds up as independent variances
+    do (Zou & Donner 2008): by the root of w (1 - w) / n alone 16 wins of 16 would be certain.
 
     Args:
         agreement: share of people's own pairs in which the judge preferred what they did, a tie counted half.
@@ -61,12 +61,16 @@ def corrected(share: Proportion, agreement: Proportion, confidence: float) -> Pr
         return nothing
     w, p = share.value, agreement.value
     slope = 2 * p - 1
-    spread = math.hypot(
-        math.sqrt(w * (1 - w) / share.n) / slope,
-        (1 - 2 * w) / slope**2 * math.sqrt(p * (1 - p) / agreement.n),
-    )
-    value, half = (w + p - 1) / slope, NormalDist().inv_cdf(0.5 + confidence / 2) * spread
-    low, high = (min(1.0, max(0.0, end)) for end in (value - half, value + half))
+    by_share, by_agreement = 1 / slope, (1 - 2 * w) / slope**2
+
+    def reach(down: bool) -> float:
+        """How far the value reaches: by the ends of both that move it there, as they lie from their values."""
+        of_share = w - share.low if down else share.high - w
+        of_agreement = agreement.high - p if (by_agreement < 0) == down else p - agreement.low
+        return math.hypot(by_share * of_share, by_agreement * of_agreement)
+
+    value = (w + p - 1) / slope
+    low, high = (min(1.0, max(0.0, end)) for end in (value - reach(True), value + reach(False)))
     return Proportion(min(1.0, max(0.0, value)), low, high, share.n)
 
 

@@ -149,8 +149,10 @@ class TrainingPlan(BaseModel):
                 it has the forwards of `rows`. A budget that was halved since is not raised again.
         """
         offer = next((offer for offer in self.engines if offer.name == engine.partition(",")[0]), None)
-        if engine == self.kernels or offer is None or offer.token_budget is None:
+        if engine == self.kernels:
             return self
+        if offer is None or offer.token_budget is None:
+            return self.model_copy(update={"reference_budget": self.token_budget})
         budget = min(self.token_budget, offer.token_budget)
         changed = {"recomputed_layers": offer.recomputed_layers or 0, "reference_budget": budget}
         return self.model_copy(update=changed | {"token_budget": budget})

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -234,6 +235,10 @@ class HubRepository:
                 "published_model again later: what was sent is not sent twice",
                 after=_asked_to_wait(cause.response) if cause is not None else 0.0,
             )
+        if _cause(error, JSONDecodeError):  # A gateway's page, where the client expects the Hub's answer.
+            return Passing(
+                f"publishing {self.repo_id} failed: {endpoint} answers with something else than JSON: {said}"
+            )
         if isinstance(error, ValueError) or status in (400, 404, 413, 422):
             return PublishRefused(f"publishing {self.repo_id} is refused by {endpoint}: {said}")
         return HubFailure(f"publishing {self.repo_id} failed: {said}")
@@ -314,3 +319,4 @@ class _Scrubbed(logging.Filter):
 
 
 _SCRUBBED = _Scrubbed()
+logging.getLogger("httpx").addFilter(_SCRUBBED)  # It logs the address of every request, whoever makes it.

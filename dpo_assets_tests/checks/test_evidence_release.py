@@ -19,9 +19,9 @@ from dpo_assets.checks.evidence.rules import TOLERANCE, Evidence, Outcome, judge
 from dpo_assets.checks.evidence.spending import ALPHA, EXPONENT, HIGHEST, ZETA, Budget, budget_after, share
 from dpo_assets.errors import ConfigError
 
-BETTER = Comparison(0.1, 0.04, 0.16, 0.03, 0.0005, 0.9998, 0.0004, 400, 200, 120, "exact sign flips")
-ALIKE = Comparison(0.01, -0.04, 0.06, 0.03, 0.4, 0.62, 0.4, 400, 200, 120, "exact sign flips")
-WORSE = Comparison(-0.1, -0.16, -0.04, 0.03, 0.9998, 0.0005, 0.9999, 400, 200, 120, "exact sign flips")
+BETTER = Comparison(0.1, 0.04, 0.16, 0.03, 0.0005, 0.9998, 0.0004, 400, 200, 120)
+ALIKE = Comparison(0.01, -0.04, 0.06, 0.03, 0.4, 0.62, 0.4, 400, 200, 120)
+WORSE = Comparison(-0.1, -0.16, -0.04, 0.03, 0.9998, 0.0005, 0.9999, 400, 200, 120)
 FEW = replace(BETTER, clusters=FEWEST_PROMPTS - 1)
 WISH = Override(decision="promote", reason="asked for by the owners of the product")
 

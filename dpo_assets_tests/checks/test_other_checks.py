@@ -339,7 +339,7 @@ def paired(difference: float, low: float, high: float, p_better: float = 0.5) ->
     """A comparison on the pairs of `evaluation_report`."""
     return {
         "difference": difference, "low": low, "high": high, "error": 0.02, "p_better": p_better, "p_worse": 0.5,
-        "p_pairs": p_better, "n": 120, "clusters": 100, "discordant": 30, "method": "exact sign flips",
+        "p_pairs": p_better, "n": 120, "clusters": 100, "discordant": 30,
     }  # fmt: skip
 
 
@@ -609,7 +609,12 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
             BANDS,
         ),
         "eval_scores": evaluation_verdicts(
-            bad_scores if fail else evaluation_report(), recipe(), BANDS, seen=1 if fail else 0, adapter=learned
+            bad_scores if fail else evaluation_report(),
+            recipe(),
+            BANDS,
+            seen=1 if fail else 0,
+            adapter=learned,
+            merged=True,
         ),
         "judged_answers": judge_verdicts(
             judged_answers(nulls=50, share=score(0.2, 0.1, 0.3), corrected=score(0.1, 0.0, 0.2))
@@ -672,11 +677,23 @@ def test_what_the_merge_rounds_away_is_told_where_something_was_learned(
 ) -> None:
     adapter = aftermath_report()
     adapter["held_out"] |= held_out
-    verdict = kept_by_merge(evaluation_report(margin_mean_nats=margin), dpo_report(**adapter))
+    verdict = kept_by_merge(evaluation_report(margin_mean_nats=margin), dpo_report(**adapter), merged=True)
     assert verdict.level == level
     assert bool(verdict.fix) is (level == "warn")
 
 
-def test_an_adapter_that_was_not_measured_is_not_held_against_its_merge() -> None:
-    adapter = aftermath_report() | {"held_out": {"not_measured": "no held-out pairs"}}
-    assert kept_by_merge(evaluation_report(), dpo_report(**adapter)).passed
+@pytest.mark.parametrize("held_out", [None, {"not_measured": "no held-out pairs"}], ids=["earlier", "asked for none"])
+def test_a_merge_of_an_adapter_that_was_not_measured_is_a_warning(held_out: Any) -> None:
+    adapter = dpo_report(**aftermath_report() | {"held_out": held_out})
+    verdict = kept_by_merge(evaluation_report(), adapter, merged=True)
+    assert verdict.level == "warn"
+    assert "not measured" in str(verdict.value)
+    assert verdict.fix
+
+
+def test_scores_of_the_adapter_say_nothing_of_its_merge() -> None:
+    adapter = dpo_report(**aftermath_report())
+    assert kept_by_merge(evaluation_report(), adapter, merged=True).passed
+    verdict = kept_by_merge(evaluation_report(), adapter, merged=False)
+    assert verdict.level == "warn"
+    assert verdict.fix

@@ -93,7 +93,9 @@ JUDGED: list[tuple[Report, Callable[[Any], list[Verdict]]]] = [
     (MergeReport.model_validate(MERGE), lambda report: merge_verdicts(report, BANDS)),
     (
         evaluation_report(),
-        lambda report: evaluation_verdicts(report, recipe(), BANDS, seen=0, adapter=dpo_report(**aftermath_report())),
+        lambda report: evaluation_verdicts(
+            report, recipe(), BANDS, seen=0, adapter=dpo_report(**aftermath_report()), merged=True
+        ),
     ),
 ]
 
@@ -178,7 +180,9 @@ def test_scores_from_before_prompts_were_counted_are_read_and_say_so(tmp_path: P
     assert (report.reward_against_chance, report.logp_against_sft, report.margin) == (None, None, None)
     [verdict] = [
         v
-        for v in evaluation_verdicts(report, recipe(), BANDS, seen=0, adapter=dpo_report(**aftermath_report()))
+        for v in evaluation_verdicts(
+            report, recipe(), BANDS, seen=0, adapter=dpo_report(**aftermath_report()), merged=True
+        )
         if v.check == "promotion_verdict"
     ]
     assert (verdict.value, verdict.level) == ("insufficient_evidence", "warn")

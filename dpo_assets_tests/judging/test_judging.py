@@ -171,9 +171,25 @@ def test_a_refusal_is_asked_once_and_says_what_to_change_without_the_key(
 
 
 def test_an_answer_of_another_protocol_is_no_reply() -> None:
-    silent: Any = lambda messages: None  # noqa: E731
-    with JudgeServer(silent) as server, pytest.raises(InfrastructureError, match="status 200"):
+    other: Any = lambda messages: 5  # noqa: E731
+    with JudgeServer(other) as server, pytest.raises(InfrastructureError, match="status 200"):
         endpoint(server).reply(ASKED)
+
+
+def test_a_judge_that_spent_its_tokens_on_reasoning_gives_no_verdict_and_no_fault() -> None:
+    silent: Any = lambda messages: None  # noqa: E731
+    with JudgeServer(silent) as server:
+        assert compare(endpoint(server), ASKED, "longer", "short").outcome == "null"
+
+
+def test_a_judge_that_moved_and_an_address_that_is_none_are_faults_of_the_recipe() -> None:
+    with JudgeServer(always("A")) as server:
+        server.faults = [301] * 2
+        with pytest.raises(ConfigError, match="has moved"):
+            endpoint(server).reply(ASKED)
+        assert len(server.requests) == 1
+    with pytest.raises(ConfigError, match="is no address"):
+        Endpoint("http://local host:port/v1", "small", VARIABLE, 64, 5.0).reply(ASKED)
 
 
 # --- shares -----------------------------------------------------------------------------------------------------------
@@ -194,16 +210,16 @@ def test_a_share_counts_ties_half_and_leaves_out_what_has_no_verdict() -> None:
 def test_a_judge_that_errs_is_corrected_to_the_true_share(true: float, agreement: float) -> None:
     n = 10_000
     seen = agreement * true + (1 - agreement) * (1 - true)
-    found = corrected(wilson(seen * n, n), wilson(agreement * n, n), 0.95)
+    found = corrected(wilson(seen * n, n), wilson(agreement * n, n))
     assert found.value == pytest.approx(true, abs=1e-6)
     assert found.low <= true <= found.high
 
 
 def test_a_perfect_judge_is_not_corrected_and_one_that_tosses_coins_says_nothing() -> None:
     share = wilson(60, 100)
-    assert corrected(share, wilson(1000, 1000), 0.95).value == pytest.approx(0.6)
+    assert corrected(share, wilson(1000, 1000)).value == pytest.approx(0.6)
     for agreement in (wilson(55, 100), wilson(0, 0), wilson(20, 100)):
-        found = corrected(share, agreement, 0.95)
+        found = corrected(share, agreement)
         assert math.isnan(found.value)
         assert (found.low, found.high) == (0.0, 1.0)
 
@@ -216,9 +232,16 @@ def test_the_corrected_interval_holds_the_true_share_as_often_as_it_says() -> No
         better = [drawn.random() < true for _ in range(200)]
         said = sum((drawn.random() < right) == b for b in better)
         agreed = sum(drawn.random() < right for _ in range(100))
-        found = corrected(wilson(said, 200), wilson(agreed, 100), 0.95)
+        found = corrected(wilson(said, 200), wilson(agreed, 100))
         held += found.low <= true <= found.high
     assert 0.92 <= held / 400 <= 0.98
+
+
+def test_few_comparisons_are_never_certain() -> None:
+    for wins in (0, 16):
+        found = corrected(wilson(wins, 16), wilson(95, 100))
+        assert found.high - found.low > 0.1
+    assert corrected(wilson(0, 1), wilson(95, 100)).high > 0.5
 
 
 @settings(max_examples=40, deadline=None)
@@ -263,7 +286,7 @@ def test_a_judge_that_cannot_be_believed_is_told_by_what(changes: dict[str, obje
 
 def test_the_corrected_share_decides_where_there_is_one() -> None:
     worse, better = wilson(20, 100), wilson(80, 100)
-    nothing = corrected(worse, wilson(0, 0), 0.95)
+    nothing = corrected(worse, wilson(0, 0))
     for share, true, passed in ((worse, better, True), (better, worse, False), (worse, nothing, False)):
         _, verdict_ = judge_verdicts(judged_answers(share=share, corrected=true))
         assert verdict_.passed is passed

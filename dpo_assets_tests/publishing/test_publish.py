@@ -572,7 +572,7 @@ def test_a_publisher_that_is_killed_between_upload_and_commit_leaves_the_head_an
     folder, files = staged(tmp_path)
     (tmp_path / "files.json").write_text(ReleaseRecord(made_by="dpo_assets", files=files).model_dump_json())
     script = [sys.executable, "-c", textwrap.dedent(KILLED), hub.endpoint, str(folder)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "0"}
     started: list[subprocess.Popen[bytes]] = []
     hub.fail_next("POST", "/commit/", silent=True, then=lambda: started[0].send_signal(signal.SIGKILL))
     started.append(subprocess.Popen(script, env=environment))

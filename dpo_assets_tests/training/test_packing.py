@@ -105,16 +105,16 @@ def test_a_data_loader_pins_every_tensor_of_a_step(step: dict[str, Step], monkey
     assert all(tensor.is_meta for tensor in tensors_in(pinned))
 
 
-def test_copies_of_a_step_are_waited_for_only_where_asked(
+def test_copies_of_a_step_are_waited_for_unless_asked_not_to(
     step: dict[str, Step], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: set[bool] = set()
     monkeypatch.setattr(Tensor, "to", lambda tensor, device, non_blocking: asked.add(non_blocking) or tensor)
     step[STEP].to("cpu")
-    assert asked == {True}
-    asked.clear()
-    step[STEP].to("cpu", non_blocking=False)
     assert asked == {False}
+    asked.clear()
+    step[STEP].to("cpu", non_blocking=True)
+    assert asked == {True}
 
 
 # --- index tables -------------------------------------------------------------------------------------------------

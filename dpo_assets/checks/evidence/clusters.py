@@ -152,6 +152,8 @@ def _effective(values: Floats, clusters: Clusters, confidence: float) -> float:
     pairs = clusters.n * alone / shared if shared > 1e-12 * alone > 0 else clusters.equivalent
     tail = 0.5 + confidence / 2
     freedom = t_quantile(tail, clusters.n - 1) / t_quantile(tail, clusters.equivalent - 1)
+    # More than there are, where pairs of a prompt balance each other: a cut at their number would let copies of them
+    # narrow the interval. The exact test beside it knows no such estimate.
     return float(pairs * freedom**2)
 
 

@@ -1,6 +1,7 @@
 """The ledger of a pipeline: every decision on a release, in order, and what it looked at. It only grows.
 
-Each record holds the digest of the one before it, so that a line that was changed, dropped or moved is found.
+Each record holds the digest of the one before it, so that a line that was changed, dropped or moved is found, but for
+the last ones: whoever keeps a ledger keeps its `head` elsewhere too.
 """
 
 from __future__ import annotations

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from dpo_assets.artifact import Number
-
-Method = Literal["exact sign flips", "normal approximation of sign flips"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,6 @@ class Comparison:
     n: int
     clusters: int
     discordant: int
-    method: Method
 
     def __str__(self) -> str:
         ends = f"{self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"

@@ -13,7 +13,7 @@ from dpo_assets.checks.evidence.clusters import FEWEST_FREEDOM, Clusters, Floats
 from dpo_assets.checks.evidence.measured import Comparison
 from dpo_assets.checks.statistics import sign_test
 
-EXACT_UP_TO = 400  # Prompts. Above, sums of fair signs are normal to the levels that are asked for.
+DRAWN_UP_TO = 400  # Prompts whose interval is drawn. Above, a mean is normal to the levels that are asked for.
 DRAWS, SEED = 10_000, 20_261_127
 
 
@@ -27,8 +27,8 @@ def compare(
     """The challenger's wins (1, 0, 0.5 for a tie) against the champion's, on the same pairs in the same order.
 
     p: were the two alike, each prompt's difference would have either sign with equal chance (Fisher 1935, section 21).
-    Every sign of every prompt is counted up to `EXACT_UP_TO` prompts, and the interval is a bootstrap of `draws` over
-    prompts; above, both are of normal theory.
+    Every sign of every prompt is counted: of many prompts few may differ, and then no normal theory holds. The interval
+    is a bootstrap of `draws` over prompts up to `DRAWN_UP_TO` of them, Student's above.
     NaN in any win makes every number NaN and p 1.
 
     Raises:
@@ -40,16 +40,14 @@ def compare(
     clusters = Clusters.of(prompts, len(differences))
     if not clusters.n or not np.isfinite(differences).all():
         nothing = (math.nan, -1.0, 1.0, math.nan)
-        return Comparison(*nothing, 1.0, 1.0, 1.0, clusters.n, clusters.count, 0, "exact sign flips")
+        return Comparison(*nothing, 1.0, 1.0, 1.0, clusters.n, clusters.count, 0)
     sums = np.rint(2 * clusters.sums(differences)).astype(np.int64)
     if not np.allclose(2 * differences, np.rint(2 * differences)):
         raise ValueError("a win is 1, 0, or 0.5 for a tie")
-    exact = clusters.count <= EXACT_UP_TO
-    tail = sign_flip_tail if exact else _normal_tail
     gained, lost = int((differences > 0).sum()), int((differences < 0).sum())
     low, high = (
         bootstrap_interval(differences, clusters, confidence, draws)
-        if exact
+        if clusters.count <= DRAWN_UP_TO
         else _student(differences, clusters, confidence)
     )
     return Comparison(
@@ -57,13 +55,12 @@ def compare(
         low=low,
         high=high,
         error=math.sqrt(clusters.variance(differences)) if clusters.count > 1 else math.nan,
-        p_better=tail(sums),
-        p_worse=tail(-sums),
+        p_better=sign_flip_tail(sums),
+        p_worse=sign_flip_tail(-sums),
         p_pairs=float(sign_test(gained, lost)),
         n=clusters.n,
         clusters=clusters.count,
         discordant=gained + lost,
-        method="exact sign flips" if exact else "normal approximation of sign flips",
     )
 
 
@@ -81,11 +78,6 @@ def sign_flip_tail(sums: NDArray[np.int64]) -> float:
         positive = np.convolve(positive, stretched)
     observed = int(sums[sums > 0].sum())
     return min(1.0, float(positive[observed:].sum()))
-
-
-def _normal_tail(sums: NDArray[np.int64]) -> float:
-    spread = math.sqrt(float(np.square(sums.astype(float)).sum()))
-    return 0.5 * math.erfc(float(sums.sum()) / spread / math.sqrt(2)) if spread else 1.0
 
 
 def bootstrap_interval(

@@ -34,14 +34,21 @@ def chance_error(score: Proportion) -> float:
 def detectable(error: float, level: float, power: float = POWER) -> float:
     """The least true difference that a one-sided test at `level` finds with `power`, given a standard error."""
     normal = NormalDist()
+    if not _is_known(error):
+        return math.nan
     return (normal.inv_cdf(1 - level) + normal.inv_cdf(power)) * error
+
+
+def _is_known(error: float) -> bool:
+    """Pairs that never differed tell nothing of how far others would: an error of 0 is none."""
+    return error > 0
 
 
 def power_at(effect: float, error: float, level: float) -> float:
     """The chance that a one-sided test at `level` finds a true difference of `effect`, given a standard error."""
-    if error == 0:
-        return 1.0 if effect > 0 else 0.0
     normal = NormalDist()
+    if not _is_known(error):
+        return math.nan
     return normal.cdf(effect / error - normal.inv_cdf(1 - level)) if math.isfinite(error) else 0.0
 
 
@@ -50,7 +57,7 @@ def pairs_needed(effect: float, error: float, n: int, level: float, power: float
 
     `error` is the standard error at `n`.
     """
-    if not effect > 0 or n == 0:
+    if not effect > 0 or n == 0 or not _is_known(error):
         return None
     pairs = n * (detectable(error, level, power) / effect) ** 2
     return max(1, math.ceil(pairs)) if math.isfinite(pairs) else None
@@ -75,6 +82,8 @@ class Reach:
     def __str__(self) -> str:
         if not self.can_pass:
             return f"{self.prompts} prompts cannot decide at level {self.level:.2g}, whatever they say"
+        if not math.isfinite(self.detectable):
+            return "these pairs do not tell how many would decide"
         needed = f"{self.pairs_needed} pairs would show" if self.pairs_needed else "no number of pairs shows"
         return (
             f"a difference of {100 * self.detectable:.1f} points is found with {POWER:.0%} power at level "

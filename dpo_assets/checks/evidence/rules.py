@@ -53,7 +53,7 @@ def judge(evidence: Evidence, ledger: Ledger, override: Override | None = None) 
     1. A hard guard failed: `reject`. No override lifts it.
     2. Fewer fresh prompts than the floor: `insufficient_evidence`. Nothing is looked at, so nothing is spent.
     3. A primary is worse beyond chance: `reject`.
-    4. A guard on the frozen set may have lost more than the tolerance: `hold`.
+    4. A guard on the frozen set may have lost more than the tolerance, or has too few prompts to tell: `hold`.
     5. A primary is better at the level of this test, after Holm: `promote`, or `first_publication` without a champion.
     6. Else `hold`: what is live stays.
 
@@ -79,7 +79,7 @@ def _by_evidence(evidence: Evidence, level: float, *, first: bool) -> Outcome:
         return Outcome("insufficient_evidence", f"{fewest} prompts that no decision saw, {floor} are needed", level)
     adjusted = holm({name: one.p_better for name, one in evidence.primaries.items()})
     worse = [name for name, one in evidence.primaries.items() if one.high < 0]
-    lost = [name for name, one in evidence.guards.items() if not one.low > -TOLERANCE]
+    lost = [name for name, one in evidence.guards.items() if one.clusters < floor or not one.low > -TOLERANCE]
     best = min(adjusted, key=lambda name: adjusted[name])
     shown = f"{best} {evidence.primaries[best]}, adjusted p {adjusted[best]:.2g}, level {level:.2g}"
     if worse:

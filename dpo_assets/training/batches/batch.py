@@ -25,7 +25,7 @@ class Tensors:
     what lacks them where it is. One is equal to itself alone.
     """
 
-    def to(self, device: torch.device | str | int, non_blocking: bool = True) -> Self:
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Self:
         """The same with its tensors on `device`."""
         return self._changed(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 

@@ -54,7 +54,7 @@ def score_hits(
     engine = engine_of(model)
     engine.renew()
     for run in under_budget(groups, [g.tokens for g in groups], budget):
-        batch = pack(run).to(causal_lm(model).device)
+        batch = pack(run).to(causal_lm(model).device, non_blocking=True)
         with engine.as_the_policy():
             scores = score_tokens(model, batch, autocast)
             logps.append(sequence_logps(scores, batch).detach())

@@ -111,7 +111,7 @@ class PackedSteps(MovingSchedule):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         model.train()
         device = self.accelerator.device
-        moved: Step = inputs[STEP].to(device)
+        moved: Step = inputs[STEP].to(device, non_blocking=True)
         engine_of(self.accelerator.unwrap_model(model)).renew()
         step = self.begin_step(model, moved)
         total = torch.zeros((), device=device)

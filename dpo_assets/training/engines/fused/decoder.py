@@ -51,7 +51,10 @@ def _why_not_plain_lora(module: nn.Module, adapter: str) -> str:
         return "an adapter with dropout"
     if lora.lora_bias.get(adapter, False):
         return "an adapter with a bias"
-    return "" if len(lora.active_adapters) == 1 else "several active adapters"
+    active = lora.active_adapters
+    if len(active) != 1:
+        return f"{len(active)} active adapters"
+    return "" if active[0] in lora.lora_A else f"no adapter `{active[0]}`, which is active"
 
 
 class FusedDecoder(PlainEngine):
@@ -98,7 +101,7 @@ class FusedDecoder(PlainEngine):
         writes = version_of()
         for member in self._members:
             member.look()
-        now = tuple(v for m in self._members for v in (m.switched_off, *((id(f), writes(f)) for f in m.factors or ())))
+        now = tuple((m.switched_off, m.scale, *((id(f), writes(f)) for f in m.factors or ())) for m in self._members)
         if now == self._seen:
             return
         slots = [slot for group in self._groups for slot in group.slots()]

@@ -7,7 +7,7 @@ LoRA pairs A [R, in] and B [out, R] (block-diagonal, scaled by alpha / r) a grou
             [ A  0 ]     dx = [dy, dy B] [W; A]
 
 so forward and backward are one product each, beside two thin ones. For a 16-bit base M is built once and the modules'
-own weights become views of it: no byte is held twice. A quantised base is dequantised into a scratch matrix that groups
+own weights become views of it: no byte is held twice. A quantised base is dequantised into scratch matrices that groups
 of all layers share, each time another of them is used.
 """
 
@@ -112,9 +112,6 @@ class Member:
     scale: float = field(default=0.0, init=False)
     switched_off: bool = field(default=False, init=False)
 
-    def __post_init__(self) -> None:
-        self.look()
-
     def look(self) -> None:
         """Reads which adapter is active: a policy and its frozen reference may share the base.
 
@@ -193,6 +190,8 @@ class FrozenGroup:
 
     def __init__(self, members: Sequence[Member], dtype: torch.dtype, scratch: Scratch) -> None:
         self.members = list(members)
+        for member in self.members:
+            member.look()
         self.quantised = [quantised_weight(m.linear) for m in members]
         shapes = [q.shape if q else tuple(m.linear.weight.shape) for m, q in zip(members, self.quantised, strict=True)]
         self.widths = [int(shape[0]) for shape in shapes]
@@ -276,12 +275,13 @@ class FrozenGroup:
             matrix = scratch.matrix(self.outputs + self.rank, self.inputs + self.rank)
             self._in_scratch = _InScratch.of(matrix, self.widths, self.inputs)
         if scratch.holds is not self:
-            scratch.holds = self
+            scratch.holds = None  # Until all is written: whoever goes on after an error must not read half of it.
             for member, quantised, part in zip(self.members, self.quantised, self._in_scratch.members, strict=True):
                 if quantised is None:
                     part.copy_(member.linear.weight)
                 else:
                     quantised.dequantise(part)
+            scratch.holds = self
         return self._in_scratch
 
     def _with_b(self) -> Tensor:
@@ -358,6 +358,11 @@ class FrozenGroup:
             if member.factors is not None and member.factors[1].requires_grad:
                 _add_gradient(member.factors[1], d_member.T, thin_member, member.scale)
 
+    def _are_parts(self, gradients: Sequence[Tensor | None]) -> bool:
+        """Whether gradients are still the parts of the common matrix that were put there."""
+        parts = self._grad_a_parts
+        return len(gradients) == len(parts) and all(map(_same_memory, gradients, parts))
+
     def _by_member(self, ranks: Tensor, dim: int) -> list[Tensor]:
         """The part of each member in a tensor of R columns or rows."""
         return list(ranks.split([*self._ranks, self.rank - sum(self._ranks)], dim=dim)[:-1])
@@ -377,13 +382,17 @@ class FrozenGroup:
             self._grad_a_parts = [part for member, part in parts if member.factors is not None]
             for a, part in zip(factors, self._grad_a_parts, strict=True):
                 a.grad = part
-        elif together and [*map(id, gradients)] == [*map(id, self._grad_a_parts)]:
+        elif together and self._are_parts(gradients):
             assert self._grad_a is not None
             ops.add_product(self._grad_a, d_thin.T, x, fresh=False)
         else:
             for member, d_member in zip(self.members, self._by_member(d_thin, dim=1), strict=True):
                 if member.factors is not None and member.factors[0].requires_grad:
                     _add_gradient(member.factors[0], d_member.T, x)
+
+
+def _same_memory(one: Tensor | None, other: Tensor) -> bool:
+    return one is not None and one.data_ptr() == other.data_ptr()
 
 
 def _add_gradient(factor: nn.Parameter, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
