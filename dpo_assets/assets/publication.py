@@ -34,7 +34,7 @@ def access_ahead(step: Step) -> dict[str, str]:
     if publishing.dry_run or step.only_checks:
         return {}
     assert publishing.repo_id is not None, "the recipe requires repo_id when dry_run is false"
-    hub = step.hub.repository(publishing.repo_id)
+    hub = step.hub.repository(publishing.repo_id, step.pipeline.name)
     try:
         said = check_access(hub, private=publishing.private, adopt=publishing.adopt)
     except HubFailure as error:
@@ -64,7 +64,7 @@ class Publication:
         if hub.token() is None:
             return self._unasked(f"{hub.token_variable} is not set, so {publishing.repo_id} was not asked"), ""
         try:
-            repository = hub.repository(publishing.repo_id)
+            repository = hub.repository(publishing.repo_id, self.step.pipeline.name)
             plan = preview(repository, self.files, private=publishing.private, adopt=publishing.adopt)
         except (HubFailure, HubOffline) as error:
             return self._unasked(scrub(f"{publishing.repo_id} was not asked: {error}")), ""
@@ -79,7 +79,7 @@ class Publication:
         """Publishes; the operations are on the disk before the first of them is sent."""
         publishing, hub = self.step.recipe.publishing, self.step.hub
         assert publishing.repo_id is not None, "the recipe requires repo_id when dry_run is false"
-        repository = hub.repository(publishing.repo_id)
+        repository = hub.repository(publishing.repo_id, self.step.pipeline.name)
         return publish(
             repository.api,
             publishing.repo_id,
@@ -89,6 +89,7 @@ class Publication:
             adopt=publishing.adopt,
             token_variable=hub.token_variable,
             patience=repository.patience,
+            pipeline=repository.pipeline,
             planned=self._keep,
         )
 

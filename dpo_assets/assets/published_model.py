@@ -46,8 +46,10 @@ def materialise(step: Step) -> Events:
         facts = _facts(step, inputs)
         merged = publishing.artifact == "merged"
         source = inputs["merged_model"].path / "model" if merged else _adapter(step, inputs, folder)
-        files = stage(source, target, render_card(facts), {"inputs": inputs.digests, "versions": facts.versions})
-        write_json(folder / FILES, ReleaseRecord(made_by=MADE_BY, files=files).model_dump())
+        name = step.pipeline.name
+        provenance = {"pipeline": name, "inputs": inputs.digests, "versions": facts.versions}
+        files = stage(source, target, render_card(facts), provenance)
+        write_json(folder / FILES, ReleaseRecord(made_by=MADE_BY, pipeline=name, files=files).model_dump())
 
     config = {
         "artifact": publishing.artifact,

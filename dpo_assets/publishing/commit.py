@@ -120,6 +120,7 @@ def publish(
     adopt: str | None = None,
     token_variable: str = "HF_TOKEN",
     patience: Patience = DEFAULT_PATIENCE,
+    pipeline: str = "",
     planned: Callable[[ReleasePlan], None] = lambda _: None,
 ) -> Release:
     """Sends a staged release as one commit on the head that was read, compares what arrived, and tags it.
@@ -133,6 +134,7 @@ def publish(
         files: what `stage` returned for `folder`.
         adopt: the repository, where its files of others may be replaced when the release needs their names.
         token_variable: environment variable that holds the token, for messages.
+        pipeline: whose releases there are ours; empty: those of any.
         planned: told of the plan before anything of it is sent, and again when it is made anew.
 
     Raises:
@@ -141,7 +143,7 @@ def publish(
         GateError: what the Hub holds is not what was sent, or not what its tag says.
         HubFailure: on any other refusal of the Hub, with secrets masked.
     """
-    hub = HubRepository(api, repo_id, token_variable, patience)
+    hub = HubRepository(api, repo_id, token_variable, patience, pipeline)
     tag = content_tag(files)
     found = hub.head()
     if found is None:

@@ -44,12 +44,18 @@ DEFAULT_PATIENCE = Patience()
 
 @dataclass(frozen=True)
 class HubRepository:
-    """One model repository, by the real client. `token_variable` is named in messages."""
+    """One model repository, by the real client.
+
+    Attributes:
+        token_variable: for messages.
+        pipeline: whose releases there are ours; empty: those of any.
+    """
 
     api: HfApi
     repo_id: str
     token_variable: str
     patience: Patience
+    pipeline: str = ""
 
     def head(self) -> Head | None:
         """What lies there now, or None where there is no such repository."""
@@ -68,11 +74,13 @@ class HubRepository:
             return None
         files = {file.rfilename: _held(file) for file in info.siblings or ()}
         commit = str(info.sha)
-        earlier = ReleaseRecord.read(self._text(PROVENANCE, commit, files))
+        found = ReleaseRecord.read(self._text(PROVENANCE, commit, files))
+        other = found.pipeline if found is not None and self.pipeline not in ("", found.pipeline) else ""
+        earlier = None if other else found
         hub_made = set(HUB_OWNED)
         if earlier is None and _FRONT_MATTER_ALONE.fullmatch(self._text(CARD, commit, files) or b""):
             hub_made.add(CARD)
-        return Head(commit, bool(info.private), files, earlier, frozenset(hub_made))
+        return Head(commit, bool(info.private), files, earlier, frozenset(hub_made), other)
 
     def held(self, commit: str) -> dict[str, HeldFile]:
         """The files of a commit, by the Hub's metadata."""

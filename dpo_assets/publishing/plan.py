@@ -49,6 +49,7 @@ class ReleaseRecord(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
     made_by: Literal["dpo_assets"]
+    pipeline: str = ""  # Empty: of a version that did not say.
     files: dict[str, FileRecord]
 
     @classmethod
@@ -80,8 +81,8 @@ class HeldFile:
 class Head:
     """A repository at its newest commit.
 
-    `earlier`: the record of the release of this package that lies there, None where there is none. `made_by_hub`: files
-    that the Hub itself puts into a new repository.
+    `earlier`: the record of the release of this pipeline that lies there, None where there is none. `made_by_hub`:
+    files that the Hub itself puts into a new repository. `other_pipeline`: the one whose release lies there instead.
     """
 
     commit: str
@@ -89,6 +90,7 @@ class Head:
     files: Mapping[str, HeldFile]
     earlier: ReleaseRecord | None = None
     made_by_hub: frozenset[str] = HUB_OWNED
+    other_pipeline: str = ""
 
     def is_released(self, path: str) -> bool:
         """Whether a file is as an earlier release left it. One that somebody changed since is theirs."""
@@ -179,6 +181,12 @@ def refuse_foreign(head: Head, repo_id: str, adopt: str | None) -> None:
     """
     others = sorted(set(head.files) - head.made_by_hub)
     if head.earlier is None and others and adopt != repo_id:
+        if head.other_pipeline:
+            raise PublishRefused(
+                f"{repo_id} holds a release of another pipeline, `{head.other_pipeline}`. Nothing was sent. Name "
+                f"another publishing.repo_id; or, where this one takes its place, publishing.adopt: {repo_id}, which keeps its "
+                "files but for those whose names the release needs"
+            )
         early = "; the provenance.json there lists no files, as that of early versions" if PROVENANCE in others else ""
         raise PublishRefused(
             f"{repo_id} holds files that no release of dpo_assets lists ({_some(others)}{early}). Nothing was sent. "

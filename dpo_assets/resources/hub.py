@@ -46,8 +46,8 @@ class HubResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         """How long a publication waits."""
         return Patience(seconds=self.timeout_seconds)
 
-    def repository(self, repo_id: str) -> HubRepository:
-        """A repository to publish in.
+    def repository(self, repo_id: str, pipeline: str) -> HubRepository:
+        """A repository to publish in, for a pipeline.
 
         Raises:
             ConfigError: the environment holds no token.
@@ -57,4 +57,4 @@ class HubResource(dg.ConfigurableResource):  # type: ignore[type-arg]
                 f"publishing.dry_run is false, but {self.token_variable} is not set in the environment; set it, or set "
                 "dry_run: true."
             )
-        return HubRepository(self.api(), repo_id, self.token_variable, self.patience())
+        return HubRepository(self.api(), repo_id, self.token_variable, self.patience(), pipeline)

@@ -554,6 +554,28 @@ def test_a_store_that_refuses_an_address_says_nothing_of_the_token(
     assert summaries(hub.repo(REPO)) == ["initial commit"]
 
 
+def test_a_release_of_another_pipeline_is_not_ours_to_replace(hub: HubServer, api: HfApi, tmp_path: Path) -> None:
+    """A copied recipe with the repository of its model: the two would replace each other for ever."""
+
+    def sent_by(pipeline: str, adopt: str | None = None, more: dict[str, bytes] | None = None) -> Release:
+        folder, files = staged(tmp_path, {"config.json": pipeline.encode(), **(more or {})}, pipeline=pipeline)
+        options: dict[str, Any] = {"private": True, "patience": PATIENCE, "pipeline": pipeline, "adopt": adopt}
+        return publish(api, REPO, folder, files, **options)
+
+    first = sent_by("one")
+    assert sent_by("one").commit == first.commit
+    before = summaries(hub.repo(REPO))
+    with pytest.raises(PublishRefused, match="holds a release of another pipeline, `one`"):
+        sent_by("two")
+    assert summaries(hub.repo(REPO)) == before
+    adopted = sent_by("two", adopt=REPO)
+    assert "delete" not in {operation.action for operation in adopted.plan.operations}
+    assert "replace" in {operation.action for operation in adopted.plan.operations}
+    assert sent_by("two", more={"generation_config.json": b"{}"}).sent
+    with pytest.raises(PublishRefused, match="another pipeline, `two`"):
+        sent_by("one")
+
+
 KILLED = """
     import sys
     from pathlib import Path

@@ -29,7 +29,9 @@ MODEL = {
 STAGED = {*MODEL, "README.md", "provenance.json"}
 
 
-def staged(folder: Path, files: dict[str, bytes] | None = None, card: str = CARD) -> tuple[Path, dict[str, FileRecord]]:
+def staged(
+    folder: Path, files: dict[str, bytes] | None = None, card: str = CARD, pipeline: str = ""
+) -> tuple[Path, dict[str, FileRecord]]:
     """A staged release of MODEL with `files` laid over it."""
     number = len(list(folder.iterdir()))
     source, target = folder / f"model-{number}", folder / f"release-{number}"
@@ -38,7 +40,8 @@ def staged(folder: Path, files: dict[str, bytes] | None = None, card: str = CARD
     for name, data in (MODEL | (files or {})).items():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes(data)
-    return target, stage(source, target, card, PROVENANCE)
+    provenance = PROVENANCE | ({"pipeline": pipeline} if pipeline else {})
+    return target, stage(source, target, card, provenance)
 
 
 # Staging
