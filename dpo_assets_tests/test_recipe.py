@@ -404,6 +404,12 @@ def test_a_folder_is_no_hub_id_and_needs_no_revision(source: str) -> None:
     assert recipe(base_model={"source": source}).base_model.source == source
 
 
+@pytest.mark.parametrize("repo_id", ["bot", "a/b/c", "org/", "/bot", "org/my bot", "https://hub/org/bot"])
+def test_a_repository_is_named_with_its_owner(repo_id: str) -> None:
+    message = refusal(RECIPE | {"publishing": {"repo_id": repo_id}})
+    assert message == f"publishing: `repo_id: {repo_id}` must name user or organisation too: `my-org/my-bot-dpo`."
+
+
 @pytest.mark.parametrize("repo_id", [{}, {"repo_id": None}, {"repo_id": ""}], ids=repr)
 def test_a_release_without_a_repository_is_refused(repo_id: dict[str, Any]) -> None:
     message = refusal(RECIPE | {"publishing": {"dry_run": False, **repo_id}})

@@ -48,7 +48,7 @@ def _refuse_other_namespace(account: dict[str, Any], name: str, role: str, hub: 
     if role != "write" or not isinstance(orgs, list):
         return
     own = [name, *(str(org.get("name")) for org in orgs if isinstance(org, dict))]
-    namespace = hub.repo_id.split("/")[0] if "/" in hub.repo_id else name
+    namespace = hub.repo_id.split("/")[0]
     if namespace not in own:
         raise PublishRefused(
             f"{hub.repo_id} does not exist, and {name}, whose token is in {hub.token_variable}, can make repositories "

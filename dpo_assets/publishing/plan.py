@@ -184,8 +184,8 @@ def refuse_foreign(head: Head, repo_id: str, adopt: str | None) -> None:
         if head.other_pipeline:
             raise PublishRefused(
                 f"{repo_id} holds a release of another pipeline, `{head.other_pipeline}`. Nothing was sent. Name "
-                f"another publishing.repo_id; or, where this one takes its place, publishing.adopt: {repo_id}, which keeps its "
-                "files but for those whose names the release needs"
+                f"another publishing.repo_id; or, where this one takes its place, publishing.adopt: {repo_id}, which "
+                "keeps its files but for those whose names the release needs"
             )
         early = "; the provenance.json there lists no files, as that of early versions" if PROVENANCE in others else ""
         raise PublishRefused(

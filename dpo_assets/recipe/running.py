@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -87,6 +88,9 @@ class PublishingSection(Section):
     def _a_release_needs_a_repository(self) -> PublishingSection:
         if not self.dry_run and not self.repo_id:
             raise ValueError("`dry_run: false` needs `repo_id` (for example `my-org/my-bot-dpo`).")
+        if self.repo_id and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo_id, re.ASCII):
+            # The Hub makes `bot` as `user/bot`, and knows no `bot` when it is asked for one.
+            raise ValueError(f"`repo_id: {self.repo_id}` must name user or organisation too: `my-org/my-bot-dpo`.")
         if self.adopt is not None and self.adopt != self.repo_id:
             raise ValueError(f"`adopt: {self.adopt}` must name the same repository as `repo_id`, or be left out.")
         return self
