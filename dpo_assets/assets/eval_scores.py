@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import dagster as dg
@@ -15,10 +16,11 @@ from dpo_assets.assets.node import Node
 from dpo_assets.assets.sft_checkpoint import start_adapter
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.evidence.power import EFFECT, POWER, one_sided, reach_of_comparison, reach_of_score
-from dpo_assets.checks.promotion import decide, evaluation_verdicts, power_told
+from dpo_assets.checks.promotion import Learned, decide, evaluation_verdicts, power_told
 from dpo_assets.checks.reports import DpoReport, EvaluationReport
 from dpo_assets.checks.statistics import percent
 from dpo_assets.contract import EvaluateSpec
+from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.trained import seen_pairs
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.report.tables import table
@@ -70,7 +72,7 @@ def materialise(step: Step) -> Events:
             step.recipe,
             step.bands,
             seen=_seen(step, inputs, artifact),
-            adapter=DpoReport.of(inputs["dpo_adapter"]),
+            learned=_learned(inputs["dpo_adapter"]),
             merged=plan.scoring.subject == "merged",
         ),
         {
@@ -138,6 +140,13 @@ def parts_table(report: EvaluationReport) -> str:
     ]
     header = ["part", "pairs", "implicit reward", "log-probability per token, policy less SFT"]
     return table(header, rows) if rows else "one source, and one margin or none"
+
+
+def _learned(adapter: Artifact) -> Learned:
+    """What was measured of the adapter. None where its report is of an earlier version: no other check waits for it."""
+    with suppress(ConfigError):
+        return DpoReport.of(adapter).held_out
+    return None
 
 
 def _seen(step: Step, inputs: Inputs, scores: Artifact) -> int:

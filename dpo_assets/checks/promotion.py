@@ -13,12 +13,13 @@ import math
 from dpo_assets.checks.bands import Bands
 from dpo_assets.checks.evidence.ledger import RELEASED, Decision
 from dpo_assets.checks.evidence.power import FEWEST_PROMPTS, chance_error, one_sided, pairs_needed, reach_of_score
-from dpo_assets.checks.reports import DpoReport, EvaluationReport, HeldOutPairs
+from dpo_assets.checks.reports import EvaluationReport, HeldOutPairs, NotMeasured
 from dpo_assets.checks.verdict import Level, Verdict, upper_limit, worst
 from dpo_assets.recipe import Recipe
 
 CHANCE, TOLERANCE = 0.5, 0.05
 KEPT = 0.5  # Of the adapter's held-out margin.
+Learned = HeldOutPairs | NotMeasured | None  # None: of an earlier version.
 SOURCE = "interval over prompts, not pairs, and its power (arXiv 2411.00640); coverage: benchmarks/RESULTS.md"
 
 
@@ -82,19 +83,19 @@ def power_told(report: EvaluationReport) -> str:
 
 
 def evaluation_verdicts(
-    report: EvaluationReport, recipe: Recipe, bands: Bands, *, seen: int, adapter: DpoReport, merged: bool
+    report: EvaluationReport, recipe: Recipe, bands: Bands, *, seen: int, learned: Learned, merged: bool
 ) -> list[Verdict]:
     """All checks of `eval_scores`.
 
     Args:
         seen: of its pairs, those with an opening message that the model was trained on.
-        adapter: what was measured of the adapter before it was merged.
+        learned: what was measured of the adapter before it was merged.
         merged: whether the merged weights were scored.
     """
     return [
         held_out_unseen(report, seen),
         promotion_verdict(report, recipe),
-        kept_by_merge(report, adapter, merged=merged),
+        kept_by_merge(report, learned, merged=merged),
         greedy_health(report, bands),
     ]
 
@@ -135,14 +136,14 @@ def promotion_verdict(report: EvaluationReport, recipe: Recipe) -> Verdict:
     )
 
 
-def kept_by_merge(report: EvaluationReport, adapter: DpoReport, *, merged: bool) -> Verdict:
+def kept_by_merge(report: EvaluationReport, before: Learned, *, merged: bool) -> Verdict:
     """How much of the adapter's held-out margin is left in the weights that are released.
 
     Merged weights are rounded to the base's format, and a small change of a weight is lost there: a run of 14 steps at
     5e-5 on SmolLM2-135M kept 32 % of 0.33 nats in bf16 (benchmarks/RESULTS.md). The faithful merge of an adapter that
     moved little is green all the same. Judged where the adapter learned something beyond chance.
     """
-    before, after = adapter.held_out, report.margin_mean_nats
+    after = report.margin_mean_nats
     band = f"at least {KEPT:.0%} of the margin that the adapter had before it was merged"
     source = "16-bit rounding of small updates: benchmarks/RESULTS.md"
     if not isinstance(before, HeldOutPairs):

@@ -565,7 +565,7 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
         margin_mean_nats=0.1,
         generation={"sft": answers(), "policy": answers(no_eos=1.0)},
     )
-    learned = dpo_report(**aftermath_report())
+    learned = dpo_report(**aftermath_report()).held_out
     bad_dataset = dataset_report(
         damaged=1200, reasons={"schema": 1}, leaked_prompts=1, identical_after_truncation=1, train_pairs=0,
         quality=quality(
@@ -613,7 +613,7 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
             recipe(),
             BANDS,
             seen=1 if fail else 0,
-            adapter=learned,
+            learned=learned,
             merged=True,
         ),
         "judged_answers": judge_verdicts(
@@ -677,23 +677,23 @@ def test_what_the_merge_rounds_away_is_told_where_something_was_learned(
 ) -> None:
     adapter = aftermath_report()
     adapter["held_out"] |= held_out
-    verdict = kept_by_merge(evaluation_report(margin_mean_nats=margin), dpo_report(**adapter), merged=True)
+    verdict = kept_by_merge(evaluation_report(margin_mean_nats=margin), dpo_report(**adapter).held_out, merged=True)
     assert verdict.level == level
     assert bool(verdict.fix) is (level == "warn")
 
 
 @pytest.mark.parametrize("held_out", [None, {"not_measured": "no held-out pairs"}], ids=["earlier", "asked for none"])
 def test_a_merge_of_an_adapter_that_was_not_measured_is_a_warning(held_out: Any) -> None:
-    adapter = dpo_report(**aftermath_report() | {"held_out": held_out})
-    verdict = kept_by_merge(evaluation_report(), adapter, merged=True)
+    before = dpo_report(**aftermath_report() | {"held_out": held_out}).held_out
+    verdict = kept_by_merge(evaluation_report(), before, merged=True)
     assert verdict.level == "warn"
     assert "not measured" in str(verdict.value)
     assert verdict.fix
 
 
 def test_scores_of_the_adapter_say_nothing_of_its_merge() -> None:
-    adapter = dpo_report(**aftermath_report())
-    assert kept_by_merge(evaluation_report(), adapter, merged=True).passed
-    verdict = kept_by_merge(evaluation_report(), adapter, merged=False)
+    before = dpo_report(**aftermath_report()).held_out
+    assert kept_by_merge(evaluation_report(), before, merged=True).passed
+    verdict = kept_by_merge(evaluation_report(), before, merged=False)
     assert verdict.level == "warn"
     assert verdict.fix

@@ -94,7 +94,7 @@ JUDGED: list[tuple[Report, Callable[[Any], list[Verdict]]]] = [
     (
         evaluation_report(),
         lambda report: evaluation_verdicts(
-            report, recipe(), BANDS, seen=0, adapter=dpo_report(**aftermath_report()), merged=True
+            report, recipe(), BANDS, seen=0, learned=dpo_report(**aftermath_report()).held_out, merged=True
         ),
     ),
 ]
@@ -181,7 +181,7 @@ def test_scores_from_before_prompts_were_counted_are_read_and_say_so(tmp_path: P
     [verdict] = [
         v
         for v in evaluation_verdicts(
-            report, recipe(), BANDS, seen=0, adapter=dpo_report(**aftermath_report()), merged=True
+            report, recipe(), BANDS, seen=0, learned=dpo_report(**aftermath_report()).held_out, merged=True
         )
         if v.check == "promotion_verdict"
     ]
