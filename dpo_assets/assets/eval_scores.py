@@ -1,4 +1,4 @@
-"""`eval_scores`: held-out scores of SFT and policy with intervals, answers side by side, and the promotion verdict."""
+"""`eval_scores`: held-out scores of SFT and policy with intervals, and answers side by side."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dpo_assets.assets.node import Node
 from dpo_assets.assets.sft_checkpoint import start_adapter
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.evidence.power import EFFECT, POWER, one_sided, reach_of_comparison, reach_of_score
-from dpo_assets.checks.promotion import Learned, decide, evaluation_verdicts, power_told
+from dpo_assets.checks.promotion import Learned, evaluation_verdicts
 from dpo_assets.checks.reports import DpoReport, EvaluationReport
 from dpo_assets.checks.statistics import percent
 from dpo_assets.contract import EvaluateSpec
@@ -35,7 +35,7 @@ SHOWN = {
 
 
 def materialise(step: Step) -> Events:
-    """Scores the held-out split; the verdict is part of what is written down."""
+    """Scores the held-out split. What that decides, `promotion` says."""
     inputs, evaluation = step.inputs(), step.recipe.evaluation
     plan = read_plan(inputs["dpo_plan"])
 
@@ -61,7 +61,6 @@ def materialise(step: Step) -> Events:
     config = {"evaluation": evaluation.model_dump(exclude={"min_pairs", "judge"})}
     artifact, reused = step.build("eval_scores", config, inputs, make)
     report = EvaluationReport.of(artifact)
-    decision, reason = decide(report, evaluation.min_pairs)
     answers = [[a["prompt"][-1]["content"], a["sft"], a["policy"]] for a in artifact.json("generations.json")]
     yield from step.result(
         "eval_scores",
@@ -69,22 +68,18 @@ def materialise(step: Step) -> Events:
         reused,
         evaluation_verdicts(
             report,
-            step.recipe,
             step.bands,
             seen=_seen(step, inputs, artifact),
             learned=_learned(inputs["dpo_adapter"]),
             merged=plan.scoring.subject == "merged",
         ),
         {
-            "verdict": decision,
-            "verdict_reason": reason,
             "scored": report.scored or "not recorded: these scores are of an earlier version",
             "scored_because": plan.scoring.reason,
             "kernels": report.kernels or "not recorded: these scores are of an earlier version",
             "kernels_note": report.kernels_note,
             "held_out_pairs": report.pairs,
             "held_out_prompts": report.prompts,
-            "power": power_told(report),
             "accuracy": report.implicit_reward_accuracy.value,
             "chosen_shift_nats_per_token": report.chosen_shift_nats_per_token,
             "rejected_shift_nats_per_token": report.rejected_shift_nats_per_token,
@@ -168,7 +163,7 @@ def scoring_settings(plan: TrainingPlan) -> dict[str, object]:
 
 NODE = Node(
     name="eval_scores",
-    description="Held-out accuracy of SFT and policy with intervals and a length baseline, answers, promotion verdict.",
+    description="Held-out accuracy of SFT and policy with intervals and a length baseline, and answers.",
     phase="release",
     kinds=frozenset({"pytorch"}),
     body=materialise,
