@@ -103,16 +103,19 @@ class ScoreCache:
 
 
 def kept_scores(
-    groups: Sequence[Group], cache: ScoreCache | None, score: Callable[[Sequence[Group]], Scores]
+    groups: Sequence[Group], cache: ScoreCache | None, score: Callable[[Sequence[Group]], Scores], least: int = 1
 ) -> tuple[Scores, int]:
     """(chosen, rejected) log-probabilities of every pair, and how many came from the cache.
 
     What is not finite is not kept: SQLite has no NaN, and a later run may do better.
+
+    Args:
+        least: fewest pairs of a part.
     """
     keys = [pair_key(group) for group in groups]
     known = cache.get(keys) if cache else {}
     missing = [n for n, key in enumerate(keys) if key not in known]
-    part = max(1, math.ceil(len(missing) / PARTS))
+    part = max(least, math.ceil(len(missing) / PARTS))
     fresh: dict[str, tuple[float, float]] = {}
     for start in range(0, len(missing), part):
         chunk = missing[start : start + part]
