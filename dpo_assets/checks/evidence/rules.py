@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from dpo_assets.checks.evidence.ledger import RELEASED, Decision, Ledger, Override, Primary, Record
+from dpo_assets.checks.evidence.ledger import Decided, Decision, Ledger, Override, Primary
 from dpo_assets.checks.evidence.measured import Comparison
 from dpo_assets.checks.evidence.power import FEWEST_PROMPTS, can_decide
 from dpo_assets.checks.statistics import holm
@@ -58,12 +58,7 @@ def judge(evidence: Evidence, ledger: Ledger, override: Override | None = None) 
     6. Else `hold`: what is live stays.
 
     An override then turns any of 2 to 6 into its decision; what the rules found, and what it cost, stays on record.
-
-    Raises:
-        ValueError: the override is a rollback, which judges nothing: `Ledger.rollback`.
     """
-    if override is not None and override.decision == "rollback":
-        raise ValueError("a rollback judges no challenger")
     level = ledger.budget().level
     if evidence.failures:
         told = "; ".join(f"{name}: {reason}" for name, reason in evidence.failures.items())
@@ -104,7 +99,7 @@ def _overridden(outcome: Outcome, override: Override, *, first: bool) -> Outcome
     return Outcome(decision, told, outcome.level, outcome.adjusted, override, outcome.found)
 
 
-def record_of(
+def decided_by(
     outcome: Outcome,
     evidence: Evidence,
     ledger: Ledger,
@@ -112,16 +107,14 @@ def record_of(
     challenger: str,
     inputs: Mapping[str, str],
     saw: frozenset[str],
-    held_out: frozenset[str],
-    decided_at: str,
-) -> Record:
-    """The record of an outcome, to be appended to the ledger that it was judged by.
+    at: str,
+) -> Decided:
+    """The line of an outcome, to be appended to the ledger that it was judged by.
 
     Args:
         inputs: digests by name of all that was looked at.
         saw: the fresh prompts of the primaries.
-        held_out: all held-out prompts there are.
-        decided_at: ISO 8601, UTC.
+        at: ISO 8601, UTC.
     """
     primaries = {
         name: Primary(
@@ -136,17 +129,16 @@ def record_of(
         for name, one in evidence.primaries.items()
         if outcome.looked
     }
-    return Record(
-        number=len(ledger.records) + 1,
+    return Decided(
+        number=len(ledger.lines) + 1,
         before=ledger.head,
-        decided_at=decided_at,
-        inputs=dict(inputs),
+        at=at,
         champion=ledger.champion,
         challenger=challenger,
+        inputs=dict(inputs),
         primaries=primaries,
         level=outcome.level if outcome.looked else None,
         saw=tuple(sorted(saw)) if outcome.looked else (),
-        known=tuple(sorted(held_out)) if outcome.decision in RELEASED else (),
         decision=outcome.decision,
         found=outcome.found,
         reason=outcome.reason,
