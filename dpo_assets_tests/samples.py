@@ -10,7 +10,7 @@ import polars as pl
 
 from dpo_assets.checks.evidence.ledger import FIRST
 from dpo_assets.checks.promotion import PromotionOutcome
-from dpo_assets.checks.reports import DpoReport, EvaluationReport, JudgedAnswers, MergeReport
+from dpo_assets.checks.reports import ChampionScores, DpoReport, EvaluationReport, JudgedAnswers, MergeReport
 from dpo_assets.feedback.pair import Message, Pair
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.targets import Covered, LoraCoverage
@@ -209,6 +209,21 @@ def scored_pairs(
     if champion is not None:
         columns |= both("champion", model(champion)) | both("champion_start", -20.0 + start)
     return pl.DataFrame(columns)
+
+
+def champion_scores(**changes: Any) -> ChampionScores:
+    """A champion that is a little worse than the policy, within chance."""
+    against = {
+        "difference": 0.02, "low": -0.05, "high": 0.09, "error": 0.035, "p_better": 0.3, "p_worse": 0.7,
+        "p_pairs": 0.3, "n": 120, "clusters": 100, "discordant": 20,
+    }  # fmt: skip
+    values: dict[str, Any] = {
+        "implicit_reward_accuracy": score(0.68, 0.59, 0.76),
+        "logp_accuracy": score(0.59, 0.5, 0.67),
+        "reward_against": against,
+        "logp_against": against,
+    }
+    return ChampionScores.model_validate(values | changes)
 
 
 def judged_answers(**changes: Any) -> JudgedAnswers:

@@ -1,4 +1,4 @@
-"""`eval_scores`: held-out scores of SFT and policy with intervals, and answers side by side."""
+"""`eval_scores`: held-out scores of SFT, policy and champion with intervals, and answers side by side."""
 
 from __future__ import annotations
 
@@ -9,35 +9,31 @@ import dagster as dg
 
 from dpo_assets.artifact import Artifact
 from dpo_assets.assets.base_model import in_worker
+from dpo_assets.assets.champion import Champion, champion_of, find_champion
 from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.kept_models import training_set
 from dpo_assets.assets.lineage import Inputs, Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.sft_checkpoint import start_adapter
 from dpo_assets.assets.step import Events, Step
-from dpo_assets.checks.evidence.power import EFFECT, POWER, one_sided, reach_of_comparison, reach_of_score
+from dpo_assets.checks.evaluation import champion_scored
 from dpo_assets.checks.promotion import Learned, evaluation_verdicts
 from dpo_assets.checks.reports import DpoReport, EvaluationReport
-from dpo_assets.checks.statistics import percent
-from dpo_assets.contract import EvaluateSpec
+from dpo_assets.contract import ChampionSpec, EvaluateSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.trained import seen_pairs
 from dpo_assets.planning.plan import TrainingPlan
-from dpo_assets.report.tables import table
+from dpo_assets.report.scores import answers_table, parts_table, scores_table
 
 SCORES = "scores.parquet"
-SHOWN = {
-    "implicit_reward_accuracy": "policy, implicit reward",
-    "logp_accuracy_policy": "policy, log-probability per token",
-    "logp_accuracy_sft": "SFT, log-probability per token",
-    "pick_the_longer": "baseline: pick the longer answer",
-}
 
 
 def materialise(step: Step) -> Events:
     """Scores the held-out split. What that decides, `promotion` says."""
     inputs, evaluation = step.inputs(), step.recipe.evaluation
     plan = read_plan(inputs["dpo_plan"])
+    # What was made is judged by what it was held against then.
+    champion = None if step.only_checks else champion_of(step, inputs["merged_model"].digest)
 
     def make(folder: Path, print_: str) -> None:
         step.launch(
@@ -54,30 +50,37 @@ def materialise(step: Step) -> Events:
                 sft_adapter=start_adapter(inputs["sft_checkpoint"]),
                 adapter=inputs["dpo_adapter"].path / "adapter",
                 policy=inputs["merged_model"].path / "model",
+                champion=_to_score_again(champion, inputs) if champion else None,
+                score_cache=step.tree.root / "cache" / "reference.sqlite",
                 **evaluation.model_dump(include={"confidence", "generations", "max_new_tokens", "min_pairs"}),
             ),
         )
 
-    config = {"evaluation": evaluation.model_dump(exclude={"min_pairs", "judge"})}
+    config: dict[str, object] = {"evaluation": evaluation.model_dump(exclude={"min_pairs", "judge"})}
+    if champion is not None:
+        config["champion"] = _digests(champion)
     artifact, reused = step.build("eval_scores", config, inputs, make)
     report = EvaluationReport.of(artifact)
-    answers = [[a["prompt"][-1]["content"], a["sft"], a["policy"]] for a in artifact.json("generations.json")]
     yield from step.result(
         "eval_scores",
         artifact,
         reused,
-        evaluation_verdicts(
-            report,
-            step.bands,
-            seen=_seen(step, inputs, artifact),
-            learned=_learned(inputs["dpo_adapter"]),
-            merged=plan.scoring.subject == "merged",
-        ),
+        [
+            *evaluation_verdicts(
+                report,
+                step.bands,
+                seen=_seen(step, inputs, artifact, report),
+                learned=_learned(inputs["dpo_adapter"]),
+                merged=plan.scoring.subject == "merged",
+            ),
+            champion_scored(report),
+        ],
         {
             "scored": report.scored or "not recorded: these scores are of an earlier version",
             "scored_because": plan.scoring.reason,
             "kernels": report.kernels or "not recorded: these scores are of an earlier version",
             "kernels_note": report.kernels_note,
+            "champion": report.champion or "none yet: it is held against its own start",
             "held_out_pairs": report.pairs,
             "held_out_prompts": report.prompts,
             "accuracy": report.implicit_reward_accuracy.value,
@@ -85,56 +88,9 @@ def materialise(step: Step) -> Events:
             "rejected_shift_nats_per_token": report.rejected_shift_nats_per_token,
             "scores": dg.MetadataValue.md(scores_table(report)),
             "parts": dg.MetadataValue.md(parts_table(report)),
-            "answers": dg.MetadataValue.md(table(["prompt (last message)", "SFT", "policy"], answers)),
+            "answers": dg.MetadataValue.md(answers_table(artifact.json("generations.json"))),
         },
     )
-
-
-def scores_table(report: EvaluationReport) -> str:
-    """Every score with its interval over prompts, and the least difference that so many pairs would find."""
-    level = one_sided(report.confidence)
-    shares = [(label, getattr(report, name)) for name, label in SHOWN.items()]
-    rows = [
-        [
-            label,
-            f"{score.value:.3f}",
-            f"[{score.low:.3f}, {score.high:.3f}]",
-            score.counted,
-            f"{found.detectable:.3f}",
-            f"{found.power:.0%}",
-        ]
-        for label, score in shares
-        for found in [reach_of_score(score, level)]
-    ]
-    if (paired := report.logp_against_sft) is not None:
-        found = reach_of_comparison(paired, level)
-        rows.append(
-            [
-                "policy less SFT, log-probability per token, paired",
-                f"{paired.difference:+.3f}",
-                f"[{paired.low:+.3f}, {paired.high:+.3f}]",
-                f"{paired.n} in {paired.clusters} prompts",
-                f"{found.detectable:.3f}",
-                f"{found.power:.0%}",
-            ]
-        )
-    interval, least = f"{percent(report.confidence)} interval", f"found: {POWER:.0%} of the time"
-    return table(["held-out accuracy", "value", interval, "pairs", least, f"{100 * EFFECT:.0f} points found"], rows)
-
-
-def parts_table(report: EvaluationReport) -> str:
-    """The policy by source and by quartile of the feedback's margin."""
-    rows = [
-        [
-            f"{one.by}: {one.name}",
-            one.reward.counted,
-            f"{one.reward.value:.3f} [{one.reward.low:.3f}, {one.reward.high:.3f}]",
-            f"{one.against_sft.difference:+.3f} [{one.against_sft.low:+.3f}, {one.against_sft.high:+.3f}]",
-        ]
-        for one in report.slices
-    ]
-    header = ["part", "pairs", "implicit reward", "log-probability per token, policy less SFT"]
-    return table(header, rows) if rows else "one source, and one margin or none"
 
 
 def _learned(adapter: Artifact) -> Learned:
@@ -144,11 +100,40 @@ def _learned(adapter: Artifact) -> Learned:
     return None
 
 
-def _seen(step: Step, inputs: Inputs, scores: Artifact) -> int:
-    """Scored pairs that the model was trained on, whatever dataset was read to score them."""
-    models = (inputs["dpo_adapter"], inputs["sft_checkpoint"])
+def _seen(step: Step, inputs: Inputs, scores: Artifact, report: EvaluationReport) -> int:
+    """Scored pairs that a scored model was trained on, whatever dataset was read to score them."""
+    models = [inputs["dpo_adapter"], inputs["sft_checkpoint"]]
+    if report.champion is not None:
+        with suppress(ConfigError):  # Gone since: what it was trained on was looked at when it was scored.
+            champion = find_champion(step.tree, report.champion)
+            models += [champion.adapter, champion.start]
     sets = dict(found for model in models if (found := training_set(step.tree, model)))
     return seen_pairs(scores.path / SCORES, inputs["dpo_dataset"].path / "eval.parquet", sets.values())
+
+
+def _digests(champion: Champion) -> dict[str, str]:
+    """By kind, of what the champion is made of."""
+    return {
+        "base_model": champion.base.digest,
+        "sft_checkpoint": champion.start.digest,
+        "dpo_adapter": champion.adapter.digest,
+        "merged_model": champion.merged.digest,
+    }
+
+
+def _to_score_again(champion: Champion, inputs: Inputs) -> ChampionSpec:
+    """The champion for the worker. A base of equal content is the challenger's own, so pairs are read once."""
+    digests = _digests(champion)
+    same = {kind: inputs[kind].digest == digests[kind] for kind in ("base_model", "sft_checkpoint")}
+    return ChampionSpec(
+        name=champion.name,
+        **in_worker(inputs["base_model"] if same["base_model"] else champion.base),
+        sft_adapter=start_adapter(champion.start),
+        adapter=champion.adapter.path / "adapter",
+        policy=champion.merged.path / "model",
+        inputs=digests,
+        same_start=all(same.values()),
+    )
 
 
 def scoring_settings(plan: TrainingPlan) -> dict[str, object]:
@@ -163,7 +148,7 @@ def scoring_settings(plan: TrainingPlan) -> dict[str, object]:
 
 NODE = Node(
     name="eval_scores",
-    description="Held-out accuracy of SFT and policy with intervals and a length baseline, and answers.",
+    description="Held-out accuracy of SFT, policy and champion with intervals and a length baseline; answers.",
     phase="release",
     kinds=frozenset({"pytorch"}),
     body=materialise,

@@ -263,10 +263,23 @@ class MergeReport(Report):
 
 
 class GreedyAnswers(Report):
-    """Health of both sides' greedy answers to held-out prompts."""
+    """Health of the models' greedy answers to the same held-out prompts."""
 
     sft: AnswerHealth
     policy: AnswerHealth
+    champion: AnswerHealth | None = None
+
+
+class ChampionScores(Report):
+    """The champion on the same held-out pairs, its implicit reward measured against its own start."""
+
+    implicit_reward_accuracy: Proportion
+    logp_accuracy: Proportion
+    reward_against: Comparison = Field(description="Implicit-reward accuracy, policy less champion, on the same pairs.")
+    logp_against: Comparison = Field(description="Accuracy by log-probability per token, policy less champion.")
+    left_out: dict[str, int] = Field(
+        default={}, description="Held-out pairs that it could not be asked, by reason: neither side is scored on them."
+    )
 
 
 class EvaluationReport(Report):
@@ -297,8 +310,9 @@ class EvaluationReport(Report):
     rejected_shift_nats_per_token: Number
     nll_ratio_chosen: Number = Field(description="NLL of chosen answers, policy over SFT.")
     confidence: Number
-    champion: str | None = Field(default=None, description="The champion that was scored too, by its ledger's name.")
     kernels: str = Field(default="", description="The engine that scored both sides.")
     kernels_note: str = Field(default="", description="Why that is not what the plan said; empty where it is.")
     scored: str = Field(default="", description="What was scored as the release; empty: of an earlier version.")
     generation: GreedyAnswers
+    champion: str | None = Field(default=None, description="Its name in the ledger; None: nothing was live.")
+    champion_scores: ChampionScores | None = None

@@ -22,6 +22,7 @@ from dpo_assets.checks.collapse import CollapseLimits
 from dpo_assets.checks.config import plan_verdicts
 from dpo_assets.checks.coverage import lora_coverage
 from dpo_assets.checks.dataset import dataset_verdicts
+from dpo_assets.checks.evaluation import champion_scored
 from dpo_assets.checks.evidence.ledger import Override
 from dpo_assets.checks.judged import judge_verdicts
 from dpo_assets.checks.judged_text import judged_text_kept
@@ -48,6 +49,7 @@ from dpo_assets_tests.samples import (
     SHA,
     aftermath_report,
     answers,
+    champion_scores,
     coverage,
     dataset_report,
     dpo_report,
@@ -521,6 +523,8 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
         implicit_reward_accuracy=score(0.2, 0.1, 0.3),
         margin_mean_nats=0.1,
         generation={"sft": answers(), "policy": answers(no_eos=1.0)},
+        champion="c" * 64,
+        champion_scores=champion_scores(left_out={"template_refused": 3}),
     )
     learned = dpo_report(**aftermath_report()).held_out
     bad_dataset = dataset_report(
@@ -565,13 +569,16 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
             ),
             BANDS,
         ),
-        "eval_scores": evaluation_verdicts(
-            bad_scores if fail else evaluation_report(),
-            BANDS,
-            seen=1 if fail else 0,
-            learned=learned,
-            merged=True,
-        ),
+        "eval_scores": [
+            *evaluation_verdicts(
+                bad_scores if fail else evaluation_report(),
+                BANDS,
+                seen=1 if fail else 0,
+                learned=learned,
+                merged=True,
+            ),
+            champion_scored(bad_scores if fail else evaluation_report()),
+        ],
         "judged_answers": judge_verdicts(
             judged_answers(nulls=50, share=score(0.2, 0.1, 0.3), corrected=score(0.1, 0.0, 0.2))
             if fail

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +13,22 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from dpo_assets.checks.promotion import decide
-from dpo_assets.checks.reports import AnswerHealth, GreedyAnswers
+from dpo_assets.artifact import VOLATILE
+from dpo_assets.checks.reports import AnswerHealth, EvaluationReport, GreedyAnswers
 from dpo_assets.checks.statistics import wilson
-from dpo_assets.contract import EvaluateSpec
+from dpo_assets.contract import ChampionSpec, EvaluateSpec
+from dpo_assets.errors import ConfigError
 from dpo_assets.planning.scoring import Scoring
 from dpo_assets.training.batches.data import dpo_group, load_split
 from dpo_assets.training.batches.packing import Group
-from dpo_assets.training.models.chat_format import ChatFormat
+from dpo_assets.training.evaluation import subjects
+from dpo_assets.training.evaluation.summary import summarise
+from dpo_assets.training.models.chat_format import ChatFormat, load_chat_format
 from dpo_assets.training.models.loading import attach_adapter, autocast_of, load_base
 from dpo_assets.training.scoring.generation import generate, generation_health, repeats_itself
 from dpo_assets.training.scoring.logprobs import score_groups
 from dpo_assets.training.scoring.proof import Settled
 from dpo_assets.training.stages import evaluate
-from dpo_assets.training.stages.evaluate import summarise
 from dpo_assets_tests.training.conftest import Log, PlanMaker
 
 
@@ -214,7 +218,6 @@ def test_the_scores_of_a_report_count_prompts_and_not_pairs() -> None:
     scores = (said.implicit_reward_accuracy, said.logp_accuracy_policy, said.pick_the_longer)
     assert all(score.clusters == 60 and (score.effective or 0) < 61 for score in scores)
     assert said.implicit_reward_accuracy.low < 0.5 < wilson(350, 600).low
-    assert decide(said, 50)[0] == "hold"
     assert said.reward_against_chance is not None
     assert (said.reward_against_chance.clusters, said.reward_against_chance.p_better > 0.1) == (60, True)
     assert said.reward_against_chance.difference == pytest.approx(35 / 60 - 0.5)
@@ -237,3 +240,162 @@ def test_the_scores_of_a_report_count_prompts_and_not_pairs() -> None:
     assert (told["source", "good"].reward.value, told["source", "bad"].reward.value) == pytest.approx((1.0, 1 / 6))
     assert told["source", "bad"].reward.clusters == told["source", "bad"].against_sft.clusters == 30
     assert told["source", "bad"].against_sft.high < 0 < told["source", "good"].against_sft.low
+
+
+# --- the champion, scored again on the pairs of now ---------------------------------------------------------------
+
+EvaluateMaker = Callable[..., EvaluateSpec]
+WORDIER = "{% for m in messages %}<{{ m.role }}> {{ m.content }} </{{ m.role }}>\n{% endfor %}"
+REFUSING = "{% if messages[0].content == STOP %}{{ raise_exception('not that') }}{% endif %}" + WORDIER
+
+
+@pytest.fixture(scope="module")
+def evaluation(model_folder: Path, dataset: Path, sft_adapter: Path, plan_for: PlanMaker) -> EvaluateMaker:
+    """Specs of an evaluation whose policy is the built-in model and whose start is a trained adapter on it."""
+
+    def make(out: Path, **changes: Any) -> EvaluateSpec:
+        out.mkdir(parents=True, exist_ok=True)
+        values: dict[str, Any] = {
+            "output_dir": out, "fingerprint": "f" * 32, "base_model": model_folder, "dataset": dataset,
+            "inputs": {"base_model": "b", "sft_checkpoint": "s", "dpo_adapter": "a", "merged_model": "m"},
+            "plan": plan_for(), "sft_adapter": sft_adapter, "adapter": None, "policy": model_folder, "confidence": 0.95,
+            "generations": 2, "max_new_tokens": 3, "min_pairs": 1,
+        }  # fmt: skip
+        return EvaluateSpec(**values | changes)
+
+    return make
+
+
+def champion(base: Path, trained: Path, **changes: Any) -> ChampionSpec:
+    """A champion that is the trained adapter's policy, and started from the base as it is."""
+    values: dict[str, Any] = {
+        "name": "c" * 64, "base_model": base, "sft_adapter": None, "adapter": trained, "policy": base,
+        "same_start": False,
+        "inputs": {"base_model": "b", "sft_checkpoint": "other", "dpo_adapter": "other", "merged_model": "other"},
+    }  # fmt: skip
+    return ChampionSpec(**values | changes)
+
+
+def scored(spec: EvaluateSpec) -> tuple[pl.DataFrame, EvaluationReport, Log]:
+    log = Log()
+    evaluate.run(spec, log)
+    report = EvaluationReport.model_validate_json((spec.output_dir / "report.json").read_bytes())
+    return pl.read_parquet(spec.output_dir / "scores.parquet"), report, log
+
+
+def test_the_champion_is_scored_on_the_same_pairs_against_its_own_start(
+    evaluation: EvaluateMaker, model_folder: Path, sft_adapter: Path, plan_for: PlanMaker, tmp_path: Path
+) -> None:
+    """Here the champion is the challenger's own adapter, so nothing may differ."""
+    on_base = plan_for(scoring=Scoring(subject="adapter"))
+    spec = evaluation(
+        tmp_path / "out", plan=on_base, sft_adapter=None, adapter=sft_adapter, policy=tmp_path / "gone",
+        champion=champion(model_folder, sft_adapter, policy=tmp_path / "gone"),
+    )  # fmt: skip
+    table, report, _ = scored(spec)
+    for column in ("chosen", "rejected"):
+        assert table[f"champion_{column}"].to_list() == table[f"policy_{column}"].to_list()
+        assert table[f"champion_start_{column}"].to_list() == table[f"sft_{column}"].to_list()
+        assert table[f"champion_{column}_tokens"].to_list() == table[f"{column}_tokens"].to_list()
+    assert (table["champion_chosen"] - table["champion_start_chosen"]).abs().max() > 1.0
+    assert report.champion == "c" * 64
+    theirs = report.champion_scores
+    assert theirs is not None
+    assert theirs.implicit_reward_accuracy == report.implicit_reward_accuracy
+    assert theirs.logp_accuracy == report.logp_accuracy_policy
+    assert (theirs.reward_against.difference, theirs.reward_against.discordant, theirs.left_out) == (0.0, 0, {})
+    said = json.loads((spec.output_dir / "generations.json").read_text(encoding="utf-8"))
+    assert all(set(row) == {"prompt", "sft", "policy", "champion"} for row in said)
+    assert [row["champion"] for row in said] == [row["policy"] for row in said]
+    assert report.generation.champion == report.generation.policy
+
+
+def test_a_start_that_both_share_is_scored_once(
+    evaluation: EvaluateMaker, model_folder: Path, sft_adapter: Path, tmp_path: Path
+) -> None:
+    shared = champion(model_folder, sft_adapter, sft_adapter=sft_adapter, same_start=True)
+    table, report, log = scored(evaluation(tmp_path / "out", champion=shared))
+    assert table["champion_start_chosen"].to_list() == table["sft_chosen"].to_list()
+    done = [line for line in log.messages if line.startswith("[progress]")]
+    assert done == [
+        "[progress] evaluate 1/3 SFT done",
+        "[progress] evaluate 2/3 policy done",
+        "[progress] evaluate 3/3 champion done",
+    ]
+    assert report.champion_scores is not None
+
+
+def test_scores_of_pairs_scored_before_are_read_and_only_new_pairs_are_computed(
+    evaluation: EvaluateMaker, dataset: Path, model_folder: Path, sft_adapter: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Seven pairs first; a refresh brings three more. The policy of then is the champion of now."""
+    cache, earlier = tmp_path / "scores.sqlite", tmp_path / "earlier"
+    earlier.mkdir()
+    pairs = pl.read_parquet(dataset / "eval.parquet")
+    pairs.head(7).write_parquet(earlier / "eval.parquet")
+    first, _, _ = scored(evaluation(tmp_path / "first", dataset=earlier, score_cache=cache))
+    asked: list[int] = []
+    real = subjects.score_groups
+
+    def counted(model: Any, groups: Any, *more: Any) -> Any:
+        asked.append(len(groups))
+        return real(model, groups, *more)
+
+    monkeypatch.setattr(subjects, "score_groups", counted)
+    was_live = champion(
+        model_folder, sft_adapter, sft_adapter=sft_adapter, same_start=True, inputs={"merged_model": "m"}
+    )
+    changed = {"base_model": "b", "sft_checkpoint": "s", "dpo_adapter": "a2", "merged_model": "m2"}
+    spec = evaluation(tmp_path / "second", score_cache=cache, inputs=changed, champion=was_live)
+    table, _, log = scored(spec)
+    assert asked == [3, 10, 3]
+    assert table["sft_chosen"][:7].to_list() == first["sft_chosen"].to_list()
+    assert table["champion_chosen"][:7].to_list() == first["policy_chosen"].to_list()
+    assert any("scored by the champion, 7 of them before" in line for line in log.messages)
+    again, _, _ = scored(evaluation(tmp_path / "anew", inputs=changed, champion=was_live))
+    for column in table.columns:
+        if column.endswith(("chosen", "rejected")):
+            assert table[column].to_list() == pytest.approx(again[column].to_list(), abs=1e-3)
+    kept = json.loads((spec.output_dir / VOLATILE).read_text(encoding="utf-8"))
+    assert [kept[f"{who}_pairs_from_cache"] for who in ("sft", "policy", "champion")] == [7, 0, 7]
+
+
+def test_a_champion_of_another_base_is_asked_in_its_own_template_and_pairs_it_refuses_are_counted(
+    evaluation: EvaluateMaker, dataset: Path, model_folder: Path, sft_adapter: Path, tmp_path: Path
+) -> None:
+    other, pairs = tmp_path / "other", pl.read_parquet(dataset / "eval.parquet")
+    shutil.copytree(model_folder, other)
+    refused = pairs["prompt"][0].to_list()[0]["content"]
+    (other / "chat_template.jinja").write_text(REFUSING.replace("STOP", json.dumps(refused)), encoding="utf-8")
+    theirs = champion(other, sft_adapter, policy=other)
+    with_another = evaluation(tmp_path / "out", champion=theirs)
+    table, report, log = scored(with_another)
+    assert report.champion_scores is not None
+    left_out = report.champion_scores.left_out
+    assert left_out["template_refused"] == sum(row[0]["content"] == refused for row in pairs["prompt"].to_list())
+    assert table.height == report.pairs == pairs.height - sum(left_out.values())
+    assert pairs["pair_id"][0] not in table["pair_id"]
+    assert any(f"{left_out['template_refused']} template_refused" in line for line in log.messages)
+    # The champion's merged model is the built-in one, and so is the policy: their scores differ by the template alone.
+    assert table["champion_chosen"].to_list() != pytest.approx(table["policy_chosen"].to_list(), abs=1.0)
+    chat, row = load_chat_format(other), pairs.filter(pairs["pair_id"] == table["pair_id"][0]).row(0, named=True)
+    [text] = chat.texts([row["prompt"] + row["chosen"]], answer_follows=False)
+    ids = chat.tokenizer(text, add_special_tokens=False)["input_ids"][: with_another.plan.max_length]
+    prompt = len(chat.prompt_ids(row["prompt"]))
+    plain = load_base(model_folder, with_another.plan).eval()
+    with torch.no_grad():
+        logits = plain(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    by_row = logits[range(len(ids) - 1), ids[1:]][prompt - 1 :].sum()
+    assert table["champion_chosen"][0] == pytest.approx(float(by_row), abs=1e-2)
+
+
+def test_a_champion_that_can_be_asked_nothing_stops_the_evaluation_by_name(
+    evaluation: EvaluateMaker, model_folder: Path, sft_adapter: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(model_folder, other)
+    (other / "chat_template.jinja").write_text(REFUSING.replace("== STOP", "| length > 15"), encoding="utf-8")
+    spec = evaluation(tmp_path / "out", champion=champion(other, sft_adapter, policy=other))
+    with pytest.raises(ConfigError, match=r"cccccccccccc reads none of the 10 held-out pairs \(10 template_refused\)"):
+        evaluate.run(spec, Log())
