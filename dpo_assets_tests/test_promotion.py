@@ -12,12 +12,13 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import polars as pl
 import pytest
 
-from dpo_assets import build_dpo_defs
+from dpo_assets import HubResource, build_dpo_defs
 from dpo_assets.artifact import write_json
 from dpo_assets.assets.promotion import SNAPSHOT
 from dpo_assets.checks.evidence.ledger import Ledger
@@ -210,7 +211,7 @@ def test_a_release_that_stops_at_any_write_leaves_the_old_champion_and_is_finish
 KILLED = """
     import sys
     import dagster as dg
-    from dpo_assets import build_dpo_defs
+    from dpo_assets import HubResource, build_dpo_defs
     from dpo_assets_tests.pipelines import materialize
     from dpo_assets_tests.test_published_model import demo_recipe
 
@@ -262,3 +263,109 @@ def test_a_ledger_that_lost_a_release_is_refused_by_what_the_hub_holds(shelf: Sh
     [said] = failures(release(shelf, sending(hub), override=WISH))
     assert f"when {REPO} at " in said
     assert "Nothing was sent" in said
+
+
+# ----------------------------------------------------------------------------------------------------------- rollback
+
+WHY = "the second one answers in the wrong language"
+
+
+def roll_back(
+    shelf: Shelf, recipe: dict[str, Any], to: str = "", reason: str = WHY, **resources: Any
+) -> dg.ExecuteInProcessResult:
+    job = build_dpo_defs("demo", recipe, resources=resources).resolve_job_def("demo_rollback")
+    config = {"ops": {"demo__rollback": {"config": {"to": to, "reason": reason}}}}
+    return job.execute_in_process(instance=shelf.instance, run_config=config, raise_on_error=False)
+
+
+def two_releases(shelf: Shelf, hub: HubServer) -> tuple[str, str]:
+    first = first_release(shelf, hub)
+    second = refresh(shelf, "better", right=0.9, frozen="equal")
+    assert release(shelf, sending(hub)).success
+    return first, second
+
+
+def test_a_rollback_makes_the_release_before_live_and_the_next_refresh_is_judged_against_it(
+    shelf: Shelf, hub: HubServer
+) -> None:
+    first, second = two_releases(shelf, hub)
+    repo = hub.repo(REPO)
+    old = repo.tags[CHAMPION]
+    released = next(one for one in repo.history() if one.oid == ledger_of(shelf).release(1).commit)
+    hub.requests.clear()
+    result = roll_back(shelf, sending(hub))
+    assert result.success, failures(result)
+    ledger = ledger_of(shelf)
+    assert (ledger.champion, ledger.lines[-1].champion) == (first, second)
+    assert repo.resolve().files == released.files
+    assert repo.resolve().parent == old, "one commit on main; nothing is rewritten"
+    assert repo.tags[CHAMPION] == repo.resolve().oid == ledger.live.commit  # type: ignore[union-attr]
+    assert not [one for one in hub.requests if one.method == "PUT"], "what is in the store is not uploaded again"
+    seen = [event for event in result.all_events if event.event_type == dg.DagsterEventType.ASSET_OBSERVATION]
+    assert [event.asset_key.path[-1] for event in seen if event.asset_key] == ["promotion", "published_model"]
+
+    # The next refresh with nothing new does not undo it, and one with something new meets the release of now.
+    again = release(shelf, sending(hub))
+    assert again.success, failures(again)
+    assert failed_checks(again)["promotion_verdict"]["value"] == "hold"
+    assert WHY in failed_checks(again)["promotion_verdict"]["note"]
+    assert ledger_of(shelf).champion == first
+    third = refresh(shelf, "third, and better", right=0.9, frozen="equal")
+    assert release(shelf, sending(hub)).success
+    ledger = ledger_of(shelf)
+    assert (ledger.champion, ledger.lines[-1].champion) == (third, first)
+    assert [line.kind for line in ledger.lines] == [
+        "decision", "release", "decision", "release", "rollback", "decision", "decision", "release"
+    ]  # fmt: skip
+    assert ledger.releases[-1].release == 3
+
+
+def test_a_rollback_that_is_stopped_is_finished_without_a_second_commit(shelf: Shelf, hub: HubServer) -> None:
+    first, second = two_releases(shelf, hub)
+    hub.fail_next("DELETE", "/tag/champion", status=400)
+    assert not roll_back(shelf, sending(hub)).success
+    assert ledger_of(shelf).champion == second
+    assert len(hub.repo(REPO).history()) == 4
+    assert roll_back(shelf, sending(hub)).success
+    assert len(hub.repo(REPO).history()) == 4
+    assert ledger_of(shelf).champion == first
+    assert hub.repo(REPO).tags[CHAMPION] == hub.repo(REPO).resolve().oid
+
+
+@pytest.mark.parametrize("by", ["number", "tag", "commit"])
+def test_a_rollback_goes_to_a_release_by_its_number_tag_or_commit(shelf: Shelf, hub: HubServer, by: str) -> None:
+    first, _ = two_releases(shelf, hub)
+    target = ledger_of(shelf).release(1)
+    to = {"number": "1", "tag": target.tag, "commit": target.commit[:12]}[by]
+    assert roll_back(shelf, sending(hub), to).success
+    assert ledger_of(shelf).champion == first
+
+
+def test_a_rollback_that_cannot_be_leaves_the_champion_and_says_why(shelf: Shelf, hub: HubServer) -> None:
+    def refused(to: str = "", reason: str = WHY, recipe: dict[str, Any] | None = None, **resources: Any) -> str:
+        before, tags = ledger_of(shelf), dict(hub.repo(REPO).tags) if hub.repos else {}
+        [said] = failures(roll_back(shelf, recipe or sending(hub), to, reason, **resources))
+        assert ledger_of(shelf) == before
+        assert tags == (hub.repo(REPO).tags if hub.repos else {})
+        return said
+
+    assert "nothing of this pipeline is live" in refused()
+    first_release(shelf, hub)
+    assert "there is no release before release 1, which is live" in refused()
+    refresh(shelf, "better", right=0.9, frozen="equal")
+    assert release(shelf, sending(hub)).success
+    assert "`to: 7` is no release of this pipeline. To go back to, by number, tag or commit: 1: content-" in refused(
+        "7"
+    )
+    assert "release 2 is live already" in refused("2")
+    assert "at least 10 characters" in refused(reason="oops")
+    assert "publishing.dry_run is true" in refused(recipe=trying(hub))
+    hub.fail_next("GET", "/api/models", silent=True, times=9)
+    impatient = {"hub": HubResource(endpoint=hub.endpoint, timeout_seconds=0.1)}
+    silent = refused(**impatient)
+    assert f"{hub.endpoint} did not answer within 0.1 s" in silent
+    assert "run the job demo_rollback again" in silent
+    hub.faults.pending.clear()
+    staged = shelf.tree.directory("published_model", ledger_of(shelf).release(1).artefact)
+    staged.rename(staged.parent.parent / "elsewhere")
+    assert f"release 1 was staged in {staged}, which is gone" in refused()

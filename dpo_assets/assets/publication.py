@@ -16,6 +16,7 @@ from dpo_assets.publishing.commit import Release, preview, publish
 from dpo_assets.publishing.errors import HubFailure, HubOffline, PublishRefused
 from dpo_assets.publishing.plan import FileRecord, Head, ReleasePlan, first_release
 from dpo_assets.publishing.secrets import scrub
+from dpo_assets.recipe import PublishingSection
 
 RELEASE = "release"
 
@@ -44,6 +45,22 @@ def access_ahead(step: Step) -> dict[str, str]:
     return {"release_access": said}
 
 
+def refuse_unknown(head: Head, publishing: PublishingSection, ledger: Ledger) -> None:
+    """A release of this pipeline whose decision its ledger does not know: the ledger there was another one.
+
+    Raises:
+        PublishRefused: with the way out.
+    """
+    if head.earlier is None or not head.earlier.ledger or publishing.adopt == publishing.repo_id:
+        return
+    try:
+        ledger.refuse_lost({head.earlier.ledger: f"{publishing.repo_id} at {head.commit}"})
+    except ConfigError as error:
+        raise PublishRefused(
+            f"{error}. Nothing was sent. Where no copy is left, publishing.adopt: {publishing.repo_id} begins anew"
+        ) from None
+
+
 @dataclass(frozen=True)
 class Publication:
     """One staged release and the repository that it is for."""
@@ -68,7 +85,7 @@ class Publication:
         try:
             repository = hub.repository(publishing.repo_id, self.step.pipeline.name)
             plan = preview(
-                repository, self.files, private=publishing.private, adopt=publishing.adopt, accept=self.refuse_unknown
+                repository, self.files, private=publishing.private, adopt=publishing.adopt, accept=self._accept
             )
         except (HubFailure, HubOffline) as error:
             return self._unasked(scrub(f"{publishing.repo_id} was not asked: {error}")), ""
@@ -95,24 +112,11 @@ class Publication:
             patience=repository.patience,
             pipeline=repository.pipeline,
             planned=self._keep,
-            accept=self.refuse_unknown,
+            accept=self._accept,
         )
 
-    def refuse_unknown(self, head: Head) -> None:
-        """A release of this pipeline whose decision its ledger does not know: the ledger there was another one.
-
-        Raises:
-            PublishRefused: with the way out.
-        """
-        publishing = self.step.recipe.publishing
-        if head.earlier is None or not head.earlier.ledger or publishing.adopt == publishing.repo_id:
-            return
-        try:
-            self.ledger.refuse_lost({head.earlier.ledger: f"{publishing.repo_id} at {head.commit}"})
-        except ConfigError as error:
-            raise PublishRefused(
-                f"{error}. Nothing was sent. Where no copy is left, publishing.adopt: {publishing.repo_id} begins anew"
-            ) from None
+    def _accept(self, head: Head) -> None:
+        refuse_unknown(head, self.step.recipe.publishing, self.ledger)
 
     def _unasked(self, why: str) -> ReleasePlan:
         plan = first_release(self.files, f"as for an empty repository: {why}")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_assets.errors import ConfigError, GateError
 from dpo_assets.planning.companions import copy_files, is_released
 from dpo_assets.publishing.errors import Passing, PublishRefused, StaleHead
-from dpo_assets.publishing.hub import DEFAULT_PATIENCE, HubRepository, Patience
+from dpo_assets.publishing.hub import AGAIN, DEFAULT_PATIENCE, HubRepository, Patience
 from dpo_assets.publishing.plan import (
     CARD,
     MADE_BY,
@@ -139,14 +139,15 @@ def publish(
     planned: Callable[[ReleasePlan], None] = lambda _: None,
     accept: Accept = lambda head: None,
     note: str = "",
+    again: str = AGAIN,
 ) -> Release:
     """Sends a staged release as one commit on the head that was read, compares what arrived, and tags it.
 
     The plan is made against the head, and what it lists is what is sent. Where somebody else commits in between, it is
     made once more. A commit whose answer was lost is found there and not made twice. The tag comes last, and says that
-    every byte was read back. Where it is at the head already, the Hub's digests of what lies there are compared, and
-    nothing is written. After it, the tag `champion` is moved to the release; where the Hub stops in between, the next
-    call goes on from there.
+    every byte was read back. Where it, or the tag `champion`, is at the head already, the Hub's digests of what lies
+    there are compared, and nothing is written. After it, the tag `champion` is moved to the release; where the Hub
+    stops in between, the next call goes on from there.
 
     Args:
         files: what `stage` returned for `folder`.
@@ -156,6 +157,7 @@ def publish(
         planned: told of the plan before anything of it is sent, and again when it is made anew.
         accept: told of every head before something is built upon it; raises where it must not be.
         note: for the message of the commit.
+        again: how whoever reads an error goes on from it.
 
     Raises:
         PublishRefused: the token is refused or may not write there; the repository is public and must not be, or holds
@@ -163,7 +165,7 @@ def publish(
         GateError: what the Hub holds is not what was sent, or not what its tag says.
         HubFailure: on any other refusal of the Hub, with secrets masked.
     """
-    hub = HubRepository(api, repo_id, token_variable, patience, pipeline)
+    hub = HubRepository(api, repo_id, token_variable, patience, pipeline, again)
     tag = content_tag(files)
     found = hub.head()
     if found is None:
@@ -177,13 +179,13 @@ def publish(
         champion = _champion(hub, found, adopt)
     head, sent, plan = _commit(hub, folder, plan_on, found, planned, f"Release {tag}{note}")
     url = f"{api.endpoint}/{repo_id}"
-    if tagged == head:
+    if tagged == head or (champion == head and not sent):
         live = _crown(hub, files, champion, head)
         return Release(url, head, live, tag, sent=False, read_back=False, plan=plan)
     if wrong := _unlike(hub, files, head) or _unread(hub, files, head):
         raise _not_equal(
             f"{', '.join(wrong)} at {repo_id}@{head} is not what was sent",
-            "do not use that commit; it has no tag. Materialise published_model again, which reads it once more. "
+            f"do not use that commit; it has no tag. To read it once more, {again}. "
             "Where that fails too, what the Hub stores is damaged: name another repo_id, or tell who runs that Hub",
         )
     # Last: the tag says that the content was read back. Going back to an older release leaves its tag where it is.
@@ -192,7 +194,7 @@ def publish(
         if (there := hub.tags().get(tag)) != head:
             raise _not_equal(
                 f"tag {tag} of {repo_id} points at {there}, and the release is {head}",
-                f"delete the tag {tag} of {repo_id}, and materialise published_model again",
+                f"delete the tag {tag} of {repo_id}, and {again}",
             )
     live = _crown(hub, files, champion, head)
     return Release(url, head, live, tag, sent=sent, read_back=True, plan=plan)
@@ -243,7 +245,7 @@ def _tagged(hub: HubRepository, files: Mapping[str, FileRecord]) -> str | None:
     if found is not None and _unlike(hub, files, found):
         raise _not_equal(
             f"tag {tag} of {hub.repo_id} points at {found}, which holds something else; nothing was sent",
-            f"delete the tag {tag} of {hub.repo_id}, and materialise published_model again",
+            f"delete the tag {tag} of {hub.repo_id}, and {hub.again}",
         )
     return found
 
@@ -283,7 +285,7 @@ def _crown(hub: HubRepository, files: Mapping[str, FileRecord], champion: str | 
     if (there := hub.tags().get(CHAMPION)) != head:
         raise _not_equal(
             f"tag {CHAMPION} of {hub.repo_id} points at {there}, and the release is {head}",
-            f"see who else moves the tag {CHAMPION} of {hub.repo_id}, and materialise published_model again",
+            f"see who else moves the tag {CHAMPION} of {hub.repo_id}, and {hub.again}",
         )
     return head
 

@@ -40,6 +40,7 @@ class Patience:
 
 
 DEFAULT_PATIENCE = Patience()
+AGAIN = "materialise published_model again"
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class HubRepository:
     Attributes:
         token_variable: for messages.
         pipeline: whose releases there are ours; empty: those of any.
+        again: how whoever reads an error goes on from it.
     """
 
     api: HfApi
@@ -56,6 +58,7 @@ class HubRepository:
     token_variable: str
     patience: Patience
     pipeline: str = ""
+    again: str = AGAIN
 
     def head(self) -> Head | None:
         """What lies there now, or None where there is no such repository."""
@@ -251,13 +254,13 @@ class HubRepository:
         if _cause(error, TimeoutException):
             return HubFailure(
                 f"publishing {self.repo_id} failed: {endpoint} did not answer within {self.patience.seconds:g} s. See "
-                "whether publishing.endpoint is right and that Hub is well, and materialise published_model again: "
+                f"whether publishing.endpoint is right and that Hub is well, and {self.again}: "
                 f"what was sent is not sent twice. {said}"
             )
         if status in PASSING or (status is None and _cause(error, HTTPError)):
             return Passing(
-                f"publishing {self.repo_id} failed: {endpoint} is not well or not reached: {said}. Materialise "
-                "published_model again later: what was sent is not sent twice",
+                f"publishing {self.repo_id} failed: {endpoint} is not well or not reached: {said}. Later, "
+                f"{self.again}: what was sent is not sent twice",
                 after=_asked_to_wait(cause.response) if cause is not None else 0.0,
             )
         if _cause(error, JSONDecodeError):  # A gateway's page, where the client expects the Hub's answer.

@@ -217,7 +217,8 @@ def test_what_was_rolled_back_is_not_released_again_by_the_next_refresh(tmp_path
     ledger, line = decided(champion, one, WISH)
     ledger = live(ledger, line, one.held_out)
     assert ledger.champion == "m2"
-    back = ledger.rolled_back(ledger.release(1), at=AT, commit="c9", reason="it answers in the wrong language")
+    why = "it answers in the wrong language"
+    back = ledger.rolled_back(ledger.release(1), at=AT, repo_id="org/bot", commit="c9", reason=why)
     after, held = decided(back, one)
     assert (held.decision, held.level) == ("hold", None)
     assert "it answers in the wrong language" in held.reason

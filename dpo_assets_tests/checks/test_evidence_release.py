@@ -110,7 +110,7 @@ def released(ledger: Ledger, *known: str) -> Ledger:
 
 
 def back(ledger: Ledger, to: int, reason: str = "it answers in the wrong language") -> Ledger:
-    return ledger.rolled_back(ledger.release(to), at=AT, commit="commit back", reason=reason)
+    return ledger.rolled_back(ledger.release(to), at=AT, repo_id="org/bot", commit="commit back", reason=reason)
 
 
 def life() -> Ledger:
@@ -306,7 +306,7 @@ def test_a_rollback_needs_a_release_and_a_reason() -> None:
         back(ledger, 1, "oops")
     unknown = ledger.release(1).model_copy(update={"challenger": "model 2"})
     with pytest.raises(ValidationError, match="goes back to model 2, which was no release"):
-        ledger.rolled_back(unknown, at=AT, commit="c", reason="it was a good one, I think")
+        ledger.rolled_back(unknown, at=AT, repo_id="org/bot", commit="c", reason="it was a good one, I think")
 
 
 # ---------------------------------------------------------------------------------------------------------- its file

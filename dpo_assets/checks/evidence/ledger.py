@@ -24,6 +24,7 @@ from dpo_assets.errors import ConfigError
 Decision = Literal["promote", "first_publication", "hold", "reject", "insufficient_evidence"]
 RELEASED: frozenset[str] = frozenset({"promote", "first_publication"})
 FIRST = "0" * 64
+SHORTEST_COMMIT = 7  # Digits by which a commit is named, as git shortens them.
 SCORES = "eval_scores"  # The input by whose digest a decision is found again.
 
 
@@ -202,6 +203,36 @@ class Ledger(BaseModel):
         """The release of that number, as it was sent last; there must be one."""
         return next(one for one in reversed(self.releases) if one.release == number)
 
+    def earlier(self, to: str = "") -> Released:
+        """The release to go back to: by its number, its tag or its commit; empty: the one before what is live.
+
+        Raises:
+            ConfigError: there is none, or it is live.
+        """
+        if self.live is None:
+            raise ConfigError("nothing of this pipeline is live, so there is nothing to go back from")
+        latest = {one.release: one for one in self.releases}
+        others = [one for number, one in sorted(latest.items()) if one.challenger != self.live.challenger]
+        if not to:
+            before = [one for one in others if one.release < self.live.release]
+            if not before:
+                raise ConfigError(
+                    f"there is no release before release {self.live.release}, which is live. {self._known(others)}"
+                )
+            return before[-1]
+        found = [one for one in latest.values() if to in (str(one.release), one.tag)]
+        if not found and len(to) >= SHORTEST_COMMIT:
+            found = [one for one in self.releases if one.commit.startswith(to)][-1:]
+        if not found:
+            raise ConfigError(f"`to: {to}` is no release of this pipeline. {self._known(others)}")
+        if found[0].challenger == self.live.challenger:
+            raise ConfigError(f"release {found[0].release} is live already. {self._known(others)}")
+        return found[0]
+
+    def _known(self, releases: Iterable[Released]) -> str:
+        told = "; ".join(f"{one.release}: {one.tag}, commit {one.commit[:12]}, {one.at}" for one in releases)
+        return f"To go back to, by number, tag or commit: {told or 'none'}"
+
     def number_of(self, decided: Decided) -> int:
         """The number of the release by a decision, whether it was made or would be the next one. The same model sent
         again, with another card or to another place, is the same release."""
@@ -278,7 +309,7 @@ class Ledger(BaseModel):
             return self
         return self.append(line)
 
-    def rolled_back(self, to: Released, *, at: str, commit: str, reason: str) -> Ledger:
+    def rolled_back(self, to: Released, *, at: str, repo_id: str, commit: str, reason: str) -> Ledger:
         """A ledger in which an earlier release is live again, with the cut that it had.
 
         Raises:
@@ -289,9 +320,10 @@ class Ledger(BaseModel):
             before=self.head,
             at=at,
             champion=self.champion,
+            repo_id=repo_id,
             commit=commit,
             reason=reason,
-            **to.model_dump(include={"challenger", "release", "repo_id", "tag", "artefact", "known"}),
+            **to.model_dump(include={"challenger", "release", "tag", "artefact", "known"}),
         )
         return self.append(line)
 
