@@ -12,16 +12,17 @@ import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from filelock import FileLock
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from dpo_assets.errors import ConfigError, CorruptArtifact
+from dpo_assets.locks import LOCK, exclusive
 from dpo_assets.version import __version__
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -30,6 +31,9 @@ Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is Non
 MANIFEST = "manifest.json"
 # Timings differ between runs of equal inputs, so they stay outside the digest; their bytes are still in the manifest.
 VOLATILE = "timings.json"
+READING = "_reading"  # What is read of feedback, before anybody knows whether it is kept.
+REJECTED, NOTES = "_rejected", "rejected.jsonl"
+SETTLED_NS = 2_000_000_000  # The coarsest times that a file system keeps, FAT's.
 
 
 class FileEntry(BaseModel):
@@ -95,6 +99,38 @@ def is_fingerprint(text: str) -> bool:
 def file_sha256(path: Path) -> str:
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+# (device, inode) -> what it looked like, and its sha256.
+_HASHED: dict[tuple[int, int], tuple[tuple[int, int, int], str]] = {}
+
+
+def known_sha256(path: Path) -> str:
+    """sha256 of a file, which a process reads once as long as the file stays as it is.
+
+    A file is the same while its inode, size and both times are: renaming a folder moves no inode, and whoever sets the
+    modification time back changes the other one. Two changes within one tick of a file system's clock look alike, so
+    what was changed less than SETTLED_NS before it was read is read again the next time. Bytes that rot on the disk
+    while a process looks at them change no time; the next process reads them.
+    """
+    now = time.time_ns()
+    with path.open("rb") as handle:
+        before = os.fstat(handle.fileno())
+        inode, looks = (before.st_dev, before.st_ino), _looks(before)
+        known = _HASHED.get(inode)
+        if known is not None and known[0] == looks:
+            return known[1]
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        after = os.fstat(handle.fileno())
+    if looks == _looks(after) and now - max(before.st_mtime_ns, before.st_ctime_ns) > SETTLED_NS:
+        _HASHED[inode] = (looks, digest)
+    else:
+        _HASHED.pop(inode, None)
+    return digest
+
+
+def _looks(stat: os.stat_result) -> tuple[int, int, int]:
+    return stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -184,7 +220,7 @@ def open_artifact(directory: Path) -> Artifact:
         file = directory / name
         if not file.is_file():
             raise CorruptArtifact(f"{file}: listed in the manifest, but missing")
-        if file.stat().st_size != entry.size or file_sha256(file) != entry.sha256:
+        if file.stat().st_size != entry.size or known_sha256(file) != entry.sha256:
             raise CorruptArtifact(f"{file}: differs from the manifest (size or sha256)")
     present = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()} - {MANIFEST}
     if extra := present - set(manifest.files):
@@ -212,9 +248,16 @@ class ArtifactTree:
 
     `_rejected/` keeps what failed verification, for a person to look at; nothing is deleted but the scratch
     directories of writers that died.
+
+    Attributes:
+        warn: is told of each artefact that was set aside, and why: it will be made again, or is missed; and of whom a
+            writer waits for.
+        run: what a writer calls itself, for those who wait for it.
     """
 
     root: Path
+    warn: Callable[[str], None] = field(default=lambda _: None, compare=False, repr=False)
+    run: str = field(default="", compare=False)
 
     def directory(self, kind: str, fingerprint: str) -> Path:
         """Where the artefact lies, or would.
@@ -233,9 +276,18 @@ class ArtifactTree:
             return None
         try:
             return self._open(directory, kind, fingerprint)
-        except CorruptArtifact:
-            self._set_aside(directory)
+        except CorruptArtifact as why:
+            self.warn(f"a `{kind}` is damaged and was set aside as {self._set_aside(directory, why)}: {why}")
             return None
+
+    def missing(self, kind: str, fingerprint: str) -> str:
+        """Why `find` found nothing: that it was damaged, how, and where it lies now; or that it is not there."""
+        with suppress(OSError, ValueError):
+            for line in reversed((self.root / NOTES).read_text(encoding="utf-8").splitlines()):
+                note = json.loads(line)
+                if (note["kind"], note["fingerprint"]) == (kind, fingerprint):
+                    return f"was damaged and set aside as {note['aside']}: {note['why']}"
+        return f"is missing from {self.root / kind}"
 
     def listed(self, kind: str) -> Iterator[Artifact]:
         """Every artefact of a kind as its manifest tells it, newest first. Its files are not verified: see `find`."""
@@ -270,38 +322,54 @@ class ArtifactTree:
     ) -> tuple[Artifact, bool]:
         """The artefact, and whether it was reused. `build` fills an empty directory; it may seal it itself.
 
-        Writers of the same artefact wait for each other. The lock is the operating system's, so it goes with the
-        process that held it; a scratch directory found while holding it belongs to a dead writer and is removed.
+        Writers of the same artefact wait for each other, and say for whom. The lock is the operating system's, so it
+        goes with the process that held it; what is found beside the artefact while holding it belongs to a dead writer
+        and is removed.
 
         Raises:
             CorruptArtifact: when `build` seals it as another one or with other inputs, or changes it afterwards.
         """
         final = self.directory(kind, fingerprint)
         final.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(str(final) + ".lock"):
+        with exclusive(final.with_name(fingerprint + LOCK), self.run, self.warn):
             if found := self.find(kind, fingerprint):
                 return found, True
             for leftover in final.parent.glob(f"{fingerprint}.tmp-*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+                remove(leftover)
             scratch = final.parent / f"{fingerprint}.tmp-{os.getpid()}"
             scratch.mkdir()
             try:
                 build(scratch)
                 if not (scratch / MANIFEST).exists():
                     seal(scratch, kind=kind, fingerprint=fingerprint, inputs=inputs)
-                if self._open(scratch, kind, fingerprint).manifest.inputs != dict(inputs):
+                made = self._open(scratch, kind, fingerprint).manifest
+                if made.inputs != dict(inputs):
                     raise CorruptArtifact(f"{scratch}: its manifest names other inputs than {kind} was made from")
                 scratch.rename(final)
             except BaseException:
                 shutil.rmtree(scratch, ignore_errors=True)
                 raise
             _sync_directory(final.parent)
-            return open_artifact(final), False
+            return Artifact(final, made), False
 
-    def _set_aside(self, directory: Path) -> None:
-        target = self.root / "_rejected" / f"{directory.parent.name}-{directory.name}-{os.urandom(4).hex()}"
+    def _set_aside(self, directory: Path, why: CorruptArtifact) -> Path:
+        target = self.root / REJECTED / f"{directory.parent.name}-{directory.name}-{os.urandom(4).hex()}"
         target.parent.mkdir(parents=True, exist_ok=True)
         directory.rename(target)
+        note = {"kind": directory.parent.name, "fingerprint": directory.name, "aside": str(target), "why": str(why)}
+        # On a full disk what is damaged is out of the way without a note.
+        with suppress(OSError), (self.root / NOTES).open("a", encoding="utf-8") as notes:
+            notes.write(json.dumps(note) + "\n")
+        return target
+
+
+def remove(path: Path) -> None:
+    """A file, or a folder with all that it holds, as far as it can be removed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _sync_directory(directory: Path) -> None:

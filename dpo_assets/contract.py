@@ -28,6 +28,8 @@ TOKENS, CHAT_FORMAT = "tokens.parquet", "chat_format.json"
 FAILURE_FILE = "failure.json"
 # Exit status of a worker that explains itself in FAILURE_FILE. Any other non-zero status is an infrastructure failure.
 EXPLAINED_EXIT = 65
+# That of one that found a disk full: then nobody can rely on a file to tell it.
+DISK_FULL_EXIT = 74
 
 
 class TemplateSettings(BaseModel):

@@ -59,7 +59,7 @@ def builder(files: Files) -> Callable[[Path], None]:
 
 def entries(tree: ArtifactTree) -> set[str]:
     """What lies beside the artefacts of KIND, locks aside."""
-    return {path.name for path in (tree.root / KIND).iterdir() if path.suffix != ".lock"}
+    return {path.name for path in (tree.root / KIND).iterdir() if path.suffix not in (".lock", ".owner")}
 
 
 # Verification

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from datetime import date
@@ -21,6 +20,7 @@ from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step, final
 from dpo_assets.checks.verdict import Verdict
 from dpo_assets.contract import VERIFIED, TemplateSettings, VerifiedBase, VerifySpec
+from dpo_assets.disk import copy_file, refuse_too_small
 from dpo_assets.errors import ConfigError, InfrastructureError
 from dpo_assets.planning.companions import (
     LEGACY_TEMPLATE,
@@ -49,7 +49,7 @@ SAY_LICENCE = "set base_model.licence (for example apache-2.0, or `other` with l
 
 
 def materialise(step: Step) -> Events:
-    """Fetches or links the model; a model with pickled weights only is shown as a failed check, and not kept."""
+    """Fetches or copies the model; a model with pickled weights only is shown as a failed check, and not kept."""
     section = step.recipe.base_model
     sends = not step.recipe.publishing.dry_run
     refused: list[Verdict] = []
@@ -58,6 +58,8 @@ def materialise(step: Step) -> Events:
         refused.extend(v for v in verdicts(section, facts, sends=sends) if v.level == "error")
         if refused:
             raise _Refused
+
+    identity = _identity(section)
 
     def make(folder: Path, _: str) -> None:
         model = folder / "model"
@@ -69,6 +71,8 @@ def materialise(step: Step) -> Events:
             refuse(given)
             left_out = list(given.unused)
             _copy(source, model)
+            if _identity(section) != identity:
+                raise InfrastructureError(f"{source} changed while it was copied")
         if section.chat_template is not None:
             _set_template(Path(section.chat_template), model)
         facts = inspect_model(model)
@@ -84,7 +88,7 @@ def materialise(step: Step) -> Events:
         write_json(folder / FACTS, described | template | origin)
 
     try:
-        artifact, reused = step.build("base_model", _identity(section), step.inputs(), make)
+        artifact, reused = step.build("base_model", identity, step.inputs(), make)
     except _Refused:
         for verdict in refused:
             yield step.check_result("base_model", verdict)
@@ -302,18 +306,23 @@ def _identity(section: BaseModelSection) -> dict[str, object]:
         folder, _ = local_source(section)
         listed = found(folder, lambda _: True) if folder.is_dir() else []
         told = [(name, (folder / name).stat()) for name in listed]
+        identity["held"] = "as copies"  # Earlier versions linked weights, which a change of the source reached.
         identity["files"] = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in told]
     return identity
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Weights are hard-linked where the file system allows it (a 70B base is not copied), the rest is copied."""
+    """Files of its own: neither a change of the source, which may be a blob of the Hub's cache, reaches them, nor the
+    other way round. Where the file system has reflinks they take no room either.
+
+    Raises:
+        DiskFull: there is no room for them.
+    """
     target.mkdir(parents=True)
-    for path in weight_files(source):
-        try:
-            os.link(path.resolve(), target / path.name)
-        except OSError:
-            shutil.copyfile(path, target / path.name)
+    weights = weight_files(source)
+    refuse_too_small(target, sum(path.stat().st_size for path in weights), f"a copy of {source}")
+    for path in weights:
+        copy_file(path, target / path.name)
     # Beside a single file, which is what is loaded, the index is that of copies left behind.
     single = (target / SINGLE).is_file()
     copy_files(source, target, lambda name: is_kept(name) and not (single and name == INDEX))

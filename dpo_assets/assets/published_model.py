@@ -9,7 +9,7 @@ from typing import Any
 
 import dagster as dg
 
-from dpo_assets.artifact import Artifact, file_sha256, read_kept, read_object, rewrite_json, write_json
+from dpo_assets.artifact import Artifact, known_sha256, read_kept, read_object, rewrite_json, write_json
 from dpo_assets.assets.base_model import read_facts, refuse_adapter_alone, refuse_unlicensed
 from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.lineage import Inputs, Read
@@ -131,7 +131,7 @@ def verify(artifact: Artifact, files: Mapping[str, FileRecord], release: Release
     A release that a dry run finds would be refused (`refused`: why) is a warning.
     """
     folder = artifact.path / RELEASE
-    wrong = [p for p, f in files.items() if not (folder / p).is_file() or file_sha256(folder / p) != f.sha256]
+    wrong = [p for p, f in files.items() if not (folder / p).is_file() or known_sha256(folder / p) != f.sha256]
     extra = set(staged_files(folder)) - set(files)
     bad = [*wrong, *sorted(extra)]
     return Verdict(

@@ -21,7 +21,10 @@ from dpo_assets.checks.bands import Bands, default_bands
 from dpo_assets.checks.catalog import checks_of, severity_of
 from dpo_assets.checks.verdict import Level, Verdict, with_severity
 from dpo_assets.contract import PlannedSpec, Spec, Stage
-from dpo_assets.errors import ConfigError, GateError, InfrastructureError, OutOfMemory, StageTimeout
+from dpo_assets.disk import full, is_full, refuse_closed
+from dpo_assets.errors import ConfigError, DiskFull, GateError, InfrastructureError, OutOfMemory, StageTimeout
+from dpo_assets.leftovers import sweep
+from dpo_assets.locks import IN_USE, shared
 from dpo_assets.planning.scoring import GENERATION_BATCH
 from dpo_assets.publishing.secrets import scrub
 from dpo_assets.recipe import Recipe
@@ -82,7 +85,7 @@ class Step:
     def tree(self) -> ArtifactTree:
         store = self._resource("artifacts")
         assert isinstance(store, ArtifactStore)
-        return store.tree(self.context.instance, self.pipeline.name)
+        return store.tree(self.context.instance, self.pipeline.name, self.context.log.warning, self.context.run_id)
 
     @property
     def user_key(self) -> bytes:
@@ -180,7 +183,9 @@ class Step:
             raise ConfigError(f"`{self._shown(node)}` has not been materialised yet; materialise it first.")
         found = self.tree.find(node, print_)
         if found is None:
-            raise ConfigError(f"the artefact of `{self._shown(node)}` is missing or was damaged; materialise it again.")
+            raise ConfigError(
+                f"the artefact of `{self._shown(node)}` {self.tree.missing(node, print_)}; materialise it again."
+            )
         return found
 
     def _latest(self, node: str) -> Artifact | None:
@@ -398,13 +403,18 @@ def guarded(step: Step, node: str, events: Events) -> Events:
     asked for here and not by a RetryPolicy, because Dagster follows a policy also when a run is terminated, and would
     start the training again that someone just stopped. A policy that a job brings along has no say in these.
     """
+    root, say = step.tree.root, step.context.log.info
     try:
-        yield from map(scrubbed, events)
+        refuse_closed(root)
+        sweep(root, say)
+        # Whoever deletes what is not needed any more waits for those who read.
+        with shared(root / IN_USE, say):
+            yield from map(scrubbed, events)
     except GateError as error:
         fault = Verdict(error.check, "error", error.value, error.band, error.source, error.fix, note=str(error))
         yield scrubbed(step.check_result(node, fault))
         raise final(f"{error} {error.fix}") from None
-    except (ConfigError, OutOfMemory, StageTimeout) as error:
+    except (ConfigError, DiskFull, OutOfMemory, StageTimeout) as error:
         raise final(str(error)) from None
     except InfrastructureError as error:
         said, attempt = scrub(str(error)), step.context.op_execution_context.retry_number
@@ -414,6 +424,8 @@ def guarded(step: Step, node: str, events: Events) -> Events:
         wait = RETRY_SECONDS * 2**attempt
         raise dg.RetryRequested(max_retries=MAX_RETRIES, seconds_to_wait=wait) from InfrastructureError(said)
     except Exception as error:
+        if is_full(error):
+            raise final(full(root, 0, scrub(str(error)))) from None
         if isinstance(error, dg.Failure) or (safe := without_secrets(error)) is None:
             raise
         raise safe from None
