@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,7 +15,15 @@ import dpo_assets.assets.step as step_module
 from dpo_assets import DpoPipeline, HubResource, build_dpo_defs
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step, guarded
-from dpo_assets.errors import ConfigError, FeedbackError, GateError, InfrastructureError, OutOfMemory, StageTimeout
+from dpo_assets.errors import (
+    ConfigError,
+    DiskFull,
+    FeedbackError,
+    GateError,
+    InfrastructureError,
+    OutOfMemory,
+    StageTimeout,
+)
 from dpo_assets.recipe import Recipe, parse_recipe
 from dpo_assets.resources.launcher import WorkerDied
 from dpo_assets_tests.pipelines import STORIES, demo_recipe, failed_checks, failures, materialize
@@ -81,6 +90,8 @@ def everything(instance: dg.DagsterInstance, result: dg.ExecuteInProcessResult) 
         (FeedbackError("no such file"), 1),
         (OutOfMemory("too large"), 1),
         (StageTimeout("too long"), 1),
+        (DiskFull("no room"), 1),
+        (OSError(errno.ENOSPC, "No space left on device"), 1),
         (GATE, 1),
         (InfrastructureError("the Hub is down"), 1 + step_module.MAX_RETRIES),
         (WorkerDied("was ended by SIGKILL"), 1 + step_module.MAX_RETRIES),

@@ -22,6 +22,7 @@ from dpo_assets.recipe.running import (
     JudgeSection,
     PublishingSection,
     RefreshSection,
+    RetentionSection,
     Severity,
     Speedup,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "Recipe",
     "RefreshSection",
     "ReleaseRule",
+    "RetentionSection",
     "Severity",
     "SftSection",
     "Speedup",

@@ -157,6 +157,22 @@ class RefreshSection(Section):
     sensor_interval_seconds: int = Field(default=60, ge=30, description="How often new feedback is looked for.")
 
 
+class RetentionSection(Section):
+    """How long models stay in the store. What is live, what a rollback may want and what is in use always does."""
+
+    keep_models: int = Field(
+        default=5,
+        ge=1,
+        description="How many of every kind (base, SFT checkpoint, adapter, merged model, release) always stay.",
+    )
+    keep_days: float = Field(
+        default=14.0, ge=0.0, description="Nothing goes that was made or materialised in so many days."
+    )
+    keep_releases: int = Field(
+        default=5, ge=1, description="How many of the last releases stay whole, for the rollback job to go back to."
+    )
+
+
 class HardwareSection(Section):
     """What the training runs on."""
 
