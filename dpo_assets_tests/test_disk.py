@@ -16,6 +16,8 @@ import pytest
 
 from dpo_assets import disk
 from dpo_assets.artifact import ArtifactTree, open_artifact
+from dpo_assets.assets import base_model
+from dpo_assets.assets import step as step_module
 from dpo_assets.assets.base_model import _copy
 from dpo_assets.contract import DISK_FULL_EXIT, TokenizeSpec
 from dpo_assets.disk import READ_ONLY, copy_file, is_full, refuse_closed, refuse_too_small, share_file
@@ -102,6 +104,24 @@ def test_a_byte_changed_in_the_users_model_does_not_reach_the_sealed_base_nor_th
     assert blob.read_bytes() == changed
     with pytest.raises(CorruptArtifact, match=r"model\.safetensors: differs"):
         open_artifact(made.path)
+
+
+def test_a_base_that_changes_while_it_is_copied_is_not_kept(
+    tmp_path: Path, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(STORIES, source)
+
+    def while_somebody_writes(one: Path, other: Path) -> None:
+        copy_file(one, other)
+        flip_last_byte(one)
+
+    monkeypatch.setattr(base_model, "copy_file", while_somebody_writes)
+    monkeypatch.setattr(step_module, "MAX_RETRIES", 0)
+    recipe = demo_recipe(base_model={"source": str(source), "licence": "mit"})
+    result = materialize(recipe, instance, ["base_model"])
+    assert f"{source} changed while it was copied" in failures(result)[0]
+    assert not list(Path(instance.storage_directory()).rglob("*.safetensors"))
 
 
 def test_a_copy_over_a_second_name_of_a_file_leaves_the_first_as_it_was(tmp_path: Path) -> None:
