@@ -12,7 +12,6 @@ import math
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from dpo_assets.errors import ConfigError, CorruptArtifact
+from dpo_assets.hashing import file_sha256, known_sha256
 from dpo_assets.locks import LOCK, exclusive
 from dpo_assets.version import __version__
 
@@ -33,7 +33,6 @@ MANIFEST = "manifest.json"
 VOLATILE = "timings.json"
 READING = "_reading"  # What is read of feedback, before anybody knows whether it is kept.
 REJECTED, NOTES = "_rejected", "rejected.jsonl"
-SETTLED_NS = 2_000_000_000  # The coarsest times that a file system keeps, FAT's.
 
 
 class FileEntry(BaseModel):
@@ -94,43 +93,6 @@ def fingerprint(kind: str, config: Any, inputs: Mapping[str, str]) -> str:
 def is_fingerprint(text: str) -> bool:
     """Whether a text has the form of a fingerprint: 32 hexadecimal digits."""
     return re.fullmatch(r"[0-9a-f]{32}", text) is not None
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-# (device, inode) -> what it looked like, and its sha256.
-_HASHED: dict[tuple[int, int], tuple[tuple[int, int, int], str]] = {}
-
-
-def known_sha256(path: Path) -> str:
-    """sha256 of a file, which a process reads once as long as the file stays as it is.
-
-    A file is the same while its inode, size and both times are: renaming a folder moves no inode, and whoever sets the
-    modification time back changes the other one. Two changes within one tick of a file system's clock look alike, so
-    what was changed less than SETTLED_NS before it was read is read again the next time. Bytes that rot on the disk
-    while a process looks at them change no time; the next process reads them.
-    """
-    now = time.time_ns()
-    with path.open("rb") as handle:
-        before = os.fstat(handle.fileno())
-        inode, looks = (before.st_dev, before.st_ino), _looks(before)
-        known = _HASHED.get(inode)
-        if known is not None and known[0] == looks:
-            return known[1]
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
-        after = os.fstat(handle.fileno())
-    if looks == _looks(after) and now - max(before.st_mtime_ns, before.st_ctime_ns) > SETTLED_NS:
-        _HASHED[inode] = (looks, digest)
-    else:
-        _HASHED.pop(inode, None)
-    return digest
-
-
-def _looks(stat: os.stat_result) -> tuple[int, int, int]:
-    return stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -220,12 +182,19 @@ def open_artifact(directory: Path) -> Artifact:
         file = directory / name
         if not file.is_file():
             raise CorruptArtifact(f"{file}: listed in the manifest, but missing")
-        if file.stat().st_size != entry.size or known_sha256(file) != entry.sha256:
+        if not _holds(file, entry):
             raise CorruptArtifact(f"{file}: differs from the manifest (size or sha256)")
     present = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()} - {MANIFEST}
     if extra := present - set(manifest.files):
         raise CorruptArtifact(f"{directory}: files that the manifest does not list: {', '.join(sorted(extra))}")
     return Artifact(directory, manifest)
+
+
+def _holds(file: Path, entry: FileEntry) -> bool:
+    """Whether a file is what was sealed. Nothing is called different by a digest that was only remembered."""
+    if file.stat().st_size != entry.size:
+        return False
+    return known_sha256(file) == entry.sha256 or file_sha256(file) == entry.sha256
 
 
 def read_kept(artifact: Artifact, name: str, model: type[ModelT]) -> ModelT:

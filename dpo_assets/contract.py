@@ -13,11 +13,11 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-from dpo_assets.artifact import file_sha256
 from dpo_assets.checks.bands import Bands
 from dpo_assets.checks.catalog import severity_of
 from dpo_assets.checks.collapse import CHECK, CollapseLimits
 from dpo_assets.checks.configuration import Configuration, rate_ceilings
+from dpo_assets.hashing import file_sha256
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.recipe import TEMPLATE_DATE, ChecksSection
 

@@ -18,7 +18,8 @@ from dpo_assets.artifact import READING, is_fingerprint, remove
 from dpo_assets.disk import size_of
 from dpo_assets.locks import IN_USE, LOCK, OWN_LOCK, OWNER, TEMPORARY, if_nobodys, noted_owner, owner_file
 
-TRASH = "_trash"
+TRASH, HASHED = "_trash", "_hashed"
+DAY = 86_400.0
 UNLOCKED_SECONDS = 3600.0
 Say = Callable[[str], None]
 _PRINT = 32  # Digits of a fingerprint.
@@ -81,7 +82,10 @@ def _of_one(folder: Path, print_: str, scratch: set[str], made: bool, say: Say) 
 
 
 def _partial(root: Path, _: Say) -> Iterator[Leftover]:
-    """Files that were to be renamed in the next moment."""
+    """Files that were to be renamed in the next moment, and what the steps of a run told each other."""
+    for path in (root / HASHED).glob("*.jsonl"):  # A run that goes on hashes again.
+        if time.time() - path.stat().st_mtime > DAY:
+            yield _removed(path)
     for pattern in ("*/*.json.tmp-*", "ledger/*.tmp-*", "cache/splits/*.tmp-*", "writable.tmp-*"):
         for path in root.glob(pattern):
             if path.is_file() and time.time() - path.stat().st_mtime > UNLOCKED_SECONDS:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -11,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -423,77 +421,6 @@ def test_a_damaged_artefact_is_told_with_its_file_the_damage_and_where_it_lies_n
     # Whoever misses it later, in another process, is told the same.
     assert tree.missing(KIND, PRINT) == f"was damaged and set aside as {aside}: {why}"
     assert tree.missing(KIND, "1" * 32) == f"is missing from {tree.root / KIND}"
-
-
-# Hashes that are known
-
-
-@pytest.fixture
-def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The files that are read to be hashed, as long as they look settled as soon as they are written."""
-    names: list[str] = []
-    digest_of = hashlib.file_digest
-
-    def spy(handle: Any, name: str) -> Any:
-        names.append(Path(handle.name).name)
-        return digest_of(handle, name)
-
-    monkeypatch.setattr(hashlib, "file_digest", spy)
-    monkeypatch.setattr(module, "SETTLED_NS", 0)
-    return names
-
-
-def tick(folder: Path) -> None:
-    """Waits until the clock of the file system has moved on."""
-    probe = folder / "clock"
-    probe.write_bytes(b"")
-    began = probe.stat().st_mtime_ns
-    while probe.stat().st_mtime_ns == began:
-        time.sleep(0.001)
-        probe.write_bytes(b"")
-    probe.unlink()
-
-
-def test_a_process_hashes_a_file_once_under_whatever_name(
-    tree: ArtifactTree, tmp_path: Path, hashed: list[str]
-) -> None:
-    made, _ = tree.find_or_build(KIND, PRINT, builder({"a": b"1", "b": b"2"}), {})
-    tick(tmp_path)
-    hashed.clear()
-    assert open_artifact(made.path) == made
-    assert sorted(hashed) == ["a", "b"]
-    assert open_artifact(made.path) == made
-    made.path.rename(tmp_path / "moved")
-    assert open_artifact(tmp_path / "moved").digest == made.digest
-    assert sorted(hashed) == ["a", "b"]
-
-
-@pytest.mark.parametrize("way", ["in place", "renamed over", "in place, with its time set back"])
-def test_a_change_since_a_file_was_hashed_is_seen(
-    tree: ArtifactTree, tmp_path: Path, hashed: list[str], way: str
-) -> None:
-    made, _ = tree.find_or_build(KIND, PRINT, builder({"a": b"1"}), {})
-    tick(tmp_path)
-    assert open_artifact(made.path) == made
-    before = (made.path / "a").stat()
-    tick(tmp_path)
-    if way == "renamed over":
-        (tmp_path / "other").write_bytes(b"2")
-        os.utime(tmp_path / "other", ns=(before.st_atime_ns, before.st_mtime_ns))
-        (tmp_path / "other").replace(made.path / "a")
-    else:
-        (made.path / "a").write_bytes(b"2")
-    if way.endswith("set back"):
-        os.utime(made.path / "a", ns=(before.st_atime_ns, before.st_mtime_ns))
-    with pytest.raises(CorruptArtifact, match="differs"):
-        open_artifact(made.path)
-
-
-def test_two_changes_within_one_tick_of_the_clock_are_both_seen(tmp_path: Path) -> None:
-    """What was written a moment ago is not remembered: a change that no time shows could follow."""
-    for n in range(200):
-        (tmp_path / "a").write_bytes(b"%03d" % n)
-        assert module.known_sha256(tmp_path / "a") == hashlib.sha256(b"%03d" % n).hexdigest()
 
 
 # Other writers

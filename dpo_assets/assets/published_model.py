@@ -9,7 +9,7 @@ from typing import Any
 
 import dagster as dg
 
-from dpo_assets.artifact import Artifact, known_sha256, read_kept, read_object, rewrite_json, write_json
+from dpo_assets.artifact import Artifact, read_kept, read_object, rewrite_json, write_json
 from dpo_assets.assets.base_model import read_facts, refuse_adapter_alone, refuse_unlicensed
 from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.lineage import Inputs, Read
@@ -23,6 +23,7 @@ from dpo_assets.checks.promotion import PromotionOutcome
 from dpo_assets.checks.reports import DpoReport, EvaluationReport, MergeReport
 from dpo_assets.checks.verdict import Level, Verdict
 from dpo_assets.errors import ConfigError
+from dpo_assets.hashing import known_sha256
 from dpo_assets.planning.companions import copy_files, found, is_licence_file, is_released
 from dpo_assets.planning.model_folder import ADAPTER, CONFIG
 from dpo_assets.planning.text_part import has_other_parts

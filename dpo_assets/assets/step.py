@@ -23,7 +23,8 @@ from dpo_assets.checks.verdict import Level, Verdict, with_severity
 from dpo_assets.contract import PlannedSpec, Spec, Stage
 from dpo_assets.disk import full, is_full, refuse_closed
 from dpo_assets.errors import ConfigError, DiskFull, GateError, InfrastructureError, OutOfMemory, StageTimeout
-from dpo_assets.leftovers import sweep
+from dpo_assets.hashing import share_hashes
+from dpo_assets.leftovers import HASHED, sweep
 from dpo_assets.locks import IN_USE, shared
 from dpo_assets.planning.scoring import GENERATION_BATCH
 from dpo_assets.publishing.secrets import scrub
@@ -407,6 +408,7 @@ def guarded(step: Step, node: str, events: Events) -> Events:
     try:
         refuse_closed(root)
         sweep(root, say)
+        share_hashes(root / HASHED / f"{step.context.run_id}.jsonl")
         # Whoever deletes what is not needed any more waits for those who read.
         with shared(root / IN_USE, say):
             yield from map(scrubbed, events)

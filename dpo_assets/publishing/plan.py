@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dpo_assets.artifact import known_sha256
+from dpo_assets.hashing import known_sha256
 from dpo_assets.publishing.errors import PublishRefused
 from dpo_assets.untrusted import in_code
 
