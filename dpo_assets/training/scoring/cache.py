@@ -14,11 +14,11 @@ import sqlite3
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 
 from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.sqlite_file import prepare_sound
 from dpo_assets.training.batches.packing import Group
 from dpo_assets.training.packages import computing
 from dpo_assets.version import __version__
@@ -70,19 +70,12 @@ class ScoreCache:
 
     def __init__(self, path: Path, key: str) -> None:
         self.path, self.key = path, key
-        self.set_aside: Path | None = None  # Where a damaged file went.
         self.dropped = 0  # Scores that were not what had been kept.
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._create()
-            self._known()
-        except sqlite3.OperationalError:
-            raise  # A lock, or a full disk: the file itself is well.
-        except sqlite3.DatabaseError:
-            # Scores can be computed again, so a file that a crash or a disk has damaged must not stop every run.
-            self.set_aside = path.with_name(f"{path.name}.damaged-{uuid4().hex[:8]}")
-            path.rename(self.set_aside)
-            self._create()
+        self.set_aside = prepare_sound(path, self._prepare)  # Where a damaged file went.
+
+    def _prepare(self) -> None:
+        self._create()
+        self._known()
 
     def _create(self) -> None:
         with closing(sqlite3.connect(self.path, timeout=60)) as db, db:
