@@ -361,6 +361,7 @@ def test_the_values_of_whoever_declares_nothing_are_these() -> None:
             "endpoint": None,
         },
         "refresh": {"schedule": "0 3 * * *", "sensor_interval_seconds": 60},
+        "retention": {"keep_models": 5, "keep_days": 14.0, "keep_releases": 5},
         "hardware": {
             "device": "auto",
             "precision": "auto",
