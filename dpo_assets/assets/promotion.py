@@ -23,6 +23,7 @@ from dpo_assets.checks.promotion import OUTCOME, PromotionOutcome, override_of, 
 from dpo_assets.checks.reports import EvaluationReport
 from dpo_assets.errors import ConfigError
 from dpo_assets.recipe import Recipe
+from dpo_assets.report.history import HISTORY, history_rows
 from dpo_assets.report.tables import table
 
 NAME = "promotion"
@@ -150,23 +151,7 @@ def _shown(outcome: PromotionOutcome, ledger: Ledger) -> dict[str, Any]:
 def history_table(ledger: Ledger) -> str:
     """Every line of a ledger, newest first."""
     rows = [list(row) for row in history_rows(ledger)]
-    return table(["line", "at", "what", "challenger", "why"], rows) if rows else "nothing was decided yet"
-
-
-def history_rows(ledger: Ledger) -> list[tuple[str, str, str, str, str]]:
-    """(number, time, what, challenger, why) of every line, newest first; what is live is marked."""
-    live = ledger.live
-    rows = []
-    for line in reversed(ledger.lines):
-        if isinstance(line, Decided):
-            cost = "" if line.level is None else f", level {line.level:.2g}"
-            what, why = f"{line.decision}{cost}", line.reason
-        else:
-            said = "release" if line.kind == "release" else "back to release"
-            what = f"{said} {line.release}{', live' if line is live else ''}"
-            why = f"{line.repo_id}@{line.commit[:12]}" + (f": {line.reason}" if line.kind == "rollback" else "")
-        rows.append((str(line.number), line.at, what, line.challenger[:12], why))
-    return rows
+    return table(list(HISTORY), rows) if rows else "nothing was decided yet"
 
 
 def _config(_: Recipe) -> type[dg.Config]:
