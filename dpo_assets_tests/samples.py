@@ -147,8 +147,17 @@ def evaluation_report(**changes: Any) -> EvaluationReport:
         "chosen_shift_nats_per_token": -0.05,
         "rejected_shift_nats_per_token": -0.1,
         "generation": {"sft": answers(), "policy": answers()},
+        "neutral": neutral(1.02),
     }
     return EvaluationReport.model_validate(values | changes)
+
+
+def neutral(ratio: float) -> dict[str, Any]:
+    """Neutral texts that the policy finds less likely by `ratio`."""
+    return {
+        "texts": 60, "tokens": 3000, "sft": 20.0, "policy": 20.0 * ratio, "ratio": ratio, "low": ratio * 0.98,
+        "high": ratio * 1.02,
+    }  # fmt: skip
 
 
 def champion_scores(**changes: Any) -> ChampionScores:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import dagster as dg
 
-from dpo_assets.artifact import Artifact
+from dpo_assets.artifact import Artifact, file_sha256
 from dpo_assets.assets.base_model import in_worker
 from dpo_assets.assets.champion import Champion, champion_of, find_champion
 from dpo_assets.assets.dpo_plan import followed, read_plan
@@ -17,13 +17,14 @@ from dpo_assets.assets.node import Node
 from dpo_assets.assets.sft_checkpoint import start_adapter
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.evaluation import champion_scored
+from dpo_assets.checks.neutral import NEUTRAL, neutral_perplexity, read_texts
 from dpo_assets.checks.promotion import Learned, decide, evaluation_verdicts, power_told
 from dpo_assets.checks.reports import DpoReport, EvaluationReport
 from dpo_assets.contract import ChampionSpec, EvaluateSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.trained import seen_pairs
 from dpo_assets.planning.plan import TrainingPlan
-from dpo_assets.report.scores import answers_table, parts_table, scores_table
+from dpo_assets.report.scores import answers_table, parts_table, perplexity_table, scores_table
 
 SCORES = "scores.parquet"
 
@@ -51,12 +52,17 @@ def materialise(step: Step) -> Events:
                 adapter=inputs["dpo_adapter"].path / "adapter",
                 policy=inputs["merged_model"].path / "model",
                 champion=_to_score_again(champion, inputs) if champion else None,
+                corpus=corpus,
                 score_cache=step.tree.root / "cache" / "reference.sqlite",
                 **evaluation.model_dump(include={"confidence", "generations", "max_new_tokens", "min_pairs"}),
             ),
         )
 
-    config: dict[str, object] = {"evaluation": evaluation.model_dump(exclude={"min_pairs", "judge"})}
+    corpus = Path(evaluation.corpus) if evaluation.corpus else NEUTRAL
+    if not step.only_checks:
+        read_texts(corpus)  # A damaged one must end here, before anything is scored.
+    config: dict[str, object] = {"evaluation": evaluation.model_dump(exclude={"min_pairs", "judge", "corpus"})}
+    config["corpus"] = file_sha256(corpus) if corpus.is_file() else ""
     if champion is not None:
         config["champion"] = _digests(champion)
     artifact, reused = step.build("eval_scores", config, inputs, make)
@@ -75,6 +81,7 @@ def materialise(step: Step) -> Events:
                 learned=_learned(inputs["dpo_adapter"]),
                 merged=plan.scoring.subject == "merged",
             ),
+            neutral_perplexity(report, step.bands),
             champion_scored(report),
         ],
         {
@@ -92,6 +99,7 @@ def materialise(step: Step) -> Events:
             "chosen_shift_nats_per_token": report.chosen_shift_nats_per_token,
             "rejected_shift_nats_per_token": report.rejected_shift_nats_per_token,
             "scores": dg.MetadataValue.md(scores_table(report)),
+            "perplexity": dg.MetadataValue.md(perplexity_table(report)),
             "parts": dg.MetadataValue.md(parts_table(report)),
             "answers": dg.MetadataValue.md(answers_table(artifact.json("generations.json"))),
         },

@@ -25,6 +25,7 @@ from dpo_assets.checks.dataset import dataset_verdicts
 from dpo_assets.checks.evaluation import champion_scored
 from dpo_assets.checks.judged import judge_verdicts
 from dpo_assets.checks.judged_text import judged_text_kept
+from dpo_assets.checks.neutral import neutral_perplexity
 from dpo_assets.checks.promotion import (
     decide,
     evaluation_verdicts,
@@ -54,6 +55,7 @@ from dpo_assets_tests.samples import (
     dpo_report,
     evaluation_report,
     judged_answers,
+    neutral,
     plan,
     quality,
     recipe,
@@ -566,6 +568,7 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
         implicit_reward_accuracy=score(0.2, 0.1, 0.3),
         margin_mean_nats=0.1,
         generation={"sft": answers(), "policy": answers(no_eos=1.0)},
+        neutral=neutral(2.0),
         champion="c" * 64,
         champion_scores=champion_scores(left_out={"template_refused": 3}),
     )
@@ -621,6 +624,7 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
                 learned=learned,
                 merged=True,
             ),
+            neutral_perplexity(bad_scores if fail else evaluation_report(), BANDS),
             champion_scored(bad_scores if fail else evaluation_report()),
         ],
         "judged_answers": judge_verdicts(

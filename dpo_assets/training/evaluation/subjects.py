@@ -26,11 +26,24 @@ PART = 1024  # Fewest pairs that are scored and kept together: in 16 bit small p
 
 @dataclass(frozen=True)
 class Reading:
-    """What a tokenizer with its chat template makes of all that is asked: held-out pairs, and prompts to answer."""
+    """What a tokenizer with its chat template makes of all that is asked: held-out pairs, prompts, neutral texts."""
 
     chat: ChatFormat
     pairs: Sequence[Group]
     prompts: list[list[int]]
+    texts: Sequence[Group] = ()
+
+
+def as_groups(texts: Sequence[str], chat: ChatFormat, longest: int) -> list[Group]:
+    """Texts as they are, without a template, cut to `longest` tokens.
+
+    What begins a text is given: its beginning-of-sequence token, or its first where the tokenizer has none. A text of
+    nothing else has no score, and is left out.
+    """
+    begin = chat.tokenizer.bos_token_id
+    rows: list[list[int]] = chat.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+    whole = [([] if begin is None else [begin]) + row for row in rows]
+    return [Group(row[:1], (row[1:longest],)) for row in whole if len(row) > 1]
 
 
 @dataclass(frozen=True)
@@ -50,12 +63,14 @@ class Subject:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a subject said: summed log-probabilities of (chosen, rejected) a pair, in nats, and greedy answers.
+    """What a subject said: summed log-probabilities of (chosen, rejected) a pair and of each neutral text, in nats, and
+    greedy answers.
 
     `known` counts the pairs whose scores were kept from an earlier time.
     """
 
     logps: Scores
+    texts: list[float]
     answers: list[dict[str, Any]]
     known: int
 
@@ -86,8 +101,8 @@ class Bench:
         return settled, measured
 
     def _ask(self, model: Any, subject: Subject, first: str | None) -> tuple[Settled, Measured]:
-        plan, who, pairs = self.plan, subject.name, subject.reading.pairs
-        settled = settle_engine(model, plan, max(pairs, key=lambda group: group.longest_row), first)
+        plan, who, pairs, texts = self.plan, subject.name, subject.reading.pairs, subject.reading.texts
+        settled = settle_engine(model, plan, max([*pairs, *texts], key=lambda group: group.longest_row), first)
         if settled.note:
             self._log(f"{who} computed by {settled.kernels}, not by {first or plan.kernels}: {settled.note}")
 
@@ -99,8 +114,9 @@ class Bench:
             logps, known = kept_scores(pairs, self._cache(subject, settled.kernels), score, PART)
             before = f", {known} of them before" if known else ""
             self._log(f"{len(pairs)} held-out pairs scored by the {who}{before}")
+            of_texts, _ = score_groups(model, texts, plan.token_budget)
             answers = generate(model, subject.reading.prompts, subject.reading.chat, self.max_new_tokens)
-        return settled, Measured(logps, answers, known)
+        return settled, Measured(logps, of_texts, answers, known)
 
     def _cache(self, subject: Subject, kernels: str) -> ScoreCache | None:
         if self.kept is None or not subject.digests or not all(subject.digests.values()):

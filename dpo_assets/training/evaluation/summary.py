@@ -13,7 +13,8 @@ import polars as pl
 from dpo_assets.checks.evidence.clusters import clustered_mean, clustered_share, pick_the_longer, wins_of
 from dpo_assets.checks.evidence.paired import compare
 from dpo_assets.checks.evidence.slices import Part, SliceScore, parts
-from dpo_assets.checks.reports import ChampionScores, EvaluationReport, GreedyAnswers
+from dpo_assets.checks.neutral import perplexities
+from dpo_assets.checks.reports import ChampionScores, EvaluationReport, GreedyAnswers, NotMeasured, Perplexity
 from dpo_assets.training.scoring.proof import Settled
 
 SLICE_DRAWS = 2_000  # Of the bootstrap for each part: there may be a dozen.
@@ -51,6 +52,8 @@ def summarise(
     settled: Settled,
     generation: GreedyAnswers,
     opponent: Opponent | None = None,
+    neutral: Perplexity | NotMeasured | None = None,
+    neutral_of_champion: Perplexity | NotMeasured | None = None,
 ) -> EvaluationReport:
     """Scores with intervals over prompts, from the per-pair table: pairs of one prompt are no independent evidence."""
     chosen_ratio = (table["policy_chosen"] - table["sft_chosen"]) / table["chosen_tokens"]
@@ -70,6 +73,7 @@ def summarise(
             logp_accuracy=share(ranked_by_them),
             reward_against=against(rewarded, theirs),
             logp_against=against(ranked, ranked_by_them),
+            neutral_ratio=neutral_of_champion.ratio if isinstance(neutral_of_champion, Perplexity) else None,
             left_out=dict(opponent.left_out),
         )
 
@@ -110,4 +114,12 @@ def summarise(
         generation=generation,
         champion=opponent.name if opponent else None,
         champion_scores=champion,
+        neutral=neutral,
+        chosen=perplexities(
+            table["chosen_tokens"].to_list(),
+            table["sft_chosen"].to_list(),
+            table["policy_chosen"].to_list(),
+            prompts,
+            confidence,
+        ),
     )

@@ -15,11 +15,12 @@ from typing import Any
 import polars as pl
 
 from dpo_assets.artifact import VOLATILE, write_json
-from dpo_assets.checks.reports import AnswerHealth, GreedyAnswers
+from dpo_assets.checks.neutral import perplexities, read_texts
+from dpo_assets.checks.reports import AnswerHealth, GreedyAnswers, NotMeasured, Perplexity
 from dpo_assets.contract import EvaluateSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.training.batches.data import dpo_group, first_asked, load_asked
-from dpo_assets.training.evaluation.subjects import Bench, Measured, Reading, Subject
+from dpo_assets.training.evaluation.subjects import Bench, Measured, Reading, Subject, as_groups
 from dpo_assets.training.evaluation.summary import Opponent, summarise
 from dpo_assets.training.models.chat_format import load_chat_format
 from dpo_assets.training.reporting import Reporter
@@ -48,8 +49,12 @@ def run(spec: EvaluateSpec, reporter: Reporter) -> None:
         asked = [
             (row, ids) for row, ids in asked if len(theirs.prompt_ids(row)) <= theirs.longest - spec.max_new_tokens
         ]
-    ours = Reading(chat, [to_group(row) for row in rows], [ids for _, ids in asked])
-    subjects = _subjects(spec, ours, theirs.reading(rows["pair_id"], [row for row, _ in asked]) if theirs else ours)
+    texts = read_texts(spec.corpus) if spec.corpus is not None else []
+    pairs, prompts = [to_group(row) for row in rows], [ids for _, ids in asked]
+    fits = min(plan.max_length, plan.longest_pair or plan.max_length)  # No forward was planned for more.
+    ours = Reading(chat, pairs, prompts, as_groups(texts, chat, fits))
+    of_champion = theirs.reading(rows["pair_id"], [row for row, _ in asked], texts, fits) if theirs else ours
+    subjects = _subjects(spec, ours, of_champion)
 
     bench = Bench(plan, spec.max_new_tokens, reporter, spec.score_cache)
     settled, results = bench.measure(list(subjects.values()))
@@ -76,10 +81,22 @@ def run(spec: EvaluateSpec, reporter: Reporter) -> None:
             **{who: AnswerHealth.model_validate(generation_health(said)) for who, said in answered.items()}
         ),
         opponent=Opponent(spec.champion.name, theirs.left_out if theirs else {}) if spec.champion else None,
+        neutral=_neutral(SFT, POLICY, subjects, measured, spec.confidence),
+        neutral_of_champion=_neutral(START, CHAMPION, subjects, measured, spec.confidence) if spec.champion else None,
     )
     report.write(spec.output_dir)
     kept = {f"{who}_pairs_from_cache": found.known for who, found in measured.items()}
     write_json(spec.output_dir / VOLATILE, {"seconds": time.perf_counter() - started, **kept})
+
+
+def _neutral(
+    start: str, policy: str, subjects: Mapping[str, Subject], measured: Mapping[str, Measured], confidence: float
+) -> Perplexity | NotMeasured:
+    """What became of the likelihood of neutral texts from a start to its policy."""
+    tokens = [len(group.completions[0]) for group in subjects[policy].reading.texts]
+    if not tokens:
+        return NotMeasured(not_measured="no neutral texts were asked")
+    return perplexities(tokens, measured[start].texts, measured[policy].texts, confidence=confidence)
 
 
 def _read_by_the_champion(spec: EvaluateSpec, reporter: Reporter) -> Reread | None:
