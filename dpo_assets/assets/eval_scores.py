@@ -1,4 +1,4 @@
-"""`eval_scores`: held-out scores of SFT, policy and champion with intervals, answers side by side, and the verdict."""
+"""`eval_scores`: held-out scores of SFT, policy and champion with intervals, and answers side by side."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dpo_assets.assets.sft_checkpoint import start_adapter
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.evaluation import champion_scored
 from dpo_assets.checks.neutral import NEUTRAL, neutral_perplexity, read_texts
-from dpo_assets.checks.promotion import Learned, decide, evaluation_verdicts, power_told
+from dpo_assets.checks.promotion import Learned, evaluation_verdicts
 from dpo_assets.checks.reports import DpoReport, EvaluationReport
 from dpo_assets.contract import ChampionSpec, EvaluateSpec
 from dpo_assets.errors import ConfigError
@@ -30,7 +30,7 @@ SCORES = "scores.parquet"
 
 
 def materialise(step: Step) -> Events:
-    """Scores the held-out split; the verdict is part of what is written down."""
+    """Scores the held-out split. What that decides, `promotion` says."""
     inputs, evaluation = step.inputs(), step.recipe.evaluation
     plan = read_plan(inputs["dpo_plan"])
     # What was made is judged by what it was held against then.
@@ -67,7 +67,6 @@ def materialise(step: Step) -> Events:
         config["champion"] = _digests(champion)
     artifact, reused = step.build("eval_scores", config, inputs, make)
     report = EvaluationReport.of(artifact)
-    decision, reason = decide(report, evaluation.min_pairs)
     yield from step.result(
         "eval_scores",
         artifact,
@@ -75,7 +74,6 @@ def materialise(step: Step) -> Events:
         [
             *evaluation_verdicts(
                 report,
-                step.recipe,
                 step.bands,
                 seen=_seen(step, inputs, artifact, report),
                 learned=_learned(inputs["dpo_adapter"]),
@@ -85,8 +83,6 @@ def materialise(step: Step) -> Events:
             champion_scored(report),
         ],
         {
-            "verdict": decision,
-            "verdict_reason": reason,
             "scored": report.scored or "not recorded: these scores are of an earlier version",
             "scored_because": plan.scoring.reason,
             "kernels": report.kernels or "not recorded: these scores are of an earlier version",
@@ -94,7 +90,6 @@ def materialise(step: Step) -> Events:
             "champion": report.champion or "none yet: it is held against its own start",
             "held_out_pairs": report.pairs,
             "held_out_prompts": report.prompts,
-            "power": power_told(report),
             "accuracy": report.implicit_reward_accuracy.value,
             "chosen_shift_nats_per_token": report.chosen_shift_nats_per_token,
             "rejected_shift_nats_per_token": report.rejected_shift_nats_per_token,
@@ -161,7 +156,7 @@ def scoring_settings(plan: TrainingPlan) -> dict[str, object]:
 
 NODE = Node(
     name="eval_scores",
-    description="Held-out accuracy of SFT, policy and champion with intervals and a length baseline; answers; verdict.",
+    description="Held-out accuracy of SFT, policy and champion with intervals and a length baseline, and answers.",
     phase="release",
     kinds=frozenset({"pytorch"}),
     body=materialise,

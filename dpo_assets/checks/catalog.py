@@ -96,7 +96,6 @@ CHECKS: tuple[CheckInfo, ...] = (
         "tensors_kept", "merged_model", "Every tensor of the base is released, byte for byte unless it has an adapter."
     ),
     CheckInfo("held_out_unseen", "eval_scores", "No pair is scored whose opening message the model was trained on."),
-    CheckInfo("promotion_verdict", "eval_scores", "The policy beats its start on held-out pairs, beyond chance."),
     CheckInfo(
         "kept_by_merge", "eval_scores", "What the adapter learned is left in the merged weights.", blocking=False
     ),
@@ -107,6 +106,9 @@ CHECKS: tuple[CheckInfo, ...] = (
         "judge_health", "judged_answers", "The judge answers, agrees with itself and with people.", blocking=False
     ),
     CheckInfo("judged_better", "judged_answers", "The judge does not prefer the answers of SFT.", blocking=False),
+    CheckInfo(
+        "promotion_verdict", "promotion", "The policy beats what is live, or its start, beyond chance; it lost nothing."
+    ),
     CheckInfo("release_verified", "published_model", "The release is complete, free of secrets, and reads back equal."),
 )
 

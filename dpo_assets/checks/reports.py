@@ -331,11 +331,11 @@ class EvaluationReport(Report):
     rejected_shift_nats_per_token: Number
     nll_ratio_chosen: Number = Field(description="NLL of chosen answers, policy over SFT.")
     confidence: Number
+    champion: str | None = Field(default=None, description="The champion that was scored too, by its ledger's name.")
     kernels: str = Field(default="", description="The engine that scored both sides.")
     kernels_note: str = Field(default="", description="Why that is not what the plan said; empty where it is.")
     scored: str = Field(default="", description="What was scored as the release; empty: of an earlier version.")
     generation: GreedyAnswers
-    champion: str | None = Field(default=None, description="Its name in the ledger; None: nothing was live.")
     champion_scores: ChampionScores | None = None
     neutral: Perplexity | NotMeasured | None = Field(
         default=None, description="Of texts that no feedback is about; None: of an earlier version."

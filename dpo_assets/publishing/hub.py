@@ -74,7 +74,7 @@ class HubRepository:
             return None
         files = {file.rfilename: _held(file) for file in info.siblings or ()}
         commit = str(info.sha)
-        found = ReleaseRecord.read(self._text(PROVENANCE, commit, files))
+        found = self.record(commit, files)
         other = found.pipeline if found is not None and self.pipeline not in ("", found.pipeline) else ""
         earlier = None if other else found
         hub_made = set(HUB_OWNED)
@@ -90,6 +90,10 @@ class HubRepository:
             )
         )
         return {file.rfilename: _held(file) for file in info.siblings or ()}
+
+    def record(self, commit: str, files: dict[str, HeldFile]) -> ReleaseRecord | None:
+        """What a commit with these files says of itself, or None where it is no release of this package."""
+        return ReleaseRecord.read(self._text(PROVENANCE, commit, files))
 
     def tags(self) -> dict[str, str]:
         """Name and commit of every tag."""
@@ -123,6 +127,19 @@ class HubRepository:
     def tag(self, name: str, commit: str) -> None:
         """Puts a tag on a commit. One of that name that is elsewhere stays there: see `tags`."""
         self._call(lambda: self.api.create_tag(self.repo_id, tag=name, revision=commit, exist_ok=True))
+
+    def untag(self, name: str) -> None:
+        """Takes a tag away. One that is gone already is no fault."""
+        from huggingface_hub.errors import HfHubHTTPError
+
+        def ask() -> None:
+            try:
+                self.api.delete_tag(self.repo_id, tag=name)
+            except HfHubHTTPError as error:
+                if error.response.status_code != 404:
+                    raise
+
+        self._call(ask)
 
     def sha256(self, path: str, commit: str) -> str | None:
         """sha256 of a file's bytes as the Hub hands them out, streamed and not kept; None where it has none."""

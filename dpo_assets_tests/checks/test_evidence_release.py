@@ -189,8 +189,6 @@ def test_the_last_word_on_a_challenger_counts() -> None:
     stop = Override(decision="hold", reason="the owners want to wait")
     ledger, _ = decided(ledger, FEW, override=stop, challenger=promoted.challenger)
     assert not ledger.may_release(promoted)
-    assert ledger.decision_on(promoted.inputs["eval_scores"]) == promoted
-    assert ledger.decision_on("scores of another day") is None
 
 
 def test_a_champion_is_held_against_the_one_that_it_was_held_against() -> None:

@@ -23,20 +23,21 @@ from dpo_assets.checks.config import plan_verdicts
 from dpo_assets.checks.coverage import lora_coverage
 from dpo_assets.checks.dataset import dataset_verdicts
 from dpo_assets.checks.evaluation import champion_scored
+from dpo_assets.checks.evidence.ledger import Override
 from dpo_assets.checks.judged import judge_verdicts
 from dpo_assets.checks.judged_text import judged_text_kept
 from dpo_assets.checks.neutral import neutral_perplexity
 from dpo_assets.checks.promotion import (
-    decide,
     evaluation_verdicts,
     greedy_health,
     kept_by_merge,
-    power_told,
+    override_of,
     promotion_verdict,
 )
 from dpo_assets.checks.reports import AdoptedBase, Aftermath, DpoReport, MergeReport, SftReport
 from dpo_assets.checks.training import dpo_verdicts, merge_verdicts, sft_verdicts
 from dpo_assets.checks.verdict import Level, Verdict, upper_limit, worst
+from dpo_assets.errors import ConfigError
 from dpo_assets.planning.licence import Licence
 from dpo_assets.planning.matrices import Role
 from dpo_assets.planning.model_folder import ModelFolder
@@ -57,6 +58,7 @@ from dpo_assets_tests.samples import (
     judged_answers,
     neutral,
     plan,
+    promotion_outcome,
     quality,
     recipe,
     score,
@@ -339,93 +341,48 @@ def test_a_merge_is_held_against_its_report(check: str, changes: Report, level: 
 # eval_scores
 
 
-def paired(difference: float, low: float, high: float, p_better: float = 0.5) -> dict[str, Any]:
-    """A comparison on the pairs of `evaluation_report`."""
-    return {
-        "difference": difference, "low": low, "high": high, "error": 0.02, "p_better": p_better, "p_worse": 0.5,
-        "p_pairs": p_better, "n": 120, "clusters": 100, "discordant": 30,
-    }  # fmt: skip
+@pytest.mark.parametrize(
+    ("decision", "champion", "dry_run", "level"),
+    [
+        ("first_publication", None, False, "pass"),
+        ("promote", "model 1", False, "pass"),
+        ("hold", None, False, "error"),
+        ("insufficient_evidence", None, False, "error"),
+        ("reject", None, False, "error"),
+        ("hold", "model 1", False, "warn"),
+        ("insufficient_evidence", "model 1", False, "warn"),
+        ("reject", "model 1", False, "error"),
+        ("hold", None, True, "warn"),
+        ("insufficient_evidence", "model 1", True, "warn"),
+        ("reject", "model 1", True, "error"),
+    ],
+)
+def test_a_hold_is_no_fault_of_a_run_where_a_model_is_live(
+    decision: str, champion: str | None, dry_run: bool, level: str
+) -> None:
+    verdict = promotion_verdict(promotion_outcome(decision, champion), dry_run=dry_run)
+    assert (verdict.level, verdict.value, bool(verdict.fix)) == (level, decision, level != "pass")
+    if decision in ("hold", "insufficient_evidence"):
+        assert "error spent: nothing yet" in verdict.fix
+        assert "with `override` and a `reason`" in verdict.fix
 
 
 @pytest.mark.parametrize(
-    ("changes", "decision"),
+    ("word", "reason", "told"),
     [
-        ({}, "first_publication"),
-        ({"implicit_reward_accuracy": score(0.7, 0.501, 0.78)}, "first_publication"),
-        ({"implicit_reward_accuracy": score(0.58, 0.5, 0.66)}, "hold"),
-        ({"implicit_reward_accuracy": score(0.45, 0.37, 0.54)}, "hold"),
-        ({"implicit_reward_accuracy": score(0.4, 0.32, 0.499)}, "reject"),
-        ({"implicit_reward_accuracy": score(0.4, 0.32, 0.5)}, "hold"),
-        ({"implicit_reward_accuracy": score(0.4, 0.32, 0.499), "prompts": 3}, "reject"),
-        ({"implicit_reward_accuracy": score(math.nan, 0.0, 1.0)}, "reject"),
-        ({"nll_ratio_chosen": math.nan}, "reject"),
-        ({"nll_ratio_chosen": math.inf}, "reject"),
-        ({"prompts": 50}, "first_publication"),
-        ({"prompts": 49}, "insufficient_evidence"),
-        ({"prompts": 0, "implicit_reward_accuracy": score(0.58, 0.4, 0.7)}, "insufficient_evidence"),
-        ({"logp_accuracy_policy": score(0.5301, 0.4, 0.6)}, "first_publication"),
-        ({"logp_accuracy_policy": score(0.52, 0.4, 0.6)}, "hold"),
-        ({"logp_accuracy_policy": score(0.9, 0.8, 1.0)}, "first_publication"),
-        ({"logp_accuracy_policy": score(math.nan, 0.0, 1.0)}, "hold"),
-        ({"logp_against_sft": paired(-0.03, -0.06, -0.001)}, "hold"),
-        ({"logp_against_sft": paired(-0.03, -0.06, 0.001)}, "first_publication"),
-        ({"logp_against_sft": paired(math.nan, math.nan, math.nan)}, "hold"),
-        ({"reward_against_chance": paired(0.2, 0.11, 0.28, p_better=0.025)}, "first_publication"),
-        ({"reward_against_chance": paired(0.2, 0.11, 0.28, p_better=0.026)}, "hold"),
+        ("release", "because I can, and want to", "`override: release` is no decision"),
+        ("promote", "", "needs a `reason` of at least 10 characters"),
+        ("hold", "  short    ", "needs a `reason` of at least 10 characters"),
+        ("", "the owners want it", "`reason` is that of an override"),
     ],
 )
-def test_a_release_is_decided_by_evidence_beyond_chance(changes: Report, decision: str) -> None:
-    found, reason = decide(evaluation_report(**changes), 50)
-    assert found == decision
-    assert reason
-
-
-@pytest.mark.parametrize(("prompts", "decision"), [(49, "insufficient_evidence"), (50, "first_publication")])
-def test_no_recipe_lowers_the_prompts_that_carry_a_release_below_fifty(prompts: int, decision: str) -> None:
-    found, reason = decide(evaluation_report(prompts=prompts), 1)
-    assert found == decision
-    assert ("fewer than 50" in reason) == (decision == "insufficient_evidence")
-
-
-def test_scores_of_an_earlier_version_that_counted_pairs_carry_no_release() -> None:
-    """Their intervals are too narrow where prompts have several pairs; where none has, they are right."""
-    plain = {"value": 0.7, "low": 0.61, "high": 0.78, "n": 120}
-    found, reason = decide(evaluation_report(implicit_reward_accuracy=plain), 50)
-    assert found == "insufficient_evidence"
-    assert "materialise `eval_scores` again" in reason
-    single = evaluation_report(implicit_reward_accuracy=plain, prompts=120)
-    assert decide(single, 50)[0] == "first_publication"
-
-
-def test_a_hold_says_what_its_pairs_can_show_and_how_many_would_decide() -> None:
-    verdict = promotion_verdict(evaluation_report(implicit_reward_accuracy=score(0.55, 0.45, 0.64)), recipe())
-    assert "a difference of 14.0 points is found with 80% power" in verdict.fix
-    assert "942 pairs would show the 5.0 points seen" in verdict.fix  # 120 pairs, worth 100: 120 * (0.140 / 0.05)^2.
-    unlucky = power_told(evaluation_report(implicit_reward_accuracy=score(0.45, 0.35, 0.54)))
-    assert "points seen" not in unlucky
-
-
-@pytest.mark.parametrize(
-    ("changes", "dry_run", "release"),
-    [
-        ({}, "pass", "pass"),
-        ({"prompts": 3}, "warn", "error"),
-        ({"implicit_reward_accuracy": score(0.5, 0.4, 0.6)}, "warn", "error"),
-        ({"implicit_reward_accuracy": score(0.4, 0.3, 0.45)}, "error", "error"),
-    ],
-    ids=["better", "too few", "chance", "worse"],
-)
-def test_what_a_dry_run_warns_of_blocks_a_release(changes: Report, dry_run: str, release: str) -> None:
-    report = evaluation_report(**changes)
-    real = recipe(publishing={"dry_run": False, "repo_id": "org/bot"})
-    assert promotion_verdict(report, recipe()).level == dry_run
-    assert promotion_verdict(report, real).level == release
-    assert bool(promotion_verdict(report, real).fix) == (release != "pass")
-
-
-def test_how_many_prompts_are_enough_is_the_recipes() -> None:
-    strict = recipe(evaluation={"min_pairs": 101}, publishing={"dry_run": False, "repo_id": "org/bot"})
-    assert promotion_verdict(evaluation_report(), strict).value == "insufficient_evidence"
+def test_an_override_is_a_decision_with_a_reason(word: str, reason: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        override_of(word, reason)
+    assert override_of("", " ") is None
+    assert override_of(" hold ", " the owners want to wait ") == Override(
+        decision="hold", reason="the owners want to wait"
+    )
 
 
 @pytest.mark.parametrize(
@@ -618,7 +575,6 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
         "eval_scores": [
             *evaluation_verdicts(
                 bad_scores if fail else evaluation_report(),
-                recipe(),
                 BANDS,
                 seen=1 if fail else 0,
                 learned=learned,
@@ -632,6 +588,7 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
             if fail
             else judged_answers()
         ),
+        "promotion": [promotion_verdict(promotion_outcome("reject" if fail else "first_publication"), dry_run=True)],
         "published_model": [release_verified(artifact, operations, None)],
     }
 

@@ -25,7 +25,7 @@ from dpo_assets.assets.published_model import verify
 from dpo_assets.errors import ConfigError, GateError, InfrastructureError
 from dpo_assets.publishing.access import check_access
 from dpo_assets.publishing.card import render_card
-from dpo_assets.publishing.commit import Release, content_tag, preview, publish, staged_files
+from dpo_assets.publishing.commit import CHAMPION, Release, content_tag, preview, publish, staged_files
 from dpo_assets.publishing.errors import HubFailure, HubOffline, PublishRefused
 from dpo_assets.publishing.hub import HubRepository, Patience, limited
 from dpo_assets.publishing.plan import (
@@ -104,7 +104,7 @@ def is_released_once(hub: HubServer, release: Release, names: Set[str] = frozens
     """One commit on a new repository, tagged, with every file."""
     repo = hub.repo(REPO)
     assert summaries(repo) == [f"Release {release.tag}", "initial commit"]
-    assert repo.tags == {release.tag: repo.resolve().oid}
+    assert repo.tags == dict.fromkeys([release.tag, CHAMPION], repo.resolve().oid)
     return set(repo.files()) == names | HUB_OWNED
 
 
@@ -153,7 +153,7 @@ def test_a_new_release_replaces_the_old_one_and_removes_what_it_no_longer_holds(
     assert set(repo.files()) == STAGED | HUB_OWNED
     assert repo.files()["config.json"] == CONFIG_2["config.json"]
     # The release before stays where its tag is.
-    assert repo.tags == {first.tag: first.commit, second.tag: second.commit}
+    assert repo.tags == {first.tag: first.commit, second.tag: second.commit, CHAMPION: second.commit}
     assert repo.files(first.tag)["tokenizer.model"] == b"old"
     changed = {o.path: o.action for o in second.plan.changes}
     assert changed == {"config.json": "update", "provenance.json": "update", "tokenizer.model": "delete"}
@@ -620,7 +620,7 @@ def test_bytes_that_the_hub_damages_fail_the_check_get_no_tag_and_leave_the_old_
         with pytest.raises(GateError, match=rf"{path} at {REPO}@[0-9a-f]{{40}} is not what was sent") as red:
             send(api, new)
         assert red.value.check == "release_verified"
-    assert hub.repo(REPO).tags == {first.tag: first.commit}
+    assert hub.repo(REPO).tags == dict.fromkeys([first.tag, CHAMPION], first.commit)
 
 
 def test_a_tag_at_the_head_is_not_believed(hub: HubServer, api: HfApi, tmp_path: Path) -> None:
@@ -818,7 +818,9 @@ def test_the_check_of_a_release_says_what_this_run_did(
     target.rename(tmp_path / "release")
     artifact = seal(tmp_path, kind="published_model", fingerprint="f" * 32, inputs={})
     plan = ReleasePlan(None, ())
-    release = None if sent is None else Release("u", "0123456789abcdef", "t", sent, bool(read_back), plan)
+    release = (
+        None if sent is None else Release("u", "0123456789abcdef", "0123456789abcdef", "t", sent, bool(read_back), plan)
+    )
     verdict = verify(artifact, files, release)
     assert (verdict.level, verdict.value) == ("pass", said)
     assert verify(artifact, files, None, "it is public").level == "warn"

@@ -168,8 +168,8 @@ class Ledger(BaseModel):
         of = next((one for one in self.decisions if one.number == line.decision), None)
         if of is None or of.challenger != line.challenger or not self.may_release(of):
             raise ValueError(f"line {line.number} releases {line.challenger}, and no decision carries that")
-        if line.release != len(self.releases) + 1:
-            raise ValueError(f"line {line.number} is called release {line.release} of {len(self.releases)} before it")
+        if line.release != self.number_of(of):
+            raise ValueError(f"line {line.number} is called release {line.release}, and is {self.number_of(of)}")
 
     def _refuse_rollback(self, line: RolledBack) -> None:
         if not any((one.release, one.challenger) == (line.release, line.challenger) for one in self.releases):
@@ -199,8 +199,14 @@ class Ledger(BaseModel):
         return self.live.challenger if self.live is not None else None
 
     def release(self, number: int) -> Released:
-        """The release of that number; there must be one."""
-        return self.releases[number - 1]
+        """The release of that number, as it was sent last; there must be one."""
+        return next(one for one in reversed(self.releases) if one.release == number)
+
+    def number_of(self, decided: Decided) -> int:
+        """The number of the release by a decision, whether it was made or would be the next one. The same model sent
+        again, with another card or to another place, is the same release."""
+        numbers = {one.decision: one.release for one in self.releases}
+        return numbers.get(decided.number, len(numbers) + 1)
 
     @property
     def live_decision(self) -> Decided | None:
@@ -218,10 +224,6 @@ class Ledger(BaseModel):
         last = bool(words) and words[-1] == decided
         since = self.live is None or self.live.number < decided.number
         return decided.releases and ((last and since) or decided == self.live_decision)
-
-    def decision_on(self, scores: str) -> Decided | None:
-        """The last decision that stands on the evaluation of this digest."""
-        return next((one for one in reversed(self.decisions) if one.inputs.get(SCORES) == scores), None)
 
     def opponent(self, challenger: str) -> str | None:
         """Whom a challenger is held against: the champion; and of the champion itself, the one it was held against."""
@@ -263,7 +265,7 @@ class Ledger(BaseModel):
             at=at,
             champion=self.champion,
             challenger=decided.challenger,
-            release=len(self.releases) + 1,
+            release=self.number_of(decided),
             repo_id=repo_id,
             commit=commit,
             tag=tag,

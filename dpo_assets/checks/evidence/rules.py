@@ -23,12 +23,15 @@ class Evidence:
         guards: the same on the frozen set, by name: no loss beyond `TOLERANCE`.
         failures: hard guards that failed, by name, with their reasons (weights not finite, secret found, no licence).
         fewest: prompts that each primary needs; never less than `FEWEST_PROMPTS`.
+        against_start: challenger against its own start on the fresh prompts, by name, where nothing is live yet and no
+            frozen set is there that could rule a loss out: none measured above `TOLERANCE`, and none beyond chance.
     """
 
     primaries: Mapping[str, Comparison]
     guards: Mapping[str, Comparison] = field(default_factory=dict)
     failures: Mapping[str, str] = field(default_factory=dict)
     fewest: int = FEWEST_PROMPTS
+    against_start: Mapping[str, Comparison] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ def judge(evidence: Evidence, ledger: Ledger, override: Override | None = None) 
     1. A hard guard failed: `reject`. No override lifts it.
     2. Fewer fresh prompts than the floor: `insufficient_evidence`. Nothing is looked at, so nothing is spent.
     3. A primary is worse beyond chance: `reject`.
-    4. A guard on the frozen set may have lost more than the tolerance, or has too few prompts to tell: `hold`.
+    4. A guard on the frozen set may have lost more than the tolerance, or has too few prompts to tell; or, without a
+       champion, the challenger lost against its own start: `hold`.
     5. A primary is better at the level of this test, after Holm: `promote`, or `first_publication` without a champion.
     6. Else `hold`: what is live stays.
 
@@ -71,7 +75,8 @@ def _by_evidence(evidence: Evidence, level: float, *, first: bool) -> Outcome:
     floor = max(evidence.fewest, FEWEST_PROMPTS)
     fewest = min((one.clusters for one in evidence.primaries.values()), default=0)
     if not can_decide(fewest, level, floor):
-        return Outcome("insufficient_evidence", f"{fewest} prompts that no decision saw, {floor} are needed", level)
+        told = f"{fewest} held-out prompts that no decision saw, and {floor} are needed"
+        return Outcome("insufficient_evidence", told, level)
     adjusted = holm({name: one.p_better for name, one in evidence.primaries.items()})
     worse = [name for name, one in evidence.primaries.items() if one.high < 0]
     lost = [name for name, one in evidence.guards.items() if one.clusters < floor or not one.low > -TOLERANCE]
@@ -82,6 +87,9 @@ def _by_evidence(evidence: Evidence, level: float, *, first: bool) -> Outcome:
     if lost:
         told = _shown(evidence.guards, lost)
         return Outcome("hold", f"may have lost more than {TOLERANCE:g} on the frozen set: {told}", level, adjusted)
+    behind = [n for n, one in evidence.against_start.items() if not (one.difference >= -TOLERANCE and one.high >= 0)]
+    if behind:
+        return Outcome("hold", f"worse than its start: {_shown(evidence.against_start, behind)}", level, adjusted)
     if adjusted[best] <= level:
         return Outcome("first_publication" if first else "promote", f"better: {shown}", level, adjusted, found=True)
     return Outcome("hold", f"this may be chance: {shown}", level, adjusted)
