@@ -17,6 +17,7 @@ from dpo_assets.assets.node import Node
 from dpo_assets.assets.sft_checkpoint import start_adapter
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.evaluation import champion_scored
+from dpo_assets.checks.evidence.candidate import ScoredPairs
 from dpo_assets.checks.neutral import NEUTRAL, neutral_perplexity, read_texts
 from dpo_assets.checks.promotion import Learned, evaluation_verdicts
 from dpo_assets.checks.reports import DpoReport, EvaluationReport
@@ -24,6 +25,7 @@ from dpo_assets.contract import ChampionSpec, EvaluateSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.trained import seen_pairs
 from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.report.score_plots import score_plots
 from dpo_assets.report.scores import answers_table, parts_table, perplexity_table, scores_table
 
 SCORES = "scores.parquet"
@@ -94,11 +96,17 @@ def materialise(step: Step) -> Events:
             "chosen_shift_nats_per_token": report.chosen_shift_nats_per_token,
             "rejected_shift_nats_per_token": report.rejected_shift_nats_per_token,
             "scores": dg.MetadataValue.md(scores_table(report)),
+            **{title: dg.MetadataValue.md(plot) for title, plot in _plots(step, artifact).items()},
             "perplexity": dg.MetadataValue.md(perplexity_table(report)),
             "parts": dg.MetadataValue.md(parts_table(report)),
             "answers": dg.MetadataValue.md(answers_table(artifact.json("generations.json"))),
         },
     )
+
+
+def _plots(step: Step, scores: Artifact) -> dict[str, str]:
+    """Of the pairs one by one; none where only checks are evaluated, whose page has no plots."""
+    return {} if step.only_checks else score_plots(ScoredPairs.read(scores.path / SCORES))
 
 
 def _learned(adapter: Artifact) -> Learned:
