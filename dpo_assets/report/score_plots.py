@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dpo_assets.checks.evidence.candidate import ScoredPairs
+from dpo_assets.checks.evidence.clusters import Floats
 from dpo_assets.report.plots import as_markdown
 
 if TYPE_CHECKING:
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 BINS = 40
 POINTS = 1500  # Of a scatter, evenly taken.
 TAIL = 0.5  # Percent at either end that a histogram draws into its outermost bins.
-FACES = {"SFT": "grey", "policy": "tab:blue", "champion": "tab:orange"}
+COLOURS = {
+    "SFT": "grey", "policy": "tab:blue", "champion": "tab:orange", "chosen": "tab:green", "rejected": "tab:red",
+}  # fmt: skip
 
 
 def score_plots(pairs: ScoredPairs) -> dict[str, str]:
@@ -109,14 +112,14 @@ def _histograms(axes: Axes, series: Mapping[str, Sequence[float]], label: str) -
     edges = np.linspace(low, high, BINS + 1)
     for name, values in kept.items():
         counts, _ = np.histogram(np.clip(values, low, high), edges)
-        axes.stairs(counts, edges, label=name, linewidth=1.2, color=FACES.get(name))
+        axes.stairs(counts, edges, label=name, linewidth=1.2, color=COLOURS[name])
     axes.axvline(0.0, linestyle="--", linewidth=0.8, color="grey")
     axes.set_ylabel("pairs", fontsize=9)
     axes.legend(fontsize=8)
     return True
 
 
-def _finite(*columns: Sequence[float]) -> list[np.ndarray[tuple[int, ...], np.dtype[np.float64]]]:
+def _finite(*columns: Sequence[float]) -> list[Floats]:
     """The rows in which every column is a number, evenly thinned where there is more than one column."""
     rows = np.asarray(columns, dtype=float)
     rows = rows[:, np.isfinite(rows).all(axis=0)]
@@ -125,7 +128,7 @@ def _finite(*columns: Sequence[float]) -> list[np.ndarray[tuple[int, ...], np.dt
 
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
-    """Spearman's, ties at their mean rank; NaN where either does not vary. Rows with a number that is none are left out."""
+    """Spearman's, ties at their mean rank. Rows with a number that is none are left out; NaN where either is constant."""
     rows = np.asarray([one, other], dtype=float)
     rows = rows[:, np.isfinite(rows).all(axis=0)]
     ranks = np.array([_ranks(row) for row in rows])
@@ -134,8 +137,6 @@ def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
     return float(np.corrcoef(ranks)[0, 1])
 
 
-def _ranks(
-    values: np.ndarray[tuple[int, ...], np.dtype[np.float64]],
-) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+def _ranks(values: Floats) -> Floats:
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]

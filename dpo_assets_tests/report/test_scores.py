@@ -77,10 +77,8 @@ def test_answers_of_sft_policy_and_champion_stand_side_by_side() -> None:
         "| Why? | Because. | It is so. |",
     ]
     both = answers_table([row | {"champion": "Well."}]).splitlines()
-    assert both[::2] == [
-        "| prompt (last message) | SFT | policy | champion |",
-        "| Why? | Because. | It is so. | Well. |",
-    ]
+    assert both[0] == "| prompt (last message) | SFT | policy | champion |"
+    assert both[2] == "| Why? | Because. | It is so. | Well. |"
     assert answers_table([]).splitlines()[0] == "| prompt (last message) | SFT | policy | champion |"
 
 
