@@ -152,6 +152,7 @@ def evaluation_report(**changes: Any) -> EvaluationReport:
         "chosen_shift_nats_per_token": -0.05,
         "rejected_shift_nats_per_token": -0.1,
         "generation": {"sft": answers(), "policy": answers()},
+        "kl": {"per_token": 0.02, "low": 0.01, "high": 0.03},
         "neutral": neutral(1.02),
     }
     return EvaluationReport.model_validate(values | changes)

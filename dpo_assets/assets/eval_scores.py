@@ -16,15 +16,16 @@ from dpo_assets.assets.lineage import Inputs, Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.sft_checkpoint import start_adapter
 from dpo_assets.assets.step import Events, Step
-from dpo_assets.checks.evaluation import champion_scored
+from dpo_assets.checks.evaluation import champion_scored, divergence_in_training, released_kl
 from dpo_assets.checks.evidence.candidate import ScoredPairs
 from dpo_assets.checks.neutral import NEUTRAL, neutral_perplexity, read_texts
-from dpo_assets.checks.promotion import Learned, evaluation_verdicts
+from dpo_assets.checks.promotion import evaluation_verdicts
 from dpo_assets.checks.reports import DpoReport, EvaluationReport
 from dpo_assets.contract import ChampionSpec, EvaluateSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.trained import seen_pairs
 from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.planning.precision import QUANTISED
 from dpo_assets.report.score_plots import score_plots
 from dpo_assets.report.scores import answers_table, parts_table, perplexity_table, scores_table
 
@@ -37,6 +38,19 @@ def materialise(step: Step) -> Events:
     plan = read_plan(inputs["dpo_plan"])
     # What was made is judged by what it was held against then.
     champion = None if step.only_checks else champion_of(step, inputs["merged_model"].digest)
+
+    corpus = Path(evaluation.corpus) if evaluation.corpus else NEUTRAL
+    if not step.only_checks:
+        read_texts(corpus)  # A damaged one must end here, before anything is scored.
+    adapter, merged = _dpo_report(inputs["dpo_adapter"]), plan.scoring.subject == "merged"
+    # On a quantised base training measured another model than is released.
+    kl = None if merged and plan.precision in QUANTISED else divergence_in_training(adapter)
+    sampled = 0 if kl else evaluation.sampled_answers
+    settings = evaluation.model_dump(exclude={"min_pairs", "judge", "corpus", "sampled_answers"})
+    config: dict[str, object] = {"evaluation": settings, "sampled_answers": sampled}
+    config["corpus"] = file_sha256(corpus) if corpus.is_file() else ""
+    if champion is not None:
+        config["champion"] = _digests(champion)
 
     def make(folder: Path, print_: str) -> None:
         step.launch(
@@ -55,18 +69,12 @@ def materialise(step: Step) -> Events:
                 policy=inputs["merged_model"].path / "model",
                 champion=_to_score_again(champion, inputs) if champion else None,
                 corpus=corpus,
+                sampled_answers=sampled,
                 score_cache=step.tree.root / "cache" / "reference.sqlite",
                 **evaluation.model_dump(include={"confidence", "generations", "max_new_tokens", "min_pairs"}),
             ),
         )
 
-    corpus = Path(evaluation.corpus) if evaluation.corpus else NEUTRAL
-    if not step.only_checks:
-        read_texts(corpus)  # A damaged one must end here, before anything is scored.
-    config: dict[str, object] = {"evaluation": evaluation.model_dump(exclude={"min_pairs", "judge", "corpus"})}
-    config["corpus"] = file_sha256(corpus) if corpus.is_file() else ""
-    if champion is not None:
-        config["champion"] = _digests(champion)
     artifact, reused = step.build("eval_scores", config, inputs, make)
     report = EvaluationReport.of(artifact)
     yield from step.result(
@@ -78,9 +86,10 @@ def materialise(step: Step) -> Events:
                 report,
                 step.bands,
                 seen=_seen(step, inputs, artifact, report),
-                learned=_learned(inputs["dpo_adapter"]),
-                merged=plan.scoring.subject == "merged",
+                learned=adapter.held_out if adapter else None,
+                merged=merged,
             ),
+            released_kl(report, kl, step.bands),
             neutral_perplexity(report, step.bands),
             champion_scored(report),
         ],
@@ -109,10 +118,10 @@ def _plots(step: Step, scores: Artifact) -> dict[str, str]:
     return {} if step.only_checks else score_plots(ScoredPairs.read(scores.path / SCORES))
 
 
-def _learned(adapter: Artifact) -> Learned:
+def _dpo_report(adapter: Artifact) -> DpoReport | None:
     """What was measured of the adapter. None where its report is of an earlier version: no other check waits for it."""
     with suppress(ConfigError):
-        return DpoReport.of(adapter).held_out
+        return DpoReport.of(adapter)
     return None
 
 

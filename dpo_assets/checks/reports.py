@@ -337,6 +337,9 @@ class EvaluationReport(Report):
     scored: str = Field(default="", description="What was scored as the release; empty: of an earlier version.")
     generation: GreedyAnswers
     champion_scores: ChampionScores | None = None
+    kl: Divergence | NotMeasured | None = Field(
+        default=None, description="KL(policy || SFT) on the policy's own answers; None: of an earlier version."
+    )
     neutral: Perplexity | NotMeasured | None = Field(
         default=None, description="Of texts that no feedback is about; None: of an earlier version."
     )

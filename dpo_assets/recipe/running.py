@@ -46,6 +46,13 @@ class EvaluationSection(Section):
     )
     generations: int = Field(default=16, ge=0, description="Held-out prompts that SFT and policy answer.")
     max_new_tokens: int = Field(default=64, ge=1, description="Length limit of those answers.")
+    sampled_answers: int = Field(
+        default=32,
+        ge=0,
+        le=512,
+        description="Prompts that the release answers at temperature 1, for its KL from SFT, where training did not "
+        "measure the same; 0: not measured.",
+    )
     corpus: str | None = Field(
         default=None,
         description=(

@@ -128,7 +128,7 @@ def _finite(*columns: Sequence[float]) -> list[Floats]:
 
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
-    """Spearman's, ties at their mean rank. Rows with a number that is none are left out; NaN where either is constant."""
+    """Spearman's, ties at their mean rank; NaN where either is constant. Rows without two numbers are left out."""
     rows = np.asarray([one, other], dtype=float)
     rows = rows[:, np.isfinite(rows).all(axis=0)]
     ranks = np.array([_ranks(row) for row in rows])

@@ -16,17 +16,18 @@ from transformers import GenerationConfig
 
 from dpo_assets.artifact import VOLATILE
 from dpo_assets.checks.neutral import read_texts
-from dpo_assets.checks.reports import AnswerHealth, EvaluationReport, GreedyAnswers, Perplexity
+from dpo_assets.checks.reports import AnswerHealth, Divergence, EvaluationReport, GreedyAnswers, NotMeasured, Perplexity
 from dpo_assets.checks.statistics import wilson
 from dpo_assets.contract import ChampionSpec, EvaluateSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.scoring import Scoring
-from dpo_assets.training.batches.data import dpo_group, load_split
+from dpo_assets.training.batches.data import dpo_group, first_asked, load_asked, load_split
 from dpo_assets.training.batches.packing import Group
 from dpo_assets.training.evaluation import subjects
 from dpo_assets.training.evaluation.summary import summarise
 from dpo_assets.training.models.chat_format import ChatFormat, load_chat_format
 from dpo_assets.training.models.loading import attach_adapter, autocast_of, load_base
+from dpo_assets.training.scoring.divergence import own_answers
 from dpo_assets.training.scoring.generation import generate, generation_health, longest_repeat, repeats_itself
 from dpo_assets.training.scoring.logprobs import score_groups
 from dpo_assets.training.scoring.proof import Settled
@@ -339,6 +340,43 @@ def test_neutral_texts_are_scored_as_the_plain_forward_scores_them(
     assert report.champion_scores.neutral_ratio == 1.0
 
 
+# --- how far the release went -------------------------------------------------------------------------------------
+
+
+def test_the_kl_of_the_release_is_the_log_ratio_of_its_own_answers(
+    evaluation: EvaluateMaker, dataset: Path, model_folder: Path, sft_adapter: Path, chat: ChatFormat, tmp_path: Path
+) -> None:
+    """Sampled by the merged model, here the built-in one, and scored by its plain forward and by its start's."""
+    spec = evaluation(tmp_path / "out", sampled_answers=3, max_new_tokens=8, generations=1)
+    _, report, _ = scored(spec)
+    plain = load_base(model_folder, spec.plan).eval()
+    start = attach_adapter(load_base(model_folder, spec.plan), spec.plan, sft_adapter, seed=0, dropout=0.0).eval()
+    rows = load_asked(dataset, "eval", tmp_path / "scratch", ["prompt_id"])
+    prompts = [ids for _, ids in first_asked(rows, chat, 3, spec.plan.max_length - 8, by="prompt_id")]
+    answers = own_answers(prompts, generate(plain, prompts, chat, 8, seed=spec.plan.dpo.seed))
+    assert len(answers) == 3
+    ratios = []
+    for group in answers:
+        row = torch.tensor([[*group.prompt, *group.completions[0]]])
+        with torch.no_grad():
+            by_both = [model(input_ids=row).logits[0, :-1].log_softmax(-1) for model in (plain, start)]
+        wanted = row[0, len(group.prompt) :]
+        scores = [float(logps[len(group.prompt) - 1 :].gather(-1, wanted[:, None]).sum()) for logps in by_both]
+        ratios.append(scores[0] - scores[1])
+    tokens = sum(len(group.completions[0]) for group in answers)
+    assert isinstance(report.kl, Divergence)
+    assert report.kl.per_token == pytest.approx(sum(ratios) / tokens, abs=1e-3)
+    assert report.kl.per_token > 0.05
+    assert report.kl.low is not None
+    assert report.kl.low < report.kl.per_token
+
+
+def test_a_release_whose_kl_nobody_asked_for_says_so(evaluation: EvaluateMaker, tmp_path: Path) -> None:
+    _, report, _ = scored(evaluation(tmp_path / "out", generations=0))
+    assert isinstance(report.kl, NotMeasured)
+    assert isinstance(report.neutral, NotMeasured)
+
+
 # --- the champion, scored again on the pairs of now ---------------------------------------------------------------
 
 
@@ -377,8 +415,8 @@ def test_a_start_that_both_share_is_scored_once(
     assert table["champion_start_chosen"].to_list() == table["sft_chosen"].to_list()
     done = [line for line in log.messages if line.startswith("[progress]")]
     assert done == [
-        "[progress] evaluate 1/3 SFT done",
-        "[progress] evaluate 2/3 policy done",
+        "[progress] evaluate 1/3 policy done",
+        "[progress] evaluate 2/3 SFT done",
         "[progress] evaluate 3/3 champion done",
     ]
     assert report.champion_scores is not None
@@ -408,7 +446,7 @@ def test_scores_of_pairs_scored_before_are_read_and_only_new_pairs_are_computed(
     changed = {"base_model": "b", "sft_checkpoint": "s", "dpo_adapter": "a2", "merged_model": "m2"}
     spec = evaluation(tmp_path / "second", score_cache=cache, inputs=changed, champion=was_live)
     table, _, log = scored(spec)
-    assert asked == [3, 10, 3]
+    assert asked == [10, 3, 3]
     assert table["sft_chosen"][:7].to_list() == first["sft_chosen"].to_list()
     assert table["champion_chosen"][:7].to_list() == first["policy_chosen"].to_list()
     assert any("scored by the champion, 7 of them before" in line for line in log.messages)

@@ -15,7 +15,14 @@ from dpo_assets.checks.evidence.clusters import clustered_mean, clustered_share,
 from dpo_assets.checks.evidence.paired import compare
 from dpo_assets.checks.evidence.slices import Part, SliceScore, parts
 from dpo_assets.checks.neutral import perplexities
-from dpo_assets.checks.reports import ChampionScores, EvaluationReport, GreedyAnswers, NotMeasured, Perplexity
+from dpo_assets.checks.reports import (
+    ChampionScores,
+    Divergence,
+    EvaluationReport,
+    GreedyAnswers,
+    NotMeasured,
+    Perplexity,
+)
 from dpo_assets.training.scoring.proof import Settled
 
 ANSWERS = ("_chosen", "_rejected", "_tokens")  # How the names of columns end that are about one answer.
@@ -38,6 +45,7 @@ def summarise(
     settled: Settled,
     generation: GreedyAnswers,
     opponent: Opponent | None = None,
+    kl: Divergence | NotMeasured | None = None,
     neutral: Perplexity | NotMeasured | None = None,
     neutral_of_champion: Perplexity | NotMeasured | None = None,
 ) -> EvaluationReport:
@@ -99,6 +107,7 @@ def summarise(
         generation=generation,
         champion=opponent.name if opponent else None,
         champion_scores=champion,
+        kl=kl,
         neutral=neutral,
         chosen=perplexities(
             table["chosen_tokens"].to_list(),
