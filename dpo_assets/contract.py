@@ -193,6 +193,8 @@ class EvaluateSpec(PlannedSpec):
     policy: Path = Field(description="Folder of the merged model.")
     adapter: Path | None = Field(default=None, description="The DPO adapter, for a merged model that does not fit.")
     champion: ChampionSpec | None = Field(default=None, description="None: nothing is live yet.")
+    sampled_answers: int = Field(default=0, description="Answers of the policy's own that its KL from SFT is of.")
+    corpus: Path | None = Field(default=None, description="File of neutral texts (`checks.neutral`); None: not asked.")
     score_cache: Path | None = Field(default=None, description="Where scores are kept from one time to the next.")
     confidence: float
     generations: int

@@ -152,8 +152,33 @@ def evaluation_report(**changes: Any) -> EvaluationReport:
         "chosen_shift_nats_per_token": -0.05,
         "rejected_shift_nats_per_token": -0.1,
         "generation": {"sft": answers(), "policy": answers()},
+        "kl": {"per_token": 0.02, "low": 0.01, "high": 0.03},
+        "neutral": neutral(1.02),
     }
     return EvaluationReport.model_validate(values | changes)
+
+
+def neutral(ratio: float) -> dict[str, Any]:
+    """Neutral texts that the policy finds less likely by `ratio`."""
+    return {
+        "texts": 60, "tokens": 3000, "sft": 20.0, "policy": 20.0 * ratio, "ratio": ratio, "low": ratio * 0.98,
+        "high": ratio * 1.02,
+    }  # fmt: skip
+
+
+def champion_scores(**changes: Any) -> ChampionScores:
+    """A champion that is a little worse than the policy, within chance."""
+    against = {
+        "difference": 0.02, "low": -0.05, "high": 0.09, "error": 0.035, "p_better": 0.3, "p_worse": 0.7,
+        "p_pairs": 0.3, "n": 120, "clusters": 100, "discordant": 20,
+    }  # fmt: skip
+    values: dict[str, Any] = {
+        "implicit_reward_accuracy": score(0.68, 0.59, 0.76),
+        "logp_accuracy": score(0.59, 0.5, 0.67),
+        "reward_against": against,
+        "logp_against": against,
+    }
+    return ChampionScores.model_validate(values | changes)
 
 
 def promotion_outcome(decision: str = "first_publication", champion: str | None = None) -> PromotionOutcome:
@@ -209,21 +234,6 @@ def scored_pairs(
     if champion is not None:
         columns |= both("champion", model(champion)) | both("champion_start", -20.0 + start)
     return pl.DataFrame(columns)
-
-
-def champion_scores(**changes: Any) -> ChampionScores:
-    """A champion that is a little worse than the policy, within chance."""
-    against = {
-        "difference": 0.02, "low": -0.05, "high": 0.09, "error": 0.035, "p_better": 0.3, "p_worse": 0.7,
-        "p_pairs": 0.3, "n": 120, "clusters": 100, "discordant": 20,
-    }  # fmt: skip
-    values: dict[str, Any] = {
-        "implicit_reward_accuracy": score(0.68, 0.59, 0.76),
-        "logp_accuracy": score(0.59, 0.5, 0.67),
-        "reward_against": against,
-        "logp_against": against,
-    }
-    return ChampionScores.model_validate(values | changes)
 
 
 def judged_answers(**changes: Any) -> JudgedAnswers:

@@ -100,6 +100,8 @@ CHECKS: tuple[CheckInfo, ...] = (
         "kept_by_merge", "eval_scores", "What the adapter learned is left in the merged weights.", blocking=False
     ),
     CheckInfo("greedy_health", "eval_scores", "The release's greedy answers end, and do not repeat.", blocking=False),
+    CheckInfo("released_kl", "eval_scores", "The release's own answers stay near SFT (KL per token)."),
+    CheckInfo("neutral_perplexity", "eval_scores", "Texts that no feedback is about stayed as likely as before."),
     CheckInfo("champion_scored", "eval_scores", "The champion was asked every held-out pair.", blocking=False),
     CheckInfo(
         "judge_health", "judged_answers", "The judge answers, agrees with itself and with people.", blocking=False
