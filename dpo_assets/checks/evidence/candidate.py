@@ -69,8 +69,11 @@ class ScoredPairs:
         return ScoredPairs([self.prompts[n] for n in kept], columns)
 
     def faults(self) -> dict[str, str]:
-        """What makes these scores none, by name: a hard guard that failed."""
-        bad = sorted(name for name, values in self.columns.items() if not all(map(math.isfinite, values)))
+        """What makes the challenger's scores none, by name: a hard guard that failed.
+
+        A champion whose scores are none is no fault of the challenger: nothing is better than NaN, so it is held.
+        """
+        bad = [name for name in (*_columns(OF_ALL), *TOKENS) if not all(map(math.isfinite, self.columns[name]))]
         return {"scores": f"not every score is finite: {', '.join(bad)}"} if bad else {}
 
     def reward_margins(self, policy: str = "policy", start: str = "sft") -> list[float]:
