@@ -287,11 +287,9 @@ def _standing(facts: CardFacts) -> str:
         f"Release {one.number} of the pipeline {in_code(one.pipeline)}{', as a preview' if one.preview else ''}. "
         + (f"It replaces {one.replaces}." if one.replaces else "It is the first.")
     ]
-    level = "no test was made for it" if one.level is None else f"its test had a level of {100 * one.level:.2g} %"
-    told.append(
-        f"Decided: {facts.decision}; {level}, one-sided. All decisions so far spent {100 * one.spent:.2f} % of "
-        f"{100 * one.alpha:g} % error."
-    )
+    level = "no test was made for it" if one.level is None else f"one-sided test at a level of {100 * one.level:.2g} %"
+    spent = f"{100 * one.spent:.2f} % of {100 * one.alpha:g} % error"
+    told.append(f"Decided: {facts.decision}; {level}. All decisions so far spent {spent}.")
     if one.override:
         told.append(f"A person decided, and not the rules: {in_markdown(one.override)}.")
     told.append(f"Generation depth: {GENERATIONS}. It was trained from the base, not from an earlier release.")

@@ -504,9 +504,11 @@ def test_the_screen_says_what_is_spent_and_whether_the_gate_can_pass() -> None:
     assert Outlook.of(held, 60, fewest=61).can_pass is False
 
 
-def test_pairs_without_a_spread_say_that_no_number_decides() -> None:
-    alone = replace(ALIKE, error=float("nan"))
-    assert dict(Outlook.of(Ledger(), 50, alone).rows())["would show 10 points"] == "no number of pairs"
+@pytest.mark.parametrize("error", [0.0, float("nan")])
+def test_pairs_without_a_spread_say_that_they_tell_nothing(error: float) -> None:
+    rows = dict(Outlook.of(Ledger(), 50, replace(ALIKE, error=error)).rows())
+    assert rows["what they can show"] == "not known: on these pairs the two never differ"
+    assert not any("nan" in how for how in rows.values())
 
 
 def test_the_screen_says_how_many_frozen_pairs_would_rule_a_loss_out() -> None:

@@ -326,7 +326,7 @@ def test_a_card_says_where_its_release_stands_in_the_pipeline() -> None:
 
     assert told() == (
         "Release 2 of the pipeline `bot`. It replaces release 1 (content-1, commit c1). Decided: first_publication; "
-        "its test had a level of 0.72 %, one-sided. All decisions so far spent 2.19 % of 5 % error. Generation depth: "
+        "one-sided test at a level of 0.72 %. All decisions so far spent 2.19 % of 5 % error. Generation depth: "
         "1. It was trained from the base, not from an earlier release. Of the feedback rows behind that release, 3 "
         "were withdrawn since, and 4 are still in the feedback and were left out."
     )

@@ -187,6 +187,14 @@ def test_a_pair_that_was_made_of_several_rows_is_known_by_its_file_and_id(store:
     assert found.to_list() == [True, False, True]
 
 
+def test_a_row_that_was_edited_was_withdrawn_as_it_was(store: Store) -> None:
+    raw = feedback(store, "a1", "a2")
+    rows = pairs(["a1", "a2"]).with_columns(row_hash=pl.Series(["hash-of-before", "hash-a2"]))
+    found = Trace.of(store.tree.root).in_feedback(rows, raw.digest)
+    assert found is not None
+    assert found.to_list() == [False, True]
+
+
 def live(store: Store, release: Artifact, name: str) -> None:
     """The ledger in which a release of a model of that name is live."""
 
