@@ -55,7 +55,7 @@ def _paragraphs(lines: Sequence[str]) -> list[str]:
     for line in lines:
         if line.strip():
             found[-1].append(line.rstrip("\r"))
-        elif found[-1]:
+        else:
             found.append([])
     return ["\n".join(paragraph) for paragraph in found if paragraph]
 

@@ -71,7 +71,7 @@ def _displacement(shifts: Mapping[str, Sequence[float]]) -> str:
     left, right = figure.subplots(1, 2)
     if not _histograms(left, shifts, "policy less SFT, nats per token"):
         return ""
-    chosen, rejected = _finite(shifts["chosen"], shifts["rejected"])
+    chosen, rejected = drawable(shifts["chosen"], shifts["rejected"])
     right.scatter(rejected, chosen, s=4, linewidth=0, alpha=0.5)
     right.axhline(0.0, linewidth=0.6, color="grey")
     right.axvline(0.0, linewidth=0.6, color="grey")
@@ -84,7 +84,7 @@ def _length(longer: Sequence[float], margins: Sequence[float]) -> str:
     """The policy's margins by how much longer the chosen answer is, with the correlation of their ranks."""
     from matplotlib.figure import Figure
 
-    tokens, nats = _finite(longer, margins)
+    tokens, nats = drawable(longer, margins)
     if not len(tokens):
         return ""
     figure = Figure(figsize=(6, 2.8), dpi=80, layout="constrained")
@@ -101,7 +101,7 @@ def _length(longer: Sequence[float], margins: Sequence[float]) -> str:
 
 def _histograms(axes: Axes, series: Mapping[str, Sequence[float]], label: str) -> bool:
     """All series over the same bins; whether there was anything to draw. Tails are drawn into the outermost bins."""
-    kept = {name: _finite(values)[0] for name, values in series.items()}
+    kept = {name: drawable(values)[0] for name, values in series.items()}
     together = np.concatenate(list(kept.values()))
     axes.set_xlabel(label, fontsize=9)
     if not len(together):
@@ -119,8 +119,8 @@ def _histograms(axes: Axes, series: Mapping[str, Sequence[float]], label: str) -
     return True
 
 
-def _finite(*columns: Sequence[float]) -> list[Floats]:
-    """The rows in which every column is a number, evenly thinned where there is more than one column."""
+def drawable(*columns: Sequence[float]) -> list[Floats]:
+    """The rows in which every column is a number; of more than one column `POINTS` at most, evenly taken."""
     rows = np.asarray(columns, dtype=float)
     rows = rows[:, np.isfinite(rows).all(axis=0)]
     step = max(1, math.ceil(rows.shape[1] / POINTS)) if len(columns) > 1 else 1
@@ -129,14 +129,9 @@ def _finite(*columns: Sequence[float]) -> list[Floats]:
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
     """Spearman's, ties at their mean rank; NaN where either is constant. Rows without two numbers are left out."""
+    import polars as pl
+
     rows = np.asarray([one, other], dtype=float)
-    rows = rows[:, np.isfinite(rows).all(axis=0)]
-    ranks = np.array([_ranks(row) for row in rows])
-    if rows.shape[1] < 2 or not ranks.std(axis=1).all():
-        return math.nan
-    return float(np.corrcoef(ranks)[0, 1])
-
-
-def _ranks(values: Floats) -> Floats:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    table = pl.DataFrame(dict(zip("ab", rows[:, np.isfinite(rows).all(axis=0)], strict=True)))
+    found = table.select(pl.corr("a", "b", method="spearman")).item()
+    return math.nan if found is None else float(found)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import base64
+import io
 import math
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.image import imread
 
 from dpo_assets.checks.evidence.candidate import ScoredPairs
-from dpo_assets.report.score_plots import POINTS, rank_correlation, score_plots
+from dpo_assets.report.score_plots import POINTS, drawable, rank_correlation, score_plots
 from dpo_assets.report.scores import answers_table, perplexity_table
 from dpo_assets_tests.samples import champion_scores, evaluation_report, neutral, scored_pairs
 
@@ -53,12 +55,24 @@ def test_scores_that_are_none_have_no_place_in_a_plot(tmp_path: Path, bad: float
     assert list(score_plots(ScoredPairs(whole.prompts, {**whole.columns, **none}))) == ["margins"]
 
 
+def test_a_scatter_has_a_bounded_number_of_points_from_all_over() -> None:
+    many = list(map(float, range(10 * POINTS + 1)))
+    left, right = drawable(many, many)
+    assert POINTS / 2 < len(left) <= POINTS
+    assert (left[0], left[-1] > 9.9 * POINTS, left.tolist()) == (0.0, True, right.tolist())
+    assert len(drawable(many)[0]) == len(many), "a histogram counts all of them"
+
+
 def test_pairs_that_are_all_alike_are_drawn_too() -> None:
     alike = {name: [-2.0] * 3 for name in ("policy_chosen", "policy_rejected", "sft_chosen", "sft_rejected")} | {
         "chosen_tokens": [4.0] * 3,
         "rejected_tokens": [4.0] * 3,
     }
-    assert list(score_plots(ScoredPairs(["a", "b", "c"], alike))) == TITLES
+    plots = score_plots(ScoredPairs(["a", "b", "c"], alike))
+    assert list(plots) == TITLES
+    shown = imread(io.BytesIO(image(plots["margins"])))
+    blue = int((shown[..., 2] > shown[..., 0] + 0.3).sum())
+    assert blue > 300, "more than the line of the legend"
 
 
 def test_ranks_are_correlated_and_not_values() -> None:
@@ -66,6 +80,8 @@ def test_ranks_are_correlated_and_not_values() -> None:
     assert rank_correlation(list(range(10)), grows.tolist()) == pytest.approx(1.0)
     assert rank_correlation(list(range(10)), (-grows).tolist()) == pytest.approx(-1.0)
     assert rank_correlation([1, 1, 2, 3], [5, 6, 6, math.nan]) == pytest.approx(0.5)
+    # Mean ranks 2 2 2 4 5.5 5.5 and 1 6 2 3.5 3.5 5: products about the mean sum to 5.25, the squares to 15 and 17.
+    assert rank_correlation([1, 1, 1, 2, 3, 3], [2, 9, 4, 7, 7, 8]) == pytest.approx(5.25 / math.sqrt(15 * 17))
     assert math.isnan(rank_correlation([1, 1, 1], [1, 2, 3]))
     assert math.isnan(rank_correlation([], []))
 

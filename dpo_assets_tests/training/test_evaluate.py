@@ -18,13 +18,13 @@ from dpo_assets.artifact import VOLATILE
 from dpo_assets.checks.neutral import read_texts
 from dpo_assets.checks.reports import AnswerHealth, Divergence, EvaluationReport, GreedyAnswers, NotMeasured, Perplexity
 from dpo_assets.checks.statistics import wilson
-from dpo_assets.contract import ChampionSpec, EvaluateSpec
+from dpo_assets.contract import ChampionSpec, EvaluateSpec, TemplateSettings
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.scoring import Scoring
 from dpo_assets.training.batches.data import dpo_group, first_asked, load_asked, load_split
 from dpo_assets.training.batches.packing import Group
 from dpo_assets.training.evaluation import subjects
-from dpo_assets.training.evaluation.summary import summarise
+from dpo_assets.training.evaluation.summary import Opponent, summarise
 from dpo_assets.training.models.chat_format import ChatFormat, load_chat_format
 from dpo_assets.training.models.loading import attach_adapter, autocast_of, load_base
 from dpo_assets.training.scoring.divergence import own_answers
@@ -32,6 +32,7 @@ from dpo_assets.training.scoring.generation import generate, generation_health, 
 from dpo_assets.training.scoring.logprobs import score_groups
 from dpo_assets.training.scoring.proof import Settled
 from dpo_assets.training.stages import evaluate
+from dpo_assets.training.stages.rereading import CUT_FOR_ONE, reread
 from dpo_assets_tests.training.conftest import Log, PlanMaker
 
 
@@ -485,6 +486,51 @@ def test_a_champion_of_another_base_is_asked_in_its_own_template_and_pairs_it_re
         logits = plain(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
     by_row = logits[range(len(ids) - 1), ids[1:]][prompt - 1 :].sum()
     assert table["champion_chosen"][0] == pytest.approx(float(by_row), abs=1e-2)
+
+
+def test_an_answer_that_is_cut_for_the_champion_alone_is_asked_of_nobody(
+    dataset: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    """Its template is wordier, so its rows end before those of the challenger."""
+    other = tmp_path / "other"
+    shutil.copytree(model_folder, other)
+    (other / "chat_template.jinja").write_text(WORDIER, encoding="utf-8")
+    sizes = [pl.col(name).list.len().cast(pl.Int64) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+    longest = sizes[0] + pl.max_horizontal(sizes[1:])
+    pair = pl.read_parquet(dataset / "eval.parquet").sort(longest).head(1)
+    fits = pair.select(longest).item()
+    assert fits < 250, "the model reads 512 tokens"
+    found = reread(pair, other, TemplateSettings(), fits)
+    assert (dict(found.left_out), dict(found.groups)) == ({CUT_FOR_ONE: 1}, {})
+    for room in (fits - 1, fits + 200):  # Cut for both, and for neither.
+        found = reread(pair, other, TemplateSettings(), room)
+        assert (dict(found.left_out), list(found.groups)) == ({}, pair["pair_id"].to_list())
+
+
+def test_the_champion_is_held_against_its_own_start_and_its_own_tokens() -> None:
+    """By the policy's start, or by its count of tokens, the champion would rank other pairs well."""
+    table = pl.DataFrame(
+        {
+            "prompt_id": list("abcd"), "source": ["x"] * 4, "margin": [None] * 4,
+            "sft_chosen": [-9.0, -9.0, -9.0, -9.0], "sft_rejected": [-9.0, -9.0, -9.0, -9.0],
+            "policy_chosen": [-8.0, -8.0, -8.0, -9.5], "policy_rejected": [-9.0, -9.0, -9.0, -9.0],
+            "chosen_tokens": [4] * 4, "rejected_tokens": [4] * 4,
+            "champion_chosen": [-8.0, -8.0, -8.0, -8.0], "champion_rejected": [-9.0, -9.0, -9.0, -9.0],
+            "champion_start_chosen": [-6.0, -6.0, -6.0, -9.0], "champion_start_rejected": [-9.0, -9.0, -9.0, -9.0],
+            "champion_chosen_tokens": [2] * 4, "champion_rejected_tokens": [4] * 4,
+        }
+    )  # fmt: skip
+    silent = AnswerHealth(answers=0)
+    said = summarise(
+        table, 0.95, scored="merged model in fp32", settled=Settled("rows", ""),
+        generation=GreedyAnswers(sft=silent, policy=silent), opponent=Opponent("c", {"template_refused": 2}),
+    )  # fmt: skip
+    held = said.champion_scores
+    assert held is not None
+    assert (said.implicit_reward_accuracy.value, held.implicit_reward_accuracy.value) == (0.75, 0.25)
+    assert (said.logp_accuracy_policy.value, held.logp_accuracy.value) == (0.75, 0.0)
+    assert (held.reward_against.difference, held.reward_against.discordant) == (0.5, 4)
+    assert (held.logp_against.difference, held.left_out) == (0.75, {"template_refused": 2})
 
 
 def test_a_champion_that_can_be_asked_nothing_stops_the_evaluation_by_name(
