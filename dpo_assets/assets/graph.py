@@ -8,6 +8,7 @@ from dpo_assets.assets import (
     dpo_dataset,
     dpo_plan,
     eval_scores,
+    gguf_model,
     judged_answers,
     merged_model,
     published_model,
@@ -30,7 +31,7 @@ NODES: tuple[Node, ...] = (
     eval_scores.NODE,
     published_model.NODE,
 )
-OPTIONAL: tuple[Node, ...] = (judged_answers.NODE,)  # Of pipelines whose recipe asks for them.
+OPTIONAL: tuple[Node, ...] = (judged_answers.NODE, gguf_model.NODE)  # Of pipelines whose recipe asks for them.
 LINEAGE = Lineage({node.name: node.reads for node in (*NODES, *OPTIONAL)})
 
 

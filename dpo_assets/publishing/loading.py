@@ -65,3 +65,14 @@ def serve_line(release: str, base: Base | None, rank: int) -> str:
     of_base = [source, *(["--revision", revision] if revision else []), "--tokenizer", release]
     adapter = ["--enable-lora", "--max-lora-rank", str(room), "--lora-modules", f"{release.split('/')[-1]}={release}"]
     return shlex.join(["vllm", "serve", *of_base, *adapter])
+
+
+def llama_server_line(file: str, template_arguments: Mapping[str, Any] | None = None) -> str:
+    """The shell line by which llama.cpp serves a GGUF file, through the chat template in it."""
+    arguments = ["--chat-template-kwargs", json.dumps(dict(template_arguments))] if template_arguments else []
+    return shlex.join(["llama-server", "--model", file, "--jinja", *arguments])
+
+
+def ollama_line(name: str, modelfile: str) -> str:
+    """The shell line by which Ollama takes a GGUF file in."""
+    return shlex.join(["ollama", "create", name, "-f", modelfile])

@@ -35,6 +35,7 @@ from dpo_assets.contract import (
     FAILURE_FILE,
     EvaluateSpec,
     Failure,
+    GgufSpec,
     MergeSpec,
     PlannedSpec,
     Spec,
@@ -56,6 +57,7 @@ SPECS: dict[Stage, type[Spec]] = {
     "dpo": TrainSpec,
     "merge": MergeSpec,
     "evaluate": EvaluateSpec,
+    "gguf": GgufSpec,
 }
 
 
