@@ -172,13 +172,15 @@ def test_training_assets_share_the_pool_and_no_other_asset_does() -> None:
 
 def test_every_check_of_the_catalogue_stands_on_its_asset() -> None:
     judge = {"url": "http://localhost:8000/v1", "model": "judge"}
+    every: dict[str, Any] = {"evaluation": {"judge": judge}, "publishing": {"gguf": {"type": "q8_0"}}}
     found: list[set[tuple[str, str]]] = []
-    for evaluation in ({}, {"judge": judge}):
-        graph = build_dpo_defs("bot", demo_recipe(evaluation=evaluation)).resolve_asset_graph()
+    for sections in ({}, every):
+        graph = build_dpo_defs("bot", demo_recipe(**sections)).resolve_asset_graph()
         found.append({(key.asset_key.path[-1], key.name) for key in graph.asset_check_keys})
-    always, with_judge = found
-    assert with_judge == {(check.asset, check.name) for check in CHECKS}
-    assert with_judge - always == {(check.asset, check.name) for check in CHECKS if check.asset == "judged_answers"}
+    always, with_optional = found
+    optional = {"judged_answers", "gguf_model"}
+    assert with_optional == {(check.asset, check.name) for check in CHECKS}
+    assert with_optional - always == {(check.asset, check.name) for check in CHECKS if check.asset in optional}
 
 
 def test_the_launchpad_shows_the_recipes_values_and_converts_back_to_the_same_recipe() -> None:

@@ -163,7 +163,7 @@ def _system(rendered: Render, before_user: str) -> tuple[str, str] | None:
     before, behind = _around(text, SYSTEM)
     between = _around(behind, USER)[0]
     if not between.endswith(before_user):
-        raise NotSayable("the chat template puts a system message into the question that follows it")
+        raise NotSayable("the chat template writes a question otherwise behind a system message")
     return before, between.removesuffix(before_user)
 
 

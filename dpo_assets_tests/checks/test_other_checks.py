@@ -22,6 +22,7 @@ from dpo_assets.checks.collapse import CollapseLimits
 from dpo_assets.checks.config import plan_verdicts
 from dpo_assets.checks.coverage import lora_coverage
 from dpo_assets.checks.dataset import dataset_verdicts
+from dpo_assets.checks.gguf import gguf_verdicts
 from dpo_assets.checks.judged import judge_verdicts
 from dpo_assets.checks.judged_text import judged_text_kept
 from dpo_assets.checks.promotion import (
@@ -51,6 +52,7 @@ from dpo_assets_tests.samples import (
     dataset_report,
     dpo_report,
     evaluation_report,
+    gguf_report,
     judged_answers,
     plan,
     quality,
@@ -621,6 +623,7 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
             if fail
             else judged_answers()
         ),
+        "gguf_model": gguf_verdicts(gguf_report(not_finite=("blk.0.attn_q.weight",)) if fail else gguf_report()),
         "published_model": [release_verified(artifact, operations, None)],
     }
 

@@ -22,6 +22,7 @@ from dpo_assets.machine import memory_bytes
 from dpo_assets.publishing.ollama import Render
 from dpo_assets.recipe import GgufType
 from dpo_assets.training.models.chat_format import PROBES, RENDERING_ERRORS, TOKENIZER, ChatFormat
+from dpo_assets.training.models.gguf_tokens import SentencePieces
 from dpo_assets.training.models.loading import load_causal_lm
 
 # Settings of llama.cpp by their names in config.json.
@@ -124,9 +125,31 @@ class GgufFile:
         bos = self.token_field("bos_token_id")
         if bos is not None and tokenizer.bos_token_id is not None and bos != tokenizer.bos_token_id:
             said.append(f"BOS is token {bos}, not {tokenizer.bos_token_id}")
+        if (pieces := self.sentence_pieces()) is not None:
+            asked = chat.prompt_ids([{"role": "user", "content": PROBES[0]}])
+            [prompt] = chat.texts([[{"role": "user", "content": PROBES[0]}]], answer_follows=True)
+            texts = {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROBES} | {prompt: asked}
+            if others := [text for text, ids in texts.items() if pieces.read(text) != ids]:
+                said.append(f"llama.cpp reads {len(others)} of {len(texts)} texts as other tokens, {others[0]!r} first")
         if self.value("tokenizer.chat_template") != tokenizer.get_chat_template():
             said.append("another chat template")
         return tuple(said)
+
+    def sentence_pieces(self) -> SentencePieces | None:
+        """llama.cpp's reading of texts, where the vocabulary is SentencePiece's.
+
+        One of byte-level BPE is read by its merges, and by a way of splitting texts that the converter chooses by the
+        ids of a probe text of its own, or refuses.
+        """
+        if self.token_field("model") != "llama":
+            return None
+        adds_space = self.token_field("add_space_prefix")
+        return SentencePieces.of(
+            self.token_field("tokens"),
+            self.token_field("scores"),
+            self.token_field("token_type"),
+            True if adds_space is None else bool(adds_space),
+        )
 
     def serving_differs(self, chat: ChatFormat) -> tuple[str, ...]:
         """What llama.cpp does otherwise than training did: a BOS token that prompts had not, answers that never end."""
@@ -228,7 +251,8 @@ def _gaps(merged: PreTrainedModel, loaded: PreTrainedModel, type_: GgufType) -> 
 def rounding(weights: Tensor, type_: GgufType) -> Tensor:
     """How far each weight may be from itself, once stored: half a step of the type's.
 
-    For Q8_0 a step is the largest weight of its block of 32 over 127, and that scale is kept in fp16.
+    For Q8_0 a step is the largest weight of its block of 32 over 127, and that scale is kept in fp16, which is coarse
+    where it is small.
     """
     size = weights.abs()
     if type_ == "f16":
@@ -238,7 +262,8 @@ def rounding(weights: Tensor, type_: GgufType) -> Tensor:
     if type_ == "q8_0":
         whole = weights.shape[-1] % BLOCK == 0
         blocks = size.reshape(-1, BLOCK) if whole else size.reshape(-1, weights.shape[-1])
-        return (blocks.amax(-1, keepdim=True) * (1 / 254 + 2**-11)).expand_as(blocks).reshape(weights.shape) + SLACK
+        of_block = blocks.amax(-1, keepdim=True) * (1 / 254 + 2**-11) + 127 * 2**-25
+        return of_block.expand_as(blocks).reshape(weights.shape) + SLACK
     return size * SLACK + SLACK
 
 

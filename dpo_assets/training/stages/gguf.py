@@ -11,6 +11,7 @@ from dpo_assets.contract import GGUF_REHEARSED, MODELFILE, GgufSpec
 from dpo_assets.publishing.ollama import NotSayable, OllamaTemplate, Render, modelfile, ollama_template
 from dpo_assets.training.models.chat_format import ChatFormat, load_chat_format
 from dpo_assets.training.models.gguf_conversion import Converter, convert, find_converter
+from dpo_assets.training.models.gguf_tokens import write_scores
 from dpo_assets.training.models.loading import load_causal_lm
 from dpo_assets.training.reporting import Reporter
 
@@ -37,6 +38,8 @@ def run(spec: GgufSpec, reporter: Reporter) -> None:
         write_json(spec.output_dir / GGUF_REHEARSED, {"converter": converter.origin})
         reporter.log(f"gguf: {converter.origin} converts this model")
         return
+    if write_scores(file, spec.base_model):
+        reporter.log("gguf: the converter knew no scores of this vocabulary; they are those of tokenizer.json's merges")
     report = read_back(file, spec, converter)
     report.write(spec.output_dir)
     write_json(spec.output_dir / VOLATILE, {"seconds": time.perf_counter() - started})
