@@ -222,10 +222,12 @@ def spec(model: Path, out: Path, **changes: Any) -> GgufSpec:
     return GgufSpec(**values | {"name": "bot", "type": "f16"} | changes)
 
 
-@CONVERTS
-def test_a_rehearsal_converts_everything_and_writes_no_weights(model_folder: Path, tmp_path: Path) -> None:
-    gguf.run(spec(model_folder, tmp_path, rehearsal=True), Log())
-    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [GGUF_REHEARSED]
+@pytest.mark.skipif("gguf" in MISSING, reason="no gguf here: pip install 'dpo-assets[gguf]'")
+def test_a_rehearsal_asks_for_no_weights_and_leaves_none(model_folder: Path, tmp_path: Path) -> None:
+    converter = script(tmp_path, "assert '--dry-run' in sys.argv").script
+    (tmp_path / "out").mkdir()
+    gguf.run(spec(model_folder, tmp_path / "out", rehearsal=True, converter=converter), Log())
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.is_file()] == [GGUF_REHEARSED]
 
 
 @CONVERTS
