@@ -191,6 +191,7 @@ def gguf_report(**changes: Any) -> GgufReport:
         "tokenizer": (),
         "serving": (),
         "weights": compared | weights if isinstance(weights, dict) else weights,
+        "names": None,
         "template": "",
     }
     return GgufReport.model_validate(values | changes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dpo_assets.checks.reports import GgufReport, GgufWeights, NotMeasured
+from dpo_assets.checks.reports import GgufNames, GgufReport, GgufWeights, NotMeasured
 from dpo_assets.checks.verdict import Verdict
 
 # Ten times the mean KL(FP16 || Q8_0) that llama.cpp measured of Llama 3 8B (tools/perplexity/README.md: 0.001355).
@@ -15,9 +15,10 @@ def gguf_verdicts(report: GgufReport) -> list[Verdict]:
     faults, doubts = _faults(report), list(report.serving)
     if isinstance(report.weights, NotMeasured):
         doubts.append(
-            f"the weights were not compared ({report.weights.not_measured}): ask file and merged model the same thing "
+            f"the weights were not loaded ({report.weights.not_measured}): ask file and merged model the same thing "
             "before it is used"
         )
+        doubts += _by_name(report.names)
     return [
         Verdict(
             "gguf_loads",
@@ -46,6 +47,16 @@ def _faults(report: GgufReport) -> list[str]:
     return [*faults, *report.settings, *report.tokenizer]
 
 
+def _by_name(names: GgufNames | NotMeasured | None) -> list[str]:
+    """What comparing tensors by their names leaves open. Some architectures' are computed anew, which is no fault."""
+    if names is None:
+        return []
+    if isinstance(names, NotMeasured):
+        return [names.not_measured]
+    left = (("hold other values", names.others), ("have no name in llama.cpp's map", names.unplaced))
+    return [f"{_named(held)} {what}" for what, held in left if held]
+
+
 def _named(names: tuple[str, ...]) -> str:
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
@@ -53,7 +64,14 @@ def _named(names: tuple[str, ...]) -> str:
 
 def _seen(report: GgufReport) -> str:
     if isinstance(report.weights, NotMeasured):
-        return f"{report.tensors} tensors of {report.values:,} values, all finite; weights not compared"
+        seen = f"{report.tensors} tensors of {report.values:,} values, all finite"
+        if not isinstance(report.names, GgufNames):
+            return f"{seen}; weights not compared"
+        names = report.names
+        every = names.same + len(names.others) + len(names.unplaced)
+        return (
+            f"{seen}; {names.same} of {every} hold the merged model's values as {report.type} rounds them, in any order"
+        )
     weights = report.weights
     return (
         f"{weights.tensors} tensors as {report.type} rounds them, KL {weights.kl_per_token:.2g} nats per token, "

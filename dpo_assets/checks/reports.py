@@ -318,6 +318,16 @@ class GgufWeights(Report):
     positions: int
 
 
+class GgufNames(Report):
+    """The tensors of the merged model's files by llama.cpp's names for them: how many hold the same values, in any
+    order; which hold others; which have no place by that map; and which of the file are none of them."""
+
+    same: int
+    others: tuple[str, ...]
+    unplaced: tuple[str, ...]
+    beyond: tuple[str, ...]
+
+
 class GgufReport(Report):
     """A GGUF file as it was read back."""
 
@@ -333,4 +343,5 @@ class GgufReport(Report):
     tokenizer: tuple[str, ...] = Field(description="What is not as in the merged model's tokenizer and chat template.")
     serving: tuple[str, ...] = Field(description="What llama.cpp will do otherwise than training did.")
     weights: GgufWeights | NotMeasured
+    names: GgufNames | NotMeasured | None = Field(description="Compared where `weights` were not; else None.")
     template: str = Field(description="Why Ollama's template could not be said; empty where the Modelfile has it.")

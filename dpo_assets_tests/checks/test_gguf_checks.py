@@ -8,8 +8,13 @@ from typing import Any
 import pytest
 
 from dpo_assets.checks.gguf import MOST_KL, gguf_verdicts
-from dpo_assets.checks.reports import NotMeasured
+from dpo_assets.checks.reports import GgufNames, NotMeasured
 from dpo_assets_tests.samples import gguf_report
+
+
+def by_name(**changes: Any) -> GgufNames:
+    return GgufNames(**{"same": 46, "others": (), "unplaced": (), "beyond": ()} | changes)
+
 
 NOT_COMPARED = NotMeasured(not_measured="Transformers does not read it: no such architecture")
 
@@ -37,6 +42,9 @@ def test_a_file_that_is_another_model_fails_with_what_differs(changes: dict[str,
     ("changes", "said"),
     [
         ({"weights": NOT_COMPARED}, "no such architecture"),
+        ({"weights": NOT_COMPARED, "names": NotMeasured(not_measured="gguf does not know it")}, "does not know it"),
+        ({"weights": NOT_COMPARED, "names": by_name(others=("a.weight",))}, "a.weight hold other values"),
+        ({"weights": NOT_COMPARED, "names": by_name(unplaced=("b.weight",))}, "b.weight have no name"),
         ({"serving": ("llama.cpp puts <s> before a prompt",)}, "<s> before a prompt"),
     ],
 )
@@ -44,3 +52,8 @@ def test_what_could_not_be_compared_or_is_served_otherwise_is_warned_of(changes:
     [verdict] = gguf_verdicts(gguf_report(**changes))
     assert verdict.level == "warn"
     assert said in verdict.fix
+
+
+def test_tensors_that_were_compared_by_name_are_counted() -> None:
+    [verdict] = gguf_verdicts(gguf_report(weights=NOT_COMPARED, names=by_name()))
+    assert "46 of 46 hold the merged model's values" in str(verdict.value)

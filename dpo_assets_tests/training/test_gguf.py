@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.load_back_gguf import export, tiny_qwen3
 from dpo_assets.checks.gguf import gguf_verdicts
-from dpo_assets.checks.reports import GgufReport, GgufWeights, NotMeasured
+from dpo_assets.checks.reports import GgufNames, GgufReport, GgufWeights, NotMeasured
 from dpo_assets.contract import GGUF_REHEARSED, MODELFILE, GgufSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.recipe import GgufType
@@ -201,11 +201,23 @@ def test_a_model_that_takes_more_memory_than_is_there_is_not_compared_and_says_s
 
 
 @CONVERTS
+def test_tensors_are_compared_by_name_where_nothing_loads_the_file(stories: Made, tmp_path: Path) -> None:
+    from dpo_assets.training.models.gguf_reading import GgufFile
+
+    told = GgufFile.open(stories.file).names_compared(stories.model, "f16")
+    assert told == GgufNames(same=47, others=(), unplaced=(), beyond=())
+    file = Path(shutil.copyfile(stories.file, tmp_path / "bot.gguf"))
+    damaged(file, another_weight)
+    told = GgufFile.open(file).names_compared(stories.model, "f16")
+    assert told == GgufNames(same=46, others=("model.layers.3.mlp.up_proj.weight",), unplaced=(), beyond=())
+
+
+@CONVERTS
 @pytest.mark.parametrize("type_", ["f16", "bf16", "q8_0"])
 def test_what_a_type_rounds_is_allowed_and_twice_that_is_not(type_: GgufType) -> None:
     from gguf import GGMLQuantizationType, dequantize, quantize
 
-    from dpo_assets.training.models.gguf_reading import rounding
+    from dpo_assets.training.models.gguf_rounding import rounding
 
     torch.manual_seed(0)
     weights = torch.randn(64, 96) * torch.logspace(-4, 2, 64)[:, None]

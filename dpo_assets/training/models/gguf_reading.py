@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from dpo_assets.checks.reports import GgufWeights, NotMeasured
+from dpo_assets.checks.reports import GgufNames, GgufWeights, NotMeasured
 from dpo_assets.machine import memory_bytes
 from dpo_assets.publishing.ollama import Render
 from dpo_assets.recipe import GgufType
 from dpo_assets.training.models.chat_format import PROBES, RENDERING_ERRORS, TOKENIZER, ChatFormat
+from dpo_assets.training.models.gguf_names import compare_by_name
+from dpo_assets.training.models.gguf_rounding import rounding
 from dpo_assets.training.models.gguf_tokens import SentencePieces
 from dpo_assets.training.models.loading import load_causal_lm
 
@@ -45,9 +47,6 @@ ENDS_BY_TEXT = frozenset(
     }
 )  # fmt: skip
 ENDS_BY_ID = ("eos_token_id", "eot_token_id", "eom_token_id")
-BLOCK = 32  # Weights of Q8_0 that share a scale.
-# What is added to and taken from a norm's weights in between (Gemma) costs a rounding of fp32.
-SLACK = 1e-6
 MOST_TOKENS = 256  # Of a probe.
 BYTES_A_VALUE = 12  # The merged model in fp32, the file's tensors in fp32, and the model that takes them.
 SHARE = 0.8  # Of this process's memory.
@@ -92,6 +91,11 @@ class GgufFile:
             for tensor in self.reader.tensors
             if not np.isfinite(dequantize(tensor.data, tensor.tensor_type)).all()
         )
+
+    def names_compared(self, folder: Path, type_: GgufType) -> GgufNames | NotMeasured:
+        """The merged model's tensors, one at a time."""
+        blocks = int(self.value(f"{self.architecture}.block_count") or 0)
+        return compare_by_name(self.reader, self.architecture, blocks, folder, type_)
 
     def settings_that_differ(self, config: Any) -> tuple[str, ...]:
         """Settings that are not those of a text config, `name: the file's, not config.json's`."""
@@ -246,25 +250,6 @@ def _gaps(merged: PreTrainedModel, loaded: PreTrainedModel, type_: GgufType) -> 
         gap = (one - other).abs()
         # NaN is not within anything.
         yield name, float(gap.max()), not bool((gap <= rounding(one, type_)).all())
-
-
-def rounding(weights: Tensor, type_: GgufType) -> Tensor:
-    """How far each weight may be from itself, once stored: half a step of the type's.
-
-    For Q8_0 a step is the largest weight of its block of 32 over 127, and that scale is kept in fp16, which is coarse
-    where it is small.
-    """
-    size = weights.abs()
-    if type_ == "f16":
-        return size * 2**-11 + 2**-25 + SLACK
-    if type_ == "bf16":
-        return size * 2**-8 + SLACK
-    if type_ == "q8_0":
-        whole = weights.shape[-1] % BLOCK == 0
-        blocks = size.reshape(-1, BLOCK) if whole else size.reshape(-1, weights.shape[-1])
-        of_block = blocks.amax(-1, keepdim=True) * (1 / 254 + 2**-11) + 127 * 2**-25
-        return of_block.expand_as(blocks).reshape(weights.shape) + SLACK
-    return size * SLACK + SLACK
 
 
 def _probes(chat: ChatFormat) -> list[Tensor]:

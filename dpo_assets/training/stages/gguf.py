@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from dpo_assets.artifact import VOLATILE, write_json
-from dpo_assets.checks.reports import GgufReport
+from dpo_assets.checks.reports import GgufReport, NotMeasured
 from dpo_assets.contract import GGUF_REHEARSED, MODELFILE, GgufSpec
 from dpo_assets.publishing.ollama import NotSayable, OllamaTemplate, Render, modelfile, ollama_template
 from dpo_assets.training.models.chat_format import ChatFormat, load_chat_format
@@ -56,6 +56,7 @@ def read_back(file: Path, spec: GgufSpec, converter: Converter) -> GgufReport:
     template = _template(chat, renderer(chat), read.adds_bos)
     stops = [str(chat.tokenizer.convert_ids_to_tokens(end)) for end in sorted(chat.ends)]
     (spec.output_dir / MODELFILE).write_text(modelfile(spec.name, file.name, template, stops), encoding="utf-8")
+    weights = compare_weights(file, spec.base_model, spec.type, chat, values)
     return GgufReport(
         file=file.name,
         type=spec.type,
@@ -68,7 +69,8 @@ def read_back(file: Path, spec: GgufSpec, converter: Converter) -> GgufReport:
         settings=read.settings_that_differ(outline.config.get_text_config()),
         tokenizer=read.tokens_that_differ(chat, spec.base_model),
         serving=read.serving_differs(chat),
-        weights=compare_weights(file, spec.base_model, spec.type, chat, values),
+        weights=weights,
+        names=read.names_compared(spec.base_model, spec.type) if isinstance(weights, NotMeasured) else None,
         template=template if isinstance(template, str) else "",
     )
 
