@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from benchmarks import load_back_gguf_other
 from dpo_assets.checks.gguf import gguf_verdicts
 from dpo_assets.checks.reports import GgufReport
-from dpo_assets.contract import GgufSpec
+from dpo_assets.contract import GGUF_FOLDER, GgufSpec
 from dpo_assets.recipe import GgufType
 from dpo_assets.training.models.chat_format import PROBES, ChatFormat, load_chat_format
 from dpo_assets.training.models.loading import load_causal_lm
@@ -102,7 +102,7 @@ def export(folder: Path, out: Path, type_: GgufType) -> tuple[Path, GgufReport]:
     spec = GgufSpec(output_dir=out, fingerprint="0" * 32, inputs={}, base_model=folder, name="bot", type=type_)
     gguf.run(spec, Terminal())
     report = GgufReport.model_validate_json((out / "report.json").read_text(encoding="utf-8"))
-    return out / report.file, report
+    return out / GGUF_FOLDER / report.file, report
 
 
 def run(python: str, work: Path, models: Mapping[str, Path], types: Sequence[GgufType]) -> tuple[str, list[Row]]:

@@ -25,8 +25,8 @@ Stage = Literal["verify", "tokenize", "sft", "dpo", "merge", "evaluate", "gguf"]
 # What the stages `verify` and `tokenize` write.
 VERIFIED = "verified.json"
 TOKENS, CHAT_FORMAT = "tokens.parquet", "chat_format.json"
-# What the stage `gguf` writes beside its report: for Ollama, or in a rehearsal.
-MODELFILE, GGUF_REHEARSED = "Modelfile", "rehearsed.json"
+# What the stage `gguf` writes beside its report: a folder to hand on, or in a rehearsal this file alone.
+GGUF_FOLDER, MODELFILE, GGUF_REHEARSED = "gguf", "Modelfile", "rehearsed.json"
 FAILURE_FILE = "failure.json"
 # Exit status of a worker that explains itself in FAILURE_FILE. Any other non-zero status is an infrastructure failure.
 EXPLAINED_EXIT = 65

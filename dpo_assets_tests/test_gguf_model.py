@@ -64,15 +64,21 @@ def test_a_converter_is_found_from_the_folder_of_the_yaml_file(tmp_path: Path) -
 
 @CONVERTS
 def test_the_merged_model_becomes_a_file_that_is_served_by_the_lines_beside_it(shelf: Shelf) -> None:
+    def merged(folder: Path) -> None:
+        with_model(folder)
+        (folder / "model" / "USE_POLICY.md").write_text("Be good.")
+
     for node in TRAINED:
-        shelf.make(node, also=lambda folder, node=node: with_model(folder) if node == "merged_model" else None)
+        shelf.make(node, also=lambda folder, node=node: merged(folder) if node == "merged_model" else None)
     result = materialize(declaring(), shelf.instance, ["gguf_model"])
     assert result.success, failures(result)
     shown = metadata(result, "gguf_model")
     file = Path(shown["file"])
+    assert {path.name for path in file.parent.iterdir()} == {file.name, "Modelfile", "USE_POLICY.md"}
     assert (file.name, file.read_bytes()[:4]) == ("demo-Q8_0.gguf", b"GGUF")
     assert shown["llama_server"] == f"llama-server --model {file} --jinja"
     assert shown["ollama"] == f"ollama create demo -f {file.parent / 'Modelfile'}"
+    assert shown["upload"] == f"hf upload YOUR-ORG/demo-GGUF {file.parent} . --private"
     assert "FROM ./demo-Q8_0.gguf" in shown["modelfile"]
     assert 0 < shown["kl_per_token"] < 0.0136
     # <s> ends a turn by the model's own config.json, and llama.cpp does not know.
@@ -81,7 +87,7 @@ def test_the_merged_model_becomes_a_file_that_is_served_by_the_lines_beside_it(s
     assert metadata(again, "gguf_model")["reused"].startswith("yes")
 
 
-@pytest.mark.skipif("gguf" in MISSING, reason="no gguf here: pip install 'dpo-assets[gguf]'")
+@CONVERTS
 def test_a_base_that_cannot_be_converted_is_refused_before_anything_is_trained(shelf: Shelf, tmp_path: Path) -> None:
     converter = tmp_path / "convert_hf_to_gguf.py"  # A newer llama.cpp's, say, which knows less than it was hoped.
     converter.write_text("import sys; print('--dry-run' in sys.argv, 'Model X is not supported'); sys.exit(1)")

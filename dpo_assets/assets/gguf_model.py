@@ -15,8 +15,8 @@ from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.gguf import gguf_verdicts
 from dpo_assets.checks.reports import GgufReport, GgufWeights
-from dpo_assets.contract import MODELFILE, GgufSpec
-from dpo_assets.publishing.loading import llama_server_line, ollama_line
+from dpo_assets.contract import GGUF_FOLDER, MODELFILE, GgufSpec
+from dpo_assets.publishing.loading import gguf_upload_line, llama_server_line, ollama_line
 
 
 def materialise(step: Step) -> Events:
@@ -29,7 +29,8 @@ def materialise(step: Step) -> Events:
 
     artifact, reused = step.build("gguf_model", _config(step), inputs, make)
     report = GgufReport.of(artifact)
-    file = artifact.path / report.file
+    folder = artifact.path / GGUF_FOLDER
+    file, modelfile = folder / report.file, folder / MODELFILE
     yield from step.result(
         "gguf_model",
         artifact,
@@ -40,8 +41,9 @@ def materialise(step: Step) -> Events:
             "type": report.type,
             "converter": report.converter,
             "llama_server": llama_server_line(str(file), read_facts(base).template_arguments),
-            "ollama": ollama_line(_name(step), str(artifact.path / MODELFILE)),
-            "modelfile": dg.MetadataValue.md(_block((artifact.path / MODELFILE).read_text(encoding="utf-8"))),
+            "ollama": ollama_line(_name(step), str(modelfile)),
+            "modelfile": dg.MetadataValue.md(_block(modelfile.read_text(encoding="utf-8"))),
+            "upload": gguf_upload_line(step.recipe.publishing.repo_id or f"YOUR-ORG/{_name(step)}", str(folder)),
             **({"no_ollama_template": report.template} if report.template else {}),
             **_weights(report),
         },

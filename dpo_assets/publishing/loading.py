@@ -76,3 +76,12 @@ def llama_server_line(file: str, template_arguments: Mapping[str, Any] | None = 
 def ollama_line(name: str, modelfile: str) -> str:
     """The shell line by which Ollama takes a GGUF file in."""
     return shlex.join(["ollama", "create", name, "-f", modelfile])
+
+
+def gguf_upload_line(release: str, folder: str) -> str:
+    """The shell line that uploads GGUF files: into a repository of their own, where the next release is not in the way.
+
+    Args:
+        release: the repository of the release that they were made of.
+    """
+    return shlex.join(["hf", "upload", f"{release}-GGUF", folder, ".", "--private"])

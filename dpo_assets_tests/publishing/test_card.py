@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from dpo_assets.planning.licence import Licence, front_matter
 from dpo_assets.publishing.card import CardFacts, card_settings, render_card
-from dpo_assets.publishing.loading import llama_server_line, load_snippet, ollama_line, serve_line
+from dpo_assets.publishing.loading import gguf_upload_line, llama_server_line, load_snippet, ollama_line, serve_line
 from dpo_assets.recipe import Recipe, parse_recipe
 from dpo_assets_tests.samples import RECIPE, SHA, dataset_report, dpo_report, evaluation_report, merge_report, plan
 
@@ -295,6 +295,7 @@ def test_a_gguf_file_is_served_through_its_own_chat_template_with_the_arguments_
     assert told[-2] == "--chat-template-kwargs"
     assert json.loads(told[-1]) == {"enable_thinking": False}
     assert shlex.split(ollama_line("bot", "/a b/Modelfile")) == ["ollama", "create", "bot", "-f", "/a b/Modelfile"]
+    assert shlex.split(gguf_upload_line("org/bot", "/a b"))[2:4] == ["org/bot-GGUF", "/a b"]
 
 
 def test_the_settings_of_a_card_are_sections_of_a_recipe() -> None:

