@@ -7,6 +7,7 @@ brought about by a model.
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -176,6 +177,34 @@ def test_a_file_that_is_not_the_model_fails_its_check(
     [verdict] = gguf_verdicts(gguf.read_back(file, spec(stories.model, tmp_path), Converter(Path(), "none")))
     assert verdict.level == "error"
     assert FAULTS[damage] in str(verdict.value)
+
+
+@CONVERTS
+@pytest.mark.parametrize("swapped", [False, True])
+def test_merges_of_a_byte_level_vocabulary_are_those_of_the_tokenizer(
+    swapped: bool, model_folder: Path, tmp_path: Path
+) -> None:
+    """The file is written here: llama.cpp's converter takes the byte-level vocabularies of known models alone."""
+    from gguf import GGUFWriter
+
+    from dpo_assets.training.models.gguf_reading import GgufFile
+
+    base = byte_level(copy_of(model_folder, tmp_path / "base"))
+    chat = load_chat_format(base)
+    inner = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    merges = [one if isinstance(one, str) else " ".join(one) for one in inner["merges"]]
+    if swapped:
+        merges[3], merges[4] = merges[4], merges[3]
+    writer = GGUFWriter(tmp_path / "bot.gguf", "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(chat.tokenizer.convert_ids_to_tokens(list(range(len(chat.tokenizer)))))
+    writer.add_token_merges(merges)
+    writer.add_chat_template(chat.tokenizer.get_chat_template())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    said = GgufFile.open(tmp_path / "bot.gguf").tokens_that_differ(chat, base)
+    assert said == (("other merges than tokenizer.json's",) if swapped else ())
 
 
 @CONVERTS
