@@ -319,10 +319,14 @@ class GgufWeights(Report):
 
 
 class GgufNames(Report):
-    """The tensors of the merged model's files by llama.cpp's names for them: how many hold the same values, in any
-    order; which hold others; which have no place by that map; and which of the file are none of them."""
+    """The tensors of the merged model's files by llama.cpp's names for them.
+
+    How many hold the same values, and which of those in another order; which hold others; which have no place by that
+    map of names; and which of the file are none of them.
+    """
 
     same: int
+    resorted: tuple[str, ...]
     others: tuple[str, ...]
     unplaced: tuple[str, ...]
     beyond: tuple[str, ...]
@@ -343,5 +347,5 @@ class GgufReport(Report):
     tokenizer: tuple[str, ...] = Field(description="What is not as in the merged model's tokenizer and chat template.")
     serving: tuple[str, ...] = Field(description="What llama.cpp will do otherwise than training did.")
     weights: GgufWeights | NotMeasured
-    names: GgufNames | NotMeasured | None = Field(description="Compared where `weights` were not; else None.")
+    names: GgufNames | NotMeasured | None = Field(description="Where `weights` were not measured.")
     template: str = Field(description="Why Ollama's template could not be said; empty where the Modelfile has it.")

@@ -52,19 +52,21 @@ def load_snippet(
     )
 
 
-def serve_line(release: str, base: Base | None, rank: int) -> str:
+def serve_line(release: str, base: Base | None, rank: int, template_arguments: Mapping[str, Any] | None = None) -> str:
     """The shell line by which vLLM serves a release; an adapter through its own tokenizer and chat template.
 
     Args:
         rank: of the adapter.
+        template_arguments: what the chat template was given in training; requests that say nothing get the same.
     """
+    rendered = ["--default-chat-template-kwargs", json.dumps(dict(template_arguments))] if template_arguments else []
     if base is None:
-        return shlex.join(["vllm", "serve", release])
+        return shlex.join(["vllm", "serve", release, *rendered])
     source, revision = base
     room = next((known for known in VLLM_RANKS if known >= rank), rank)
     of_base = [source, *(["--revision", revision] if revision else []), "--tokenizer", release]
     adapter = ["--enable-lora", "--max-lora-rank", str(room), "--lora-modules", f"{release.split('/')[-1]}={release}"]
-    return shlex.join(["vllm", "serve", *of_base, *adapter])
+    return shlex.join(["vllm", "serve", *of_base, *adapter, *rendered])
 
 
 def llama_server_line(file: str, template_arguments: Mapping[str, Any] | None = None) -> str:

@@ -13,7 +13,7 @@ from dpo_assets_tests.samples import gguf_report
 
 
 def by_name(**changes: Any) -> GgufNames:
-    return GgufNames(**{"same": 46, "others": (), "unplaced": (), "beyond": ()} | changes)
+    return GgufNames(**{"same": 46, "resorted": (), "others": (), "unplaced": (), "beyond": ()} | changes)
 
 
 NOT_COMPARED = NotMeasured(not_measured="Transformers does not read it: no such architecture")

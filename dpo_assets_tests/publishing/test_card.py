@@ -284,6 +284,10 @@ def test_vllm_is_told_base_revision_tokenizer_and_a_rank_that_it_knows() -> None
     told = shlex.split(serve_line("org/bot", ("org/base", SHA), 24))
     assert told[:7] == ["vllm", "serve", "org/base", "--revision", SHA, "--tokenizer", "org/bot"]
     assert told[7:] == ["--enable-lora", "--max-lora-rank", "32", "--lora-modules", "bot=org/bot"]
+    for of in (None, ("org/base", SHA)):
+        told = shlex.split(serve_line("org/bot", of, 16, {"enable_thinking": False}))
+        assert told[-2] == "--default-chat-template-kwargs"
+        assert json.loads(told[-1]) == {"enable_thinking": False}
     for rank, room in {1: 8, 8: 8, 9: 16, 512: 512}.items():
         given = shlex.split(serve_line("a/b", ("c/d", None), rank))
         assert given[given.index("--max-lora-rank") + 1] == str(room)

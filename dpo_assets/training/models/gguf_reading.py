@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dpo_assets.checks.reports import GgufNames, GgufWeights, NotMeasured
 from dpo_assets.machine import memory_bytes
+from dpo_assets.planning.weights import listed
 from dpo_assets.publishing.ollama import Render
 from dpo_assets.recipe import GgufType
 from dpo_assets.training.models.chat_format import PROBES, RENDERING_ERRORS, TOKENIZER, ChatFormat
@@ -205,11 +206,13 @@ def compare_weights(
     probes = _probes(chat)
     expected = [_logprobs(merged, ids) for ids in probes]
     try:
-        loaded = _load(path, merged)
-    # Whatever Transformers minds of an architecture that its reader does not know.
+        loaded, lacking = _load(path, merged)
+        if lacking:
+            return NotMeasured(not_measured=f"Transformers' reader finds no {listed(lacking)} in it")
+        found = [_logprobs(loaded, ids) for ids in probes]
+    # Whatever Transformers minds, or makes, of an architecture that its reader does not know.
     except Exception as error:
         return NotMeasured(not_measured=f"Transformers does not read it: {_first_line(error)}")
-    found = [_logprobs(loaded, ids) for ids in probes]
     divergence = [_kl(e, f) for e, f in zip(expected, found, strict=True)]
     same = [e.argmax(-1) == f.argmax(-1) for e, f in zip(expected, found, strict=True)]
     gaps = list(_gaps(merged, loaded, type_))
@@ -223,17 +226,22 @@ def compare_weights(
     )
 
 
-def _load(path: Path, merged: PreTrainedModel) -> PreTrainedModel:
-    """The file as a model of the merged model's class; of the class that the file names where its reader wants that."""
+def _load(path: Path, merged: PreTrainedModel) -> tuple[PreTrainedModel, list[str]]:
+    """The file as a model of the merged model's class; of the class that the file names where its reader wants that.
+
+    And the tensors that were not found, which Transformers draws at random: Mixtral's experts have names in the file
+    that its reader does not know. Whether they are there, is told by their names and by the number of values.
+    """
     how: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.float32, "local_files_only": True}
+    how["output_loading_info"] = True
     try:
-        loaded = type(merged).from_pretrained(path.parent, config=copy.deepcopy(merged.config), **how)
+        loaded, told = type(merged).from_pretrained(path.parent, config=copy.deepcopy(merged.config), **how)
     except NotImplementedError:  # Mistral's models are Llama's to llama.cpp.
         from transformers import AutoModelForCausalLM
 
-        loaded = AutoModelForCausalLM.from_pretrained(path.parent, **how)
+        loaded, told = AutoModelForCausalLM.from_pretrained(path.parent, **how)
     model: PreTrainedModel = loaded.eval()
-    return model
+    return model, sorted(told["missing_keys"])
 
 
 def _gaps(merged: PreTrainedModel, loaded: PreTrainedModel, type_: GgufType) -> Iterator[tuple[str, float, bool]]:
