@@ -21,10 +21,11 @@ from dpo_assets.checks.configuration import Configuration, rate_ceilings
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.recipe import TEMPLATE_DATE, ChecksSection
 
-Stage = Literal["verify", "tokenize", "sft", "dpo", "merge", "evaluate"]
+Stage = Literal["verify", "tokenize", "sft", "dpo", "merge", "evaluate", "reward"]
 # What the stages `verify` and `tokenize` write.
 VERIFIED = "verified.json"
 TOKENS, CHAT_FORMAT = "tokens.parquet", "chat_format.json"
+REWARDED = "rewarded.json"  # Of stage `reward`.
 FAILURE_FILE = "failure.json"
 # Exit status of a worker that explains itself in FAILURE_FILE. Any other non-zero status is an infrastructure failure.
 EXPLAINED_EXIT = 65
@@ -46,7 +47,7 @@ class Spec(BaseModel):
     output_dir: Path = Field(description="Empty directory that becomes the artefact; its manifest is written last.")
     fingerprint: str
     inputs: dict[str, str] = Field(description="Digests of the artefacts this one is made from.")
-    base_model: Path = Field(description="Folder of the base model and its tokenizer.")
+    base_model: Path = Field(description="Folder of the base model and its tokenizer; of stage `reward`, the scorer's.")
     template: TemplateSettings = TemplateSettings()
     threads: int = 1
 
@@ -193,6 +194,22 @@ class EvaluateSpec(PlannedSpec):
         smaller = super().smaller_forwards()
         shrinks = smaller and smaller.plan.at_release().token_budget < self.plan.at_release().token_budget
         return smaller if shrinks else None
+
+
+class RewardSpec(PlannedSpec):
+    """Scores of a reward model, the folder of which `base_model` names. Of the plan it follows the device.
+
+    Attributes:
+        answers: JSON, a list of `prompt` (messages), `sft` and `policy` (texts), one of each prompt.
+        people: Parquet with `pair_id`, `prompt_id`, `prompt`, `chosen` and `rejected`.
+    """
+
+    answers: Path
+    people: Path
+    human_pairs: int
+    max_length: int
+    confidence: float
+    name: str = Field(description="What the report calls the reward model.")
 
 
 class Failure(BaseModel):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from dpo_assets.checks.reports import DpoReport, EvaluationReport, JudgedAnswers, MergeReport
+from dpo_assets.checks.reports import DpoReport, EvaluationReport, JudgedAnswers, MergeReport, RewardModelScores
 from dpo_assets.feedback.pair import Message, Pair
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.targets import Covered, LoraCoverage
@@ -169,6 +169,26 @@ def judged_answers(**changes: Any) -> JudgedAnswers:
         "corrected": score(0.83, 0.66, 1.0),
     }
     return JudgedAnswers.model_validate(values | changes)
+
+
+def reward_model_scores(**changes: Any) -> RewardModelScores:
+    """A reward model that can be believed, and prefers the policy's answers."""
+    values: dict[str, Any] = {
+        "model": "a reward model",
+        "confidence": 0.95,
+        "wins": 60,
+        "ties": 20,
+        "losses": 20,
+        "left_out": {},
+        "share": score(0.7, 0.6, 0.78, 100),
+        "share_at_equal_length": 0.65,
+        "difference": {"value": 0.4, "low": 0.2, "high": 0.6, "n": 100, "clusters": 100},
+        "human_pairs": 100,
+        "human_left_out": {},
+        "agreement": score(0.8, 0.71, 0.87, 100),
+        "corrected": score(0.83, 0.66, 1.0, 100),
+    }
+    return RewardModelScores.model_validate(values | changes)
 
 
 def dpo_report(**changes: Any) -> DpoReport:

@@ -12,6 +12,7 @@ from dpo_assets.assets import (
     merged_model,
     published_model,
     raw_preferences,
+    reward_model_scores,
     sft_checkpoint,
 )
 from dpo_assets.assets.lineage import Lineage
@@ -30,7 +31,8 @@ NODES: tuple[Node, ...] = (
     eval_scores.NODE,
     published_model.NODE,
 )
-OPTIONAL: tuple[Node, ...] = (judged_answers.NODE,)  # Of pipelines whose recipe asks for them.
+# Of pipelines whose recipe asks for them.
+OPTIONAL: tuple[Node, ...] = (judged_answers.NODE, reward_model_scores.NODE)
 LINEAGE = Lineage({node.name: node.reads for node in (*NODES, *OPTIONAL)})
 
 

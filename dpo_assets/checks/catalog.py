@@ -105,6 +105,15 @@ CHECKS: tuple[CheckInfo, ...] = (
         "judge_health", "judged_answers", "The judge answers, agrees with itself and with people.", blocking=False
     ),
     CheckInfo("judged_better", "judged_answers", "The judge does not prefer the answers of SFT.", blocking=False),
+    CheckInfo(
+        "reward_model_health",
+        "reward_model_scores",
+        "The reward model scores what it is given, and agrees with people.",
+        blocking=False,
+    ),
+    CheckInfo(
+        "rewarded_better", "reward_model_scores", "The reward model does not prefer the answers of SFT.", blocking=False
+    ),
     CheckInfo("release_verified", "published_model", "The release is complete, free of secrets, and reads back equal."),
 )
 

@@ -217,6 +217,27 @@ class JudgedAnswers(Report):
         return self.wins + self.ties + self.losses + self.nulls + self.human_pairs
 
 
+class RewardModelScores(Report):
+    """What a reward model said of the answers of policy and SFT, and of pairs that people had ranked.
+
+    Shares are of prompts with rewards, a tie counted half, and those of the policy's answers.
+    """
+
+    model: str
+    confidence: Number
+    wins: int
+    ties: int
+    losses: int
+    left_out: dict[str, int] = Field(description="Prompts without a reward, by the reason.")
+    share: Proportion
+    share_at_equal_length: Number
+    difference: MeanScore = Field(description="Mean reward of the policy's answer less that of SFT's, by prompt.")
+    human_pairs: int
+    human_left_out: dict[str, int] = Field(description="Pairs of people without a reward, by the reason.")
+    agreement: Proportion = Field(description="Share of people's pairs in which what they chose has the higher reward.")
+    corrected: Proportion = Field(description="The share that people would have preferred, by its agreement with them.")
+
+
 def read_sft(artifact: Artifact) -> SftReport | AdoptedBase:
     """The report of an `sft_checkpoint`.
 

@@ -25,6 +25,7 @@ from dpo_assets.recipe.running import (
     Severity,
     Speedup,
 )
+from dpo_assets.recipe.scorers import RewardModelSection
 from dpo_assets.recipe.training import (
     ALL_LINEAR,
     EVERY_LINEAR,
@@ -61,6 +62,7 @@ __all__ = [
     "Recipe",
     "RefreshSection",
     "ReleaseRule",
+    "RewardModelSection",
     "Severity",
     "SftSection",
     "Speedup",

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from dpo_assets.recipe.scorers import RewardModelSection
 from dpo_assets.section import Section
 
 Speedup = Literal["liger", "compile"]
@@ -48,6 +49,9 @@ class EvaluationSection(Section):
     max_new_tokens: int = Field(default=64, ge=1, description="Length limit of those answers.")
     judge: JudgeSection | None = Field(
         default=None, description="Compares those answers, in an asset of its own. None: nobody is asked."
+    )
+    reward_model: RewardModelSection | None = Field(
+        default=None, description="Scores those answers, in an asset of its own. None: no reward model is asked."
     )
 
 

@@ -37,6 +37,7 @@ from dpo_assets.contract import (
     Failure,
     MergeSpec,
     PlannedSpec,
+    RewardSpec,
     Spec,
     Stage,
     TokenizeSpec,
@@ -56,6 +57,7 @@ SPECS: dict[Stage, type[Spec]] = {
     "dpo": TrainSpec,
     "merge": MergeSpec,
     "evaluate": EvaluateSpec,
+    "reward": RewardSpec,
 }
 
 

@@ -22,7 +22,7 @@ from dpo_assets.checks.collapse import CollapseLimits
 from dpo_assets.checks.config import plan_verdicts
 from dpo_assets.checks.coverage import lora_coverage
 from dpo_assets.checks.dataset import dataset_verdicts
-from dpo_assets.checks.judged import judge_verdicts
+from dpo_assets.checks.judged import judge_verdicts, reward_model_verdicts
 from dpo_assets.checks.judged_text import judged_text_kept
 from dpo_assets.checks.promotion import (
     decide,
@@ -55,6 +55,7 @@ from dpo_assets_tests.samples import (
     plan,
     quality,
     recipe,
+    reward_model_scores,
     score,
 )
 
@@ -620,6 +621,11 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
             judged_answers(nulls=50, share=score(0.2, 0.1, 0.3), corrected=score(0.1, 0.0, 0.2))
             if fail
             else judged_answers()
+        ),
+        "reward_model_scores": reward_model_verdicts(
+            reward_model_scores(left_out={"too_long": 50}, corrected=score(0.1, 0.0, 0.2))
+            if fail
+            else reward_model_scores()
         ),
         "published_model": [release_verified(artifact, operations, None)],
     }

@@ -27,7 +27,7 @@ from dpo_assets_tests.test_lineage import ORDER, Shelf
 PROMPTS, PAIRS = 6, 30
 
 
-def fill(shelf: Shelf, better: int = PROMPTS) -> None:
+def fill(shelf: Shelf, better: int = PROMPTS, of_plan: dict[str, Any] = {}) -> None:
     """Evaluated answers, `better` of the policy's longer ones, and held-out pairs whose chosen answer is the longer."""
 
     def asked(number: int) -> list[dict[str, str]]:
@@ -53,7 +53,8 @@ def fill(shelf: Shelf, better: int = PROMPTS) -> None:
             pl.DataFrame(pairs).write_parquet(folder / "eval.parquet")
 
     for node in ORDER[:-1]:
-        shelf.make(node, str(better), also=lambda folder, node=node: write(node, folder))
+        settings = of_plan if node == "dpo_plan" else {}
+        shelf.make(node, str(better), also=lambda folder, node=node: write(node, folder), **settings)
 
 
 @pytest.fixture

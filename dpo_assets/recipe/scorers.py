@@ -1,0 +1,34 @@
+"""What else scores a policy, where a pipeline asks for it: each in an asset of its own, and none of them needed."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from dpo_assets.recipe.model import refuse_unpinned
+from dpo_assets.section import Section
+
+
+class RewardModelSection(Section):
+    """A reward model that scores the answers of SFT and policy: a sequence classifier with one output."""
+
+    source: str = Field(
+        description="A Hub id (`org/name`) or a local folder, with safetensors weights and a chat template.",
+        examples=["Skywork/Skywork-Reward-V2-Qwen3-0.6B", "./models/my-reward-model"],
+    )
+    revision: str | None = Field(
+        default=None,
+        description="Commit sha (40 hex digits) of a Hub model. Required for a Hub id: a branch name can move.",
+    )
+    human_pairs: int = Field(
+        default=200, ge=0, description="Held-out pairs of people that it scores too, to measure its own errors by."
+    )
+    max_length: int = Field(
+        default=2048,
+        ge=1,
+        description="Most tokens of a conversation with its answer. A longer one gets no score, and is counted.",
+    )
+
+    @model_validator(mode="after")
+    def _is_pinned(self) -> RewardModelSection:
+        refuse_unpinned("evaluation.reward_model", self.source, self.revision)
+        return self
