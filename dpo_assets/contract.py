@@ -21,11 +21,12 @@ from dpo_assets.checks.configuration import Configuration, rate_ceilings
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.recipe import TEMPLATE_DATE, ChecksSection
 
-Stage = Literal["verify", "tokenize", "sft", "dpo", "merge", "evaluate", "reward"]
+Stage = Literal["verify", "tokenize", "sft", "dpo", "merge", "evaluate", "reward", "benchmark"]
 # What the stages `verify` and `tokenize` write.
 VERIFIED = "verified.json"
 TOKENS, CHAT_FORMAT = "tokens.parquet", "chat_format.json"
 REWARDED = "rewarded.json"  # Of stage `reward`.
+ANSWERED, LEFT_OUT = "answers.parquet", "left_out.json"  # Of stage `benchmark`.
 FAILURE_FILE = "failure.json"
 # Exit status of a worker that explains itself in FAILURE_FILE. Any other non-zero status is an infrastructure failure.
 EXPLAINED_EXIT = 65
@@ -171,17 +172,12 @@ class MergeSpec(PlannedSpec):
     probe_pairs: int = 32
 
 
-class EvaluateSpec(PlannedSpec):
-    """Held-out scores of the SFT policy and of the release, by the plan's `scoring`."""
+class ReleaseSpec(PlannedSpec):
+    """A stage that compares the release with the SFT policy that it started from, by the plan's `scoring`."""
 
-    dataset: Path
     sft_adapter: Path | None
     policy: Path = Field(description="Folder of the merged model.")
     adapter: Path | None = Field(default=None, description="The DPO adapter, for a merged model that does not fit.")
-    confidence: float
-    generations: int
-    max_new_tokens: int
-    min_pairs: int
 
     @model_validator(mode="after")
     def _adapter_is_there_to_be_scored(self) -> Self:
@@ -189,11 +185,28 @@ class EvaluateSpec(PlannedSpec):
             raise ValueError("the plan scores the adapter on its quantised base, and no `adapter` is given")
         return self
 
+    @property
+    def compared(self) -> tuple[tuple[str, Path, Path | None], tuple[str, Path, Path | None]]:
+        """(what it is, model folder, adapter) of SFT, and of what is scored as the release."""
+        merged = self.plan.scoring.subject == "merged"
+        release = (self.policy, None) if merged else (self.base_model, self.adapter)
+        return ("SFT", self.base_model, self.sft_adapter), ("policy", *release)
+
     def smaller_forwards(self) -> Self | None:
         """None where the release is scored in the smallest forwards already: training may have had larger ones."""
         smaller = super().smaller_forwards()
         shrinks = smaller and smaller.plan.at_release().token_budget < self.plan.at_release().token_budget
         return smaller if shrinks else None
+
+
+class EvaluateSpec(ReleaseSpec):
+    """Held-out scores of the SFT policy and of the release."""
+
+    dataset: Path
+    confidence: float
+    generations: int
+    max_new_tokens: int
+    min_pairs: int
 
 
 class RewardSpec(PlannedSpec):
@@ -210,6 +223,23 @@ class RewardSpec(PlannedSpec):
     max_length: int
     confidence: float
     name: str = Field(description="What the report calls the reward model.")
+
+
+class BenchmarkFile(BaseModel):
+    """A file of questions, as stage `benchmark` is told of it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    path: Path
+    format: Literal["auto", "rewardbench", "rewardbench2"]
+
+
+class BenchmarkSpec(ReleaseSpec):
+    """Implicit rewards of the release against SFT for the answers of benchmarks."""
+
+    benchmarks: tuple[BenchmarkFile, ...]
+    confidence: float
+    vocabulary: int = Field(default=0, description="Rows of the model's embedding; 0: not known.")
 
 
 class Failure(BaseModel):

@@ -5,7 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from dpo_assets.checks.reports import DpoReport, EvaluationReport, JudgedAnswers, MergeReport, RewardModelScores
+from dpo_assets.checks.reports import (
+    BenchmarkScores,
+    DpoReport,
+    EvaluationReport,
+    JudgedAnswers,
+    MergeReport,
+    RewardModelScores,
+)
 from dpo_assets.feedback.pair import Message, Pair
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.targets import Covered, LoraCoverage
@@ -189,6 +196,18 @@ def reward_model_scores(**changes: Any) -> RewardModelScores:
         "corrected": score(0.83, 0.66, 1.0, 100),
     }
     return RewardModelScores.model_validate(values | changes)
+
+
+def benchmark_scores(**changes: Any) -> BenchmarkScores:
+    """One whole benchmark; changes are those of it."""
+    share = {"value": 0.6, "low": 0.5, "high": 0.7, "n": 100, "clusters": 100}
+    one: dict[str, Any] = {
+        "name": "b", "format": "rewardbench", "rows": 100, "left_out": {}, "overall": share, "by_row": share,
+        "sections": {}, "subsets": [{"name": "easy", "score": share}], "undecided": 0,
+    }  # fmt: skip
+    return BenchmarkScores.model_validate(
+        {"confidence": 0.95, "scored": "merged model in fp32", "kernels": "fused", "benchmarks": [one | changes]}
+    )
 
 
 def dpo_report(**changes: Any) -> DpoReport:

@@ -358,6 +358,7 @@ def test_the_values_of_whoever_declares_nothing_are_these() -> None:
             "max_new_tokens": 64,
             "judge": None,
             "reward_model": None,
+            "benchmarks": [],
         },
         "publishing": {
             "repo_id": None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dpo_assets.assets import (
     base_model,
+    benchmark_scores,
     dpo_adapter,
     dpo_dataset,
     dpo_plan,
@@ -32,7 +33,7 @@ NODES: tuple[Node, ...] = (
     published_model.NODE,
 )
 # Of pipelines whose recipe asks for them.
-OPTIONAL: tuple[Node, ...] = (judged_answers.NODE, reward_model_scores.NODE)
+OPTIONAL: tuple[Node, ...] = (judged_answers.NODE, reward_model_scores.NODE, benchmark_scores.NODE)
 LINEAGE = Lineage({node.name: node.reads for node in (*NODES, *OPTIONAL)})
 
 

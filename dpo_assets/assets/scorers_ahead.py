@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dpo_assets.judging.questions import read_questions
 from dpo_assets.planning.model_folder import refuse_as_reward_model
 from dpo_assets.recipe import EvaluationSection, RewardModelSection, looks_like_hub_id
 
@@ -14,6 +15,8 @@ def refuse_scorers(evaluation: EvaluationSection) -> None:
     """
     if evaluation.reward_model is not None:
         refuse_reward_model(evaluation.reward_model)
+    for benchmark in evaluation.benchmarks:
+        read_questions(Path(benchmark.path), benchmark.format)
 
 
 def refuse_reward_model(section: RewardModelSection) -> None:

@@ -114,6 +114,8 @@ CHECKS: tuple[CheckInfo, ...] = (
     CheckInfo(
         "rewarded_better", "reward_model_scores", "The reward model does not prefer the answers of SFT.", blocking=False
     ),
+    CheckInfo("benchmark_whole", "benchmark_scores", "Every row of every benchmark was scored.", blocking=False),
+    CheckInfo("benchmark_unseen", "benchmark_scores", "No row asks what the model was trained on.", blocking=False),
     CheckInfo("release_verified", "published_model", "The release is complete, free of secrets, and reads back equal."),
 )
 

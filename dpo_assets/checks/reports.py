@@ -238,6 +238,39 @@ class RewardModelScores(Report):
     corrected: Proportion = Field(description="The share that people would have preferred, by its agreement with them.")
 
 
+class SubsetScore(Report):
+    """One subset of a benchmark."""
+
+    name: str
+    score: MeanScore
+
+
+class BenchmarkScore(Report):
+    """What the policy's implicit rewards against SFT make of one benchmark, as the benchmark itself counts."""
+
+    name: str
+    format: Literal["rewardbench", "rewardbench2"]
+    rows: int = Field(description="Rows of the file, those that were left out included.")
+    left_out: dict[str, int] = Field(description="Rows that were not scored, by the reason.")
+    overall: MeanScore = Field(
+        description="Mean of RewardBench's four sections where all are there, of RewardBench 2's subsets, or `by_row`."
+    )
+    by_row: MeanScore = Field(description="Share of rows that are right; of RewardBench 2 without Ties.")
+    sections: dict[str, MeanScore] = Field(description="RewardBench's own, of the subsets that are there.")
+    subsets: tuple[SubsetScore, ...]
+    undecided: int = Field(description="Rows whose best right and best wrong answer have the very same reward.")
+
+
+class BenchmarkScores(Report):
+    """All benchmarks of a pipeline, scored by one engine."""
+
+    confidence: Number
+    scored: str = Field(description="What was scored as the release.")
+    kernels: str
+    kernels_note: str = ""
+    benchmarks: tuple[BenchmarkScore, ...]
+
+
 def read_sft(artifact: Artifact) -> SftReport | AdoptedBase:
     """The report of an `sft_checkpoint`.
 

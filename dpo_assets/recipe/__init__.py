@@ -25,7 +25,7 @@ from dpo_assets.recipe.running import (
     Severity,
     Speedup,
 )
-from dpo_assets.recipe.scorers import RewardModelSection
+from dpo_assets.recipe.scorers import BenchmarkSection, RewardModelSection
 from dpo_assets.recipe.training import (
     ALL_LINEAR,
     EVERY_LINEAR,
@@ -45,6 +45,7 @@ __all__ = [
     "TEMPLATE_DATE",
     "BandOverride",
     "BaseModelSection",
+    "BenchmarkSection",
     "ChecksSection",
     "CleaningSection",
     "ContentAction",

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from dpo_assets.recipe.scorers import RewardModelSection
+from dpo_assets.recipe.scorers import BenchmarkSection, RewardModelSection
 from dpo_assets.section import Section
 
 Speedup = Literal["liger", "compile"]
@@ -53,6 +53,17 @@ class EvaluationSection(Section):
     reward_model: RewardModelSection | None = Field(
         default=None, description="Scores those answers, in an asset of its own. None: no reward model is asked."
     )
+    benchmarks: list[BenchmarkSection] = Field(
+        default=[], description="Files in RewardBench's formats, scored in an asset of their own."
+    )
+
+    @field_validator("benchmarks")
+    @classmethod
+    def _names_differ(cls, benchmarks: list[BenchmarkSection]) -> list[BenchmarkSection]:
+        names = [one.name for one in benchmarks]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two benchmarks are called {', '.join(twice)}")
+        return benchmarks
 
 
 class PublishingSection(Section):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from dpo_assets.recipe.model import refuse_unpinned
@@ -32,3 +34,18 @@ class RewardModelSection(Section):
     def _is_pinned(self) -> RewardModelSection:
         refuse_unpinned("evaluation.reward_model", self.source, self.revision)
         return self
+
+
+class BenchmarkSection(Section):
+    """A file of questions with right and wrong answers, scored by the policy's implicit reward against SFT."""
+
+    name: str = Field(pattern=r"^[\w.-]+$", description="What the scores are shown under; each once.")
+    path: str = Field(
+        description="A JSONL, JSON, CSV or Parquet file with the columns of RewardBench or RewardBench 2.",
+        examples=["./benchmarks/reward-bench-2.parquet"],
+    )
+    format: Literal["auto", "rewardbench", "rewardbench2"] = Field(
+        default="auto",
+        description="`rewardbench`: one chosen and one rejected answer a row. `rewardbench2`: lists of them, best of "
+        "four and Ties. `auto`: by the first row.",
+    )

@@ -33,6 +33,7 @@ from dpo_assets.artifact import seal
 from dpo_assets.contract import (
     EXPLAINED_EXIT,
     FAILURE_FILE,
+    BenchmarkSpec,
     EvaluateSpec,
     Failure,
     MergeSpec,
@@ -58,6 +59,7 @@ SPECS: dict[Stage, type[Spec]] = {
     "merge": MergeSpec,
     "evaluate": EvaluateSpec,
     "reward": RewardSpec,
+    "benchmark": BenchmarkSpec,
 }
 
 

@@ -17,6 +17,7 @@ from dpo_assets.assets.published_model import RELEASE
 from dpo_assets.assets.published_model import verify as release_verified
 from dpo_assets.checks.aftermath import aftermath_verdicts, collapse_verdict
 from dpo_assets.checks.bands import default_bands
+from dpo_assets.checks.benchmarks import benchmark_verdicts
 from dpo_assets.checks.catalog import CHECKS, checks_of
 from dpo_assets.checks.collapse import CollapseLimits
 from dpo_assets.checks.config import plan_verdicts
@@ -47,6 +48,7 @@ from dpo_assets_tests.samples import (
     SHA,
     aftermath_report,
     answers,
+    benchmark_scores,
     coverage,
     dataset_report,
     dpo_report,
@@ -626,6 +628,9 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
             reward_model_scores(left_out={"too_long": 50}, corrected=score(0.1, 0.0, 0.2))
             if fail
             else reward_model_scores()
+        ),
+        "benchmark_scores": benchmark_verdicts(
+            benchmark_scores(left_out={"too_long": 3} if fail else {}), {"b": 1 if fail else 0}
         ),
         "published_model": [release_verified(artifact, operations, None)],
     }
