@@ -21,12 +21,13 @@ from dpo_assets.checks.configuration import Configuration, rate_ceilings
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.recipe import TEMPLATE_DATE, ChecksSection
 
-Stage = Literal["verify", "tokenize", "sft", "dpo", "merge", "evaluate", "reward", "benchmark"]
+Stage = Literal["verify", "tokenize", "sft", "dpo", "merge", "evaluate", "reward", "benchmark", "harness"]
 # What the stages `verify` and `tokenize` write.
 VERIFIED = "verified.json"
 TOKENS, CHAT_FORMAT = "tokens.parquet", "chat_format.json"
 REWARDED = "rewarded.json"  # Of stage `reward`.
 ANSWERED, LEFT_OUT = "answers.parquet", "left_out.json"  # Of stage `benchmark`.
+SAMPLES = "samples.json"  # Of stage `harness`.
 FAILURE_FILE = "failure.json"
 # Exit status of a worker that explains itself in FAILURE_FILE. Any other non-zero status is an infrastructure failure.
 EXPLAINED_EXIT = 65
@@ -240,6 +241,18 @@ class BenchmarkSpec(ReleaseSpec):
     benchmarks: tuple[BenchmarkFile, ...]
     confidence: float
     vocabulary: int = Field(default=0, description="Rows of the model's embedding; 0: not known.")
+
+
+class HarnessSpec(ReleaseSpec):
+    """Tasks of lm-evaluation-harness for SFT and the release. Paths in the tasks start from `include_path`."""
+
+    tasks: tuple[str, ...]
+    include_path: Path | None
+    limit: int | None
+    num_fewshot: int | None
+    apply_chat_template: bool
+    batch_size: int
+    confidence: float
 
 
 class Failure(BaseModel):

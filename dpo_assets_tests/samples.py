@@ -9,6 +9,7 @@ from dpo_assets.checks.reports import (
     BenchmarkScores,
     DpoReport,
     EvaluationReport,
+    HarnessScores,
     JudgedAnswers,
     MergeReport,
     RewardModelScores,
@@ -207,6 +208,22 @@ def benchmark_scores(**changes: Any) -> BenchmarkScores:
     }  # fmt: skip
     return BenchmarkScores.model_validate(
         {"confidence": 0.95, "scored": "merged model in fp32", "kernels": "fused", "benchmarks": [one | changes]}
+    )
+
+
+def harness_scores(**changes: Any) -> HarnessScores:
+    """One task that nothing changed in; changes are those of it."""
+    alike = {
+        "difference": 0.0, "low": -0.02, "high": 0.02, "error": 0.01, "p_better": 0.5, "p_worse": 0.5, "p_pairs": 0.5,
+        "n": 100, "clusters": 100, "discordant": 4,
+    }  # fmt: skip
+    one: dict[str, Any] = {
+        "task": "facts", "metric": "acc", "filter": "none", "higher_is_better": True, "documents": 100, "sft": 0.5,
+        "policy": 0.5, "comparison": alike,
+        "difference": {"value": 0.0, "low": -0.02, "high": 0.02, "n": 100, "clusters": 100},
+    }  # fmt: skip
+    return HarnessScores.model_validate(
+        {"version": "0.4.13", "confidence": 0.95, "scored": "merged model in fp32", "tasks": [one | changes]}
     )
 
 

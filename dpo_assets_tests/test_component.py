@@ -175,6 +175,7 @@ def test_every_check_of_the_catalogue_stands_on_its_asset() -> None:
         "judge": {"url": "http://localhost:8000/v1", "model": "judge"},
         "reward_model": {"source": "./reward-model"},
         "benchmarks": [{"name": "rb2", "path": "./rb2.parquet"}],
+        "harness": {"tasks": ["arc_easy"]},
     }
     found: list[set[tuple[str, str]]] = []
     for evaluation in ({}, scorers):

@@ -359,6 +359,7 @@ def test_the_values_of_whoever_declares_nothing_are_these() -> None:
             "judge": None,
             "reward_model": None,
             "benchmarks": [],
+            "harness": None,
         },
         "publishing": {
             "repo_id": None,

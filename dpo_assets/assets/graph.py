@@ -9,6 +9,7 @@ from dpo_assets.assets import (
     dpo_dataset,
     dpo_plan,
     eval_scores,
+    harness_scores,
     judged_answers,
     merged_model,
     published_model,
@@ -33,7 +34,12 @@ NODES: tuple[Node, ...] = (
     published_model.NODE,
 )
 # Of pipelines whose recipe asks for them.
-OPTIONAL: tuple[Node, ...] = (judged_answers.NODE, reward_model_scores.NODE, benchmark_scores.NODE)
+OPTIONAL: tuple[Node, ...] = (
+    judged_answers.NODE,
+    reward_model_scores.NODE,
+    benchmark_scores.NODE,
+    harness_scores.NODE,
+)
 LINEAGE = Lineage({node.name: node.reads for node in (*NODES, *OPTIONAL)})
 
 

@@ -116,6 +116,9 @@ CHECKS: tuple[CheckInfo, ...] = (
     ),
     CheckInfo("benchmark_whole", "benchmark_scores", "Every row of every benchmark was scored.", blocking=False),
     CheckInfo("benchmark_unseen", "benchmark_scores", "No row asks what the model was trained on.", blocking=False),
+    CheckInfo(
+        "harness_retained", "harness_scores", "No task is answered worse than by SFT, beyond chance.", blocking=False
+    ),
     CheckInfo("release_verified", "published_model", "The release is complete, free of secrets, and reads back equal."),
 )
 

@@ -271,6 +271,44 @@ class BenchmarkScores(Report):
     benchmarks: tuple[BenchmarkScore, ...]
 
 
+class TaskScore(Report):
+    """One metric of one task, of SFT and policy on the same documents.
+
+    `comparison` is of metrics that are right or wrong by document, `difference` of all that give a document a number:
+    policy less SFT, whatever direction is better. A metric that is made of all documents at once has neither.
+    """
+
+    task: str
+    metric: str
+    filter: str
+    higher_is_better: bool | None = Field(description="As the task says it; None: it does not.")
+    documents: int
+    sft: Number = Field(description="As lm-eval aggregates it.")
+    policy: Number
+    comparison: Comparison | None
+    difference: MeanScore | None
+
+    @property
+    def name(self) -> str:
+        """Task, metric and filter."""
+        return f"{self.task} {self.metric}" + ("" if self.filter == "none" else f" {self.filter}")
+
+    @property
+    def shown(self) -> str:
+        """The paired difference with its interval."""
+        measured = self.comparison or self.difference
+        return str(measured) if measured else f"{self.policy - self.sft:+.3f}, no interval"
+
+
+class HarnessScores(Report):
+    """What lm-evaluation-harness says of SFT and policy."""
+
+    version: str = Field(description="Of lm-eval.")
+    confidence: Number
+    scored: str = Field(description="What was scored as the release.")
+    tasks: tuple[TaskScore, ...]
+
+
 def read_sft(artifact: Artifact) -> SftReport | AdoptedBase:
     """The report of an `sft_checkpoint`.
 

@@ -25,7 +25,7 @@ from dpo_assets.recipe.running import (
     Severity,
     Speedup,
 )
-from dpo_assets.recipe.scorers import BenchmarkSection, RewardModelSection
+from dpo_assets.recipe.scorers import BenchmarkSection, HarnessSection, RewardModelSection
 from dpo_assets.recipe.training import (
     ALL_LINEAR,
     EVERY_LINEAR,
@@ -55,6 +55,7 @@ __all__ = [
     "FeedbackSection",
     "FeedbackSource",
     "HardwareSection",
+    "HarnessSection",
     "JudgeSection",
     "LoraSection",
     "OptimSection",

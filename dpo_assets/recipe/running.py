@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from dpo_assets.recipe.scorers import BenchmarkSection, RewardModelSection
+from dpo_assets.recipe.scorers import BenchmarkSection, HarnessSection, RewardModelSection
 from dpo_assets.section import Section
 
 Speedup = Literal["liger", "compile"]
@@ -55,6 +55,9 @@ class EvaluationSection(Section):
     )
     benchmarks: list[BenchmarkSection] = Field(
         default=[], description="Files in RewardBench's formats, scored in an asset of their own."
+    )
+    harness: HarnessSection | None = Field(
+        default=None, description="Tasks of lm-evaluation-harness, run in an asset of their own. None: none."
     )
 
     @field_validator("benchmarks")

@@ -49,3 +49,25 @@ class BenchmarkSection(Section):
         description="`rewardbench`: one chosen and one rejected answer a row. `rewardbench2`: lists of them, best of "
         "four and Ties. `auto`: by the first row.",
     )
+
+
+class HarnessSection(Section):
+    """Tasks of lm-evaluation-harness (extra `lm-eval`) that SFT and policy both answer.
+
+    The worker has no network: the datasets of tasks that come with lm-eval must lie in the Hub's cache (`HF_HOME`)
+    before, as `lm_eval --tasks NAME --limit 1` leaves them.
+    """
+
+    tasks: list[str] = Field(min_length=1, description="Names of tasks: those of `include_path`, or lm-eval's own.")
+    include_path: str | None = Field(
+        default=None,
+        description="Folder of task YAML files. Paths in them start from it; code that they name is run.",
+        examples=["./tasks"],
+    )
+    limit: int | None = Field(default=None, ge=1, description="Documents of each task, at most; empty: all.")
+    num_fewshot: int | None = Field(default=None, ge=0, description="Examples in a prompt; empty: as the task says.")
+    apply_chat_template: bool = Field(
+        default=False,
+        description="Ask in the base's chat template. Off, as lm-eval's own default is: published scores are so.",
+    )
+    batch_size: int = Field(default=8, ge=1, description="Requests of one forward.")

@@ -139,5 +139,7 @@ def _absolute_scorers(evaluation: EvaluationSection, file: Callable[[str], str])
     changes: dict[str, Any] = {}
     if (model := evaluation.reward_model) is not None and not looks_like_hub_id(model.source):
         changes["reward_model"] = model.model_copy(update={"source": file(model.source)})
+    if (harness := evaluation.harness) is not None and harness.include_path is not None:
+        changes["harness"] = harness.model_copy(update={"include_path": file(harness.include_path)})
     changes["benchmarks"] = [one.model_copy(update={"path": file(one.path)}) for one in evaluation.benchmarks]
     return changes

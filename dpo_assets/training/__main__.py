@@ -36,6 +36,7 @@ from dpo_assets.contract import (
     BenchmarkSpec,
     EvaluateSpec,
     Failure,
+    HarnessSpec,
     MergeSpec,
     PlannedSpec,
     RewardSpec,
@@ -60,6 +61,7 @@ SPECS: dict[Stage, type[Spec]] = {
     "evaluate": EvaluateSpec,
     "reward": RewardSpec,
     "benchmark": BenchmarkSpec,
+    "harness": HarnessSpec,
 }
 
 

@@ -23,6 +23,8 @@ from dpo_assets.checks.collapse import CollapseLimits
 from dpo_assets.checks.config import plan_verdicts
 from dpo_assets.checks.coverage import lora_coverage
 from dpo_assets.checks.dataset import dataset_verdicts
+from dpo_assets.checks.evidence.paired import compare
+from dpo_assets.checks.harness import harness_verdicts
 from dpo_assets.checks.judged import judge_verdicts, reward_model_verdicts
 from dpo_assets.checks.judged_text import judged_text_kept
 from dpo_assets.checks.promotion import (
@@ -53,6 +55,7 @@ from dpo_assets_tests.samples import (
     dataset_report,
     dpo_report,
     evaluation_report,
+    harness_scores,
     judged_answers,
     plan,
     quality,
@@ -631,6 +634,9 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
         ),
         "benchmark_scores": benchmark_verdicts(
             benchmark_scores(left_out={"too_long": 3} if fail else {}), {"b": 1 if fail else 0}
+        ),
+        "harness_scores": harness_verdicts(
+            harness_scores(comparison=compare([0.0] * 50, [1.0] * 50)) if fail else harness_scores()
         ),
         "published_model": [release_verified(artifact, operations, None)],
     }
