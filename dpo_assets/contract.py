@@ -254,6 +254,13 @@ class HarnessSpec(ReleaseSpec):
     batch_size: int
     confidence: float
 
+    def smaller_forwards(self) -> Self | None:
+        """Half the requests in a forward: lm-eval makes its own, of no token budget. None where there is one only."""
+        retries = self.out_of_memory_retries + 1
+        if self.batch_size == 1:
+            return None
+        return self.model_copy(update={"batch_size": self.batch_size // 2, "out_of_memory_retries": retries})
+
 
 class Failure(BaseModel):
     """Why a worker stopped, for the asset to show. `gate` failures carry the check they failed."""

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpo_assets.feedback.pair import LabelKind
 from dpo_assets.judging.comparing import Message
+
+BY_A_MODEL: LabelKind = "judge_rating"
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,13 @@ def answers_of(rows: Iterable[Mapping[str, Any]]) -> list[AnswerPair]:
 def human_pairs(held_out: Path, most: int) -> list[AnswerPair]:
     """Held-out pairs, chosen answer first: those that people ranked, in the order of their ids, which is none.
 
-    One of each prompt: pairs of one prompt agree, and the interval of a judge's agreement takes them for independent.
+    Not those that another model rated: to agree with that one says nothing of people. One of each prompt: pairs of one
+    prompt agree, and the interval of a judge's agreement takes them for independent.
     """
     import polars as pl
 
-    pairs = pl.read_parquet(held_out, columns=["pair_id", "prompt_id", "prompt", "chosen", "rejected"]).sort("pair_id")
+    columns = ["pair_id", "prompt_id", "prompt", "chosen", "rejected", "label_kind"]
+    pairs = pl.read_parquet(held_out, columns=columns).filter(pl.col("label_kind") != BY_A_MODEL).sort("pair_id")
     rows = pairs.unique("prompt_id", keep="first", maintain_order=True).head(most).iter_rows(named=True)
     return [
         AnswerPair([_plain(m) for m in row["prompt"]], row["chosen"][-1]["content"], row["rejected"][-1]["content"])

@@ -93,6 +93,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, text in TASKS.items():
         (folder / f"{name}.yaml").write_text(text.lstrip() + COMMON.lstrip())
+    (folder / "both.yaml").write_text("group: both\ntask: [choice, written]\naggregate_metric_list: [{metric: acc}]\n")
     return folder
 
 
@@ -130,9 +131,11 @@ def report(out: Path) -> HarnessScores:
 @really
 def test_both_models_answer_the_tasks_and_are_compared_by_document(tasks: Path, other: Path, tmp_path: Path) -> None:
     log = Log()
-    harness.run(spec(tmp_path / "out", other, tasks, *TASKS), log)
+    harness.run(spec(tmp_path / "out", other, tasks, "both", "rolling"), log)
     found = {one.task: one for one in report(tmp_path / "out").tasks}
-    assert {name: one.documents for name, one in found.items()} == dict.fromkeys(TASKS, DOCUMENTS)
+    counts = dict.fromkeys(TASKS, DOCUMENTS)
+    assert {name: one.documents for name, one in found.items()} == {**counts, "both": 2 * DOCUMENTS}
+    assert found["both"].policy == found["choice"].policy, "a group is told too"
     choice = found["choice"]
     rows = [row for row in json.loads((tmp_path / "out" / "samples.json").read_text()) if row["task"] == "choice"]
     sides = [[row[who] for row in rows] for who in ("policy", "sft")]

@@ -47,7 +47,7 @@ def fill(shelf: Shelf, better: int = PROMPTS, of_plan: dict[str, Any] = {}) -> N
             other = [{"role": "assistant", "content": "short"}]
             pairs = [
                 {"pair_id": f"{n:03}", "prompt_id": f"{n % PAIRS}", "prompt": asked(n % PAIRS), "chosen": answer}
-                | {"rejected": other}
+                | {"rejected": other, "label_kind": "human_pair"}
                 for n in range(2 * PAIRS)  # Two of each prompt, of which one is asked about.
             ]
             pl.DataFrame(pairs).write_parquet(folder / "eval.parquet")

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dpo_assets.artifact import VOLATILE, write_json
 from dpo_assets.checks.evidence.clusters import clustered_mean
 from dpo_assets.checks.evidence.paired import compare
@@ -55,7 +57,7 @@ def run(spec: HarnessSpec, reporter: Reporter) -> None:
         version=lm_eval.__version__,
         confidence=spec.confidence,
         scored=spec.plan.scored,
-        tasks=tuple(score for task in sorted(policy["samples"]) for score in _scores(task, sft, policy, rows, spec)),
+        tasks=tuple(score for task in sorted(policy["results"]) for score in _scores(task, sft, policy, rows, spec)),
     ).write(spec.output_dir)
     write_json(spec.output_dir / SAMPLES, rows)
     write_json(spec.output_dir / VOLATILE, {"seconds": time.perf_counter() - started})
@@ -149,13 +151,13 @@ def _key(sample: Mapping[str, Any]) -> tuple[int, str]:
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, bool | int | float) else None
+    return float(value) if isinstance(value, bool | int | float | np.number | np.bool_) else None
 
 
 def _scores(
     task: str, sft: Results, policy: Results, rows: Sequence[Mapping[str, Any]], spec: HarnessSpec
 ) -> Iterator[TaskScore]:
-    """One a metric and filter of lm-eval's results."""
+    """One a metric and filter of lm-eval's results, of tasks and of groups of them. A group has no documents itself."""
     for name, value in sorted(policy["results"][task].items()):
         metric, _, filter_ = name.partition(",")
         if not filter_ or metric.endswith("_stderr") or _number(value) is None:
@@ -171,7 +173,7 @@ def _scores(
             metric=metric,
             filter=filter_,
             higher_is_better=policy["higher_is_better"].get(task, {}).get(metric),
-            documents=len({row["document"] for row in rows if row["task"] == task}),
+            documents=int(policy["results"][task]["sample_len"]),
             sft=float(sft["results"][task][name]),
             policy=float(value),
             comparison=compare(after, before, documents, spec.confidence) if binary else None,
