@@ -173,6 +173,47 @@ class MergeSpec(PlannedSpec):
     probe_pairs: int = 32
 
 
+class EvaluateSpec(PlannedSpec):
+    """Held-out scores of the SFT policy and of the release, by the plan's `scoring`."""
+
+    dataset: Path
+    sft_adapter: Path | None
+    policy: Path = Field(description="Folder of the merged model.")
+    adapter: Path | None = Field(default=None, description="The DPO adapter, for a merged model that does not fit.")
+    confidence: float
+    generations: int
+    max_new_tokens: int
+    min_pairs: int
+
+    @model_validator(mode="after")
+    def _adapter_is_there_to_be_scored(self) -> Self:
+        if self.plan.scoring.subject == "adapter" and self.adapter is None:
+            raise ValueError("the plan scores the adapter on its quantised base, and no `adapter` is given")
+        return self
+
+    def smaller_forwards(self) -> Self | None:
+        """None where the release is scored in the smallest forwards already: training may have had larger ones."""
+        smaller = super().smaller_forwards()
+        shrinks = smaller and smaller.plan.at_release().token_budget < self.plan.at_release().token_budget
+        return smaller if shrinks else None
+
+
+class RewardSpec(PlannedSpec):
+    """Scores of a reward model, the folder of which `base_model` names. Of the plan it follows the device.
+
+    Attributes:
+        answers: JSON, a list of `prompt` (messages), `sft` and `policy` (texts), one of each prompt.
+        people: Parquet with `pair_id`, `prompt_id`, `prompt`, `chosen` and `rejected`.
+    """
+
+    answers: Path
+    people: Path
+    human_pairs: int
+    max_length: int
+    confidence: float
+    name: str = Field(description="What the report calls the reward model.")
+
+
 class ReleaseSpec(PlannedSpec):
     """A stage that compares the release with the SFT policy that it started from, by the plan's `scoring`."""
 
@@ -198,32 +239,6 @@ class ReleaseSpec(PlannedSpec):
         smaller = super().smaller_forwards()
         shrinks = smaller and smaller.plan.at_release().token_budget < self.plan.at_release().token_budget
         return smaller if shrinks else None
-
-
-class EvaluateSpec(ReleaseSpec):
-    """Held-out scores of the SFT policy and of the release."""
-
-    dataset: Path
-    confidence: float
-    generations: int
-    max_new_tokens: int
-    min_pairs: int
-
-
-class RewardSpec(PlannedSpec):
-    """Scores of a reward model, the folder of which `base_model` names. Of the plan it follows the device.
-
-    Attributes:
-        answers: JSON, a list of `prompt` (messages), `sft` and `policy` (texts), one of each prompt.
-        people: Parquet with `pair_id`, `prompt_id`, `prompt`, `chosen` and `rejected`.
-    """
-
-    answers: Path
-    people: Path
-    human_pairs: int
-    max_length: int
-    confidence: float
-    name: str = Field(description="What the report calls the reward model.")
 
 
 class BenchmarkFile(BaseModel):

@@ -52,8 +52,13 @@ def run(spec: EvaluateSpec, reporter: Reporter) -> None:
 
     reporter.log(f"evaluate: the policy is the {spec.plan.scored}: {plan.scoring.reason}")
 
+    merged = plan.scoring.subject == "merged"
+    compared = (
+        ("SFT", spec.base_model, spec.sft_adapter),
+        ("policy", spec.policy, None) if merged else ("policy", spec.base_model, spec.adapter),
+    )
     measure = partial(_measured, held_out=(groups, prompts), chat=chat, plan=plan, spec=spec, reporter=reporter)
-    (settled, sft), (_, policy) = alike([partial(measure, *subject) for subject in spec.compared])
+    (settled, sft), (_, policy) = alike([partial(measure, *subject) for subject in compared])
     answers, policy_answers = sft.answers, policy.answers
 
     table = _score_table({name: held_out[name] for name in ("pair_id", *OF_A_PAIR)}, groups, sft.logps, policy.logps)
