@@ -63,7 +63,7 @@ def materialise(step: Step) -> Events:
             "scored": report.scored,
             "kernels": report.kernels,
             "kernels_note": report.kernels_note,
-            **{one.name: one.overall.value for one in report.benchmarks},
+            **{f"{one.name} overall": one.overall.value for one in report.benchmarks},
             "scores": dg.MetadataValue.md(scores_table(report)),
             "left_out": dg.MetadataValue.md(
                 table(

@@ -331,12 +331,12 @@ def test_the_rewards_are_the_policys_log_ratio_to_sft_for_every_answer(other: Pa
     ]
     long = second_row(id="9", prompt="Tell me of a cat. " * 40)
     first = lines(tmp_path / "first.jsonl", [first_row(), first_row(prompt="Who?", id=8, subset="hard"), {"id": 1}])
-    second = lines(tmp_path / "second.jsonl", [second_row(), long, *ties])
+    second = lines(tmp_path / "second.jsonl", [ties[1], long, ties[0], second_row()])
     out, log = tmp_path / "out", Log()
     benchmark.run(spec(out, other, first, second), log)
 
     table = pl.read_parquet(out / "answers.parquet")
-    rows = {("first", 1): first_row(), ("second", 1): second_row(), ("second", 3): ties[0], ("second", 4): ties[1]}
+    rows = {("first", 1): first_row(), ("second", 1): ties[1], ("second", 3): ties[0], ("second", 4): second_row()}
     base, policy = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (STORIES, other))
     for (name, number), row in rows.items():
         own = table.filter((pl.col("benchmark") == name) & (pl.col("row") == number)).sort("answer")
@@ -355,7 +355,7 @@ def test_the_rewards_are_the_policys_log_ratio_to_sft_for_every_answer(other: Pa
     assert [part.name for part in two.subsets] == ["Focus", "Ties"]
     gained = table.with_columns(reward=pl.col("policy") - pl.col("sft")).filter(pl.col("benchmark") == "first")
     won = [r["reward"].to_list()[0] > r["reward"].to_list()[1] for _, r in gained.group_by("row", maintain_order=True)]
-    assert one.by_row.value == sum(won) / 2
+    assert {part.name: part.score.value for part in one.subsets} == {"easy": float(won[0]), "hard": float(won[1])}
     assert any("2 rows to score, 1 left out" in message for message in log.messages)
 
 
@@ -368,6 +368,7 @@ def test_an_answer_has_the_same_reward_however_its_row_is_cut_into_forwards(othe
     assert one == pytest.approx(cut, abs=1e-4)
     group = Group([1, 2, 3], ([4] * 5, [5] * 5, [6] * 9, [7]))
     assert [part.completions for part in group.within(13)] == [([4] * 5, [5] * 5), ([6] * 9, [7])]
+    assert [len(part.completions) for part in group.within(12)] == [1, 1, 1, 1]
     assert [len(part.completions) for part in group.within(2)] == [1, 1, 1, 1]
 
 
@@ -412,7 +413,7 @@ def test_a_pipeline_scores_its_benchmarks_and_says_which_rows_it_was_trained_on(
     assert "bench: 1 of 3 rows (1 no_prompt)" in failed["benchmark_whole"]["note"]
     assert failed["benchmark_unseen"]["note"] == "bench: 1"
     told = metadata(result, "benchmark_scores")
-    assert (told["bench"], told["scored"]) == (pytest.approx(told["bench"]), "merged model in fp32")
+    assert (told["bench overall"] in (0.0, 0.5, 1.0), told["scored"]) == (True, "merged model in fp32")
     assert "no_prompt" in told["left_out"]
     file.rename(tmp_path / "moved.jsonl")
     moved = demo_recipe(evaluation={"benchmarks": [{"name": "bench", "path": str(tmp_path / "moved.jsonl")}]})

@@ -236,7 +236,7 @@ def test_a_missing_package_is_refused_before_training(monkeypatch: pytest.Monkey
 def test_a_folder_of_tasks_that_is_not_there_is_refused_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scorers_ahead.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(scorers_ahead.importlib.util, "find_spec", lambda name: name)  # Here it may not be installed.
     with pytest.raises(ConfigError, match="there is no folder"):
         refuse_scorers(declared(include_path=str(tmp_path / "gone")))
     refuse_scorers(declared(include_path=str(tmp_path)))
