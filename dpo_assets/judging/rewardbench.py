@@ -161,6 +161,8 @@ def _sections(subsets: Mapping[str, MeanScore]) -> dict[str, MeanScore]:
 def weighted(scores: Sequence[MeanScore], weights: Sequence[float]) -> MeanScore:
     """A weighted mean of independent scores. How far its ends lie adds up as independent variances do (MOVER; Zou and
     Donner 2008)."""
+    if not scores:
+        return MeanScore(math.nan, None, None, 0, 0)
     total = math.fsum(weights)
     shares = [weight / total for weight in weights]
     value = math.fsum(share * one.value for share, one in zip(shares, scores, strict=True))

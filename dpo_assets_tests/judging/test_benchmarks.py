@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ from dpo_assets.contract import BenchmarkFile, BenchmarkSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.pair import prompt_ids
 from dpo_assets.feedback.trained import TRAINED_GROUPS
-from dpo_assets.judging.questions import Question, read_questions
+from dpo_assets.judging.questions import LeftOut, Question, read_questions
 from dpo_assets.judging.rewardbench import SECTIONS, Answered, credit, summarise, ties_score, weighted
 from dpo_assets.recipe import parse_recipe, resolve_paths
 from dpo_assets.training.batches.packing import Group
@@ -267,6 +268,15 @@ def test_reward_bench_2_is_the_mean_of_its_subsets_however_large() -> None:
     assert found.by_row.value == pytest.approx(0.75)
     assert found.rows == 40 + 29
     assert found.undecided == 0
+
+
+@pytest.mark.parametrize("format_", ["rewardbench", "rewardbench2"])
+def test_a_benchmark_of_which_every_row_was_left_out_has_no_score(format_: Any) -> None:
+    """It had 0.000 as the mean of no subset."""
+    found = summarise("b", format_, [], [LeftOut(1, "too_long", "100 tokens")], 0.95)
+    assert math.isnan(found.overall.value)
+    assert math.isnan(found.by_row.value)
+    assert (found.rows, found.left_out) == (1, {"too_long": 1})
 
 
 def test_rows_of_one_prompt_are_no_independent_evidence() -> None:
