@@ -27,9 +27,6 @@ VERIFIED = "verified.json"
 TOKENS, CHAT_FORMAT = "tokens.parquet", "chat_format.json"
 # What the stage `gguf` writes beside its report: a folder to hand on, or in a rehearsal this file alone.
 GGUF_FOLDER, MODELFILE, GGUF_REHEARSED = "gguf", "Modelfile", "rehearsed.json"
-# What the stages `verify` and `tokenize` write.
-VERIFIED = "verified.json"
-TOKENS, CHAT_FORMAT = "tokens.parquet", "chat_format.json"
 REWARDED = "rewarded.json"  # Of stage `reward`.
 ANSWERED, LEFT_OUT = "answers.parquet", "left_out.json"  # Of stage `benchmark`.
 SAMPLES = "samples.json"  # Of stage `harness`.
