@@ -22,7 +22,16 @@ from dpo_assets.recipe import RetentionSection
 
 # Kinds of artefacts that may go, in the order in which they are made from one another. No other kind ever does:
 # feedback, datasets with their quarantine, plans, scores and decisions are the memory of a pipeline.
-MAY_GO = ("base_model", "tokens", "sft_checkpoint", "dpo_adapter", "merged_model", "gguf_model", "published_model")
+MAY_GO = (
+    "base_model",
+    "reward_model",
+    "tokens",
+    "sft_checkpoint",
+    "dpo_adapter",
+    "merged_model",
+    "gguf_model",
+    "published_model",
+)
 LOG, CHECKPOINTS = "retention.jsonl", "checkpoints"
 DAY = 86_400.0
 _BESIDE = (".gates.json", ".operations.json", LOCK + OWNER)

@@ -16,9 +16,9 @@ import pytest
 
 from dpo_assets import disk
 from dpo_assets.artifact import ArtifactTree, open_artifact
-from dpo_assets.assets import base_model
+from dpo_assets.assets import model_files
 from dpo_assets.assets import step as step_module
-from dpo_assets.assets.base_model import _copy
+from dpo_assets.assets.model_files import take_over
 from dpo_assets.contract import DISK_FULL_EXIT, TokenizeSpec
 from dpo_assets.disk import READ_ONLY, copy_file, is_full, refuse_closed, refuse_too_small, share_file
 from dpo_assets.errors import ConfigError, CorruptArtifact, DiskFull
@@ -92,7 +92,7 @@ def test_a_byte_changed_in_the_users_model_does_not_reach_the_sealed_base_nor_th
     blob, snapshot = blob_behind_a_link(tmp_path)
     before = blob.read_bytes()
     tree = ArtifactTree(tmp_path / "store")
-    made, _ = tree.find_or_build("base_model", "0" * 32, lambda folder: _copy(snapshot, folder / "model"), {})
+    made, _ = tree.find_or_build("base_model", "0" * 32, lambda folder: take_over(snapshot, folder / "model"), {})
     held = made.path / "model" / "model.safetensors"
     assert not held.is_symlink()
     assert (held.stat().st_nlink, held.stat().st_ino) == (1, held.stat().st_ino)
@@ -116,7 +116,7 @@ def test_a_base_that_changes_while_it_is_copied_is_not_kept(
         copy_file(one, other)
         flip_last_byte(one)
 
-    monkeypatch.setattr(base_model, "copy_file", while_somebody_writes)
+    monkeypatch.setattr(model_files, "copy_file", while_somebody_writes)
     monkeypatch.setattr(step_module, "MAX_RETRIES", 0)
     recipe = demo_recipe(base_model={"source": str(source), "licence": "mit"})
     result = materialize(recipe, instance, ["base_model"])

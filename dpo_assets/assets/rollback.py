@@ -52,7 +52,7 @@ def rollback_job(pipeline: Pipeline) -> dg.JobDefinition:
         tree = store.tree(context.instance, pipeline.name)
         try:
             with shared(tree.root / IN_USE, context.log.info):
-                ledger = roll_back(pipeline, tree, hub, config.to.strip(), config.reason.strip())
+                ledger = roll_back(pipeline, tree, hub, config.to.strip(), scrub(config.reason.strip()))
         except GateError as error:
             raise final(f"{error} {error.fix}") from None
         except DpoAssetsError as error:

@@ -18,6 +18,8 @@ from dpo_assets.recipe.running import (
     BandOverride,
     ChecksSection,
     EvaluationSection,
+    GgufSection,
+    GgufType,
     HardwareSection,
     JudgeSection,
     PublishingSection,
@@ -26,6 +28,7 @@ from dpo_assets.recipe.running import (
     Severity,
     Speedup,
 )
+from dpo_assets.recipe.scorers import BenchmarkSection, HarnessSection, RewardModelSection
 from dpo_assets.recipe.training import (
     ALL_LINEAR,
     EVERY_LINEAR,
@@ -45,6 +48,7 @@ __all__ = [
     "TEMPLATE_DATE",
     "BandOverride",
     "BaseModelSection",
+    "BenchmarkSection",
     "ChecksSection",
     "CleaningSection",
     "ContentAction",
@@ -53,7 +57,10 @@ __all__ = [
     "FDivergence",
     "FeedbackSection",
     "FeedbackSource",
+    "GgufSection",
+    "GgufType",
     "HardwareSection",
+    "HarnessSection",
     "JudgeSection",
     "LoraSection",
     "OptimSection",
@@ -63,6 +70,7 @@ __all__ = [
     "RefreshSection",
     "ReleaseRule",
     "RetentionSection",
+    "RewardModelSection",
     "Severity",
     "SftSection",
     "Speedup",

@@ -35,10 +35,14 @@ from dpo_assets.contract import (
     DISK_FULL_EXIT,
     EXPLAINED_EXIT,
     FAILURE_FILE,
+    BenchmarkSpec,
     EvaluateSpec,
     Failure,
+    GgufSpec,
+    HarnessSpec,
     MergeSpec,
     PlannedSpec,
+    RewardSpec,
     Spec,
     Stage,
     TokenizeSpec,
@@ -59,6 +63,10 @@ SPECS: dict[Stage, type[Spec]] = {
     "dpo": TrainSpec,
     "merge": MergeSpec,
     "evaluate": EvaluateSpec,
+    "gguf": GgufSpec,
+    "reward": RewardSpec,
+    "benchmark": BenchmarkSpec,
+    "harness": HarnessSpec,
 }
 
 
