@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -117,7 +118,10 @@ def test_a_writer_that_waits_says_for_whom(tmp_path: Path) -> None:
         command = [sys.executable, "-c", WRITER, str(root)]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as second:
             assert second.stdout is not None
+            silent = threading.Timer(20, second.kill)
+            silent.start()
             said = second.stdout.readline()
+            silent.cancel()
             first.communicate("\n", timeout=30)
             assert second.wait(30) == 0
     assert f"waits for process {first.pid} on " in said
