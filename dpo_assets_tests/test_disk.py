@@ -31,6 +31,7 @@ from dpo_assets.publishing.commit import stage
 from dpo_assets.recipe import FeedbackSource
 from dpo_assets.resources.artifacts import ArtifactStore
 from dpo_assets_tests.pipelines import (
+    DATA,
     STORIES,
     demo_recipe,
     failures,
@@ -41,7 +42,6 @@ from dpo_assets_tests.pipelines import (
 )
 from dpo_assets_tests.samples import plan
 
-DATA = ["base_model", "raw_preferences", "quarantined_preferences", "dpo_dataset"]
 DISK_KIB = 600  # Less than the built-in model.
 
 

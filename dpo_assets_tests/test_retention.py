@@ -65,7 +65,7 @@ def back_to(store: list[Stored], roots: list[Stored]) -> set[Stored]:
     return found
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(case=stores())
 def test_nothing_that_is_needed_goes_and_what_goes_is_what_the_rules_say(
     case: tuple[list[Stored], list[Needed], RetentionSection],
