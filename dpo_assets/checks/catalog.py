@@ -105,6 +105,7 @@ CHECKS: tuple[CheckInfo, ...] = (
         "judge_health", "judged_answers", "The judge answers, agrees with itself and with people.", blocking=False
     ),
     CheckInfo("judged_better", "judged_answers", "The judge does not prefer the answers of SFT.", blocking=False),
+    CheckInfo("gguf_loads", "gguf_model", "The file read back is the merged model, its tokens and template included."),
     CheckInfo(
         "reward_model_health",
         "reward_model_scores",

@@ -393,3 +393,51 @@ class EvaluationReport(Report):
     kernels_note: str = Field(default="", description="Why that is not what the plan said; empty where it is.")
     scored: str = Field(default="", description="What was scored as the release; empty: of an earlier version.")
     generation: GreedyAnswers
+
+
+class GgufWeights(Report):
+    """The weights of a GGUF file against those of the merged model, both in fp32 under the merged model's config.
+
+    A weight differs where rounding to the file's type does not explain it. The divergence is KL(merged || file), the
+    agreement the share of positions whose most likely next token is the same.
+    """
+
+    tensors: int
+    differing: tuple[str, ...]
+    largest_difference: Number
+    kl_per_token: Number
+    agreement: Number
+    positions: int
+
+
+class GgufNames(Report):
+    """The tensors of the merged model's files by llama.cpp's names for them.
+
+    How many hold the same values, and which of those in another order; which hold others; which have no place by that
+    map of names; and which of the file are none of them.
+    """
+
+    same: int
+    resorted: tuple[str, ...]
+    others: tuple[str, ...]
+    unplaced: tuple[str, ...]
+    beyond: tuple[str, ...]
+
+
+class GgufReport(Report):
+    """A GGUF file as it was read back."""
+
+    file: str
+    type: str
+    architecture: str = Field(description="As llama.cpp calls it.")
+    converter: str
+    tensors: int
+    values: int = Field(description="Of all its tensors.")
+    model_values: int = Field(description="Of the merged language model's.")
+    not_finite: tuple[str, ...]
+    settings: tuple[str, ...] = Field(description="Settings that are not those of config.json.")
+    tokenizer: tuple[str, ...] = Field(description="What is not as in the merged model's tokenizer and chat template.")
+    serving: tuple[str, ...] = Field(description="What llama.cpp will do otherwise than training did.")
+    weights: GgufWeights | NotMeasured
+    names: GgufNames | NotMeasured | None = Field(description="Where `weights` were not measured.")
+    template: str = Field(description="Why Ollama's template could not be said; empty where the Modelfile has it.")

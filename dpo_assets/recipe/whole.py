@@ -118,6 +118,10 @@ def resolve_paths(recipe: Recipe, base_dir: Path) -> Recipe:
         changes["chat_template"] = absolute(model.chat_template)
     probe = recipe.checks.capability_probe
     checks = recipe.checks.model_copy(update={"capability_probe": probe and absolute(probe)})
+    publishing = recipe.publishing
+    if publishing.gguf is not None and publishing.gguf.converter is not None:
+        gguf = publishing.gguf.model_copy(update={"converter": absolute(publishing.gguf.converter)})
+        publishing = publishing.model_copy(update={"gguf": gguf})
     # The folder is a name, not a pattern: brackets in it must not be read as one.
     folder = Path(glob.escape(str(base_dir)))
     evaluation = recipe.evaluation.model_copy(update=_absolute_scorers(recipe.evaluation, absolute))
@@ -129,6 +133,7 @@ def resolve_paths(recipe: Recipe, base_dir: Path) -> Recipe:
             "base_model": model.model_copy(update=changes),
             "feedback": recipe.feedback.model_copy(update={"sources": sources, "cleaning": cleaning}),
             "checks": checks,
+            "publishing": publishing,
             "evaluation": evaluation,
         }
     )

@@ -24,6 +24,7 @@ from dpo_assets.checks.config import plan_verdicts
 from dpo_assets.checks.coverage import lora_coverage
 from dpo_assets.checks.dataset import dataset_verdicts
 from dpo_assets.checks.evidence.paired import compare
+from dpo_assets.checks.gguf import gguf_verdicts
 from dpo_assets.checks.harness import harness_verdicts
 from dpo_assets.checks.judged import judge_verdicts, reward_model_verdicts
 from dpo_assets.checks.judged_text import judged_text_kept
@@ -55,6 +56,7 @@ from dpo_assets_tests.samples import (
     dataset_report,
     dpo_report,
     evaluation_report,
+    gguf_report,
     harness_scores,
     judged_answers,
     plan,
@@ -627,6 +629,7 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
             if fail
             else judged_answers()
         ),
+        "gguf_model": gguf_verdicts(gguf_report(not_finite=("blk.0.attn_q.weight",)) if fail else gguf_report()),
         "reward_model_scores": reward_model_verdicts(
             reward_model_scores(left_out={"too_long": 50}, corrected=score(0.1, 0.0, 0.2))
             if fail
