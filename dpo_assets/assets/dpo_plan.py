@@ -18,6 +18,7 @@ from dpo_assets.assets.gguf_model import rehearse
 from dpo_assets.assets.lineage import Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.publication import access_ahead
+from dpo_assets.assets.scorers_ahead import refuse_scorers
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.config import plan_verdicts
 from dpo_assets.checks.coverage import coverage_table
@@ -39,6 +40,7 @@ def materialise(step: Step) -> Events:
     for refuse in (refuse_adapter_alone, refuse_unlicensed):
         refuse(step.recipe.publishing, base)  # Before anything is trained for it.
     rehearse(step, base)
+    refuse_scorers(step.recipe.evaluation)
     access = access_ahead(step)
     recipe = apply_overrides(step.recipe, {name: step.config.get(name, {}) for name in OVERRIDABLE})
     plan = make_plan(recipe, _shape(base), dataset_stats(dataset), step.gpu.detect(), installed_here())

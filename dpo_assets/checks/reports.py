@@ -217,6 +217,98 @@ class JudgedAnswers(Report):
         return self.wins + self.ties + self.losses + self.nulls + self.human_pairs
 
 
+class RewardModelScores(Report):
+    """What a reward model said of the answers of policy and SFT, and of pairs that people had ranked.
+
+    Shares are of prompts with rewards, a tie counted half, and those of the policy's answers.
+    """
+
+    model: str
+    confidence: Number
+    wins: int
+    ties: int
+    losses: int
+    left_out: dict[str, int] = Field(description="Prompts without a reward, by the reason.")
+    share: Proportion
+    share_at_equal_length: Number
+    difference: MeanScore = Field(description="Mean reward of the policy's answer less that of SFT's, by prompt.")
+    human_pairs: int
+    human_left_out: dict[str, int] = Field(description="Pairs of people without a reward, by the reason.")
+    agreement: Proportion = Field(description="Share of people's pairs in which what they chose has the higher reward.")
+    corrected: Proportion = Field(description="The share that people would have preferred, by its agreement with them.")
+
+
+class SubsetScore(Report):
+    """One subset of a benchmark."""
+
+    name: str
+    score: MeanScore
+
+
+class BenchmarkScore(Report):
+    """What the policy's implicit rewards against SFT make of one benchmark, as the benchmark itself counts."""
+
+    name: str
+    format: Literal["rewardbench", "rewardbench2"]
+    rows: int = Field(description="Rows of the file, those that were left out included.")
+    left_out: dict[str, int] = Field(description="Rows that were not scored, by the reason.")
+    overall: MeanScore = Field(
+        description="Mean of RewardBench's four sections where all are there, of RewardBench 2's subsets, or `by_row`."
+    )
+    by_row: MeanScore = Field(description="Share of rows that are right; of RewardBench 2 without Ties.")
+    sections: dict[str, MeanScore] = Field(description="RewardBench's own, of the subsets that are there.")
+    subsets: tuple[SubsetScore, ...]
+    undecided: int = Field(description="Rows whose best right and best wrong answer have the very same reward.")
+
+
+class BenchmarkScores(Report):
+    """All benchmarks of a pipeline, scored by one engine."""
+
+    confidence: Number
+    scored: str = Field(description="What was scored as the release.")
+    kernels: str
+    kernels_note: str = ""
+    benchmarks: tuple[BenchmarkScore, ...]
+
+
+class TaskScore(Report):
+    """One metric of one task, of SFT and policy on the same documents.
+
+    `comparison` is of metrics that are right or wrong by document, `difference` of all that give a document a number:
+    policy less SFT, whatever direction is better. A metric that is made of all documents at once has neither.
+    """
+
+    task: str
+    metric: str
+    filter: str
+    higher_is_better: bool | None = Field(description="As the task says it; None: it does not.")
+    documents: int
+    sft: Number = Field(description="As lm-eval aggregates it.")
+    policy: Number
+    comparison: Comparison | None
+    difference: MeanScore | None
+
+    @property
+    def name(self) -> str:
+        """Task, metric and filter."""
+        return f"{self.task} {self.metric}" + ("" if self.filter == "none" else f" {self.filter}")
+
+    @property
+    def shown(self) -> str:
+        """The paired difference with its interval."""
+        measured = self.comparison or self.difference
+        return str(measured) if measured else f"{self.policy - self.sft:+.3f}, no interval"
+
+
+class HarnessScores(Report):
+    """What lm-evaluation-harness says of SFT and policy."""
+
+    version: str = Field(description="Of lm-eval.")
+    confidence: Number
+    scored: str = Field(description="What was scored as the release.")
+    tasks: tuple[TaskScore, ...]
+
+
 def read_sft(artifact: Artifact) -> SftReport | AdoptedBase:
     """The report of an `sft_checkpoint`.
 

@@ -27,6 +27,7 @@ from dpo_assets.recipe.running import (
     Severity,
     Speedup,
 )
+from dpo_assets.recipe.scorers import BenchmarkSection, HarnessSection, RewardModelSection
 from dpo_assets.recipe.training import (
     ALL_LINEAR,
     EVERY_LINEAR,
@@ -46,6 +47,7 @@ __all__ = [
     "TEMPLATE_DATE",
     "BandOverride",
     "BaseModelSection",
+    "BenchmarkSection",
     "ChecksSection",
     "CleaningSection",
     "ContentAction",
@@ -57,6 +59,7 @@ __all__ = [
     "GgufSection",
     "GgufType",
     "HardwareSection",
+    "HarnessSection",
     "JudgeSection",
     "LoraSection",
     "OptimSection",
@@ -65,6 +68,7 @@ __all__ = [
     "Recipe",
     "RefreshSection",
     "ReleaseRule",
+    "RewardModelSection",
     "Severity",
     "SftSection",
     "Speedup",

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from dpo_assets.recipe.scorers import BenchmarkSection, HarnessSection, RewardModelSection
 from dpo_assets.section import Section
 
 Speedup = Literal["liger", "compile"]
@@ -50,6 +51,23 @@ class EvaluationSection(Section):
     judge: JudgeSection | None = Field(
         default=None, description="Compares those answers, in an asset of its own. None: nobody is asked."
     )
+    reward_model: RewardModelSection | None = Field(
+        default=None, description="Scores those answers, in an asset of its own. None: no reward model is asked."
+    )
+    benchmarks: list[BenchmarkSection] = Field(
+        default=[], description="Files in RewardBench's formats, scored in an asset of their own."
+    )
+    harness: HarnessSection | None = Field(
+        default=None, description="Tasks of lm-evaluation-harness, run in an asset of their own. None: none."
+    )
+
+    @field_validator("benchmarks")
+    @classmethod
+    def _names_differ(cls, benchmarks: list[BenchmarkSection]) -> list[BenchmarkSection]:
+        names = [one.name for one in benchmarks]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two benchmarks are called {', '.join(twice)}")
+        return benchmarks
 
 
 class GgufSection(Section):

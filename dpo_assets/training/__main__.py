@@ -33,11 +33,14 @@ from dpo_assets.artifact import seal
 from dpo_assets.contract import (
     EXPLAINED_EXIT,
     FAILURE_FILE,
+    BenchmarkSpec,
     EvaluateSpec,
     Failure,
     GgufSpec,
+    HarnessSpec,
     MergeSpec,
     PlannedSpec,
+    RewardSpec,
     Spec,
     Stage,
     TokenizeSpec,
@@ -58,6 +61,9 @@ SPECS: dict[Stage, type[Spec]] = {
     "merge": MergeSpec,
     "evaluate": EvaluateSpec,
     "gguf": GgufSpec,
+    "reward": RewardSpec,
+    "benchmark": BenchmarkSpec,
+    "harness": HarnessSpec,
 }
 
 
