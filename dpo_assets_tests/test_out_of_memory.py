@@ -20,7 +20,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
-import dpo_assets.assets.step as step_module
+import dpo_assets.assets.out_of_memory as retries
 from dpo_assets import LocalLauncher
 from dpo_assets.artifact import VOLATILE, fingerprint, open_artifact
 from dpo_assets.assets.dpo_plan import PLAN
@@ -150,8 +150,8 @@ def test_after_the_last_halving_the_run_says_what_to_change(
 ) -> None:
     assert materialize(recipe(), instance, ["dpo_plan"]).success
     scarce = Scarce(tmp_path / "scarce", tokens=1)
-    assert step_module.MAX_HALVINGS == 3
-    monkeypatch.setattr(step_module, "MAX_HALVINGS", 1)
+    assert retries.MAX_HALVINGS == 3
+    monkeypatch.setattr(retries, "MAX_HALVINGS", 1)
     result = materialize(recipe(), instance, ["sft_checkpoint"], resources=scarce.resources)
     assert not result.success
     assert scarce.stages == ["sft", "sft"]
