@@ -362,6 +362,28 @@ def test_a_base_of_unknown_licence_is_not_sent_and_not_trained_for_it(shelf: She
     assert hub.repos == {}
 
 
+def test_a_licence_that_the_recipe_names_later_changes_the_card_and_nothing_that_was_trained(
+    shelf: Shelf, hub: HubServer
+) -> None:
+    fill(shelf, evaluation_report(), licensed=False)
+    without = metadata(release(shelf, trying(hub)), "published_model")
+    base = demo_recipe()["base_model"]
+    named = sending(hub) | {"base_model": base | {"licence": "Apache-2.0"}}
+    sent = metadata(release(shelf, named), "published_model")
+    assert sent["digest"] != without["digest"]
+    assert front_matter(hub.repo(REPO).resolve().files["README.md"].data.decode())["license"] == "apache-2.0"
+    again = sending(hub) | {"base_model": base | {"licence": "other", "licence_name": "ours"}}
+    assert metadata(release(shelf, again), "published_model")["commit"] != sent["commit"]
+
+
+def test_a_licence_that_no_hub_lists_ends_the_run_before_training(shelf: Shelf, hub: HubServer) -> None:
+    fill(shelf, evaluation_report())
+    misspelt = sending(hub) | {"base_model": demo_recipe()["base_model"] | {"licence": "apache2"}}
+    [said] = failures(materialize(misspelt, shelf.instance, ["dpo_plan"]))
+    assert "The licence `apache2` is stated by the recipe" in said
+    assert hub.changes == []
+
+
 def test_the_card_tells_how_the_checks_came_out_but_for_what_another_card_would_change(shelf: Shelf) -> None:
     """An outcome under another severity makes another card; whether the plan fitted makes none."""
     fill(shelf, evaluation_report())

@@ -10,6 +10,7 @@ from pathlib import Path
 from dpo_assets.artifact import Artifact, write_json
 from dpo_assets.assets.step import Step
 from dpo_assets.errors import GateError
+from dpo_assets.planning.licence import Licence
 from dpo_assets.publishing.access import check_access
 from dpo_assets.publishing.commit import Release, preview, publish
 from dpo_assets.publishing.errors import HubFailure, HubOffline, PublishRefused
@@ -19,8 +20,8 @@ from dpo_assets.publishing.secrets import scrub
 RELEASE = "release"
 
 
-def access_ahead(step: Step) -> dict[str, str]:
-    """Before anything is trained for a release that will be sent: whether the token and the repository let it.
+def access_ahead(step: Step, licence: Licence | None) -> dict[str, str]:
+    """Before anything is trained for a release that will be sent: whether token, repository and licence let it.
 
     A Hub that does not answer now stops no training: what is made is kept, and can be sent when it answers again.
 
@@ -36,7 +37,7 @@ def access_ahead(step: Step) -> dict[str, str]:
     assert publishing.repo_id is not None, "the recipe requires repo_id when dry_run is false"
     hub = step.hub.repository(publishing.repo_id, step.pipeline.name)
     try:
-        said = check_access(hub, private=publishing.private, adopt=publishing.adopt)
+        said = check_access(hub, private=publishing.private, adopt=publishing.adopt, licence=licence)
     except HubFailure as error:
         said = scrub(f"not known: {error}")
         step.context.log.warning(f"whether {publishing.repo_id} can be published is {said}")

@@ -9,7 +9,7 @@ from typing import Any
 import dagster as dg
 
 from dpo_assets.artifact import Artifact, file_sha256, read_kept, read_object, rewrite_json, write_json
-from dpo_assets.assets.base_model import read_facts, refuse_adapter_alone, refuse_unlicensed
+from dpo_assets.assets.base_model import known_licence, read_facts, refuse_adapter_alone, refuse_unlicensed
 from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.lineage import Inputs, Read
 from dpo_assets.assets.node import Node
@@ -37,7 +37,7 @@ def materialise(step: Step) -> Events:
     inputs = step.inputs()
     sends = not publishing.dry_run and not step.only_checks
     if sends:
-        refuse_unlicensed(publishing, inputs["base_model"])
+        refuse_unlicensed(step.recipe, inputs["base_model"])
         _refuse_held(step, inputs)
 
     def make(folder: Path, _: str) -> None:
@@ -51,6 +51,7 @@ def materialise(step: Step) -> Events:
         files = stage(source, target, render_card(facts), provenance)
         write_json(folder / FILES, ReleaseRecord(made_by=MADE_BY, pipeline=name, files=files).model_dump())
 
+    licence = known_licence(step.recipe, inputs["base_model"])
     config = {
         "artifact": publishing.artifact,
         "title": _title(step),
@@ -58,6 +59,7 @@ def materialise(step: Step) -> Events:
         "min_pairs": step.recipe.evaluation.min_pairs,
         "record": sorted(ReleaseRecord.model_fields),
         "checks": _levels(step, inputs),
+        "licence": licence and licence.model_dump(),
     }
     artifact, reused = step.build("published_model", config, inputs, make)
     publication = Publication(step, artifact, read_kept(artifact, FILES, ReleaseRecord).files)
@@ -162,7 +164,7 @@ def _facts(step: Step, inputs: Inputs) -> CardFacts:
         # A local folder's path says nothing to a reader of the card, and would publish the author's file system.
         base_source=base.source if base.revision or base.source.startswith("builtin:") else Path(base.source).name,
         base_revision=base.revision,
-        licence=base.licence,
+        licence=known_licence(step.recipe, inputs["base_model"]),
         licence_files=tuple(found(inputs["base_model"].path / "model", is_licence_file)),
         artifact=step.recipe.publishing.artifact,
         plan=read_plan(inputs["dpo_plan"]),
@@ -226,5 +228,5 @@ NODE = Node(
         Read("dpo_dataset"),
         Read("base_model"),
     ),
-    recipe=("publishing", "evaluation"),
+    recipe=("publishing", "evaluation", "base_model"),
 )

@@ -157,6 +157,25 @@ class HubRepository:
 
         self._call(ask)
 
+    def refuse_unreadable_card(self, card: str) -> None:
+        """Asks the Hub whether it can read the metadata of a card, as it is asked again before a commit.
+
+        Raises:
+            PublishRefused: it cannot, with what it says.
+        """
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+        def ask() -> None:
+            headers = build_hf_headers(token=self.api.token)
+            body = {"content": card, "repoType": "model"}
+            response = get_session().post(f"{self.api.endpoint}/api/validate-yaml", json=body, headers=headers)
+            if response.status_code == 400:
+                said = [str(error.get("message")) for error in response.json().get("errors", [])]
+                raise ValueError(f"the card's metadata: {'; '.join(said)}.")
+            hf_raise_for_status(response)
+
+        self._call(ask)
+
     def _text(self, path: str, commit: str, files: dict[str, HeldFile]) -> bytes | None:
         """A small file's bytes; None where it is not there or too large for a text of ours."""
         if path not in files or files[path].size > LARGEST_TEXT:

@@ -493,6 +493,7 @@ LOCAL = BaseModelSection(source="./base")
         ("licence_known", LOCAL, {}, "pass"),
         ("licence_known", LOCAL, {"licence": None}, "error"),
         ("licence_known", BaseModelSection(source="./base", licence="mit"), {"licence": None}, "pass"),
+        ("licence_known", BaseModelSection(source="./base", licence="apache2"), {"licence": None}, "warn"),
         ("licence_known", BaseModelSection(source="builtin:stories260k"), {"licence": None}, "pass"),
     ],
 )
