@@ -51,7 +51,7 @@ def _smaller(context: dg.AssetExecutionContext, stage: Stage, spec: Spec, error:
 def given_up(stage: Stage, spec: PlannedSpec, error: OutOfMemory) -> str:
     """What was tried, and what to change."""
     answers = stage == "evaluate"
-    plan, retries = spec.plan.at_release() if answers else spec.plan, spec.out_of_memory_retries
+    plan, retries = spec.working_plan, spec.out_of_memory_retries
     tried = f" after {retries} {'retry' if retries == 1 else 'retries'} with smaller ones" if retries else ""
     least = "; the longest pair alone takes that many" if plan.token_budget <= plan.longest_pair else ""
     ways = [f"lower feedback.max_length{'' if answers else ' or lora.rank'}", "take a smaller base"]

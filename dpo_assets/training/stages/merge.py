@@ -38,7 +38,7 @@ def run(spec: MergeSpec, reporter: Reporter) -> None:
         ConfigError: when base or adapter cannot be read.
     """
     started = time.perf_counter()
-    plan = spec.plan.at_proof()
+    plan = spec.working_plan
     folder = spec.output_dir / "model"
     folder.mkdir()
 
