@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from dpo_assets.publishing.errors import HubFailure, HubOffline, Passing, PublishRefused, StaleHead
 from dpo_assets.publishing.plan import CARD, HUB_OWNED, PROVENANCE, Head, HeldFile, ReleasePlan, ReleaseRecord
 from dpo_assets.publishing.secrets import scrub
+from dpo_assets.retry_after import asked_to_wait, wait
 
 if TYPE_CHECKING:
     import httpx
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 ResultT = TypeVar("ResultT")
 CONNECT_SECONDS = 10.0
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})  # Answers that another try may not get.
-LONGEST_WAIT = 300.0  # Seconds: the Hub counts requests over five minutes.
 LARGEST_TEXT = 4 * 2**20  # Bytes of a text file that is read whole.
 _FRONT_MATTER_ALONE = re.compile(rb"---\r?\n.*?\r?\n---\s*", re.DOTALL)
 
@@ -204,16 +204,16 @@ class HubRepository:
 
     def _call(self, ask: Callable[[], ResultT]) -> ResultT:
         """A call that changes nothing, or the same thing however often it is made."""
-        for wait in self.patience.waits:
+        for seconds in self.patience.waits:
             try:
                 return self._once(ask)
             except Passing as error:
-                self.pause(wait, error)
+                self.pause(seconds, error)
         return self._once(ask)
 
     def pause(self, seconds: float, error: Passing) -> None:
         """Waits, as long as the Hub asks for, within bounds."""
-        time.sleep(max(seconds, min(error.after, LONGEST_WAIT)))
+        time.sleep(wait(seconds, error.after))
 
     def _once(self, ask: Callable[[], ResultT]) -> ResultT:
         from httpx import HTTPError
@@ -275,10 +275,10 @@ def _asked_to_wait(response: httpx.Response) -> float:
     """Seconds that an answer asks to wait: HTTP's own header, or the Hub's for the rest of a window of requests."""
     from huggingface_hub.utils import parse_ratelimit_headers
 
-    told = response.headers.get("Retry-After", "")
+    if (asked := asked_to_wait(response.headers)) is not None:
+        return asked
     window = parse_ratelimit_headers(response.headers)
-    # A second more, as its seconds are rounded.
-    return float(told) if told.isdigit() else window.reset_in_seconds + 1.0 if window is not None else 0.0
+    return window.reset_in_seconds + 1.0 if window is not None else 0.0  # A second more, as its seconds are rounded.
 
 
 def _held(file: Any) -> HeldFile:
