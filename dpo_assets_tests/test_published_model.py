@@ -19,7 +19,7 @@ from dpo_assets.assets.base_model import FACTS, read_facts, refuse_adapter_alone
 from dpo_assets.assets.dpo_plan import PLAN, read_plan
 from dpo_assets.checks.reports import EvaluationReport
 from dpo_assets.errors import ConfigError
-from dpo_assets.planning.licence import front_matter
+from dpo_assets.planning.model_card import front_matter
 from dpo_assets.recipe import PublishingSection
 from dpo_assets.report.tables import table
 from dpo_assets_tests.hub.repository import Blob, HubError, Repo

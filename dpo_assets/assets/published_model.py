@@ -19,7 +19,8 @@ from dpo_assets.checks.promotion import decide, promotion_verdict
 from dpo_assets.checks.reports import DpoReport, EvaluationReport, MergeReport
 from dpo_assets.checks.verdict import Level, Verdict
 from dpo_assets.errors import ConfigError
-from dpo_assets.planning.companions import copy_files, found, is_licence_file, is_released
+from dpo_assets.planning.companions import CARD, copy_files, found, is_licence_file, is_released
+from dpo_assets.planning.model_card import split_card
 from dpo_assets.planning.model_folder import ADAPTER, CONFIG
 from dpo_assets.planning.text_part import has_other_parts
 from dpo_assets.publishing.card import CardFacts, card_settings, render_card
@@ -60,6 +61,7 @@ def materialise(step: Step) -> Events:
         "record": sorted(ReleaseRecord.model_fields),
         "checks": _levels(step, inputs),
         "licence": licence and licence.model_dump(),
+        "hub": step.hub.api().endpoint,
     }
     artifact, reused = step.build("published_model", config, inputs, make)
     publication = Publication(step, artifact, read_kept(artifact, FILES, ReleaseRecord).files)
@@ -88,9 +90,7 @@ def materialise(step: Step) -> Events:
                 else {}
             ),
             **(_shown(plan, publication) if plan else {}),
-            "card": dg.MetadataValue.md(
-                (artifact.path / RELEASE / "README.md").read_text(encoding="utf-8").split("---", 2)[2]
-            ),
+            "card": dg.MetadataValue.md(split_card((artifact.path / RELEASE / CARD).read_text(encoding="utf-8"))[1]),
         },
     )
 
@@ -161,6 +161,7 @@ def _facts(step: Step, inputs: Inputs) -> CardFacts:
     return CardFacts(
         title=_title(step),
         repo_id=step.recipe.publishing.repo_id,
+        hub=step.hub.api().endpoint,
         # A local folder's path says nothing to a reader of the card, and would publish the author's file system.
         base_source=base.source if base.revision or base.source.startswith("builtin:") else Path(base.source).name,
         base_revision=base.revision,

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict
 
 from dpo_assets.planning.companions import CARD, found, is_licence_file
+from dpo_assets.planning.model_card import front_matter
 from dpo_assets.recipe import BaseModelSection
 
 OTHER = "other"
@@ -107,15 +106,3 @@ def licence_of(section: BaseModelSection, stated: Licence | None) -> Licence | N
             stated_by="recipe",
         )
     return stated
-
-
-def front_matter(text: str) -> Mapping[str, Any]:
-    """The metadata at the head of a card, between two lines of three dashes; empty where there is none."""
-    lines = text.splitlines()
-    if not lines or lines[0].rstrip() != "---" or "---" not in (closing := [line.rstrip() for line in lines[1:]]):
-        return {}
-    try:
-        front = yaml.safe_load("\n".join(closing[: closing.index("---")]))
-    except yaml.YAMLError:
-        return {}
-    return front if isinstance(front, dict) else {}

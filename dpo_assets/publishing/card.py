@@ -33,6 +33,7 @@ class CardFacts:
 
     Attributes:
         repo_id: where the release goes; None where it is only staged.
+        hub: address of the Hub that it goes to, and that the base is from.
         licence: of the base; None where none is known, which no release that is sent has.
         licence_files: of the release, by name.
         beyond_text: whether the base holds more than a language model.
@@ -41,6 +42,7 @@ class CardFacts:
 
     title: str
     repo_id: str | None
+    hub: str
     base_source: str
     base_revision: str | None
     licence: Licence | None
@@ -174,7 +176,7 @@ def _link(facts: CardFacts) -> str | None:
     if link is None or "://" in link or link in facts.licence_files:
         return link
     revision = facts.base_revision or "main"
-    return f"https://huggingface.co/{facts.base_source}/blob/{revision}/{link}" if facts.base_on_hub else None
+    return f"{facts.hub.rstrip('/')}/{facts.base_source}/blob/{revision}/{link}" if facts.base_on_hub else None
 
 
 def _base(facts: CardFacts) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,8 +14,10 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from dpo_assets.planning.companions import CARD
+from dpo_assets.planning.model_card import is_front_matter_alone
 from dpo_assets.publishing.errors import HubFailure, HubOffline, Passing, PublishRefused, StaleHead
-from dpo_assets.publishing.plan import CARD, HUB_OWNED, PROVENANCE, Head, HeldFile, ReleasePlan, ReleaseRecord
+from dpo_assets.publishing.plan import HUB_OWNED, PROVENANCE, Head, HeldFile, ReleasePlan, ReleaseRecord
 from dpo_assets.publishing.secrets import scrub
 from dpo_assets.retry_after import asked_to_wait, wait
 
@@ -28,7 +29,6 @@ ResultT = TypeVar("ResultT")
 CONNECT_SECONDS = 10.0
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})  # Answers that another try may not get.
 LARGEST_TEXT = 4 * 2**20  # Bytes of a text file that is read whole.
-_FRONT_MATTER_ALONE = re.compile(rb"---\r?\n.*?\r?\n---\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ class HubRepository:
         other = found.pipeline if found is not None and self.pipeline not in ("", found.pipeline) else ""
         earlier = None if other else found
         hub_made = set(HUB_OWNED)
-        if earlier is None and _FRONT_MATTER_ALONE.fullmatch(self._text(CARD, commit, files) or b""):
+        card = self._text(CARD, commit, files) if earlier is None else None
+        if is_front_matter_alone((card or b"").decode(errors="replace")):
             hub_made.add(CARD)
         return Head(commit, bool(info.private), files, earlier, frozenset(hub_made), other)
 

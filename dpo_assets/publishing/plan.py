@@ -14,7 +14,7 @@ from dpo_assets.artifact import file_sha256
 from dpo_assets.publishing.errors import PublishRefused
 from dpo_assets.untrusted import in_code
 
-PROVENANCE, CARD = "provenance.json", "README.md"
+PROVENANCE = "provenance.json"
 MADE_BY: Literal["dpo_assets"] = "dpo_assets"
 # The Hub keeps larger files in LFS, by sha256; a smaller one has git's id of a blob where it does not.
 LARGEST_IN_GIT = 10 * 2**20

@@ -6,12 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from dpo_assets.planning.licence import OF_A_FILE, Licence, card_licence, front_matter, licence_of, read_licence
+from dpo_assets.planning.licence import OF_A_FILE, Licence, card_licence, licence_of, read_licence
 from dpo_assets.recipe import BaseModelSection
 
 LLAMA = "---\nlicense: other\nlicense_name: my-licence\nlicense_link: LICENSE\n---\n# Model\n"
@@ -114,13 +111,3 @@ def test_an_id_that_the_hub_was_not_known_to_list_is_told_with_the_nearest_one(i
 def test_a_name_beside_a_known_licence_is_refused() -> None:
     with pytest.raises(ValidationError, match="go with `licence: other`"):
         BaseModelSection(source="./base", licence="mit", licence_name="mine")
-
-
-@given(st.text())
-def test_no_card_breaks_the_reading_of_it(text: str) -> None:
-    assert isinstance(front_matter(f"---\n{text}"), dict)
-
-
-@given(st.dictionaries(st.sampled_from(["license", "license_name", "tags"]), st.text(max_size=9), max_size=3))
-def test_front_matter_reads_back_as_it_was_written(front: dict[str, str]) -> None:
-    assert front_matter(f"---\n{yaml.safe_dump(front)}---\nbody\n---\n") == front

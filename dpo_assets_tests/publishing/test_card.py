@@ -17,7 +17,8 @@ import yaml
 from huggingface_hub import ModelCard
 from pydantic import BaseModel
 
-from dpo_assets.planning.licence import Licence, front_matter
+from dpo_assets.planning.licence import Licence
+from dpo_assets.planning.model_card import front_matter
 from dpo_assets.publishing.card import CardFacts, card_settings, render_card
 from dpo_assets.publishing.loading import load_snippet, serve_line
 from dpo_assets.recipe import Recipe, parse_recipe
@@ -30,6 +31,7 @@ def facts(**changes: Any) -> CardFacts:
     values: dict[str, Any] = {
         "title": "bot-dpo",
         "repo_id": "org/bot-dpo",
+        "hub": "https://hub.example",
         "base_source": "org/base",
         "base_revision": SHA,
         "licence": APACHE,
@@ -219,7 +221,7 @@ def test_a_licence_that_yaml_would_read_as_something_else_stays_text() -> None:
     [
         ("LICENSE", "org/base", "LICENSE"),
         ("https://example.org/terms", "org/base", "https://example.org/terms"),
-        ("docs/TERMS", "org/base", f"https://huggingface.co/org/base/blob/{SHA}/docs/TERMS"),
+        ("docs/TERMS", "org/base", f"https://hub.example/org/base/blob/{SHA}/docs/TERMS"),
         ("docs/TERMS", "base", None),
         (None, "org/base", None),
     ],
