@@ -15,6 +15,7 @@ from dpo_assets.planning.model_card import front_matter, is_front_matter_alone, 
     [
         ("", None, "", False),
         ("# Model\n", None, "# Model\n", False),
+        ("# Model\n---\nlicense: mit\n---\n", None, "# Model\n---\nlicense: mit\n---\n", False),
         ("---\nlicense: mit\n", None, "---\nlicense: mit\n", False),
         ("---\nlicense: mit\n---\n", "license: mit\n", "", True),
         ("---\r\nlicense: mit\r\n---\r\n\r\n", "license: mit\r\n", "\r\n", True),
