@@ -53,11 +53,15 @@ class NotMeasured(Report):
 
 
 class HeldOutPairs(Report):
-    """Implicit rewards of held-out pairs. `margin_nats` is the mean of chosen minus rejected log-ratio."""
+    """Implicit rewards of held-out pairs. `margin_nats` is the mean of chosen minus rejected log-ratio.
+
+    `margins` holds it of each pair, by `pair_id`; it is empty in a report of an earlier version.
+    """
 
     pairs: int
     accuracy: Proportion
     margin_nats: Number
+    margins: dict[str, Number] = {}
     nll_ratio: Number
     chosen_nats_per_token: Number
     rejected_nats_per_token: Number

@@ -153,7 +153,7 @@ def packed_trainer(start: Start, tokenizer: Any, spec: TrainSpec, reporter: Repo
 
 
 def held_out_rows(spec: TrainSpec) -> Any:
-    """The held-out split with its token ids, prompts and their ids, or None where the dataset has none."""
+    """The held-out split with its token ids, prompts, and ids of both, or None where the dataset has none."""
     if not (spec.dataset / "eval.parquet").is_file():
         return None
     return load_asked(spec.dataset, "eval", spec.scratch, ["prompt_id"])
