@@ -362,7 +362,9 @@ def test_a_damaged_artefact_is_set_aside_and_made_again(instance: dg.DagsterInst
     table.write_bytes(table.read_bytes()[:-1] + b"x")
     result = materialize(recipe, instance, ["raw_preferences"])
     assert metadata(result, "raw_preferences")["files_read_now"] == 1
-    assert len(list((root / "_rejected").iterdir())) == 1
+    [aside] = (root / "_rejected").iterdir()
+    warned = [event.user_message for event in instance.all_logs(result.run_id)]
+    assert any(f"a `raw_batches` is damaged and was set aside as {aside}" in said for said in warned)
 
 
 def test_feedback_read_before_costs_no_second_reading(instance: dg.DagsterInstance, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ class Step:
     def tree(self) -> ArtifactTree:
         store = self._resource("artifacts")
         assert isinstance(store, ArtifactStore)
-        return store.tree(self.context.instance, self.pipeline.name)
+        return store.tree(self.context.instance, self.pipeline.name, self.context.log.warning)
 
     @property
     def user_key(self) -> bytes:
@@ -158,7 +158,9 @@ class Step:
         The verdicts are kept beside the artefact for `inputs`.
         """
         key = self.pipeline.key(node)
-        verdicts = [self.judged(verdict) for verdict in verdicts]
+        found = list(verdicts)
+        _refuse_other_checks(node, found)
+        verdicts = [self.judged(verdict) for verdict in found]
         if checks_of(node):  # Another node's artefact may be the same one.
             keep_levels(artifact, verdicts)
         for verdict in verdicts:
@@ -212,6 +214,17 @@ class Step:
     def levels(self, artifact: Artifact) -> dict[str, Level] | None:
         """The outcomes of an artefact's checks, as they were judged last; None where no record can be read."""
         return kept_levels(artifact)
+
+
+def _refuse_other_checks(node: str, verdicts: Sequence[Verdict]) -> None:
+    """Every check of a node has a verdict, and every verdict a check: Dagster would show neither as a fault.
+
+    Raises:
+        RuntimeError: when the body of an asset forgot one, or the catalogue does.
+    """
+    declared, found = sorted(check.name for check in checks_of(node)), sorted(verdict.check for verdict in verdicts)
+    if declared != found:
+        raise RuntimeError(f"`{node}` declares the checks {declared}, and its body gave verdicts of {found}")
 
 
 def guarded(step: Step, node: str, events: Events) -> Events:

@@ -80,7 +80,7 @@ def adapter_verdicts(report: Report) -> list[Verdict]:
     read = DpoReport.model_validate(report)
     return [
         *dpo_verdicts(read, BANDS),
-        collapse_verdict(read, [], limits, BANDS),
+        collapse_verdict(read, [{"step": 1.0, "nll_ratio": 1.0}], limits, BANDS),
         *aftermath_verdicts(read, BANDS),
     ]
 

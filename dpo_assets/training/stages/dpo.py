@@ -170,6 +170,11 @@ def collapse_guard(watched: Watched, guard: GuardSpec, spec: TrainSpec, reporter
         held_out = held_out_rows(spec)
         theirs = [] if held_out is None else first_prompts(held_out, watched.chat, guard.probe_prompts // 2, room)
         prompts = [*first_prompts(train, watched.chat, guard.probe_prompts - len(theirs), room), *theirs]
+        if not prompts:
+            reporter.log(
+                f"dpo: no answers are sampled while it trains: no prompt leaves room for {guard.probe_tokens} tokens "
+                f"in {plan.max_length}"
+            )
     tasks = []
     if guard.tasks is not None:
         for task in read_tasks(guard.tasks):
