@@ -215,6 +215,7 @@ def aftermath_report() -> dict[str, Any]:
             "pairs": 100,
             "accuracy": score(0.7, 0.6, 0.78, 100),
             "margin_nats": 1.1,
+            "margins": {f"pair {n}": 1.0 + 0.2 * (n % 2) for n in range(100)},
             "nll_ratio": 1.05,
             "chosen_nats_per_token": -0.05,
             "rejected_nats_per_token": -0.2,

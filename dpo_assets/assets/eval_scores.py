@@ -16,8 +16,8 @@ from dpo_assets.assets.node import Node
 from dpo_assets.assets.sft_checkpoint import start_adapter
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.evidence.power import EFFECT, POWER, one_sided, reach_of_comparison, reach_of_score
-from dpo_assets.checks.promotion import Learned, decide, evaluation_verdicts, power_told
-from dpo_assets.checks.reports import DpoReport, EvaluationReport
+from dpo_assets.checks.promotion import Learned, Margins, decide, evaluation_verdicts, power_told
+from dpo_assets.checks.reports import DpoReport, EvaluationReport, HeldOutPairs
 from dpo_assets.checks.statistics import percent
 from dpo_assets.contract import EvaluateSpec
 from dpo_assets.errors import ConfigError
@@ -72,7 +72,7 @@ def materialise(step: Step) -> Events:
             step.recipe,
             step.bands,
             seen=_seen(step, inputs, artifact),
-            learned=_learned(inputs["dpo_adapter"]),
+            learned=_learned(inputs["dpo_adapter"], artifact),
             merged=plan.scoring.subject == "merged",
         ),
         {
@@ -142,11 +142,26 @@ def parts_table(report: EvaluationReport) -> str:
     return table(header, rows) if rows else "one source, and one margin or none"
 
 
-def _learned(adapter: Artifact) -> Learned:
-    """What was measured of the adapter. None where its report is of an earlier version: no other check waits for it."""
+def _learned(adapter: Artifact, scores: Artifact) -> Learned:
+    """What was measured of the adapter, beside its pairs' margins after the merge.
+
+    None where its report is of an earlier version: no other check waits for it.
+    """
     with suppress(ConfigError):
-        return DpoReport.of(adapter).held_out
+        measured = DpoReport.of(adapter).held_out
+        if isinstance(measured, HeldOutPairs):
+            return Margins(measured, _margins(scores)) if measured.margins else None
+        return measured
     return None
+
+
+def _margins(scores: Artifact) -> dict[str, float]:
+    """By `pair_id`, how much more the policy prefers the chosen answer than SFT does, in nats."""
+    import polars as pl
+
+    chosen, rejected = (pl.col(f"policy_{answer}") - pl.col(f"sft_{answer}") for answer in ("chosen", "rejected"))
+    table_ = pl.read_parquet(scores.path / SCORES).select("pair_id", margin=chosen - rejected)
+    return dict(table_.iter_rows())
 
 
 def _seen(step: Step, inputs: Inputs, scores: Artifact) -> int:

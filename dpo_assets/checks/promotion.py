@@ -9,6 +9,9 @@ later release, against the champion.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import fmean
 
 from dpo_assets.checks.bands import Bands
 from dpo_assets.checks.evidence.ledger import RELEASED, Decision
@@ -19,7 +22,24 @@ from dpo_assets.recipe import Recipe
 
 CHANCE, TOLERANCE = 0.5, 0.05
 KEPT = 0.5  # Of the adapter's held-out margin.
-Learned = HeldOutPairs | NotMeasured | None  # None: of an earlier version.
+
+
+@dataclass(frozen=True)
+class Margins:
+    """Held-out margins of an adapter, and by `pair_id` those of the weights that it was merged into, in nats."""
+
+    adapter: HeldOutPairs
+    merged: Mapping[str, float]
+
+    def means(self) -> tuple[float, float, int]:
+        """(before the merge, after it, pairs) of the pairs that both were asked: an adapter is measured on a part."""
+        same = self.adapter.margins.keys() & self.merged.keys()
+        if not same:
+            return math.nan, math.nan, 0
+        return fmean(self.adapter.margins[pair] for pair in same), fmean(self.merged[pair] for pair in same), len(same)
+
+
+Learned = Margins | NotMeasured | None  # None: of an earlier version.
 SOURCE = "interval over prompts, not pairs, and its power (arXiv 2411.00640); coverage: benchmarks/RESULTS.md"
 
 
@@ -89,13 +109,13 @@ def evaluation_verdicts(
 
     Args:
         seen: of its pairs, those with an opening message that the model was trained on.
-        learned: what was measured of the adapter before it was merged.
+        learned: what was measured of the adapter before it was merged, and of the same pairs afterwards.
         merged: whether the merged weights were scored.
     """
     return [
         held_out_unseen(report, seen),
         promotion_verdict(report, recipe),
-        kept_by_merge(report, learned, merged=merged),
+        kept_by_merge(learned, merged=merged),
         greedy_health(report, bands),
     ]
 
@@ -136,38 +156,42 @@ def promotion_verdict(report: EvaluationReport, recipe: Recipe) -> Verdict:
     )
 
 
-def kept_by_merge(report: EvaluationReport, before: Learned, *, merged: bool) -> Verdict:
+def kept_by_merge(before: Learned, *, merged: bool) -> Verdict:
     """How much of the adapter's held-out margin is left in the weights that are released.
 
     Merged weights are rounded to the base's format, and a small change of a weight is lost there: a run of 14 steps at
     5e-5 on SmolLM2-135M kept 32 % of 0.33 nats in bf16 (benchmarks/RESULTS.md). The faithful merge of an adapter that
     moved little is green all the same. Judged where the adapter learned something beyond chance.
     """
-    after = report.margin_mean_nats
     band = f"at least {KEPT:.0%} of the margin that the adapter had before it was merged"
     source = "16-bit rounding of small updates: benchmarks/RESULTS.md"
-    if not isinstance(before, HeldOutPairs):
+    if not isinstance(before, Margins):
         why = "it is of an earlier version" if before is None else before.not_measured
         fix = "set checks.held_out_pairs above 0, and materialise dpo_adapter again"
         return Verdict("kept_by_merge", "warn", f"not measured: the adapter's margin: {why}", band, source, fix)
     if not merged:
         said = "not measured: what was scored is the adapter on its base, not the merged weights"
         return Verdict("kept_by_merge", "warn", said, band, source, "evaluate where the merged model fits in 16 bit")
-    if not before.accuracy.low > CHANCE or not before.margin_nats > 0:
+    learned, after, pairs = before.means()
+    if not pairs:
+        said = "not measured: none of the adapter's held-out pairs was scored after the merge"
+        return Verdict("kept_by_merge", "warn", said, band, source, "materialise dpo_adapter again")
+    if not before.adapter.accuracy.low > CHANCE or not before.adapter.margin_nats > 0:
         note = "the adapter learned too little to tell"
         return Verdict("kept_by_merge", "pass", f"{after:.3f} nats", band, source, note=note)
-    share = after / before.margin_nats
+    share = after / learned if learned else math.nan
     lost = not share >= KEPT
     return Verdict(
         "kept_by_merge",
         "warn" if lost else "pass",
-        f"{share:.0%}: {after:.3f} of {before.margin_nats:.3f} nats",
+        f"{share:.0%}: {after:.3f} of {learned:.3f} nats",
         band,
         source,
         "train longer, or at a higher rate inside its band; or release the adapter itself, which rounds nothing "
         "(publishing.artifact: adapter)"
         if lost
         else "",
+        f"{pairs} held-out pairs, scored before and after",
     )
 
 
