@@ -200,7 +200,8 @@ def greedy_health(report: EvaluationReport, bands: Bands) -> Verdict:
     limit = bands.limit("greedy_health")
     sft, policy = report.generation.sft, report.generation.policy
     if not policy.answers:
-        return Verdict("greedy_health", "pass", "no answers sampled", "-", limit.source)
+        way_out = "set evaluation.generations above 0, and evaluation.max_new_tokens so that prompts leave room for it"
+        return Verdict("greedy_health", "warn", "not measured: nothing was answered", "measured", limit.source, way_out)
     rises = {name: getattr(policy, name) - getattr(sft, name) for name in ("repetition", "no_eos", "empty")}
     levels = {name: upper_limit(rise, limit.warn, limit.error) for name, rise in rises.items()}
     level = worst(*levels.values())
