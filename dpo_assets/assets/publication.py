@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from dpo_assets.artifact import Artifact, write_json
@@ -95,7 +95,7 @@ class Publication:
         )
 
     def _unasked(self, why: str) -> ReleasePlan:
-        plan = first_release(self.files, f"as for an empty repository: {why}")
+        plan = replace(first_release(self.files, f"as for an empty repository: {why}"), asked=False)
         self._keep(plan)
         return plan
 

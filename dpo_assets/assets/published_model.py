@@ -28,7 +28,7 @@ from dpo_assets.publishing.commit import Release, stage, staged_files
 from dpo_assets.publishing.plan import MADE_BY, FileRecord, ReleasePlan, ReleaseRecord
 from dpo_assets.report.tables import table
 
-FILES = "files.json"
+CHECK, FILES = "release_verified", "files.json"
 SHOWN = 50  # Files of others that the page of the asset names.
 
 
@@ -66,15 +66,15 @@ def materialise(step: Step) -> Events:
     artifact, reused = step.build("published_model", config, inputs, make)
     publication = Publication(step, artifact, read_kept(artifact, FILES, ReleaseRecord).files)
     release = publication.send() if sends else None
-    if step.only_checks:
-        plan, refused = None, ""
-    else:
-        plan, refused = (release.plan, "") if release else publication.plan()
+    plan, refused = (release.plan, "") if release else publication.plan()
+    known = "" if release else _of_the_hub(step, plan, refused)
+    if not (release or refused):
+        refused = _what_speaks_against(step, artifact, plan)
     yield from step.result(
         "published_model",
         artifact,
         reused,
-        [verify(artifact, publication.files, release, refused)],
+        [verify(artifact, publication.files, release, refused, known)],
         {
             "release": dg.MetadataValue.path(str(artifact.path / RELEASE)),
             "dry_run": publishing.dry_run,
@@ -89,7 +89,7 @@ def materialise(step: Step) -> Events:
                 if release
                 else {}
             ),
-            **(_shown(plan, publication) if plan else {}),
+            **_shown(plan, publication),
             "card": dg.MetadataValue.md(split_card((artifact.path / RELEASE / CARD).read_text(encoding="utf-8"))[1]),
         },
     )
@@ -109,19 +109,47 @@ def _shown(plan: ReleasePlan, publication: Publication) -> dict[str, Any]:
     }
 
 
-def verify(artifact: Artifact, files: Mapping[str, FileRecord], release: Release | None, refused: str = "") -> Verdict:
+def _of_the_hub(step: Step, plan: ReleasePlan, refused: str) -> str:
+    """What a run that sent nothing saw of the Hub."""
+    if refused:
+        return "and it would be refused"
+    if not plan.asked:
+        return "the Hub not asked"
+    return "" if plan.changes else f"{step.recipe.publishing.repo_id} holds them"
+
+
+def _what_speaks_against(step: Step, artifact: Artifact, plan: ReleasePlan) -> str:
+    """What was seen on the Hub and is no good, beside a refusal; empty where there is nothing.
+
+    It counts until the Hub is asked again: a look at the local folder alone mends nothing.
+    """
+    if not plan.asked:
+        passed = (step.levels(artifact) or {}).get(CHECK, "pass") == "pass"
+        return "" if passed else f"it failed this check when the Hub was asked, and now {plan.note}"
+    sent, _ = next(step.history("published_model", "commit"), (None, False))
+    if step.only_checks and sent is not None and plan.changes:
+        others = ", ".join(operation.path for operation in plan.changes)
+        return f"{step.recipe.publishing.repo_id} does not hold what was released as {sent}: {others}"
+    return ""
+
+
+def verify(
+    artifact: Artifact, files: Mapping[str, FileRecord], release: Release | None, refused: str = "", known: str = ""
+) -> Verdict:
     """The staged folder holds what was listed. What is on the Hub, `publish` compares, and fails this check.
 
-    A release that a dry run finds would be refused (`refused`: why) is a warning.
+    Args:
+        refused: why a release would be refused, or what speaks against the one that was sent: a warning.
+        known: what a run that sent nothing saw of the Hub.
     """
     folder = artifact.path / RELEASE
     wrong = [p for p, f in files.items() if not (folder / p).is_file() or file_sha256(folder / p) != f.sha256]
     extra = set(staged_files(folder)) - set(files)
     bad = [*wrong, *sorted(extra)]
     return Verdict(
-        "release_verified",
+        CHECK,
         "error" if bad else "warn" if refused else "pass",
-        f"{len(files)} files, {_outcome(release)}" + (", and it would be refused" if refused else ""),
+        ", ".join(filter(None, (f"{len(files)} files", _outcome(release), known))),
         "every file as listed, no secret in any text",
         "docs/design.md, publishing",
         f"these files differ: {', '.join(bad)}" if bad else refused,

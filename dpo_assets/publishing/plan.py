@@ -116,13 +116,14 @@ class Operation:
 class ReleasePlan:
     """What a commit on `head` does, file by file; `kept` are files of others, which it does not touch.
 
-    `head`: None where there is no repository yet, or where it was not asked; `note` says which.
+    `head`: None where there is no repository yet, or where it was not asked (`asked`); `note` says why.
     """
 
     head: str | None
     operations: tuple[Operation, ...]
     kept: tuple[str, ...] = ()
     note: str = ""
+    asked: bool = True
 
     @property
     def changes(self) -> tuple[Operation, ...]:
