@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from dpo_assets.checks.reports import DpoReport, EvaluationReport, JudgedAnswers, MergeReport
+from dpo_assets.checks.promotion import Margins
+from dpo_assets.checks.reports import DpoReport, EvaluationReport, HeldOutPairs, JudgedAnswers, MergeReport
 from dpo_assets.feedback.pair import Message, Pair
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.targets import Covered, LoraCoverage
@@ -240,3 +241,10 @@ def aftermath_report() -> dict[str, Any]:
         },
         "adapter_norm": {"largest": 0.01, "layer": "model.layers.0.mlp.up_proj", "layers": 35},
     }
+
+
+def learned(after: float | None = None) -> Margins:
+    """The held-out margins of that adapter, which a merge has kept; or `after` of each pair."""
+    adapter = dpo_report(**aftermath_report()).held_out
+    assert isinstance(adapter, HeldOutPairs)
+    return Margins(adapter, {pair: margin if after is None else after for pair, margin in adapter.margins.items()})

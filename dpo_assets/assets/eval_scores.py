@@ -26,12 +26,6 @@ from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.report.tables import table
 
 SCORES = "scores.parquet"
-SHOWN = {
-    "implicit_reward_accuracy": "policy, implicit reward",
-    "logp_accuracy_policy": "policy, log-probability per token",
-    "logp_accuracy_sft": "SFT, log-probability per token",
-    "pick_the_longer": "baseline: pick the longer answer",
-}
 
 
 def materialise(step: Step) -> Events:
@@ -98,7 +92,6 @@ def materialise(step: Step) -> Events:
 def scores_table(report: EvaluationReport) -> str:
     """Every score with its interval over prompts, and the least difference that so many pairs would find."""
     level = one_sided(report.confidence)
-    shares = [(label, getattr(report, name)) for name, label in SHOWN.items()]
     rows = [
         [
             label,
@@ -108,7 +101,7 @@ def scores_table(report: EvaluationReport) -> str:
             f"{found.detectable:.3f}",
             f"{found.power:.0%}",
         ]
-        for label, score in shares
+        for label, score in report.shares
         for found in [reach_of_score(score, level)]
     ]
     if (paired := report.logp_against_sft) is not None:

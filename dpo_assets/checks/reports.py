@@ -273,6 +273,15 @@ class GreedyAnswers(Report):
     policy: AnswerHealth
 
 
+# How a share of held-out pairs is called wherever it is shown, by the field of EvaluationReport that holds it.
+SHARES = {
+    "implicit_reward_accuracy": "policy, implicit reward against SFT",
+    "logp_accuracy_policy": "policy, log-probability per token",
+    "logp_accuracy_sft": "SFT, log-probability per token",
+    "pick_the_longer": "baseline: pick the longer answer",
+}
+
+
 class EvaluationReport(Report):
     """Held-out scores of the policy and of the SFT model that it started from, clustered by prompt.
 
@@ -305,3 +314,8 @@ class EvaluationReport(Report):
     kernels_note: str = Field(default="", description="Why that is not what the plan said; empty where it is.")
     scored: str = Field(default="", description="What was scored as the release; empty: of an earlier version.")
     generation: GreedyAnswers
+
+    @property
+    def shares(self) -> tuple[tuple[str, Proportion], ...]:
+        """Each share of held-out pairs with its name, in the order in which they are shown."""
+        return tuple((label, getattr(self, name)) for name, label in SHARES.items())

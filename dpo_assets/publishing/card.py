@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +18,6 @@ from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.publishing.loading import load_snippet, serve_line
 from dpo_assets.untrusted import in_code, in_markdown
 
-SCORES = {
-    "implicit_reward_accuracy": "policy, implicit reward against SFT",
-    "logp_accuracy_policy": "policy, log-probability per token",
-    "logp_accuracy_sft": "SFT, log-probability per token",
-    "pick_the_longer": "baseline: pick the longer answer",
-}
 OUTCOMES: dict[Level, str] = {"pass": "passed", "warn": "warned", "error": "failed"}
 
 
@@ -142,7 +136,7 @@ def front_matter(facts: CardFacts) -> str:
             metric_value=score.value,
             metric_args=_told(score, facts.scores.confidence),
         )
-        for label, score in _scores(facts.scores)
+        for label, score in facts.scores.shares
         if math.isfinite(score.value)  # The Hub takes no other number.
     ]
     data = ModelCardData(
@@ -158,10 +152,6 @@ def front_matter(facts: CardFacts) -> str:
         **({"base_model_relation": "finetune" if merged else "adapter"} if facts.base_on_hub else {}),
     )
     return str(data.to_yaml(line_break="\n")).strip()
-
-
-def _scores(report: EvaluationReport) -> Iterator[tuple[str, Proportion]]:
-    return ((label, getattr(report, name)) for name, label in SCORES.items())
 
 
 def _told(score: Proportion, level: float) -> dict[str, float | int]:
@@ -236,7 +226,7 @@ def _evaluation(facts: CardFacts) -> str:
     scores = facts.scores
     rows = [
         f"| {label} | {score.value:.3f} | [{score.low:.3f}, {score.high:.3f}] | {score.counted} |"
-        for label, score in _scores(scores)
+        for label, score in scores.shares
     ]
     return "\n".join(
         [

@@ -53,6 +53,7 @@ from dpo_assets_tests.samples import (
     dpo_report,
     evaluation_report,
     judged_answers,
+    learned,
     plan,
     quality,
     recipe,
@@ -566,9 +567,6 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
         implicit_reward_accuracy=score(0.2, 0.1, 0.3),
         generation={"sft": answers(), "policy": answers(no_eos=1.0)},
     )
-    adapter = dpo_report(**aftermath_report()).held_out
-    assert isinstance(adapter, HeldOutPairs)
-    learned = Margins(adapter, {pair: 0.1 if fail else margin for pair, margin in adapter.margins.items()})
     bad_dataset = dataset_report(
         damaged=1200, reasons={"schema": 1}, leaked_prompts=1, identical_after_truncation=1, train_pairs=0,
         quality=quality(
@@ -616,7 +614,7 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
             recipe(),
             BANDS,
             seen=1 if fail else 0,
-            learned=learned,
+            learned=learned(0.1 if fail else None),
             merged=True,
         ),
         "judged_answers": judge_verdicts(

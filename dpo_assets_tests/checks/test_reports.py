@@ -32,7 +32,7 @@ from dpo_assets.checks.reports import (
 from dpo_assets.checks.training import dpo_verdicts, merge_verdicts, sft_verdicts
 from dpo_assets.checks.verdict import Verdict
 from dpo_assets.errors import ConfigError
-from dpo_assets_tests.samples import aftermath_report, dpo_report, evaluation_report, recipe
+from dpo_assets_tests.samples import aftermath_report, dpo_report, evaluation_report, learned, recipe
 
 BANDS = default_bands()
 LEVELS = ("pass", "warn", "error")
@@ -93,9 +93,7 @@ JUDGED: list[tuple[Report, Callable[[Any], list[Verdict]]]] = [
     (MergeReport.model_validate(MERGE), lambda report: merge_verdicts(report, BANDS)),
     (
         evaluation_report(),
-        lambda report: evaluation_verdicts(
-            report, recipe(), BANDS, seen=0, learned=dpo_report(**aftermath_report()).held_out, merged=True
-        ),
+        lambda report: evaluation_verdicts(report, recipe(), BANDS, seen=0, learned=learned(), merged=True),
     ),
 ]
 
@@ -180,9 +178,7 @@ def test_scores_from_before_prompts_were_counted_are_read_and_say_so(tmp_path: P
     assert (report.reward_against_chance, report.logp_against_sft, report.margin) == (None, None, None)
     [verdict] = [
         v
-        for v in evaluation_verdicts(
-            report, recipe(), BANDS, seen=0, learned=dpo_report(**aftermath_report()).held_out, merged=True
-        )
+        for v in evaluation_verdicts(report, recipe(), BANDS, seen=0, learned=learned(), merged=True)
         if v.check == "promotion_verdict"
     ]
     assert (verdict.value, verdict.level) == ("insufficient_evidence", "warn")
