@@ -97,6 +97,16 @@ def test_a_licence_that_is_named_later_makes_no_other_base(instance: dg.DagsterI
     assert made(licence="mit")["licence"] == "mit"
 
 
+def test_a_base_in_another_place_is_the_same_base(instance: dg.DagsterInstance, tmp_path: Path) -> None:
+    """Everything was trained again for a project that was checked out somewhere else."""
+    digests = []
+    for place in ("here", "there"):
+        shutil.copytree(STORIES, tmp_path / place / "base")
+        recipe = demo_recipe(base_model={"source": str(tmp_path / place / "base"), "licence": "mit"})
+        digests.append(metadata(materialize(recipe, instance, ["base_model"]), "base_model")["digest"])
+    assert len(set(digests)) == 1
+
+
 def test_a_base_without_chat_template_is_refused_with_the_way_out(instance: dg.DagsterInstance, tmp_path: Path) -> None:
     folder = tmp_path / "plain"
     shutil.copytree(STORIES, folder)

@@ -81,7 +81,7 @@ def materialise(step: Step) -> Events:
             "licence": stated and stated.model_dump(),
         }
         template = section.model_dump(mode="json", include={"template_arguments", "template_date"})
-        origin = {"source": section.source, "revision": section.revision, "left_out": left_out}
+        origin = {"source": _named(section), "revision": section.revision, "left_out": left_out}
         write_json(folder / FACTS, described | template | origin)
 
     try:
@@ -114,6 +114,8 @@ def materialise(step: Step) -> Events:
 
 class BaseFacts(ModelShape):
     """What a base model is, as its artefact keeps it.
+
+    `source` is a Hub id, a built-in name, or the name of a folder: where that folder lies makes no other model.
 
     `licence` is what the base itself states. What a recipe says of terms makes no other model, so it is no part of
     the artefact, and nothing is trained again for it: see `known_licence`.
@@ -302,6 +304,12 @@ def local_source(section: BaseModelSection) -> tuple[Path, str | None]:
         raise ConfigError(f"there is no `{section.source}`; built in are: {', '.join(BUILTIN_MODELS)}")
     folder, licence = BUILTIN_MODELS[name]
     return Path(str(files("dpo_assets") / folder)), licence
+
+
+def _named(section: BaseModelSection) -> str:
+    """The source as the artefact keeps it: a path would publish somebody's file system, and make all anew elsewhere."""
+    is_name = section.is_builtin or looks_like_hub_id(section.source)
+    return section.source if is_name else Path(section.source).name
 
 
 def _identity(section: BaseModelSection) -> dict[str, object]:

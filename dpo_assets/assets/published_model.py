@@ -190,7 +190,7 @@ def _facts(step: Step, inputs: Inputs) -> CardFacts:
         title=_title(step),
         repo_id=step.recipe.publishing.repo_id,
         hub=step.hub.api().endpoint,
-        # A local folder's path says nothing to a reader of the card, and would publish the author's file system.
+        # An artefact of an earlier version holds a local folder's path, which would publish the author's file system.
         base_source=base.source if base.revision or base.source.startswith("builtin:") else Path(base.source).name,
         base_revision=base.revision,
         licence=known_licence(step.recipe, inputs["base_model"]),
