@@ -52,7 +52,7 @@ def materialise(step: Step) -> Events:
             ),
         )
 
-    config = {"evaluation": evaluation.model_dump(exclude={"min_pairs", "judge"})}
+    config = {"evaluation": evaluation.model_dump(include={"confidence", "generations", "max_new_tokens"})}
     artifact, reused = step.build("eval_scores", config, inputs, make)
     report = EvaluationReport.of(artifact)
     decision, reason = decide(report, evaluation.min_pairs)
