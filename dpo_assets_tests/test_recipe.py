@@ -356,6 +356,8 @@ def test_the_values_of_whoever_declares_nothing_are_these() -> None:
             "min_pairs": 50,
             "generations": 16,
             "max_new_tokens": 64,
+            "sampled_answers": 32,
+            "corpus": None,
             "judge": None,
             "reward_model": None,
             "benchmarks": [],

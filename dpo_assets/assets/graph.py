@@ -13,6 +13,7 @@ from dpo_assets.assets import (
     harness_scores,
     judged_answers,
     merged_model,
+    promotion,
     published_model,
     raw_preferences,
     reward_model_scores,
@@ -32,6 +33,7 @@ NODES: tuple[Node, ...] = (
     dpo_adapter.NODE,
     merged_model.NODE,
     eval_scores.NODE,
+    promotion.NODE,
     published_model.NODE,
 )
 # Of pipelines whose recipe asks for them.

@@ -141,7 +141,7 @@ def resolve_paths(recipe: Recipe, base_dir: Path) -> Recipe:
 
 def _absolute_scorers(evaluation: EvaluationSection, file: Callable[[str], str]) -> dict[str, Any]:
     """What else scores the policy, with absolute paths."""
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {"corpus": evaluation.corpus and file(evaluation.corpus)}
     if (model := evaluation.reward_model) is not None and not looks_like_hub_id(model.source):
         changes["reward_model"] = model.model_copy(update={"source": file(model.source)})
     if (harness := evaluation.harness) is not None and harness.include_path is not None:
