@@ -31,7 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MUTATED = (
     "dpo_assets/checks/*", "dpo_assets/publishing/*", "dpo_assets/training/trainers/losses.py",
     "dpo_assets/training/batches/packing.py",
-    "dpo_assets/training/trainers/reference.py", "dpo_assets/feedback/screening.py", "dpo_assets/feedback/pairing.py",
+    "dpo_assets/training/scoring/cache.py", "dpo_assets/training/trainers/reference.py",
+    "dpo_assets/feedback/screening.py", "dpo_assets/feedback/pairing.py",
 )  # fmt: skip
 TESTS = (
     "dpo_assets_tests/checks", "dpo_assets_tests/test_collapse_cases.py", "dpo_assets_tests/publishing",
@@ -42,6 +43,7 @@ TESTS = (
 FRESH: dict[str, tuple[str, ...]] = {
     "dpo_assets/training/trainers/losses.py": ("dpo_assets_tests/training/test_losses.py",),
     "dpo_assets/training/batches/packing.py": ("dpo_assets_tests/training/test_packing.py",),
+    "dpo_assets/training/scoring/cache.py": ("dpo_assets_tests/training/test_reference.py",),
     "dpo_assets/training/trainers/reference.py": ("dpo_assets_tests/training/test_reference.py",),
     "dpo_assets/feedback/screening.py": (
         "dpo_assets_tests/feedback/test_screening.py", "dpo_assets_tests/feedback/test_screened_pairs.py",

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field
 from dpo_assets.assets.graph import LINEAGE, steps
 from dpo_assets.assets.node import Node, column_schema
 from dpo_assets.assets.pipeline import Pipeline
+from dpo_assets.assets.rollback import rollback_job
 from dpo_assets.assets.step import Events, Step, guarded
 from dpo_assets.automation import new_feedback_sensor, refresh_job, refresh_schedule
 from dpo_assets.checks.bands import default_bands
@@ -113,7 +114,7 @@ class DpoPipeline(dg.Component, dg.Resolvable):
         job = refresh_job(self.pipeline)
         return dg.Definitions(
             assets=[self._assets(nodes) for nodes in steps(self.pipeline.recipe)],
-            jobs=[job],
+            jobs=[job, rollback_job(self.pipeline)],
             schedules=[refresh_schedule(self.pipeline, job)],
             sensors=[new_feedback_sensor(self.pipeline, job)],
             resources={self.pipeline.resource_key(name): resource for name, resource in self.resources.items()},

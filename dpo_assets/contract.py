@@ -197,13 +197,32 @@ class MergeSpec(PlannedSpec):
         return self.plan.at_proof()
 
 
+class ChampionSpec(BaseModel):
+    """The policy that is live: its release and what it was made from, to be scored again on the pairs of now."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str = Field(description="What the ledger calls it.")
+    base_model: Path
+    template: TemplateSettings = TemplateSettings()
+    sft_adapter: Path | None = Field(description="Its own start; None: the base as it is.")
+    adapter: Path
+    policy: Path = Field(description="Folder of its merged model.")
+    inputs: dict[str, str] = Field(description="Digests of its base, SFT checkpoint, adapter and merged model.")
+    same_start: bool = Field(description="Whether its start is the challenger's own, which is then scored once.")
+
+
 class EvaluateSpec(PlannedSpec):
-    """Held-out scores of the SFT policy and of the release, by the plan's `scoring`."""
+    """Held-out scores of the SFT policy, of the release, and of the champion with its own start, by the plan's
+    `scoring`."""
 
     dataset: Path
     sft_adapter: Path | None
     policy: Path = Field(description="Folder of the merged model.")
     adapter: Path | None = Field(default=None, description="The DPO adapter, for a merged model that does not fit.")
+    champion: ChampionSpec | None = Field(default=None, description="None: nothing is live yet.")
+    sampled_answers: int = Field(default=0, description="Answers of the policy's own that its KL from SFT is of.")
+    corpus: Path | None = Field(default=None, description="File of neutral texts (`checks.neutral`); None: not asked.")
+    score_cache: Path | None = Field(default=None, description="Where scores are kept from one time to the next.")
     confidence: float
     generations: int
     max_new_tokens: int

@@ -5,8 +5,19 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from dpo_assets.checks.promotion import Margins
-from dpo_assets.checks.reports import DpoReport, EvaluationReport, HeldOutPairs, JudgedAnswers, MergeReport
+import numpy as np
+import polars as pl
+
+from dpo_assets.checks.evidence.ledger import FIRST
+from dpo_assets.checks.promotion import Margins, PromotionOutcome
+from dpo_assets.checks.reports import (
+    ChampionScores,
+    DpoReport,
+    EvaluationReport,
+    HeldOutPairs,
+    JudgedAnswers,
+    MergeReport,
+)
 from dpo_assets.feedback.pair import Message, Pair
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.targets import Covered, LoraCoverage
@@ -148,8 +159,88 @@ def evaluation_report(**changes: Any) -> EvaluationReport:
         "chosen_shift_nats_per_token": -0.05,
         "rejected_shift_nats_per_token": -0.1,
         "generation": {"sft": answers(), "policy": answers()},
+        "kl": {"per_token": 0.02, "low": 0.01, "high": 0.03},
+        "neutral": neutral(1.02),
     }
     return EvaluationReport.model_validate(values | changes)
+
+
+def neutral(ratio: float) -> dict[str, Any]:
+    """Neutral texts that the policy finds less likely by `ratio`."""
+    return {
+        "texts": 60, "tokens": 3000, "sft": 20.0, "policy": 20.0 * ratio, "ratio": ratio, "low": ratio * 0.98,
+        "high": ratio * 1.02,
+    }  # fmt: skip
+
+
+def champion_scores(**changes: Any) -> ChampionScores:
+    """A champion that is a little worse than the policy, within chance."""
+    against = {
+        "difference": 0.02, "low": -0.05, "high": 0.09, "error": 0.035, "p_better": 0.3, "p_worse": 0.7,
+        "p_pairs": 0.3, "n": 120, "clusters": 100, "discordant": 20,
+    }  # fmt: skip
+    values: dict[str, Any] = {
+        "implicit_reward_accuracy": score(0.68, 0.59, 0.76),
+        "logp_accuracy": score(0.59, 0.5, 0.67),
+        "reward_against": against,
+        "logp_against": against,
+    }
+    return ChampionScores.model_validate(values | changes)
+
+
+def promotion_outcome(decision: str = "first_publication", champion: str | None = None) -> PromotionOutcome:
+    """A decision on a model of 64 digits, as its artefact keeps it."""
+    decided = {
+        "number": 1, "before": FIRST, "at": "2026-11-27T12:00:00+00:00", "champion": champion, "challenger": "c" * 64,
+        "inputs": {"eval_scores": "e" * 64}, "primaries": {}, "level": None, "saw": [], "decision": decision,
+        "found": False, "reason": "as this test says",
+    }  # fmt: skip
+    return PromotionOutcome.model_validate(
+        {
+            "decided": decided,
+            "preview": False,
+            "held_out": ["prompt"],
+            "fresh_prompts": 1,
+            "outlook": [("error spent", "nothing yet")],
+        }
+    )
+
+
+def scored_pairs(
+    right: float,
+    *,
+    champion: float | None = None,
+    prompts: int = 60,
+    first: int = 0,
+    of_start: float = 0.5,
+    seed: int = 1,
+) -> pl.DataFrame:
+    """A table of scored pairs, one a prompt: a policy that ranks `right` of them well, by implicit reward and by
+    log-probability, and a champion that does so for `champion`; both have a start that ranks `of_start` well."""
+    rng = np.random.default_rng(seed)
+    count = np.arange(prompts)
+    start = np.where(rng.permutation(count) < round(of_start * prompts), 1.0, -1.0)
+
+    def model(share: float) -> np.ndarray[Any, Any]:
+        won = np.where(rng.permutation(count) < round(share * prompts), 1.0, -1.0)
+        return -20.0 + 5.0 * won
+
+    def both(name: str, chosen: np.ndarray[Any, Any]) -> dict[str, Any]:
+        return {f"{name}_chosen": chosen, f"{name}_rejected": np.full(prompts, -20.0)}
+
+    columns = {
+        "pair_id": [f"pair {first + n}" for n in range(prompts)],
+        "prompt_id": [f"prompt {first + n}" for n in range(prompts)],
+        "source": ["s"] * prompts,
+        "margin": [None] * prompts,
+        **both("sft", -20.0 + start),
+        **both("policy", model(right)),
+        "chosen_tokens": [10] * prompts,
+        "rejected_tokens": [10] * prompts,
+    }
+    if champion is not None:
+        columns |= both("champion", model(champion)) | both("champion_start", -20.0 + start)
+    return pl.DataFrame(columns)
 
 
 def judged_answers(**changes: Any) -> JudgedAnswers:

@@ -207,7 +207,7 @@ def test_a_code_version_changes_with_the_sections_that_decide_a_result() -> None
 
     assert changed_by(dpo={"beta": 0.2}) == {"dpo_plan", "dpo_adapter"}
     assert changed_by(checks={"severity": {"collapse": "warn"}}) == {"dpo_adapter"}
-    assert changed_by(evaluation={"min_pairs": 7}) == {"eval_scores", "published_model"}
+    assert changed_by(evaluation={"min_pairs": 7}) == {"eval_scores", "promotion"}
 
 
 def test_an_unknown_resource_is_named() -> None:

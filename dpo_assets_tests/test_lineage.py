@@ -172,6 +172,7 @@ def test_scores_of_a_model_on_pairs_of_another_split_are_refused_with_what_to_ma
         "dpo_adapter",
         "merged_model",
         "eval_scores",
+        "promotion",
     ]
 
 
@@ -216,10 +217,10 @@ def test_scores_that_an_earlier_step_took_of_a_mixed_chain_are_not_released(shel
     for node in ("dpo_plan", "eval_scores"):
         shelf.make(node)
     said = refused(shelf, "published_model")
-    assert to_make_again(said) == ["sft_checkpoint", "dpo_adapter", "merged_model", "eval_scores"]
+    assert to_make_again(said) == ["sft_checkpoint", "dpo_adapter", "merged_model", "eval_scores", "promotion"]
     assert shelf.make("dpo_dataset").digest == first.digest
     said = refused(shelf, "published_model")
-    assert to_make_again(said) == ["dpo_plan", "eval_scores"]
+    assert to_make_again(said) == ["dpo_plan", "eval_scores", "promotion"]
 
 
 def test_giving_the_dataset_its_settings_back_mends_it(shelf: Shelf) -> None:
@@ -239,8 +240,8 @@ def test_giving_the_dataset_its_settings_back_mends_it(shelf: Shelf) -> None:
         ("dpo_dataset", "merged_model", ["dpo_plan", "sft_checkpoint", "dpo_adapter"]),
         ("sft_checkpoint", "eval_scores", ["dpo_adapter", "merged_model"]),
         ("dpo_adapter", "eval_scores", ["merged_model"]),
-        ("dpo_adapter", "published_model", ["merged_model", "eval_scores"]),
-        ("merged_model", "published_model", ["eval_scores"]),
+        ("dpo_adapter", "published_model", ["merged_model", "eval_scores", "promotion"]),
+        ("merged_model", "published_model", ["eval_scores", "promotion"]),
     ],
 )
 def test_another_artefact_in_mid_chain_stops_each_step_that_would_mix_it(
@@ -260,7 +261,7 @@ def test_the_settings_on_the_card_are_those_that_the_adapter_was_trained_with(sh
     said = refused(shelf, "merged_model")
     assert to_make_again(said) == ["dpo_adapter"]
     said = refused(shelf, "published_model")
-    assert to_make_again(said) == ["dpo_adapter", "merged_model", "eval_scores"]
+    assert to_make_again(said) == ["dpo_adapter", "merged_model", "eval_scores", "promotion"]
 
 
 def test_an_adopted_base_is_no_trained_checkpoint_of_a_later_plan(instance: dg.DagsterInstance) -> None:
@@ -305,7 +306,7 @@ def test_a_mix_behind_what_a_step_reads_is_found_through_the_store(shelf: Shelf)
         shelf.make(node)
     said = refused(shelf, "published_model")
     assert "`demo/sft_checkpoint`: made from another `demo/dpo_dataset`" in said
-    assert to_make_again(said) == ["sft_checkpoint", "dpo_adapter", "merged_model", "eval_scores"]
+    assert to_make_again(said) == ["sft_checkpoint", "dpo_adapter", "merged_model", "eval_scores", "promotion"]
 
 
 def test_scores_against_another_start_than_the_adapters_are_not_released(shelf: Shelf) -> None:

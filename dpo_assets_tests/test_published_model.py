@@ -11,21 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import polars as pl
 import pytest
 
 from dpo_assets import HubResource, build_dpo_defs
 from dpo_assets.artifact import seal, write_json
 from dpo_assets.assets.base_model import FACTS, read_facts, refuse_adapter_alone
 from dpo_assets.assets.dpo_plan import PLAN, read_plan
+from dpo_assets.assets.eval_scores import SCORES
 from dpo_assets.checks.reports import EvaluationReport
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.model_card import front_matter
+from dpo_assets.publishing.trace import COLUMNS, SPLITS
 from dpo_assets.recipe import PublishingSection
 from dpo_assets.report.tables import table
 from dpo_assets_tests.hub.repository import Blob, HubError, Repo
 from dpo_assets_tests.hub_server import HubServer
 from dpo_assets_tests.pipelines import demo_recipe, failed_checks, failures, materialize, metadata
-from dpo_assets_tests.samples import dataset_report, dpo_report, evaluation_report, merge_report, score
+from dpo_assets_tests.samples import dataset_report, dpo_report, evaluation_report, merge_report, score, scored_pairs
 from dpo_assets_tests.test_lineage import ORDER, Shelf, gates_of
 
 REPO = "org/bot"
@@ -57,7 +60,13 @@ def fill(shelf: Shelf, scores: EvaluationReport, licensed: bool = True, **of_pla
             (folder / "model").mkdir()
             (folder / "model" / "model.safetensors").write_bytes(bytes(range(256)))
 
-    for node in ORDER[:-1]:
+        if node == "dpo_dataset":
+            for file in SPLITS.values():
+                pl.DataFrame(schema=dict.fromkeys(COLUMNS, pl.String)).write_parquet(folder / file)
+        if node == "eval_scores":
+            scored_pairs(scores.implicit_reward_accuracy.value).write_parquet(folder / SCORES)
+
+    for node in ORDER[: ORDER.index("promotion")]:
         plan = of_plan if node == "dpo_plan" else {}
         shelf.make(node, str(scores), also=lambda folder, node=node: write(node, folder), **plan)
 
@@ -83,8 +92,13 @@ def trying(hub: HubServer, **publishing: Any) -> dict[str, Any]:
     return demo_recipe(publishing={"dry_run": True, "repo_id": REPO, "endpoint": hub.endpoint, **publishing})
 
 
-def release(shelf: Shelf, recipe: dict[str, Any], **resources: Any) -> dg.ExecuteInProcessResult:
-    return materialize(recipe, shelf.instance, ["published_model"], resources=resources)
+def release(
+    shelf: Shelf, recipe: dict[str, Any], override: dict[str, str] | None = None, **resources: Any
+) -> dg.ExecuteInProcessResult:
+    """Decides, and publishes what that carries."""
+    config = {"ops": {"demo__promotion": {"config": override}}} if override else None
+    assets = ["promotion", "published_model"]
+    return materialize(recipe, shelf.instance, assets, resources=resources, run_config=config)
 
 
 def operations(shown: dict[str, Any]) -> dict[str, str]:
@@ -120,8 +134,8 @@ def test_the_check_of_a_release_executed_by_itself_asks_the_hub_before_it_turns_
     """It looked at the local folder alone, and found nothing wrong with a release that would be refused."""
     fill(shelf, evaluation_report())
     hub.repos["models", REPO] = Repo(REPO, private=False)
-    [dry] = release(shelf, trying(hub)).get_asset_check_evaluations()
-    assert not dry.passed
+    dry = release(shelf, trying(hub)).get_asset_check_evaluations()
+    assert [found.passed for found in dry if found.check_name == "release_verified"] == [False]
     again = checked(shelf, trying(hub))
     assert (again.passed, again.severity) == (False, dg.AssetCheckSeverity.WARN)
     assert f"{REPO} is public" in str(again.description)
@@ -159,12 +173,19 @@ def test_the_check_of_a_release_executed_by_itself_sees_what_became_of_it_on_the
 def test_a_policy_that_a_dry_run_only_warned_of_is_not_sent(shelf: Shelf, hub: HubServer) -> None:
     fill(shelf, HELD)
     assert release(shelf, trying(hub)).success
-    [said] = failures(release(shelf, sending(hub)))
-    assert "the scores do not carry a release: promotion_verdict: hold" in said
-    assert "collect more pairs" in said
+    [said] = failures(materialize(sending(hub), shelf.instance, ["published_model"]))
+    assert "the decision is the preview of a dry run; materialise `promotion` again" in said
+    red = release(shelf, sending(hub))
+    assert not red.success
+    assert failed_checks(red)["promotion_verdict"]["value"] == "hold"
+    lowered = sending(hub) | {"checks": {"severity": {"promotion_verdict": "warn"}}}
+    [said] = failures(release(shelf, lowered))
+    assert "nothing carries a release: hold: this may be chance" in said
+    assert "with `override` and a `reason` in the launchpad of `promotion`" in said
     assert hub.repos == {}
-    allowed = sending(hub) | {"checks": {"severity": {"promotion_verdict": "warn"}}}
-    assert release(shelf, allowed).success
+    wish = {"override": "promote", "reason": "the owners want this one"}
+    assert release(shelf, sending(hub), override=wish).success
+    assert hub.repo(REPO).tags
 
 
 def test_a_dry_run_lists_what_a_release_would_do_to_the_repository_as_it_is_now(shelf: Shelf, hub: HubServer) -> None:
@@ -184,7 +205,7 @@ def test_a_dry_run_lists_what_a_release_would_do_to_the_repository_as_it_is_now(
     hub.requests.clear()
     again = metadata(release(shelf, trying(hub)), "published_model")
     # Nothing was made again: what lies on the Hub is no part of what a release is.
-    assert (again["digest"], str(again["reused"])[:3]) == (first["digest"], "yes")
+    assert (again["digest"], str(again["reused"])[:3]) == (sent["digest"], "yes")
     assert operations(again) == {
         "README.md": "add", "model.safetensors": "unchanged", "provenance.json": "unchanged"
     }  # fmt: skip
@@ -220,7 +241,7 @@ def test_a_dry_run_warns_of_what_would_refuse_the_release(shelf: Shelf, hub: Hub
     hub.repos["models", REPO] = Repo(REPO, private=False)
     result = release(shelf, trying(hub))
     assert result.success
-    [check] = result.get_asset_check_evaluations()
+    [check] = [one for one in result.get_asset_check_evaluations() if one.check_name == "release_verified"]
     assert (check.passed, check.severity) == (False, dg.AssetCheckSeverity.WARN)
     assert f"{REPO} is public, and publishing.private is true" in str(check.description)
     [said] = failures(release(shelf, sending(hub)))
@@ -250,10 +271,10 @@ def test_a_release_that_would_be_refused_ends_the_run_before_training_and_is_tri
     if fault == "public":
         hub.repos["models", REPO] = Repo(REPO, private=False)
     policy = dg.RetryPolicy(max_retries=2)
-    for asset in ("dpo_plan", "published_model"):
-        result = materialize(sending(hub), shelf.instance, [asset], op_retry_policy=policy)
+    for assets in (["dpo_plan"], ["promotion", "published_model"]):
+        result = materialize(sending(hub), shelf.instance, assets, op_retry_policy=policy)
         [message] = failures(result)
-        if (asset, fault) != ("published_model", "read-only"):
+        if (assets, fault) != (["promotion", "published_model"], "read-only"):
             assert said in message
         assert dg.DagsterEventType.STEP_UP_FOR_RETRY not in [event.event_type for event in result.all_events]
     assert len([request for request in hub.requests if "whoami" in request.path]) == (fault != "no token")
@@ -285,7 +306,7 @@ def test_a_hub_that_is_silent_is_tried_again_by_dagster_and_named_when_it_is_giv
     assert result.success is (commits == 2)
     said = [f"publishing {REPO} failed: {hub.endpoint} did not answer within 0.3 s" in one for one in failures(result)]
     assert said == ([] if result.success else [True])
-    assert len(hub.repo(REPO).tags) == commits - 1
+    assert len(hub.repo(REPO).tags) == 2 * (commits - 1)
 
 
 def test_the_token_is_nowhere_in_what_a_run_leaves(
@@ -351,7 +372,7 @@ def test_a_hub_that_holds_something_else_fails_the_check_and_is_not_tried_again(
     repo = hub.repo(REPO)
     repo.tags[sent["tag"]] = repo.history()[-1].oid
     tried = release(shelf, trying(hub))
-    [check] = tried.get_asset_check_evaluations()
+    [check] = [one for one in tried.get_asset_check_evaluations() if one.check_name == "release_verified"]
     assert (tried.success, check.severity) == (True, dg.AssetCheckSeverity.WARN)
     assert f"delete the tag {sent['tag']}" in str(check.description)
     result = release(shelf, sending(hub))

@@ -1,4 +1,4 @@
-"""`eval_scores`: held-out scores of SFT and policy with intervals, answers side by side, and the promotion verdict."""
+"""`eval_scores`: held-out scores of SFT, policy and champion with intervals, and answers side by side."""
 
 from __future__ import annotations
 
@@ -7,31 +7,50 @@ from pathlib import Path
 
 import dagster as dg
 
-from dpo_assets.artifact import Artifact
+from dpo_assets.artifact import Artifact, file_sha256
 from dpo_assets.assets.base_model import in_worker
+from dpo_assets.assets.champion import Champion, champion_of, find_champion
 from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.kept_models import training_set
 from dpo_assets.assets.lineage import Inputs, Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.sft_checkpoint import start_adapter
 from dpo_assets.assets.step import Events, Step
-from dpo_assets.checks.evidence.power import EFFECT, POWER, one_sided, reach_of_comparison, reach_of_score
-from dpo_assets.checks.promotion import Learned, Margins, decide, evaluation_verdicts, power_told
+from dpo_assets.checks.evaluation import champion_scored, divergence_in_training, released_kl
+from dpo_assets.checks.evidence.candidate import ScoredPairs
+from dpo_assets.checks.neutral import NEUTRAL, neutral_perplexity, read_texts
+from dpo_assets.checks.promotion import Learned, Margins, evaluation_verdicts
 from dpo_assets.checks.reports import DpoReport, EvaluationReport, HeldOutPairs
-from dpo_assets.checks.statistics import percent
-from dpo_assets.contract import EvaluateSpec
+from dpo_assets.contract import ChampionSpec, EvaluateSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.trained import seen_pairs
 from dpo_assets.planning.plan import TrainingPlan
-from dpo_assets.report.tables import table
+from dpo_assets.planning.precision import QUANTISED
+from dpo_assets.report.score_plots import score_plots
+from dpo_assets.report.scores import answers_table, parts_table, perplexity_table, scores_table
 
 SCORES = "scores.parquet"
 
 
 def materialise(step: Step) -> Events:
-    """Scores the held-out split; the verdict is part of what is written down."""
+    """Scores the held-out split. What that decides, `promotion` says."""
     inputs, evaluation = step.inputs(), step.recipe.evaluation
     plan = read_plan(inputs["dpo_plan"])
+    # What was made is judged by what it was held against then.
+    champion = None if step.only_checks else champion_of(step, inputs["merged_model"].digest)
+
+    corpus = Path(evaluation.corpus) if evaluation.corpus else NEUTRAL
+    if not step.only_checks:
+        read_texts(corpus)  # A damaged one must end here, before anything is scored.
+    adapter, merged = _dpo_report(inputs["dpo_adapter"]), plan.scoring.subject == "merged"
+    # On a quantised base training measured another model than is released.
+    kl = None if merged and plan.precision in QUANTISED else divergence_in_training(adapter)
+    sampled = 0 if kl else evaluation.sampled_answers
+    settings = evaluation.model_dump(exclude={"min_pairs", "judge", "corpus", "sampled_answers"})
+    config: dict[str, object] = {"evaluation": settings, "sampled_answers": sampled}
+    config["corpus"] = file_sha256(corpus) if corpus.is_file() else ""
+    if champion is not None:
+        config["champion"] = _digests(champion)
 
     def make(folder: Path, print_: str) -> None:
         step.launch(
@@ -48,104 +67,70 @@ def materialise(step: Step) -> Events:
                 sft_adapter=start_adapter(inputs["sft_checkpoint"]),
                 adapter=inputs["dpo_adapter"].path / "adapter",
                 policy=inputs["merged_model"].path / "model",
+                champion=_to_score_again(champion, inputs) if champion else None,
+                corpus=corpus,
+                sampled_answers=sampled,
+                score_cache=step.tree.root / "cache" / "reference.sqlite",
                 **evaluation.model_dump(include={"confidence", "generations", "max_new_tokens", "min_pairs"}),
             ),
         )
 
-    config = {"evaluation": evaluation.model_dump(exclude={"min_pairs", "judge"})}
     artifact, reused = step.build("eval_scores", config, inputs, make)
     report = EvaluationReport.of(artifact)
-    decision, reason = decide(report, evaluation.min_pairs)
-    answers = [[a["prompt"][-1]["content"], a["sft"], a["policy"]] for a in artifact.json("generations.json")]
     yield from step.result(
         "eval_scores",
         artifact,
         reused,
-        evaluation_verdicts(
-            report,
-            step.recipe,
-            step.bands,
-            seen=_seen(step, inputs, artifact),
-            learned=_learned(inputs["dpo_adapter"], artifact),
-            merged=plan.scoring.subject == "merged",
-        ),
+        [
+            *evaluation_verdicts(
+                report,
+                step.bands,
+                seen=_seen(step, inputs, artifact, report),
+                learned=_learned(adapter, artifact),
+                merged=merged,
+            ),
+            released_kl(report, kl, step.bands),
+            neutral_perplexity(report, step.bands),
+            champion_scored(report),
+        ],
         {
-            "verdict": decision,
-            "verdict_reason": reason,
             "scored": report.scored or "not recorded: these scores are of an earlier version",
             "scored_because": plan.scoring.reason,
             "kernels": report.kernels or "not recorded: these scores are of an earlier version",
             "kernels_note": report.kernels_note,
+            "champion": report.champion or "none yet: it is held against its own start",
             "held_out_pairs": report.pairs,
             "held_out_prompts": report.prompts,
-            "power": power_told(report),
             "accuracy": report.implicit_reward_accuracy.value,
             "chosen_shift_nats_per_token": report.chosen_shift_nats_per_token,
             "rejected_shift_nats_per_token": report.rejected_shift_nats_per_token,
             "scores": dg.MetadataValue.md(scores_table(report)),
+            **{title: dg.MetadataValue.md(plot) for title, plot in _plots(step, artifact).items()},
+            "perplexity": dg.MetadataValue.md(perplexity_table(report)),
             "parts": dg.MetadataValue.md(parts_table(report)),
-            "answers": dg.MetadataValue.md(table(["prompt (last message)", "SFT", "policy"], answers)),
+            "answers": dg.MetadataValue.md(answers_table(artifact.json("generations.json"))),
         },
     )
 
 
-def scores_table(report: EvaluationReport) -> str:
-    """Every score with its interval over prompts, and the least difference that so many pairs would find."""
-    level = one_sided(report.confidence)
-    rows = [
-        [
-            label,
-            f"{score.value:.3f}",
-            f"[{score.low:.3f}, {score.high:.3f}]",
-            score.counted,
-            f"{found.detectable:.3f}",
-            f"{found.power:.0%}",
-        ]
-        for label, score in report.shares
-        for found in [reach_of_score(score, level)]
-    ]
-    if (paired := report.logp_against_sft) is not None:
-        found = reach_of_comparison(paired, level)
-        rows.append(
-            [
-                "policy less SFT, log-probability per token, paired",
-                f"{paired.difference:+.3f}",
-                f"[{paired.low:+.3f}, {paired.high:+.3f}]",
-                f"{paired.n} in {paired.clusters} prompts",
-                f"{found.detectable:.3f}",
-                f"{found.power:.0%}",
-            ]
-        )
-    interval, least = f"{percent(report.confidence)} interval", f"found: {POWER:.0%} of the time"
-    return table(["held-out accuracy", "value", interval, "pairs", least, f"{100 * EFFECT:.0f} points found"], rows)
+def _plots(step: Step, scores: Artifact) -> dict[str, str]:
+    """Of the pairs one by one; none where only checks are evaluated, whose page has no plots."""
+    return {} if step.only_checks else score_plots(ScoredPairs.read(scores.path / SCORES))
 
 
-def parts_table(report: EvaluationReport) -> str:
-    """The policy by source and by quartile of the feedback's margin."""
-    rows = [
-        [
-            f"{one.by}: {one.name}",
-            one.reward.counted,
-            f"{one.reward.value:.3f} [{one.reward.low:.3f}, {one.reward.high:.3f}]",
-            f"{one.against_sft.difference:+.3f} [{one.against_sft.low:+.3f}, {one.against_sft.high:+.3f}]",
-        ]
-        for one in report.slices
-    ]
-    header = ["part", "pairs", "implicit reward", "log-probability per token, policy less SFT"]
-    return table(header, rows) if rows else "one source, and one margin or none"
-
-
-def _learned(adapter: Artifact, scores: Artifact) -> Learned:
-    """What was measured of the adapter, beside its pairs' margins after the merge.
-
-    None where its report is of an earlier version: no other check waits for it.
-    """
+def _dpo_report(adapter: Artifact) -> DpoReport | None:
+    """What was measured of the adapter. None where its report is of an earlier version: no other check waits for it."""
     with suppress(ConfigError):
-        measured = DpoReport.of(adapter).held_out
-        if isinstance(measured, HeldOutPairs):
-            return Margins(measured, _margins(scores)) if measured.margins else None
-        return measured
+        return DpoReport.of(adapter)
     return None
+
+
+def _learned(adapter: DpoReport | None, scores: Artifact) -> Learned:
+    """What was measured of the adapter, beside its pairs' margins after the merge; None: of an earlier version."""
+    measured = adapter.held_out if adapter else None
+    if isinstance(measured, HeldOutPairs):
+        return Margins(measured, _margins(scores)) if measured.margins else None
+    return measured
 
 
 def _margins(scores: Artifact) -> dict[str, float]:
@@ -157,11 +142,40 @@ def _margins(scores: Artifact) -> dict[str, float]:
     return dict(table_.iter_rows())
 
 
-def _seen(step: Step, inputs: Inputs, scores: Artifact) -> int:
-    """Scored pairs that the model was trained on, whatever dataset was read to score them."""
-    models = (inputs["dpo_adapter"], inputs["sft_checkpoint"])
+def _seen(step: Step, inputs: Inputs, scores: Artifact, report: EvaluationReport) -> int:
+    """Scored pairs that a scored model was trained on, whatever dataset was read to score them."""
+    models = [inputs["dpo_adapter"], inputs["sft_checkpoint"]]
+    if report.champion is not None:
+        with suppress(ConfigError):  # Gone since: what it was trained on was looked at when it was scored.
+            champion = find_champion(step.tree, report.champion)
+            models += [champion.adapter, champion.start]
     sets = dict(found for model in models if (found := training_set(step.tree, model)))
     return seen_pairs(scores.path / SCORES, inputs["dpo_dataset"].path / "eval.parquet", sets.values())
+
+
+def _digests(champion: Champion) -> dict[str, str]:
+    """By kind, of what the champion is made of."""
+    return {
+        "base_model": champion.base.digest,
+        "sft_checkpoint": champion.start.digest,
+        "dpo_adapter": champion.adapter.digest,
+        "merged_model": champion.merged.digest,
+    }
+
+
+def _to_score_again(champion: Champion, inputs: Inputs) -> ChampionSpec:
+    """The champion for the worker. A base of equal content is the challenger's own, so pairs are read once."""
+    digests = _digests(champion)
+    same = {kind: inputs[kind].digest == digests[kind] for kind in ("base_model", "sft_checkpoint")}
+    return ChampionSpec(
+        name=champion.name,
+        **in_worker(inputs["base_model"] if same["base_model"] else champion.base),
+        sft_adapter=start_adapter(champion.start),
+        adapter=champion.adapter.path / "adapter",
+        policy=champion.merged.path / "model",
+        inputs=digests,
+        same_start=all(same.values()),
+    )
 
 
 def scoring_settings(plan: TrainingPlan) -> dict[str, object]:
@@ -176,7 +190,7 @@ def scoring_settings(plan: TrainingPlan) -> dict[str, object]:
 
 NODE = Node(
     name="eval_scores",
-    description="Held-out accuracy of SFT and policy with intervals and a length baseline, answers, promotion verdict.",
+    description="Held-out accuracy of SFT, policy and champion with intervals and a length baseline, and answers.",
     phase="release",
     kinds=frozenset({"pytorch"}),
     body=materialise,

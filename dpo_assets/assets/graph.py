@@ -10,6 +10,7 @@ from dpo_assets.assets import (
     eval_scores,
     judged_answers,
     merged_model,
+    promotion,
     published_model,
     raw_preferences,
     sft_checkpoint,
@@ -28,6 +29,7 @@ NODES: tuple[Node, ...] = (
     dpo_adapter.NODE,
     merged_model.NODE,
     eval_scores.NODE,
+    promotion.NODE,
     published_model.NODE,
 )
 OPTIONAL: tuple[Node, ...] = (judged_answers.NODE,)  # Of pipelines whose recipe asks for them.

@@ -9,13 +9,15 @@ from pathlib import Path
 
 from dpo_assets.artifact import Artifact, write_json
 from dpo_assets.assets.step import Step
-from dpo_assets.errors import GateError
+from dpo_assets.checks.evidence.ledger import Ledger
+from dpo_assets.errors import ConfigError, GateError
 from dpo_assets.planning.licence import Licence
 from dpo_assets.publishing.access import check_access
 from dpo_assets.publishing.commit import Release, preview, publish
 from dpo_assets.publishing.errors import HubFailure, HubOffline, PublishRefused
-from dpo_assets.publishing.plan import FileRecord, ReleasePlan, first_release
+from dpo_assets.publishing.plan import FileRecord, Head, ReleasePlan, first_release
 from dpo_assets.publishing.secrets import scrub
+from dpo_assets.recipe import PublishingSection
 
 RELEASE = "release"
 
@@ -44,6 +46,22 @@ def access_ahead(step: Step, licence: Licence | None) -> dict[str, str]:
     return {"release_access": said}
 
 
+def refuse_unknown(head: Head, publishing: PublishingSection, ledger: Ledger) -> None:
+    """A release of this pipeline whose decision its ledger does not know: the ledger there was another one.
+
+    Raises:
+        PublishRefused: with the way out.
+    """
+    if head.earlier is None or not head.earlier.ledger or publishing.adopt == publishing.repo_id:
+        return
+    try:
+        ledger.refuse_lost({head.earlier.ledger: f"{publishing.repo_id} at {head.commit}"})
+    except ConfigError as error:
+        raise PublishRefused(
+            f"{error}. Nothing was sent. Where no copy is left, publishing.adopt: {publishing.repo_id} begins anew"
+        ) from None
+
+
 @dataclass(frozen=True)
 class Publication:
     """One staged release and the repository that it is for."""
@@ -51,6 +69,7 @@ class Publication:
     step: Step
     artifact: Artifact
     files: Mapping[str, FileRecord]
+    ledger: Ledger
 
     @property
     def operations_file(self) -> Path:
@@ -66,7 +85,9 @@ class Publication:
             return self._unasked(f"{hub.token_variable} is not set, so {publishing.repo_id} was not asked"), ""
         try:
             repository = hub.repository(publishing.repo_id, self.step.pipeline.name)
-            plan = preview(repository, self.files, private=publishing.private, adopt=publishing.adopt)
+            plan = preview(
+                repository, self.files, private=publishing.private, adopt=publishing.adopt, accept=self._accept
+            )
         except (HubFailure, HubOffline) as error:
             return self._unasked(scrub(f"{publishing.repo_id} was not asked: {error}")), ""
         except PublishRefused as error:
@@ -92,7 +113,11 @@ class Publication:
             patience=repository.patience,
             pipeline=repository.pipeline,
             planned=self._keep,
+            accept=self._accept,
         )
+
+    def _accept(self, head: Head) -> None:
+        refuse_unknown(head, self.step.recipe.publishing, self.ledger)
 
     def _unasked(self, why: str) -> ReleasePlan:
         plan = replace(first_release(self.files, f"as for an empty repository: {why}"), asked=False)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,13 @@ from dpo_assets.assets.base_model import known_licence, read_facts, refuse_adapt
 from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.lineage import Inputs, Read
 from dpo_assets.assets.node import Node
+from dpo_assets.assets.promotion import SNAPSHOT, read_ledger
 from dpo_assets.assets.publication import RELEASE, Publication
 from dpo_assets.assets.step import Events, Step
-from dpo_assets.checks.promotion import decide, promotion_verdict
+from dpo_assets.checks.evidence.ledger import Ledger
+from dpo_assets.checks.evidence.ledger_file import LedgerFile
+from dpo_assets.checks.evidence.spending import ALPHA
+from dpo_assets.checks.promotion import PromotionOutcome
 from dpo_assets.checks.reports import DpoReport, EvaluationReport, MergeReport
 from dpo_assets.checks.verdict import Level, Verdict
 from dpo_assets.errors import ConfigError
@@ -23,9 +29,10 @@ from dpo_assets.planning.companions import CARD, copy_files, found, is_licence_f
 from dpo_assets.planning.model_card import split_card
 from dpo_assets.planning.model_folder import ADAPTER, CONFIG
 from dpo_assets.planning.text_part import has_other_parts
-from dpo_assets.publishing.card import CardFacts, card_settings, render_card
+from dpo_assets.publishing.card import CardFacts, Standing, card_settings, render_card
 from dpo_assets.publishing.commit import Release, stage, staged_files
 from dpo_assets.publishing.plan import MADE_BY, FileRecord, ReleasePlan, ReleaseRecord
+from dpo_assets.publishing.trace import Trace
 from dpo_assets.report.tables import table
 
 CHECK, FILES = "release_verified", "files.json"
@@ -33,22 +40,35 @@ SHOWN = 50  # Files of others that the page of the asset names.
 
 
 def materialise(step: Step) -> Events:
-    """Stages the release, plans it against the repository, and sends it when the recipe says so."""
+    """Stages the release, plans it against the repository, and sends it when the recipe says so and it is promoted.
+
+    What is held while a champion is live is left out: nothing is made, and the champion stays.
+    """
     publishing = step.recipe.publishing
-    inputs = step.inputs()
+    inputs, ledger = step.inputs(), read_ledger(step.tree)
+    outcome = PromotionOutcome.of(inputs["promotion"])
     sends = not publishing.dry_run and not step.only_checks
     if sends:
         refuse_unlicensed(step.recipe, inputs["base_model"])
-        _refuse_held(step, inputs)
+        if (held := held_back(outcome, ledger)) is not None:
+            yield from _left_out(step, held)
+            return
+
+    standing = standing_of(step, inputs, outcome)
 
     def make(folder: Path, _: str) -> None:
         target = folder / RELEASE
         target.mkdir()
-        facts = _facts(step, inputs)
+        facts = _facts(step, inputs, standing)
         merged = publishing.artifact == "merged"
         source = inputs["merged_model"].path / "model" if merged else _adapter(step, inputs, folder)
         name = step.pipeline.name
-        provenance = {"pipeline": name, "inputs": inputs.digests, "versions": facts.versions}
+        provenance = {
+            "pipeline": name,
+            "inputs": inputs.digests,
+            "versions": facts.versions,
+            "ledger": outcome.decided.digest,
+        }
         files = stage(source, target, render_card(facts), provenance)
         write_json(folder / FILES, ReleaseRecord(made_by=MADE_BY, pipeline=name, files=files).model_dump())
 
@@ -57,15 +77,17 @@ def materialise(step: Step) -> Events:
         "artifact": publishing.artifact,
         "title": _title(step),
         "repo_id": publishing.repo_id,
-        "min_pairs": step.recipe.evaluation.min_pairs,
         "record": sorted(ReleaseRecord.model_fields),
         "checks": _levels(step, inputs),
         "licence": licence and licence.model_dump(),
         "hub": step.hub.api().endpoint,
+        "standing": asdict(standing),
     }
     artifact, reused = step.build("published_model", config, inputs, make)
-    publication = Publication(step, artifact, read_kept(artifact, FILES, ReleaseRecord).files)
+    publication = Publication(step, artifact, read_kept(artifact, FILES, ReleaseRecord).files, ledger)
     release = publication.send() if sends else None
+    if release:
+        ledger = went_live(step, artifact, outcome, release)
     plan, refused = (release.plan, "") if release else publication.plan()
     known = "" if release else _of_the_hub(step, plan, refused)
     if not (release or refused):
@@ -83,6 +105,8 @@ def materialise(step: Step) -> Events:
                 {
                     "url": dg.MetadataValue.url(release.url),
                     "commit": release.commit,
+                    "champion": release.champion,
+                    "release_number": ledger.number_of(outcome.decided),
                     "tag": release.tag,
                     "sent": release.sent,
                 }
@@ -165,27 +189,103 @@ def _outcome(release: Release | None) -> str:
     return f"{sent}, {proof}"
 
 
-def _refuse_held(step: Step, inputs: Inputs) -> None:
-    """A hold only warns in a dry run, so scores that were taken under one may have passed their gate.
+def held_back(outcome: PromotionOutcome, ledger: Ledger) -> str | None:
+    """Why a challenger is left out while the champion stays live; None: it is released.
 
     Raises:
-        ConfigError: when the scores do not carry a release under the recipe of now.
+        ConfigError: the decision is a preview, or of another state of the ledger; or nothing is live, so that a release
+            was asked for and cannot be.
     """
-    verdict = promotion_verdict(EvaluationReport.of(inputs["eval_scores"]), step.recipe)
-    if step.judged(verdict).level == "error":
+    decided = outcome.decided
+    if outcome.preview:
         raise ConfigError(
-            f"publishing.dry_run is false, and the scores do not carry a release: {verdict.headline}: {verdict.note}. "
-            f"{verdict.fix}."
+            "publishing.dry_run is false, and the decision is the preview of a dry run; materialise `promotion` again."
         )
+    if ledger.may_release(decided):
+        return None
+    if decided.releases:
+        raise ConfigError(
+            f"the decision to {decided.decision}, line {decided.number} of the ledger, does not count any more: the "
+            "challenger was decided on again, or something else went live; materialise `promotion` again."
+        )
+    if ledger.live is None:
+        raise ConfigError(
+            f"publishing.dry_run is false, and nothing carries a release: {decided.decision}: {decided.reason}. "
+            "Collect more pairs, or decide with `override` and a `reason` in the launchpad of `promotion`."
+        )
+    return f"{decided.decision}: {decided.reason}; release {ledger.live.release} stays live"
+
+
+def _left_out(step: Step, held: str) -> Events:
+    """No release, and a check that says so: Dagster skips what reads this asset, and the run is green."""
+    verdict = Verdict(
+        "release_verified",
+        "warn",
+        f"nothing was released: {held}",
+        "a release where the challenger is promoted",
+        "docs/design.md, promotion",
+        "see the check promotion_verdict of `promotion`",
+    )
+    step.context.log.warning(f"`published_model` is left out. {held}")
+    if any(check.name == verdict.check for check in step.context.selected_asset_check_keys):
+        yield step.check_result("published_model", step.judged(verdict))
+
+
+def went_live(step: Step, artifact: Artifact, outcome: PromotionOutcome, release: Release) -> Ledger:
+    """The ledger, in which this release, verified on the Hub, is the champion from here on.
+
+    Raises:
+        ConfigError: while it was sent, something else went live.
+    """
+    repo_id = step.recipe.publishing.repo_id
+    assert repo_id is not None, "the recipe requires repo_id when dry_run is false"
+
+    def add(ledger: Ledger) -> Ledger:
+        if not ledger.may_release(outcome.decided):
+            raise ConfigError(
+                f"while {repo_id}@{release.commit} was sent, another model of this pipeline went live or this one was "
+                "decided on again. The ledger is as it was; materialise `promotion` and `published_model` again."
+            )
+        return ledger.released(
+            outcome.decided,
+            at=datetime.now(UTC).isoformat(timespec="seconds"),
+            repo_id=repo_id,
+            commit=release.champion,
+            tag=release.tag,
+            artefact=artifact.fingerprint,
+            known=outcome.held_out,
+        )
+
+    return LedgerFile.of(step.tree.root).extend(add)
 
 
 def _title(step: Step) -> str:
     return (step.recipe.publishing.repo_id or step.pipeline.name).split("/")[-1]
 
 
-def _facts(step: Step, inputs: Inputs) -> CardFacts:
+def standing_of(step: Step, inputs: Inputs, outcome: PromotionOutcome) -> Standing:
+    """Where the release of a decision stands: by the ledger as it was when that was taken."""
+    decided = outcome.decided
+    then = Ledger.of_text((inputs["promotion"].path / SNAPSHOT).read_text(encoding="utf-8"))
+    before = Ledger(lines=then.lines[: decided.number - 1])
+    live = before.live
+    after = before.append(decided)
+    return Standing(
+        pipeline=step.pipeline.name,
+        number=after.number_of(decided),
+        preview=outcome.preview,
+        replaces=f"release {live.release} ({live.tag}, commit {live.commit[:12]})" if live is not None else "",
+        level=decided.level,
+        spent=after.budget().spent,
+        alpha=ALPHA,
+        override=decided.override.reason if decided.override is not None else "",
+        withdrawn=Trace.of(step.tree.root).withdrawn(live.artefact, inputs.digests) if live is not None else None,
+    )
+
+
+def _facts(step: Step, inputs: Inputs, standing: Standing) -> CardFacts:
     base, scores = read_facts(inputs["base_model"]), EvaluationReport.of(inputs["eval_scores"])
-    decision, reason = decide(scores, step.recipe.evaluation.min_pairs)
+    outcome = PromotionOutcome.of(inputs["promotion"])
     return CardFacts(
         title=_title(step),
         repo_id=step.recipe.publishing.repo_id,
@@ -202,8 +302,9 @@ def _facts(step: Step, inputs: Inputs) -> CardFacts:
         training=DpoReport.of(inputs["dpo_adapter"]),
         merge=MergeReport.of(inputs["merged_model"]),
         scores=scores,
-        decision=decision,
-        reason=reason,
+        decision=outcome.decided.decision,
+        reason=outcome.decided.reason,
+        standing=standing,
         checks=_levels(step, inputs),
         versions=inputs["dpo_adapter"].manifest.versions,
         beyond_text=has_other_parts(inputs["base_model"].json(f"model/{CONFIG}")),
@@ -251,11 +352,12 @@ NODE = Node(
     body=materialise,
     reads=(
         followed(card_settings),
+        Read("promotion"),
         Read("eval_scores"),
         Read("merged_model"),
         Read("dpo_adapter"),
         Read("dpo_dataset"),
         Read("base_model"),
     ),
-    recipe=("publishing", "evaluation", "base_model"),
+    recipe=("publishing", "base_model"),
 )

@@ -96,15 +96,20 @@ CHECKS: tuple[CheckInfo, ...] = (
         "tensors_kept", "merged_model", "Every tensor of the base is released, byte for byte unless it has an adapter."
     ),
     CheckInfo("held_out_unseen", "eval_scores", "No pair is scored whose opening message the model was trained on."),
-    CheckInfo("promotion_verdict", "eval_scores", "The policy beats its start on held-out pairs, beyond chance."),
     CheckInfo(
         "kept_by_merge", "eval_scores", "What the adapter learned is left in the merged weights.", blocking=False
     ),
     CheckInfo("greedy_health", "eval_scores", "The release's greedy answers end, and do not repeat.", blocking=False),
+    CheckInfo("released_kl", "eval_scores", "The release's own answers stay near SFT (KL per token)."),
+    CheckInfo("neutral_perplexity", "eval_scores", "Texts that no feedback is about stayed as likely as before."),
+    CheckInfo("champion_scored", "eval_scores", "The champion was asked every held-out pair.", blocking=False),
     CheckInfo(
         "judge_health", "judged_answers", "The judge answers, agrees with itself and with people.", blocking=False
     ),
     CheckInfo("judged_better", "judged_answers", "The judge does not prefer the answers of SFT.", blocking=False),
+    CheckInfo(
+        "promotion_verdict", "promotion", "The policy beats what is live, or its start, beyond chance; it lost nothing."
+    ),
     CheckInfo("release_verified", "published_model", "The release is complete, free of secrets, and reads back equal."),
 )
 

@@ -1,9 +1,7 @@
-"""Whether a policy should be released: held-out evidence against its own start.
+"""Whether a policy is released, and whether its scores can be believed.
 
-A policy that only looks better by chance is held. With no champion published yet, the bar is the SFT policy: the lower
-end of the implicit-reward accuracy's interval must lie above one half, and the policy must not rank pairs worse than
-SFT did by plain log-probability. Intervals count prompts, not pairs. `checks.evidence.rules` has the rules of every
-later release, against the champion.
+What decides are the rules of `checks.evidence.rules`, for the first release as for every later one; here is what the
+checks show of it.
 """
 
 from __future__ import annotations
@@ -12,15 +10,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Literal
 
+from pydantic import BaseModel, ConfigDict
+
+from dpo_assets.artifact import Artifact, read_kept
 from dpo_assets.checks.bands import Bands
-from dpo_assets.checks.evidence.ledger import RELEASED, Decision
-from dpo_assets.checks.evidence.power import FEWEST_PROMPTS, chance_error, one_sided, pairs_needed, reach_of_score
+from dpo_assets.checks.evidence.ledger import Decided, Override
 from dpo_assets.checks.reports import EvaluationReport, HeldOutPairs, NotMeasured
 from dpo_assets.checks.verdict import Level, Verdict, upper_limit, worst
-from dpo_assets.recipe import Recipe
+from dpo_assets.errors import ConfigError
 
-CHANCE, TOLERANCE = 0.5, 0.05
+CHANCE = 0.5
 KEPT = 0.5  # Of the adapter's held-out margin.
 
 
@@ -40,70 +41,91 @@ class Margins:
 
 
 Learned = Margins | NotMeasured | None  # None: of an earlier version.
-SOURCE = "interval over prompts, not pairs, and its power (arXiv 2411.00640); coverage: benchmarks/RESULTS.md"
+SOURCE = "exact paired tests over prompts, error spent over all decisions (arXiv 1910.04900); benchmarks/RESULTS.md"
+OUTCOME = "outcome.json"
+REASON = 10  # Characters that the reason of an override has at least.
 
 
-def decide(report: EvaluationReport, min_prompts: int) -> tuple[Decision, str]:
-    """The decision and its reason.
+class PromotionOutcome(BaseModel):
+    """A decision as the artefact of `promotion` keeps it.
 
-    Fewer than `min_prompts` prompts, or than `FEWEST_PROMPTS` whatever the recipe asks for, decide nothing.
+    A preview, of a dry run, is in no ledger. `held_out` are all prompts of the evaluation, which a release makes known;
+    `outlook` is how the pipeline stood before the decision, in rows for a table.
     """
-    accuracy, prompts = report.implicit_reward_accuracy, report.prompts
-    if not math.isfinite(accuracy.value) or not math.isfinite(report.nll_ratio_chosen):
-        return "reject", "a score is not finite"
-    if accuracy.high < CHANCE:
-        return (
-            "reject",
-            f"held-out accuracy lies below one half ({accuracy.value:.3f}): chosen and rejected look swapped",
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    decided: Decided
+    preview: bool
+    held_out: tuple[str, ...]
+    fresh_prompts: int
+    outlook: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(cls, artifact: Artifact) -> PromotionOutcome:
+        """That of a sealed artefact.
+
+        Raises:
+            ConfigError: it is one of an earlier version.
+        """
+        return read_kept(artifact, OUTCOME, cls)
+
+
+def override_of(decision: str, reason: str) -> Override | None:
+    """The launchpad's override, or None.
+
+    Raises:
+        ConfigError: it is no decision, or has no reason.
+    """
+    word, why = decision.strip(), reason.strip()
+    if not word:
+        if why:
+            raise ConfigError(
+                "`reason` is that of an override: set `override` to `promote` or `hold`, or leave both empty"
+            )
+        return None
+    words: dict[str, Literal["promote", "hold"]] = {"promote": "promote", "hold": "hold"}
+    if word not in words:
+        raise ConfigError(
+            f"`override: {word}` is no decision; `promote` and `hold` are, and empty leaves it to the rules"
         )
-    if prompts < min_prompts:
-        return "insufficient_evidence", f"{prompts} held-out prompts, evaluation.min_pairs asks for {min_prompts}"
-    if prompts < FEWEST_PROMPTS:
-        return "insufficient_evidence", f"{prompts} held-out prompts; fewer than {FEWEST_PROMPTS} carry no release"
-    if accuracy.clusters is None and report.pairs > prompts:
-        return (
-            "insufficient_evidence",
-            "an earlier version took the pairs of a prompt for independent; materialise `eval_scores` again",
-        )
-    if not accuracy.low > CHANCE:
-        return (
-            "hold",
-            f"the interval [{accuracy.low:.3f}, {accuracy.high:.3f}] holds one half: this may be chance",
-        )
-    exact = report.reward_against_chance
-    if exact is not None and not exact.p_better <= (level := one_sided(report.confidence)):
-        return "hold", f"p of the exact test is {exact.p_better:.3f}, above {level:.3g}: this may be chance"
-    if loss := _ranking_loss(report):
-        return "hold", loss
-    return (
-        "first_publication",
-        f"better than its start on {accuracy.value:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}]",
+    if len(why) < REASON:
+        raise ConfigError(f"an override needs a `reason` of at least {REASON} characters: ledger and card show it")
+    return Override(decision=words[word], reason=why)
+
+
+def promotion_verdict(outcome: PromotionOutcome, *, dry_run: bool) -> Verdict:
+    """Blocks a release that evidence does not carry.
+
+    A hold with a champion warns: the old model stays live, which is no fault of the run. Without one a dry run warns,
+    as it sends nothing, and a release that was asked for is an error.
+    """
+    decided = outcome.decided
+    level: Level = "pass"
+    if decided.decision == "reject":
+        level = "error"
+    elif not decided.releases:
+        level = "warn" if dry_run or decided.champion is not None else "error"
+    stands = "; ".join(f"{what}: {how}" for what, how in outcome.outlook)
+    by_hand = "a person may decide otherwise with `override` and a `reason` in the launchpad of `promotion`"
+    fixes = {
+        "hold": f"collect more pairs, or train longer inside the learning-rate band; {by_hand}. {stands}",
+        "insufficient_evidence": f"collect more feedback or raise feedback.eval_fraction; {by_hand}. {stands}",
+        "reject": "look at the pairs: labels may be inverted",
+    }
+    return Verdict(
+        "promotion_verdict",
+        level,
+        decided.decision,
+        "better at the level of this test, on prompts that no decision saw, and no loss on those known",
+        SOURCE,
+        fixes.get(decided.decision, ""),
+        decided.reason,
     )
 
 
-def _ranking_loss(report: EvaluationReport) -> str:
-    """What plain log-probability lost against SFT: more than the tolerance, or beyond chance. Empty: nothing."""
-    drop = report.logp_accuracy_sft.value - report.logp_accuracy_policy.value
-    if not drop <= TOLERANCE:
-        return f"plain log-probability ranks pairs worse than SFT by {drop:.3f}"
-    paired = report.logp_against_sft
-    if paired is not None and not paired.high >= 0:
-        return f"plain log-probability ranks pairs worse than SFT, beyond chance: {paired}"
-    return ""
-
-
-def power_told(report: EvaluationReport) -> str:
-    """What these held-out prompts can show at the level of their interval, and how many pairs would decide."""
-    accuracy = report.implicit_reward_accuracy
-    level = one_sided(report.confidence)
-    seen = accuracy.value - CHANCE
-    needed = pairs_needed(seen, chance_error(accuracy), accuracy.n, level)
-    told = f"; {needed} pairs would show the {100 * seen:.1f} points seen" if needed else ""
-    return f"{reach_of_score(accuracy, level)}{told}"
-
-
 def evaluation_verdicts(
-    report: EvaluationReport, recipe: Recipe, bands: Bands, *, seen: int, learned: Learned, merged: bool
+    report: EvaluationReport, bands: Bands, *, seen: int, learned: Learned, merged: bool
 ) -> list[Verdict]:
     """All checks of `eval_scores`.
 
@@ -114,7 +136,6 @@ def evaluation_verdicts(
     """
     return [
         held_out_unseen(report, seen),
-        promotion_verdict(report, recipe),
         kept_by_merge(learned, merged=merged),
         greedy_health(report, bands),
     ]
@@ -129,30 +150,6 @@ def held_out_unseen(report: EvaluationReport, seen: int) -> Verdict:
         "0 pairs with an opening message that the SFT or DPO adapter was trained on",
         "held-out scores on seen prompts measure memory",
         "train on the dataset that is scored: materialise dpo_plan and everything after it again" if seen else "",
-    )
-
-
-def promotion_verdict(report: EvaluationReport, recipe: Recipe) -> Verdict:
-    """Blocks a release that evidence does not carry. A dry run sends nothing, so there a hold only warns."""
-    decision, reason = decide(report, recipe.evaluation.min_pairs)
-    level: Level = "pass"
-    if decision == "reject":
-        level = "error"
-    elif decision not in RELEASED:
-        level = "warn" if recipe.publishing.dry_run else "error"
-    fixes = {
-        "hold": f"collect more pairs, or train longer inside the learning-rate band; {power_told(report)}",
-        "insufficient_evidence": f"collect more feedback or raise feedback.eval_fraction; {power_told(report)}",
-        "reject": "look at the pairs: labels may be inverted",
-    }
-    return Verdict(
-        "promotion_verdict",
-        level,
-        decision,
-        f"lower end of the held-out accuracy's interval above {CHANCE}",
-        SOURCE,
-        fixes.get(decision, ""),
-        reason,
     )
 
 
@@ -202,7 +199,7 @@ def greedy_health(report: EvaluationReport, bands: Bands) -> Verdict:
     if not policy.answers:
         way_out = "set evaluation.generations above 0, and evaluation.max_new_tokens so that prompts leave room for it"
         return Verdict("greedy_health", "warn", "not measured: nothing was answered", "measured", limit.source, way_out)
-    rises = {name: getattr(policy, name) - getattr(sft, name) for name in ("repetition", "no_eos", "empty")}
+    rises = {name: getattr(policy, name) - getattr(sft, name) for name in ("repetition", "no_eos", "empty", "marks")}
     levels = {name: upper_limit(rise, limit.warn, limit.error) for name, rise in rises.items()}
     level = worst(*levels.values())
     shown = max(rises, key=lambda name: (levels[name] == level, math.isnan(rises[name]), rises[name]))

@@ -76,16 +76,21 @@ class Divergence(Report):
 
 
 class AnswerHealth(Report):
-    """Shares of answers that repeat themselves, never end or are empty; distinct bigrams; mean length in tokens.
+    """Shares of answers that repeat themselves, never end, are empty or hold template marks; distinct tokens and
+    bigrams; mean length in tokens.
 
-    With no answers there are no shares, and they are 0.
+    `longest_repeat` is the mean share that the longest n-gram which stands twice takes of its answer. With no answers
+    there are no shares, and they are 0.
     """
 
     answers: int
     repetition: Number = 0.0
     no_eos: Number = 0.0
     empty: Number = 0.0
+    distinct_1: Number = 0.0
     distinct_2: Number = 0.0
+    longest_repeat: Number = 0.0
+    marks: Number = 0.0
     mean_tokens: Number = 0.0
 
 
@@ -267,10 +272,39 @@ class MergeReport(Report):
 
 
 class GreedyAnswers(Report):
-    """Health of both sides' greedy answers to held-out prompts."""
+    """Health of the models' greedy answers to the same held-out prompts."""
 
     sft: AnswerHealth
     policy: AnswerHealth
+    champion: AnswerHealth | None = None
+
+
+class Perplexity(Report):
+    """Perplexity per token of the same texts by SFT and policy, and the policy's over that of SFT.
+
+    Ends of its interval are None where too few texts bound nothing.
+    """
+
+    texts: int
+    tokens: int
+    sft: Number
+    policy: Number
+    ratio: Number
+    low: float | None
+    high: float | None
+
+
+class ChampionScores(Report):
+    """The champion on the same held-out pairs, its implicit reward measured against its own start."""
+
+    implicit_reward_accuracy: Proportion
+    logp_accuracy: Proportion
+    reward_against: Comparison = Field(description="Implicit-reward accuracy, policy less champion, on the same pairs.")
+    logp_against: Comparison = Field(description="Accuracy by log-probability per token, policy less champion.")
+    neutral_ratio: float | None = Field(default=None, description="Of neutral perplexities, it over its own start.")
+    left_out: dict[str, int] = Field(
+        default={}, description="Held-out pairs that it could not be asked, by reason: neither side is scored on them."
+    )
 
 
 # How a share of held-out pairs is called wherever it is shown, by the field of EvaluationReport that holds it.
@@ -314,6 +348,15 @@ class EvaluationReport(Report):
     kernels_note: str = Field(default="", description="Why that is not what the plan said; empty where it is.")
     scored: str = Field(default="", description="What was scored as the release; empty: of an earlier version.")
     generation: GreedyAnswers
+    champion: str | None = Field(default=None, description="Its name in the ledger; None: nothing was live.")
+    champion_scores: ChampionScores | None = None
+    kl: Divergence | NotMeasured | None = Field(
+        default=None, description="KL(policy || SFT) on the policy's own answers; None: of an earlier version."
+    )
+    neutral: Perplexity | NotMeasured | None = Field(
+        default=None, description="Of texts that no feedback is about; None: of an earlier version."
+    )
+    chosen: Perplexity | None = Field(default=None, description="Of the chosen answers; its interval is over prompts.")
 
     @property
     def shares(self) -> tuple[tuple[str, Proportion], ...]:

@@ -87,7 +87,7 @@ def summarise(instance: dg.DagsterInstance, run_id: str) -> Summary:
             summary.materialised.append(name)
             if str(metadata[REUSED].value) != "no":
                 summary.reused.append(name)
-            if name == "eval_scores":
+            if name == "promotion":
                 summary.verdict = {"decision": _text(metadata, "verdict"), "reason": _text(metadata, "verdict_reason")}
             if name == "published_model":
                 summary.release = _text(metadata, "release")

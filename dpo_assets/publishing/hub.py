@@ -40,6 +40,7 @@ class Patience:
 
 
 DEFAULT_PATIENCE = Patience()
+AGAIN = "materialise published_model again"
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class HubRepository:
     Attributes:
         token_variable: for messages.
         pipeline: whose releases there are ours; empty: those of any.
+        again: how whoever reads an error goes on from it.
     """
 
     api: HfApi
@@ -56,6 +58,7 @@ class HubRepository:
     token_variable: str
     patience: Patience
     pipeline: str = ""
+    again: str = AGAIN
 
     def head(self) -> Head | None:
         """What lies there now, or None where there is no such repository."""
@@ -74,7 +77,7 @@ class HubRepository:
             return None
         files = {file.rfilename: _held(file) for file in info.siblings or ()}
         commit = str(info.sha)
-        found = ReleaseRecord.read(self._text(PROVENANCE, commit, files))
+        found = self.record(commit, files)
         other = found.pipeline if found is not None and self.pipeline not in ("", found.pipeline) else ""
         earlier = None if other else found
         hub_made = set(HUB_OWNED)
@@ -91,6 +94,10 @@ class HubRepository:
             )
         )
         return {file.rfilename: _held(file) for file in info.siblings or ()}
+
+    def record(self, commit: str, files: dict[str, HeldFile]) -> ReleaseRecord | None:
+        """What a commit with these files says of itself, or None where it is no release of this package."""
+        return ReleaseRecord.read(self._text(PROVENANCE, commit, files))
 
     def tags(self) -> dict[str, str]:
         """Name and commit of every tag."""
@@ -124,6 +131,19 @@ class HubRepository:
     def tag(self, name: str, commit: str) -> None:
         """Puts a tag on a commit. One of that name that is elsewhere stays there: see `tags`."""
         self._call(lambda: self.api.create_tag(self.repo_id, tag=name, revision=commit, exist_ok=True))
+
+    def untag(self, name: str) -> None:
+        """Takes a tag away. One that is gone already is no fault."""
+        from huggingface_hub.errors import HfHubHTTPError
+
+        def ask() -> None:
+            try:
+                self.api.delete_tag(self.repo_id, tag=name)
+            except HfHubHTTPError as error:
+                if error.response.status_code != 404:
+                    raise
+
+        self._call(ask)
 
     def sha256(self, path: str, commit: str) -> str | None:
         """sha256 of a file's bytes as the Hub hands them out, streamed and not kept; None where it has none."""
@@ -254,13 +274,13 @@ class HubRepository:
         if _cause(error, TimeoutException):
             return HubFailure(
                 f"publishing {self.repo_id} failed: {endpoint} did not answer within {self.patience.seconds:g} s. See "
-                "whether publishing.endpoint is right and that Hub is well, and materialise published_model again: "
+                f"whether publishing.endpoint is right and that Hub is well, and {self.again}: "
                 f"what was sent is not sent twice. {said}"
             )
         if status in PASSING or (status is None and _cause(error, HTTPError)):
             return Passing(
-                f"publishing {self.repo_id} failed: {endpoint} is not well or not reached: {said}. Materialise "
-                "published_model again later: what was sent is not sent twice",
+                f"publishing {self.repo_id} failed: {endpoint} is not well or not reached: {said}. Later, "
+                f"{self.again}: what was sent is not sent twice",
                 after=_asked_to_wait(cause.response) if cause is not None else 0.0,
             )
         if _cause(error, JSONDecodeError):  # A gateway's page, where the client expects the Hub's answer.

@@ -50,6 +50,7 @@ class ReleaseRecord(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
     made_by: Literal["dpo_assets"]
     pipeline: str = ""  # Empty: of a version that did not say.
+    ledger: str = ""  # Digest of the decision in its pipeline's ledger; empty: of a version without one.
     files: dict[str, FileRecord]
 
     @classmethod

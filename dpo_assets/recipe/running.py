@@ -46,6 +46,21 @@ class EvaluationSection(Section):
     )
     generations: int = Field(default=16, ge=0, description="Held-out prompts that SFT and policy answer.")
     max_new_tokens: int = Field(default=64, ge=1, description="Length limit of those answers.")
+    sampled_answers: int = Field(
+        default=32,
+        ge=0,
+        le=512,
+        description="Prompts that the release answers at temperature 1, for its KL from SFT, where training did not "
+        "measure the same; 0: not measured.",
+    )
+    corpus: str | None = Field(
+        default=None,
+        description=(
+            "File of texts that no feedback is about, which the policy should find as likely as SFT did: JSONL with "
+            "`text` in each row, or text with a blank line between texts. Empty: 60 paragraphs of the package."
+        ),
+        examples=["./probes/plain.txt"],
+    )
     judge: JudgeSection | None = Field(
         default=None, description="Compares those answers, in an asset of its own. None: nobody is asked."
     )

@@ -123,6 +123,8 @@ def resolve_paths(recipe: Recipe, base_dir: Path) -> Recipe:
         changes["chat_template"] = absolute(model.chat_template)
     probe = recipe.checks.capability_probe
     checks = recipe.checks.model_copy(update={"capability_probe": probe and absolute(probe)})
+    corpus = recipe.evaluation.corpus
+    evaluation = recipe.evaluation.model_copy(update={"corpus": corpus and absolute(corpus)})
     # The folder is a name, not a pattern: brackets in it must not be read as one.
     folder = Path(glob.escape(str(base_dir)))
     sources = [_absolute_source(s, lambda path: absolute(path, folder), absolute) for s in recipe.feedback.sources]
@@ -133,5 +135,6 @@ def resolve_paths(recipe: Recipe, base_dir: Path) -> Recipe:
             "base_model": model.model_copy(update=changes),
             "feedback": recipe.feedback.model_copy(update={"sources": sources, "cleaning": cleaning}),
             "checks": checks,
+            "evaluation": evaluation,
         }
     )

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_assets.assets.eval_scores import parts_table, scores_table
 from dpo_assets.checks.evidence.clusters import Clusters, clustered_share
 from dpo_assets.checks.evidence.measured import Comparison
 from dpo_assets.checks.evidence.paired import DRAWN_UP_TO, bootstrap_interval, compare, sign_flip_tail
@@ -28,7 +27,8 @@ from dpo_assets.checks.evidence.power import (
 )
 from dpo_assets.checks.evidence.slices import SliceScore
 from dpo_assets.checks.statistics import Proportion, holm
-from dpo_assets_tests.samples import evaluation_report
+from dpo_assets.report.scores import parts_table, scores_table
+from dpo_assets_tests.samples import champion_scores, evaluation_report
 
 _win = st.sampled_from([0.0, 0.5, 1.0])
 _both = st.lists(st.tuples(_win, _win, st.integers(0, 9)), min_size=1, max_size=40)
@@ -228,6 +228,18 @@ def test_every_score_stands_beside_its_pairs_and_the_difference_they_show() -> N
     assert f"{paired.n} in 120 prompts" in shown[-1]
     assert f"{reach_of_comparison(paired, 0.025).detectable:.3f}" in shown[-1]
     assert len(scores_table(evaluation_report()).splitlines()) == 2 + 4
+
+
+def test_the_champion_stands_beside_the_policy_with_the_paired_differences() -> None:
+    challenger, champion, names = drawn(5, 120, 0.1)
+    paired = compare(challenger, champion, names)
+    held = champion_scores(reward_against=paired)
+    shown = scores_table(evaluation_report(champion="c" * 64, champion_scores=held)).splitlines()
+    assert len(shown) == 2 + 4 + 2 + 2
+    assert f"champion, implicit reward against its own start | {held.implicit_reward_accuracy.value:.3f}" in shown[3]
+    assert f"policy less champion, implicit reward, paired | {paired.difference:+.3f}" in shown[-2]
+    assert f"{reach_of_comparison(paired, 0.025).detectable:.3f}" in shown[-2]
+    assert "policy less champion, log-probability per token, paired | +0.020" in shown[-1]
 
 
 def test_what_is_forgotten_of_a_source_stands_in_the_table_of_parts() -> None:

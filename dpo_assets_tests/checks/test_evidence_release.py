@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +16,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from dpo_assets.checks.evidence.ledger import FIRST, Ledger, Override, Record
+from dpo_assets.checks.evidence.ledger import FIRST, Decided, Ledger, Override
+from dpo_assets.checks.evidence.ledger_file import LedgerFile
 from dpo_assets.checks.evidence.measured import Comparison
 from dpo_assets.checks.evidence.outlook import Outlook
 from dpo_assets.checks.evidence.power import FEWEST_PROMPTS
-from dpo_assets.checks.evidence.rules import TOLERANCE, Evidence, Outcome, judge, record_of
+from dpo_assets.checks.evidence.rules import TOLERANCE, Evidence, Outcome, decided_by, judge
 from dpo_assets.checks.evidence.spending import ALPHA, EXPONENT, HIGHEST, ZETA, Budget, budget_after, share
 from dpo_assets.errors import ConfigError
 
@@ -74,57 +80,140 @@ def test_a_promotion_hands_its_level_on() -> None:
 
 # -------------------------------------------------------------------------------------------------------------- ledger
 
+AT = "2026-11-27T12:00:00+00:00"
+WHERE = {"at": AT, "repo_id": "org/bot", "tag": "content-1"}
 
-def decided(
-    ledger: Ledger, primary: Comparison, *prompts: str, held_out: tuple[str, ...] = (), **of: Any
-) -> tuple[Ledger, Outcome]:
-    """The ledger after one more decision on the primary `accuracy`."""
+
+def decided(ledger: Ledger, primary: Comparison, *prompts: str, **of: Any) -> tuple[Ledger, Outcome]:
+    """The ledger after one more decision on the primary `accuracy`. Nothing is released."""
     evidence = Evidence({"accuracy": primary}, of.get("guards", {}), of.get("failures", {}))
     outcome = judge(evidence, ledger, of.get("override"))
-    record = record_of(
+    number = len(ledger.decisions) + 1
+    line = decided_by(
         outcome,
         evidence,
         ledger,
-        challenger=f"model {len(ledger.records) + 1}",
-        inputs={"merged_model": "a" * 64, "scores": "b" * 64},
+        challenger=of.get("challenger", f"model {number}"),
+        inputs={"merged_model": "a" * 64, "eval_scores": f"scores {number}"},
         saw=frozenset(prompts),
-        held_out=frozenset(held_out or prompts),
-        decided_at="2026-11-27T12:00:00+00:00",
+        at=AT,
     )
-    return ledger.append(record), outcome
+    return ledger.append(line), outcome
+
+
+def released(ledger: Ledger, *known: str) -> Ledger:
+    """The ledger after the release of its last decision."""
+    last = ledger.decisions[-1]
+    return ledger.released(
+        last, commit=f"commit {last.number}", artefact=f"artefact {last.number}", known=known, **WHERE
+    )
+
+
+def back(ledger: Ledger, to: int, reason: str = "it answers in the wrong language") -> Ledger:
+    return ledger.rolled_back(ledger.release(to), at=AT, repo_id="org/bot", commit="commit back", reason=reason)
 
 
 def life() -> Ledger:
     """First publication, a hold, too few prompts, a promotion, a rejection."""
     ledger = Ledger()
-    for primary in (BETTER, ALIKE, FEW, BETTER, WORSE):
-        ledger, _ = decided(ledger, primary, f"prompt {len(ledger.records)}")
+    for number, primary in enumerate((BETTER, ALIKE, FEW, BETTER, WORSE)):
+        ledger, outcome = decided(ledger, primary, f"prompt {number}")
+        if outcome.found:
+            ledger = released(ledger, f"prompt {number}", f"known {number}")
     return ledger
 
 
 def test_a_life_of_releases() -> None:
     ledger = life()
-    words = [record.decision for record in ledger.records]
+    words = [one.decision for one in ledger.decisions]
     assert words == ["first_publication", "hold", "insufficient_evidence", "promote", "reject"]
-    assert [record.champion for record in ledger.records] == [None, "model 1", "model 1", "model 1", "model 4"]
+    assert [one.champion for one in ledger.decisions] == [None, "model 1", "model 1", "model 1", "model 4"]
+    assert [(one.release, one.champion, one.challenger) for one in ledger.releases] == [
+        (1, None, "model 1"), (2, "model 1", "model 4")
+    ]  # fmt: skip
     assert ledger.champion == "model 4"
-    spent = [record.level for record in ledger.records]
+    spent = [one.level for one in ledger.decisions]
     assert spent[2] is None, "what was too little to look at spends nothing"
     assert ledger.budget() == budget_after([True, False, True, False])
     assert spent[3] == budget_after([True, False]).level
 
 
-def test_a_ledger_reads_back_from_its_lines() -> None:
+def test_a_decision_that_promotes_is_not_yet_a_release() -> None:
+    """A run that ends between them leaves the old champion, and spends what it spent."""
+    ledger, outcome = decided(life(), BETTER, "new")
+    assert (outcome.decision, ledger.champion) == ("promote", "model 4")
+    assert ledger.may_release(ledger.decisions[-1])
+    assert released(ledger).champion == "model 6"
+    assert ledger.budget() == released(ledger).budget()
+
+
+def test_the_same_release_again_is_no_other_line() -> None:
     ledger = life()
-    assert Ledger.of_lines(ledger.lines()) == ledger
-    assert ledger.lines().count("\n") == 5
-    assert Ledger.of_lines("") == Ledger()
+    promoted = ledger.live_decision
+    assert promoted is not None
+    assert ledger.may_release(promoted)
+    again = {"commit": "commit 5", "artefact": "artefact 5", "known": [], **WHERE}
+    assert ledger.releases[-1].commit == "commit 5"
+    assert ledger.released(promoted, **again) is ledger
+    elsewhere = ledger.released(promoted, **again | {"repo_id": "org/other"})
+    assert (elsewhere.champion, len(elsewhere.releases)) == ("model 4", 3)
+    assert [one.release for one in elsewhere.releases] == [1, 2, 2], "the same model elsewhere is the same release"
+    assert elsewhere.release(2).repo_id == "org/other"
+    assert elsewhere.earlier().release == 1
+
+
+@pytest.mark.parametrize("number", [3, 4, 7])
+def test_what_was_not_decided_is_not_released(number: int) -> None:
+    ledger = life()
+    line = ledger.lines[number - 1]
+    assert isinstance(line, Decided)
+    assert not line.releases
+    with pytest.raises(ValidationError, match=f"releases {line.challenger}, and no decision carries that"):
+        ledger.released(line, commit="c", artefact="a", known=[], **WHERE)
+
+
+def test_a_decision_lapses_when_another_model_goes_live() -> None:
+    """Decided against a champion that is none any more; a rollback to that champion does not bring it back."""
+    ledger, _ = decided(life(), BETTER, "new")
+    waiting = ledger.decisions[-1]
+    ledger, _ = decided(ledger, BETTER, "newer")
+    ledger = released(ledger)
+    assert not ledger.may_release(waiting)
+    ledger = back(ledger, 2)
+    assert ledger.champion == waiting.champion
+    assert not ledger.may_release(waiting)
+    with pytest.raises(ValidationError, match="no decision carries that"):
+        ledger.released(waiting, commit="c", artefact="a", known=[], **WHERE)
+
+
+def test_the_last_word_on_a_challenger_counts() -> None:
+    ledger, _ = decided(life(), BETTER, "new")
+    promoted = ledger.decisions[-1]
+    stop = Override(decision="hold", reason="the owners want to wait")
+    ledger, _ = decided(ledger, FEW, override=stop, challenger=promoted.challenger)
+    assert not ledger.may_release(promoted)
+
+
+def test_a_champion_is_held_against_the_one_that_it_was_held_against() -> None:
+    ledger = life()
+    assert ledger.opponent("model 9") == "model 4"
+    assert ledger.opponent("model 4") == "model 1"
+    assert back(ledger, 1).opponent("model 4") == "model 1"
+    assert back(ledger, 1).opponent("model 1") is None
+    assert Ledger().opponent("model 9") is None
+
+
+def test_a_ledger_reads_back_from_its_lines() -> None:
+    ledger = back(life(), 1)
+    assert Ledger.of_text(ledger.text) == ledger
+    assert ledger.text.count("\n") == 8
+    assert Ledger.of_text("") == Ledger()
 
 
 def test_a_number_that_is_none_reads_back_as_none() -> None:
     ledger, _ = decided(Ledger(), replace(ALIKE, difference=float("nan")))
-    again = Ledger.of_lines(ledger.lines())
-    assert again.lines() == ledger.lines()
+    again = Ledger.of_text(ledger.text)
+    assert again.text == ledger.text
     assert again.head == ledger.head
 
 
@@ -135,26 +224,40 @@ def test_a_number_that_is_none_reads_back_as_none() -> None:
         lambda lines: [lines[0], *lines[2:]],
         lambda lines: [lines[1], lines[0], *lines[2:]],
         lambda lines: [lines[0].replace("first_publication", "hold"), *lines[1:]],
-        lambda lines: [lines[0], lines[1].replace('"level": 0.02', '"level": 0.01'), *lines[2:]],
+        lambda lines: [*lines[:2], lines[2].replace('"level": 0.02', '"level": 0.01'), *lines[3:]],
+        lambda lines: [*lines[:5], lines[5].replace("org/bot", "org/bad"), *lines[6:]],
         lambda lines: [*lines, lines[-1]],
         lambda lines: [*lines[:-1], lines[-1][:40]],
         lambda lines: [*lines, "{}"],
     ],
-    ids=["first lost", "one lost", "moved", "another word", "another level", "twice", "cut", "no record"],
+    ids=["first lost", "one lost", "moved", "another word", "another level", "another place", "twice", "cut", "none"],
 )
 def test_a_ledger_that_was_changed_is_refused(change: Callable[[list[str]], list[str]]) -> None:
-    lines = life().lines().splitlines()
+    lines = life().text.splitlines()
     changed = change(lines)
     assert changed != lines
     with pytest.raises(ConfigError, match="the ledger of promotions does not hold"):
-        Ledger.of_lines("".join(f"{line}\n" for line in changed))
+        Ledger.of_text("".join(f"{line}\n" for line in changed))
 
 
-def test_a_record_of_another_state_is_not_appended() -> None:
+def test_lines_that_are_lost_at_the_end_are_found_by_a_head_that_was_kept() -> None:
+    """Each line alone holds only what came before it."""
+    ledger = life()
+    kept = {ledger.head: "the release of May", ledger.lines[0].digest: "an older one"}
+    ledger.refuse_lost(kept)
+    shorter = Ledger(lines=ledger.lines[:-1])
+    with pytest.raises(ConfigError, match=r"holds 6, .* when the release of May was written\. Put ledger/promotions"):
+        shorter.refuse_lost(kept)
+    with pytest.raises(ConfigError, match="when an older one, the release of May was written"):
+        Ledger().refuse_lost(kept)
+    Ledger().refuse_lost({FIRST: "a pipeline without a line"})
+
+
+def test_a_line_of_another_state_is_not_appended() -> None:
     ledger = life()
     with pytest.raises(ValidationError, match="does not follow"):
-        ledger.append(ledger.records[0])
-    other = ledger.records[-1].model_copy(update={"number": 6, "before": ledger.head, "champion": "model 1"})
+        ledger.append(ledger.lines[0])
+    other = ledger.decisions[-1].model_copy(update={"number": 8, "before": ledger.head, "champion": "model 1"})
     with pytest.raises(ValidationError, match="names model 1 as the champion, the ledger model 4"):
         ledger.append(other)
 
@@ -170,66 +273,134 @@ def test_a_record_of_another_state_is_not_appended() -> None:
         ({"override": {"decision": "promote", "reason": "because"}}, "at least 10 characters"),
     ],
 )
-def test_a_record_agrees_with_itself(changes: Mapping[str, Any], told: str) -> None:
-    promoted = life().records[3]
+def test_a_decision_agrees_with_itself(changes: Mapping[str, Any], told: str) -> None:
+    promoted = life().decisions[3]
     assert promoted.decision == "promote"
     with pytest.raises(ValidationError, match=told):
-        Record.model_validate(promoted.model_dump() | changes)
+        Decided.model_validate(promoted.model_dump() | changes)
 
 
 def test_evidence_is_what_came_after_the_cut_and_no_decision_saw() -> None:
     ledger = Ledger()
     assert ledger.fresh(["a", "b"]) == {"a", "b"}
-    ledger, _ = decided(ledger, BETTER, "a", held_out=("a", "b"))
+    ledger, _ = decided(ledger, BETTER, "a")
+    assert ledger.fresh(["a", "b"]) == {"b"}, "nothing is live yet, and one was looked at"
+    ledger = released(ledger, "a", "b")
     assert ledger.fresh(["a", "b", "c"]) == {"c"}, "b was there when the champion was chosen"
-    ledger, _ = decided(ledger, FEW, "c", held_out=("a", "b", "c"))
+    ledger, _ = decided(ledger, FEW, "c")
     assert ledger.fresh(["a", "b", "c", "d"]) == {"c", "d"}, "what was too little waits for more"
-    ledger, _ = decided(ledger, ALIKE, "c", "d", held_out=("a", "b", "c", "d", "e"))
+    ledger, _ = decided(ledger, ALIKE, "c", "d")
     assert ledger.fresh(["a", "b", "c", "d", "e"]) == {"e"}
 
 
 def test_a_rollback_makes_an_earlier_release_live_again_with_its_cut() -> None:
-    ledger, _ = decided(Ledger(), BETTER, "prompt 0", held_out=("prompt 0", "there, and not looked at"))
-    for primary in (ALIKE, FEW, BETTER, WORSE):
-        ledger, _ = decided(ledger, primary, f"prompt {len(ledger.records)}")
-    back = ledger.rollback("model 1", "model 4 answers in the wrong language", "2026-11-28T00:00:00+00:00")
-    assert (ledger.champion, back.champion) == ("model 4", "model 1")
-    assert back.budget() == ledger.budget(), "it is no test"
-    assert back.fresh(["prompt 0", "prompt 1", "prompt 2", "there, and not looked at", "new"]) == {"prompt 2", "new"}
-    assert Ledger.of_lines(back.lines()) == back
-    again, outcome = decided(back, BETTER, "new")
-    assert (outcome.decision, again.champion) == ("promote", "model 7")
+    ledger = life()
+    went_back = back(ledger, 1)
+    assert (ledger.champion, went_back.champion) == ("model 4", "model 1")
+    assert went_back.budget() == ledger.budget(), "it is no test"
+    assert went_back.fresh(["prompt 0", "known 0", "prompt 2", "prompt 3", "known 3"]) == {"prompt 2", "known 3"}
+    again, outcome = decided(went_back, BETTER, "new")
+    assert (outcome.decision, released(again).champion) == ("promote", "model 6")
 
 
-@pytest.mark.parametrize(
-    ("to", "reason", "told"),
-    [
-        ("model 2", "it was a good one, I think", "goes back to model 2, which was no release"),
-        ("model 1", "oops", "at least 10 characters"),
-    ],
-)
-def test_a_rollback_needs_a_release_and_a_reason(to: str, reason: str, told: str) -> None:
-    with pytest.raises(ValidationError, match=told):
-        life().rollback(to, reason, "2026-11-28T00:00:00+00:00")
+def test_a_rollback_needs_a_release_and_a_reason() -> None:
+    ledger = life()
+    with pytest.raises(ValidationError, match="at least 10 characters"):
+        back(ledger, 1, "oops")
+    unknown = ledger.release(1).model_copy(update={"challenger": "model 2"})
+    with pytest.raises(ValidationError, match="goes back to model 2, which was no release"):
+        ledger.rolled_back(unknown, at=AT, repo_id="org/bot", commit="c", reason="it was a good one, I think")
 
 
-def test_a_rollback_is_no_verdict_on_a_challenger() -> None:
-    with pytest.raises(ValueError, match="judges no challenger"):
-        judge(Evidence({"a": BETTER}), life(), Override(decision="rollback", reason="back to what was"))
-    promoted = life().records[3].model_dump()
-    with pytest.raises(ValidationError, match="a rollback is made by override"):
-        Record.model_validate(promoted | {"decision": "rollback"})
+# ---------------------------------------------------------------------------------------------------------- its file
+
+WRITER = """
+import os, sys
+from pathlib import Path
+from dpo_assets.checks.evidence.ledger import Ledger
+from dpo_assets.checks.evidence import ledger_file
+
+where, after = Path(sys.argv[1]), sys.argv[2]
+real = os.write
+
+def half(descriptor, data):  # The operating system may take a part, and the process ends there.
+    if after == "half":
+        real(descriptor, data[: len(data) // 2])
+        os.kill(os.getpid(), 9)
+    written = real(descriptor, data)
+    if after == "whole" and data.endswith(b"\\n"):
+        os.kill(os.getpid(), 9)
+    return written
+
+os.write = half
+full = Ledger.of_text(Path(sys.argv[3]).read_text())
+ledger_file.LedgerFile(where).extend(lambda ledger: full)
+"""
+
+
+def killed_writing(file: LedgerFile, full: Ledger, after: str, folder: Path) -> None:
+    """A process that appends the rest of `full` and is killed for good on the way."""
+    (folder / "full.jsonl").write_text(full.text)
+    command = [sys.executable, "-c", WRITER, str(file.path), after, str(folder / "full.jsonl")]
+    assert subprocess.run(command, check=False, timeout=60).returncode == -signal.SIGKILL
+
+
+def test_a_writer_that_is_killed_in_mid_line_leaves_the_lines_before_it(tmp_path: Path) -> None:
+    file, full = LedgerFile.of(tmp_path), life()
+    shorter = Ledger(lines=full.lines[:-1])
+    assert file.read() == Ledger()
+    assert file.extend(lambda _: shorter) == shorter
+    killed_writing(file, full, "half", tmp_path)
+    assert not file.path.read_bytes().endswith(b"\n")
+    assert file.read() == shorter, "nobody acted on a line whose writer did not return"
+    assert file.extend(lambda _: full) == full
+    assert file.read() == full
+    assert file.path.read_text() == full.text
+    [torn] = file.torn_path.read_text().splitlines()
+    assert full.lines[-1].text.startswith(torn)
+    assert torn
+
+
+def test_a_writer_that_is_killed_after_a_line_leaves_it(tmp_path: Path) -> None:
+    """Before its head was kept: the ledger is longer than the head says, and nothing is lost."""
+    file, full = LedgerFile.of(tmp_path), life()
+    shorter = Ledger(lines=full.lines[:-1])
+    file.extend(lambda _: shorter)
+    killed_writing(file, full, "whole", tmp_path)
+    assert file.read() == full
+    assert file.extend(lambda ledger: ledger) == full
+
+
+@pytest.mark.parametrize("lost", [1, 7])
+def test_a_file_that_lost_lines_at_its_end_is_refused(tmp_path: Path, lost: int) -> None:
+    file, full = LedgerFile.of(tmp_path), life()
+    file.extend(lambda _: full)
+    lines = full.text.splitlines(keepends=True)
+    file.path.write_text("".join(lines[:-lost]))
+    with pytest.raises(ConfigError, match=rf"has lost lines: it holds {7 - lost}, and promotions.head .* line 7"):
+        file.extend(lambda ledger: ledger)
+    file.path.unlink()
+    with pytest.raises(ConfigError, match="has lost lines: it holds 0"):
+        file.read()
+
+
+def test_writers_wait_for_each_other_and_a_ledger_never_shrinks(tmp_path: Path) -> None:
+    file = LedgerFile.of(tmp_path)
+
+    def one_more(number: int) -> None:
+        file.extend(lambda ledger: decided(ledger, ALIKE, f"prompt {number}")[0])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(one_more, range(12)))
+    assert len(file.read().decisions) == 12
+    with pytest.raises(ValueError, match="only grows"):
+        file.extend(lambda _: Ledger())
 
 
 # --------------------------------------------------------------------------------------------------------------- rules
 
-AFTER_FIRST = Ledger().append(
-    Record(
-        number=1, before=FIRST, decided_at="2026-11-01T00:00:00+00:00", inputs={}, champion=None, challenger="model 1",
-        primaries={}, level=None, saw=(), decision="first_publication", found=False, reason="by override",
-        override=WISH,
-    )
-)  # fmt: skip
+_FIRST, _ = decided(Ledger(), FEW, "the first one", override=WISH)
+AFTER_FIRST = released(_FIRST, "the first one")
 
 
 @pytest.mark.parametrize(
@@ -273,7 +444,7 @@ def test_a_level_that_so_few_prompts_cannot_meet_is_not_spent(monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("primary", "decision", "released", "found"),
+    ("primary", "decision", "word", "found"),
     [
         (ALIKE, "promote", "promote", False),
         (FEW, "promote", "promote", False),
@@ -282,17 +453,17 @@ def test_a_level_that_so_few_prompts_cannot_meet_is_not_spent(monkeypatch: pytes
     ],
 )
 def test_an_override_decides_and_says_what_the_rules_found(
-    primary: Comparison, decision: str, released: str, found: bool
+    primary: Comparison, decision: str, word: str, found: bool
 ) -> None:
     override = Override.model_validate({"decision": decision, "reason": "agreed on the call of Monday"})
     ledger, outcome = decided(AFTER_FIRST, primary, "x", override=override)
-    record = ledger.records[-1]
-    assert (record.decision, record.found) == (released, found)
-    assert "agreed on the call of Monday" in record.reason
-    assert "the rules say" in record.reason
-    assert record.override == override
+    line = ledger.decisions[-1]
+    assert (line.decision, line.found) == (word, found)
+    assert "agreed on the call of Monday" in line.reason
+    assert "the rules say" in line.reason
+    assert line.override == override
     assert outcome.looked == (primary is not FEW)
-    assert (ledger.champion == "model 2") == (released == "promote")
+    assert ledger.may_release(line) == (word == "promote")
 
 
 def test_a_release_by_override_spends_its_test_like_a_hold() -> None:
@@ -311,7 +482,7 @@ def test_no_override_lifts_a_hard_guard() -> None:
 def test_a_hold_leaves_the_old_model_live() -> None:
     ledger, _ = decided(AFTER_FIRST, ALIKE, "x")
     assert ledger.champion == "model 1"
-    assert ledger.records[-1].known == ()
+    assert not ledger.may_release(ledger.decisions[-1])
 
 
 # ------------------------------------------------------------------------------------------------------------- outlook
@@ -333,6 +504,17 @@ def test_the_screen_says_what_is_spent_and_whether_the_gate_can_pass() -> None:
     assert Outlook.of(held, 60, fewest=61).can_pass is False
 
 
-def test_pairs_without_a_spread_say_that_no_number_decides() -> None:
-    alone = replace(ALIKE, error=float("nan"))
-    assert dict(Outlook.of(Ledger(), 50, alone).rows())["would show 10 points"] == "no number of pairs"
+@pytest.mark.parametrize("error", [0.0, float("nan")])
+def test_pairs_without_a_spread_say_that_they_tell_nothing(error: float) -> None:
+    rows = dict(Outlook.of(Ledger(), 50, replace(ALIKE, error=error)).rows())
+    assert rows["what they can show"] == "not known: on these pairs the two never differ"
+    assert not any("nan" in how for how in rows.values())
+
+
+def test_the_screen_says_how_many_frozen_pairs_would_rule_a_loss_out() -> None:
+    wide = replace(ALIKE, difference=0.0, low=-0.1)  # Half as wide a loss takes four times the pairs.
+    row = "frozen pairs, to rule out a loss of 5 points"
+    assert dict(Outlook.of(AFTER_FIRST, 60, BETTER, guard=wide).rows())[row] == "400 of about 1600, in 200 prompts"
+    same = replace(ALIKE, difference=0.0, low=0.0)
+    assert "do not tell how many" in dict(Outlook.of(AFTER_FIRST, 60, BETTER, guard=same).rows())[row]
+    assert row not in dict(Outlook.of(AFTER_FIRST, 60, BETTER).rows())

@@ -22,20 +22,32 @@ from dpo_assets.checks.collapse import CollapseLimits
 from dpo_assets.checks.config import plan_verdicts
 from dpo_assets.checks.coverage import lora_coverage
 from dpo_assets.checks.dataset import dataset_verdicts
+from dpo_assets.checks.evaluation import champion_scored, divergence_in_training, released_kl
+from dpo_assets.checks.evidence.ledger import Override
 from dpo_assets.checks.judged import judge_verdicts
 from dpo_assets.checks.judged_text import judged_text_kept
+from dpo_assets.checks.neutral import neutral_perplexity
 from dpo_assets.checks.promotion import (
     Margins,
-    decide,
     evaluation_verdicts,
     greedy_health,
     kept_by_merge,
-    power_told,
+    override_of,
     promotion_verdict,
 )
-from dpo_assets.checks.reports import AdoptedBase, Aftermath, DpoReport, HeldOutPairs, MergeReport, SftReport
+from dpo_assets.checks.reports import (
+    AdoptedBase,
+    Aftermath,
+    Divergence,
+    DpoReport,
+    HeldOutPairs,
+    MergeReport,
+    NotMeasured,
+    SftReport,
+)
 from dpo_assets.checks.training import dpo_verdicts, merge_verdicts, sft_verdicts
 from dpo_assets.checks.verdict import Level, Verdict, upper_limit, worst
+from dpo_assets.errors import ConfigError
 from dpo_assets.planning.licence import Licence
 from dpo_assets.planning.matrices import Role
 from dpo_assets.planning.model_folder import ModelFolder
@@ -48,13 +60,16 @@ from dpo_assets_tests.samples import (
     SHA,
     aftermath_report,
     answers,
+    champion_scores,
     coverage,
     dataset_report,
     dpo_report,
     evaluation_report,
     judged_answers,
     learned,
+    neutral,
     plan,
+    promotion_outcome,
     quality,
     recipe,
     score,
@@ -337,93 +352,48 @@ def test_a_merge_is_held_against_its_report(check: str, changes: Report, level: 
 # eval_scores
 
 
-def paired(difference: float, low: float, high: float, p_better: float = 0.5) -> dict[str, Any]:
-    """A comparison on the pairs of `evaluation_report`."""
-    return {
-        "difference": difference, "low": low, "high": high, "error": 0.02, "p_better": p_better, "p_worse": 0.5,
-        "p_pairs": p_better, "n": 120, "clusters": 100, "discordant": 30,
-    }  # fmt: skip
+@pytest.mark.parametrize(
+    ("decision", "champion", "dry_run", "level"),
+    [
+        ("first_publication", None, False, "pass"),
+        ("promote", "model 1", False, "pass"),
+        ("hold", None, False, "error"),
+        ("insufficient_evidence", None, False, "error"),
+        ("reject", None, False, "error"),
+        ("hold", "model 1", False, "warn"),
+        ("insufficient_evidence", "model 1", False, "warn"),
+        ("reject", "model 1", False, "error"),
+        ("hold", None, True, "warn"),
+        ("insufficient_evidence", "model 1", True, "warn"),
+        ("reject", "model 1", True, "error"),
+    ],
+)
+def test_a_hold_is_no_fault_of_a_run_where_a_model_is_live(
+    decision: str, champion: str | None, dry_run: bool, level: str
+) -> None:
+    verdict = promotion_verdict(promotion_outcome(decision, champion), dry_run=dry_run)
+    assert (verdict.level, verdict.value, bool(verdict.fix)) == (level, decision, level != "pass")
+    if decision in ("hold", "insufficient_evidence"):
+        assert "error spent: nothing yet" in verdict.fix
+        assert "with `override` and a `reason`" in verdict.fix
 
 
 @pytest.mark.parametrize(
-    ("changes", "decision"),
+    ("word", "reason", "told"),
     [
-        ({}, "first_publication"),
-        ({"implicit_reward_accuracy": score(0.7, 0.501, 0.78)}, "first_publication"),
-        ({"implicit_reward_accuracy": score(0.58, 0.5, 0.66)}, "hold"),
-        ({"implicit_reward_accuracy": score(0.45, 0.37, 0.54)}, "hold"),
-        ({"implicit_reward_accuracy": score(0.4, 0.32, 0.499)}, "reject"),
-        ({"implicit_reward_accuracy": score(0.4, 0.32, 0.5)}, "hold"),
-        ({"implicit_reward_accuracy": score(0.4, 0.32, 0.499), "prompts": 3}, "reject"),
-        ({"implicit_reward_accuracy": score(math.nan, 0.0, 1.0)}, "reject"),
-        ({"nll_ratio_chosen": math.nan}, "reject"),
-        ({"nll_ratio_chosen": math.inf}, "reject"),
-        ({"prompts": 50}, "first_publication"),
-        ({"prompts": 49}, "insufficient_evidence"),
-        ({"prompts": 0, "implicit_reward_accuracy": score(0.58, 0.4, 0.7)}, "insufficient_evidence"),
-        ({"logp_accuracy_policy": score(0.5301, 0.4, 0.6)}, "first_publication"),
-        ({"logp_accuracy_policy": score(0.52, 0.4, 0.6)}, "hold"),
-        ({"logp_accuracy_policy": score(0.9, 0.8, 1.0)}, "first_publication"),
-        ({"logp_accuracy_policy": score(math.nan, 0.0, 1.0)}, "hold"),
-        ({"logp_against_sft": paired(-0.03, -0.06, -0.001)}, "hold"),
-        ({"logp_against_sft": paired(-0.03, -0.06, 0.001)}, "first_publication"),
-        ({"logp_against_sft": paired(math.nan, math.nan, math.nan)}, "hold"),
-        ({"reward_against_chance": paired(0.2, 0.11, 0.28, p_better=0.025)}, "first_publication"),
-        ({"reward_against_chance": paired(0.2, 0.11, 0.28, p_better=0.026)}, "hold"),
+        ("release", "because I can, and want to", "`override: release` is no decision"),
+        ("promote", "", "needs a `reason` of at least 10 characters"),
+        ("hold", "  short    ", "needs a `reason` of at least 10 characters"),
+        ("", "the owners want it", "`reason` is that of an override"),
     ],
 )
-def test_a_release_is_decided_by_evidence_beyond_chance(changes: Report, decision: str) -> None:
-    found, reason = decide(evaluation_report(**changes), 50)
-    assert found == decision
-    assert reason
-
-
-@pytest.mark.parametrize(("prompts", "decision"), [(49, "insufficient_evidence"), (50, "first_publication")])
-def test_no_recipe_lowers_the_prompts_that_carry_a_release_below_fifty(prompts: int, decision: str) -> None:
-    found, reason = decide(evaluation_report(prompts=prompts), 1)
-    assert found == decision
-    assert ("fewer than 50" in reason) == (decision == "insufficient_evidence")
-
-
-def test_scores_of_an_earlier_version_that_counted_pairs_carry_no_release() -> None:
-    """Their intervals are too narrow where prompts have several pairs; where none has, they are right."""
-    plain = {"value": 0.7, "low": 0.61, "high": 0.78, "n": 120}
-    found, reason = decide(evaluation_report(implicit_reward_accuracy=plain), 50)
-    assert found == "insufficient_evidence"
-    assert "materialise `eval_scores` again" in reason
-    single = evaluation_report(implicit_reward_accuracy=plain, prompts=120)
-    assert decide(single, 50)[0] == "first_publication"
-
-
-def test_a_hold_says_what_its_pairs_can_show_and_how_many_would_decide() -> None:
-    verdict = promotion_verdict(evaluation_report(implicit_reward_accuracy=score(0.55, 0.45, 0.64)), recipe())
-    assert "a difference of 14.0 points is found with 80% power" in verdict.fix
-    assert "942 pairs would show the 5.0 points seen" in verdict.fix  # 120 pairs, worth 100: 120 * (0.140 / 0.05)^2.
-    unlucky = power_told(evaluation_report(implicit_reward_accuracy=score(0.45, 0.35, 0.54)))
-    assert "points seen" not in unlucky
-
-
-@pytest.mark.parametrize(
-    ("changes", "dry_run", "release"),
-    [
-        ({}, "pass", "pass"),
-        ({"prompts": 3}, "warn", "error"),
-        ({"implicit_reward_accuracy": score(0.5, 0.4, 0.6)}, "warn", "error"),
-        ({"implicit_reward_accuracy": score(0.4, 0.3, 0.45)}, "error", "error"),
-    ],
-    ids=["better", "too few", "chance", "worse"],
-)
-def test_what_a_dry_run_warns_of_blocks_a_release(changes: Report, dry_run: str, release: str) -> None:
-    report = evaluation_report(**changes)
-    real = recipe(publishing={"dry_run": False, "repo_id": "org/bot"})
-    assert promotion_verdict(report, recipe()).level == dry_run
-    assert promotion_verdict(report, real).level == release
-    assert bool(promotion_verdict(report, real).fix) == (release != "pass")
-
-
-def test_how_many_prompts_are_enough_is_the_recipes() -> None:
-    strict = recipe(evaluation={"min_pairs": 101}, publishing={"dry_run": False, "repo_id": "org/bot"})
-    assert promotion_verdict(evaluation_report(), strict).value == "insufficient_evidence"
+def test_an_override_is_a_decision_with_a_reason(word: str, reason: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        override_of(word, reason)
+    assert override_of("", " ") is None
+    assert override_of(" hold ", " the owners want to wait ") == Override(
+        decision="hold", reason="the owners want to wait"
+    )
 
 
 @pytest.mark.parametrize(
@@ -550,6 +520,38 @@ def test_a_release_that_is_not_what_was_listed_is_an_error(tmp_path: Path) -> No
 # The catalog
 
 
+@pytest.mark.parametrize(
+    ("measured", "in_training", "level", "told"),
+    [
+        ({"per_token": 0.1, "low": 0.0, "high": 0.2}, None, "pass", "the release's own answers"),
+        ({"per_token": 0.2, "low": 0.1, "high": 0.3}, {"per_token": 0.9}, "warn", "the release's own answers"),
+        ({"per_token": 0.6, "low": 0.2, "high": 0.9}, None, "error", "the release's own answers"),
+        ({"per_token": 0.6, "low": 0.1, "high": 0.9}, None, "warn", "the release's own answers"),
+        ({"per_token": math.nan}, None, "error", "the release's own answers"),
+        ({"not_measured": "no answers were sampled"}, {"per_token": 0.1, "low": 0.0}, "pass", "of the adapter"),
+        ({"not_measured": "no answers were sampled"}, {"per_token": 0.9, "low": 0.8}, "error", "of the adapter"),
+        ({"not_measured": "no answers were sampled"}, None, "warn", ""),
+        (None, None, "warn", ""),
+    ],
+)
+def test_the_release_is_judged_by_its_kl_or_by_that_which_training_measured(
+    measured: Any, in_training: Any, level: Level, told: str
+) -> None:
+    adapter = None if in_training is None else Divergence.model_validate(in_training)
+    verdict = released_kl(evaluation_report(kl=measured), adapter, BANDS)
+    assert (verdict.level, verdict.note.startswith(told)) == (level, True)
+    assert bool(verdict.fix) == (level != "pass")
+    assert verdict.source == BANDS.limit("kl_budget").source
+
+
+def test_training_measured_a_kl_only_where_its_report_has_one() -> None:
+    whole = dpo_report(**aftermath_report())
+    found = divergence_in_training(whole)
+    assert isinstance(found, Divergence)
+    unasked = whole.model_copy(update={"answers": NotMeasured(not_measured="checks.sampled_answers is 0")})
+    assert [divergence_in_training(one) for one in (None, unasked, dpo_report(answers=None))] == [None] * 3
+
+
 def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
     """Every verdict of every asset, of values that pass or of values that fail."""
     artifact, operations = released(folder)
@@ -566,6 +568,10 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
     bad_scores = evaluation_report(
         implicit_reward_accuracy=score(0.2, 0.1, 0.3),
         generation={"sft": answers(), "policy": answers(no_eos=1.0)},
+        kl={"per_token": 0.9, "low": 0.7, "high": 1.1},
+        neutral=neutral(2.0),
+        champion="c" * 64,
+        champion_scores=champion_scores(left_out={"template_refused": 3}),
     )
     bad_dataset = dataset_report(
         damaged=1200, reasons={"schema": 1}, leaked_prompts=1, identical_after_truncation=1, train_pairs=0,
@@ -609,19 +615,24 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
             ),
             BANDS,
         ),
-        "eval_scores": evaluation_verdicts(
-            bad_scores if fail else evaluation_report(),
-            recipe(),
-            BANDS,
-            seen=1 if fail else 0,
-            learned=learned(0.1 if fail else None),
-            merged=True,
-        ),
+        "eval_scores": [
+            *evaluation_verdicts(
+                bad_scores if fail else evaluation_report(),
+                BANDS,
+                seen=1 if fail else 0,
+                learned=learned(0.1 if fail else None),
+                merged=True,
+            ),
+            released_kl(bad_scores if fail else evaluation_report(), None, BANDS),
+            neutral_perplexity(bad_scores if fail else evaluation_report(), BANDS),
+            champion_scored(bad_scores if fail else evaluation_report()),
+        ],
         "judged_answers": judge_verdicts(
             judged_answers(nulls=50, share=score(0.2, 0.1, 0.3), corrected=score(0.1, 0.0, 0.2))
             if fail
             else judged_answers()
         ),
+        "promotion": [promotion_verdict(promotion_outcome("reject" if fail else "first_publication"), dry_run=True)],
         "published_model": [release_verified(artifact, operations, None)],
     }
 

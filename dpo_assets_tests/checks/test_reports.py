@@ -32,7 +32,7 @@ from dpo_assets.checks.reports import (
 from dpo_assets.checks.training import dpo_verdicts, merge_verdicts, sft_verdicts
 from dpo_assets.checks.verdict import Verdict
 from dpo_assets.errors import ConfigError
-from dpo_assets_tests.samples import aftermath_report, dpo_report, evaluation_report, learned, recipe
+from dpo_assets_tests.samples import aftermath_report, dpo_report, evaluation_report, learned
 
 BANDS = default_bands()
 LEVELS = ("pass", "warn", "error")
@@ -93,7 +93,7 @@ JUDGED: list[tuple[Report, Callable[[Any], list[Verdict]]]] = [
     (MergeReport.model_validate(MERGE), lambda report: merge_verdicts(report, BANDS)),
     (
         evaluation_report(),
-        lambda report: evaluation_verdicts(report, recipe(), BANDS, seen=0, learned=learned(), merged=True),
+        lambda report: evaluation_verdicts(report, BANDS, seen=0, learned=learned(), merged=True),
     ),
 ]
 
@@ -170,18 +170,12 @@ def test_scores_from_before_prompts_were_counted_are_read_and_say_so(tmp_path: P
     plain = evaluation_report().model_dump(mode="json")
     for name in ("reward_against_chance", "logp_against_sft", "margin"):
         del plain[name]
-    scores = {name: value for name, value in plain.items() if isinstance(value, dict) and "low" in value}
+    scores = {name: value for name, value in plain.items() if isinstance(value, dict) and "value" in value}
     old = plain | {name: {key: score[key] for key in ("value", "low", "high", "n")} for name, score in scores.items()}
     report = EvaluationReport.of(kept(tmp_path, old))
     assert len(scores) == 4
     assert (report.implicit_reward_accuracy.clusters, report.implicit_reward_accuracy.effective) == (None, None)
     assert (report.reward_against_chance, report.logp_against_sft, report.margin) == (None, None, None)
-    [verdict] = [
-        v
-        for v in evaluation_verdicts(report, recipe(), BANDS, seen=0, learned=learned(), merged=True)
-        if v.check == "promotion_verdict"
-    ]
-    assert (verdict.value, verdict.level) == ("insufficient_evidence", "warn")
 
 
 def test_counts_of_an_earlier_dataset_are_told_as_such(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from dpo_assets.errors import ConfigError, GateError, InfrastructureError
 from dpo_assets.planning.licence import Licence
 from dpo_assets.publishing.access import check_access
 from dpo_assets.publishing.card import render_card
-from dpo_assets.publishing.commit import Release, content_tag, preview, publish, staged_files
+from dpo_assets.publishing.commit import CHAMPION, Release, content_tag, preview, publish, staged_files
 from dpo_assets.publishing.errors import HubFailure, HubOffline, PublishRefused
 from dpo_assets.publishing.hub import HubRepository, Patience, limited
 from dpo_assets.publishing.plan import (
@@ -105,7 +105,7 @@ def is_released_once(hub: HubServer, release: Release, names: Set[str] = frozens
     """One commit on a new repository, tagged, with every file."""
     repo = hub.repo(REPO)
     assert summaries(repo) == [f"Release {release.tag}", "initial commit"]
-    assert repo.tags == {release.tag: repo.resolve().oid}
+    assert repo.tags == dict.fromkeys([release.tag, CHAMPION], repo.resolve().oid)
     return set(repo.files()) == names | HUB_OWNED
 
 
@@ -126,6 +126,51 @@ def test_a_release_is_one_commit_with_a_tag_and_reads_back_equal(hub: HubServer,
     assert (release.sent, release.read_back) == (True, True)
     assert actions(release.plan) == dict.fromkeys(sorted({*STAGED, inside}), "add")
     assert repo.private
+
+
+def test_a_champion_of_somebody_else_is_refused_before_anything_is_sent(
+    hub: HubServer, api: HfApi, tmp_path: Path
+) -> None:
+    send(api, staged(tmp_path))
+    repo = hub.repo(REPO)
+    theirs = repo.history()[-1].oid
+    repo.tags[CHAMPION] = theirs
+    hub.requests.clear()
+    new = staged(tmp_path, CONFIG_2)
+    for ask in (send, look):
+        with pytest.raises(PublishRefused, match=f"the tag `champion` of {REPO} points at {theirs}"):
+            ask(api, new)
+    assert hub.changes == []
+    adopted = send(api, new, adopt=REPO)
+    assert repo.tags[CHAMPION] == adopted.commit == adopted.champion
+
+
+def test_the_champion_stays_where_it_is_when_others_commit_beside_it(
+    hub: HubServer, api: HfApi, tmp_path: Path
+) -> None:
+    first = send(api, staged(tmp_path))
+    by_hand(hub.repo(REPO), {"images/plot.png": b"png"})
+    hub.requests.clear()
+    again = send(api, staged(tmp_path))
+    assert (again.sent, again.champion) == (False, first.commit)
+    assert again.commit == hub.repo(REPO).resolve().oid != first.commit
+    assert hub.repo(REPO).tags[CHAMPION] == first.commit
+    assert hub.changes == []
+
+
+def test_going_back_to_an_older_release_moves_the_champion_to_a_new_commit(
+    hub: HubServer, api: HfApi, tmp_path: Path
+) -> None:
+    """Its content tag lies at the older commit, which does not stop it; and the next call reads nothing back."""
+    first, second = send(api, staged(tmp_path)), send(api, staged(tmp_path, CONFIG_2))
+    repo = hub.repo(REPO)
+    back = send(api, staged(tmp_path))
+    assert repo.tags == {first.tag: first.commit, second.tag: second.commit, CHAMPION: back.commit}
+    assert back.commit == repo.resolve().oid != first.commit
+    hub.requests.clear()
+    again = send(api, staged(tmp_path))
+    assert (again.commit, again.read_back, hub.changes) == (back.commit, False, [])
+    assert not [one for one in hub.requests if "safetensors" in one.path]
 
 
 def test_a_repository_is_made_public_where_the_recipe_says_so(hub: HubServer, api: HfApi, tmp_path: Path) -> None:
@@ -154,7 +199,7 @@ def test_a_new_release_replaces_the_old_one_and_removes_what_it_no_longer_holds(
     assert set(repo.files()) == STAGED | HUB_OWNED
     assert repo.files()["config.json"] == CONFIG_2["config.json"]
     # The release before stays where its tag is.
-    assert repo.tags == {first.tag: first.commit, second.tag: second.commit}
+    assert repo.tags == {first.tag: first.commit, second.tag: second.commit, CHAMPION: second.commit}
     assert repo.files(first.tag)["tokenizer.model"] == b"old"
     changed = {o.path: o.action for o in second.plan.changes}
     assert changed == {"config.json": "update", "provenance.json": "update", "tokenizer.model": "delete"}
@@ -621,7 +666,7 @@ def test_bytes_that_the_hub_damages_fail_the_check_get_no_tag_and_leave_the_old_
         with pytest.raises(GateError, match=rf"{path} at {REPO}@[0-9a-f]{{40}} is not what was sent") as red:
             send(api, new)
         assert red.value.check == "release_verified"
-    assert hub.repo(REPO).tags == {first.tag: first.commit}
+    assert hub.repo(REPO).tags == dict.fromkeys([first.tag, CHAMPION], first.commit)
 
 
 def test_a_tag_at_the_head_is_not_believed(hub: HubServer, api: HfApi, tmp_path: Path) -> None:
@@ -828,7 +873,9 @@ def test_the_check_of_a_release_says_what_this_run_did(
     target.rename(tmp_path / "release")
     artifact = seal(tmp_path, kind="published_model", fingerprint="f" * 32, inputs={})
     plan = ReleasePlan(None, ())
-    release = None if sent is None else Release("u", "0123456789abcdef", "t", sent, bool(read_back), plan)
+    release = (
+        None if sent is None else Release("u", "0123456789abcdef", "0123456789abcdef", "t", sent, bool(read_back), plan)
+    )
     verdict = verify(artifact, files, release)
     assert (verdict.level, verdict.value) == ("pass", said)
     assert verify(artifact, files, None, "it is public").level == "warn"

@@ -22,10 +22,11 @@ from dpo_assets.training.engines.transformers import engine_of
 from dpo_assets.training.models.loading import attach_adapter, load_base
 from dpo_assets.training.packages import computing, versions
 from dpo_assets.training.policy import Policy
+from dpo_assets.training.scoring import cache as cached
 from dpo_assets.training.scoring import logprobs
+from dpo_assets.training.scoring.cache import ScoreCache, Scores, kept_scores, pair_key, score_key
 from dpo_assets.training.stages import dpo
-from dpo_assets.training.trainers import reference
-from dpo_assets.training.trainers.reference import ReferenceCache, Scores, pair_key, reference_key, reference_scores
+from dpo_assets.training.trainers.reference import reference_scores
 from dpo_assets.training.trainers.strategies import score_reference
 from dpo_assets_tests.training.conftest import TRAIN_PAIRS, Log, PlanMaker, SpecMaker, small_part
 from dpo_assets_tests.training.dense import summed_logps
@@ -52,7 +53,7 @@ def pair(number: int) -> Group:
 
 
 def test_a_pair_is_scored_once_and_then_known(tmp_path: Path) -> None:
-    cache, scorer = ReferenceCache(tmp_path / "sub" / "cache.sqlite", "key"), Scorer()
+    cache, scorer = ScoreCache(tmp_path / "sub" / "cache.sqlite", "key"), Scorer()
     pairs = [pair(n) for n in range(5)]
     first, reused = reference_scores(pairs, cache, scorer)
     assert (reused, scorer.asked) == (0, pairs)
@@ -62,7 +63,7 @@ def test_a_pair_is_scored_once_and_then_known(tmp_path: Path) -> None:
 
 
 def test_new_pairs_only_are_scored_and_every_score_keeps_its_place(tmp_path: Path) -> None:
-    cache, scorer = ReferenceCache(tmp_path / "cache.sqlite", "key"), Scorer()
+    cache, scorer = ScoreCache(tmp_path / "cache.sqlite", "key"), Scorer()
     reference_scores([pair(1), pair(3)], cache, scorer)
     scorer.asked.clear()
     scores, reused = reference_scores([pair(n) for n in range(5)], cache, scorer)
@@ -73,7 +74,7 @@ def test_new_pairs_only_are_scored_and_every_score_keeps_its_place(tmp_path: Pat
 
 def test_a_pair_that_stands_twice_gets_its_score_in_both_places(tmp_path: Path) -> None:
     pairs = [pair(1), pair(2), pair(1)]
-    for cache in (None, ReferenceCache(tmp_path / "cache.sqlite", "key")):
+    for cache in (None, ScoreCache(tmp_path / "cache.sqlite", "key")):
         assert reference_scores(pairs, cache, Scorer())[0] == Scorer()(pairs)
 
 
@@ -86,8 +87,8 @@ def test_without_a_cache_every_pair_is_scored() -> None:
 
 def test_another_key_knows_nothing_of_the_first(tmp_path: Path) -> None:
     path = tmp_path / "cache.sqlite"
-    reference_scores([pair(1)], ReferenceCache(path, "one"), Scorer())
-    assert ReferenceCache(path, "two").get([pair_key(pair(1))]) == {}
+    reference_scores([pair(1)], ScoreCache(path, "one"), Scorer())
+    assert ScoreCache(path, "two").get([pair_key(pair(1))]) == {}
 
 
 def test_the_key_of_a_pair_tells_prompt_chosen_and_rejected_apart() -> None:
@@ -107,17 +108,27 @@ def test_the_key_of_a_pair_tells_prompt_chosen_and_rejected_apart() -> None:
 
 
 def test_the_key_depends_on_every_fact_and_not_on_their_order() -> None:
-    assert reference_key(base="a", start="b") == reference_key(start="b", base="a")
-    assert len({reference_key(base="a", start="b"), reference_key(base="b", start="a"), reference_key(base="a")}) == 3
+    assert score_key(base="a", start="b") == score_key(start="b", base="a")
+    assert len({score_key(base="a", start="b"), score_key(base="b", start="a"), score_key(base="a")}) == 3
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
 def test_a_score_that_is_not_finite_is_never_kept(tmp_path: Path, wrong: float) -> None:
     """SQLite keeps NaN as NULL, so a kept one comes back as None and no later run can ever start."""
-    cache = ReferenceCache(tmp_path / "cache.sqlite", "key")
+    cache = ScoreCache(tmp_path / "cache.sqlite", "key")
     with pytest.raises(GateError):
         reference_scores([pair(1)], cache, lambda groups: [(wrong, -1.0)])
     assert reference_scores([pair(1)], cache, Scorer()) == (Scorer()([pair(1)]), 0)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_whoever_takes_a_score_that_is_not_finite_asks_for_it_again(tmp_path: Path, wrong: float) -> None:
+    """An evaluation tells such a score, and does not stop."""
+    cache, pairs = ScoreCache(tmp_path / "cache.sqlite", "key"), [pair(1), pair(2)]
+    told, known = kept_scores(pairs, cache, lambda groups: [(-1.0, wrong), (-2.0, -3.0)], least=2)
+    assert (repr(told), known) == (repr([(-1.0, wrong), (-2.0, -3.0)]), 0)
+    again, known = kept_scores(pairs, cache, Scorer())
+    assert (again, known) == ([*Scorer()([pair(1)]), (-2.0, -3.0)], 1)
 
 
 # --- scores and keys of the stage ---------------------------------------------------------------------------------
@@ -254,7 +265,7 @@ def test_the_reference_pass_takes_larger_forwards_than_training_where_rows_are_n
         return pack(run)
 
     monkeypatch.setattr(logprobs, "pack", watched)
-    monkeypatch.setattr(reference, "PARTS", 1)
+    monkeypatch.setattr(cached, "PARTS", 1)
     score_reference(Policy(policy, "transformers"), few, spec, Log())
     assert max(packed) == largest
 
@@ -322,12 +333,12 @@ def test_liger_counts_where_it_computes(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("damage", [b"", b"not a database at all, by far" * 200], ids=["emptied", "overwritten"])
 def test_a_damaged_cache_is_set_aside_and_the_pairs_are_scored_again(tmp_path: Path, damage: bytes) -> None:
     path, scorer = tmp_path / "reference.sqlite", Scorer()
-    reference_scores([pair(1)], ReferenceCache(path, "key"), scorer)
+    reference_scores([pair(1)], ScoreCache(path, "key"), scorer)
     path.write_bytes(damage)
-    cache = ReferenceCache(path, "key")
+    cache = ScoreCache(path, "key")
     scores, reused = reference_scores([pair(1)], cache, scorer)
     assert reused == 0
-    assert reference_scores([pair(1)], ReferenceCache(path, "key"), scorer) == (scores, 1)
+    assert reference_scores([pair(1)], ScoreCache(path, "key"), scorer) == (scores, 1)
     # An emptied file is an empty database; anything else is kept, beside, for whoever wants to look.
     assert (cache.set_aside is not None) == bool(damage)
     assert cache.set_aside is None or cache.set_aside.read_bytes() == damage

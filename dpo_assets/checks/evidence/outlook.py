@@ -9,6 +9,7 @@ from typing import Self
 from dpo_assets.checks.evidence.ledger import Ledger
 from dpo_assets.checks.evidence.measured import Comparison
 from dpo_assets.checks.evidence.power import EFFECT, FEWEST_PROMPTS, POWER, Reach, can_decide, reach_of_comparison
+from dpo_assets.checks.evidence.rules import TOLERANCE
 from dpo_assets.checks.evidence.spending import ALPHA, Budget
 
 
@@ -17,7 +18,8 @@ class Outlook:
     """Where a pipeline stands before its next test.
 
     `fresh` is the number of held-out prompts that no decision saw, `fewest` how many a test needs, `reach` what the
-    pairs of a comparison can show at the level of the test; None before anything was scored.
+    pairs of a comparison can show at the level of the test; None before anything was scored. `guard` is what the pairs
+    of the frozen set can rule out; None where nothing is live, or the set is empty.
     """
 
     budget: Budget
@@ -25,6 +27,7 @@ class Outlook:
     fewest: int
     can_pass: bool
     reach: Reach | None
+    guard: Comparison | None = None
 
     @classmethod
     def of(
@@ -34,11 +37,12 @@ class Outlook:
         primary: Comparison | None = None,
         fewest: int = FEWEST_PROMPTS,
         alpha: float = ALPHA,
+        guard: Comparison | None = None,
     ) -> Self:
         """From the ledger and the number of fresh prompts; `primary` is a comparison on them, or on pairs like them."""
         budget, floor = ledger.budget(alpha), max(fewest, FEWEST_PROMPTS)
         reach = reach_of_comparison(primary, budget.level) if primary is not None else None
-        return cls(budget, fresh, floor, can_decide(fresh, budget.level, floor), reach)
+        return cls(budget, fresh, floor, can_decide(fresh, budget.level, floor), reach, guard)
 
     def rows(self) -> list[tuple[str, str]]:
         """(what, how it stands), for a table."""
@@ -52,7 +56,9 @@ class Outlook:
             ("prompts that no decision saw", f"{self.fresh}, of at least {self.fewest}"),
             ("can the gate pass with these", passes),
         ]
-        if self.reach is not None:
+        if self.reach is not None and not math.isfinite(self.reach.detectable):
+            rows.append(("what they can show", "not known: on these pairs the two never differ"))
+        elif self.reach is not None:
             needed = self.reach.pairs_needed
             shown = f"{needed} pairs" if needed is not None else "no number of pairs"
             rows += [
@@ -60,4 +66,13 @@ class Outlook:
                 (f"power for {100 * EFFECT:.0f} points", f"{self.reach.power:.0%}"),
                 (f"would show {100 * EFFECT:.0f} points", shown),
             ]
+        if self.guard is not None:
+            rows.append((f"frozen pairs, to rule out a loss of {100 * TOLERANCE:g} points", self._guarded(self.guard)))
         return rows
+
+    def _guarded(self, guard: Comparison) -> str:
+        """How many pairs bound a loss at the tolerance, were there none: the interval's own lower half."""
+        half = guard.difference - guard.low
+        if not half > 0:
+            return f"{guard.n}; they do not tell how many are needed"
+        return f"{guard.n} of about {math.ceil(guard.n * (half / TOLERANCE) ** 2)}, in {guard.clusters} prompts"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from dpo_assets.checks.evidence.ledger import RELEASED, Decision, Ledger, Override, Primary, Record
+from dpo_assets.checks.evidence.ledger import Decided, Decision, Ledger, Override, Primary
 from dpo_assets.checks.evidence.measured import Comparison
 from dpo_assets.checks.evidence.power import FEWEST_PROMPTS, can_decide
 from dpo_assets.checks.statistics import holm
@@ -23,12 +23,15 @@ class Evidence:
         guards: the same on the frozen set, by name: no loss beyond `TOLERANCE`.
         failures: hard guards that failed, by name, with their reasons (weights not finite, secret found, no licence).
         fewest: prompts that each primary needs; never less than `FEWEST_PROMPTS`.
+        against_start: challenger against its own start on the fresh prompts, by name, where nothing is live yet and no
+            frozen set is there that could rule a loss out: none measured above `TOLERANCE`, and none beyond chance.
     """
 
     primaries: Mapping[str, Comparison]
     guards: Mapping[str, Comparison] = field(default_factory=dict)
     failures: Mapping[str, str] = field(default_factory=dict)
     fewest: int = FEWEST_PROMPTS
+    against_start: Mapping[str, Comparison] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,17 +56,13 @@ def judge(evidence: Evidence, ledger: Ledger, override: Override | None = None) 
     1. A hard guard failed: `reject`. No override lifts it.
     2. Fewer fresh prompts than the floor: `insufficient_evidence`. Nothing is looked at, so nothing is spent.
     3. A primary is worse beyond chance: `reject`.
-    4. A guard on the frozen set may have lost more than the tolerance, or has too few prompts to tell: `hold`.
+    4. A guard on the frozen set may have lost more than the tolerance, or has too few prompts to tell; or, without a
+       champion, the challenger lost against its own start: `hold`.
     5. A primary is better at the level of this test, after Holm: `promote`, or `first_publication` without a champion.
     6. Else `hold`: what is live stays.
 
     An override then turns any of 2 to 6 into its decision; what the rules found, and what it cost, stays on record.
-
-    Raises:
-        ValueError: the override is a rollback, which judges nothing: `Ledger.rollback`.
     """
-    if override is not None and override.decision == "rollback":
-        raise ValueError("a rollback judges no challenger")
     level = ledger.budget().level
     if evidence.failures:
         told = "; ".join(f"{name}: {reason}" for name, reason in evidence.failures.items())
@@ -76,7 +75,8 @@ def _by_evidence(evidence: Evidence, level: float, *, first: bool) -> Outcome:
     floor = max(evidence.fewest, FEWEST_PROMPTS)
     fewest = min((one.clusters for one in evidence.primaries.values()), default=0)
     if not can_decide(fewest, level, floor):
-        return Outcome("insufficient_evidence", f"{fewest} prompts that no decision saw, {floor} are needed", level)
+        told = f"{fewest} held-out prompts that no decision saw, and {floor} are needed"
+        return Outcome("insufficient_evidence", told, level)
     adjusted = holm({name: one.p_better for name, one in evidence.primaries.items()})
     worse = [name for name, one in evidence.primaries.items() if one.high < 0]
     lost = [name for name, one in evidence.guards.items() if one.clusters < floor or not one.low > -TOLERANCE]
@@ -87,6 +87,9 @@ def _by_evidence(evidence: Evidence, level: float, *, first: bool) -> Outcome:
     if lost:
         told = _shown(evidence.guards, lost)
         return Outcome("hold", f"may have lost more than {TOLERANCE:g} on the frozen set: {told}", level, adjusted)
+    behind = [n for n, one in evidence.against_start.items() if not (one.difference >= -TOLERANCE and one.high >= 0)]
+    if behind:
+        return Outcome("hold", f"worse than its start: {_shown(evidence.against_start, behind)}", level, adjusted)
     if adjusted[best] <= level:
         return Outcome("first_publication" if first else "promote", f"better: {shown}", level, adjusted, found=True)
     return Outcome("hold", f"this may be chance: {shown}", level, adjusted)
@@ -104,7 +107,7 @@ def _overridden(outcome: Outcome, override: Override, *, first: bool) -> Outcome
     return Outcome(decision, told, outcome.level, outcome.adjusted, override, outcome.found)
 
 
-def record_of(
+def decided_by(
     outcome: Outcome,
     evidence: Evidence,
     ledger: Ledger,
@@ -112,16 +115,14 @@ def record_of(
     challenger: str,
     inputs: Mapping[str, str],
     saw: frozenset[str],
-    held_out: frozenset[str],
-    decided_at: str,
-) -> Record:
-    """The record of an outcome, to be appended to the ledger that it was judged by.
+    at: str,
+) -> Decided:
+    """The line of an outcome, to be appended to the ledger that it was judged by.
 
     Args:
         inputs: digests by name of all that was looked at.
         saw: the fresh prompts of the primaries.
-        held_out: all held-out prompts there are.
-        decided_at: ISO 8601, UTC.
+        at: ISO 8601, UTC.
     """
     primaries = {
         name: Primary(
@@ -136,17 +137,16 @@ def record_of(
         for name, one in evidence.primaries.items()
         if outcome.looked
     }
-    return Record(
-        number=len(ledger.records) + 1,
+    return Decided(
+        number=len(ledger.lines) + 1,
         before=ledger.head,
-        decided_at=decided_at,
-        inputs=dict(inputs),
+        at=at,
         champion=ledger.champion,
         challenger=challenger,
+        inputs=dict(inputs),
         primaries=primaries,
         level=outcome.level if outcome.looked else None,
         saw=tuple(sorted(saw)) if outcome.looked else (),
-        known=tuple(sorted(held_out)) if outcome.decision in RELEASED else (),
         decision=outcome.decision,
         found=outcome.found,
         reason=outcome.reason,

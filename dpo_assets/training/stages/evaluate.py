@@ -1,184 +1,181 @@
-"""Stage `evaluate`: held-out pairs and greedy answers, for the SFT policy and for what is released.
+"""Stage `evaluate`: held-out pairs and greedy answers, for the SFT policy, for what is released, and for the champion.
 
 Implicit reward (Rafailov et al., arXiv 2305.18290, section 4): log pi(y|x) - log pi_ref(y|x), summed over the answer
-with its EOS. RewardBench's DPO mode uses the same masks and sums.
+with its EOS. RewardBench's DPO mode uses the same masks and sums. The reference is each policy's own start.
 """
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean, median
 from typing import Any
 
 import polars as pl
 
 from dpo_assets.artifact import VOLATILE, write_json
-from dpo_assets.checks.evidence.clusters import clustered_mean, clustered_share, pick_the_longer, wins_of
-from dpo_assets.checks.evidence.paired import compare
-from dpo_assets.checks.evidence.slices import Part, SliceScore, parts
-from dpo_assets.checks.reports import AnswerHealth, EvaluationReport, GreedyAnswers
-from dpo_assets.contract import EvaluateSpec, Progress
-from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.checks.neutral import perplexities, read_texts
+from dpo_assets.checks.reports import AnswerHealth, Divergence, GreedyAnswers, NotMeasured, Perplexity
+from dpo_assets.contract import EvaluateSpec
+from dpo_assets.errors import ConfigError
 from dpo_assets.training.batches.data import dpo_group, first_asked, load_asked
-from dpo_assets.training.batches.packing import Group
-from dpo_assets.training.models.chat_format import ChatFormat, load_chat_format
-from dpo_assets.training.models.loading import autocast_of
-from dpo_assets.training.policy import load_scored
+from dpo_assets.training.evaluation.subjects import Bench, Measured, Reading, Subject, as_groups
+from dpo_assets.training.evaluation.summary import Opponent, summarise
+from dpo_assets.training.models.chat_format import load_chat_format
 from dpo_assets.training.reporting import Reporter
-from dpo_assets.training.scoring.generation import generate, generation_health
-from dpo_assets.training.scoring.logprobs import score_groups
-from dpo_assets.training.scoring.proof import Settled, alike, settle_engine
+from dpo_assets.training.scoring.divergence import log_ratios, per_token
+from dpo_assets.training.scoring.generation import generation_health
+from dpo_assets.training.stages.rereading import Reread, reread
 
 OF_A_PAIR = ["prompt_id", "source", "margin"]  # Columns of the dataset that the per-pair table keeps.
-SLICE_DRAWS = 2_000  # Of the bootstrap for each part: there may be a dozen.
+SFT, POLICY, CHAMPION, START = "sft", "policy", "champion", "champion_start"  # As the table's columns begin.
+CALLED = {SFT: "SFT", POLICY: "policy", CHAMPION: "champion", START: "champion's start"}
 
 
 def run(spec: EvaluateSpec, reporter: Reporter) -> None:
     """Writes `scores.parquet` (a row a pair), `generations.json` and `report.json`."""
     plan = spec.plan.at_release()
     started = time.perf_counter()
-    chat = load_chat_format(spec.base_model, spec.template)
-    held_out = load_asked(spec.dataset, "eval", spec.scratch, OF_A_PAIR)
-    to_group = partial(dpo_group, max_length=plan.max_length)
-    groups = [to_group(row) for row in held_out]
-    room = plan.max_length - spec.max_new_tokens
-    asked = first_asked(held_out, chat, spec.generations, room, by="prompt_id")
-    prompts = [ids for _, ids in asked]
-
     reporter.log(f"evaluate: the policy is the {spec.plan.scored}: {plan.scoring.reason}")
+    chat = load_chat_format(spec.base_model, spec.template)
+    rows = load_asked(spec.dataset, "eval", spec.scratch, OF_A_PAIR)
+    theirs = _read_by_the_champion(spec, reporter)
+    if theirs is not None:
+        rows = rows.select([n for n, pair in enumerate(rows["pair_id"]) if pair in theirs.groups])
+    to_group = partial(dpo_group, max_length=plan.max_length)
+    room = plan.max_length - spec.max_new_tokens
+    found = first_asked(rows, chat, max(spec.generations, spec.sampled_answers), room, by="prompt_id")
+    asked, sampled = found[: spec.generations], [ids for _, ids in found[: spec.sampled_answers]]
+    if theirs is not None:
+        asked = [
+            (row, ids) for row, ids in asked if len(theirs.prompt_ids(row)) <= theirs.longest - spec.max_new_tokens
+        ]
+    texts = read_texts(spec.corpus) if spec.corpus is not None else []
+    pairs, prompts = [to_group(row) for row in rows], [ids for _, ids in asked]
+    fits = min(plan.max_length, plan.longest_pair or plan.max_length)  # No forward was planned for more.
+    ours = Reading(chat, pairs, prompts, as_groups(texts, chat, fits), sampled)
+    of_champion = theirs.reading(rows["pair_id"], [row for row, _ in asked], texts, fits) if theirs else ours
+    subjects = _subjects(spec, ours, of_champion)
 
-    merged = plan.scoring.subject == "merged"
-    compared = (
-        ("SFT", spec.base_model, spec.sft_adapter),
-        ("policy", spec.policy, None) if merged else ("policy", spec.base_model, spec.adapter),
-    )
-    measure = partial(_measured, held_out=(groups, prompts), chat=chat, plan=plan, spec=spec, reporter=reporter)
-    (settled, sft), (_, policy) = alike([partial(measure, *subject) for subject in compared])
-    answers, policy_answers = sft.answers, policy.answers
+    bench = Bench(plan, spec.max_new_tokens, plan.dpo.seed, reporter, spec.score_cache)
+    settled, results = bench.measure(list(subjects.values()))
+    measured = dict(zip(subjects, results, strict=True))
+    if spec.champion is not None and spec.champion.same_start:
+        measured[START] = measured[SFT]
 
-    table = _score_table({name: held_out[name] for name in ("pair_id", *OF_A_PAIR)}, groups, sft.logps, policy.logps)
+    table = _score_table({name: rows[name] for name in ("pair_id", *OF_A_PAIR)}, subjects, measured)
     table.write_parquet(spec.output_dir / "scores.parquet")
+    answered = {who: measured[who].answers for who in (SFT, POLICY, CHAMPION) if who in measured}
     write_json(
         spec.output_dir / "generations.json",
         [
-            {"prompt": row["prompt"], "sft": before["text"], "policy": after["text"]}
-            for (row, _), before, after in zip(asked, answers, policy_answers, strict=True)
+            {"prompt": row["prompt"], **{who: answers[n]["text"] for who, answers in answered.items()}}
+            for n, (row, _) in enumerate(asked)
         ],
     )
-    health = GreedyAnswers(
-        sft=AnswerHealth.model_validate(generation_health(answers)),
-        policy=AnswerHealth.model_validate(generation_health(policy_answers)),
-    )
-    report = summarise(table, spec.confidence, scored=spec.plan.scored, settled=settled, generation=health)
-    report.write(spec.output_dir)
-    write_json(spec.output_dir / VOLATILE, {"seconds": time.perf_counter() - started})
-
-
-@dataclass(frozen=True)
-class _Measured:
-    logps: list[float]
-    answers: list[dict[str, Any]]
-
-
-def _measured(
-    who: str,
-    folder: Path,
-    adapter: Path | None,
-    first: str | None,
-    *,
-    held_out: tuple[list[Group], list[list[int]]],
-    chat: ChatFormat,
-    plan: TrainingPlan,
-    spec: EvaluateSpec,
-    reporter: Reporter,
-) -> tuple[Settled, _Measured]:
-    """Scores of all held-out pairs and answers to the prompts, by a model that is loaded for it and let go."""
-    groups, prompts = held_out
-    model = load_scored(folder, plan, adapter)
-    settled = settle_engine(model, plan, max(groups, key=lambda group: group.longest_row), first)
-    if settled.note:
-        reporter.log(f"evaluate: {who} computed by {settled.kernels}, not by {first or plan.kernels}: {settled.note}")
-    with autocast_of(plan):
-        logps, _ = score_groups(model, groups, plan.token_budget)
-        reporter.log(f"evaluate: {len(groups)} held-out pairs scored by the {who}")
-        answers = generate(model, prompts, chat, spec.max_new_tokens)
-    reporter.log(Progress(stage="evaluate", done=1 if who == "SFT" else 2, total=2, note=f"{who} done").line())
-    del model
-    gc.collect()
-    return settled, _Measured(logps, answers)
-
-
-def summarise(
-    table: pl.DataFrame, confidence: float, *, scored: str, settled: Settled, generation: GreedyAnswers
-) -> EvaluationReport:
-    """Scores with intervals over prompts, from the per-pair table: pairs of one prompt are no independent evidence."""
-    chosen_ratio = (table["policy_chosen"] - table["sft_chosen"]) / table["chosen_tokens"]
-    rejected_ratio = (table["policy_rejected"] - table["sft_rejected"]) / table["rejected_tokens"]
-    margin = (table["policy_chosen"] - table["sft_chosen"]) - (table["policy_rejected"] - table["sft_rejected"])
-    prompts = table["prompt_id"].to_list()
-
-    def logp_wins(who: str) -> list[float]:
-        gap = table[f"{who}_chosen"] / table["chosen_tokens"] - table[f"{who}_rejected"] / table["rejected_tokens"]
-        return wins_of(gap.to_list())
-
-    share = partial(clustered_share, prompts=prompts, confidence=confidence)
-    against = partial(compare, prompts=prompts, confidence=confidence)
-    rewarded, ranked, ranked_before = wins_of(margin.to_list()), logp_wins("policy"), logp_wins("sft")
-
-    def slice_of(part: Part) -> SliceScore:
-        def of_part(values: Sequence[Any]) -> list[Any]:
-            return [values[n] for n in part.pairs]
-
-        own = of_part(prompts)
-        return SliceScore(
-            part.by,
-            part.name,
-            clustered_share(of_part(rewarded), own, confidence),
-            compare(of_part(ranked), of_part(ranked_before), own, confidence, draws=SLICE_DRAWS),
-        )
-
-    return EvaluationReport(
-        pairs=table.height,
-        prompts=len(set(prompts)),
-        implicit_reward_accuracy=share(rewarded),
-        logp_accuracy_sft=share(ranked_before),
-        logp_accuracy_policy=share(ranked),
-        pick_the_longer=pick_the_longer(
-            table["chosen_tokens"].to_list(), table["rejected_tokens"].to_list(), prompts, confidence
+    report = summarise(
+        table,
+        spec.confidence,
+        scored=spec.plan.scored,
+        settled=settled,
+        generation=GreedyAnswers(
+            **{who: AnswerHealth.model_validate(generation_health(said)) for who, said in answered.items()}
         ),
-        reward_against_chance=against(rewarded, [0.5] * table.height),
-        logp_against_sft=against(ranked, ranked_before),
-        margin=clustered_mean(margin.to_list(), prompts, confidence),
-        slices=tuple(slice_of(part) for part in parts(table["source"].to_list(), table["margin"].to_list())),
-        margin_mean_nats=fmean(margin),
-        margin_median_nats=median(margin),
-        chosen_shift_nats_per_token=fmean(chosen_ratio),
-        rejected_shift_nats_per_token=fmean(rejected_ratio),
-        nll_ratio_chosen=float(table["policy_chosen"].sum() / table["sft_chosen"].sum()),
-        confidence=confidence,
-        scored=scored,
-        kernels=settled.kernels,
-        kernels_note=settled.note,
-        generation=generation,
+        opponent=Opponent(spec.champion.name, theirs.left_out if theirs else {}) if spec.champion else None,
+        kl=_kl(measured[POLICY], measured[SFT]),
+        neutral=_neutral(SFT, POLICY, subjects, measured, spec.confidence),
+        neutral_of_champion=_neutral(START, CHAMPION, subjects, measured, spec.confidence) if spec.champion else None,
     )
+    report.write(spec.output_dir)
+    kept = {f"{who}_pairs_from_cache": found.known for who, found in measured.items()}
+    write_json(spec.output_dir / VOLATILE, {"seconds": time.perf_counter() - started, **kept})
+
+
+def _kl(policy: Measured, sft: Measured) -> Divergence | NotMeasured:
+    """KL(policy || SFT) on what the policy says itself."""
+    if not policy.drawn:
+        return NotMeasured(not_measured="no answers were sampled, or no held-out prompt leaves room for one")
+    who = CALLED[POLICY]
+    return per_token(log_ratios(policy.drawn, policy.heard[who], sft.heard[who]))
+
+
+def _neutral(
+    start: str, policy: str, subjects: Mapping[str, Subject], measured: Mapping[str, Measured], confidence: float
+) -> Perplexity | NotMeasured:
+    """What became of the likelihood of neutral texts from a start to its policy."""
+    tokens = [len(group.completions[0]) for group in subjects[policy].reading.texts]
+    if not tokens:
+        return NotMeasured(not_measured="no neutral texts were asked")
+    return perplexities(tokens, measured[start].texts, measured[policy].texts, confidence=confidence)
+
+
+def _read_by_the_champion(spec: EvaluateSpec, reporter: Reporter) -> Reread | None:
+    """The held-out pairs in the champion's own tokens; None where it reads them as the challenger does.
+
+    Raises:
+        ConfigError: when it can be asked none of them.
+    """
+    champion = spec.champion
+    if champion is None or (champion.base_model, champion.template) == (spec.base_model, spec.template):
+        return None
+    pairs = pl.read_parquet(spec.dataset / "eval.parquet")
+    theirs = reread(pairs, champion.base_model, champion.template, spec.plan.max_length)
+    why = ", ".join(f"{count} {reason}" for reason, count in theirs.left_out.items())
+    if why:
+        reporter.log(
+            f"evaluate: {pairs.height - len(theirs.groups)} held-out pairs are left out for the champion: {why}"
+        )
+    if not theirs.groups:
+        raise ConfigError(
+            f"the champion {champion.name[:12]} reads none of the {pairs.height} held-out pairs ({why}), so nothing "
+            "can be held against it: raise feedback.max_length, or go back to its base_model"
+        )
+    return theirs
+
+
+def _subjects(spec: EvaluateSpec, ours: Reading, theirs: Reading) -> dict[str, Subject]:
+    """The models that are compared, by the names that their columns begin with."""
+    merged, champion = spec.plan.scoring.subject == "merged", spec.champion
+
+    def start(who: str, base: Path, adapter: Path | None, reading: Reading, digests: Mapping[str, str]) -> Subject:
+        known = {"base": digests.get("base_model", ""), "start": digests.get("sft_checkpoint", "") if adapter else "-"}
+        return Subject(CALLED[who], base, adapter, reading, known)
+
+    def released(
+        who: str, base: Path, adapter: Path | None, policy: Path, reading: Reading, digests: Mapping[str, str]
+    ) -> Subject:
+        if merged:
+            known = {"merged": digests.get("merged_model", "")}
+            return Subject(CALLED[who], policy, None, reading, known)
+        known = {"base": digests.get("base_model", ""), "adapter": digests.get("dpo_adapter", "")}
+        return Subject(CALLED[who], base, adapter, reading, known)
+
+    # What the policy draws, SFT scores after it.
+    policy = released(POLICY, spec.base_model, spec.adapter, spec.policy, ours, spec.inputs)
+    sft = start(SFT, spec.base_model, spec.sft_adapter, ours, spec.inputs)
+    hears = (policy.name,) if ours.sampled else ()
+    found = {POLICY: replace(policy, draws=bool(hears), hears=hears), SFT: replace(sft, hears=hears)}
+    if champion is not None:
+        base, own = champion.base_model, champion.inputs
+        found[CHAMPION] = released(CHAMPION, base, champion.adapter, champion.policy, theirs, own)
+        if not champion.same_start:
+            found[START] = start(START, base, champion.sft_adapter, theirs, own)
+    return found
 
 
 def _score_table(
-    of_a_pair: Mapping[str, Sequence[Any]], groups: list[Group], reference: list[float], policy: list[float]
+    of_a_pair: Mapping[str, Sequence[Any]], subjects: Mapping[str, Subject], measured: Mapping[str, Measured]
 ) -> pl.DataFrame:
-    return pl.DataFrame(
-        {
-            **{name: list(values) for name, values in of_a_pair.items()},
-            "sft_chosen": reference[::2],
-            "sft_rejected": reference[1::2],
-            "policy_chosen": policy[::2],
-            "policy_rejected": policy[1::2],
-            "chosen_tokens": [len(g.completions[0]) for g in groups],
-            "rejected_tokens": [len(g.completions[1]) for g in groups],
-        }
-    )
+    """A row a pair: what is known of it, what each model gives its answers in nats, and the answers' tokens."""
+    columns: dict[str, list[Any]] = {name: list(values) for name, values in of_a_pair.items()}
+    for who, found in measured.items():
+        columns[f"{who}_chosen"] = [chosen for chosen, _ in found.logps]
+        columns[f"{who}_rejected"] = [rejected for _, rejected in found.logps]
+    for who, before in ((POLICY, ""), (CHAMPION, "champion_")):
+        pairs = subjects[who].reading.pairs if who in subjects else []
+        if pairs:
+            columns[f"{before}chosen_tokens"] = [len(group.completions[0]) for group in pairs]
+            columns[f"{before}rejected_tokens"] = [len(group.completions[1]) for group in pairs]
+    return pl.DataFrame(columns)

@@ -1,100 +1,28 @@
-"""Reference log-probabilities, scored once per pair and kept.
-
-The key of a pair is what its reference score depends on and nothing else, so the cache survives a change of learning
-rate, beta, epochs or output folder, and a refresh scores only new pairs. No weight is hashed: the digests of the base
-and of the start adapter are known from their manifests.
-"""
+"""Reference log-probabilities of training pairs: from the cache where they are known, and finite or nothing."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import sqlite3
 from collections.abc import Callable, Sequence
-from contextlib import closing
-from pathlib import Path
-from uuid import uuid4
 
 from dpo_assets.training.batches.packing import Group
 from dpo_assets.training.guard.finite import diverged
-
-Scores = list[tuple[float, float]]
-PARTS = 10  # In which scores are computed and kept.
-
-
-def reference_key(**facts: str | int | float | bool | None) -> str:
-    """Digest of everything but the pair that a reference score depends on."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def pair_key(group: Group) -> str:
-    """Digest of the (truncated) token ids of a pair."""
-    ids = [list(group.prompt), *[list(c) for c in group.completions]]
-    return hashlib.sha256(json.dumps(ids, separators=(",", ":")).encode()).hexdigest()[:32]
-
-
-class ReferenceCache:
-    """(reference key, pair key) -> (chosen, rejected) log-probabilities, in SQLite: safe for several writers."""
-
-    def __init__(self, path: Path, key: str) -> None:
-        self.path, self.key = path, key
-        self.set_aside: Path | None = None  # Where a damaged file went.
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._create()
-            self._known()
-        except sqlite3.OperationalError:
-            raise  # A lock, or a full disk: the file itself is well.
-        except sqlite3.DatabaseError:
-            # Scores can be computed again, so a file that a crash or a disk has damaged must not stop every run.
-            self.set_aside = path.with_name(f"{path.name}.damaged-{uuid4().hex[:8]}")
-            path.rename(self.set_aside)
-            self._create()
-
-    def _create(self) -> None:
-        with closing(sqlite3.connect(self.path, timeout=60)) as db, db:
-            db.execute(
-                "create table if not exists reference (key text, pair text, chosen real, rejected real, "
-                "primary key (key, pair)) without rowid"
-            )
-
-    def _known(self) -> list[tuple[str, float, float]]:
-        with closing(sqlite3.connect(self.path, timeout=60)) as db:
-            return db.execute("select pair, chosen, rejected from reference where key = ?", (self.key,)).fetchall()
-
-    def get(self, pairs: Sequence[str]) -> dict[str, tuple[float, float]]:
-        """The scores that are known."""
-        rows = self._known()
-        known = {pair: (chosen, rejected) for pair, chosen, rejected in rows}
-        return {pair: known[pair] for pair in pairs if pair in known}
-
-    def put(self, scores: dict[str, tuple[float, float]]) -> None:
-        with closing(sqlite3.connect(self.path, timeout=60)) as db, db:
-            rows = [(self.key, pair, chosen, rejected) for pair, (chosen, rejected) in scores.items()]
-            db.executemany("insert or replace into reference values (?, ?, ?, ?)", rows)
+from dpo_assets.training.scoring.cache import ScoreCache, Scores, kept_scores
 
 
 def reference_scores(
-    groups: Sequence[Group], cache: ReferenceCache | None, score: Callable[[Sequence[Group]], Scores]
+    groups: Sequence[Group], cache: ScoreCache | None, score: Callable[[Sequence[Group]], Scores]
 ) -> tuple[Scores, int]:
     """(chosen, rejected) reference log-probabilities of every pair, and how many came from the cache.
 
     Raises:
-        GateError: `finite`, when a score is not; that part is not kept.
+        GateError: `finite`, at the first score that is not.
     """
-    keys = [pair_key(group) for group in groups]
-    known = cache.get(keys) if cache else {}
-    missing = [n for n, key in enumerate(keys) if key not in known]
-    part = max(1, math.ceil(len(missing) / PARTS))
-    fresh: dict[str, tuple[float, float]] = {}
-    for start in range(0, len(missing), part):
-        chunk = missing[start : start + part]
-        scored = {keys[n]: s for n, s in zip(chunk, score([groups[n] for n in chunk]), strict=True)}
-        if bad := [value for pair in scored.values() for value in pair if not math.isfinite(value)]:
+
+    def finite(part: Sequence[Group]) -> Scores:
+        scored = score(part)
+        if bad := [value for pair in scored for value in pair if not math.isfinite(value)]:
             raise diverged("finite", "reference log-probability", bad[0], "the reference pass")
-        if cache:
-            cache.put(scored)  # At once: what a killed run has scored need not be scored again.
-        fresh |= scored
-    scores = known | fresh
-    return [scores[key] for key in keys], len(groups) - len(missing)
+        return scored
+
+    return kept_scores(groups, cache, finite)

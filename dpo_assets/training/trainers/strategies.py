@@ -33,17 +33,15 @@ from dpo_assets.training.engines.speedups import speed_up
 from dpo_assets.training.engines.transformers import engine_of
 from dpo_assets.training.engines.unsloth.engine import reference_mode
 from dpo_assets.training.models.loading import attach_adapter, autocast_of, load_base, switch_off_dropout
-from dpo_assets.training.packages import computing
 from dpo_assets.training.policy import Policy, load_policy
 from dpo_assets.training.private.trl import REFERENCE_ADAPTER, using_adapter
 from dpo_assets.training.reporting import Reporter
+from dpo_assets.training.scoring.cache import ScoreCache, Scores, computed_by, score_key
 from dpo_assets.training.scoring.logprobs import score_groups, score_tokens, sequence_logps
 from dpo_assets.training.trainers.dpo import StepReference
-from dpo_assets.training.trainers.reference import ReferenceCache, Scores, reference_key, reference_scores
-from dpo_assets.version import __version__
+from dpo_assets.training.trainers.reference import reference_scores
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-SCORING = 3  # Of how a pair is scored: scores that were rounded in another way must not meet the policy's.
 A, B = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -155,24 +153,15 @@ def join_adapters(trained: Path, folded: Path) -> None:
 def score_reference(policy: Policy, groups: Sequence[Group], spec: TrainSpec, reporter: Reporter) -> tuple[Scores, int]:
     """Reference scores by the same kernels, dtype and packing as the policy, from the cache where known."""
     plan, model = spec.plan, policy.model
-    packages = computing(policy.kernels, plan.precision, plan.speedups)
     with reference_mode(model, policy.kernels) as path:
-        key = reference_key(
-            scorer=f"{__version__}, {SCORING}",
+        key = score_key(
             base=spec.base_digest,
             start=spec.inputs.get("sft_checkpoint", "") if spec.start_adapter else "",
             reference=plan.dpo.reference,
             tokenizer=spec.tokenizer_digest,
-            precision=f"{plan.precision} in {plan.compute}",
-            kernels=path,
-            speedups=",".join(plan.speedups),
-            device=plan.device_name,
-            torch=torch.__version__,  # With the CUDA that it was built for.
-            packages=", ".join(f"{name} {version}" for name, version in packages.items()),
-            max_length=plan.max_length,
-            truncation="keep_start",
+            **computed_by(plan, policy.kernels, path),
         )
-        cache = ReferenceCache(spec.reference_cache, key) if spec.reference_cache else None
+        cache = ScoreCache(spec.reference_cache, key) if spec.reference_cache else None
         if cache and cache.set_aside:
             reporter.log(
                 f"dpo: the reference cache was damaged and is set aside as {cache.set_aside.name}; scoring anew"

@@ -1,0 +1,172 @@
+"""`promotion`: what the held-out scores decide, written into the pipeline's ledger once."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+from pydantic import Field
+
+from dpo_assets.artifact import Artifact, ArtifactTree, write_json
+from dpo_assets.assets.eval_scores import SCORES as SCORES_FILE
+from dpo_assets.assets.lineage import Read
+from dpo_assets.assets.node import Node
+from dpo_assets.assets.step import Events, Step
+from dpo_assets.checks.evidence.candidate import Candidate, ScoredPairs
+from dpo_assets.checks.evidence.ledger import FIRST, SCORES, Decided, Ledger
+from dpo_assets.checks.evidence.ledger_file import LedgerFile
+from dpo_assets.checks.evidence.outlook import Outlook
+from dpo_assets.checks.promotion import OUTCOME, PromotionOutcome, override_of, promotion_verdict
+from dpo_assets.checks.reports import EvaluationReport
+from dpo_assets.publishing.secrets import scrub
+from dpo_assets.recipe import Recipe
+from dpo_assets.report.history import HISTORY, history_rows
+from dpo_assets.report.tables import table
+
+NAME = "promotion"
+SNAPSHOT = "ledger.jsonl"
+
+
+class PromotionConfig(dg.Config):
+    """What a person may decide for one run."""
+
+    override: str = Field(default="", description="`promote` or `hold`; empty: the rules decide.")
+    reason: str = Field(default="", description="Why, in at least 10 characters. The ledger and the card show it.")
+
+
+def materialise(step: Step) -> Events:
+    """Decides on the challenger, and appends the decision to the ledger. A dry run decides as a preview and appends
+    nothing."""
+    inputs, dry_run = step.inputs(), step.recipe.publishing.dry_run
+    if step.only_checks:
+        artifact, reused = step.build(NAME, {}, inputs, lambda folder, print_: None)
+        ledger = read_ledger(step.tree)
+    else:
+        override = override_of(str(step.config.get("override", "")), scrub(str(step.config.get("reason", ""))))
+        candidate = candidate_of(step, inputs["eval_scores"])
+        decided: list[Decided] = []
+
+        def decide(ledger: Ledger) -> Ledger:
+            ledger.refuse_lost(kept_heads(step.tree))
+            after, line = candidate.decide(ledger, override, datetime.now(UTC).isoformat(timespec="seconds"))
+            decided.append(line)
+            return after
+
+        file = LedgerFile.of(step.tree.root)
+        ledger = file.read() if dry_run else file.extend(decide)
+        if dry_run:
+            decide(ledger)
+        [line] = decided
+        preview = line not in ledger.lines
+        before = Ledger(lines=ledger.lines[: line.number - 1])
+
+        def make(folder: Path, _: str) -> None:
+            outcome = PromotionOutcome(
+                decided=line,
+                preview=preview,
+                held_out=tuple(sorted(candidate.held_out)),
+                fresh_prompts=len(before.fresh(candidate.held_out)),
+                outlook=tuple(outlook_of(candidate, before).rows()),
+            )
+            write_json(folder / OUTCOME, outcome.model_dump(mode="json"))
+            (folder / SNAPSHOT).write_text(before.text if preview else before.append(line).text, encoding="utf-8")
+
+        # A preview would have another time with each run, and is the same decision.
+        identity = line.model_dump(mode="json", exclude={"at"}) if preview else {"decision": line.digest}
+        artifact, reused = step.build(NAME, {"preview": preview, **identity}, inputs, make)
+    outcome = PromotionOutcome.of(artifact)
+    yield from step.result(
+        NAME, artifact, reused, [promotion_verdict(outcome, dry_run=dry_run)], _shown(outcome, ledger)
+    )
+
+
+def candidate_of(step: Step, scores: Artifact) -> Candidate:
+    """The challenger that an evaluation scored.
+
+    Raises:
+        ConfigError: the scores are of an earlier version.
+    """
+    recorded = scores.manifest.inputs
+    return Candidate(
+        name=recorded["merged_model"],
+        opponent=EvaluationReport.of(scores).champion,
+        inputs={**recorded, SCORES: scores.digest},
+        pairs=ScoredPairs.read(scores.path / SCORES_FILE),
+        fewest=step.recipe.evaluation.min_pairs,
+    )
+
+
+def read_ledger(tree: ArtifactTree) -> Ledger:
+    """The ledger of a pipeline, held against the heads that were kept of it.
+
+    Raises:
+        ConfigError: it was changed, or lines of it are lost.
+    """
+    ledger = LedgerFile.of(tree.root).read()
+    ledger.refuse_lost(kept_heads(tree))
+    return ledger
+
+
+def kept_heads(tree: ArtifactTree) -> dict[str, str]:
+    """The heads that decisions kept in their artefacts: digest of the last line, and where it stands."""
+    heads = {}
+    for told in tree.listed(NAME):
+        with suppress(OSError):  # Damaged: it is no witness.
+            last = (told.path / SNAPSHOT).read_bytes().rstrip(b"\n").rpartition(b"\n")[2]
+            heads[hashlib.sha256(last).hexdigest() if last else FIRST] = str(told.path)
+    return heads
+
+
+def outlook_of(candidate: Candidate, ledger: Ledger) -> Outlook:
+    """How the pipeline stands before a decision on this challenger, with the widest of each kind of comparison."""
+    evidence = candidate.evidence(ledger)
+    primary, guard = (
+        max(of.values(), key=lambda one: one.error if one.error == one.error else -1.0, default=None)
+        for of in (evidence.primaries, evidence.guards)
+    )
+    fresh = len(ledger.fresh(candidate.held_out))
+    return Outlook.of(ledger, fresh, primary, candidate.fewest, guard=guard if guard and guard.n else None)
+
+
+def _shown(outcome: PromotionOutcome, ledger: Ledger) -> dict[str, Any]:
+    """Numbers that Dagster plots from run to run, and tables."""
+    decided, budget = outcome.decided, ledger.budget()
+    rows = [[what, how] for what, how in outcome.outlook]
+    return {
+        "verdict": decided.decision,
+        "verdict_reason": decided.reason,
+        "preview": outcome.preview,
+        "champion": decided.champion or "none yet",
+        "challenger": decided.challenger,
+        "error_spent": budget.spent,
+        "level": budget.level if decided.level is None else decided.level,
+        "fresh_prompts": outcome.fresh_prompts,
+        "outlook": dg.MetadataValue.md(table(["before this decision", "how it stands"], rows)),
+        "history": dg.MetadataValue.md(history_table(ledger)),
+    }
+
+
+def history_table(ledger: Ledger) -> str:
+    """Every line of a ledger, newest first."""
+    rows = [list(row) for row in history_rows(ledger)]
+    return table(list(HISTORY), rows) if rows else "nothing was decided yet"
+
+
+def _config(_: Recipe) -> type[dg.Config]:
+    return PromotionConfig
+
+
+NODE = Node(
+    name=NAME,
+    description="Promote, hold or reject, by what no decision saw before; the ledger remembers what it cost.",
+    phase="release",
+    kinds=frozenset({"json"}),
+    body=materialise,
+    reads=(Read("eval_scores"),),
+    recipe=("evaluation", "publishing"),
+    config=_config,
+)

@@ -1,0 +1,1 @@
+"""What is asked of each model under judgement, by whom it is answered, and what the answers add up to."""

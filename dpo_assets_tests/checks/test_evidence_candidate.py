@@ -1,0 +1,237 @@
+"""How a scored challenger is decided on: first release, challenger of a champion, again, by override, taken back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from dpo_assets.checks.evidence.candidate import LOGP, REWARD, Candidate, ScoredPairs
+from dpo_assets.checks.evidence.ledger import Decided, Ledger, Override
+from dpo_assets.errors import ConfigError
+from dpo_assets_tests.samples import scored_pairs
+
+AT = "2026-11-27T12:00:00+00:00"
+WISH = Override(decision="promote", reason="asked for by the owners of the product")
+STOP = Override(decision="hold", reason="the owners of the product want to wait")
+
+
+def candidate(
+    folder: Path, table: pl.DataFrame, name: str = "m1", opponent: str | None = None, **changes: Any
+) -> Candidate:
+    path = folder / "scores.parquet"
+    table.write_parquet(path)
+    given: dict[str, Any] = {"fewest": 50, "inputs": {"eval_scores": f"scores of {name}"}}
+    return Candidate(name, opponent, pairs=ScoredPairs.read(path), **given | changes)
+
+
+def decided(ledger: Ledger, one: Candidate, override: Override | None = None) -> tuple[Ledger, Decided]:
+    return one.decide(ledger, override, AT)
+
+
+def live(ledger: Ledger, line: Decided, held_out: frozenset[str]) -> Ledger:
+    return ledger.released(
+        line, at=AT, repo_id="org/bot", commit=f"c{line.number}", tag="t", artefact=f"a{line.number}", known=held_out
+    )
+
+
+@pytest.fixture
+def champion(tmp_path: Path) -> Ledger:
+    """A ledger in which `m1` is live, released on 60 prompts."""
+    one = candidate(tmp_path, scored_pairs(0.8))
+    ledger, line = decided(Ledger(), one)
+    return live(ledger, line, one.held_out)
+
+
+def challenger(folder: Path, right: float = 0.9, *, new: int = 300, known: int = 60, **changes: Any) -> Candidate:
+    """`m2`, scored beside `m1`, which ranks 60 % well, on known prompts and on new ones."""
+    frozen = scored_pairs(0.6, champion=0.6, prompts=known) if known else None
+    fresh = scored_pairs(right, champion=0.6, prompts=new, first=known or 60, seed=2)
+    table = fresh if frozen is None else pl.concat([frozen, fresh])
+    return candidate(folder, table, "m2", "m1", **changes)
+
+
+# ------------------------------------------------------------------------------------------------------ first release
+
+
+@pytest.mark.parametrize(
+    ("table", "decision"),
+    [
+        (scored_pairs(0.8), "first_publication"),
+        (scored_pairs(0.8, prompts=50), "first_publication"),
+        (scored_pairs(0.9, prompts=49), "insufficient_evidence"),
+        (scored_pairs(0.55), "hold"),
+        (scored_pairs(0.2), "reject"),
+        (scored_pairs(0.8, of_start=0.9), "hold"),
+    ],
+    ids=["better", "just enough", "too few", "chance", "worse", "worse than its start by log-probability"],
+)
+def test_a_first_release_is_held_against_its_start(tmp_path: Path, table: pl.DataFrame, decision: str) -> None:
+    ledger, line = decided(Ledger(), candidate(tmp_path, table))
+    assert line.decision == decision
+    assert line.champion is None
+    assert ledger.lines == (line,)
+    looked = decision != "insufficient_evidence"
+    assert (set(line.primaries), len(line.saw)) == (({REWARD}, table.height) if looked else (set(), 0))
+
+
+def test_a_recipe_may_ask_for_more_prompts_and_for_no_fewer_than_fifty(tmp_path: Path) -> None:
+    few, many = scored_pairs(0.9, prompts=49), scored_pairs(0.9)
+    assert decided(Ledger(), candidate(tmp_path, few, fewest=1))[1].decision == "insufficient_evidence"
+    assert decided(Ledger(), candidate(tmp_path, many, fewest=61))[1].decision == "insufficient_evidence"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])
+@pytest.mark.parametrize("column", ["policy_chosen", "sft_rejected"])
+def test_a_score_that_is_no_number_is_rejected_and_no_override_lifts_that(
+    tmp_path: Path, column: str, bad: float | None
+) -> None:
+    table = scored_pairs(0.9)
+    spoilt = table.with_columns(pl.Series(column, [bad, *table[column].to_list()[1:]], dtype=pl.Float64))
+    one = candidate(tmp_path, spoilt)
+    for override in (None, WISH):
+        ledger, line = decided(Ledger(), one, override)
+        assert (line.decision, line.override, line.level) == ("reject", None, None)
+        assert column in line.reason
+        assert decided(ledger, one, WISH) == (ledger, line)
+
+
+def test_a_champion_that_scores_no_numbers_is_no_fault_of_the_challenger(tmp_path: Path, champion: Ledger) -> None:
+    """It is held, and a person may replace the champion."""
+    table = scored_pairs(0.9, champion=0.6, prompts=300, first=60).with_columns(champion_chosen=pl.lit(float("nan")))
+    one = candidate(tmp_path, table, "m2", "m1")
+    assert decided(champion, one)[1].decision == "hold"
+    assert decided(champion, one, WISH)[1].decision == "promote"
+
+
+def test_scores_of_an_earlier_version_are_told_as_such(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="without prompt_id; materialise `eval_scores` again"):
+        candidate(tmp_path, scored_pairs(0.9).drop("prompt_id"))
+    with pytest.raises(ConfigError, match="holds champion_chosen, champion_rejected, champion_start_chosen alone"):
+        candidate(tmp_path, scored_pairs(0.9, champion=0.5).drop("champion_start_rejected"))
+
+
+# ----------------------------------------------------------------------------------------------- against a champion
+
+
+def test_a_challenger_is_promoted_on_fresh_prompts_and_guarded_on_known_ones(tmp_path: Path, champion: Ledger) -> None:
+    one = challenger(tmp_path, known=0, new=60).evidence(champion)
+    assert {name: found.clusters for name, found in one.primaries.items()} == {REWARD: 60, LOGP: 60}
+    both = challenger(tmp_path)
+    evidence = both.evidence(champion)
+    assert [found.clusters for found in evidence.primaries.values()] == [300, 300]
+    assert [found.clusters for found in evidence.guards.values()] == [60, 60]
+    assert not evidence.against_start
+    # Sixty prompts rule no loss of five points out, where the two differ on half of them.
+    ledger, line = decided(champion, both)
+    assert (line.decision, line.champion) == ("hold", "m1")
+    assert "may have lost more than 0.05 on the frozen set" in line.reason
+    assert line.level is not None, "the fresh prompts were looked at"
+    assert not ledger.fresh(both.held_out)
+
+
+def test_a_challenger_that_is_better_and_lost_nothing_is_promoted(tmp_path: Path, champion: Ledger) -> None:
+    frozen = scored_pairs(0.6, champion=0.6, prompts=60)
+    same = frozen.with_columns(champion_chosen="policy_chosen")
+    fresh = scored_pairs(0.9, champion=0.6, prompts=300, first=60, seed=2)
+    one = candidate(tmp_path, pl.concat([same, fresh]), "m2", "m1")
+    ledger, line = decided(champion, one)
+    assert (line.decision, line.found) == ("promote", True)
+    assert set(line.primaries) == {REWARD, LOGP}
+    assert line.saw == tuple(sorted(f"prompt {n}" for n in range(60, 360)))
+    assert live(ledger, line, one.held_out).champion == "m2"
+
+
+def test_a_champion_counts_in_its_own_tokens_and_from_its_own_start(tmp_path: Path) -> None:
+    table = scored_pairs(0.9, champion=0.5).with_columns(
+        champion_chosen=pl.lit(-20.0), champion_rejected=pl.lit(-20.0),
+        champion_start_chosen=pl.lit(-21.0), champion_start_rejected=pl.lit(-19.0),
+        champion_chosen_tokens=pl.lit(20), champion_rejected_tokens=pl.lit(10),
+    )  # fmt: skip
+    pairs = candidate(tmp_path, table, "m2", "m1").pairs
+    assert set(pairs.reward_wins("champion", "champion_start")) == {1.0}
+    assert set(pairs.logp_wins("champion")) == {1.0}, "-1 a token against -2"
+    assert set(candidate(tmp_path, table.drop("champion_chosen_tokens")).pairs.logp_wins("champion")) == {0.5}
+
+
+def test_scores_beside_another_champion_decide_nothing(tmp_path: Path, champion: Ledger) -> None:
+    other = challenger(tmp_path)
+    with pytest.raises(ConfigError, match="against m1, and the champion is nothing; materialise `eval_scores` again"):
+        decided(Ledger(), other)
+    alone = candidate(tmp_path, scored_pairs(0.9), "m2")
+    with pytest.raises(ConfigError, match="against nothing, and the champion is m1"):
+        decided(champion, alone)
+
+
+# -------------------------------------------------------------------------------------------------- again, and by hand
+
+
+def test_the_same_scores_are_decided_on_once(tmp_path: Path, champion: Ledger) -> None:
+    one = challenger(tmp_path, right=0.6)
+    ledger, line = decided(champion, one)
+    assert decided(ledger, one) == (ledger, line)
+    assert ledger.budget().tests == champion.budget().tests + 1
+
+
+def test_too_little_evidence_is_looked_at_again_when_the_recipe_asks_for_less(tmp_path: Path) -> None:
+    strict, mild = (candidate(tmp_path, scored_pairs(0.9), fewest=fewest) for fewest in (100, 50))
+    ledger, line = decided(Ledger(), strict)
+    assert line.decision == "insufficient_evidence"
+    assert decided(ledger, strict) == (ledger, line)
+    assert decided(ledger, mild)[1].decision == "first_publication"
+
+
+def test_what_is_live_keeps_the_decision_that_released_it(tmp_path: Path, champion: Ledger) -> None:
+    """Also where it was scored again with other settings: it is no challenger of itself."""
+    again = candidate(tmp_path, scored_pairs(0.8), inputs={"eval_scores": "scored with more answers"})
+    assert decided(champion, again) == (champion, champion.decisions[0])
+    assert decided(champion, again, WISH) == (champion, champion.decisions[0])
+    with pytest.raises(ConfigError, match="this model is live: go back by the rollback job"):
+        decided(champion, again, STOP)
+
+
+def test_a_decision_that_waits_for_its_release_outlives_other_settings_of_the_evaluation(tmp_path: Path) -> None:
+    ledger, line = decided(Ledger(), candidate(tmp_path, scored_pairs(0.8)))
+    again = candidate(tmp_path, scored_pairs(0.8), inputs={"eval_scores": "scored with more answers"})
+    assert decided(ledger, again) == (ledger, line)
+
+
+def test_an_override_of_a_decision_that_is_there_looks_at_nothing(tmp_path: Path, champion: Ledger) -> None:
+    one = challenger(tmp_path, right=0.6)
+    ledger, held = decided(champion, one)
+    ledger, wished = decided(ledger, one, WISH)
+    assert (wished.decision, wished.level, wished.saw, wished.found) == ("promote", None, (), False)
+    assert f"decision {held.number} said hold" in wished.reason
+    assert WISH.reason in wished.reason
+    assert ledger.budget() == Ledger(lines=ledger.lines[:-1]).budget()
+    assert decided(ledger, one, WISH) == (ledger, wished), "the same wish again is the same decision"
+    assert decided(ledger, one) == (ledger, wished), "a refresh without a wish leaves it"
+    stopped, line = decided(ledger, one, STOP)
+    assert line.decision == "hold"
+    assert not stopped.may_release(wished)
+
+
+def test_an_override_at_the_first_look_spends_what_the_test_spent(tmp_path: Path) -> None:
+    by_hand, line = decided(Ledger(), candidate(tmp_path, scored_pairs(0.55)), WISH)
+    alone, _ = decided(Ledger(), candidate(tmp_path, scored_pairs(0.55)))
+    assert (line.decision, line.found, line.level is None) == ("first_publication", False, False)
+    assert by_hand.budget() == alone.budget()
+
+
+def test_what_was_rolled_back_is_not_released_again_by_the_next_refresh(tmp_path: Path, champion: Ledger) -> None:
+    one = challenger(tmp_path, right=0.6)
+    ledger, line = decided(champion, one, WISH)
+    ledger = live(ledger, line, one.held_out)
+    assert ledger.champion == "m2"
+    why = "it answers in the wrong language"
+    back = ledger.rolled_back(ledger.release(1), at=AT, repo_id="org/bot", commit="c9", reason=why)
+    after, held = decided(back, one)
+    assert (held.decision, held.level) == ("hold", None)
+    assert "it answers in the wrong language" in held.reason
+    assert not after.may_release(held)
+    assert decided(after, one) == (after, held)
+    again, wished = decided(after, one, Override(decision="promote", reason="the language was mended in serving"))
+    assert again.may_release(wished)
+    assert live(again, wished, one.held_out).champion == "m2"
