@@ -14,9 +14,11 @@ from pydantic import Field, create_model
 from dpo_assets.artifact import Artifact, read_kept, write_json
 from dpo_assets.assets.base_model import known_licence, read_facts, refuse_adapter_alone, refuse_unlicensed
 from dpo_assets.assets.dpo_dataset import dataset_stats
+from dpo_assets.assets.gguf_model import rehearse
 from dpo_assets.assets.lineage import Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.publication import access_ahead
+from dpo_assets.assets.scorers_ahead import refuse_scorers
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.config import plan_verdicts
 from dpo_assets.checks.coverage import coverage_table
@@ -38,6 +40,8 @@ def materialise(step: Step) -> Events:
     # Before anything is trained for it.
     refuse_adapter_alone(step.recipe.publishing, base)
     refuse_unlicensed(step.recipe, base)
+    rehearse(step, base)
+    refuse_scorers(step.recipe.evaluation)
     access = access_ahead(step, known_licence(step.recipe, base))
     recipe = apply_overrides(step.recipe, {name: step.config.get(name, {}) for name in OVERRIDABLE})
     plan = make_plan(recipe, _shape(base), dataset_stats(dataset), step.gpu.detect(), installed_here())
