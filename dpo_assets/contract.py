@@ -293,11 +293,10 @@ class ReleaseSpec(PlannedSpec):
         release = (self.policy, None) if merged else (self.base_model, self.adapter)
         return ("SFT", self.base_model, self.sft_adapter), ("policy", *release)
 
-    def smaller_forwards(self) -> Self | None:
-        """None where the release is scored in the smallest forwards already: training may have had larger ones."""
-        smaller = super().smaller_forwards()
-        shrinks = smaller and smaller.plan.at_release().token_budget < self.plan.at_release().token_budget
-        return smaller if shrinks else None
+    @property
+    def working_plan(self) -> TrainingPlan:
+        """That of the release: training may have had larger forwards."""
+        return self.plan.at_release()
 
 
 class BenchmarkFile(BaseModel):
