@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 
 from dpo_assets.artifact import Artifact, seal, write_json
-from dpo_assets.assets.eval_scores import SCORES, _learned
+from dpo_assets.assets.eval_scores import SCORES, _dpo_report, _learned
 from dpo_assets.checks.promotion import Margins
 from dpo_assets.checks.reports import NotMeasured
 from dpo_assets_tests.samples import aftermath_report, dpo_report
@@ -43,7 +43,7 @@ def test_the_margin_of_a_scored_pair_is_what_the_policy_prefers_the_chosen_answe
     tmp_path: Path, scores: Artifact
 ) -> None:
     held_out = aftermath_report()["held_out"] | {"margins": {"a": 3.5, "another": 1.0}}
-    found = _learned(adapter_with(tmp_path / "adapter", held_out), scores)
+    found = _learned(_dpo_report(adapter_with(tmp_path / "adapter", held_out)), scores)
     assert isinstance(found, Margins)
     assert found.merged == {"a": 3.0, "b": -1.0}
     assert found.means() == (3.5, 3.0, 1)
@@ -51,12 +51,12 @@ def test_the_margin_of_a_scored_pair_is_what_the_policy_prefers_the_chosen_answe
 
 def test_an_adapter_without_margins_is_one_of_an_earlier_version(tmp_path: Path, scores: Artifact) -> None:
     held_out = {name: value for name, value in aftermath_report()["held_out"].items() if name != "margins"}
-    assert _learned(adapter_with(tmp_path / "adapter", held_out), scores) is None
+    assert _learned(_dpo_report(adapter_with(tmp_path / "adapter", held_out)), scores) is None
     unread = adapter_with(tmp_path / "unread", held_out)
     (unread.path / "report.json").write_text(json.dumps({"said": "other things"}))
-    assert _learned(unread, scores) is None
+    assert _learned(_dpo_report(unread), scores) is None
 
 
 def test_an_adapter_that_was_not_measured_says_why(tmp_path: Path, scores: Artifact) -> None:
     adapter = adapter_with(tmp_path / "adapter", {"not_measured": "no pairs"})
-    assert _learned(adapter, scores) == NotMeasured(not_measured="no pairs")
+    assert _learned(_dpo_report(adapter), scores) == NotMeasured(not_measured="no pairs")

@@ -126,8 +126,8 @@ def _dpo_report(adapter: Artifact) -> DpoReport | None:
 
 
 def _learned(adapter: DpoReport | None, scores: Artifact) -> Learned:
-    """What was measured of the adapter, beside its pairs' margins after the merge."""
-    measured = adapter.held_out if adapter is not None else None
+    """What was measured of the adapter, beside its pairs' margins after the merge; None: of an earlier version."""
+    measured = adapter.held_out if adapter else None
     if isinstance(measured, HeldOutPairs):
         return Margins(measured, _margins(scores)) if measured.margins else None
     return measured

@@ -79,9 +79,9 @@ def materialise(step: Step) -> Events:
         "repo_id": publishing.repo_id,
         "record": sorted(ReleaseRecord.model_fields),
         "checks": _levels(step, inputs),
-        "standing": asdict(standing),
         "licence": licence and licence.model_dump(),
         "hub": step.hub.api().endpoint,
+        "standing": asdict(standing),
     }
     artifact, reused = step.build("published_model", config, inputs, make)
     publication = Publication(step, artifact, read_kept(artifact, FILES, ReleaseRecord).files, ledger)

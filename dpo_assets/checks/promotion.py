@@ -23,9 +23,6 @@ from dpo_assets.errors import ConfigError
 
 CHANCE = 0.5
 KEPT = 0.5  # Of the adapter's held-out margin.
-SOURCE = "exact paired tests over prompts, error spent over all decisions (arXiv 1910.04900); benchmarks/RESULTS.md"
-OUTCOME = "outcome.json"
-REASON = 10  # Characters that the reason of an override has at least.
 
 
 @dataclass(frozen=True)
@@ -44,6 +41,9 @@ class Margins:
 
 
 Learned = Margins | NotMeasured | None  # None: of an earlier version.
+SOURCE = "exact paired tests over prompts, error spent over all decisions (arXiv 1910.04900); benchmarks/RESULTS.md"
+OUTCOME = "outcome.json"
+REASON = 10  # Characters that the reason of an override has at least.
 
 
 class PromotionOutcome(BaseModel):
