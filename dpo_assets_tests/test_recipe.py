@@ -359,6 +359,9 @@ def test_the_values_of_whoever_declares_nothing_are_these() -> None:
             "sampled_answers": 32,
             "corpus": None,
             "judge": None,
+            "reward_model": None,
+            "benchmarks": [],
+            "harness": None,
         },
         "publishing": {
             "repo_id": None,
@@ -367,6 +370,7 @@ def test_the_values_of_whoever_declares_nothing_are_these() -> None:
             "private": True,
             "adopt": None,
             "endpoint": None,
+            "gguf": None,
         },
         "refresh": {"schedule": "0 3 * * *", "sensor_interval_seconds": 60},
         "hardware": {

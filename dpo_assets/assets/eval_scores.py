@@ -46,7 +46,7 @@ def materialise(step: Step) -> Events:
     # On a quantised base training measured another model than is released.
     kl = None if merged and plan.precision in QUANTISED else divergence_in_training(adapter)
     sampled = 0 if kl else evaluation.sampled_answers
-    settings = evaluation.model_dump(exclude={"min_pairs", "judge", "corpus", "sampled_answers"})
+    settings = evaluation.model_dump(include={"confidence", "generations", "max_new_tokens"})
     config: dict[str, object] = {"evaluation": settings, "sampled_answers": sampled}
     config["corpus"] = file_sha256(corpus) if corpus.is_file() else ""
     if champion is not None:

@@ -107,6 +107,21 @@ CHECKS: tuple[CheckInfo, ...] = (
         "judge_health", "judged_answers", "The judge answers, agrees with itself and with people.", blocking=False
     ),
     CheckInfo("judged_better", "judged_answers", "The judge does not prefer the answers of SFT.", blocking=False),
+    CheckInfo("gguf_loads", "gguf_model", "The file read back is the merged model, its tokens and template included."),
+    CheckInfo(
+        "reward_model_health",
+        "reward_model_scores",
+        "The reward model scores what it is given, and agrees with people.",
+        blocking=False,
+    ),
+    CheckInfo(
+        "rewarded_better", "reward_model_scores", "The reward model does not prefer the answers of SFT.", blocking=False
+    ),
+    CheckInfo("benchmark_whole", "benchmark_scores", "Every row of every benchmark was scored.", blocking=False),
+    CheckInfo("benchmark_unseen", "benchmark_scores", "No row asks what the model was trained on.", blocking=False),
+    CheckInfo(
+        "harness_retained", "harness_scores", "No task is answered worse than by SFT, beyond chance.", blocking=False
+    ),
     CheckInfo(
         "promotion_verdict", "promotion", "The policy beats what is live, or its start, beyond chance; it lost nothing."
     ),

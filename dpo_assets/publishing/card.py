@@ -217,7 +217,7 @@ def _use(facts: CardFacts) -> str:
     release = facts.repo_id or "."  # The folder of this card, for as long as it is nowhere else.
     base = None if facts.artifact == "merged" else (facts.base_source, facts.base_revision)
     snippet = load_snippet(release, base, beyond_text=facts.beyond_text, template_arguments=facts.template_arguments)
-    serve = serve_line(release, base, facts.plan.lora.rank)
+    serve = serve_line(release, base, facts.plan.lora.rank, facts.template_arguments)
     return f"```python\n{snippet}\n```\n\nServed by vLLM:\n\n```sh\n{serve}\n```"
 
 

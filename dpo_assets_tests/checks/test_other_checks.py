@@ -17,6 +17,7 @@ from dpo_assets.assets.published_model import RELEASE
 from dpo_assets.assets.published_model import verify as release_verified
 from dpo_assets.checks.aftermath import aftermath_verdicts, collapse_verdict
 from dpo_assets.checks.bands import default_bands
+from dpo_assets.checks.benchmarks import benchmark_verdicts
 from dpo_assets.checks.catalog import CHECKS, checks_of
 from dpo_assets.checks.collapse import CollapseLimits
 from dpo_assets.checks.config import plan_verdicts
@@ -24,7 +25,10 @@ from dpo_assets.checks.coverage import lora_coverage
 from dpo_assets.checks.dataset import dataset_verdicts
 from dpo_assets.checks.evaluation import champion_scored, divergence_in_training, released_kl
 from dpo_assets.checks.evidence.ledger import Override
-from dpo_assets.checks.judged import judge_verdicts
+from dpo_assets.checks.evidence.paired import compare
+from dpo_assets.checks.gguf import gguf_verdicts
+from dpo_assets.checks.harness import harness_verdicts
+from dpo_assets.checks.judged import judge_verdicts, reward_model_verdicts
 from dpo_assets.checks.judged_text import judged_text_kept
 from dpo_assets.checks.neutral import neutral_perplexity
 from dpo_assets.checks.promotion import (
@@ -50,17 +54,21 @@ from dpo_assets_tests.samples import (
     SHA,
     aftermath_report,
     answers,
+    benchmark_scores,
     champion_scores,
     coverage,
     dataset_report,
     dpo_report,
     evaluation_report,
+    gguf_report,
+    harness_scores,
     judged_answers,
     neutral,
     plan,
     promotion_outcome,
     quality,
     recipe,
+    reward_model_scores,
     score,
 )
 
@@ -621,6 +629,18 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
             judged_answers(nulls=50, share=score(0.2, 0.1, 0.3), corrected=score(0.1, 0.0, 0.2))
             if fail
             else judged_answers()
+        ),
+        "gguf_model": gguf_verdicts(gguf_report(not_finite=("blk.0.attn_q.weight",)) if fail else gguf_report()),
+        "reward_model_scores": reward_model_verdicts(
+            reward_model_scores(left_out={"too_long": 50}, corrected=score(0.1, 0.0, 0.2))
+            if fail
+            else reward_model_scores()
+        ),
+        "benchmark_scores": benchmark_verdicts(
+            benchmark_scores(left_out={"too_long": 3} if fail else {}), {"b": 1 if fail else 0}
+        ),
+        "harness_scores": harness_verdicts(
+            harness_scores(comparison=compare([0.0] * 50, [1.0] * 50)) if fail else harness_scores()
         ),
         "promotion": [promotion_verdict(promotion_outcome("reject" if fail else "first_publication"), dry_run=True)],
         "published_model": [release_verified(artifact, operations, None)],

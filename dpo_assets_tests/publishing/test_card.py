@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from dpo_assets.planning.licence import Licence, front_matter
 from dpo_assets.publishing.card import CardFacts, Standing, card_settings, render_card
-from dpo_assets.publishing.loading import load_snippet, serve_line
+from dpo_assets.publishing.loading import gguf_upload_line, llama_server_line, load_snippet, ollama_line, serve_line
 from dpo_assets.publishing.trace import Withdrawn
 from dpo_assets.recipe import Recipe, parse_recipe
 from dpo_assets_tests.samples import RECIPE, SHA, dataset_report, dpo_report, evaluation_report, merge_report, plan
@@ -294,9 +294,22 @@ def test_vllm_is_told_base_revision_tokenizer_and_a_rank_that_it_knows() -> None
     told = shlex.split(serve_line("org/bot", ("org/base", SHA), 24))
     assert told[:7] == ["vllm", "serve", "org/base", "--revision", SHA, "--tokenizer", "org/bot"]
     assert told[7:] == ["--enable-lora", "--max-lora-rank", "32", "--lora-modules", "bot=org/bot"]
+    for of in (None, ("org/base", SHA)):
+        told = shlex.split(serve_line("org/bot", of, 16, {"enable_thinking": False}))
+        assert told[-2] == "--default-chat-template-kwargs"
+        assert json.loads(told[-1]) == {"enable_thinking": False}
     for rank, room in {1: 8, 8: 8, 9: 16, 512: 512}.items():
         given = shlex.split(serve_line("a/b", ("c/d", None), rank))
         assert given[given.index("--max-lora-rank") + 1] == str(room)
+
+
+def test_a_gguf_file_is_served_through_its_own_chat_template_with_the_arguments_of_training() -> None:
+    assert shlex.split(llama_server_line("/a b/bot.gguf")) == ["llama-server", "--model", "/a b/bot.gguf", "--jinja"]
+    told = shlex.split(llama_server_line("bot.gguf", {"enable_thinking": False}))
+    assert told[-2] == "--chat-template-kwargs"
+    assert json.loads(told[-1]) == {"enable_thinking": False}
+    assert shlex.split(ollama_line("bot", "/a b/Modelfile")) == ["ollama", "create", "bot", "-f", "/a b/Modelfile"]
+    assert shlex.split(gguf_upload_line("org/bot", "/a b"))[2:4] == ["org/bot-GGUF", "/a b"]
 
 
 def test_the_settings_of_a_card_are_sections_of_a_recipe() -> None:

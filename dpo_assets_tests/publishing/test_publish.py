@@ -136,9 +136,12 @@ def test_a_champion_of_somebody_else_is_refused_before_anything_is_sent(
     repo.tags[CHAMPION] = theirs
     hub.requests.clear()
     new = staged(tmp_path, CONFIG_2)
+    told = f"the tag `champion` of {REPO} points at {theirs}"
     for ask in (send, look):
-        with pytest.raises(PublishRefused, match=f"the tag `champion` of {REPO} points at {theirs}"):
+        with pytest.raises(PublishRefused, match=told):
             ask(api, new)
+    with pytest.raises(PublishRefused, match=told):  # Before anything is trained for it.
+        check_access(HubRepository(api, REPO, "HF_TOKEN", PATIENCE), private=True, adopt=None)
     assert hub.changes == []
     adopted = send(api, new, adopt=REPO)
     assert repo.tags[CHAMPION] == adopted.commit == adopted.champion
