@@ -278,8 +278,8 @@ def _retention(args: argparse.Namespace) -> int:
     import dagster as dg
     from rich.table import Table
 
+    from dpo_assets.assets.pipeline import Pipeline
     from dpo_assets.assets.retention import retain
-    from dpo_assets.assets.step import Pipeline
     from dpo_assets.disk import gib
     from dpo_assets.resources.artifacts import ArtifactStore
 

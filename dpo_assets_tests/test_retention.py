@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from dpo_assets import build_dpo_defs
 from dpo_assets.artifact import ArtifactTree, open_artifact, write_json
+from dpo_assets.assets.materialisations import FINGERPRINT
+from dpo_assets.assets.pipeline import Pipeline
 from dpo_assets.assets.retention import Retained, of_ledger, retain
-from dpo_assets.assets.step import FINGERPRINT, Pipeline
 from dpo_assets.checks.evidence.ledger import Decided, Ledger, Primary
 from dpo_assets.checks.evidence.ledger_file import LedgerFile
 from dpo_assets.cli import main

@@ -10,8 +10,10 @@ from pydantic import Field
 
 from dpo_assets.artifact import ArtifactTree, is_fingerprint
 from dpo_assets.assets.graph import nodes_of
+from dpo_assets.assets.materialisations import FINGERPRINT
+from dpo_assets.assets.pipeline import Pipeline
 from dpo_assets.assets.promotion import read_ledger
-from dpo_assets.assets.step import FINGERPRINT, Pipeline, final
+from dpo_assets.assets.step import final
 from dpo_assets.checks.evidence.ledger import Decided, Ledger
 from dpo_assets.disk import gib
 from dpo_assets.errors import DpoAssetsError, InfrastructureError
