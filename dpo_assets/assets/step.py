@@ -17,6 +17,7 @@ import dagster as dg
 from dpo_assets.artifact import VOLATILE, Artifact, ArtifactTree, fingerprint, is_fingerprint, write_json
 from dpo_assets.assets.event_log import Event, scrubbed, without_secrets
 from dpo_assets.assets.lineage import Conflict, Inputs, Lineage, Read, whole
+from dpo_assets.assets.turn import OutOfTurn, await_turn, retries_waited
 from dpo_assets.checks.bands import Bands, default_bands
 from dpo_assets.checks.catalog import checks_of, severity_of
 from dpo_assets.checks.verdict import Level, Verdict, with_severity
@@ -32,6 +33,7 @@ from dpo_assets.resources.launcher import TrainingLauncher
 
 Events = Iterator[Event]
 MAX_RETRIES, RETRY_SECONDS = 2, 5.0  # Of faults of infrastructure; the wait doubles.
+MAX_WAITS, WAIT_SECONDS = 100_000, 10.0  # Of a step that gives its slot of a pool back while it waits for its turn.
 MAX_HALVINGS = 3  # Of the token budget, after a stage ran out of memory.
 FINGERPRINT, PATH, DIGEST, REUSED = "dpo_assets/fingerprint", "path", "digest", "reused"
 UNLESS_TRAINED = (
@@ -210,6 +212,16 @@ class Step:
             if not page.has_more:
                 return
             cursor = page.cursor
+
+    def overtaken_by(self, node: str) -> str | None:
+        """The run that made something else of `node` after this run did; None: what this run reads is the latest."""
+        recent = [
+            (run, str(metadata[FINGERPRINT].value)) for run, metadata in islice(self._materialisations(node), PAGE)
+        ]
+        mine = next((print_ for run, print_ in recent if run == self.context.run_id), None)
+        if mine is None or recent[0][1] == mine:
+            return None
+        return recent[0][0]
 
     def build(self, node: str, config: Any, inputs: Inputs, make: Callable[[Path, str], None]) -> tuple[Artifact, bool]:
         """The artefact for `config` and `inputs`, and whether an equal one was there already.
@@ -399,7 +411,11 @@ def guarded(step: Step, node: str, events: Events) -> Events:
     start the training again that someone just stopped. A policy that a job brings along has no say in these.
     """
     try:
+        if not step.only_checks:
+            await_turn(step.context, step.tree)
         yield from map(scrubbed, events)
+    except OutOfTurn as error:
+        raise dg.RetryRequested(max_retries=MAX_WAITS, seconds_to_wait=WAIT_SECONDS) from error
     except GateError as error:
         fault = Verdict(error.check, "error", error.value, error.band, error.source, error.fix, note=str(error))
         yield scrubbed(step.check_result(node, fault))
@@ -407,12 +423,13 @@ def guarded(step: Step, node: str, events: Events) -> Events:
     except (ConfigError, OutOfMemory, StageTimeout) as error:
         raise final(str(error)) from None
     except InfrastructureError as error:
-        said, attempt = scrub(str(error)), step.context.op_execution_context.retry_number
+        waited = retries_waited(step.context, step.tree)
+        said, attempt = scrub(str(error)), step.context.op_execution_context.retry_number - waited
         if attempt >= MAX_RETRIES:
             raise final(f"{said}\nGiven up after {attempt + 1} attempts.") from None
         step.context.log.warning(f"attempt {attempt + 1} failed, another follows: {said}")
         wait = RETRY_SECONDS * 2**attempt
-        raise dg.RetryRequested(max_retries=MAX_RETRIES, seconds_to_wait=wait) from InfrastructureError(said)
+        raise dg.RetryRequested(max_retries=MAX_RETRIES + waited, seconds_to_wait=wait) from InfrastructureError(said)
     except Exception as error:
         if isinstance(error, dg.Failure) or (safe := without_secrets(error)) is None:
             raise

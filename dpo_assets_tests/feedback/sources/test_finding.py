@@ -259,7 +259,7 @@ def test_of_a_presigned_url_only_the_path_is_told(tmp_path: Path, website: str) 
     assert outcome(file).values == ROWS
     assert (file.name, file.origin) == ("a.jsonl.gz", f"{website}/a.jsonl.gz?[secret]")
     assert "hunter2" not in repr(file)
-    assert "hunter2" not in repr(glance([FeedbackSource(path=signed)]))
+    assert "hunter2" not in repr(glance(FeedbackSource(path=signed)))
     assert not [path for path in (tmp_path / "landing").rglob("*") if "hunter2" in path.name]
     assert not [path for path in (tmp_path / "landing").rglob("*.json") if "hunter2" in path.read_text()]
 
