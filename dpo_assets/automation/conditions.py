@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import dagster as dg
 
@@ -23,11 +24,11 @@ def freshness_policy(node: Node, recipe: Recipe) -> dg.FreshnessPolicy | None:
     return dg.FreshnessPolicy.time_window(fail_window=overdue, warn_window=overdue * WARN_FROM)
 
 
-def automation_condition(node: Node, recipe: Recipe) -> dg.AutomationCondition[dg.AssetKey] | None:
+def automation_condition(node: Node, recipe: Recipe) -> dg.AutomationCondition[Any] | None:
     """When Dagster materialises the node by itself; None: never.
 
     `eager` follows new content (data versions), not materialisations: an asset that was reused moves nothing. Neither
-    goes on behind a blocking check that failed, which both of Dagster's conditions do by themselves.
+    goes on behind a blocking check that failed, as Dagster's `eager` and `on_cron` do when they are left alone.
     """
     refresh: RefreshSection = recipe.refresh
     if refresh.automation == "off":
@@ -35,5 +36,6 @@ def automation_condition(node: Node, recipe: Recipe) -> dg.AutomationCondition[d
     behind_gates = dg.AutomationCondition.all_deps_blocking_checks_passed()
     if refresh.automation == "cron":
         return dg.AutomationCondition.on_cron(refresh.schedule, refresh.time_zone) & behind_gates
-    changed = dg.AutomationCondition.data_version_changed()
-    return dg.AutomationCondition.eager().replace(dg.AutomationCondition.newly_updated(), changed) & behind_gates
+    # By its label: in 1.13 conditions without fields equal each other, and `replace` would take any for this one.
+    new_content = dg.AutomationCondition.data_version_changed() & ~dg.AutomationCondition.executed_with_root_target()
+    return dg.AutomationCondition.eager().replace("newly_updated_without_root", new_content) & behind_gates

@@ -165,7 +165,7 @@ class Tick:
     def _paused_until(self, failed: Sequence[Refresh]) -> float:
         if not failed:
             return 0.0
-        return (failed[0].ended or failed[0].started) + RETRY_MINUTES * 60 * 2 ** (len(failed) - 1)
+        return (failed[0].ended or failed[0].started) + RETRY_MINUTES * 60 * 2.0 ** (len(failed) - 1)
 
     def _enough(self, cursor: Cursor) -> tuple[bool, str]:
         names = ", ".join(f"`{look.name}`" for look in self.changed)

@@ -181,7 +181,7 @@ class _Side(BaseHTTPRequestHandler):
     tag = "one"
     released = threading.Event()
 
-    def do_GET(self) -> None:  # noqa: N802 - http.server finds its handlers by these names
+    def do_GET(self) -> None:
         if "silent" in self.path:
             self.released.wait(30)
             return
@@ -193,7 +193,7 @@ class _Side(BaseHTTPRequestHandler):
         if self.command == "GET":
             self.wfile.write(b"{}\n")
 
-    def do_HEAD(self) -> None:  # noqa: N802
+    def do_HEAD(self) -> None:
         self.do_GET()
 
     def log_message(self, *_: object) -> None:
