@@ -33,10 +33,14 @@ from dpo_assets.artifact import seal
 from dpo_assets.contract import (
     EXPLAINED_EXIT,
     FAILURE_FILE,
+    BenchmarkSpec,
     EvaluateSpec,
     Failure,
+    GgufSpec,
+    HarnessSpec,
     MergeSpec,
     PlannedSpec,
+    RewardSpec,
     Spec,
     Stage,
     TokenizeSpec,
@@ -56,6 +60,10 @@ SPECS: dict[Stage, type[Spec]] = {
     "dpo": TrainSpec,
     "merge": MergeSpec,
     "evaluate": EvaluateSpec,
+    "gguf": GgufSpec,
+    "reward": RewardSpec,
+    "benchmark": BenchmarkSpec,
+    "harness": HarnessSpec,
 }
 
 
