@@ -75,6 +75,7 @@ def test_eager_follows_new_content_and_stops_behind_a_red_gate(instance: dg.Dags
     assert materialize(recipe, instance, ["raw_preferences"]).success
     names, cursor = requested(instance, recipe, cursor)
     assert {"dpo_dataset", "quarantined_preferences"} <= names
+    _, cursor = requested(instance, recipe, cursor)  # What was asked for counts as handled for a tick.
     # The same content once more: a materialisation, and nothing new.
     assert materialize(recipe, instance, ["raw_preferences"]).success
     names, cursor = requested(instance, recipe, cursor)
