@@ -13,8 +13,9 @@ from pydantic import BaseModel, Field
 
 from dpo_assets.assets.graph import LINEAGE, steps
 from dpo_assets.assets.node import Node, column_schema
+from dpo_assets.assets.pipeline import Pipeline
 from dpo_assets.assets.rollback import rollback_job
-from dpo_assets.assets.step import Events, Pipeline, Step, guarded
+from dpo_assets.assets.step import Events, Step, guarded
 from dpo_assets.automation import (
     automation_condition,
     freshness_policy,

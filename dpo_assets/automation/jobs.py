@@ -5,7 +5,7 @@ from __future__ import annotations
 import dagster as dg
 
 from dpo_assets.assets.graph import nodes_of
-from dpo_assets.assets.step import Pipeline
+from dpo_assets.assets.pipeline import Pipeline
 from dpo_assets.errors import ConfigError
 
 

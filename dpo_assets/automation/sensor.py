@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import dagster as dg
 
+from dpo_assets.assets.pipeline import Pipeline
 from dpo_assets.assets.raw_preferences import read_options
-from dpo_assets.assets.step import Pipeline
 from dpo_assets.assets.turn import is_lost
 from dpo_assets.assets.watched import last_read, look_at, shelf_of
 from dpo_assets.automation.waiting import Cursor, Outcome, Refresh, Tick

@@ -10,7 +10,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from dpo_assets.assets.step import Pipeline
+from dpo_assets.assets.pipeline import Pipeline
 from dpo_assets.automation import new_feedback_sensor, refresh_job
 from dpo_assets.automation.sensor import FEEDBACK
 from dpo_assets.recipe import parse_recipe

@@ -20,8 +20,9 @@ import pytest
 import dpo_assets.assets.step as step_module
 from dpo_assets import DpoPipeline
 from dpo_assets.assets import published_model
+from dpo_assets.assets.materialisations import FINGERPRINT
 from dpo_assets.assets.node import Node
-from dpo_assets.assets.step import FINGERPRINT, Events, Step, guarded
+from dpo_assets.assets.step import Events, Step, guarded
 from dpo_assets.assets.turn import Holder, is_lost
 from dpo_assets.errors import InfrastructureError
 from dpo_assets.recipe import parse_recipe
