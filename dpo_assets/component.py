@@ -17,7 +17,13 @@ from dpo_assets.assets.pipeline import Pipeline
 from dpo_assets.assets.retention import retention_job
 from dpo_assets.assets.rollback import rollback_job
 from dpo_assets.assets.step import Events, Step, guarded
-from dpo_assets.automation import new_feedback_sensor, refresh_job, refresh_schedule
+from dpo_assets.automation import (
+    automation_condition,
+    freshness_policy,
+    new_feedback_sensor,
+    refresh_job,
+    refresh_schedule,
+)
 from dpo_assets.checks.bands import default_bands
 from dpo_assets.checks.catalog import checks_of, severity_of, validate_severities
 from dpo_assets.errors import ConfigError
@@ -134,6 +140,8 @@ class DpoPipeline(dg.Component, dg.Resolvable):
             kinds=set(node.kinds),
             metadata=metadata,
             code_version=self._code_version(node),
+            freshness_policy=freshness_policy(node, self.pipeline.recipe),
+            automation_condition=automation_condition(node, self.pipeline.recipe),
         )
 
     def execute(self, step: Step, nodes: tuple[Node, ...]) -> Events:

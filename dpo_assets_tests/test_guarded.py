@@ -25,6 +25,7 @@ from dpo_assets.errors import (
     StageTimeout,
 )
 from dpo_assets.recipe import Recipe, parse_recipe
+from dpo_assets.resources.artifacts import ArtifactStore
 from dpo_assets.resources.launcher import WorkerDied
 from dpo_assets_tests.pipelines import STORIES, demo_recipe, failed_checks, failures, materialize
 
@@ -220,6 +221,7 @@ def test_what_recipe_and_resources_name_as_secret_is_masked(
 def test_a_sensor_that_cannot_read_says_so_without_a_secret(instance: dg.DagsterInstance) -> None:
     recipe = demo_recipe(feedback={"sources": [{"path": f"memory://{SECRET}/votes.jsonl", "format": "trl"}]})
     (sensor,) = build_dpo_defs("bot", recipe).sensors or ()
-    said = sensor(dg.build_sensor_context(instance=instance))
+    with dg.build_sensor_context(instance, resources={"bot_artifacts": ArtifactStore()}) as context:
+        said = sensor.evaluate_tick(context)
     assert "[secret]/votes.jsonl` matches no file" in str(said.skip_message)
     assert SECRET not in str(said.skip_message)

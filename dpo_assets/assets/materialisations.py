@@ -61,6 +61,14 @@ class Materialisations:
                 return
             cursor = page.cursor
 
+    def overtaken_by(self, node: str) -> str | None:
+        """The run that made something else of `node` after this run did; None: what this run has is the latest."""
+        recent = [(run, str(metadata[FINGERPRINT].value)) for run, metadata in islice(self.of(node), PAGE)]
+        mine = next((print_ for run, print_ in recent if run == self.run_id), None)
+        if mine is None or recent[0][1] == mine:
+            return None
+        return recent[0][0]
+
     def _fingerprint(self, node: str) -> str | None:
         """That of this run's materialisation, or else of the latest; None where there is none."""
         recent = list(islice(self.of(node), PAGE))

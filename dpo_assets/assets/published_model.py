@@ -46,6 +46,7 @@ def materialise(step: Step) -> Events:
     What is held while a champion is live is left out: nothing is made, and the champion stays.
     """
     publishing = step.recipe.publishing
+    refuse_overtaken(step)
     inputs, ledger = step.inputs(), read_ledger(step.tree)
     outcome = PromotionOutcome.of(inputs["promotion"])
     sends = not publishing.dry_run and not step.only_checks
@@ -215,6 +216,20 @@ def held_back(outcome: PromotionOutcome, ledger: Ledger) -> str | None:
             "Collect more pairs, or decide with `override` and a `reason` in the launchpad of `promotion`."
         )
     return f"{decided.decision}: {decided.reason}; release {ledger.live.release} stays live"
+
+
+def refuse_overtaken(step: Step) -> None:
+    """A run that is no longer the newest releases nothing, and stages nothing that would stand for the latest.
+
+    Raises:
+        ConfigError: another run has made what this one would release, since.
+    """
+    for node in ("merged_model", "promotion"):
+        if not step.only_checks and (other := step.overtaken_by(node)) is not None:
+            raise ConfigError(
+                f"this run was overtaken: run {other} has materialised another `{node}` since. Nothing was released, "
+                "and what is live is as it was; the release is that run's, or that of the next refresh."
+            )
 
 
 def _left_out(step: Step, held: str) -> Events:

@@ -16,6 +16,7 @@ from dpo_assets.assets.lineage import Inputs, Lineage
 from dpo_assets.assets.materialisations import FINGERPRINT, Materialisations
 from dpo_assets.assets.out_of_memory import run_with_smaller_forwards
 from dpo_assets.assets.pipeline import Pipeline
+from dpo_assets.assets.turn import OutOfTurn, await_turn, retries_waited
 from dpo_assets.assets.upstream import Upstream
 from dpo_assets.checks.bands import Bands, default_bands
 from dpo_assets.checks.catalog import checks_of, severity_of
@@ -35,6 +36,7 @@ from dpo_assets.resources.launcher import TrainingLauncher
 
 Events = Iterator[Event]
 MAX_RETRIES, RETRY_SECONDS = 2, 5.0  # Of faults of infrastructure; the wait doubles.
+MAX_WAITS, WAIT_SECONDS = 100_000, 10.0  # Of a step that gives its slot of a pool back while it waits for its turn.
 PATH, DIGEST, REUSED = "path", "digest", "reused"
 
 
@@ -106,6 +108,10 @@ class Step:
     @property
     def _made(self) -> Materialisations:
         return Materialisations(self.context.instance, self.pipeline, self.tree, self.context.run_id)
+
+    def overtaken_by(self, node: str) -> str | None:
+        """The run that made something else of `node` after this run did; None: what this run reads is the latest."""
+        return self._made.overtaken_by(node)
 
     def build(self, node: str, config: Any, inputs: Inputs, make: Callable[[Path, str], None]) -> tuple[Artifact, bool]:
         """The artefact for `config` and `inputs`, and whether an equal one was there already.
@@ -241,12 +247,16 @@ def guarded(step: Step, node: str, events: Events) -> Events:
     """
     root, say = step.tree.root, step.context.log.info
     try:
+        if not step.only_checks:
+            await_turn(step.context, step.tree)
         refuse_closed(root)
         sweep(root, say)
         share_hashes(root / HASHED / f"{step.context.run_id}.jsonl")
         # Whoever deletes what is not needed any more waits for those who read.
         with shared(root / IN_USE, say):
             yield from map(scrubbed, events)
+    except OutOfTurn as error:
+        raise dg.RetryRequested(max_retries=MAX_WAITS, seconds_to_wait=WAIT_SECONDS) from error
     except GateError as error:
         fault = Verdict(error.check, "error", error.value, error.band, error.source, error.fix, note=str(error))
         yield scrubbed(step.check_result(node, fault))
@@ -254,12 +264,13 @@ def guarded(step: Step, node: str, events: Events) -> Events:
     except (ConfigError, DiskFull, OutOfMemory, StageTimeout) as error:
         raise final(str(error)) from None
     except InfrastructureError as error:
-        said, attempt = scrub(str(error)), step.context.op_execution_context.retry_number
+        waited = retries_waited(step.context, step.tree)
+        said, attempt = scrub(str(error)), step.context.op_execution_context.retry_number - waited
         if attempt >= MAX_RETRIES:
             raise final(f"{said}\nGiven up after {attempt + 1} attempts.") from None
         step.context.log.warning(f"attempt {attempt + 1} failed, another follows: {said}")
         wait = RETRY_SECONDS * 2**attempt
-        raise dg.RetryRequested(max_retries=MAX_RETRIES, seconds_to_wait=wait) from InfrastructureError(said)
+        raise dg.RetryRequested(max_retries=MAX_RETRIES + waited, seconds_to_wait=wait) from InfrastructureError(said)
     except Exception as error:
         if is_full(error):
             raise final(full(root, 0, scrub(str(error)))) from None

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
 
@@ -29,6 +30,7 @@ from dpo_assets.locks import TEMPORARY, scratch_folder
 from dpo_assets.planning.storage import stage_bytes
 from dpo_assets.publishing.secrets import is_secret, scrub, scrub_all
 from dpo_assets.resources.environment import planned_gpu, worker_environment
+from dpo_assets.resources.gpu_lock import gpu_held
 from dpo_assets.resources.messages import ScrubbedMessageReader
 from dpo_assets.resources.nvml import VISIBLE
 
@@ -113,9 +115,11 @@ class LocalLauncher(TrainingLauncher):
                 message_reader=ScrubbedMessageReader(dg.PipesTempFileMessageReader()),
             ) as session,
             log.open("wb") as output,
+            ExitStack() as held,
         ):
             # Its temporary files lie in this run's scratch folder, so they go also when it is killed.
             environment = {**worker_environment(spec, self.environment), "TMPDIR": str(work)}
+            held.enter_context(gpu_held(environment[VISIBLE], context.log))
             process = self._start(command, {**environment, **session.get_bootstrap_env_vars()}, output)
             context.log.info(f"started worker stage `{stage}`, process group {process.pid}")
             if isinstance(spec, PlannedSpec) and (shown := environment[VISIBLE]) not in ("", planned_gpu(spec.plan)):
