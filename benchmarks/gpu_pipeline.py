@@ -260,7 +260,11 @@ def peaks(path: Path) -> dict[str, dict[str, float]]:
     if not path.is_file():
         return {}
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return {row["arguments"][0]: {k: v for k, v in row.items() if k != "arguments"} for row in rows if row["arguments"]}
+    return {
+        row["arguments"][0]: {k: v for k, v in row.items() if k != "arguments"}
+        for row in rows
+        if row["arguments"] and row["peak_allocated_gib"]  # Libraries start helpers of their own.
+    }
 
 
 def released(folder: str) -> dict[str, int]:

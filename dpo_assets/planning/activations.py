@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dpo_assets.planning.decoder import Attention, Decoder, Experts, Layer, Mlp, Recurrent
+from dpo_assets.planning.engines import UNSLOTH_FAMILIES
 from dpo_assets.planning.shape import Kernels, Trainer
 from dpo_assets.recipe import EVERY_LINEAR, LoraSection
 
@@ -36,7 +37,8 @@ def kept_bytes(
     """
     if kernels == "fused":
         return _fused(layer, decoder, lora, width)
-    if kernels == "unsloth" and not (layer.norms.after_mixer or layer.norms.after_mlp):
+    written = decoder.family in UNSLOTH_FAMILIES and not (layer.norms.after_mixer or layer.norms.after_mlp)
+    if kernels == "unsloth" and written:
         return _unsloth(layer, decoder, lora, width)
     casts = width * sum(_inputs(layer, decoder.hidden, lora)) if trainer == "trl" and kernels == "transformers" else 0.0
     return _autograd(layer, decoder, kernels, lora, width, trainer, fla=fla) + casts
@@ -119,8 +121,9 @@ def _fused(layer: Layer, decoder: Decoder, lora: LoraSection, width: int) -> flo
 
 
 def _unsloth(layer: Layer, decoder: Decoder, lora: LoraSection, width: int) -> float:
-    """Unsloth's own layers, which it has for decoders without norms after a block: both blocks' inputs, normed and not,
-    q, k and v, the rotated ones, the attention's output, gate and up. The factor of `hidden` is fitted (1B, H200)."""
+    """Layers that Unsloth wrote itself: both blocks' inputs, normed and not, q, k and v, the rotated ones, the
+    attention's output, gate and up. The factor of `hidden` is fitted (1B, H200). Of other families it compiles the
+    model's own blocks."""
     hidden = decoder.hidden
     values: float = 5 * hidden + lora.rank * len(_inputs(layer, hidden, lora)) + 2 * mlp_width(layer.mlp)
     if isinstance(layer.mixer, Recurrent):
