@@ -295,8 +295,16 @@ class ArtifactTree:
             except BaseException:
                 shutil.rmtree(scratch, ignore_errors=True)
                 raise
-            _sync_directory(final.parent)
+            sync_directory(final.parent)
             return open_artifact(final), False
+
+    def checkpoints(self, kind: str, fingerprint: str) -> Path:
+        """Where a stage that makes the artefact keeps its checkpoints: not in the folder that goes when it fails."""
+        return self.root / "checkpoints" / kind / self.directory(kind, fingerprint).name
+
+    def forget_checkpoints(self, kind: str, fingerprint: str) -> None:
+        """Removes them; what was set aside as damaged stays. Only for an artefact that is sealed and in its place."""
+        shutil.rmtree(self.checkpoints(kind, fingerprint), ignore_errors=True)
 
     def _set_aside(self, directory: Path) -> None:
         target = self.root / "_rejected" / f"{directory.parent.name}-{directory.name}-{os.urandom(4).hex()}"
@@ -304,7 +312,7 @@ class ArtifactTree:
         directory.rename(target)
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -26,6 +26,14 @@ class OutOfMemory(DpoAssetsError):
     """
 
 
+class Preempted(InfrastructureError):
+    """A worker stage was told to end (SIGTERM), and kept what it had done."""
+
+
+class StageSilent(InfrastructureError):
+    """A worker stage showed no sign of progress for longer than it may. One that hangs again will not stop hanging."""
+
+
 class StageTimeout(DpoAssetsError):
     """A worker stage ran longer than it may. Another try would take as long, so it is not retried."""
 

@@ -327,7 +327,13 @@ class Ran:
 
 
 def launch(
-    instance: dg.DagsterInstance, folder: Path, body: str, *, seconds: float = PATIENCE, python: str = ""
+    instance: dg.DagsterInstance,
+    folder: Path,
+    body: str,
+    *,
+    seconds: float = PATIENCE,
+    silent: float = PATIENCE,
+    python: str = "",
 ) -> Ran:
     script = folder / "python"
     script.write_text(WORKER.format(python=sys.executable, body=textwrap.dedent(body)), encoding="utf-8")
@@ -341,7 +347,7 @@ def launch(
     @dg.asset
     def stage(context):  # type: ignore[no-untyped-def]  # Dagster reads an annotation as a class.
         try:
-            launcher.run(context, "tokenize", spec, seconds)
+            launcher.run(context, "tokenize", spec, seconds, silent)
         except Exception as error:
             raised.append(error)
         yield dg.MaterializeResult()

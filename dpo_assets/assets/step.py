@@ -20,8 +20,15 @@ from dpo_assets.assets.lineage import Conflict, Inputs, Lineage, Read, whole
 from dpo_assets.checks.bands import Bands, default_bands
 from dpo_assets.checks.catalog import checks_of, severity_of
 from dpo_assets.checks.verdict import Level, Verdict, with_severity
-from dpo_assets.contract import PlannedSpec, Spec, Stage
-from dpo_assets.errors import ConfigError, GateError, InfrastructureError, OutOfMemory, StageTimeout
+from dpo_assets.contract import CheckpointSpec, PlannedSpec, Spec, Stage
+from dpo_assets.errors import (
+    ConfigError,
+    GateError,
+    InfrastructureError,
+    OutOfMemory,
+    StageSilent,
+    StageTimeout,
+)
 from dpo_assets.planning.scoring import GENERATION_BATCH
 from dpo_assets.publishing.secrets import scrub
 from dpo_assets.recipe import Recipe
@@ -32,6 +39,7 @@ from dpo_assets.resources.launcher import TrainingLauncher
 
 Events = Iterator[Event]
 MAX_RETRIES, RETRY_SECONDS = 2, 5.0  # Of faults of infrastructure; the wait doubles.
+SILENT_RETRIES = 1  # Of a stage that hung.
 MAX_HALVINGS = 3  # Of the token budget, after a stage ran out of memory.
 FINGERPRINT, PATH, DIGEST, REUSED = "dpo_assets/fingerprint", "path", "digest", "reused"
 UNLESS_TRAINED = (
@@ -220,7 +228,18 @@ class Step:
         if self.only_checks:
             return self._materialised(node), True
         print_ = fingerprint(node, config, inputs.digests)
-        return self.tree.find_or_build(node, print_, lambda folder: make(folder, print_), inputs.digests)
+        built = self.tree.find_or_build(node, print_, lambda folder: make(folder, print_), inputs.digests)
+        self.tree.forget_checkpoints(node, print_)
+        return built
+
+    def checkpoints(self, node: str, print_: str) -> CheckpointSpec:
+        """Where and how often the training stage of an artefact keeps what its next try goes on from."""
+        hardware = self.recipe.hardware
+        return CheckpointSpec(
+            folder=self.tree.checkpoints(node, print_),
+            share=hardware.checkpoint_share,
+            least_seconds=hardware.checkpoint_seconds,
+        )
 
     def found(self, node: str, config: Any, inputs: Inputs) -> Artifact | None:
         """The artefact that `build` would reuse, if there is one."""
@@ -251,9 +270,10 @@ class Step:
         """
         launcher = self._resource("launcher")
         assert isinstance(launcher, TrainingLauncher)
+        hardware = self.recipe.hardware
         while True:
             try:
-                launcher.run(self.context, stage, spec, self.recipe.hardware.timeout_minutes * 60)
+                launcher.run(self.context, stage, spec, hardware.timeout_minutes * 60, hardware.silent_minutes * 60)
                 return
             except OutOfMemory as error:
                 spec = self._with_smaller_forwards(stage, spec, error)
@@ -373,6 +393,14 @@ def memory_record(artifact: Artifact) -> dict[str, int]:
     return {name: int(said[name]) for name in ("token_budget_used", "out_of_memory_retries") if name in said}
 
 
+def resume_record(artifact: Artifact) -> dict[str, int]:
+    """How often a training stage went on from a checkpoint and what that cost, for its materialisation."""
+    if not (artifact.path / VOLATILE).is_file():
+        return {}
+    said: dict[str, Any] = artifact.json(VOLATILE)
+    return {name: int(said[name]) for name in ("times_resumed", "steps_done_twice") if name in said}
+
+
 def _given_up(stage: Stage, spec: PlannedSpec, error: OutOfMemory) -> str:
     answers = stage == "evaluate"
     plan, retries = spec.plan.at_release() if answers else spec.plan, spec.out_of_memory_retries
@@ -408,7 +436,7 @@ def guarded(step: Step, node: str, events: Events) -> Events:
         raise final(str(error)) from None
     except InfrastructureError as error:
         said, attempt = scrub(str(error)), step.context.op_execution_context.retry_number
-        if attempt >= MAX_RETRIES:
+        if attempt >= (SILENT_RETRIES if isinstance(error, StageSilent) else MAX_RETRIES):
             raise final(f"{said}\nGiven up after {attempt + 1} attempts.") from None
         step.context.log.warning(f"attempt {attempt + 1} failed, another follows: {said}")
         wait = RETRY_SECONDS * 2**attempt

@@ -31,8 +31,11 @@ from typing import Any, get_args
 
 from dpo_assets.artifact import seal
 from dpo_assets.contract import (
+    END_NOW,
     EXPLAINED_EXIT,
     FAILURE_FILE,
+    HEARTBEAT,
+    PREEMPTED_EXIT,
     EvaluateSpec,
     Failure,
     MergeSpec,
@@ -44,8 +47,9 @@ from dpo_assets.contract import (
     VerifySpec,
     memory_failure,
 )
-from dpo_assets.errors import ConfigError, GateError
+from dpo_assets.errors import ConfigError, GateError, Preempted
 from dpo_assets.feedback.trained import write_trained_groups
+from dpo_assets.training import alive
 from dpo_assets.training.engines import unsloth
 from dpo_assets.training.packages import versions
 
@@ -73,11 +77,13 @@ class DagsterRun:
         self._pipes = pipes
 
     def log(self, message: str) -> None:
+        alive.beat()
         self._pipes.log.info(message)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0, EXPLAINED_EXIT with a failure file beside the spec, or whatever killed the process."""
+    """Exit status 0, EXPLAINED_EXIT with a failure file beside the spec, PREEMPTED_EXIT after a checkpoint that SIGTERM
+    asked for, or whatever killed the process."""
     parser = argparse.ArgumentParser(prog="python -m dpo_assets.training", description=__doc__)
     parser.add_argument("stage", choices=get_args(Stage))
     parser.add_argument("--spec", type=Path, required=True, help="JSON file with the stage's spec")
@@ -85,10 +91,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.follow_parent:
         _end_with_parent()
-        # A process inherits what its parent ignores, and a worker ends when it is told to.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        # Who ends a stage that takes too long finds in its log what it was doing.
-        faulthandler.register(signal.SIGTERM, chain=True)
+        # A process inherits what its parent ignores, and a worker ends when it is told to. Who ends a stage that takes
+        # too long finds in its log what it was doing.
+        for sign in (signal.SIGTERM, END_NOW):
+            signal.signal(sign, signal.SIG_DFL)
+            faulthandler.register(sign, chain=True)
+        alive.show(args.spec.parent / HEARTBEAT)
     spec = SPECS[args.stage].model_validate_json(args.spec.read_bytes())
     with ExitStack() as stack:
         if "DAGSTER_PIPES_CONTEXT" in os.environ:
@@ -99,6 +107,9 @@ def main(argv: list[str] | None = None) -> int:
             reporter = Terminal()
         try:
             _run(args.stage, spec, reporter)
+        except Preempted as error:
+            print(error, file=sys.stderr)
+            return PREEMPTED_EXIT
         except GateError as error:
             failure = Failure(
                 kind="gate",
