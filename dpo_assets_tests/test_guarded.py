@@ -14,7 +14,16 @@ import dpo_assets.assets.step as step_module
 from dpo_assets import DpoPipeline, HubResource, build_dpo_defs
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step, guarded
-from dpo_assets.errors import ConfigError, FeedbackError, GateError, InfrastructureError, OutOfMemory, StageTimeout
+from dpo_assets.errors import (
+    ConfigError,
+    FeedbackError,
+    GateError,
+    InfrastructureError,
+    OutOfMemory,
+    Preempted,
+    StageSilent,
+    StageTimeout,
+)
 from dpo_assets.recipe import Recipe, parse_recipe
 from dpo_assets.resources.launcher import WorkerDied
 from dpo_assets_tests.pipelines import STORIES, demo_recipe, failed_checks, failures, materialize
@@ -84,6 +93,8 @@ def everything(instance: dg.DagsterInstance, result: dg.ExecuteInProcessResult) 
         (GATE, 1),
         (InfrastructureError("the Hub is down"), 1 + step_module.MAX_RETRIES),
         (WorkerDied("was ended by SIGKILL"), 1 + step_module.MAX_RETRIES),
+        (Preempted("was told to end"), 1 + step_module.MAX_RETRIES),
+        (StageSilent("hangs"), 1 + step_module.SILENT_RETRIES),
         # What nobody foresaw is the job's own affair.
         (KeyError("a bug"), 1 + POLICY.max_retries),
     ],

@@ -398,7 +398,9 @@ def resume_record(artifact: Artifact) -> dict[str, int]:
     if not (artifact.path / VOLATILE).is_file():
         return {}
     said: dict[str, Any] = artifact.json(VOLATILE)
-    return {name: int(said[name]) for name in ("times_resumed", "steps_done_twice") if name in said}
+    return {
+        name: int(said[name]) for name in ("times_resumed", "steps_done_twice", "checkpoints_failed") if name in said
+    }
 
 
 def _given_up(stage: Stage, spec: PlannedSpec, error: OutOfMemory) -> str:

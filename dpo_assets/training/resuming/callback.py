@@ -119,6 +119,7 @@ class Checkpoints(TrainerCallback):
         self.found: Checkpoint | None = self.folder.newest(reporter)
         self._kept = Snapshot.read(self.found.path) if self.found else None
         self._awaits_log = False
+        self.failed = 0  # Checkpoints that could not be written.
         self.tries: Tries = self.reached.begin(self.found.step if self.found else 0)
 
     @property
@@ -131,7 +132,8 @@ class Checkpoints(TrainerCallback):
         return {
             "times_resumed": self.tries.resumed,
             "steps_done_twice": self.tries.steps_again,
-            "checkpoints": self.pace.written,
+            "checkpoints": self.pace.written - self.failed,
+            "checkpoints_failed": self.failed,
             "seconds_writing_checkpoints": self.pace.spent,
         }
 
@@ -141,8 +143,8 @@ class Checkpoints(TrainerCallback):
         if self._kept is not None:
             restore(self.trainer, self._kept, self.parts)
             self.reporter.log(
-                f"{self.stage}: goes on after step {state.global_step} of {state.max_steps} (resumed "
-                f"{self.tries.resumed} times, {self.tries.steps_again} steps done twice)"
+                f"{self.stage}: goes on after step {state.global_step} of {state.max_steps} (times "
+                f"resumed: {self.tries.resumed}, steps done twice: {self.tries.steps_again})"
             )
         self.pace.start(time.monotonic(), state.global_step)
 
@@ -186,7 +188,7 @@ class Checkpoints(TrainerCallback):
         if asked:
             raise Preempted(
                 f"stage `{self.stage}` was told to end (SIGTERM) and did so after step {state.global_step} of "
-                f"{state.max_steps}; the next try goes on from there."
+                f"{state.max_steps}; the next try goes on from its newest checkpoint."
             )
 
     def _write(self, state: TrainerState) -> None:
@@ -200,7 +202,14 @@ class Checkpoints(TrainerCallback):
             state_of(self.trainer, self.parts).write(folder)
             state.save_to_json(str(folder / TRAINER_STATE))
 
-        self.folder.write(state.global_step, fill)
+        try:
+            self.folder.write(state.global_step, fill)
+        except OSError as error:  # A full disk, above all. What was trained is still here.
+            self.failed += 1
+            self.reporter.log(
+                f"{self.stage}: no checkpoint of step {state.global_step} could be written to {self.folder.folder}: "
+                f"{error}. Training goes on; a try that is ended now begins where the last one that was written is"
+            )
         self.pace.wrote(before, time.monotonic())
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpo_assets.errors import ConfigError
 from dpo_assets.training.private.transformers import RunningLoss, running_loss, set_running_loss
 from dpo_assets.training.snapshot import Resumable, Snapshot
 
@@ -37,11 +38,13 @@ def restore(trainer: Any, snapshot: Snapshot, parts: Mapping[str, Resumable]) ->
     model, scores of a cache) was made from the start before, so it stays the start.
 
     Raises:
-        ValueError: when the model has other trained parameters than the checkpoint.
+        ConfigError: when the model has other trained parameters than the checkpoint.
     """
     parameters, saved = _trained(trainer), snapshot.part("model").tensors
     if {n: p.shape for n, p in parameters.items()} != {n: t.shape for n, t in saved.items()}:
-        raise ValueError("the checkpoint holds other parameters than this model trains")
+        raise ConfigError(
+            "the checkpoint holds other parameters than this model trains; delete the stage's checkpoints"
+        )
     for name, parameter in parameters.items():
         parameter.copy_(saved[name])
     trainer.optimizer.load_state_dict(_to_optimizer(snapshot.part("optimizer")))
