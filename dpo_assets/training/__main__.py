@@ -77,7 +77,6 @@ class DagsterRun:
         self._pipes = pipes
 
     def log(self, message: str) -> None:
-        alive.beat()
         self._pipes.log.info(message)
 
 

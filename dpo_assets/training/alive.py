@@ -1,54 +1,47 @@
 """A sign of life that a stage which hangs does not give.
 
-A thread looks once a second where the main thread is, and touches a file when that moved or a step was done. A process
-that was stopped has no thread that looks, one that waits for a device, a lock or a network for ever stays in one place,
-and code that never lets go of Python's lock stops the thread. CPU time would prove nothing: CUDA waits for a device by
+A thread asks the main thread once a second to come by, as a signal would, and touches a file when it did. Python runs
+a handler between two instructions of the main thread, so none runs while that waits for a device, a lock or a file
+system; and a process that was stopped has no thread that asks. CPU time would prove nothing: CUDA waits for a device by
 asking it all the time.
 """
 
 from __future__ import annotations
 
-import itertools
-import sys
+import _thread
+import signal
 import threading
 import time
 from pathlib import Path
+from types import FrameType
 
 EVERY_SECONDS = 1.0
-_done = itertools.count(1)
-_beats = 0
-
-
-def beat() -> None:
-    """Something was done: a step, a part, a line of the log."""
-    global _beats
-    _beats = next(_done)
+# Only ever simulated (`interrupt_main`): a real signal would interrupt what the main thread waits for.
+ASKED = signal.SIGUSR2
 
 
 def show(path: Path) -> None:
-    """Touches `path` from now on as long as the main thread makes progress."""
+    """Touches `path` from now on as long as the main thread, which must call this, comes back to Python."""
     path.touch()
-    threading.Thread(target=_watch, args=(path,), daemon=True, name="sign-of-life").start()
+    sign = _Sign(path)
+    signal.signal(ASKED, sign.come_by)
+    threading.Thread(target=sign.watch, daemon=True, name="sign-of-life").start()
 
 
-def _watch(path: Path) -> None:
-    seen: object = None
-    while True:
-        now = (_beats, _place())
-        if now != seen:
-            try:
-                path.touch()
-            except FileNotFoundError:
-                return  # The launcher's folder is gone, and it with the launcher.
-            seen = now
-        time.sleep(EVERY_SECONDS)
+class _Sign:
+    def __init__(self, path: Path) -> None:
+        self.path, self.came_by = path, False
 
+    def come_by(self, number: int, frame: FrameType | None) -> None:
+        self.came_by = True  # No lock: this may interrupt itself.
 
-def _place() -> tuple[tuple[int, int], ...]:
-    """Where the main thread is: code and instruction of every frame."""
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    found = []
-    while frame is not None:
-        found.append((id(frame.f_code), frame.f_lasti))
-        frame = frame.f_back
-    return tuple(found)
+    def watch(self) -> None:
+        while True:
+            if self.came_by:
+                self.came_by = False
+                try:
+                    self.path.touch()
+                except FileNotFoundError:
+                    return  # The launcher's folder is gone, and it with the launcher.
+            _thread.interrupt_main(ASKED)
+            time.sleep(EVERY_SECONDS)

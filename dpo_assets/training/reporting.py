@@ -12,7 +12,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from dpo_assets.artifact import without_nan
 from dpo_assets.contract import Progress
-from dpo_assets.training import alive
 
 PROGRESS_EVERY_SECONDS = 1.0
 
@@ -29,9 +28,6 @@ class ProgressLines(TrainerCallback):
     def __init__(self, reporter: Reporter, stage: str, keys: dict[str, str]) -> None:
         self.reporter, self.stage, self.keys = reporter, stage, keys
         self._last = 0.0
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        alive.beat()
 
     def on_log(
         self,
