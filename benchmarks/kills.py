@@ -101,7 +101,7 @@ def killed(one: Trained, at: int, work: Path) -> Killed:
         raise SystemExit((work / "log").read_text(encoding="utf-8"))
     equal = all((spec.output_dir / name).read_bytes() == (one.artefact / name).read_bytes() for name in COMPARED)
     told = json.loads((spec.output_dir / "timings.json").read_bytes())
-    share = told["seconds_writing_checkpoints"] / told["seconds"]
+    share = told["seconds_held_up_by_checkpoints"] / told["seconds"]
     return Killed(done, equal, told["steps_done_twice"], share)
 
 

@@ -5,6 +5,7 @@ safetensors holds the tensors and JSON the rest, whose floats read back as they 
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,10 +35,14 @@ class Snapshot:
         tensors = {key.removeprefix(prefix): t for key, t in self.tensors.items() if key.startswith(prefix)}
         return Snapshot(tensors, self.values[name])
 
+    def copied(self) -> Snapshot:
+        """The same on the CPU, which nothing that trains on changes."""
+        tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.tensors.items()}
+        return Snapshot(tensors, copy.deepcopy(self.values))
+
     def write(self, folder: Path) -> None:
-        """Into TENSORS and VALUES of a folder."""
-        tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in self.tensors.items()}
-        save_file(tensors, folder / TENSORS)
+        """A copied one into TENSORS and VALUES of a folder."""
+        save_file(self.tensors, folder / TENSORS)
         (folder / VALUES).write_text(json.dumps(self.values), encoding="utf-8")
 
     @classmethod

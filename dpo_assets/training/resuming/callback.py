@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,6 +122,8 @@ class Checkpoints(TrainerCallback):
         self._kept = Snapshot.read(self.found.path) if self.found else None
         self._awaits_log = False
         self.failed = 0  # Checkpoints that could not be written.
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: tuple[int, Future[Checkpoint]] | None = None  # Of which step.
         self.tries: Tries = self.reached.begin(self.found.step if self.found else 0)
 
     @property
@@ -134,7 +138,7 @@ class Checkpoints(TrainerCallback):
             "steps_done_twice": self.tries.steps_again,
             "checkpoints": self.pace.written - self.failed,
             "checkpoints_failed": self.failed,
-            "seconds_writing_checkpoints": self.pace.spent,
+            "seconds_held_up_by_checkpoints": self.pace.spent,
         }
 
     def on_train_begin(
@@ -183,33 +187,57 @@ class Checkpoints(TrainerCallback):
         # After the last step, and after a guard's stop, training does not go on.
         over = state.global_step >= state.max_steps or control.should_training_stop
         asked = self.preemption.asked
-        if not over and (asked or self.pace.due(time.monotonic(), state.global_step, state.max_steps)):
+        busy = self._writing is not None and not self._writing[1].done()
+        due = not busy and self.pace.due(time.monotonic(), state.global_step, state.max_steps)
+        if not over and (asked or due):
             self._write(state)
         if asked:
+            self.settle()
             raise Preempted(
                 f"stage `{self.stage}` was told to end (SIGTERM) and did so after step {state.global_step} of "
                 f"{state.max_steps}; the next try goes on from its newest checkpoint."
             )
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.settle()
+        self._writer.shutdown()
+
+    def settle(self) -> None:
+        """Waits for the checkpoint that is being written, if any, and says so where it could not be."""
+        if self._writing is None:
+            return
+        (step, future), self._writing = self._writing, None
+        try:
+            future.result()
+        except OSError as error:  # A full disk, above all. What was trained is still here.
+            self.failed += 1
+            self.reporter.log(
+                f"{self.stage}: no checkpoint of step {step} could be written to {self.folder.folder}: {error}. "
+                "Training goes on; a try that is ended now begins at the last one that was written"
+            )
+
     def _write(self, state: TrainerState) -> None:
+        """Copies the state, and has it written while the training goes on: the copy is what a checkpoint costs it.
+
+        Raises:
+            GateError: when what is trained is not finite.
+        """
+        self.settle()
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # Else the step at hand would count as the checkpoint's cost.
         before = time.monotonic()
         # A log tells of a loss that is NaN, but a run does not log every step.
         check_trained("sft_finite" if self.stage == "sft" else "finite", self.trainer.model)
+        whole, told = state_of(self.trainer, self.parts).copied(), copy.copy(state)
+        told.log_history = [dict(row) for row in state.log_history]
 
         def fill(folder: Path) -> None:
-            state_of(self.trainer, self.parts).write(folder)
-            state.save_to_json(str(folder / TRAINER_STATE))
+            whole.write(folder)
+            told.save_to_json(str(folder / TRAINER_STATE))
 
-        try:
-            self.folder.write(state.global_step, fill)
-        except OSError as error:  # A full disk, above all. What was trained is still here.
-            self.failed += 1
-            self.reporter.log(
-                f"{self.stage}: no checkpoint of step {state.global_step} could be written to {self.folder.folder}: "
-                f"{error}. Training goes on; a try that is ended now begins where the last one that was written is"
-            )
+        self._writing = (told.global_step, self._writer.submit(self.folder.write, told.global_step, fill))
         self.pace.wrote(before, time.monotonic())
 
 

@@ -39,7 +39,7 @@ class Pace:
         return waited and self.spent + self._cost <= self.share * elapsed
 
     def wrote(self, before: float, now: float) -> None:
-        """One was written between these times."""
+        """One held the training up between these times."""
         self._cost = now - before
         self.spent += self._cost
         self.written += 1
