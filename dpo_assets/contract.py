@@ -163,7 +163,9 @@ class CheckpointSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     folder: Path = Field(description="The stage's own, outside its output: that one goes with a try that fails.")
-    share: float = Field(ge=0.0, le=0.5, description="Largest share of the training's time; 0: no checkpoints.")
+    share: float = Field(
+        ge=0.0, le=0.5, description="Largest share of the stage's time that it waits for them; 0: none."
+    )
     least_seconds: float = Field(ge=0.0, description="Between two; less in a stage that is short.")
 
 

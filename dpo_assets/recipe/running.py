@@ -203,8 +203,8 @@ class HardwareSection(Section):
         ge=0.0,
         le=0.5,
         description=(
-            "Largest share of a training's time that goes into checkpoints, from which a stage that was ended goes on; "
-            "how often they are written follows from what one costs. 0: none, and a stage that was ended starts anew."
+            "Largest share of a training stage's time that it waits for its checkpoints, from which it goes on when "
+            "it was ended; how often they are written follows from what one costs. 0: none, and it starts anew."
         ),
     )
     checkpoint_seconds: float = Field(

@@ -64,9 +64,15 @@ def identity_of(stage: Literal["sft", "dpo"], spec: TrainSpec, kernels: str) -> 
 
 def checkpoints_of(
     stage: Literal["sft", "dpo"], spec: TrainSpec, kernels: str, trainer: Any, parts: Mapping[str, Resumable],
-    reporter: Reporter,
+    reporter: Reporter, began: float,
 ) -> Checkpoints | None:  # fmt: skip
-    """The callback of a packed run; None where the spec asks for no checkpoints, or they cannot be written here."""
+    """The callback of a packed run; None where the spec asks for no checkpoints, or they cannot be written here.
+
+    Args:
+        kernels: the engine that computes the policy.
+        parts: what has a state beside model and optimizer.
+        began: when the stage did, on `time.perf_counter`.
+    """
     if spec.checkpoints is None or not spec.checkpoints.share:
         return None
     try:
@@ -74,7 +80,7 @@ def checkpoints_of(
     except ConfigError as why:
         reporter.log(f"{stage}: no checkpoints are written, so a try that is ended is lost: {why}")
         return None
-    return Checkpoints(stage, spec.checkpoints, identity_of(stage, spec, kernels), trainer, parts, reporter)
+    return Checkpoints(stage, spec.checkpoints, identity_of(stage, spec, kernels), trainer, parts, reporter, began)
 
 
 def train_to_end(trainer: Any, checkpoints: Checkpoints | None) -> dict[str, int | float]:
@@ -104,6 +110,7 @@ class Checkpoints(TrainerCallback):
         stage: what log lines begin with.
         identity: what a checkpoint must be of to be gone on from.
         parts: what else has a state, by name.
+        began: when the stage did, on `time.perf_counter`.
     """
 
     def __init__(
@@ -114,10 +121,11 @@ class Checkpoints(TrainerCallback):
         trainer: Any,
         parts: Mapping[str, Resumable],
         reporter: Reporter,
+        began: float,
     ) -> None:
         self.stage, self.trainer, self.parts, self.reporter = stage, trainer, dict(parts), reporter
         self.folder, self.reached = CheckpointFolder(spec.folder, identity, stage), Reached(spec.folder)
-        self.pace, self.preemption = Pace(spec.share, spec.least_seconds), Preemption()
+        self.pace, self.preemption = Pace(spec.share, spec.least_seconds, began), Preemption()
         self.found: Checkpoint | None = self.folder.newest(reporter)
         self._kept = Snapshot.read(self.found.path) if self.found else None
         self._awaits_log = False
@@ -150,7 +158,7 @@ class Checkpoints(TrainerCallback):
                 f"{self.stage}: goes on after step {state.global_step} of {state.max_steps} (times "
                 f"resumed: {self.tries.resumed}, steps done twice: {self.tries.steps_again})"
             )
-        self.pace.start(time.monotonic(), state.global_step)
+        self.pace.start(time.perf_counter(), state.global_step)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -188,7 +196,7 @@ class Checkpoints(TrainerCallback):
         over = state.global_step >= state.max_steps or control.should_training_stop
         asked = self.preemption.asked
         busy = self._writing is not None and not self._writing[1].done()
-        due = not busy and self.pace.due(time.monotonic(), state.global_step, state.max_steps)
+        due = not busy and self.pace.due(time.perf_counter(), state.global_step, state.max_steps)
         if not over and (asked or due):
             self._write(state)
         if asked:
@@ -227,7 +235,7 @@ class Checkpoints(TrainerCallback):
         self.settle()
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # Else the step at hand would count as the checkpoint's cost.
-        before = time.monotonic()
+        before = time.perf_counter()
         # A log tells of a loss that is NaN, but a run does not log every step.
         check_trained("sft_finite" if self.stage == "sft" else "finite", self.trainer.model)
         whole, told = state_of(self.trainer, self.parts).copied(), copy.copy(state)
@@ -238,7 +246,7 @@ class Checkpoints(TrainerCallback):
             told.save_to_json(str(folder / TRAINER_STATE))
 
         self._writing = (told.global_step, self._writer.submit(self.folder.write, told.global_step, fill))
-        self.pace.wrote(before, time.monotonic())
+        self.pace.wrote(before, time.perf_counter())
 
 
 def _digest(value: Any) -> str:

@@ -9,14 +9,15 @@ PARTS = 20  # A stage that is shorter than so many times the least wait has a ch
 
 @dataclass
 class Pace:
-    """When the next checkpoint is due. Times are seconds of training in this process, from one clock.
+    """When the next checkpoint is due. Times are seconds of one clock.
 
     Two rules: not sooner than `least_seconds` after the last one, or a twentieth of the stage where that is less; and
-    all together, the next one taken to cost what the last did, within `share` of the time since training began.
+    all together, the next one taken to cost what the last did, within `share` of the time since `stage_began`.
     """
 
     share: float
     least_seconds: float
+    stage_began: float
     started: float = 0.0
     first_step: int = 0
     written: int = 0
@@ -36,7 +37,7 @@ class Pace:
             return False
         whole = elapsed / done * steps
         waited = now - self._last >= min(self.least_seconds, whole / PARTS)
-        return waited and self.spent + self._cost <= self.share * elapsed
+        return waited and self.spent + self._cost <= self.share * (now - self.stage_began)
 
     def wrote(self, before: float, now: float) -> None:
         """One held the training up between these times."""

@@ -104,7 +104,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
         parts: dict[str, Resumable] = {"trainer": trainer}
         if guard is not None:
             parts["guard"] = guard
-        checkpoints = checkpoints_of("dpo", spec, policy.kernels, trainer, parts, reporter)
+        checkpoints = checkpoints_of("dpo", spec, policy.kernels, trainer, parts, reporter, started)
     elif spec.checkpoints is not None:
         reporter.log("dpo: TRL's own trainer writes no checkpoints here, so a try that is ended is lost")
     measured = Aftermath()

@@ -100,7 +100,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     )
     keys = {"loss": "loss", "mean_token_accuracy": "token accuracy"}
     end_quietly(trainer, [StopOnNonFinite("sft_finite"), ProgressLines(reporter, "sft", keys)])
-    checkpoints = checkpoints_of("sft", spec, policy.kernels, trainer, {"trainer": trainer}, reporter)
+    checkpoints = checkpoints_of("sft", spec, policy.kernels, trainer, {"trainer": trainer}, reporter, started)
     with policy.computing(plan):
         tries = train_to_end(trainer, checkpoints)
     check_trained("sft_finite", model)

@@ -143,7 +143,7 @@ def test_checkpoints_cost_no_more_than_their_share_of_the_time_and_the_first(
     step_seconds: float, cost: float, share: float, least: float, steps: int
 ) -> None:
     """The first one's cost is not known beforehand."""
-    pace, now, lasts = Pace(share, least), 50.0, [50.0]
+    pace, now, lasts = Pace(share, least, 20.0), 50.0, [50.0]
     pace.start(now, 0)
     for step in range(1, steps + 1):
         now += step_seconds
@@ -152,13 +152,13 @@ def test_checkpoints_cost_no_more_than_their_share_of_the_time_and_the_first(
             pace.wrote(now, now + cost)
             now += cost
             lasts.append(now)
-    assert pace.spent <= max(cost, share * (now - 50.0)) + 1e-6
+    assert pace.spent <= max(cost, share * (now - 20.0)) + 1e-6
     assert pace.written == len(lasts) - 1
 
 
 def test_a_short_stage_has_a_checkpoint_every_twentieth_of_it_and_a_long_one_every_minute() -> None:
     def waits(step_seconds: float, steps: int) -> float:
-        pace, now = Pace(0.02, 60.0), 0.0
+        pace, now = Pace(0.02, 60.0, 0.0), 0.0
         pace.start(now, 0)
         for step in range(1, steps + 1):
             now += step_seconds

@@ -24,6 +24,7 @@ from dpo_assets.errors import GateError, Preempted
 from dpo_assets.recipe import ChecksSection
 from dpo_assets.training.resuming.callback import Checkpoints
 from dpo_assets.training.resuming.folder import REJECTED
+from dpo_assets.training.snapshot import Snapshot
 from dpo_assets.training.stages import dpo, sft
 from dpo_assets.training.trainers import packed
 from dpo_assets_tests.training.conftest import Log, PlanMaker, SpecMaker
@@ -151,6 +152,21 @@ def test_nothing_that_is_not_finite_is_kept_to_go_on_from(
     with pytest.raises(GateError, match="the run diverged"):
         sft.run(spec_of("sft", "spoiled", checkpoints="kept"), Log())
     assert max(path.name for path in (tmp_path / "kept").glob("step-*")) < "step-000000005"
+
+
+def test_a_disk_that_is_full_costs_the_checkpoints_and_not_the_training(
+    spec_of: Callable[..., TrainSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Snapshot, "write", lambda self, folder: full(folder))
+    log = Log()
+    sft.run(spec_of("sft", "made", checkpoints="kept", often=True), log)
+    told = json.loads((tmp_path / "made" / "timings.json").read_text(encoding="utf-8"))
+    assert told["checkpoints"] == 0
+    assert told["checkpoints_failed"] == len([line for line in log.messages if "No space left on device" in line]) > 0
+    assert not list((tmp_path / "kept").glob("step-*"))
 
 
 # ---- real workers, really killed
