@@ -120,9 +120,8 @@ def single_decisions(trials: int) -> Iterator[list[str]]:
             compared = compare(challenger.tolist(), champion.tolist(), names.tolist(), draws=50)
             judged.append(judge(Evidence({"accuracy": compared}), Ledger()).found)
             wins = (rng.random(len(names)) < chances(rng, 0.5, pairs.agreement, (pairs.prompts,))[names]).astype(float)
-            score = clustered_share(wins.tolist(), names.tolist())
-            sums = np.rint(2 * np.bincount(names, weights=wins - 0.5)).astype(np.int64)
-            first.append(score.low > 0.5 and sign_flip_tail(sums) <= HIGHEST)
+            against_chance = compare(wins.tolist(), [0.5] * len(wins), names.tolist(), draws=50)
+            first.append(judge(Evidence({"reward": against_chance}), Ledger()).found)
             as_before.append(wilson(float(wins.sum()), len(wins)).low > 0.5)
         yield [str(pairs), told(of(judged)), told(of(first)), told(of(as_before))]
 

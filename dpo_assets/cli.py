@@ -1,4 +1,4 @@
-"""`dpo-assets`: the demo, the plan for any card, known models, where feedback went, the recipe with its defaults."""
+"""`dpo-assets`: the demo, plans for any card, known models, where feedback went, releases, the recipe's defaults."""
 
 from __future__ import annotations
 
@@ -51,10 +51,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked.add_argument("--release", metavar="NAME", help="a release's fingerprint, or its beginning: print its rows")
     asked.add_argument("--row", metavar="NAME", help="a pair id, row hash, row or source file: print its releases")
     provenance.add_argument("--json", action="store_true", help="print the answer as JSON")
+    releases = commands.add_parser("releases", help="what was decided, released and rolled back, and what is live")
+    releases.add_argument("store", type=Path, help="a pipeline's artefacts: storage/dpo_assets/NAME of the instance")
+    releases.add_argument("--json", action="store_true", help="print the lines of the ledger as JSON")
     commands.add_parser("recipe", help="print every field of a recipe with its default and meaning, as YAML")
     args = parser.parse_args(argv)
     try:
-        does = {"demo": _demo, "plan": _plan, "models": _models, "provenance": _provenance, "recipe": _recipe}
+        does = {
+            "demo": _demo,
+            "plan": _plan,
+            "models": _models,
+            "provenance": _provenance,
+            "releases": _releases,
+            "recipe": _recipe,
+        }
         return does[args.command](args)
     except DpoAssetsError as error:
         print(error, file=sys.stderr)
@@ -201,33 +211,49 @@ def _provenance(args: argparse.Namespace) -> int:
     """Exit status 1 where a dataset is gone, so that rows may be missing from the answer."""
     from rich.table import Table
 
+    from dpo_assets.checks.evidence.ledger_file import LedgerFile
     from dpo_assets.publishing.trace import COLUMNS, Trace
 
-    trace = Trace.of(args.store)
+    trace, ledger = Trace.of(args.store), LedgerFile.of(args.store).read()
     releases = trace.releases if args.release is None else [trace.release(args.release)]
-    rows = {one.name: one.rows if args.row is None else one.touched_by(args.row) for one in releases}
+    rows = {
+        one.name: trace.with_withdrawn(one.rows if args.row is None else one.touched_by(args.row)) for one in releases
+    }
+    numbers = {one.artefact: one.release for one in ledger.releases}
+    live = ledger.live.artefact if ledger.live is not None else None
     gone = {one.name: one.gone for one in releases if one.gone}
     if args.json:
         answer = [
-            {"release": one.name, "rows": rows[one.name].to_dicts(), "gone": list(one.gone)}
+            {
+                "release": one.name,
+                "number": numbers.get(one.name),
+                "live": one.name == live,
+                "rows": rows[one.name].to_dicts(),
+                "gone": list(one.gone),
+            }
             for one in releases
             if args.row is None or rows[one.name].height
         ]
         print(json.dumps(answer, indent=1, ensure_ascii=False))
         return 1 if gone else 0
+
+    def stands(name: str) -> str:
+        """Its number among those that were sent, and whether it is live."""
+        return f"{numbers[name]}{', live' if name == live else ''}" if name in numbers else "staged only"
+
     console = _console()
     if args.release is None and args.row is None:
-        grid = Table("release", "trained on", "held out")
+        grid = Table("release", "number", "trained on", "held out", "withdrawn since")
         for name, table in rows.items():
-            uses = table["use"].to_list()
-            grid.add_row(name, str(uses.count("trained on")), str(uses.count("held out")))
+            uses, left = table["use"].to_list(), table.filter(table["withdrawn"] == "yes")["pair_id"].n_unique()
+            grid.add_row(name, stands(name), str(uses.count("trained on")), str(uses.count("held out")), str(left))
     else:
         grid = Table()
-        for heading in ("release", "use", *COLUMNS):
+        for heading in ("release", "number", "use", "withdrawn", *COLUMNS):
             grid.add_column(heading, overflow="fold")  # Whatever is copied from here must be whole.
         for name, table in rows.items():
-            for row in table.select("use", *COLUMNS).iter_rows():
-                grid.add_row(name, *map(str, row))
+            for row in table.select("use", "withdrawn", *COLUMNS).iter_rows():
+                grid.add_row(name, stands(name), *map(str, row))
     if grid.row_count:
         console.print(grid)
     elif args.row is not None:
@@ -240,6 +266,35 @@ def _provenance(args: argparse.Namespace) -> int:
             f"{name}: of dataset {missing} nothing can be told: it is not in the store any more.", markup=False
         )
     return 1 if gone else 0
+
+
+def _releases(args: argparse.Namespace) -> int:
+    """Every decision, release and rollback of a pipeline, newest first."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from dpo_assets.artifact import without_nan
+    from dpo_assets.checks.evidence.ledger_file import LedgerFile
+    from dpo_assets.report.history import HISTORY, history_rows
+
+    if not args.store.is_dir():
+        raise ConfigError(f"{args.store} is no folder; name a pipeline's artefacts: storage/dpo_assets/NAME")
+    ledger = LedgerFile.of(args.store).read()
+    if args.json:
+        lines = [line.model_dump(mode="json") | {"live": line is ledger.live} for line in reversed(ledger.lines)]
+        print(json.dumps(without_nan(lines), indent=1, ensure_ascii=False))
+        return 0
+    console = _console()
+    if not ledger.lines:
+        console.print(f"{args.store} holds no decision on a release.", markup=False)
+        return 0
+    grid = Table()
+    for heading in HISTORY:
+        grid.add_column(heading, overflow="fold")
+    for row in history_rows(ledger):
+        grid.add_row(*map(escape, row))
+    console.print(grid)
+    return 0
 
 
 def _planned_recipe(args: argparse.Namespace) -> dict[str, Any]:

@@ -20,12 +20,17 @@ from dpo_assets.checks.catalog import severity_of
 from dpo_assets.checks.collapse import CHECK, CollapseLimits
 from dpo_assets.checks.configuration import Configuration, rate_ceilings
 from dpo_assets.planning.plan import TrainingPlan
-from dpo_assets.recipe import TEMPLATE_DATE, ChecksSection
+from dpo_assets.recipe import TEMPLATE_DATE, ChecksSection, GgufType
 
-Stage = Literal["verify", "tokenize", "sft", "dpo", "merge", "evaluate"]
+Stage = Literal["verify", "tokenize", "sft", "dpo", "merge", "evaluate", "reward", "benchmark", "harness", "gguf"]
 # What the stages `verify` and `tokenize` write.
 VERIFIED = "verified.json"
 TOKENS, CHAT_FORMAT = "tokens.parquet", "chat_format.json"
+# What the stage `gguf` writes beside its report: a folder to hand on, or in a rehearsal this file alone.
+GGUF_FOLDER, MODELFILE, GGUF_REHEARSED = "gguf", "Modelfile", "rehearsed.json"
+REWARDED = "rewarded.json"  # Of stage `reward`.
+ANSWERED, LEFT_OUT = "answers.parquet", "left_out.json"  # Of stage `benchmark`.
+SAMPLES = "samples.json"  # Of stage `harness`.
 FAILURE_FILE = "failure.json"
 # Exit status of a worker that explains itself in FAILURE_FILE. Any other non-zero status is an infrastructure failure.
 EXPLAINED_EXIT = 65
@@ -53,7 +58,7 @@ class Spec(BaseModel):
     output_dir: Path = Field(description="Empty directory that becomes the artefact; its manifest is written last.")
     fingerprint: str
     inputs: dict[str, str] = Field(description="Digests of the artefacts this one is made from.")
-    base_model: Path = Field(description="Folder of the base model and its tokenizer.")
+    base_model: Path = Field(description="Folder of the base model and its tokenizer; of stage `reward`, the scorer's.")
     template: TemplateSettings = TemplateSettings()
     threads: int = 1
 
@@ -212,6 +217,8 @@ class EvaluateSpec(PlannedSpec):
     policy: Path = Field(description="Folder of the merged model.")
     adapter: Path | None = Field(default=None, description="The DPO adapter, for a merged model that does not fit.")
     champion: ChampionSpec | None = Field(default=None, description="None: nothing is live yet.")
+    sampled_answers: int = Field(default=0, description="Answers of the policy's own that its KL from SFT is of.")
+    corpus: Path | None = Field(default=None, description="File of neutral texts (`checks.neutral`); None: not asked.")
     score_cache: Path | None = Field(default=None, description="Where scores are kept from one time to the next.")
     confidence: float
     generations: int
@@ -229,6 +236,97 @@ class EvaluateSpec(PlannedSpec):
         smaller = super().smaller_forwards()
         shrinks = smaller and smaller.plan.at_release().token_budget < self.plan.at_release().token_budget
         return smaller if shrinks else None
+
+
+class GgufSpec(Spec):
+    """A model as one GGUF file, read back; or whether there could be one, before anything is trained for it.
+
+    `base_model` is the folder to convert: the merged model, or the base in a rehearsal, which writes no weights.
+    """
+
+    name: str = Field(description="What the model is called in the file, and the file after it.")
+    type: GgufType
+    converter: Path | None = Field(default=None, description="A convert_hf_to_gguf.py; None: the package's.")
+    rehearsal: bool = False
+
+
+class RewardSpec(PlannedSpec):
+    """Scores of a reward model, the folder of which `base_model` names. Of the plan it follows the device.
+
+    Attributes:
+        answers: JSON, a list of `prompt` (messages), `sft` and `policy` (texts), one of each prompt.
+        people: Parquet with `pair_id`, `prompt_id`, `prompt`, `chosen` and `rejected`.
+    """
+
+    answers: Path
+    people: Path
+    human_pairs: int
+    max_length: int
+    confidence: float
+    name: str = Field(description="What the report calls the reward model.")
+
+
+class ReleaseSpec(PlannedSpec):
+    """A stage that compares the release with the SFT policy that it started from, by the plan's `scoring`."""
+
+    sft_adapter: Path | None
+    policy: Path = Field(description="Folder of the merged model.")
+    adapter: Path | None = Field(default=None, description="The DPO adapter, for a merged model that does not fit.")
+
+    @model_validator(mode="after")
+    def _adapter_is_there_to_be_scored(self) -> Self:
+        if self.plan.scoring.subject == "adapter" and self.adapter is None:
+            raise ValueError("the plan scores the adapter on its quantised base, and no `adapter` is given")
+        return self
+
+    @property
+    def compared(self) -> tuple[tuple[str, Path, Path | None], tuple[str, Path, Path | None]]:
+        """(what it is, model folder, adapter) of SFT, and of what is scored as the release."""
+        merged = self.plan.scoring.subject == "merged"
+        release = (self.policy, None) if merged else (self.base_model, self.adapter)
+        return ("SFT", self.base_model, self.sft_adapter), ("policy", *release)
+
+    def smaller_forwards(self) -> Self | None:
+        """None where the release is scored in the smallest forwards already: training may have had larger ones."""
+        smaller = super().smaller_forwards()
+        shrinks = smaller and smaller.plan.at_release().token_budget < self.plan.at_release().token_budget
+        return smaller if shrinks else None
+
+
+class BenchmarkFile(BaseModel):
+    """A file of questions, as stage `benchmark` is told of it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    path: Path
+    format: Literal["auto", "rewardbench", "rewardbench2"]
+
+
+class BenchmarkSpec(ReleaseSpec):
+    """Implicit rewards of the release against SFT for the answers of benchmarks."""
+
+    benchmarks: tuple[BenchmarkFile, ...]
+    confidence: float
+    vocabulary: int = Field(default=0, description="Rows of the model's embedding; 0: not known.")
+
+
+class HarnessSpec(ReleaseSpec):
+    """Tasks of lm-evaluation-harness for SFT and the release. Paths in the tasks start from `include_path`."""
+
+    tasks: tuple[str, ...]
+    include_path: Path | None
+    limit: int | None
+    num_fewshot: int | None
+    apply_chat_template: bool
+    batch_size: int
+    confidence: float
+
+    def smaller_forwards(self) -> Self | None:
+        """Half the requests in a forward: lm-eval makes its own, of no token budget. None where there is one only."""
+        retries = self.out_of_memory_retries + 1
+        if self.batch_size == 1:
+            return None
+        return self.model_copy(update={"batch_size": self.batch_size // 2, "out_of_memory_retries": retries})
 
 
 class Failure(BaseModel):

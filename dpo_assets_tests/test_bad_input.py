@@ -12,7 +12,8 @@ import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from dpo_assets.artifact import open_artifact
-from dpo_assets.assets.base_model import _copy, _download, _identity, _set_template, in_worker, needs_worker
+from dpo_assets.assets.base_model import _identity, _set_template, in_worker, needs_worker
+from dpo_assets.assets.model_files import download, take_over
 from dpo_assets.errors import ConfigError
 from dpo_assets.recipe import BaseModelSection
 from dpo_assets_tests.hub_server import HubServer
@@ -185,7 +186,7 @@ def test_the_hub_asks_for_the_token_in_the_variable_that_holds_it(tmp_path: Path
     with HubServer(token="hf_test") as hub:
         api = HfApi(endpoint=hub.endpoint, token=hub.token)
         with pytest.raises(ConfigError, match="the token in MY_HUB_LOGIN may not see it"):
-            _download(api, section, tmp_path / "model", "MY_HUB_LOGIN")
+            download(api, section.source, section.revision, tmp_path / "model", "MY_HUB_LOGIN")
 
 
 def downloaded(files: dict[str, bytes], target: Path) -> tuple[list[str], list[str]]:
@@ -195,7 +196,7 @@ def downloaded(files: dict[str, bytes], target: Path) -> tuple[list[str], list[s
         api.create_repo("org/model")
         operations = [CommitOperationAdd(name, data) for name, data in files.items()]
         commit = api.create_commit("org/model", operations=operations, commit_message="a model")
-        left = _download(api, BaseModelSection(source="org/model", revision=commit.oid), target, "HF_TOKEN")
+        left = download(api, "org/model", commit.oid, target, "HF_TOKEN")
     return sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()), left
 
 
@@ -245,7 +246,7 @@ def test_a_folders_named_templates_decide_the_base_as_its_own_does(tmp_path: Pat
     (base / "LICENSE.md").write_text("terms")
     section = BaseModelSection(source=str(base))
     before = _identity(section)
-    _copy(base, tmp_path / "copied")
+    take_over(base, tmp_path / "copied")
     assert (tmp_path / "copied" / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ tools }}"
     assert (tmp_path / "copied" / "LICENSE.md").read_text() == "terms"
     named.write_text("{{ tools }} and more")

@@ -14,7 +14,7 @@ import yaml
 
 import dpo_assets
 from dpo_assets.assets.dpo_plan import override_config
-from dpo_assets.assets.graph import NODES
+from dpo_assets.assets.graph import NODES, OPTIONAL
 from dpo_assets.checks.catalog import CHECKS
 from dpo_assets.component import DpoPipeline, build_dpo_defs
 from dpo_assets.errors import ConfigError
@@ -171,14 +171,21 @@ def test_training_assets_share_the_pool_and_no_other_asset_does() -> None:
 
 
 def test_every_check_of_the_catalogue_stands_on_its_asset() -> None:
-    judge = {"url": "http://localhost:8000/v1", "model": "judge"}
+    scorers = {
+        "judge": {"url": "http://localhost:8000/v1", "model": "judge"},
+        "reward_model": {"source": "./reward-model"},
+        "benchmarks": [{"name": "rb2", "path": "./rb2.parquet"}],
+        "harness": {"tasks": ["arc_easy"]},
+    }
+    every: dict[str, Any] = {"evaluation": scorers, "publishing": {"gguf": {"type": "q8_0"}}}
     found: list[set[tuple[str, str]]] = []
-    for evaluation in ({}, {"judge": judge}):
-        graph = build_dpo_defs("bot", demo_recipe(evaluation=evaluation)).resolve_asset_graph()
+    for sections in ({}, every):
+        graph = build_dpo_defs("bot", demo_recipe(**sections)).resolve_asset_graph()
         found.append({(key.asset_key.path[-1], key.name) for key in graph.asset_check_keys})
-    always, with_judge = found
-    assert with_judge == {(check.asset, check.name) for check in CHECKS}
-    assert with_judge - always == {(check.asset, check.name) for check in CHECKS if check.asset == "judged_answers"}
+    always, with_scorers = found
+    optional = {node.name for node in OPTIONAL}
+    assert with_scorers == {(check.asset, check.name) for check in CHECKS}
+    assert with_scorers - always == {(check.asset, check.name) for check in CHECKS if check.asset in optional}
 
 
 def test_the_launchpad_shows_the_recipes_values_and_converts_back_to_the_same_recipe() -> None:
@@ -207,7 +214,7 @@ def test_a_code_version_changes_with_the_sections_that_decide_a_result() -> None
 
     assert changed_by(dpo={"beta": 0.2}) == {"dpo_plan", "dpo_adapter"}
     assert changed_by(checks={"severity": {"collapse": "warn"}}) == {"dpo_adapter"}
-    assert changed_by(evaluation={"min_pairs": 7}) == {"eval_scores", "published_model"}
+    assert changed_by(evaluation={"min_pairs": 7}) == {"eval_scores", "promotion"}
 
 
 def test_an_unknown_resource_is_named() -> None:

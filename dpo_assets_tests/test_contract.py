@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from dpo_assets.contract import EvaluateSpec, Failure, Progress, Spec, Stage, TokenizeSpec, TrainSpec, parse_progress
+from dpo_assets.contract import (
+    BenchmarkSpec,
+    EvaluateSpec,
+    Failure,
+    HarnessSpec,
+    Progress,
+    RewardSpec,
+    Spec,
+    Stage,
+    TokenizeSpec,
+    TrainSpec,
+    parse_progress,
+)
 from dpo_assets_tests.samples import plan
 
 _counts = st.integers(0, 10**9)
@@ -57,10 +69,23 @@ def test_a_spec_reads_back_from_the_json_that_the_worker_is_given() -> None:
     assert TokenizeSpec.model_validate_json(tokenize.model_dump_json()).pairs == Path("/pairs.parquet")
 
 
-@pytest.mark.parametrize("spec", [Spec, TokenizeSpec, TrainSpec, EvaluateSpec])
+@pytest.mark.parametrize("spec", [Spec, TokenizeSpec, TrainSpec, EvaluateSpec, RewardSpec, BenchmarkSpec, HarnessSpec])
 def test_a_spec_with_a_key_it_does_not_know_is_refused(spec: type[Spec]) -> None:
     with pytest.raises(ValidationError, match=r"token\n\s+Extra inputs are not permitted"):
         spec.model_validate(SPEC | {"token": "x"})
+
+
+def test_a_harness_that_ran_out_of_memory_takes_fewer_requests_and_no_other_budget() -> None:
+    """lm-eval makes its own forwards: half the token budget changed nothing, three times."""
+    values: dict[str, Any] = {
+        "plan": plan(), "sft_adapter": None, "policy": "/policy", "tasks": ["one"], "include_path": None,
+        "limit": None, "num_fewshot": None, "apply_chat_template": False, "batch_size": 5, "confidence": 0.95,
+    }  # fmt: skip
+    first = HarnessSpec.model_validate(SPEC | values)
+    second = first.smaller_forwards()
+    assert second is not None
+    assert (second.batch_size, second.out_of_memory_retries, second.plan) == (2, 1, first.plan)
+    assert HarnessSpec.model_validate(SPEC | values | {"batch_size": 1}).smaller_forwards() is None
 
 
 def test_a_failure_reads_back_with_the_check_that_stopped_it() -> None:

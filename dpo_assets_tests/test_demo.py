@@ -23,6 +23,8 @@ from dpo_assets.checks.catalog import CHECKS
 from dpo_assets_tests.hub_server import HubServer
 from dpo_assets_tests.pipelines import demo_recipe, failures, materialize, metadata
 
+DECIDED = ["promotion", "published_model"]
+
 
 def cli(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"DAGSTER_HOME": str(home)}
@@ -158,15 +160,15 @@ def test_a_release_is_published_verified_and_not_sent_twice(
         publishing = {"dry_run": False, "repo_id": "tester/bot", "endpoint": hub.endpoint}
         if first["verdict"]["decision"] != "first_publication":
             pytest.fail("the demo's policy was held, so there is nothing to publish")
-        result = materialize(demo_recipe(publishing=publishing), demo_instance, ["published_model"])
+        result = materialize(demo_recipe(publishing=publishing), demo_instance, DECIDED)
         assert failures(result) == []
         shown = metadata(result, "published_model")
         sent = hub.repo("tester/bot").files(shown["commit"])
         release = Path(shown["release"])
         assert {p.name: p.read_bytes() for p in release.iterdir()}.items() <= sent.items()
-        assert hub.repo("tester/bot").tags[shown["tag"]] == shown["commit"]
+        assert hub.repo("tester/bot").tags == dict.fromkeys([shown["tag"], "champion"], shown["commit"])
         before = len(hub.repo("tester/bot").history())
-        again = materialize(demo_recipe(publishing=publishing), demo_instance, ["published_model"])
+        again = materialize(demo_recipe(publishing=publishing), demo_instance, DECIDED)
         assert again.success
         assert len(hub.repo("tester/bot").history()) == before
         log = "\n".join(e.user_message for e in demo_instance.all_logs(result.run_id))
@@ -175,7 +177,7 @@ def test_a_release_is_published_verified_and_not_sent_twice(
 
 def test_publishing_without_a_token_names_the_variable(demo_instance: dg.DagsterInstance) -> None:
     publishing = {"dry_run": False, "repo_id": "tester/bot"}
-    result = materialize(demo_recipe(publishing=publishing), demo_instance, ["published_model"])
+    result = materialize(demo_recipe(publishing=publishing), demo_instance, DECIDED)
     assert "HF_TOKEN is not set in the environment" in failures(result)[0]
 
 
@@ -204,7 +206,7 @@ def test_scores_and_a_card_of_another_split_are_refused_until_the_model_is_made_
     assert kept > 0, "pairs that the model of the demo was trained on are not held out under another seed"
     assert shown["eval_pairs"] + shown["train_pairs"] == 142
     again = ["dpo_plan", "sft_checkpoint", "dpo_adapter", "merged_model"]
-    for asset, named in {"eval_scores": again, "published_model": [*again, "eval_scores"]}.items():
+    for asset, named in {"eval_scores": again, "published_model": [*again, "eval_scores", "promotion"]}.items():
         [said] = failures(materialize(other, demo_instance, [asset]))
         assert f"Materialise again, in this order: {', '.join(f'demo/{name}' for name in named)}. " in said
     back = materialize(demo_recipe(), demo_instance, ["dpo_dataset", "eval_scores", "published_model"])

@@ -7,6 +7,7 @@ from configparser import ConfigParser
 from pathlib import Path
 from typing import Any, get_args
 
+import dagster as dg
 import pytest
 import yaml
 from dagster.components.testing.utils import create_defs_folder_sandbox
@@ -15,7 +16,7 @@ from dpo_assets.assets.graph import NODES
 from dpo_assets.checks.bands import default_bands
 from dpo_assets.checks.catalog import CHECKS, validate_severities
 from dpo_assets.cli import main
-from dpo_assets.component import DpoPipeline
+from dpo_assets.component import DpoPipeline, build_dpo_defs
 from dpo_assets.feedback.pairing import POLICIES
 from dpo_assets.feedback.readers import READERS, formats
 from dpo_assets.planning import offers
@@ -31,7 +32,7 @@ from dpo_assets.recipe import (
     parse_recipe,
 )
 from dpo_assets.report.formats import updated, yaml_line
-from dpo_assets_tests.pipelines import PACKAGE
+from dpo_assets_tests.pipelines import PACKAGE, demo_recipe
 
 ROOT = PACKAGE.parent
 DOCS = ROOT / "docs"
@@ -241,7 +242,14 @@ def test_the_recipe_in_the_readme_is_valid() -> None:
     blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text_of(README), re.DOTALL)]
     [whole] = [dict(block["attributes"]) for block in blocks if "attributes" in block]
     assert whole.pop("name")
-    for part in [{}, *(block for block in blocks if "attributes" not in block)]:
+    for part in [{}, *(block for block in blocks if "attributes" not in block and "ops" not in block)]:
         checks = parse_recipe(whole | part).checks
         validate_severities(checks.severity)
         default_bands().with_overrides(checks.bands)
+
+
+def test_the_rollback_of_the_readme_is_one_that_its_job_takes() -> None:
+    blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text_of(README), re.DOTALL)]
+    [config] = [block for block in blocks if "ops" in block]
+    job = build_dpo_defs("demo", demo_recipe()).resolve_job_def("demo_rollback")
+    assert dg.validate_run_config(job, config)

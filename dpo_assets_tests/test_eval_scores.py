@@ -5,19 +5,22 @@ Artefacts are made by hand on a shelf; the step that reads them is the pipeline'
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import pytest
 
 from dpo_assets import build_dpo_defs
+from dpo_assets.artifact import write_json
 from dpo_assets.checks.evidence.ledger import Decided, Ledger, Primary
 from dpo_assets.checks.evidence.ledger_file import LedgerFile
+from dpo_assets.checks.neutral import NEUTRAL
 from dpo_assets.contract import ChampionSpec, EvaluateSpec, Spec, Stage
 from dpo_assets.errors import ConfigError
 from dpo_assets.resources.launcher import TrainingLauncher
 from dpo_assets_tests.pipelines import demo_recipe, failures
-from dpo_assets_tests.samples import evaluation_report
+from dpo_assets_tests.samples import aftermath_report, dpo_report, evaluation_report
 from dpo_assets_tests.test_lineage import Shelf, instance, shelf
 from dpo_assets_tests.test_published_model import fill
 
@@ -37,10 +40,10 @@ class Asking(TrainingLauncher):
         raise ConfigError("asked, and no further")
 
 
-def asked(shelf: Shelf) -> EvaluateSpec | str:
+def asked(shelf: Shelf, **evaluation: Any) -> EvaluateSpec | str:
     """The spec of a materialisation of `eval_scores`, or why there is none."""
     ASKED.clear()
-    defs = build_dpo_defs("demo", demo_recipe(), resources={"launcher": Asking()})
+    defs = build_dpo_defs("demo", demo_recipe(evaluation=evaluation), resources={"launcher": Asking()})
     job = dg.define_asset_job("scores", selection=dg.AssetSelection.assets(["demo", "eval_scores"]))
     resolved = dg.Definitions.merge(defs, dg.Definitions(jobs=[job])).resolve_job_def("scores")
     result = resolved.execute_in_process(instance=shelf.instance, raise_on_error=False)
@@ -136,3 +139,46 @@ def test_a_champion_whose_artefacts_are_gone_is_named_with_the_way_out(shelf: Sh
     assert isinstance(said, str)
     assert "the champion's `dpo_adapter`" in said
     assert "rollback" in said
+
+
+@pytest.mark.parametrize(
+    ("answers", "precision", "sampled"),
+    [
+        ({"kl": {"per_token": 0.1, "low": 0.0}}, "bf16", 0),
+        ({"kl": {"per_token": 0.1, "low": 0.0}}, "4bit", 32),
+        ({"kl": {"not_measured": "no packed scorer"}}, "bf16", 32),
+    ],
+    ids=["measured", "of another model", "not measured"],
+)
+def test_what_training_measured_of_the_same_weights_is_not_measured_twice(
+    shelf: Shelf, answers: dict[str, Any], precision: str, sampled: int
+) -> None:
+    said = aftermath_report()["answers"] | answers
+    fill(shelf, evaluation_report(), precision=precision)
+    report = dpo_report(**aftermath_report() | {"answers": said}).model_dump(mode="json")
+    shelf.make("dpo_adapter", "measured", also=lambda folder: write_json(folder / "report.json", report))
+    shelf.make("merged_model", "measured")
+    spec = asked(shelf)
+    assert isinstance(spec, EvaluateSpec)
+    assert spec.sampled_answers == sampled
+
+
+def test_a_corpus_is_known_by_its_content_and_a_damaged_one_ends_before_anything_is_scored(
+    shelf: Shelf, tmp_path: Path
+) -> None:
+    fill(shelf, evaluation_report())
+    own, same, damaged = (tmp_path / name for name in ("a.txt", "b.txt", "c.jsonl"))
+    own.write_text("A line.\n\nAnother.", encoding="utf-8")
+    same.write_bytes(own.read_bytes())
+    damaged.write_text('{"txt": "A line."}', encoding="utf-8")
+    built_in, one, other, refused = (
+        asked(shelf, **changes)
+        for changes in ({}, {"corpus": str(own)}, {"corpus": str(same)}, {"corpus": str(damaged)})
+    )
+    assert isinstance(built_in, EvaluateSpec)
+    assert isinstance(one, EvaluateSpec)
+    assert isinstance(other, EvaluateSpec)
+    assert (built_in.corpus, one.corpus) == (NEUTRAL, own)
+    assert built_in.fingerprint != one.fingerprint == other.fingerprint
+    assert isinstance(refused, str)
+    assert "c.jsonl, line 1" in refused

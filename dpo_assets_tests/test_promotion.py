@@ -24,6 +24,7 @@ from dpo_assets.assets.promotion import SNAPSHOT
 from dpo_assets.checks.evidence.ledger import Ledger
 from dpo_assets.checks.evidence.ledger_file import LedgerFile
 from dpo_assets.publishing.commit import CHAMPION
+from dpo_assets.secret_shapes import MASK
 from dpo_assets_tests.hub_server import HubServer
 from dpo_assets_tests.pipelines import failed_checks, failures, metadata
 from dpo_assets_tests.samples import evaluation_report, scored_pairs
@@ -159,12 +160,16 @@ def test_an_override_is_on_record_with_its_reason(shelf: Shelf, hub: HubServer) 
     assert release(shelf, sending(hub)).success
     [said] = failures(release(shelf, sending(hub), override={"override": "promote", "reason": "why not"}))
     assert "at least 10 characters" in said
-    assert release(shelf, sending(hub), override=WISH).success
+    token = "hf_" + "AbCdEfGhIj" * 3 + "KlMn"
+    pasted = {**WISH, "reason": f"{WISH['reason']}, says {token}"}
+    assert release(shelf, sending(hub), override=pasted).success
     ledger = ledger_of(shelf)
     assert ledger.champion == second
     override = ledger.decisions[-1].override
     assert override is not None
-    assert override.model_dump() == {"decision": "promote", "reason": WISH["reason"]}
+    assert (override.decision, override.reason) == ("promote", f"{WISH['reason']}, says {MASK}")
+    kept = [path for path in shelf.tree.root.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
+    assert kept == []
 
 
 def test_executing_the_check_of_a_decision_decides_nothing(shelf: Shelf, hub: HubServer) -> None:

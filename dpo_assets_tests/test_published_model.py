@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import polars as pl
 import pytest
 
 from dpo_assets import HubResource, build_dpo_defs
@@ -21,6 +22,7 @@ from dpo_assets.assets.eval_scores import SCORES
 from dpo_assets.checks.reports import EvaluationReport
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.licence import front_matter
+from dpo_assets.publishing.trace import COLUMNS, SPLITS
 from dpo_assets.recipe import PublishingSection
 from dpo_assets.report.tables import table
 from dpo_assets_tests.hub.repository import Blob, HubError, Repo
@@ -58,6 +60,9 @@ def fill(shelf: Shelf, scores: EvaluationReport, licensed: bool = True, **of_pla
             (folder / "model").mkdir()
             (folder / "model" / "model.safetensors").write_bytes(bytes(range(256)))
 
+        if node == "dpo_dataset":
+            for file in SPLITS.values():
+                pl.DataFrame(schema=dict.fromkeys(COLUMNS, pl.String)).write_parquet(folder / file)
         if node == "eval_scores":
             scored_pairs(scores.implicit_reward_accuracy.value).write_parquet(folder / SCORES)
 

@@ -351,7 +351,18 @@ def test_the_values_of_whoever_declares_nothing_are_these() -> None:
             "sampled_answers": 32,
             "capability_probe": None,
         },
-        "evaluation": {"confidence": 0.95, "min_pairs": 50, "generations": 16, "max_new_tokens": 64, "judge": None},
+        "evaluation": {
+            "confidence": 0.95,
+            "min_pairs": 50,
+            "generations": 16,
+            "max_new_tokens": 64,
+            "sampled_answers": 32,
+            "corpus": None,
+            "judge": None,
+            "reward_model": None,
+            "benchmarks": [],
+            "harness": None,
+        },
         "publishing": {
             "repo_id": None,
             "dry_run": True,
@@ -359,6 +370,7 @@ def test_the_values_of_whoever_declares_nothing_are_these() -> None:
             "private": True,
             "adopt": None,
             "endpoint": None,
+            "gguf": None,
         },
         "refresh": {"schedule": "0 3 * * *", "sensor_interval_seconds": 60},
         "hardware": {

@@ -3,45 +3,35 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Sequence
 from datetime import date
-from glob import escape
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import dagster as dg
 from pydantic import JsonValue
 
 from dpo_assets.artifact import Artifact, read_kept, read_object, rewrite_json, write_json
 from dpo_assets.assets.lineage import Inputs
+from dpo_assets.assets.model_files import download, take_over, told_files
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step, final
 from dpo_assets.checks.verdict import Verdict
 from dpo_assets.contract import VERIFIED, TemplateSettings, VerifiedBase, VerifySpec
-from dpo_assets.errors import ConfigError, InfrastructureError
+from dpo_assets.errors import ConfigError
 from dpo_assets.planning.companions import (
     LEGACY_TEMPLATE,
     NAMED_TEMPLATES,
     PROCESSOR_CONFIG,
     TEMPLATE,
     TOKENIZER_CONFIG,
-    copy_files,
-    found,
-    is_kept,
 )
 from dpo_assets.planning.licence import Licence, licence_of
 from dpo_assets.planning.model_folder import CONFIG, ModelFolder, inspect_model, uses_name
 from dpo_assets.planning.shape import ModelShape
 from dpo_assets.planning.text_part import has_other_parts
-from dpo_assets.planning.weights import INDEX, SINGLE, weight_files
-from dpo_assets.publishing.secrets import scrub
 from dpo_assets.recipe import BUILTIN, BaseModelSection, PublishingSection, looks_like_hub_id
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
 
 BUILTIN_MODELS = {"stories260k": ("data/stories260k", "mit")}
 FACTS = "model.json"
@@ -62,13 +52,13 @@ def materialise(step: Step) -> Events:
     def make(folder: Path, _: str) -> None:
         model = folder / "model"
         if looks_like_hub_id(section.source):
-            left_out = _download(step.hub.api(), section, model, step.hub.token_variable)
+            left_out = download(step.hub.api(), section.source, section.revision, model, step.hub.token_variable)
         else:
             source, _licence = local_source(section)
             given = inspect_model(source)
             refuse(given)
             left_out = list(given.unused)
-            _copy(source, model)
+            take_over(source, model)
         if section.chat_template is not None:
             _set_template(Path(section.chat_template), model)
         facts = inspect_model(model)
@@ -299,24 +289,8 @@ def _identity(section: BaseModelSection) -> dict[str, object]:
             raise ConfigError(f"base_model.chat_template: there is no file {template}")
         identity["template"] = template.read_text(encoding="utf-8")
     if not looks_like_hub_id(section.source):
-        folder, _ = local_source(section)
-        listed = found(folder, lambda _: True) if folder.is_dir() else []
-        told = [(name, (folder / name).stat()) for name in listed]
-        identity["files"] = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in told]
+        identity["files"] = told_files(local_source(section)[0])
     return identity
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Weights are hard-linked where the file system allows it (a 70B base is not copied), the rest is copied."""
-    target.mkdir(parents=True)
-    for path in weight_files(source):
-        try:
-            os.link(path.resolve(), target / path.name)
-        except OSError:
-            shutil.copyfile(path, target / path.name)
-    # Beside a single file, which is what is loaded, the index is that of copies left behind.
-    single = (target / SINGLE).is_file()
-    copy_files(source, target, lambda name: is_kept(name) and not (single and name == INDEX))
 
 
 def _set_template(template: Path, model: Path) -> None:
@@ -330,55 +304,6 @@ def _set_template(template: Path, model: Path) -> None:
         config = read_object(model / name) if (model / name).is_file() else {}
         if config.pop("chat_template", None) is not None:
             rewrite_json(model / name, config)
-
-
-def _download(api: HfApi, section: BaseModelSection, target: Path, token_variable: str) -> list[str]:
-    """One pinned revision: what `is_kept` names, and the weights that a model is loaded from, once.
-
-    Repositories also hold pickled weights, and second copies in layouts of other libraries.
-
-    Returns:
-        the safetensors files that were left behind.
-    """
-    from httpx import HTTPError
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    def fetch(names: Sequence[str]) -> None:
-        # As they are called: `[` in a name is none of a pattern.
-        allowed = [escape(name) for name in names]
-        api.snapshot_download(section.source, revision=section.revision, local_dir=target, allow_patterns=allowed)
-
-    try:
-        listed = api.list_repo_files(section.source, revision=section.revision)
-        there = {name for name in listed if "/" not in name}
-        fetch([name for name in listed if is_kept(name)])
-        weights = [SINGLE] if SINGLE in there else []
-        if weights:
-            # Of the copy in parts, which stays behind.
-            (target / INDEX).unlink(missing_ok=True)
-        elif (target / INDEX).is_file():
-            weights = [path.name for path in weight_files(target)]
-        if missing := [name for name in weights if name not in there]:
-            raise ConfigError(f"{section.source}: {INDEX} names {', '.join(missing)}, but the repository lacks it")
-        if weights:
-            fetch(weights)
-    except RevisionNotFoundError:
-        raise ConfigError(f"{section.source} has no revision {section.revision}; copy the sha from its page") from None
-    except GatedRepoError:
-        raise ConfigError(f"{section.source} is gated: accept its terms on the Hub and set {token_variable}") from None
-    except RepositoryNotFoundError:
-        raise ConfigError(
-            f"the Hub has no model {section.source}, or the token in {token_variable} may not see it"
-        ) from None
-    except (HfHubHTTPError, HTTPError) as error:
-        raise InfrastructureError(f"{section.source} could not be downloaded: {scrub(str(error))}") from None
-    shutil.rmtree(target / ".cache", ignore_errors=True)
-    return sorted(name for name in there if name.endswith(".safetensors") and name not in weights)
 
 
 NODE = Node(

@@ -14,9 +14,11 @@ from pydantic import Field, create_model
 from dpo_assets.artifact import Artifact, read_kept, write_json
 from dpo_assets.assets.base_model import read_facts, refuse_adapter_alone, refuse_unlicensed
 from dpo_assets.assets.dpo_dataset import dataset_stats
+from dpo_assets.assets.gguf_model import rehearse
 from dpo_assets.assets.lineage import Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.publication import access_ahead
+from dpo_assets.assets.scorers_ahead import refuse_scorers
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.config import plan_verdicts
 from dpo_assets.checks.coverage import coverage_table
@@ -37,6 +39,8 @@ def materialise(step: Step) -> Events:
     dataset, base = inputs["dpo_dataset"], inputs["base_model"]
     for refuse in (refuse_adapter_alone, refuse_unlicensed):
         refuse(step.recipe.publishing, base)  # Before anything is trained for it.
+    rehearse(step, base)
+    refuse_scorers(step.recipe.evaluation)
     access = access_ahead(step)
     recipe = apply_overrides(step.recipe, {name: step.config.get(name, {}) for name in OVERRIDABLE})
     plan = make_plan(recipe, _shape(base), dataset_stats(dataset), step.gpu.detect(), installed_here())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import dagster as dg
 
-from dpo_assets.artifact import Artifact
+from dpo_assets.artifact import Artifact, file_sha256
 from dpo_assets.assets.base_model import in_worker
 from dpo_assets.assets.champion import Champion, champion_of, find_champion
 from dpo_assets.assets.dpo_plan import followed, read_plan
@@ -16,14 +16,18 @@ from dpo_assets.assets.lineage import Inputs, Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.sft_checkpoint import start_adapter
 from dpo_assets.assets.step import Events, Step
-from dpo_assets.checks.evaluation import champion_scored
-from dpo_assets.checks.promotion import Learned, evaluation_verdicts
+from dpo_assets.checks.evaluation import champion_scored, divergence_in_training, released_kl
+from dpo_assets.checks.evidence.candidate import ScoredPairs
+from dpo_assets.checks.neutral import NEUTRAL, neutral_perplexity, read_texts
+from dpo_assets.checks.promotion import evaluation_verdicts
 from dpo_assets.checks.reports import DpoReport, EvaluationReport
 from dpo_assets.contract import ChampionSpec, EvaluateSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.trained import seen_pairs
 from dpo_assets.planning.plan import TrainingPlan
-from dpo_assets.report.scores import answers_table, parts_table, scores_table
+from dpo_assets.planning.precision import QUANTISED
+from dpo_assets.report.score_plots import score_plots
+from dpo_assets.report.scores import answers_table, parts_table, perplexity_table, scores_table
 
 SCORES = "scores.parquet"
 
@@ -34,6 +38,19 @@ def materialise(step: Step) -> Events:
     plan = read_plan(inputs["dpo_plan"])
     # What was made is judged by what it was held against then.
     champion = None if step.only_checks else champion_of(step, inputs["merged_model"].digest)
+
+    corpus = Path(evaluation.corpus) if evaluation.corpus else NEUTRAL
+    if not step.only_checks:
+        read_texts(corpus)  # A damaged one must end here, before anything is scored.
+    adapter, merged = _dpo_report(inputs["dpo_adapter"]), plan.scoring.subject == "merged"
+    # On a quantised base training measured another model than is released.
+    kl = None if merged and plan.precision in QUANTISED else divergence_in_training(adapter)
+    sampled = 0 if kl else evaluation.sampled_answers
+    settings = evaluation.model_dump(include={"confidence", "generations", "max_new_tokens"})
+    config: dict[str, object] = {"evaluation": settings, "sampled_answers": sampled}
+    config["corpus"] = file_sha256(corpus) if corpus.is_file() else ""
+    if champion is not None:
+        config["champion"] = _digests(champion)
 
     def make(folder: Path, print_: str) -> None:
         step.launch(
@@ -51,14 +68,13 @@ def materialise(step: Step) -> Events:
                 adapter=inputs["dpo_adapter"].path / "adapter",
                 policy=inputs["merged_model"].path / "model",
                 champion=_to_score_again(champion, inputs) if champion else None,
+                corpus=corpus,
+                sampled_answers=sampled,
                 score_cache=step.tree.root / "cache" / "reference.sqlite",
                 **evaluation.model_dump(include={"confidence", "generations", "max_new_tokens", "min_pairs"}),
             ),
         )
 
-    config: dict[str, object] = {"evaluation": evaluation.model_dump(exclude={"min_pairs", "judge"})}
-    if champion is not None:
-        config["champion"] = _digests(champion)
     artifact, reused = step.build("eval_scores", config, inputs, make)
     report = EvaluationReport.of(artifact)
     yield from step.result(
@@ -70,9 +86,11 @@ def materialise(step: Step) -> Events:
                 report,
                 step.bands,
                 seen=_seen(step, inputs, artifact, report),
-                learned=_learned(inputs["dpo_adapter"]),
-                merged=plan.scoring.subject == "merged",
+                learned=adapter.held_out if adapter else None,
+                merged=merged,
             ),
+            released_kl(report, kl, step.bands),
+            neutral_perplexity(report, step.bands),
             champion_scored(report),
         ],
         {
@@ -87,16 +105,23 @@ def materialise(step: Step) -> Events:
             "chosen_shift_nats_per_token": report.chosen_shift_nats_per_token,
             "rejected_shift_nats_per_token": report.rejected_shift_nats_per_token,
             "scores": dg.MetadataValue.md(scores_table(report)),
+            **{title: dg.MetadataValue.md(plot) for title, plot in _plots(step, artifact).items()},
+            "perplexity": dg.MetadataValue.md(perplexity_table(report)),
             "parts": dg.MetadataValue.md(parts_table(report)),
             "answers": dg.MetadataValue.md(answers_table(artifact.json("generations.json"))),
         },
     )
 
 
-def _learned(adapter: Artifact) -> Learned:
+def _plots(step: Step, scores: Artifact) -> dict[str, str]:
+    """Of the pairs one by one; none where only checks are evaluated, whose page has no plots."""
+    return {} if step.only_checks else score_plots(ScoredPairs.read(scores.path / SCORES))
+
+
+def _dpo_report(adapter: Artifact) -> DpoReport | None:
     """What was measured of the adapter. None where its report is of an earlier version: no other check waits for it."""
     with suppress(ConfigError):
-        return DpoReport.of(adapter).held_out
+        return DpoReport.of(adapter)
     return None
 
 
@@ -148,7 +173,7 @@ def scoring_settings(plan: TrainingPlan) -> dict[str, object]:
 
 NODE = Node(
     name="eval_scores",
-    description="Held-out accuracy of SFT, policy and champion with intervals and a length baseline; answers.",
+    description="Held-out accuracy of SFT, policy and champion with intervals and a length baseline, and answers.",
     phase="release",
     kinds=frozenset({"pytorch"}),
     body=materialise,

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dpo_assets.assets import (
     base_model,
+    benchmark_scores,
     dpo_adapter,
     dpo_dataset,
     dpo_plan,
     eval_scores,
+    gguf_model,
+    harness_scores,
     judged_answers,
     merged_model,
     promotion,
     published_model,
     raw_preferences,
+    reward_model_scores,
     sft_checkpoint,
 )
 from dpo_assets.assets.lineage import Lineage
@@ -32,7 +36,14 @@ NODES: tuple[Node, ...] = (
     promotion.NODE,
     published_model.NODE,
 )
-OPTIONAL: tuple[Node, ...] = (judged_answers.NODE,)  # Of pipelines whose recipe asks for them.
+# Of pipelines whose recipe asks for them.
+OPTIONAL: tuple[Node, ...] = (
+    judged_answers.NODE,
+    reward_model_scores.NODE,
+    benchmark_scores.NODE,
+    harness_scores.NODE,
+    gguf_model.NODE,
+)
 LINEAGE = Lineage({node.name: node.reads for node in (*NODES, *OPTIONAL)})
 
 

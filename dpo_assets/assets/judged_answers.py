@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
 from dpo_assets.artifact import write_json
-from dpo_assets.assets.lineage import Inputs, Read
+from dpo_assets.assets.lineage import Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.judged import judge_verdicts
@@ -18,6 +17,7 @@ from dpo_assets.checks.reports import JudgedAnswers
 from dpo_assets.checks.statistics import percent
 from dpo_assets.judging.comparing import Comparison, Judge, compare
 from dpo_assets.judging.endpoint import Endpoint
+from dpo_assets.judging.pairs import AnswerPair, answers_of, human_pairs
 from dpo_assets.judging.rates import Tally, at_equal_length, corrected
 from dpo_assets.judging.replies import Remembered
 from dpo_assets.report.tables import table
@@ -38,13 +38,13 @@ def materialise(step: Step) -> Events:
 
     def make(folder: Path, _: str) -> None:
         judge = Remembered(endpoint, step.tree.root / REPLIES)
-        answers = [_Pair.of_answers(row) for row in inputs["eval_scores"].json("generations.json")]
-        people = _human_pairs(inputs, settings.human_pairs)
+        answers = answers_of(inputs["eval_scores"].json("generations.json"))
+        people = human_pairs(inputs["dpo_dataset"].path / "eval.parquet", settings.human_pairs)
         compared = _compared(judge, answers, step, "answers of the policy")
         by_people = _compared(judge, people, step, "pairs of people")
         step.context.log.info(f"judged_answers: {judge.asked} questions, the others were answered before")
         _report(endpoint.identity, answers, compared, by_people, confidence).write(folder)
-        write_json(folder / COMPARED, [pair.told(one) for pair, one in zip(answers, compared, strict=True)])
+        write_json(folder / COMPARED, [_told(pair, one) for pair, one in zip(answers, compared, strict=True)])
 
     config = {"judge": endpoint.identity, "human_pairs": settings.human_pairs, "confidence": confidence}
     artifact, reused = step.build("judged_answers", config, inputs, make)
@@ -74,54 +74,18 @@ def materialise(step: Step) -> Events:
     )
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """Two answers to one conversation."""
-
-    conversation: Sequence[dict[str, str]]
-    first: str
-    second: str
-
-    @classmethod
-    def of_answers(cls, row: dict[str, Any]) -> _Pair:
-        """The policy's answer, then that of SFT."""
-        return cls([_plain(message) for message in row["prompt"]], row["policy"], row["sft"])
-
-    @property
-    def lengths(self) -> tuple[int, int]:
-        return len(self.first), len(self.second)
-
-    def told(self, one: Comparison) -> dict[str, Any]:
-        return {
-            "prompt": self.conversation[-1]["content"],
-            "policy": self.first,
-            "sft": self.second,
-            "outcome": one.outcome,
-            "flipped": one.flipped,
-            "replies": list(one.replies),
-        }
+def _told(pair: AnswerPair, one: Comparison) -> dict[str, Any]:
+    return {
+        "prompt": pair.asked,
+        "policy": pair.first,
+        "sft": pair.second,
+        "outcome": one.outcome,
+        "flipped": one.flipped,
+        "replies": list(one.replies),
+    }
 
 
-def _human_pairs(inputs: Inputs, most: int) -> list[_Pair]:
-    """Held-out pairs, chosen answer first: those that people ranked, in the order of their ids, which is none.
-
-    One of each prompt: pairs of one prompt agree, and the interval of the judge's agreement takes them for independent.
-    """
-    import polars as pl
-
-    pairs = pl.read_parquet(inputs["dpo_dataset"].path / "eval.parquet").sort("pair_id")
-    table_ = pairs.unique("prompt_id", keep="first", maintain_order=True).head(most)
-    return [
-        _Pair([_plain(m) for m in row["prompt"]], row["chosen"][-1]["content"], row["rejected"][-1]["content"])
-        for row in table_.select("prompt", "chosen", "rejected").iter_rows(named=True)
-    ]
-
-
-def _plain(message: dict[str, Any]) -> dict[str, str]:
-    return {"role": str(message["role"]), "content": str(message["content"])}
-
-
-def _compared(judge: Judge, pairs: Sequence[_Pair], step: Step, what: str) -> list[Comparison]:
+def _compared(judge: Judge, pairs: Sequence[AnswerPair], step: Step, what: str) -> list[Comparison]:
     found = []
     for number, pair in enumerate(pairs, start=1):
         found.append(compare(judge, pair.conversation, pair.first, pair.second))
@@ -131,7 +95,7 @@ def _compared(judge: Judge, pairs: Sequence[_Pair], step: Step, what: str) -> li
 
 
 def _report(
-    judge: str, answers: list[_Pair], compared: list[Comparison], people: list[Comparison], confidence: float
+    judge: str, answers: list[AnswerPair], compared: list[Comparison], people: list[Comparison], confidence: float
 ) -> JudgedAnswers:
     tally, by_people = Tally.of(compared), Tally.of(people)
     share, agreement = tally.share(confidence), by_people.share(confidence)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,13 +17,14 @@ from dpo_assets.assets.lineage import Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.evidence.candidate import Candidate, ScoredPairs
-from dpo_assets.checks.evidence.ledger import SCORES, Decided, Ledger
+from dpo_assets.checks.evidence.ledger import FIRST, SCORES, Decided, Ledger
 from dpo_assets.checks.evidence.ledger_file import LedgerFile
 from dpo_assets.checks.evidence.outlook import Outlook
 from dpo_assets.checks.promotion import OUTCOME, PromotionOutcome, override_of, promotion_verdict
 from dpo_assets.checks.reports import EvaluationReport
-from dpo_assets.errors import ConfigError
+from dpo_assets.publishing.secrets import scrub
 from dpo_assets.recipe import Recipe
+from dpo_assets.report.history import HISTORY, history_rows
 from dpo_assets.report.tables import table
 
 NAME = "promotion"
@@ -44,7 +46,7 @@ def materialise(step: Step) -> Events:
         artifact, reused = step.build(NAME, {}, inputs, lambda folder, print_: None)
         ledger = read_ledger(step.tree)
     else:
-        override = override_of(str(step.config.get("override", "")), str(step.config.get("reason", "")))
+        override = override_of(str(step.config.get("override", "")), scrub(str(step.config.get("reason", ""))))
         candidate = candidate_of(step, inputs["eval_scores"])
         decided: list[Decided] = []
 
@@ -113,8 +115,9 @@ def kept_heads(tree: ArtifactTree) -> dict[str, str]:
     """The heads that decisions kept in their artefacts: digest of the last line, and where it stands."""
     heads = {}
     for told in tree.listed(NAME):
-        with suppress(OSError, ConfigError):  # Damaged or of an earlier version: it is no witness.
-            heads[Ledger.of_text((told.path / SNAPSHOT).read_text(encoding="utf-8")).head] = str(told.path)
+        with suppress(OSError):  # Damaged: it is no witness.
+            last = (told.path / SNAPSHOT).read_bytes().rstrip(b"\n").rpartition(b"\n")[2]
+            heads[hashlib.sha256(last).hexdigest() if last else FIRST] = str(told.path)
     return heads
 
 
@@ -150,23 +153,7 @@ def _shown(outcome: PromotionOutcome, ledger: Ledger) -> dict[str, Any]:
 def history_table(ledger: Ledger) -> str:
     """Every line of a ledger, newest first."""
     rows = [list(row) for row in history_rows(ledger)]
-    return table(["line", "at", "what", "challenger", "why"], rows) if rows else "nothing was decided yet"
-
-
-def history_rows(ledger: Ledger) -> list[tuple[str, str, str, str, str]]:
-    """(number, time, what, challenger, why) of every line, newest first; what is live is marked."""
-    live = ledger.live
-    rows = []
-    for line in reversed(ledger.lines):
-        if isinstance(line, Decided):
-            cost = "" if line.level is None else f", level {line.level:.2g}"
-            what, why = f"{line.decision}{cost}", line.reason
-        else:
-            said = "release" if line.kind == "release" else "back to release"
-            what = f"{said} {line.release}{', live' if line is live else ''}"
-            why = f"{line.repo_id}@{line.commit[:12]}" + (f": {line.reason}" if line.kind == "rollback" else "")
-        rows.append((str(line.number), line.at, what, line.challenger[:12], why))
-    return rows
+    return table(list(HISTORY), rows) if rows else "nothing was decided yet"
 
 
 def _config(_: Recipe) -> type[dg.Config]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from dpo_assets.assets.base_model import read_facts, refuse_adapter_alone, refus
 from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.lineage import Inputs, Read
 from dpo_assets.assets.node import Node
-from dpo_assets.assets.promotion import read_ledger
+from dpo_assets.assets.promotion import SNAPSHOT, read_ledger
 from dpo_assets.assets.publication import RELEASE, Publication
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.evidence.ledger import Ledger
 from dpo_assets.checks.evidence.ledger_file import LedgerFile
+from dpo_assets.checks.evidence.spending import ALPHA
 from dpo_assets.checks.promotion import PromotionOutcome
 from dpo_assets.checks.reports import DpoReport, EvaluationReport, MergeReport
 from dpo_assets.checks.verdict import Level, Verdict
@@ -26,9 +28,10 @@ from dpo_assets.errors import ConfigError
 from dpo_assets.planning.companions import copy_files, found, is_licence_file, is_released
 from dpo_assets.planning.model_folder import ADAPTER, CONFIG
 from dpo_assets.planning.text_part import has_other_parts
-from dpo_assets.publishing.card import CardFacts, card_settings, render_card
+from dpo_assets.publishing.card import CardFacts, Standing, card_settings, render_card
 from dpo_assets.publishing.commit import Release, stage, staged_files
 from dpo_assets.publishing.plan import MADE_BY, FileRecord, ReleasePlan, ReleaseRecord
+from dpo_assets.publishing.trace import Trace
 from dpo_assets.report.tables import table
 
 FILES = "files.json"
@@ -50,10 +53,12 @@ def materialise(step: Step) -> Events:
             yield from _left_out(step, held)
             return
 
+    standing = standing_of(step, inputs, outcome)
+
     def make(folder: Path, _: str) -> None:
         target = folder / RELEASE
         target.mkdir()
-        facts = _facts(step, inputs)
+        facts = _facts(step, inputs, standing)
         merged = publishing.artifact == "merged"
         source = inputs["merged_model"].path / "model" if merged else _adapter(step, inputs, folder)
         name = step.pipeline.name
@@ -72,6 +77,7 @@ def materialise(step: Step) -> Events:
         "repo_id": publishing.repo_id,
         "record": sorted(ReleaseRecord.model_fields),
         "checks": _levels(step, inputs),
+        "standing": asdict(standing),
     }
     artifact, reused = step.build("published_model", config, inputs, make)
     publication = Publication(step, artifact, read_kept(artifact, FILES, ReleaseRecord).files, ledger)
@@ -227,7 +233,27 @@ def _title(step: Step) -> str:
     return (step.recipe.publishing.repo_id or step.pipeline.name).split("/")[-1]
 
 
-def _facts(step: Step, inputs: Inputs) -> CardFacts:
+def standing_of(step: Step, inputs: Inputs, outcome: PromotionOutcome) -> Standing:
+    """Where the release of a decision stands: by the ledger as it was when that was taken."""
+    decided = outcome.decided
+    then = Ledger.of_text((inputs["promotion"].path / SNAPSHOT).read_text(encoding="utf-8"))
+    before = Ledger(lines=then.lines[: decided.number - 1])
+    live = before.live
+    after = before.append(decided)
+    return Standing(
+        pipeline=step.pipeline.name,
+        number=after.number_of(decided),
+        preview=outcome.preview,
+        replaces=f"release {live.release} ({live.tag}, commit {live.commit[:12]})" if live is not None else "",
+        level=decided.level,
+        spent=after.budget().spent,
+        alpha=ALPHA,
+        override=decided.override.reason if decided.override is not None else "",
+        withdrawn=Trace.of(step.tree.root).withdrawn(live.artefact, inputs.digests) if live is not None else None,
+    )
+
+
+def _facts(step: Step, inputs: Inputs, standing: Standing) -> CardFacts:
     base, scores = read_facts(inputs["base_model"]), EvaluationReport.of(inputs["eval_scores"])
     outcome = PromotionOutcome.of(inputs["promotion"])
     return CardFacts(
@@ -247,6 +273,7 @@ def _facts(step: Step, inputs: Inputs) -> CardFacts:
         scores=scores,
         decision=outcome.decided.decision,
         reason=outcome.decided.reason,
+        standing=standing,
         checks=_levels(step, inputs),
         versions=inputs["dpo_adapter"].manifest.versions,
         beyond_text=has_other_parts(inputs["base_model"].json(f"model/{CONFIG}")),

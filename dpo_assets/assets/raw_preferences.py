@@ -17,7 +17,7 @@ from dpo_assets.checks.judged_text import judged_text_kept
 from dpo_assets.checks.verdict import Verdict
 from dpo_assets.errors import ConfigError, FeedbackError
 from dpo_assets.feedback.accounting import held, held_paired
-from dpo_assets.feedback.batches import COUNTS, PAIRS, QUARANTINE
+from dpo_assets.feedback.batches import COUNTS, INDEX, PAIRS, QUARANTINE
 from dpo_assets.feedback.ingest import EMPTY, EMPTY_FILE
 from dpo_assets.feedback.library import BATCH_KIND, PAIRED_KIND, FileBatches, pair_into, read_into
 from dpo_assets.feedback.pair import PAIR_COLUMNS
@@ -27,7 +27,6 @@ from dpo_assets.recipe import FeedbackSource, Recipe
 from dpo_assets.report.tables import counts_table, sample_table, table
 from dpo_assets.section import describe_validation_error
 
-INDEX = "batches.json"
 VOLUMES = "dpo_assets/volumes"  # What each source gave, for the next materialisation.
 PATHS = "paths of the launchpad"
 PAIRED = ""  # No file has that name.

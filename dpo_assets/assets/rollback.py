@@ -50,7 +50,7 @@ def rollback_job(pipeline: Pipeline) -> dg.JobDefinition:
         assert isinstance(hub, HubResource)
         tree = store.tree(context.instance, pipeline.name)
         try:
-            ledger = roll_back(pipeline, tree, hub, config.to.strip(), config.reason.strip())
+            ledger = roll_back(pipeline, tree, hub, config.to.strip(), scrub(config.reason.strip()))
         except GateError as error:
             raise final(f"{error} {error.fix}") from None
         except DpoAssetsError as error:

@@ -11,7 +11,15 @@ from typing import TypeVar
 
 from dpo_assets.checks.bands import Bands, Limit
 from dpo_assets.checks.collapse import CHECK, CollapseLimits, Row, first_trigger
-from dpo_assets.checks.reports import Aftermath, AnswerHealth, DpoReport, HeldOutPairs, NotMeasured, SampledAnswers
+from dpo_assets.checks.reports import (
+    Aftermath,
+    AnswerHealth,
+    Divergence,
+    DpoReport,
+    HeldOutPairs,
+    NotMeasured,
+    SampledAnswers,
+)
 from dpo_assets.checks.statistics import significant_fall, significant_rise
 from dpo_assets.checks.verdict import Level, Verdict, upper_limit, worst
 
@@ -135,11 +143,17 @@ def displacement(report: DpoReport, bands: Bands) -> Verdict:
 
 def kl_budget(report: Aftermath, bands: Bands) -> Verdict:
     """KL(policy || reference) per token on the policy's own answers: how far it went for what it learned."""
-    name, limit = "kl_budget", bands.limit("kl_budget")
+    name = "kl_budget"
     part, why = measured(report.answers)
     kl, why_no_kl = measured(part.kl) if part else (None, why)
     if part is None or kl is None:
         return unmeasured(name, why_no_kl, bands)
+    return divergence_verdict(name, kl, bands, f"{part.prompts} answers sampled at temperature 1")
+
+
+def divergence_verdict(name: str, kl: Divergence, bands: Bands, note: str) -> Verdict:
+    """KL(policy || reference) per token against the limits of `kl_budget`."""
+    limit = bands.limit("kl_budget")
     value, low = kl.per_token, -math.inf if kl.low is None else kl.low
     level = upper_limit(value, limit.warn, limit.error)
     if level == "error" and math.isfinite(value) and not low > limit.warn:
@@ -151,7 +165,7 @@ def kl_budget(report: Aftermath, bands: Bands) -> Verdict:
         f"at most {limit.warn:g} nats per token, blocked above {limit.error:g}",
         limit.source,
         "" if level == "pass" else LOWER_RATE,
-        f"{part.prompts} answers sampled at temperature 1; lower end of the 95% interval {low:.3g}",
+        f"{note}; lower end of the 95% interval {low:.3g}",
     )
 
 

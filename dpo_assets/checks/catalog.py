@@ -100,11 +100,28 @@ CHECKS: tuple[CheckInfo, ...] = (
         "kept_by_merge", "eval_scores", "What the adapter learned is left in the merged weights.", blocking=False
     ),
     CheckInfo("greedy_health", "eval_scores", "The release's greedy answers end, and do not repeat.", blocking=False),
+    CheckInfo("released_kl", "eval_scores", "The release's own answers stay near SFT (KL per token)."),
+    CheckInfo("neutral_perplexity", "eval_scores", "Texts that no feedback is about stayed as likely as before."),
     CheckInfo("champion_scored", "eval_scores", "The champion was asked every held-out pair.", blocking=False),
     CheckInfo(
         "judge_health", "judged_answers", "The judge answers, agrees with itself and with people.", blocking=False
     ),
     CheckInfo("judged_better", "judged_answers", "The judge does not prefer the answers of SFT.", blocking=False),
+    CheckInfo("gguf_loads", "gguf_model", "The file read back is the merged model, its tokens and template included."),
+    CheckInfo(
+        "reward_model_health",
+        "reward_model_scores",
+        "The reward model scores what it is given, and agrees with people.",
+        blocking=False,
+    ),
+    CheckInfo(
+        "rewarded_better", "reward_model_scores", "The reward model does not prefer the answers of SFT.", blocking=False
+    ),
+    CheckInfo("benchmark_whole", "benchmark_scores", "Every row of every benchmark was scored.", blocking=False),
+    CheckInfo("benchmark_unseen", "benchmark_scores", "No row asks what the model was trained on.", blocking=False),
+    CheckInfo(
+        "harness_retained", "harness_scores", "No task is answered worse than by SFT, beyond chance.", blocking=False
+    ),
     CheckInfo(
         "promotion_verdict", "promotion", "The policy beats what is live, or its start, beyond chance; it lost nothing."
     ),

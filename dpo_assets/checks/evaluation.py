@@ -2,8 +2,35 @@
 
 from __future__ import annotations
 
-from dpo_assets.checks.reports import EvaluationReport
+from dataclasses import replace
+
+from dpo_assets.checks.aftermath import divergence_verdict, unmeasured
+from dpo_assets.checks.bands import Bands
+from dpo_assets.checks.reports import Divergence, DpoReport, EvaluationReport, SampledAnswers
 from dpo_assets.checks.verdict import Verdict
+
+
+def divergence_in_training(adapter: DpoReport | None) -> Divergence | None:
+    """What training measured of its adapter's KL from its reference, where it did."""
+    answers = adapter.answers if adapter is not None else None
+    kl = answers.kl if isinstance(answers, SampledAnswers) else None
+    return kl if isinstance(kl, Divergence) else None
+
+
+def released_kl(report: EvaluationReport, in_training: Divergence | None, bands: Bands) -> Verdict:
+    """KL(policy || SFT) per token of what is released, on its own answers.
+
+    Where training measured it of the same weights, it is not measured twice: `fidelity` holds the merge to the adapter.
+    Training on a quantised base measured another model, and on some kernels it cannot sample at all.
+    """
+    name = "released_kl"
+    if isinstance(report.kl, Divergence):
+        return divergence_verdict(name, report.kl, bands, "the release's own answers at temperature 1")
+    if in_training is not None:
+        return divergence_verdict(name, in_training, bands, "of the adapter, as training measured it")
+    why = report.kl.not_measured if report.kl is not None else "these scores are of an earlier version"
+    fix = "set evaluation.sampled_answers above 0, and materialise eval_scores again"
+    return replace(unmeasured(name, why, bands), source=bands.limit("kl_budget").source, fix=fix)
 
 
 def champion_scored(report: EvaluationReport) -> Verdict:

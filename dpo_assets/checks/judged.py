@@ -1,10 +1,10 @@
-"""Whether a judge can be believed, and what it says of the policy's answers."""
+"""Whether a judge or a reward model can be believed, and what it says of the policy's answers."""
 
 from __future__ import annotations
 
 import math
 
-from dpo_assets.checks.reports import JudgedAnswers
+from dpo_assets.checks.reports import JudgedAnswers, RewardModelScores
 from dpo_assets.checks.verdict import Verdict
 
 # A judge's own order decides 10 to 20 % of its verdicts as a rule (Zheng et al., arXiv 2306.05685).
@@ -45,13 +45,57 @@ def judge_health(report: JudgedAnswers) -> Verdict:
 
 def judged_better(report: JudgedAnswers) -> Verdict:
     """The share of the policy's answers that people would have preferred to those of SFT, by this judge."""
+    return _better("judged_better", report, "as judged")
+
+
+def reward_model_verdicts(report: RewardModelScores) -> list[Verdict]:
+    """All checks of `reward_model_scores`."""
+    return [reward_model_health(report), rewarded_better(report)]
+
+
+def reward_model_health(report: RewardModelScores) -> Verdict:
+    """Answers without a reward, and agreement with people."""
+    left_out = sum(report.left_out.values()) + sum(report.human_left_out.values())
+    asked = report.wins + report.ties + report.losses + sum(report.left_out.values()) + report.human_pairs
+    share = left_out / max(1, asked)
+    scored = report.agreement.n
+    reasons = sorted({*report.left_out, *report.human_left_out})
+    faults = []
+    if not asked:
+        faults.append("nothing was scored: set evaluation.generations above 0")
+    if share > MOST_NULLS:
+        faults.append(
+            f"{share:.1%} of the pairs have no reward ({', '.join(reasons)}): raise max_length of "
+            "evaluation.reward_model, or take a model whose chat template renders such conversations"
+        )
+    if scored < FEWEST_HUMAN_PAIRS:
+        faults.append(f"it was held against {scored} pairs of people: raise human_pairs, or collect more")
+    elif report.agreement.low <= CHANCE:
+        faults.append(f"it agrees with people on {report.agreement}, which may be chance: take another reward model")
+    return Verdict(
+        "reward_model_health",
+        "warn" if faults else "pass",
+        f"no reward {share:.1%}, agrees with people on {report.agreement}",
+        f"at most {MOST_NULLS:.0%}; agreement beyond chance on {FEWEST_HUMAN_PAIRS} pairs",
+        "a reward model measures what it was trained to: held against held-out pairs of these people",
+        "; ".join(faults),
+        report.model,
+    )
+
+
+def rewarded_better(report: RewardModelScores) -> Verdict:
+    """The share of the policy's answers that people would have preferred to those of SFT, by this reward model."""
+    return _better("rewarded_better", report, "as scored")
+
+
+def _better(check: str, report: JudgedAnswers | RewardModelScores, raw: str) -> Verdict:
     share = report.share if math.isnan(report.corrected.value) else report.corrected
-    kind = "as judged" if share is report.share else "corrected for the judge's errors"
+    kind = raw if share is report.share else "corrected by its agreement with people"
     worse = share.high < CHANCE or math.isnan(share.value)
     told = f"{report.wins} better, {report.ties} alike, {report.losses} worse"
     way_out = "read the answers beside this check; lower dpo.learning_rate, or collect feedback on such prompts"
     return Verdict(
-        "judged_better",
+        check,
         "warn" if worse else "pass",
         f"{share}, {kind}",
         f"the interval of the policy's share reaches {CHANCE:g}",

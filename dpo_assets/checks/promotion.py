@@ -174,7 +174,7 @@ def greedy_health(report: EvaluationReport, bands: Bands) -> Verdict:
     sft, policy = report.generation.sft, report.generation.policy
     if not policy.answers:
         return Verdict("greedy_health", "pass", "no answers sampled", "-", limit.source)
-    rises = {name: getattr(policy, name) - getattr(sft, name) for name in ("repetition", "no_eos", "empty")}
+    rises = {name: getattr(policy, name) - getattr(sft, name) for name in ("repetition", "no_eos", "empty", "marks")}
     levels = {name: upper_limit(rise, limit.warn, limit.error) for name, rise in rises.items()}
     level = worst(*levels.values())
     shown = max(rises, key=lambda name: (levels[name] == level, math.isnan(rises[name]), rises[name]))

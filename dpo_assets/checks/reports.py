@@ -72,16 +72,21 @@ class Divergence(Report):
 
 
 class AnswerHealth(Report):
-    """Shares of answers that repeat themselves, never end or are empty; distinct bigrams; mean length in tokens.
+    """Shares of answers that repeat themselves, never end, are empty or hold template marks; distinct tokens and
+    bigrams; mean length in tokens.
 
-    With no answers there are no shares, and they are 0.
+    `longest_repeat` is the mean share that the longest n-gram which stands twice takes of its answer. With no answers
+    there are no shares, and they are 0.
     """
 
     answers: int
     repetition: Number = 0.0
     no_eos: Number = 0.0
     empty: Number = 0.0
+    distinct_1: Number = 0.0
     distinct_2: Number = 0.0
+    longest_repeat: Number = 0.0
+    marks: Number = 0.0
     mean_tokens: Number = 0.0
 
 
@@ -217,6 +222,98 @@ class JudgedAnswers(Report):
         return self.wins + self.ties + self.losses + self.nulls + self.human_pairs
 
 
+class RewardModelScores(Report):
+    """What a reward model said of the answers of policy and SFT, and of pairs that people had ranked.
+
+    Shares are of prompts with rewards, a tie counted half, and those of the policy's answers.
+    """
+
+    model: str
+    confidence: Number
+    wins: int
+    ties: int
+    losses: int
+    left_out: dict[str, int] = Field(description="Prompts without a reward, by the reason.")
+    share: Proportion
+    share_at_equal_length: Number
+    difference: MeanScore = Field(description="Mean reward of the policy's answer less that of SFT's, by prompt.")
+    human_pairs: int
+    human_left_out: dict[str, int] = Field(description="Pairs of people without a reward, by the reason.")
+    agreement: Proportion = Field(description="Share of people's pairs in which what they chose has the higher reward.")
+    corrected: Proportion = Field(description="The share that people would have preferred, by its agreement with them.")
+
+
+class SubsetScore(Report):
+    """One subset of a benchmark."""
+
+    name: str
+    score: MeanScore
+
+
+class BenchmarkScore(Report):
+    """What the policy's implicit rewards against SFT make of one benchmark, as the benchmark itself counts."""
+
+    name: str
+    format: Literal["rewardbench", "rewardbench2"]
+    rows: int = Field(description="Rows of the file, those that were left out included.")
+    left_out: dict[str, int] = Field(description="Rows that were not scored, by the reason.")
+    overall: MeanScore = Field(
+        description="Mean of RewardBench's four sections where all are there, of RewardBench 2's subsets, or `by_row`."
+    )
+    by_row: MeanScore = Field(description="Share of rows that are right; of RewardBench 2 without Ties.")
+    sections: dict[str, MeanScore] = Field(description="RewardBench's own, of the subsets that are there.")
+    subsets: tuple[SubsetScore, ...]
+    undecided: int = Field(description="Rows whose best right and best wrong answer have the very same reward.")
+
+
+class BenchmarkScores(Report):
+    """All benchmarks of a pipeline, scored by one engine."""
+
+    confidence: Number
+    scored: str = Field(description="What was scored as the release.")
+    kernels: str
+    kernels_note: str = ""
+    benchmarks: tuple[BenchmarkScore, ...]
+
+
+class TaskScore(Report):
+    """One metric of one task, of SFT and policy on the same documents.
+
+    `comparison` is of metrics that are right or wrong by document, `difference` of all that give a document a number:
+    policy less SFT, whatever direction is better. A metric that is made of all documents at once has neither.
+    """
+
+    task: str
+    metric: str
+    filter: str
+    higher_is_better: bool | None = Field(description="As the task says it; None: it does not.")
+    documents: int
+    sft: Number = Field(description="As lm-eval aggregates it.")
+    policy: Number
+    comparison: Comparison | None
+    difference: MeanScore | None
+
+    @property
+    def name(self) -> str:
+        """Task, metric and filter."""
+        return f"{self.task} {self.metric}" + ("" if self.filter == "none" else f" {self.filter}")
+
+    @property
+    def shown(self) -> str:
+        """The paired difference with its interval."""
+        measured = self.comparison or self.difference
+        return str(measured) if measured else f"{self.policy - self.sft:+.3f}, no interval"
+
+
+class HarnessScores(Report):
+    """What lm-evaluation-harness says of SFT and policy."""
+
+    version: str = Field(description="Of lm-eval.")
+    confidence: Number
+    scored: str = Field(description="What was scored as the release.")
+    tasks: tuple[TaskScore, ...]
+
+
 def read_sft(artifact: Artifact) -> SftReport | AdoptedBase:
     """The report of an `sft_checkpoint`.
 
@@ -270,6 +367,21 @@ class GreedyAnswers(Report):
     champion: AnswerHealth | None = None
 
 
+class Perplexity(Report):
+    """Perplexity per token of the same texts by SFT and policy, and the policy's over that of SFT.
+
+    Ends of its interval are None where too few texts bound nothing.
+    """
+
+    texts: int
+    tokens: int
+    sft: Number
+    policy: Number
+    ratio: Number
+    low: float | None
+    high: float | None
+
+
 class ChampionScores(Report):
     """The champion on the same held-out pairs, its implicit reward measured against its own start."""
 
@@ -277,6 +389,7 @@ class ChampionScores(Report):
     logp_accuracy: Proportion
     reward_against: Comparison = Field(description="Implicit-reward accuracy, policy less champion, on the same pairs.")
     logp_against: Comparison = Field(description="Accuracy by log-probability per token, policy less champion.")
+    neutral_ratio: float | None = Field(default=None, description="Of neutral perplexities, it over its own start.")
     left_out: dict[str, int] = Field(
         default={}, description="Held-out pairs that it could not be asked, by reason: neither side is scored on them."
     )
@@ -316,3 +429,58 @@ class EvaluationReport(Report):
     generation: GreedyAnswers
     champion: str | None = Field(default=None, description="Its name in the ledger; None: nothing was live.")
     champion_scores: ChampionScores | None = None
+    kl: Divergence | NotMeasured | None = Field(
+        default=None, description="KL(policy || SFT) on the policy's own answers; None: of an earlier version."
+    )
+    neutral: Perplexity | NotMeasured | None = Field(
+        default=None, description="Of texts that no feedback is about; None: of an earlier version."
+    )
+    chosen: Perplexity | None = Field(default=None, description="Of the chosen answers; its interval is over prompts.")
+
+
+class GgufWeights(Report):
+    """The weights of a GGUF file against those of the merged model, both in fp32 under the merged model's config.
+
+    A weight differs where rounding to the file's type does not explain it. The divergence is KL(merged || file), the
+    agreement the share of positions whose most likely next token is the same.
+    """
+
+    tensors: int
+    differing: tuple[str, ...]
+    largest_difference: Number
+    kl_per_token: Number
+    agreement: Number
+    positions: int
+
+
+class GgufNames(Report):
+    """The tensors of the merged model's files by llama.cpp's names for them.
+
+    How many hold the same values, and which of those in another order; which hold others; which have no place by that
+    map of names; and which of the file are none of them.
+    """
+
+    same: int
+    resorted: tuple[str, ...]
+    others: tuple[str, ...]
+    unplaced: tuple[str, ...]
+    beyond: tuple[str, ...]
+
+
+class GgufReport(Report):
+    """A GGUF file as it was read back."""
+
+    file: str
+    type: str
+    architecture: str = Field(description="As llama.cpp calls it.")
+    converter: str
+    tensors: int
+    values: int = Field(description="Of all its tensors.")
+    model_values: int = Field(description="Of the merged language model's.")
+    not_finite: tuple[str, ...]
+    settings: tuple[str, ...] = Field(description="Settings that are not those of config.json.")
+    tokenizer: tuple[str, ...] = Field(description="What is not as in the merged model's tokenizer and chat template.")
+    serving: tuple[str, ...] = Field(description="What llama.cpp will do otherwise than training did.")
+    weights: GgufWeights | NotMeasured
+    names: GgufNames | NotMeasured | None = Field(description="Where `weights` were not measured.")
+    template: str = Field(description="Why Ollama's template could not be said; empty where the Modelfile has it.")

@@ -34,6 +34,7 @@ from dpo_assets.feedback.turns import SEEN_IN_PAIRS
 if TYPE_CHECKING:
     import polars as pl
 
+INDEX = "batches.json"  # Of `raw_preferences`: its files, and the batches that hold them.
 PAIRS, KEYS, ANSWERS, QUARANTINE = "pairs.parquet", "keys.parquet", "answers.parquet", "quarantine.parquet"
 COUNTS = "counts.json"
 ROW_GROUP = 1024  # Rows of a batch; a part of the dataset reads the groups that hold its ids.

@@ -1,17 +1,26 @@
-"""Comparisons to shares with intervals: raw, corrected for the judge's errors, and at equal length."""
+"""Comparisons to shares with intervals: raw, corrected for a judge's errors, and at equal length."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from dpo_assets.checks.statistics import Proportion, wilson
-from dpo_assets.judging.comparing import Comparison
+from dpo_assets.judging.comparing import Comparison, Outcome
 
 SCORES = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 RIDGE = 1e-3  # Of the logistic fit: without it a length that parts the outcomes has no finite slope.
 NEWTON_STEPS = 50
+
+
+class Compared(Protocol):
+    """Two answers to one prompt, compared by whomever."""
+
+    @property
+    def outcome(self) -> Outcome:
+        """How the first of them fared; `null` where nothing is known of it."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,7 @@ def corrected(share: Proportion, agreement: Proportion) -> Proportion:
     return Proportion(min(1.0, max(0.0, value)), low, high, share.n)
 
 
-def at_equal_length(comparisons: Sequence[Comparison], lengths: Sequence[tuple[int, int]]) -> float:
+def at_equal_length(comparisons: Sequence[Compared], lengths: Sequence[tuple[int, int]]) -> float:
     """Win share at a length difference of zero: a logistic fit of the outcome on tanh of the standardised difference.
 
     The reduced form of AlpacaEval's length-controlled rate (Dubois et al., arXiv 2404.04475). NaN without a verdict.

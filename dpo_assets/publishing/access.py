@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dpo_assets.publishing.commit import champion_commit
 from dpo_assets.publishing.errors import PublishRefused
 from dpo_assets.publishing.hub import HubRepository
 from dpo_assets.publishing.plan import refuse_foreign, refuse_public
@@ -14,7 +15,7 @@ def check_access(hub: HubRepository, *, private: bool, adopt: str | None) -> str
 
     Raises:
         PublishRefused: the token is unknown or expired, may only read, or may not write there; the repository is public
-            and must not be, or holds files of others.
+            and must not be, or holds files of others, or a tag `champion` of theirs.
         HubFailure: the Hub did not answer, so that nothing is known.
     """
     account = hub.account()
@@ -30,6 +31,7 @@ def check_access(hub: HubRepository, *, private: bool, adopt: str | None) -> str
         return f"{name} makes {hub.repo_id}, which does not exist yet"
     refuse_public(head, hub.repo_id, private)
     refuse_foreign(head, hub.repo_id, adopt)
+    champion_commit(hub, head, adopt)
     hub.refuse_without_right_to_write()
     return f"{name} may write to {hub.repo_id}, which is {'private' if head.private else 'public'}"
 

@@ -16,6 +16,7 @@ from dpo_assets.checks.verdict import Level
 from dpo_assets.planning.licence import Licence
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.publishing.loading import load_snippet, serve_line
+from dpo_assets.publishing.trace import Withdrawn
 from dpo_assets.untrusted import in_code, in_markdown
 
 SCORES = {
@@ -24,7 +25,32 @@ SCORES = {
     "logp_accuracy_sft": "SFT, log-probability per token",
     "pick_the_longer": "baseline: pick the longer answer",
 }
+GENERATIONS = 1  # Releases that a policy's start goes back to: each is trained from the base, never from a release.
 OUTCOMES: dict[Level, str] = {"pass": "passed", "warn": "warned", "error": "failed"}
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a release stands among those of its pipeline.
+
+    Attributes:
+        preview: nothing was decided yet: of a dry run.
+        replaces: the release that was live until then, in a few words; empty: none was.
+        level: one-sided, of the test that decided; None: nothing was looked at.
+        spent: error over all decisions up to this one, of `alpha`.
+        override: why a person decided; empty: the rules did.
+        withdrawn: what became of the rows of the release that it replaces; None: that cannot be told.
+    """
+
+    pipeline: str
+    number: int
+    preview: bool
+    replaces: str
+    level: float | None
+    spent: float
+    alpha: float
+    override: str
+    withdrawn: Withdrawn | None
 
 
 @dataclass(frozen=True)
@@ -56,6 +82,7 @@ class CardFacts:
     reason: str
     checks: Mapping[str, Mapping[str, Level]]
     versions: dict[str, str]
+    standing: Standing
     beyond_text: bool = False
     template_arguments: dict[str, Any] = field(default_factory=dict)
 
@@ -109,6 +136,9 @@ The settings, as sections of a `dpo_assets` recipe; with the feedback of the dig
 
 ## Evaluation on held-out pairs
 {_evaluation(facts)}
+
+## Release
+{_standing(facts)}
 
 ## Checks
 {_checks(facts)}
@@ -187,7 +217,7 @@ def _use(facts: CardFacts) -> str:
     release = facts.repo_id or "."  # The folder of this card, for as long as it is nowhere else.
     base = None if facts.artifact == "merged" else (facts.base_source, facts.base_revision)
     snippet = load_snippet(release, base, beyond_text=facts.beyond_text, template_arguments=facts.template_arguments)
-    serve = serve_line(release, base, facts.plan.lora.rank)
+    serve = serve_line(release, base, facts.plan.lora.rank, facts.template_arguments)
     return f"```python\n{snippet}\n```\n\nServed by vLLM:\n\n```sh\n{serve}\n```"
 
 
@@ -248,6 +278,34 @@ def _evaluation(facts: CardFacts) -> str:
             f"Verdict: **{facts.decision}** ({in_markdown(facts.reason)}).",
         ]
     )
+
+
+def _standing(facts: CardFacts) -> str:
+    """Number, predecessor, what the decision cost, who took it, generation depth and withdrawn feedback."""
+    one = facts.standing
+    told = [
+        f"Release {one.number} of the pipeline {in_code(one.pipeline)}{', as a preview' if one.preview else ''}. "
+        + (f"It replaces {one.replaces}." if one.replaces else "It is the first.")
+    ]
+    level = "no test was made for it" if one.level is None else f"one-sided test at a level of {100 * one.level:.2g} %"
+    spent = f"{100 * one.spent:.2f} % of {100 * one.alpha:g} % error"
+    told.append(f"Decided: {facts.decision}; {level}. All decisions so far spent {spent}.")
+    if one.override:
+        told.append(f"A person decided, and not the rules: {in_markdown(one.override)}.")
+    told.append(f"Generation depth: {GENERATIONS}. It was trained from the base, not from an earlier release.")
+    if one.replaces:
+        told.append(_withdrawn(one.withdrawn))
+    return "\n".join(told)
+
+
+def _withdrawn(found: Withdrawn | None) -> str:
+    if found is None:
+        return "Which feedback was withdrawn since that release cannot be told: its datasets are not kept."
+    told = (
+        f"Of the feedback rows behind that release, {found.gone} were withdrawn since, and {found.left_out} are still "
+        "in the feedback and were left out."
+    )
+    return told + (f" Of {found.unknown} more it is not known why they are missing." if found.unknown else "")
 
 
 def _checks(facts: CardFacts) -> str:

@@ -121,7 +121,7 @@ def preview(
         return first_release(files, f"{hub.repo_id} does not exist yet; it would be made, {how}")
     _tagged(hub, files)
     plan = _plan(files, head, hub.repo_id, private, adopt, accept)
-    _champion(hub, head, adopt)
+    champion_commit(hub, head, adopt)
     return plan
 
 
@@ -176,7 +176,7 @@ def publish(
     champion = None
     if found is not None:
         plan_on(found)  # What is refused is refused before anything else is asked.
-        champion = _champion(hub, found, adopt)
+        champion = champion_commit(hub, found, adopt)
     head, sent, plan = _commit(hub, folder, plan_on, found, planned, f"Release {tag}{note}")
     url = f"{api.endpoint}/{repo_id}"
     if tagged == head or (champion == head and not sent):
@@ -250,7 +250,7 @@ def _tagged(hub: HubRepository, files: Mapping[str, FileRecord]) -> str | None:
     return found
 
 
-def _champion(hub: HubRepository, head: Head, adopt: str | None) -> str | None:
+def champion_commit(hub: HubRepository, head: Head, adopt: str | None) -> str | None:
     """The commit that the tag `champion` points at now.
 
     Raises:

@@ -52,16 +52,38 @@ def load_snippet(
     )
 
 
-def serve_line(release: str, base: Base | None, rank: int) -> str:
+def serve_line(release: str, base: Base | None, rank: int, template_arguments: Mapping[str, Any] | None = None) -> str:
     """The shell line by which vLLM serves a release; an adapter through its own tokenizer and chat template.
 
     Args:
         rank: of the adapter.
+        template_arguments: what the chat template was given in training; requests that say nothing get the same.
     """
+    rendered = ["--default-chat-template-kwargs", json.dumps(dict(template_arguments))] if template_arguments else []
     if base is None:
-        return shlex.join(["vllm", "serve", release])
+        return shlex.join(["vllm", "serve", release, *rendered])
     source, revision = base
     room = next((known for known in VLLM_RANKS if known >= rank), rank)
     of_base = [source, *(["--revision", revision] if revision else []), "--tokenizer", release]
     adapter = ["--enable-lora", "--max-lora-rank", str(room), "--lora-modules", f"{release.split('/')[-1]}={release}"]
-    return shlex.join(["vllm", "serve", *of_base, *adapter])
+    return shlex.join(["vllm", "serve", *of_base, *adapter, *rendered])
+
+
+def llama_server_line(file: str, template_arguments: Mapping[str, Any] | None = None) -> str:
+    """The shell line by which llama.cpp serves a GGUF file, through the chat template in it."""
+    arguments = ["--chat-template-kwargs", json.dumps(dict(template_arguments))] if template_arguments else []
+    return shlex.join(["llama-server", "--model", file, "--jinja", *arguments])
+
+
+def ollama_line(name: str, modelfile: str) -> str:
+    """The shell line by which Ollama takes a GGUF file in."""
+    return shlex.join(["ollama", "create", name, "-f", modelfile])
+
+
+def gguf_upload_line(release: str, folder: str) -> str:
+    """The shell line that uploads GGUF files: into a repository of their own, where the next release is not in the way.
+
+    Args:
+        release: the repository of the release that they were made of.
+    """
+    return shlex.join(["hf", "upload", f"{release}-GGUF", folder, ".", "--private"])

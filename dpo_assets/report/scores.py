@@ -7,7 +7,7 @@ from typing import Any
 
 from dpo_assets.checks.evidence.measured import Comparison
 from dpo_assets.checks.evidence.power import EFFECT, POWER, Reach, one_sided, reach_of_comparison, reach_of_score
-from dpo_assets.checks.reports import EvaluationReport
+from dpo_assets.checks.reports import EvaluationReport, Perplexity
 from dpo_assets.checks.statistics import Proportion, percent
 from dpo_assets.report.tables import table
 
@@ -63,6 +63,28 @@ def _comparisons(report: EvaluationReport) -> Iterator[tuple[str, Comparison | N
     if (champion := report.champion_scores) is not None:
         yield "policy less champion, implicit reward", champion.reward_against
         yield "policy less champion, log-probability per token", champion.logp_against
+
+
+def perplexity_table(report: EvaluationReport) -> str:
+    """Perplexity per token before and after training, of neutral text and of chosen answers."""
+    champion = report.champion_scores.neutral_ratio if report.champion_scores is not None else None
+    parts = {"neutral texts": (report.neutral, champion), "chosen answers": (report.chosen, None)}
+    rows = [
+        [
+            label,
+            f"{part.texts} of {part.tokens} tokens",
+            f"{part.sft:.4g}",
+            f"{part.policy:.4g}",
+            f"{part.ratio:.3f}",
+            "-" if part.low is None or part.high is None else f"[{part.low:.3f}, {part.high:.3f}]",
+            "-" if of_champion is None else f"{of_champion:.3f}",
+        ]
+        for label, (part, of_champion) in parts.items()
+        if isinstance(part, Perplexity)
+    ]
+    interval = f"{percent(report.confidence)} interval"
+    header = ["perplexity per token", "texts", "SFT", "policy", "policy over SFT", interval, "champion over its start"]
+    return table(header, rows) if rows else "not measured"
 
 
 def parts_table(report: EvaluationReport) -> str:

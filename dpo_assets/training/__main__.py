@@ -36,10 +36,14 @@ from dpo_assets.contract import (
     FAILURE_FILE,
     HEARTBEAT,
     PREEMPTED_EXIT,
+    BenchmarkSpec,
     EvaluateSpec,
     Failure,
+    GgufSpec,
+    HarnessSpec,
     MergeSpec,
     PlannedSpec,
+    RewardSpec,
     Spec,
     Stage,
     TokenizeSpec,
@@ -60,6 +64,10 @@ SPECS: dict[Stage, type[Spec]] = {
     "dpo": TrainSpec,
     "merge": MergeSpec,
     "evaluate": EvaluateSpec,
+    "gguf": GgufSpec,
+    "reward": RewardSpec,
+    "benchmark": BenchmarkSpec,
+    "harness": HarnessSpec,
 }
 
 

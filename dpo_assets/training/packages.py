@@ -16,7 +16,7 @@ OF_PRECISION = {"4bit": ("bitsandbytes",), "8bit": ("bitsandbytes",)}
 OF_SPEEDUP = {"liger": ("liger-kernel",)}
 RECORDED = (
     *COMPUTING, "unsloth", "unsloth_zoo", "bitsandbytes", "liger-kernel",
-    "trl", "accelerate", "datasets", "tokenizers",
+    "trl", "accelerate", "datasets", "tokenizers", "lm_eval",
 )  # fmt: skip
 
 

@@ -98,6 +98,14 @@ def test_a_score_that_is_no_number_is_rejected_and_no_override_lifts_that(
         assert decided(ledger, one, WISH) == (ledger, line)
 
 
+def test_a_champion_that_scores_no_numbers_is_no_fault_of_the_challenger(tmp_path: Path, champion: Ledger) -> None:
+    """It is held, and a person may replace the champion."""
+    table = scored_pairs(0.9, champion=0.6, prompts=300, first=60).with_columns(champion_chosen=pl.lit(float("nan")))
+    one = candidate(tmp_path, table, "m2", "m1")
+    assert decided(champion, one)[1].decision == "hold"
+    assert decided(champion, one, WISH)[1].decision == "promote"
+
+
 def test_scores_of_an_earlier_version_are_told_as_such(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="without prompt_id; materialise `eval_scores` again"):
         candidate(tmp_path, scored_pairs(0.9).drop("prompt_id"))

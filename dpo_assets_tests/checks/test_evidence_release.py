@@ -156,7 +156,10 @@ def test_the_same_release_again_is_no_other_line() -> None:
     assert ledger.releases[-1].commit == "commit 5"
     assert ledger.released(promoted, **again) is ledger
     elsewhere = ledger.released(promoted, **again | {"repo_id": "org/other"})
-    assert (elsewhere.champion, len(elsewhere.releases)) == ("model 4", 3), "of the champion, there is another release"
+    assert (elsewhere.champion, len(elsewhere.releases)) == ("model 4", 3)
+    assert [one.release for one in elsewhere.releases] == [1, 2, 2], "the same model elsewhere is the same release"
+    assert elsewhere.release(2).repo_id == "org/other"
+    assert elsewhere.earlier().release == 1
 
 
 @pytest.mark.parametrize("number", [3, 4, 7])
@@ -501,6 +504,17 @@ def test_the_screen_says_what_is_spent_and_whether_the_gate_can_pass() -> None:
     assert Outlook.of(held, 60, fewest=61).can_pass is False
 
 
-def test_pairs_without_a_spread_say_that_no_number_decides() -> None:
-    alone = replace(ALIKE, error=float("nan"))
-    assert dict(Outlook.of(Ledger(), 50, alone).rows())["would show 10 points"] == "no number of pairs"
+@pytest.mark.parametrize("error", [0.0, float("nan")])
+def test_pairs_without_a_spread_say_that_they_tell_nothing(error: float) -> None:
+    rows = dict(Outlook.of(Ledger(), 50, replace(ALIKE, error=error)).rows())
+    assert rows["what they can show"] == "not known: on these pairs the two never differ"
+    assert not any("nan" in how for how in rows.values())
+
+
+def test_the_screen_says_how_many_frozen_pairs_would_rule_a_loss_out() -> None:
+    wide = replace(ALIKE, difference=0.0, low=-0.1)  # Half as wide a loss takes four times the pairs.
+    row = "frozen pairs, to rule out a loss of 5 points"
+    assert dict(Outlook.of(AFTER_FIRST, 60, BETTER, guard=wide).rows())[row] == "400 of about 1600, in 200 prompts"
+    same = replace(ALIKE, difference=0.0, low=0.0)
+    assert "do not tell how many" in dict(Outlook.of(AFTER_FIRST, 60, BETTER, guard=same).rows())[row]
+    assert row not in dict(Outlook.of(AFTER_FIRST, 60, BETTER).rows())

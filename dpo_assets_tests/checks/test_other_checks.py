@@ -17,15 +17,20 @@ from dpo_assets.assets.published_model import RELEASE
 from dpo_assets.assets.published_model import verify as release_verified
 from dpo_assets.checks.aftermath import aftermath_verdicts, collapse_verdict
 from dpo_assets.checks.bands import default_bands
+from dpo_assets.checks.benchmarks import benchmark_verdicts
 from dpo_assets.checks.catalog import CHECKS, checks_of
 from dpo_assets.checks.collapse import CollapseLimits
 from dpo_assets.checks.config import plan_verdicts
 from dpo_assets.checks.coverage import lora_coverage
 from dpo_assets.checks.dataset import dataset_verdicts
-from dpo_assets.checks.evaluation import champion_scored
+from dpo_assets.checks.evaluation import champion_scored, divergence_in_training, released_kl
 from dpo_assets.checks.evidence.ledger import Override
-from dpo_assets.checks.judged import judge_verdicts
+from dpo_assets.checks.evidence.paired import compare
+from dpo_assets.checks.gguf import gguf_verdicts
+from dpo_assets.checks.harness import harness_verdicts
+from dpo_assets.checks.judged import judge_verdicts, reward_model_verdicts
 from dpo_assets.checks.judged_text import judged_text_kept
+from dpo_assets.checks.neutral import neutral_perplexity
 from dpo_assets.checks.promotion import (
     evaluation_verdicts,
     greedy_health,
@@ -33,7 +38,7 @@ from dpo_assets.checks.promotion import (
     override_of,
     promotion_verdict,
 )
-from dpo_assets.checks.reports import AdoptedBase, Aftermath, DpoReport, MergeReport, SftReport
+from dpo_assets.checks.reports import AdoptedBase, Aftermath, Divergence, DpoReport, MergeReport, NotMeasured, SftReport
 from dpo_assets.checks.training import dpo_verdicts, merge_verdicts, sft_verdicts
 from dpo_assets.checks.verdict import Level, Verdict, upper_limit, worst
 from dpo_assets.errors import ConfigError
@@ -49,16 +54,21 @@ from dpo_assets_tests.samples import (
     SHA,
     aftermath_report,
     answers,
+    benchmark_scores,
     champion_scores,
     coverage,
     dataset_report,
     dpo_report,
     evaluation_report,
+    gguf_report,
+    harness_scores,
     judged_answers,
+    neutral,
     plan,
     promotion_outcome,
     quality,
     recipe,
+    reward_model_scores,
     score,
 )
 
@@ -506,6 +516,38 @@ def test_a_release_that_is_not_what_was_listed_is_an_error(tmp_path: Path) -> No
 # The catalog
 
 
+@pytest.mark.parametrize(
+    ("measured", "in_training", "level", "told"),
+    [
+        ({"per_token": 0.1, "low": 0.0, "high": 0.2}, None, "pass", "the release's own answers"),
+        ({"per_token": 0.2, "low": 0.1, "high": 0.3}, {"per_token": 0.9}, "warn", "the release's own answers"),
+        ({"per_token": 0.6, "low": 0.2, "high": 0.9}, None, "error", "the release's own answers"),
+        ({"per_token": 0.6, "low": 0.1, "high": 0.9}, None, "warn", "the release's own answers"),
+        ({"per_token": math.nan}, None, "error", "the release's own answers"),
+        ({"not_measured": "no answers were sampled"}, {"per_token": 0.1, "low": 0.0}, "pass", "of the adapter"),
+        ({"not_measured": "no answers were sampled"}, {"per_token": 0.9, "low": 0.8}, "error", "of the adapter"),
+        ({"not_measured": "no answers were sampled"}, None, "warn", ""),
+        (None, None, "warn", ""),
+    ],
+)
+def test_the_release_is_judged_by_its_kl_or_by_that_which_training_measured(
+    measured: Any, in_training: Any, level: Level, told: str
+) -> None:
+    adapter = None if in_training is None else Divergence.model_validate(in_training)
+    verdict = released_kl(evaluation_report(kl=measured), adapter, BANDS)
+    assert (verdict.level, verdict.note.startswith(told)) == (level, True)
+    assert bool(verdict.fix) == (level != "pass")
+    assert verdict.source == BANDS.limit("kl_budget").source
+
+
+def test_training_measured_a_kl_only_where_its_report_has_one() -> None:
+    whole = dpo_report(**aftermath_report())
+    found = divergence_in_training(whole)
+    assert isinstance(found, Divergence)
+    unasked = whole.model_copy(update={"answers": NotMeasured(not_measured="checks.sampled_answers is 0")})
+    assert [divergence_in_training(one) for one in (None, unasked, dpo_report(answers=None))] == [None] * 3
+
+
 def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
     """Every verdict of every asset, of values that pass or of values that fail."""
     artifact, operations = released(folder)
@@ -523,6 +565,8 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
         implicit_reward_accuracy=score(0.2, 0.1, 0.3),
         margin_mean_nats=0.1,
         generation={"sft": answers(), "policy": answers(no_eos=1.0)},
+        kl={"per_token": 0.9, "low": 0.7, "high": 1.1},
+        neutral=neutral(2.0),
         champion="c" * 64,
         champion_scores=champion_scores(left_out={"template_refused": 3}),
     )
@@ -577,12 +621,26 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
                 learned=learned,
                 merged=True,
             ),
+            released_kl(bad_scores if fail else evaluation_report(), None, BANDS),
+            neutral_perplexity(bad_scores if fail else evaluation_report(), BANDS),
             champion_scored(bad_scores if fail else evaluation_report()),
         ],
         "judged_answers": judge_verdicts(
             judged_answers(nulls=50, share=score(0.2, 0.1, 0.3), corrected=score(0.1, 0.0, 0.2))
             if fail
             else judged_answers()
+        ),
+        "gguf_model": gguf_verdicts(gguf_report(not_finite=("blk.0.attn_q.weight",)) if fail else gguf_report()),
+        "reward_model_scores": reward_model_verdicts(
+            reward_model_scores(left_out={"too_long": 50}, corrected=score(0.1, 0.0, 0.2))
+            if fail
+            else reward_model_scores()
+        ),
+        "benchmark_scores": benchmark_verdicts(
+            benchmark_scores(left_out={"too_long": 3} if fail else {}), {"b": 1 if fail else 0}
+        ),
+        "harness_scores": harness_verdicts(
+            harness_scores(comparison=compare([0.0] * 50, [1.0] * 50)) if fail else harness_scores()
         ),
         "promotion": [promotion_verdict(promotion_outcome("reject" if fail else "first_publication"), dry_run=True)],
         "published_model": [release_verified(artifact, operations, None)],

@@ -172,7 +172,7 @@ def test_scores_from_before_prompts_were_counted_are_read_and_say_so(tmp_path: P
     plain = evaluation_report().model_dump(mode="json")
     for name in ("reward_against_chance", "logp_against_sft", "margin"):
         del plain[name]
-    scores = {name: value for name, value in plain.items() if isinstance(value, dict) and "low" in value}
+    scores = {name: value for name, value in plain.items() if isinstance(value, dict) and "value" in value}
     old = plain | {name: {key: score[key] for key in ("value", "low", "high", "n")} for name, score in scores.items()}
     report = EvaluationReport.of(kept(tmp_path, old))
     assert len(scores) == 4

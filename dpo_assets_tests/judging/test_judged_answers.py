@@ -27,7 +27,7 @@ from dpo_assets_tests.test_lineage import ORDER, Shelf
 PROMPTS, PAIRS = 6, 30
 
 
-def fill(shelf: Shelf, better: int = PROMPTS) -> None:
+def fill(shelf: Shelf, better: int = PROMPTS, of_plan: dict[str, Any] = {}) -> None:
     """Evaluated answers, `better` of the policy's longer ones, and held-out pairs whose chosen answer is the longer."""
 
     def asked(number: int) -> list[dict[str, str]]:
@@ -47,13 +47,14 @@ def fill(shelf: Shelf, better: int = PROMPTS) -> None:
             other = [{"role": "assistant", "content": "short"}]
             pairs = [
                 {"pair_id": f"{n:03}", "prompt_id": f"{n % PAIRS}", "prompt": asked(n % PAIRS), "chosen": answer}
-                | {"rejected": other}
+                | {"rejected": other, "label_kind": "human_pair"}
                 for n in range(2 * PAIRS)  # Two of each prompt, of which one is asked about.
             ]
             pl.DataFrame(pairs).write_parquet(folder / "eval.parquet")
 
     for node in ORDER[:-1]:
-        shelf.make(node, str(better), also=lambda folder, node=node: write(node, folder))
+        settings = of_plan if node == "dpo_plan" else {}
+        shelf.make(node, str(better), also=lambda folder, node=node: write(node, folder), **settings)
 
 
 @pytest.fixture

@@ -18,12 +18,19 @@ from huggingface_hub import ModelCard
 from pydantic import BaseModel
 
 from dpo_assets.planning.licence import Licence, front_matter
-from dpo_assets.publishing.card import CardFacts, card_settings, render_card
-from dpo_assets.publishing.loading import load_snippet, serve_line
+from dpo_assets.publishing.card import CardFacts, Standing, card_settings, render_card
+from dpo_assets.publishing.loading import gguf_upload_line, llama_server_line, load_snippet, ollama_line, serve_line
+from dpo_assets.publishing.trace import Withdrawn
 from dpo_assets.recipe import Recipe, parse_recipe
 from dpo_assets_tests.samples import RECIPE, SHA, dataset_report, dpo_report, evaluation_report, merge_report, plan
 
 APACHE = Licence(identifier="apache-2.0", stated_by="model card")
+
+
+SECOND = Standing(
+    pipeline="bot", number=2, preview=False, replaces="release 1 (content-1, commit c1)", level=0.0072, spent=0.0219,
+    alpha=0.05, override="", withdrawn=Withdrawn(gone=3, left_out=4),
+)  # fmt: skip
 
 
 def facts(**changes: Any) -> CardFacts:
@@ -43,6 +50,9 @@ def facts(**changes: Any) -> CardFacts:
         "scores": evaluation_report(kernels="rows", scored="merged model in bf16"),
         "decision": "first_publication",
         "reason": "better than its start",
+        "standing": Standing(
+            "bot", 2, False, "release 1 (content-1, commit c1)", 0.0072, 0.0219, 0.05, "", Withdrawn(3, 4)
+        ),
         "checks": {"base_model": {"licence_known": "pass"}, "dpo_adapter": {"displacement": "warn", "finite": "error"}},
         "versions": {"torch": "2.9.0", "dpo_assets": "0.1.0"},
     }
@@ -284,9 +294,22 @@ def test_vllm_is_told_base_revision_tokenizer_and_a_rank_that_it_knows() -> None
     told = shlex.split(serve_line("org/bot", ("org/base", SHA), 24))
     assert told[:7] == ["vllm", "serve", "org/base", "--revision", SHA, "--tokenizer", "org/bot"]
     assert told[7:] == ["--enable-lora", "--max-lora-rank", "32", "--lora-modules", "bot=org/bot"]
+    for of in (None, ("org/base", SHA)):
+        told = shlex.split(serve_line("org/bot", of, 16, {"enable_thinking": False}))
+        assert told[-2] == "--default-chat-template-kwargs"
+        assert json.loads(told[-1]) == {"enable_thinking": False}
     for rank, room in {1: 8, 8: 8, 9: 16, 512: 512}.items():
         given = shlex.split(serve_line("a/b", ("c/d", None), rank))
         assert given[given.index("--max-lora-rank") + 1] == str(room)
+
+
+def test_a_gguf_file_is_served_through_its_own_chat_template_with_the_arguments_of_training() -> None:
+    assert shlex.split(llama_server_line("/a b/bot.gguf")) == ["llama-server", "--model", "/a b/bot.gguf", "--jinja"]
+    told = shlex.split(llama_server_line("bot.gguf", {"enable_thinking": False}))
+    assert told[-2] == "--chat-template-kwargs"
+    assert json.loads(told[-1]) == {"enable_thinking": False}
+    assert shlex.split(ollama_line("bot", "/a b/Modelfile")) == ["ollama", "create", "bot", "-f", "/a b/Modelfile"]
+    assert shlex.split(gguf_upload_line("org/bot", "/a b"))[2:4] == ["org/bot-GGUF", "/a b"]
 
 
 def test_the_settings_of_a_card_are_sections_of_a_recipe() -> None:
@@ -307,3 +330,23 @@ def test_the_card_tells_what_the_chat_template_must_be_given() -> None:
 
 def test_the_level_of_the_intervals_is_shown_as_it_is() -> None:
     assert "99.5% interval" in render_card(facts(scores=evaluation_report(confidence=0.995)))
+
+
+def test_a_card_says_where_its_release_stands_in_the_pipeline() -> None:
+    def told(**changes: Any) -> str:
+        card = render_card(facts(standing=dataclasses.replace(SECOND, **changes)))
+        return " ".join(card.split("## Release")[1].split("## Checks")[0].split())
+
+    assert told() == (
+        "Release 2 of the pipeline `bot`. It replaces release 1 (content-1, commit c1). Decided: first_publication; "
+        "one-sided test at a level of 0.72 %. All decisions so far spent 2.19 % of 5 % error. Generation depth: "
+        "1. It was trained from the base, not from an earlier release. Of the feedback rows behind that release, 3 "
+        "were withdrawn since, and 4 are still in the feedback and were left out."
+    )
+    first = told(number=1, replaces="", withdrawn=None, level=None, preview=True)
+    assert "Release 1 of the pipeline `bot`, as a preview. It is the first. Decided" in first
+    assert "no test was made for it" in first
+    assert "withdrawn" not in first
+    assert "A person decided, and not the rules: the owners want it." in told(override="the owners want it")
+    assert "cannot be told: its datasets are not kept" in told(withdrawn=None)
+    assert "Of 5 more it is not known why they are missing." in told(withdrawn=Withdrawn(0, 0, 5))

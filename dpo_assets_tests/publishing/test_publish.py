@@ -127,6 +127,54 @@ def test_a_release_is_one_commit_with_a_tag_and_reads_back_equal(hub: HubServer,
     assert repo.private
 
 
+def test_a_champion_of_somebody_else_is_refused_before_anything_is_sent(
+    hub: HubServer, api: HfApi, tmp_path: Path
+) -> None:
+    send(api, staged(tmp_path))
+    repo = hub.repo(REPO)
+    theirs = repo.history()[-1].oid
+    repo.tags[CHAMPION] = theirs
+    hub.requests.clear()
+    new = staged(tmp_path, CONFIG_2)
+    told = f"the tag `champion` of {REPO} points at {theirs}"
+    for ask in (send, look):
+        with pytest.raises(PublishRefused, match=told):
+            ask(api, new)
+    with pytest.raises(PublishRefused, match=told):  # Before anything is trained for it.
+        check_access(HubRepository(api, REPO, "HF_TOKEN", PATIENCE), private=True, adopt=None)
+    assert hub.changes == []
+    adopted = send(api, new, adopt=REPO)
+    assert repo.tags[CHAMPION] == adopted.commit == adopted.champion
+
+
+def test_the_champion_stays_where_it_is_when_others_commit_beside_it(
+    hub: HubServer, api: HfApi, tmp_path: Path
+) -> None:
+    first = send(api, staged(tmp_path))
+    by_hand(hub.repo(REPO), {"images/plot.png": b"png"})
+    hub.requests.clear()
+    again = send(api, staged(tmp_path))
+    assert (again.sent, again.champion) == (False, first.commit)
+    assert again.commit == hub.repo(REPO).resolve().oid != first.commit
+    assert hub.repo(REPO).tags[CHAMPION] == first.commit
+    assert hub.changes == []
+
+
+def test_going_back_to_an_older_release_moves_the_champion_to_a_new_commit(
+    hub: HubServer, api: HfApi, tmp_path: Path
+) -> None:
+    """Its content tag lies at the older commit, which does not stop it; and the next call reads nothing back."""
+    first, second = send(api, staged(tmp_path)), send(api, staged(tmp_path, CONFIG_2))
+    repo = hub.repo(REPO)
+    back = send(api, staged(tmp_path))
+    assert repo.tags == {first.tag: first.commit, second.tag: second.commit, CHAMPION: back.commit}
+    assert back.commit == repo.resolve().oid != first.commit
+    hub.requests.clear()
+    again = send(api, staged(tmp_path))
+    assert (again.commit, again.read_back, hub.changes) == (back.commit, False, [])
+    assert not [one for one in hub.requests if "safetensors" in one.path]
+
+
 def test_a_repository_is_made_public_where_the_recipe_says_so(hub: HubServer, api: HfApi, tmp_path: Path) -> None:
     send(api, staged(tmp_path), private=False)
     assert hub.repo(REPO).private is False

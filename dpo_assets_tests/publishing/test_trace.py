@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
 
-from dpo_assets.artifact import Artifact, ArtifactTree
+from dpo_assets.artifact import Artifact, ArtifactTree, write_json
+from dpo_assets.checks.evidence.ledger import Decided, Ledger
+from dpo_assets.checks.evidence.ledger_file import LedgerFile
 from dpo_assets.cli import main
 from dpo_assets.errors import ConfigError
-from dpo_assets.publishing.trace import Trace
+from dpo_assets.feedback.batches import INDEX, PAIRS
+from dpo_assets.feedback.library import BATCH_KIND, PAIRED_KIND
+from dpo_assets.publishing.trace import Trace, Withdrawn
 
 
 class Store:
@@ -20,19 +26,28 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.tree, self._made = ArtifactTree(folder), 0
 
-    def add(self, kind: str, inputs: Mapping[str, Artifact | str], files: Mapping[str, pl.DataFrame] = {}) -> Artifact:
+    def add(
+        self,
+        kind: str,
+        inputs: Mapping[str, Artifact | str],
+        files: Mapping[str, pl.DataFrame] = {},
+        said: Mapping[str, Any] = {},
+    ) -> Artifact:
         self._made += 1
 
         def build(into: Path) -> None:
             (into / "number").write_text(str(self._made))
             for name, table in files.items():
                 table.write_parquet(into / name)
+            for name, value in said.items():
+                write_json(into / name, value)
 
         digests = {name: one if isinstance(one, str) else one.digest for name, one in inputs.items()}
         return self.tree.find_or_build(kind, f"{self._made:032x}", build, digests)[0]
 
-    def dataset(self, train: list[str], held_out: list[str]) -> Artifact:
-        return self.add("dpo_dataset", {}, {"train.parquet": pairs(train), "eval.parquet": pairs(held_out)})
+    def dataset(self, train: list[str], held_out: list[str], raw: Artifact | None = None) -> Artifact:
+        tables = {"train.parquet": pairs(train), "eval.parquet": pairs(held_out)}
+        return self.add("dpo_dataset", {"raw_preferences": raw} if raw else {}, tables)
 
     def released(self, dataset: Artifact, sft: Artifact | None = None) -> Artifact:
         inputs = {"dpo_dataset": dataset, "dpo_plan": "a part of a plan"}
@@ -46,7 +61,8 @@ def pairs(names: list[str]) -> pl.DataFrame:
         {"pair_id": f"pair-{name}", "source": f"{name[0]}.jsonl", "row": name, "line": 1, "row_hash": f"hash-{name}"}
         for name in names
     ]
-    return pl.DataFrame(rows).with_columns(prompt=pl.lit("more columns"))
+    schema = {"pair_id": pl.String, "source": pl.String, "row": pl.String, "line": pl.Int64, "row_hash": pl.String}
+    return pl.DataFrame(rows, schema=schema).with_columns(prompt=pl.lit("more columns"))
 
 
 @pytest.fixture
@@ -128,3 +144,110 @@ def test_the_command_lists_releases_their_rows_and_the_releases_of_a_row(
     assert release.fingerprint in capsys.readouterr().out
     assert main(["provenance", folder, "--row", "unheard of"]) == 0
     assert "touched no release" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------- withdrawn rows
+
+
+def feedback(store: Store, *names: str, made: tuple[str, ...] = ()) -> Artifact:
+    """`raw_preferences` as read: a batch of rows, and one of pairs that were made of several rows."""
+    batch = store.add(BATCH_KIND, {}, {PAIRS: pairs(list(names))})
+    paired = store.add(PAIRED_KIND, {}, {PAIRS: pairs(list(made) or ["none"]).with_columns(row_hash=pl.lit(None))})
+    index = {"files": [{"batches": [{"batch": batch.fingerprint}]}], "paired": {"batch": paired.fingerprint}}
+    return store.add("raw_preferences", {}, {}, {INDEX: index})
+
+
+def test_rows_that_left_the_feedback_are_withdrawn_and_others_left_out(store: Store) -> None:
+    first = store.released(store.dataset(["a1", "a2", "a3"], ["a4"], feedback(store, "a1", "a2", "a3", "a4")))
+    raw = feedback(store, "a1", "a4", "a5")
+    dataset = store.dataset(["a1", "a5"], [], raw)
+    trace = Trace.of(store.tree.root)
+    inputs = {"dpo_dataset": dataset.digest}
+    assert trace.withdrawn(first.fingerprint, inputs) == Withdrawn(gone=2, left_out=1)
+    assert trace.withdrawn(first.fingerprint, {**inputs, "sft_checkpoint": "gone"}) == Withdrawn(gone=2, left_out=1)
+    assert trace.withdrawn("f" * 32, inputs) is None
+    (raw.path / INDEX).unlink()
+    assert trace.withdrawn(first.fingerprint, inputs) == Withdrawn(unknown=3)
+
+
+def test_a_row_that_the_sft_checkpoint_still_goes_back_to_is_not_withdrawn_from_the_release(store: Store) -> None:
+    earlier = store.dataset(["a1"], [], feedback(store, "a1"))
+    first = store.released(earlier)
+    sft = store.add("sft_checkpoint", {"dpo_dataset": earlier})
+    now = store.dataset(["a2"], [], feedback(store, "a2"))
+    inputs = {"dpo_dataset": now.digest, "sft_checkpoint": sft.digest}
+    assert Trace.of(store.tree.root).withdrawn(first.fingerprint, inputs) == Withdrawn()
+
+
+def test_a_pair_that_was_made_of_several_rows_is_known_by_its_file_and_id(store: Store) -> None:
+    raw = feedback(store, "b1", made=("a1",))
+    rows = pairs(["a1", "a2", "b1"]).with_columns(row_hash=pl.Series([None, None, "hash-b1"]))
+    found = Trace.of(store.tree.root).in_feedback(rows, raw.digest)
+    assert found is not None
+    assert found.to_list() == [True, False, True]
+
+
+def test_a_row_that_was_edited_was_withdrawn_as_it_was(store: Store) -> None:
+    raw = feedback(store, "a1", "a2")
+    rows = pairs(["a1", "a2"]).with_columns(row_hash=pl.Series(["hash-of-before", "hash-a2"]))
+    found = Trace.of(store.tree.root).in_feedback(rows, raw.digest)
+    assert found is not None
+    assert found.to_list() == [False, True]
+
+
+def live(store: Store, release: Artifact, name: str) -> None:
+    """The ledger in which a release of a model of that name is live."""
+
+    def go(ledger: Ledger) -> Ledger:
+        decided = Decided(
+            number=len(ledger.lines) + 1, before=ledger.head, at="2026-11-27T12:00:00+00:00", champion=ledger.champion,
+            challenger=name, inputs={}, primaries={}, level=None, saw=(), found=False, reason="as this test says",
+            decision="promote" if ledger.champion else "first_publication",
+        )  # fmt: skip
+        return ledger.append(decided).released(
+            decided, at=decided.at, repo_id="org/bot", commit=f"commit of {name}", tag="t",
+            artefact=release.fingerprint, known=[],
+        )  # fmt: skip
+
+    LedgerFile.of(store.tree.root).extend(go)
+
+
+def test_the_command_says_of_a_row_which_releases_it_touched_which_is_live_and_whether_it_is_withdrawn(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = store.released(store.dataset(["a1", "a2"], [], feedback(store, "a1", "a2")))
+    live(store, first, "m1")
+    second = store.released(store.dataset(["a1"], [], feedback(store, "a1")))
+    live(store, second, "m2")
+    staged = store.released(store.dataset(["a1"], []))
+    folder = str(store.tree.root)
+
+    def asked(*options: str) -> list[dict[str, Any]]:
+        assert main(["provenance", folder, *options, "--json"]) == 0
+        answer: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+        return answer
+
+    told = {one["release"]: (one["number"], one["live"]) for one in asked("--row", "a1")}
+    assert told == {first.fingerprint: (1, False), second.fingerprint: (2, True), staged.fingerprint: (None, False)}
+    [one] = asked("--row", "a2")
+    assert (one["number"], [row["withdrawn"] for row in one["rows"]]) == (1, ["yes"])
+    assert {row["withdrawn"] for one in asked("--row", "a1") for row in one["rows"]} == {"no"}
+    assert main(["provenance", folder, "--row", "a2"]) == 0
+    printed = capsys.readouterr().out
+    assert "withdrawn" in printed
+    assert "yes" in printed
+    assert main(["releases", folder]) == 0
+    printed = capsys.readouterr().out
+    assert "release 2, live" in printed
+    assert "release 1, live" not in printed
+    assert main(["releases", folder, "--json"]) == 0
+    lines = json.loads(capsys.readouterr().out)
+    assert [line["kind"] for line in lines] == ["release", "decision"] * 2
+    assert [line["number"] for line in lines if line["live"]] == [4]
+
+
+def test_the_history_of_a_pipeline_without_a_release_says_so(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    store.dataset(["a1"], [])
+    assert main(["releases", str(store.tree.root)]) == 0
+    assert "holds no decision on a release" in capsys.readouterr().out
+    assert main(["releases", str(store.tree.root / "nowhere")]) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,21 +15,24 @@ import torch
 from transformers import GenerationConfig
 
 from dpo_assets.artifact import VOLATILE
-from dpo_assets.checks.reports import AnswerHealth, EvaluationReport, GreedyAnswers
+from dpo_assets.checks.neutral import read_texts
+from dpo_assets.checks.reports import AnswerHealth, Divergence, EvaluationReport, GreedyAnswers, NotMeasured, Perplexity
 from dpo_assets.checks.statistics import wilson
-from dpo_assets.contract import ChampionSpec, EvaluateSpec
+from dpo_assets.contract import ChampionSpec, EvaluateSpec, TemplateSettings
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.scoring import Scoring
-from dpo_assets.training.batches.data import dpo_group, load_split
+from dpo_assets.training.batches.data import dpo_group, first_asked, load_asked, load_split
 from dpo_assets.training.batches.packing import Group
 from dpo_assets.training.evaluation import subjects
-from dpo_assets.training.evaluation.summary import summarise
+from dpo_assets.training.evaluation.summary import Opponent, summarise
 from dpo_assets.training.models.chat_format import ChatFormat, load_chat_format
 from dpo_assets.training.models.loading import attach_adapter, autocast_of, load_base
-from dpo_assets.training.scoring.generation import generate, generation_health, repeats_itself
+from dpo_assets.training.scoring.divergence import own_answers
+from dpo_assets.training.scoring.generation import generate, generation_health, longest_repeat, repeats_itself
 from dpo_assets.training.scoring.logprobs import score_groups
 from dpo_assets.training.scoring.proof import Settled
 from dpo_assets.training.stages import evaluate
+from dpo_assets.training.stages.rereading import CUT_FOR_ONE, reread
 from dpo_assets_tests.training.conftest import Log, PlanMaker
 
 
@@ -121,10 +125,10 @@ def test_an_answer_repeats_itself_when_four_tokens_stand_three_times(ids: list[i
 
 def test_generation_health_counts_shares() -> None:
     answers: list[dict[str, Any]] = [
-        {"ids": [1, 2, 3, 4] * 3, "text": "", "ended": False},
-        {"ids": [5, 6], "text": "", "ended": True},
-        {"ids": [], "text": "", "ended": True},
-        {"ids": [5, 6], "text": "", "ended": True},
+        {"ids": [1, 2, 3, 4] * 3, "text": "", "ended": False, "marked": True},
+        {"ids": [5, 6], "text": "", "ended": True, "marked": False},
+        {"ids": [], "text": "", "ended": True, "marked": False},
+        {"ids": [5, 6], "text": "", "ended": True, "marked": False},
     ]
     health = generation_health(answers)
     assert health == {
@@ -132,7 +136,10 @@ def test_generation_health_counts_shares() -> None:
         "repetition": 0.25,
         "no_eos": 0.25,
         "empty": 0.25,
+        "distinct_1": pytest.approx(6 / 16),
         "distinct_2": pytest.approx(5 / 13),
+        "longest_repeat": pytest.approx(8 / 12 / 4),
+        "marks": 0.25,
         "mean_tokens": 4.0,
     }
 
@@ -242,7 +249,24 @@ def test_the_scores_of_a_report_count_prompts_and_not_pairs() -> None:
     assert told["source", "bad"].against_sft.high < 0 < told["source", "good"].against_sft.low
 
 
-# --- the champion, scored again on the pairs of now ---------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("ids", "tokens"),
+    [([], 0), ([1], 0), ([1, 2], 0), ([1, 1], 1), ([1, 2, 3, 1, 2], 2), ([1, 2, 1, 2, 1], 3), ([4, 4, 4, 4], 3)],
+)
+def test_the_longest_repeat_is_that_of_the_longest_run_that_stands_twice(ids: list[int], tokens: int) -> None:
+    assert longest_repeat(ids) == tokens
+
+
+def test_an_answer_with_a_mark_of_a_template_is_marked(policy: Any, chat: ChatFormat, groups: list[Group]) -> None:
+    """Special tokens do not stand in the text, so only the ids show them."""
+    prompt = list(groups[0].prompt)
+    (answer,) = generate(policy, [prompt], chat, 6)
+    assert answer["marked"] is False
+    special = ChatFormat(chat.tokenizer)
+    special.__dict__["special_ids"] = frozenset(answer["ids"][2:3])
+    (marked,) = generate(policy, [prompt], special, 6)
+    assert (marked["marked"], marked["ids"]) == (True, answer["ids"])
+
 
 EvaluateMaker = Callable[..., EvaluateSpec]
 WORDIER = "{% for m in messages %}<{{ m.role }}> {{ m.content }} </{{ m.role }}>\n{% endfor %}"
@@ -283,6 +307,80 @@ def scored(spec: EvaluateSpec) -> tuple[pl.DataFrame, EvaluationReport, Log]:
     return pl.read_parquet(spec.output_dir / "scores.parquet"), report, log
 
 
+# --- neutral texts ------------------------------------------------------------------------------------------------
+
+
+def test_neutral_texts_are_scored_as_the_plain_forward_scores_them(
+    evaluation: EvaluateMaker, model_folder: Path, sft_adapter: Path, chat: ChatFormat, tmp_path: Path
+) -> None:
+    corpus = tmp_path / "texts.txt"
+    corpus.write_text("Once there was a dog.\nIt ran.\n\n\nThe sun was hot. " + "A cat sat. " * 90, encoding="utf-8")
+    spec = evaluation(tmp_path / "out", corpus=corpus, champion=champion(model_folder, sft_adapter))
+    _, report, _ = scored(spec)
+    assert isinstance(report.neutral, Perplexity)
+    begin, limit = chat.tokenizer.bos_token_id, spec.plan.max_length
+    rows = [
+        [begin, *chat.tokenizer(text, add_special_tokens=False)["input_ids"]][:limit] for text in read_texts(corpus)
+    ]
+    assert len(rows[1]) == limit, "the second one is cut"
+    start = attach_adapter(load_base(model_folder, spec.plan), spec.plan, sft_adapter, seed=0, dropout=0.0).eval()
+    for model, told in (
+        (start, report.neutral.sft),
+        (load_base(model_folder, spec.plan).eval(), report.neutral.policy),
+    ):
+        nats = 0.0
+        for row in rows:
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([row])).logits[0, :-1].log_softmax(-1)
+            nats -= float(logits[range(len(row) - 1), row[1:]].sum())
+        assert told == pytest.approx(math.exp(nats / sum(len(row) - 1 for row in rows)), rel=1e-3)
+    assert report.neutral.ratio == pytest.approx(report.neutral.policy / report.neutral.sft)
+    assert (report.neutral.texts, report.neutral.tokens) == (2, sum(len(row) - 1 for row in rows))
+    # The champion's merged model and its start are the same built-in one here.
+    assert report.champion_scores is not None
+    assert report.champion_scores.neutral_ratio == 1.0
+
+
+# --- how far the release went -------------------------------------------------------------------------------------
+
+
+def test_the_kl_of_the_release_is_the_log_ratio_of_its_own_answers(
+    evaluation: EvaluateMaker, dataset: Path, model_folder: Path, sft_adapter: Path, chat: ChatFormat, tmp_path: Path
+) -> None:
+    """Sampled by the merged model, here the built-in one, and scored by its plain forward and by its start's."""
+    spec = evaluation(tmp_path / "out", sampled_answers=3, max_new_tokens=8, generations=1)
+    _, report, _ = scored(spec)
+    plain = load_base(model_folder, spec.plan).eval()
+    start = attach_adapter(load_base(model_folder, spec.plan), spec.plan, sft_adapter, seed=0, dropout=0.0).eval()
+    rows = load_asked(dataset, "eval", tmp_path / "scratch", ["prompt_id"])
+    prompts = [ids for _, ids in first_asked(rows, chat, 3, spec.plan.max_length - 8, by="prompt_id")]
+    answers = own_answers(prompts, generate(plain, prompts, chat, 8, seed=spec.plan.dpo.seed))
+    assert len(answers) == 3
+    ratios = []
+    for group in answers:
+        row = torch.tensor([[*group.prompt, *group.completions[0]]])
+        with torch.no_grad():
+            by_both = [model(input_ids=row).logits[0, :-1].log_softmax(-1) for model in (plain, start)]
+        wanted = row[0, len(group.prompt) :]
+        scores = [float(logps[len(group.prompt) - 1 :].gather(-1, wanted[:, None]).sum()) for logps in by_both]
+        ratios.append(scores[0] - scores[1])
+    tokens = sum(len(group.completions[0]) for group in answers)
+    assert isinstance(report.kl, Divergence)
+    assert report.kl.per_token == pytest.approx(sum(ratios) / tokens, abs=1e-3)
+    assert report.kl.per_token > 0.05
+    assert report.kl.low is not None
+    assert report.kl.low < report.kl.per_token
+
+
+def test_a_release_whose_kl_nobody_asked_for_says_so(evaluation: EvaluateMaker, tmp_path: Path) -> None:
+    _, report, _ = scored(evaluation(tmp_path / "out", generations=0))
+    assert isinstance(report.kl, NotMeasured)
+    assert isinstance(report.neutral, NotMeasured)
+
+
+# --- the champion, scored again on the pairs of now ---------------------------------------------------------------
+
+
 def test_the_champion_is_scored_on_the_same_pairs_against_its_own_start(
     evaluation: EvaluateMaker, model_folder: Path, sft_adapter: Path, plan_for: PlanMaker, tmp_path: Path
 ) -> None:
@@ -318,8 +416,8 @@ def test_a_start_that_both_share_is_scored_once(
     assert table["champion_start_chosen"].to_list() == table["sft_chosen"].to_list()
     done = [line for line in log.messages if line.startswith("[progress]")]
     assert done == [
-        "[progress] evaluate 1/3 SFT done",
-        "[progress] evaluate 2/3 policy done",
+        "[progress] evaluate 1/3 policy done",
+        "[progress] evaluate 2/3 SFT done",
         "[progress] evaluate 3/3 champion done",
     ]
     assert report.champion_scores is not None
@@ -339,7 +437,7 @@ def test_scores_of_pairs_scored_before_are_read_and_only_new_pairs_are_computed(
     real = subjects.score_groups
 
     def counted(model: Any, groups: Any, *more: Any) -> Any:
-        asked.append(len(groups))
+        asked.extend([len(groups)] if groups else [])
         return real(model, groups, *more)
 
     monkeypatch.setattr(subjects, "score_groups", counted)
@@ -349,7 +447,7 @@ def test_scores_of_pairs_scored_before_are_read_and_only_new_pairs_are_computed(
     changed = {"base_model": "b", "sft_checkpoint": "s", "dpo_adapter": "a2", "merged_model": "m2"}
     spec = evaluation(tmp_path / "second", score_cache=cache, inputs=changed, champion=was_live)
     table, _, log = scored(spec)
-    assert asked == [3, 10, 3]
+    assert asked == [10, 3, 3]
     assert table["sft_chosen"][:7].to_list() == first["sft_chosen"].to_list()
     assert table["champion_chosen"][:7].to_list() == first["policy_chosen"].to_list()
     assert any("scored by the champion, 7 of them before" in line for line in log.messages)
@@ -388,6 +486,51 @@ def test_a_champion_of_another_base_is_asked_in_its_own_template_and_pairs_it_re
         logits = plain(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
     by_row = logits[range(len(ids) - 1), ids[1:]][prompt - 1 :].sum()
     assert table["champion_chosen"][0] == pytest.approx(float(by_row), abs=1e-2)
+
+
+def test_an_answer_that_is_cut_for_the_champion_alone_is_asked_of_nobody(
+    dataset: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    """Its template is wordier, so its rows end before those of the challenger."""
+    other = tmp_path / "other"
+    shutil.copytree(model_folder, other)
+    (other / "chat_template.jinja").write_text(WORDIER, encoding="utf-8")
+    sizes = [pl.col(name).list.len().cast(pl.Int64) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+    longest = sizes[0] + pl.max_horizontal(sizes[1:])
+    pair = pl.read_parquet(dataset / "eval.parquet").sort(longest).head(1)
+    fits = pair.select(longest).item()
+    assert fits < 250, "the model reads 512 tokens"
+    found = reread(pair, other, TemplateSettings(), fits)
+    assert (dict(found.left_out), dict(found.groups)) == ({CUT_FOR_ONE: 1}, {})
+    for room in (fits - 1, fits + 200):  # Cut for both, and for neither.
+        found = reread(pair, other, TemplateSettings(), room)
+        assert (dict(found.left_out), list(found.groups)) == ({}, pair["pair_id"].to_list())
+
+
+def test_the_champion_is_held_against_its_own_start_and_its_own_tokens() -> None:
+    """By the policy's start, or by its count of tokens, the champion would rank other pairs well."""
+    table = pl.DataFrame(
+        {
+            "prompt_id": list("abcd"), "source": ["x"] * 4, "margin": [None] * 4,
+            "sft_chosen": [-9.0, -9.0, -9.0, -9.0], "sft_rejected": [-9.0, -9.0, -9.0, -9.0],
+            "policy_chosen": [-8.0, -8.0, -8.0, -9.5], "policy_rejected": [-9.0, -9.0, -9.0, -9.0],
+            "chosen_tokens": [4] * 4, "rejected_tokens": [4] * 4,
+            "champion_chosen": [-8.0, -8.0, -8.0, -8.0], "champion_rejected": [-9.0, -9.0, -9.0, -9.0],
+            "champion_start_chosen": [-6.0, -6.0, -6.0, -9.0], "champion_start_rejected": [-9.0, -9.0, -9.0, -9.0],
+            "champion_chosen_tokens": [2] * 4, "champion_rejected_tokens": [4] * 4,
+        }
+    )  # fmt: skip
+    silent = AnswerHealth(answers=0)
+    said = summarise(
+        table, 0.95, scored="merged model in fp32", settled=Settled("rows", ""),
+        generation=GreedyAnswers(sft=silent, policy=silent), opponent=Opponent("c", {"template_refused": 2}),
+    )  # fmt: skip
+    held = said.champion_scores
+    assert held is not None
+    assert (said.implicit_reward_accuracy.value, held.implicit_reward_accuracy.value) == (0.75, 0.25)
+    assert (said.logp_accuracy_policy.value, held.logp_accuracy.value) == (0.75, 0.0)
+    assert (held.reward_against.difference, held.reward_against.discordant) == (0.5, 4)
+    assert (held.logp_against.difference, held.left_out) == (0.75, {"template_refused": 2})
 
 
 def test_a_champion_that_can_be_asked_nothing_stops_the_evaluation_by_name(

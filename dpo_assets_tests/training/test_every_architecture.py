@@ -280,7 +280,7 @@ def test_trls_trainer_between_stages_that_score_by_the_models_own_forward(
 # --- through Dagster --------------------------------------------------------------------------------------------------
 
 # Of 46 short pairs, 3 steps and a random model: what is judged here is too little to judge by, and says so.
-FEW_AND_SHORT = {"enough_pairs", "answers_truncated", "length_bias", "budget", "promotion_verdict"}
+FEW_AND_SHORT = {"enough_pairs", "answers_truncated", "length_bias", "budget"}
 NOT_ASKED_FOR = {"kl_budget", "generation_health"}
 
 

@@ -566,7 +566,7 @@ def test_a_private_name_elsewhere_is_seen(line: str) -> None:
     "line",
     [
         "from __future__ import annotations",
-        "from dpo_assets.recipe.model import _is_commit",
+        "from dpo_assets.recipe.whole import _absolute_source",
         "from transformers import Trainer",
         "self._own = x._own",
         "pair._replace(a=1)",

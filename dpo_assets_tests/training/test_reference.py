@@ -24,7 +24,7 @@ from dpo_assets.training.packages import computing, versions
 from dpo_assets.training.policy import Policy
 from dpo_assets.training.scoring import cache as cached
 from dpo_assets.training.scoring import logprobs
-from dpo_assets.training.scoring.cache import ScoreCache, Scores, pair_key, score_key
+from dpo_assets.training.scoring.cache import ScoreCache, Scores, kept_scores, pair_key, score_key
 from dpo_assets.training.stages import dpo
 from dpo_assets.training.trainers.reference import reference_scores
 from dpo_assets.training.trainers.strategies import score_reference
@@ -119,6 +119,16 @@ def test_a_score_that_is_not_finite_is_never_kept(tmp_path: Path, wrong: float) 
     with pytest.raises(GateError):
         reference_scores([pair(1)], cache, lambda groups: [(wrong, -1.0)])
     assert reference_scores([pair(1)], cache, Scorer()) == (Scorer()([pair(1)]), 0)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_whoever_takes_a_score_that_is_not_finite_asks_for_it_again(tmp_path: Path, wrong: float) -> None:
+    """An evaluation tells such a score, and does not stop."""
+    cache, pairs = ScoreCache(tmp_path / "cache.sqlite", "key"), [pair(1), pair(2)]
+    told, known = kept_scores(pairs, cache, lambda groups: [(-1.0, wrong), (-2.0, -3.0)], least=2)
+    assert (repr(told), known) == (repr([(-1.0, wrong), (-2.0, -3.0)]), 0)
+    again, known = kept_scores(pairs, cache, Scorer())
+    assert (again, known) == ([*Scorer()([pair(1)]), (-2.0, -3.0)], 1)
 
 
 # --- scores and keys of the stage ---------------------------------------------------------------------------------

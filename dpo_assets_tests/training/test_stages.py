@@ -290,12 +290,13 @@ def test_held_out_scores_are_those_of_the_two_models(
 
 def test_the_generation_report_compares_sft_and_policy(pipeline: Pipeline) -> None:
     health = pipeline.scores.json("report.json")["generation"]
+    assert health.pop("champion") is None
     assert set(health) == {"sft", "policy"}
-    keys = {"answers", "repetition", "no_eos", "empty", "distinct_2", "mean_tokens"}
+    shares = ("repetition", "no_eos", "empty", "distinct_1", "distinct_2", "longest_repeat", "marks")
     for who in health.values():
-        assert set(who) == keys
+        assert set(who) == {"answers", "mean_tokens", *shares}
         assert who["answers"] == GENERATIONS
-        assert all(0.0 <= who[name] <= 1.0 for name in ("repetition", "no_eos", "empty", "distinct_2"))
+        assert all(0.0 <= who[name] <= 1.0 for name in shares)
         assert who["mean_tokens"] <= NEW_TOKENS
     answers = pipeline.scores.json("generations.json")
     assert len(answers) == GENERATIONS

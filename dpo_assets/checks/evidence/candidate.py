@@ -69,12 +69,15 @@ class ScoredPairs:
         return ScoredPairs([self.prompts[n] for n in kept], columns)
 
     def faults(self) -> dict[str, str]:
-        """What makes these scores none, by name: a hard guard that failed."""
-        bad = sorted(name for name, values in self.columns.items() if not all(map(math.isfinite, values)))
+        """What makes the challenger's scores none, by name: a hard guard that failed.
+
+        A champion whose scores are none is no fault of the challenger: nothing is better than NaN, so it is held.
+        """
+        bad = [name for name in (*_columns(OF_ALL), *TOKENS) if not all(map(math.isfinite, self.columns[name]))]
         return {"scores": f"not every score is finite: {', '.join(bad)}"} if bad else {}
 
-    def reward_wins(self, policy: str = "policy", start: str = "sft") -> list[float]:
-        """1 where the log-ratio of a policy to its start is higher for the chosen answer; 0.5 for a tie."""
+    def reward_margins(self, policy: str = "policy", start: str = "sft") -> list[float]:
+        """Log-ratio of a policy to its start, of the chosen answer less the rejected one, in nats."""
         of = self.columns
         gaps = zip(
             of[f"{policy}_chosen"],
@@ -83,14 +86,22 @@ class ScoredPairs:
             of[f"{start}_rejected"],
             strict=True,
         )
-        return wins_of([(chosen - was) - (rejected - before) for chosen, was, rejected, before in gaps])
+        return [(chosen - was) - (rejected - before) for chosen, was, rejected, before in gaps]
 
-    def logp_wins(self, model: str = "policy") -> list[float]:
-        """1 where the chosen answer is more likely per token of the model's own; 0.5 for a tie."""
+    def reward_wins(self, policy: str = "policy", start: str = "sft") -> list[float]:
+        """1 where the log-ratio of a policy to its start is higher for the chosen answer; 0.5 for a tie."""
+        return wins_of(self.reward_margins(policy, start))
+
+    def logp_gaps(self, model: str = "policy") -> list[float]:
+        """Log-probability per token of the model's own, of the chosen answer less the rejected one, in nats."""
         of = self.columns
         chosen_tokens, rejected_tokens = (of.get(f"{model}_{name}", of[name]) for name in TOKENS)
         both = zip(of[f"{model}_chosen"], chosen_tokens, of[f"{model}_rejected"], rejected_tokens, strict=True)
-        return wins_of([chosen / long - rejected / short for chosen, long, rejected, short in both])
+        return [chosen / long - rejected / short for chosen, long, rejected, short in both]
+
+    def logp_wins(self, model: str = "policy") -> list[float]:
+        """1 where the chosen answer is more likely per token; 0.5 for a tie."""
+        return wins_of(self.logp_gaps(model))
 
     def against_champion(self) -> dict[str, Comparison]:
         """Policy less champion, paired: each by its own start, and by log-probability, where none needs a reference."""

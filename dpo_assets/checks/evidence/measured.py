@@ -17,6 +17,10 @@ class MeanScore:
     n: int
     clusters: int
 
+    def __str__(self) -> str:
+        ends = "" if self.low is None or self.high is None else f" [{self.low:+.3f}, {self.high:+.3f}]"
+        return f"{self.value:+.3f}{ends} (n={self.n}, {self.clusters} prompts)"
+
 
 @dataclass(frozen=True)
 class Comparison:

@@ -56,7 +56,9 @@ class Outlook:
             ("prompts that no decision saw", f"{self.fresh}, of at least {self.fewest}"),
             ("can the gate pass with these", passes),
         ]
-        if self.reach is not None:
+        if self.reach is not None and not math.isfinite(self.reach.detectable):
+            rows.append(("what they can show", "not known: on these pairs the two never differ"))
+        elif self.reach is not None:
             needed = self.reach.pairs_needed
             shown = f"{needed} pairs" if needed is not None else "no number of pairs"
             rows += [

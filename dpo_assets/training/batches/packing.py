@@ -55,6 +55,12 @@ class Group:
             raise ValueError(f"a prompt of {len(self.prompt)} tokens leaves no room in max_length {max_length}")
         return Group(self.prompt, tuple(c[:room] for c in self.completions))
 
+    def within(self, budget: int) -> list[Group]:
+        """The same completions in order, in groups of at most `budget` tokens; one that is longer stands alone."""
+        room = budget - len(self.prompt)
+        runs = under_budget(self.completions, [len(c) for c in self.completions], room)
+        return [Group(self.prompt, tuple(run)) for run in runs]
+
     @property
     def tokens(self) -> int:
         """Tokens of the group in the stream."""

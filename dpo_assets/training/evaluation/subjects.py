@@ -17,6 +17,7 @@ from dpo_assets.training.models.loading import autocast_of
 from dpo_assets.training.policy import load_scored
 from dpo_assets.training.reporting import Reporter
 from dpo_assets.training.scoring.cache import ScoreCache, Scores, computed_by, kept_scores, score_key
+from dpo_assets.training.scoring.divergence import own_answers
 from dpo_assets.training.scoring.generation import generate
 from dpo_assets.training.scoring.logprobs import score_groups
 from dpo_assets.training.scoring.proof import Settled, alike, settle_engine
@@ -26,11 +27,28 @@ PART = 1024  # Fewest pairs that are scored and kept together: in 16 bit small p
 
 @dataclass(frozen=True)
 class Reading:
-    """What a tokenizer with its chat template makes of all that is asked: held-out pairs, and prompts to answer."""
+    """What a tokenizer with its chat template makes of all that is asked.
+
+    Held-out `pairs`, `prompts` to be answered greedily, neutral `texts`, and prompts to be answered at temperature 1.
+    """
 
     chat: ChatFormat
     pairs: Sequence[Group]
     prompts: list[list[int]]
+    texts: Sequence[Group] = ()
+    sampled: Sequence[list[int]] = ()
+
+
+def as_groups(texts: Sequence[str], chat: ChatFormat, longest: int) -> list[Group]:
+    """Texts as they are, without a template, cut to `longest` tokens.
+
+    What begins a text is given: its beginning-of-sequence token, or its first where the tokenizer has none. A text of
+    nothing else has no score, and is left out.
+    """
+    begin = chat.tokenizer.bos_token_id
+    rows: list[list[int]] = chat.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+    whole = [([] if begin is None else [begin]) + row for row in rows]
+    return [Group(row[:1], (row[1:longest],)) for row in whole if len(row) > 1]
 
 
 @dataclass(frozen=True)
@@ -46,16 +64,22 @@ class Subject:
     adapter: Path | None
     reading: Reading
     digests: Mapping[str, str]
+    draws: bool = False  # Whether it answers the sampled prompts at temperature 1.
+    hears: tuple[str, ...] = ()  # Whose drawn answers it scores: its own, or those of subjects before it.
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a subject said: summed log-probabilities of (chosen, rejected) a pair, in nats, and greedy answers.
+    """What a subject said: summed log-probabilities in nats, and answers.
 
-    `known` counts the pairs whose scores were kept from an earlier time.
+    `logps` has (chosen, rejected) a pair, `texts` one a neutral text, `heard` one an answer that was drawn, by who drew
+    it. `known` counts the pairs whose scores were kept from an earlier time.
     """
 
     logps: Scores
+    texts: list[float]
+    drawn: list[Group]
+    heard: dict[str, list[float]]
     answers: list[dict[str, Any]]
     known: int
 
@@ -66,28 +90,39 @@ class Bench:
 
     plan: TrainingPlan
     max_new_tokens: int
+    seed: int  # Of the answers that are drawn.
     reporter: Reporter
     kept: Path | None = None  # The file of scores from earlier times.
 
     def measure(self, subjects: Sequence[Subject]) -> tuple[Settled, list[Measured]]:
         """Scores and answers of every subject, one loaded at a time, all computed by one engine."""
-        asked = [partial(self._one, subject, (n, len(subjects))) for n, subject in enumerate(subjects, start=1)]
+        drawn: dict[str, list[Group]] = {}
+        asked = [partial(self._one, subject, (n, len(subjects)), drawn) for n, subject in enumerate(subjects, start=1)]
         results = alike(asked)
         return results[0][0], [measured for _, measured in results]
 
-    def _one(self, subject: Subject, place: tuple[int, int], first: str | None) -> tuple[Settled, Measured]:
-        """By a model that is loaded for it and let go; `first` is the engine to begin with."""
+    def _one(
+        self, subject: Subject, place: tuple[int, int], drawn: dict[str, list[Group]], first: str | None
+    ) -> tuple[Settled, Measured]:
+        """By a model that is loaded for it and let go.
+
+        Args:
+            drawn: answers by who drew them, to which its own are added.
+            first: the engine to begin with.
+        """
         model = load_scored(subject.folder, self.plan, subject.adapter)
-        settled, measured = self._ask(model, subject, first)
+        settled, measured = self._ask(model, subject, drawn, first)
         done, total = place
         self.reporter.log(Progress(stage="evaluate", done=done, total=total, note=f"{subject.name} done").line())
         del model
         gc.collect()
         return settled, measured
 
-    def _ask(self, model: Any, subject: Subject, first: str | None) -> tuple[Settled, Measured]:
-        plan, who, pairs = self.plan, subject.name, subject.reading.pairs
-        settled = settle_engine(model, plan, max(pairs, key=lambda group: group.longest_row), first)
+    def _ask(
+        self, model: Any, subject: Subject, drawn: dict[str, list[Group]], first: str | None
+    ) -> tuple[Settled, Measured]:
+        plan, who, pairs, texts = self.plan, subject.name, subject.reading.pairs, subject.reading.texts
+        settled = settle_engine(model, plan, max([*pairs, *texts], key=lambda group: group.longest_row), first)
         if settled.note:
             self._log(f"{who} computed by {settled.kernels}, not by {first or plan.kernels}: {settled.note}")
 
@@ -99,8 +134,17 @@ class Bench:
             logps, known = kept_scores(pairs, self._cache(subject, settled.kernels), score, PART)
             before = f", {known} of them before" if known else ""
             self._log(f"{len(pairs)} held-out pairs scored by the {who}{before}")
+            of_texts, _ = score_groups(model, texts, plan.token_budget)
+            own = self._draw(model, subject) if subject.draws else []
+            drawn[who] = own
+            heard = {one: score_groups(model, drawn[one], plan.token_budget)[0] for one in subject.hears}
             answers = generate(model, subject.reading.prompts, subject.reading.chat, self.max_new_tokens)
-        return settled, Measured(logps, answers, known)
+        return settled, Measured(logps, of_texts, own, heard, answers, known)
+
+    def _draw(self, model: Any, subject: Subject) -> list[Group]:
+        reading = subject.reading
+        said = generate(model, list(reading.sampled), reading.chat, self.max_new_tokens, seed=self.seed)
+        return own_answers(reading.sampled, said)
 
     def _cache(self, subject: Subject, kernels: str) -> ScoreCache | None:
         if self.kept is None or not subject.digests or not all(subject.digests.values()):

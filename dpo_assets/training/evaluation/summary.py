@@ -10,12 +10,22 @@ from typing import Any
 
 import polars as pl
 
-from dpo_assets.checks.evidence.clusters import clustered_mean, clustered_share, pick_the_longer, wins_of
+from dpo_assets.checks.evidence.candidate import ScoredPairs
+from dpo_assets.checks.evidence.clusters import clustered_mean, clustered_share, pick_the_longer
 from dpo_assets.checks.evidence.paired import compare
 from dpo_assets.checks.evidence.slices import Part, SliceScore, parts
-from dpo_assets.checks.reports import ChampionScores, EvaluationReport, GreedyAnswers
+from dpo_assets.checks.neutral import perplexities
+from dpo_assets.checks.reports import (
+    ChampionScores,
+    Divergence,
+    EvaluationReport,
+    GreedyAnswers,
+    NotMeasured,
+    Perplexity,
+)
 from dpo_assets.training.scoring.proof import Settled
 
+ANSWERS = ("_chosen", "_rejected", "_tokens")  # How the names of columns end that are about one answer.
 SLICE_DRAWS = 2_000  # Of the bootstrap for each part: there may be a dozen.
 
 
@@ -27,22 +37,6 @@ class Opponent:
     left_out: Mapping[str, int]
 
 
-def reward_margins(table: pl.DataFrame, who: str, start: str) -> pl.Series:
-    """Implicit reward of chosen less that of rejected, in nats: both measured against the model's own start."""
-    chosen = table[f"{who}_chosen"] - table[f"{start}_chosen"]
-    return chosen - (table[f"{who}_rejected"] - table[f"{start}_rejected"])
-
-
-def logp_gaps(table: pl.DataFrame, who: str, tokens: str = "") -> pl.Series:
-    """Log-probability per token of chosen less that of rejected, in nats.
-
-    Args:
-        tokens: before the names of the columns that count the answers' tokens: another base has a tokenizer of its own.
-    """
-    chosen = table[f"{who}_chosen"] / table[f"{tokens}chosen_tokens"]
-    return chosen - table[f"{who}_rejected"] / table[f"{tokens}rejected_tokens"]
-
-
 def summarise(
     table: pl.DataFrame,
     confidence: float,
@@ -51,25 +45,28 @@ def summarise(
     settled: Settled,
     generation: GreedyAnswers,
     opponent: Opponent | None = None,
+    kl: Divergence | NotMeasured | None = None,
+    neutral: Perplexity | NotMeasured | None = None,
+    neutral_of_champion: Perplexity | NotMeasured | None = None,
 ) -> EvaluationReport:
     """Scores with intervals over prompts, from the per-pair table: pairs of one prompt are no independent evidence."""
     chosen_ratio = (table["policy_chosen"] - table["sft_chosen"]) / table["chosen_tokens"]
     rejected_ratio = (table["policy_rejected"] - table["sft_rejected"]) / table["rejected_tokens"]
-    margin = reward_margins(table, "policy", "sft")
     prompts = table["prompt_id"].to_list()
+    pairs = ScoredPairs(prompts, {name: table[name].to_list() for name in table.columns if name.endswith(ANSWERS)})
     share = partial(clustered_share, prompts=prompts, confidence=confidence)
     against = partial(compare, prompts=prompts, confidence=confidence)
-    rewarded = wins_of(margin.to_list())
-    ranked, ranked_before = (wins_of(logp_gaps(table, who).to_list()) for who in ("policy", "sft"))
+    margin, rewarded = pairs.reward_margins(), pairs.reward_wins()
+    ranked, ranked_before = pairs.logp_wins("policy"), pairs.logp_wins("sft")
     champion = None
     if opponent is not None:
-        theirs = wins_of(reward_margins(table, "champion", "champion_start").to_list())
-        ranked_by_them = wins_of(logp_gaps(table, "champion", "champion_").to_list())
+        theirs, ranked_by_them = pairs.reward_wins("champion", "champion_start"), pairs.logp_wins("champion")
         champion = ChampionScores(
             implicit_reward_accuracy=share(theirs),
             logp_accuracy=share(ranked_by_them),
             reward_against=against(rewarded, theirs),
             logp_against=against(ranked, ranked_by_them),
+            neutral_ratio=neutral_of_champion.ratio if isinstance(neutral_of_champion, Perplexity) else None,
             left_out=dict(opponent.left_out),
         )
 
@@ -96,7 +93,7 @@ def summarise(
         ),
         reward_against_chance=against(rewarded, [0.5] * table.height),
         logp_against_sft=against(ranked, ranked_before),
-        margin=clustered_mean(margin.to_list(), prompts, confidence),
+        margin=clustered_mean(margin, prompts, confidence),
         slices=tuple(slice_of(part) for part in parts(table["source"].to_list(), table["margin"].to_list())),
         margin_mean_nats=fmean(margin),
         margin_median_nats=median(margin),
@@ -110,4 +107,13 @@ def summarise(
         generation=generation,
         champion=opponent.name if opponent else None,
         champion_scores=champion,
+        kl=kl,
+        neutral=neutral,
+        chosen=perplexities(
+            table["chosen_tokens"].to_list(),
+            table["sft_chosen"].to_list(),
+            table["policy_chosen"].to_list(),
+            prompts,
+            confidence,
+        ),
     )

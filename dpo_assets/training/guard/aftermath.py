@@ -24,7 +24,6 @@ from dpo_assets.checks.reports import (
     NotMeasured,
     SampledAnswers,
 )
-from dpo_assets.checks.statistics import mean_interval
 from dpo_assets.checks.tasks import Task, compared
 from dpo_assets.contract import GuardSpec
 from dpo_assets.training.batches.data import dpo_group
@@ -32,6 +31,7 @@ from dpo_assets.training.guard.sampling import AdapterState, Answer, Watched, fi
 from dpo_assets.training.models.fp8 import Fp8Linear
 from dpo_assets.training.models.loading import ADAPTER_NAME
 from dpo_assets.training.private.peft import dequantised, experts_of, parameter_of, stacked_weight
+from dpo_assets.training.scoring.divergence import per_token
 from dpo_assets.training.scoring.generation import generation_health
 
 EXAMPLES, EXAMPLE_LENGTH = 3, 300  # Answers that the report quotes, and characters of each.
@@ -119,11 +119,7 @@ def _answers(watched: Watched, guard: GuardSpec, held_out: Any) -> SampledAnswer
 def _divergence(watched: Watched, prompts: list[list[int]], answers: Sequence[Answer]) -> Divergence | NotMeasured:
     if watched.why_no_scores:
         return NotMeasured(not_measured=watched.why_no_scores)
-    parts = watched.divergence(prompts, answers)
-    mean_tokens = fmean(n for _, n in parts)
-    value, low, high = (end / mean_tokens for end in mean_interval([ratio for ratio, _ in parts]))
-    # One answer has no interval, and JSON no infinity.
-    return Divergence(per_token=value, low=low, high=high) if len(parts) > 1 else Divergence(per_token=value)
+    return per_token(watched.divergence(prompts, answers))
 
 
 def _capability(

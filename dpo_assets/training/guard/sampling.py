@@ -24,6 +24,7 @@ from dpo_assets.training.engines.transformers import engine_of
 from dpo_assets.training.engines.unsloth.engine import reference_mode
 from dpo_assets.training.models.chat_format import ChatFormat
 from dpo_assets.training.models.loading import ADAPTER_NAME, autocast_of
+from dpo_assets.training.scoring.divergence import LogRatios, log_ratios, own_answers
 from dpo_assets.training.scoring.generation import generate
 from dpo_assets.training.scoring.logprobs import evaluating, score_hits
 from dpo_assets.training.scoring.proof import Settled, settle_engine
@@ -136,15 +137,14 @@ class Watched:
         with self.start.in_place(self.model):
             return self.answers(prompts, tokens, seed)
 
-    def divergence(self, prompts: list[list[int]], answers: Sequence[Answer]) -> list[tuple[float, int]]:
+    def divergence(self, prompts: list[list[int]], answers: Sequence[Answer]) -> LogRatios:
         """(log pi - log pi_ref, tokens) of each of the policy's own answers with the token that ended it.
 
         Their sum over their tokens estimates KL(policy || reference) per token: the expectation is over the policy.
         """
-        said = [[*a["ids"], a["end"]] if a["ended"] else a["ids"] for a in answers]
-        groups = [Group(prompt, (ids,)) for prompt, ids in zip(prompts, said, strict=True) if ids]
+        groups = own_answers(prompts, answers)
         (policy, _), (reference, _) = self.scores(groups), self.reference_scores(groups)
-        return [(p - r, len(g.completions[0])) for p, r, g in zip(policy, reference, groups, strict=True)]
+        return log_ratios(groups, policy, reference)
 
 
 def first_prompts(rows: Any, chat: ChatFormat, count: int, longest: int) -> list[list[int]]:

@@ -99,6 +99,11 @@ class ChatFormat:
         return frozenset(end for end in ends if end is not None)
 
     @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of special tokens: marks of turns and texts, which no answer should hold."""
+        return frozenset(n for n, token in self.tokenizer.added_tokens_decoder.items() if token.special)
+
+    @cached_property
     def _template_end(self) -> int | None:
         """The special token that the template puts behind an answer, or None."""
         answer = "Yes."
@@ -111,8 +116,7 @@ class ChatFormat:
             return None
         tail = text.rpartition(answer)[2].lstrip()
         ids: list[int] = self.tokenizer(tail, add_special_tokens=False)["input_ids"] if tail else []
-        special = {n for n, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        mark = next((n for n in ids if n in special), None)
+        mark = next((n for n in ids if n in self.special_ids), None)
         return mark if mark is not None and tail.startswith(self.tokenizer.convert_ids_to_tokens(mark)) else None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from dpo_assets.feedback.quality_tokens import TEMPLATE_MARKS
 from dpo_assets.planning.scoring import GENERATION_BATCH as GENERATION_BATCH
 from dpo_assets.training.engines.attention import plain_attention
 from dpo_assets.training.engines.rotary import RotaryTables, fresh_tables
@@ -24,7 +25,7 @@ def generate(
     model: Any, prompts: list[list[int]], chat: ChatFormat, max_new_tokens: int, *, seed: int | None = None
 ) -> list[dict[str, Any]]:
     """Answers: `ids` without the token that ended them, `text`, whether the answer `ended` by itself, and at which id
-    (`end`, None if it did not).
+    (`end`, None if it did not), and whether it is `marked`: holds a special token, or a turn mark of any template.
 
     Greedy; with a `seed` sampled at temperature 1 from the whole distribution, and the state of torch's generators is
     put back afterwards: a run that is watched must train as one that is not.
@@ -81,7 +82,9 @@ def _answer(row: list[int], chat: ChatFormat) -> dict[str, Any]:
     length = next((n for n, token in enumerate(row) if token in chat.ends), None)
     kept = row if length is None else row[:length]
     text = chat.tokenizer.decode(kept, skip_special_tokens=True)
-    return {"ids": kept, "text": text, "ended": length is not None, "end": None if length is None else row[length]}
+    marked = not chat.special_ids.isdisjoint(kept) or any(mark in text for mark in TEMPLATE_MARKS)
+    end = None if length is None else row[length]
+    return {"ids": kept, "text": text, "ended": length is not None, "end": end, "marked": marked}
 
 
 @contextmanager
@@ -103,16 +106,20 @@ def own_generation(model: Any, config: GenerationConfig) -> Iterator[None]:
 
 
 def generation_health(answers: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Shares of answers that repeat themselves, never end or are empty; distinct bigrams; mean length in tokens."""
+    """What `AnswerHealth` holds, of answers as `generate` gives them."""
     if not answers:
         return {"answers": 0}
+    tokens = [token for a in answers for token in a["ids"]]
     bigrams = [tuple(pair) for a in answers for pair in zip(a["ids"], a["ids"][1:], strict=False)]
     return {
         "answers": len(answers),
         "repetition": fmean(repeats_itself(a["ids"]) for a in answers),
         "no_eos": fmean(not a["ended"] for a in answers),
         "empty": fmean(not a["ids"] for a in answers),
+        "distinct_1": len(set(tokens)) / max(1, len(tokens)),
         "distinct_2": len(set(bigrams)) / max(1, len(bigrams)),
+        "longest_repeat": fmean(longest_repeat(a["ids"]) / max(1, len(a["ids"])) for a in answers),
+        "marks": fmean(a["marked"] for a in answers),
         "mean_tokens": fmean(len(a["ids"]) for a in answers),
     }
 
@@ -121,3 +128,13 @@ def repeats_itself(ids: Sequence[int]) -> bool:
     """Whether any 4-gram of tokens stands three times or more."""
     grams = [tuple(ids[n : n + REPEATED_NGRAM]) for n in range(len(ids) - REPEATED_NGRAM + 1)]
     return any(grams.count(gram) >= REPEATS for gram in set(grams))
+
+
+def longest_repeat(ids: Sequence[int]) -> int:
+    """Tokens of the longest n-gram that stands twice; the two may overlap."""
+    low, high = 0, max(0, len(ids) - 1)
+    while low < high:  # Where an n-gram stands twice, so do its parts.
+        n = (low + high + 1) // 2
+        grams = [tuple(ids[start : start + n]) for start in range(len(ids) - n + 1)]
+        low, high = (n, high) if len(set(grams)) < len(grams) else (low, n - 1)
+    return low

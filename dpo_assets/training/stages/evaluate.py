@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,16 @@ from typing import Any
 import polars as pl
 
 from dpo_assets.artifact import VOLATILE, write_json
-from dpo_assets.checks.reports import AnswerHealth, GreedyAnswers
+from dpo_assets.checks.neutral import perplexities, read_texts
+from dpo_assets.checks.reports import AnswerHealth, Divergence, GreedyAnswers, NotMeasured, Perplexity
 from dpo_assets.contract import EvaluateSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.training.batches.data import dpo_group, first_asked, load_asked
-from dpo_assets.training.evaluation.subjects import Bench, Measured, Reading, Subject
+from dpo_assets.training.evaluation.subjects import Bench, Measured, Reading, Subject, as_groups
 from dpo_assets.training.evaluation.summary import Opponent, summarise
 from dpo_assets.training.models.chat_format import load_chat_format
 from dpo_assets.training.reporting import Reporter
+from dpo_assets.training.scoring.divergence import log_ratios, per_token
 from dpo_assets.training.scoring.generation import generation_health
 from dpo_assets.training.stages.rereading import Reread, reread
 
@@ -43,15 +46,20 @@ def run(spec: EvaluateSpec, reporter: Reporter) -> None:
         rows = rows.select([n for n, pair in enumerate(rows["pair_id"]) if pair in theirs.groups])
     to_group = partial(dpo_group, max_length=plan.max_length)
     room = plan.max_length - spec.max_new_tokens
-    asked = first_asked(rows, chat, spec.generations, room, by="prompt_id")
+    found = first_asked(rows, chat, max(spec.generations, spec.sampled_answers), room, by="prompt_id")
+    asked, sampled = found[: spec.generations], [ids for _, ids in found[: spec.sampled_answers]]
     if theirs is not None:
         asked = [
             (row, ids) for row, ids in asked if len(theirs.prompt_ids(row)) <= theirs.longest - spec.max_new_tokens
         ]
-    ours = Reading(chat, [to_group(row) for row in rows], [ids for _, ids in asked])
-    subjects = _subjects(spec, ours, theirs.reading(rows["pair_id"], [row for row, _ in asked]) if theirs else ours)
+    texts = read_texts(spec.corpus) if spec.corpus is not None else []
+    pairs, prompts = [to_group(row) for row in rows], [ids for _, ids in asked]
+    fits = min(plan.max_length, plan.longest_pair or plan.max_length)  # No forward was planned for more.
+    ours = Reading(chat, pairs, prompts, as_groups(texts, chat, fits), sampled)
+    of_champion = theirs.reading(rows["pair_id"], [row for row, _ in asked], texts, fits) if theirs else ours
+    subjects = _subjects(spec, ours, of_champion)
 
-    bench = Bench(plan, spec.max_new_tokens, reporter, spec.score_cache)
+    bench = Bench(plan, spec.max_new_tokens, plan.dpo.seed, reporter, spec.score_cache)
     settled, results = bench.measure(list(subjects.values()))
     measured = dict(zip(subjects, results, strict=True))
     if spec.champion is not None and spec.champion.same_start:
@@ -76,10 +84,31 @@ def run(spec: EvaluateSpec, reporter: Reporter) -> None:
             **{who: AnswerHealth.model_validate(generation_health(said)) for who, said in answered.items()}
         ),
         opponent=Opponent(spec.champion.name, theirs.left_out if theirs else {}) if spec.champion else None,
+        kl=_kl(measured[POLICY], measured[SFT]),
+        neutral=_neutral(SFT, POLICY, subjects, measured, spec.confidence),
+        neutral_of_champion=_neutral(START, CHAMPION, subjects, measured, spec.confidence) if spec.champion else None,
     )
     report.write(spec.output_dir)
     kept = {f"{who}_pairs_from_cache": found.known for who, found in measured.items()}
     write_json(spec.output_dir / VOLATILE, {"seconds": time.perf_counter() - started, **kept})
+
+
+def _kl(policy: Measured, sft: Measured) -> Divergence | NotMeasured:
+    """KL(policy || SFT) on what the policy says itself."""
+    if not policy.drawn:
+        return NotMeasured(not_measured="no answers were sampled, or no held-out prompt leaves room for one")
+    who = CALLED[POLICY]
+    return per_token(log_ratios(policy.drawn, policy.heard[who], sft.heard[who]))
+
+
+def _neutral(
+    start: str, policy: str, subjects: Mapping[str, Subject], measured: Mapping[str, Measured], confidence: float
+) -> Perplexity | NotMeasured:
+    """What became of the likelihood of neutral texts from a start to its policy."""
+    tokens = [len(group.completions[0]) for group in subjects[policy].reading.texts]
+    if not tokens:
+        return NotMeasured(not_measured="no neutral texts were asked")
+    return perplexities(tokens, measured[start].texts, measured[policy].texts, confidence=confidence)
 
 
 def _read_by_the_champion(spec: EvaluateSpec, reporter: Reporter) -> Reread | None:
@@ -123,10 +152,11 @@ def _subjects(spec: EvaluateSpec, ours: Reading, theirs: Reading) -> dict[str, S
         known = {"base": digests.get("base_model", ""), "adapter": digests.get("dpo_adapter", "")}
         return Subject(CALLED[who], base, adapter, reading, known)
 
-    found = {
-        SFT: start(SFT, spec.base_model, spec.sft_adapter, ours, spec.inputs),
-        POLICY: released(POLICY, spec.base_model, spec.adapter, spec.policy, ours, spec.inputs),
-    }
+    # What the policy draws, SFT scores after it.
+    policy = released(POLICY, spec.base_model, spec.adapter, spec.policy, ours, spec.inputs)
+    sft = start(SFT, spec.base_model, spec.sft_adapter, ours, spec.inputs)
+    hears = (policy.name,) if ours.sampled else ()
+    found = {POLICY: replace(policy, draws=bool(hears), hears=hears), SFT: replace(sft, hears=hears)}
     if champion is not None:
         base, own = champion.base_model, champion.inputs
         found[CHAMPION] = released(CHAMPION, base, champion.adapter, champion.policy, theirs, own)

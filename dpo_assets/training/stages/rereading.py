@@ -16,7 +16,7 @@ from dpo_assets.feedback.pair import TOOLS, token_schema
 from dpo_assets.feedback.splits import fit_to_model
 from dpo_assets.planning.model_folder import inspect_model
 from dpo_assets.training.batches.packing import Group
-from dpo_assets.training.evaluation.subjects import Reading
+from dpo_assets.training.evaluation.subjects import Reading, as_groups
 from dpo_assets.training.models.chat_format import ChatFormat, load_chat_format
 from dpo_assets.training.stages.tokenize import PairTokenizer
 
@@ -32,9 +32,12 @@ class Reread:
     left_out: Mapping[str, int]
     longest: int  # Most tokens of a row.
 
-    def reading(self, pair_ids: Sequence[str], asked: Sequence[Mapping[str, Any]]) -> Reading:
-        """The same pairs, and prompts of the same rows, as a challenger is asked, in the same order."""
-        return Reading(self.chat, [self.groups[pair] for pair in pair_ids], [self.prompt_ids(row) for row in asked])
+    def reading(
+        self, pair_ids: Sequence[str], asked: Sequence[Mapping[str, Any]], texts: Sequence[str], longest: int
+    ) -> Reading:
+        """The same pairs, prompts of the same rows, and texts of at most `longest` tokens, in the same order."""
+        pairs, prompts = [self.groups[pair] for pair in pair_ids], [self.prompt_ids(row) for row in asked]
+        return Reading(self.chat, pairs, prompts, as_groups(texts, self.chat, min(longest, self.longest)))
 
     def leaves_room(self, row: Mapping[str, Any], tokens: int) -> bool:
         """Whether the row's prompt leaves room for an answer of so many tokens."""

@@ -1,0 +1,89 @@
+"""The files of a model, from a folder or the Hub into an artefact: the weights once, and what belongs beside them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from glob import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dpo_assets.errors import ConfigError, InfrastructureError
+from dpo_assets.planning.companions import copy_files, found, is_kept
+from dpo_assets.planning.weights import INDEX, SINGLE, weight_files
+from dpo_assets.publishing.secrets import scrub
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+
+def told_files(folder: Path) -> list[list[object]]:
+    """Name, size and time of every file of a folder: what tells an edit without reading the weights."""
+    listed = found(folder, lambda _: True) if folder.is_dir() else []
+    told = [(name, (folder / name).stat()) for name in listed]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in told]
+
+
+def take_over(source: Path, target: Path) -> None:
+    """Weights are hard-linked where the file system allows it (a 70B base is not copied), the rest is copied."""
+    target.mkdir(parents=True)
+    for path in weight_files(source):
+        try:
+            os.link(path.resolve(), target / path.name)
+        except OSError:
+            shutil.copyfile(path, target / path.name)
+    # Beside a single file, which is what is loaded, the index is that of copies left behind.
+    single = (target / SINGLE).is_file()
+    copy_files(source, target, lambda name: is_kept(name) and not (single and name == INDEX))
+
+
+def download(api: HfApi, source: str, revision: str | None, target: Path, token_variable: str) -> list[str]:
+    """One pinned revision: what `is_kept` names, and the weights that a model is loaded from, once.
+
+    Repositories also hold pickled weights, and second copies in layouts of other libraries.
+
+    Returns:
+        the safetensors files that were left behind.
+
+    Raises:
+        ConfigError: there is no such model or revision, or it may not be seen.
+        InfrastructureError: the Hub did not answer.
+    """
+    from httpx import HTTPError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    def fetch(names: Sequence[str]) -> None:
+        # As they are called: `[` in a name is none of a pattern.
+        allowed = [escape(name) for name in names]
+        api.snapshot_download(source, revision=revision, local_dir=target, allow_patterns=allowed)
+
+    try:
+        listed = api.list_repo_files(source, revision=revision)
+        there = {name for name in listed if "/" not in name}
+        fetch([name for name in listed if is_kept(name)])
+        weights = [SINGLE] if SINGLE in there else []
+        if weights:
+            # Of the copy in parts, which stays behind.
+            (target / INDEX).unlink(missing_ok=True)
+        elif (target / INDEX).is_file():
+            weights = [path.name for path in weight_files(target)]
+        if missing := [name for name in weights if name not in there]:
+            raise ConfigError(f"{source}: {INDEX} names {', '.join(missing)}, but the repository lacks it")
+        if weights:
+            fetch(weights)
+    except RevisionNotFoundError:
+        raise ConfigError(f"{source} has no revision {revision}; copy the sha from its page") from None
+    except GatedRepoError:
+        raise ConfigError(f"{source} is gated: accept its terms on the Hub and set {token_variable}") from None
+    except RepositoryNotFoundError:
+        raise ConfigError(f"the Hub has no model {source}, or the token in {token_variable} may not see it") from None
+    except (HfHubHTTPError, HTTPError) as error:
+        raise InfrastructureError(f"{source} could not be downloaded: {scrub(str(error))}") from None
+    shutil.rmtree(target / ".cache", ignore_errors=True)
+    return sorted(name for name in there if name.endswith(".safetensors") and name not in weights)

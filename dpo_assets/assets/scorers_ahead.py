@@ -1,0 +1,48 @@
+"""What else scores a policy is looked at before anything is trained for it: a refusal afterwards costs a training."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from dpo_assets.errors import ConfigError
+from dpo_assets.judging.questions import read_questions
+from dpo_assets.planning.model_folder import refuse_as_reward_model
+from dpo_assets.recipe import EvaluationSection, HarnessSection, RewardModelSection, looks_like_hub_id
+
+
+def refuse_scorers(evaluation: EvaluationSection) -> None:
+    """Raises:
+    ConfigError: something that `evaluation` names is not there, or cannot be what it is named as.
+    """
+    if evaluation.reward_model is not None:
+        refuse_reward_model(evaluation.reward_model)
+    for benchmark in evaluation.benchmarks:
+        read_questions(Path(benchmark.path), benchmark.format)
+    if evaluation.harness is not None:
+        refuse_harness(evaluation.harness)
+
+
+def refuse_reward_model(section: RewardModelSection) -> None:
+    """What can be told of a reward model without fetching it: all of a folder, nothing of the Hub's.
+
+    Raises:
+        ConfigError: the folder cannot be one.
+    """
+    if not looks_like_hub_id(section.source):
+        refuse_as_reward_model(Path(section.source))
+
+
+def refuse_harness(section: HarnessSection) -> None:
+    """Whether its package and its folder are there. What it needs beside them, only a run shows.
+
+    Raises:
+        ConfigError: lm-eval is not installed, or the folder of tasks is none.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError(
+            "evaluation.harness needs lm-evaluation-harness, which this environment lacks: "
+            "pip install 'dpo-assets[lm-eval]', or take evaluation.harness out of the recipe"
+        )
+    if section.include_path is not None and not Path(section.include_path).is_dir():
+        raise ConfigError(f"evaluation.harness.include_path: there is no folder {section.include_path}")

@@ -1,0 +1,74 @@
+"""Answers by the scores of a reward model, and how far these can be believed."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dpo_assets.checks.evidence.clusters import clustered_mean, wins_of
+from dpo_assets.checks.reports import RewardModelScores
+from dpo_assets.checks.statistics import Proportion, wilson
+from dpo_assets.judging.comparing import Outcome
+from dpo_assets.judging.rates import at_equal_length, corrected
+
+TOO_LONG, REFUSED, NOT_FINITE = "too_long", "template_refused", "not_finite"
+OUTCOMES: dict[float, Outcome] = {1.0: "win", 0.5: "tie", 0.0: "loss"}
+
+
+@dataclass(frozen=True)
+class Rewarded:
+    """Two answers to one prompt with their rewards.
+
+    Attributes:
+        rewards: of the first and of the second answer; None where one of them has none.
+        why_none: the reason; empty where there are rewards.
+        lengths: of the answers, in characters.
+    """
+
+    rewards: tuple[float, float] | None
+    lengths: tuple[int, int]
+    why_none: str = ""
+
+    @property
+    def difference(self) -> float:
+        """First less second; NaN where there are none."""
+        return math.nan if self.rewards is None else self.rewards[0] - self.rewards[1]
+
+    @property
+    def outcome(self) -> Outcome:
+        """A tie where the rewards differ by no more than rounding does."""
+        return "null" if self.rewards is None else OUTCOMES[wins_of([self.difference])[0]]
+
+
+def summarise(
+    model: str, answers: Sequence[Rewarded], people: Sequence[Rewarded], confidence: float
+) -> RewardModelScores:
+    """What a reward model says of the policy's answers (first of each pair), and of what people chose (first too).
+
+    Every pair is of a prompt of its own, so its intervals count prompts.
+    """
+    outcomes = [one.outcome for one in answers]
+    share, agreement = _share(answers, confidence), _share(people, confidence)
+    return RewardModelScores(
+        model=model,
+        confidence=confidence,
+        wins=outcomes.count("win"),
+        ties=outcomes.count("tie"),
+        losses=outcomes.count("loss"),
+        left_out=Counter(one.why_none for one in answers if one.why_none),
+        share=share,
+        share_at_equal_length=at_equal_length(answers, [one.lengths for one in answers]),
+        difference=clustered_mean([one.difference for one in answers if one.rewards], None, confidence),
+        human_pairs=len(people),
+        human_left_out=Counter(one.why_none for one in people if one.why_none),
+        agreement=agreement,
+        corrected=corrected(share, agreement),
+    )
+
+
+def _share(pairs: Sequence[Rewarded], confidence: float) -> Proportion:
+    """Of pairs whose first answer has the higher reward, ties counted half."""
+    wins = wins_of([one.difference for one in pairs if one.rewards])
+    return wilson(math.fsum(wins), len(wins), confidence)
