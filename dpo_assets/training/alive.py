@@ -1,6 +1,6 @@
 """A sign of life that a stage which hangs does not give.
 
-A thread asks the main thread once a second to come by, as a signal would, and touches a file when it did. Python runs
+A thread asks the main thread once a second to come by, by a signal, and touches a file when it did. Python runs
 a handler between two instructions of the main thread, so none runs while that waits for a device, a lock or a file
 system; and a process that was stopped has no thread that asks. CPU time would prove nothing: CUDA waits for a device by
 asking it all the time.
@@ -8,7 +8,6 @@ asking it all the time.
 
 from __future__ import annotations
 
-import _thread
 import signal
 import threading
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 EVERY_SECONDS = 1.0
-# Only ever simulated (`interrupt_main`): a real signal would interrupt what the main thread waits for.
+# Raised in the thread that asks: sent to the main thread it would interrupt what that waits for.
 ASKED = signal.SIGUSR2
 
 
@@ -43,5 +42,5 @@ class _Sign:
                     self.path.touch()
                 except FileNotFoundError:
                     return  # The launcher's folder is gone, and it with the launcher.
-            _thread.interrupt_main(ASKED)
+            signal.raise_signal(ASKED)
             time.sleep(EVERY_SECONDS)
