@@ -22,6 +22,7 @@ from dpo_assets.checks.bands import default_bands
 from dpo_assets.contract import PREEMPTED_EXIT, CheckpointSpec, GuardSpec, TrainSpec
 from dpo_assets.errors import GateError, Preempted
 from dpo_assets.recipe import ChecksSection
+from dpo_assets.training.guard.collapse import CollapseGuard
 from dpo_assets.training.resuming.callback import Checkpoints
 from dpo_assets.training.resuming.folder import REJECTED
 from dpo_assets.training.snapshot import Snapshot
@@ -102,6 +103,9 @@ def test_a_stage_that_is_ended_between_two_logs_and_between_two_epochs_ends_up_b
 ) -> None:
     """With dropout, a shuffled order, means that are summed over several steps, and the guard's own rows."""
     monkeypatch.setattr(packed, "LOGGED_STEPS", 3)
+    judged: list[list[dict[str, float]]] = []  # The rows of the guard of every run that came to its end.
+    record = CollapseGuard.record
+    monkeypatch.setattr(CollapseGuard, "record", lambda self, rows: (judged.append(self.rows), record(self, rows))[1])
     run = STAGES[stage]
     run(spec_of(stage, "whole"), Log())
     for step in (3, 7):  # The first is the end of an epoch, after neither is a log due.
@@ -112,6 +116,7 @@ def test_a_stage_that_is_ended_between_two_logs_and_between_two_epochs_ends_up_b
     log = Log()
     run(spec_of(stage, "resumed", checkpoints="kept"), log)
     assert made(tmp_path / "resumed") == made(tmp_path / "whole")
+    assert judged[:1] == judged[1:], "the guard judges a row by those before it"
     assert f"{stage}: goes on after step 7 of 9 (times resumed: 2, steps done twice: 0)" in log.messages
     told = json.loads((tmp_path / "resumed" / "timings.json").read_text(encoding="utf-8"))
     assert (told["times_resumed"], told["steps_done_twice"], told["checkpoints_failed"]) == (2, 0, 0)
@@ -173,6 +178,7 @@ def test_a_disk_that_is_full_costs_the_checkpoints_and_not_the_training(
 
 ENDS_ITSELF = """
 import os, signal
+from dpo_assets.training.guard.collapse import CollapseGuard
 from dpo_assets.training.resuming.callback import Checkpoints
 own = Checkpoints.on_step_end
 def on_step_end(self, args, state, control, **kwargs):
@@ -196,6 +202,7 @@ snapshot.save_file = save_file
 """
 SLOW = """
 import time
+from dpo_assets.training.guard.collapse import CollapseGuard
 from dpo_assets.training.resuming.callback import Checkpoints
 own = Checkpoints.on_step_begin
 def on_step_begin(self, args, state, control, **kwargs):
