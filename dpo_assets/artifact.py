@@ -14,7 +14,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -212,9 +212,13 @@ class ArtifactTree:
 
     `_rejected/` keeps what failed verification, for a person to look at; nothing is deleted but the scratch
     directories of writers that died.
+
+    Attributes:
+        warn: is told of each artefact that was set aside, and why: it will be made again, or is missed.
     """
 
     root: Path
+    warn: Callable[[str], None] = field(default=lambda _: None, compare=False, repr=False)
 
     def directory(self, kind: str, fingerprint: str) -> Path:
         """Where the artefact lies, or would.
@@ -233,8 +237,8 @@ class ArtifactTree:
             return None
         try:
             return self._open(directory, kind, fingerprint)
-        except CorruptArtifact:
-            self._set_aside(directory)
+        except CorruptArtifact as why:
+            self.warn(f"a `{kind}` is damaged and was set aside as {self._set_aside(directory)}: {why}")
             return None
 
     def listed(self, kind: str) -> Iterator[Artifact]:
@@ -306,10 +310,11 @@ class ArtifactTree:
         """Removes them; what was set aside as damaged stays. Only for an artefact that is sealed and in its place."""
         shutil.rmtree(self.checkpoints(kind, fingerprint), ignore_errors=True)
 
-    def _set_aside(self, directory: Path) -> None:
+    def _set_aside(self, directory: Path) -> Path:
         target = self.root / "_rejected" / f"{directory.parent.name}-{directory.name}-{os.urandom(4).hex()}"
         target.parent.mkdir(parents=True, exist_ok=True)
         directory.rename(target)
+        return target
 
 
 def sync_directory(directory: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import dagster as dg
 
 from dpo_assets.assets.graph import nodes_of
-from dpo_assets.assets.step import Pipeline
+from dpo_assets.assets.pipeline import Pipeline
 from dpo_assets.errors import ConfigError, InfrastructureError
 from dpo_assets.feedback.sources import FeedbackFile, files_of
 from dpo_assets.feedback.sources.finding import glance

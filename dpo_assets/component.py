@@ -13,8 +13,9 @@ from pydantic import BaseModel, Field
 
 from dpo_assets.assets.graph import LINEAGE, steps
 from dpo_assets.assets.node import Node, column_schema
+from dpo_assets.assets.pipeline import Pipeline
 from dpo_assets.assets.rollback import rollback_job
-from dpo_assets.assets.step import Events, Pipeline, Step, guarded
+from dpo_assets.assets.step import Events, Step, guarded
 from dpo_assets.automation import new_feedback_sensor, refresh_job, refresh_schedule
 from dpo_assets.checks.bands import default_bands
 from dpo_assets.checks.catalog import checks_of, severity_of, validate_severities

@@ -103,11 +103,26 @@ class PlannedSpec(Spec):
     plan: TrainingPlan
     out_of_memory_retries: int = Field(default=0, ge=0, description="Earlier processes of this stage that ran out.")
 
+    @property
+    def working_plan(self) -> TrainingPlan:
+        """The plan as this stage computes by it."""
+        return self.plan
+
+    @property
+    def largest_forward(self) -> int:
+        """Most tokens of a forward of this stage."""
+        return self.working_plan.token_budget
+
     def smaller_forwards(self) -> Self | None:
-        """The same stage in forwards of half the size; None where neither they nor the reference pass's can shrink."""
+        """The same stage in forwards of half the size; None where its own have the least size already.
+
+        A plan may have larger ones left that this stage does not run: then another try would be the same one.
+        """
         plan = self.plan.with_half_budget()
-        retries = self.out_of_memory_retries + 1
-        return self.model_copy(update={"plan": plan, "out_of_memory_retries": retries}) if plan else None
+        if plan is None:
+            return None
+        smaller = self.model_copy(update={"plan": plan, "out_of_memory_retries": self.out_of_memory_retries + 1})
+        return smaller if smaller.largest_forward < self.largest_forward else None
 
     def memory_record(self) -> dict[str, int]:
         """What the artefact keeps, outside its digest, of the forwards it was made with."""
@@ -185,6 +200,13 @@ class TrainSpec(PlannedSpec):
     guard: GuardSpec | None = Field(default=None, description="For stage `dpo`; without one nothing is probed.")
     checkpoints: CheckpointSpec | None = Field(default=None, description="None: a try that is ended is lost.")
 
+    @property
+    def largest_forward(self) -> int:
+        """With those of a reference that is scored before DPO; others are scored in the forwards of training."""
+        dpo = self.plan.dpo
+        ahead = self.reference_cache is not None and dpo.trainer == "packed" and dpo.reference_strategy == "cached"
+        return max(self.plan.token_budget, self.plan.reference_budget if ahead else 0)
+
 
 class MergeSpec(PlannedSpec):
     """Base + adapter as one model, and the proof that it is the same policy."""
@@ -192,6 +214,11 @@ class MergeSpec(PlannedSpec):
     adapter: Path
     dataset: Path
     probe_pairs: int = 32
+
+    @property
+    def working_plan(self) -> TrainingPlan:
+        """That of the proof."""
+        return self.plan.at_proof()
 
 
 class ChampionSpec(BaseModel):
@@ -231,11 +258,10 @@ class EvaluateSpec(PlannedSpec):
             raise ValueError("the plan scores the adapter on its quantised base, and no `adapter` is given")
         return self
 
-    def smaller_forwards(self) -> Self | None:
-        """None where the release is scored in the smallest forwards already: training may have had larger ones."""
-        smaller = super().smaller_forwards()
-        shrinks = smaller and smaller.plan.at_release().token_budget < self.plan.at_release().token_budget
-        return smaller if shrinks else None
+    @property
+    def working_plan(self) -> TrainingPlan:
+        """That of the release: training may have had larger forwards."""
+        return self.plan.at_release()
 
 
 class GgufSpec(Spec):
@@ -286,11 +312,10 @@ class ReleaseSpec(PlannedSpec):
         release = (self.policy, None) if merged else (self.base_model, self.adapter)
         return ("SFT", self.base_model, self.sft_adapter), ("policy", *release)
 
-    def smaller_forwards(self) -> Self | None:
-        """None where the release is scored in the smallest forwards already: training may have had larger ones."""
-        smaller = super().smaller_forwards()
-        shrinks = smaller and smaller.plan.at_release().token_budget < self.plan.at_release().token_budget
-        return smaller if shrinks else None
+    @property
+    def working_plan(self) -> TrainingPlan:
+        """That of the release: training may have had larger forwards."""
+        return self.plan.at_release()
 
 
 class BenchmarkFile(BaseModel):

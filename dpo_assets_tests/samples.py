@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 
 from dpo_assets.checks.evidence.ledger import FIRST
-from dpo_assets.checks.promotion import PromotionOutcome
+from dpo_assets.checks.promotion import Margins, PromotionOutcome
 from dpo_assets.checks.reports import (
     BenchmarkScores,
     ChampionScores,
@@ -17,6 +17,7 @@ from dpo_assets.checks.reports import (
     EvaluationReport,
     GgufReport,
     HarnessScores,
+    HeldOutPairs,
     JudgedAnswers,
     MergeReport,
     RewardModelScores,
@@ -384,6 +385,7 @@ def aftermath_report() -> dict[str, Any]:
             "pairs": 100,
             "accuracy": score(0.7, 0.6, 0.78, 100),
             "margin_nats": 1.1,
+            "margins": {f"pair {n}": 1.0 + 0.2 * (n % 2) for n in range(100)},
             "nll_ratio": 1.05,
             "chosen_nats_per_token": -0.05,
             "rejected_nats_per_token": -0.2,
@@ -408,3 +410,10 @@ def aftermath_report() -> dict[str, Any]:
         },
         "adapter_norm": {"largest": 0.01, "layer": "model.layers.0.mlp.up_proj", "layers": 35},
     }
+
+
+def learned(after: float | None = None) -> Margins:
+    """The held-out margins of that adapter, which a merge has kept; or `after` of each pair."""
+    adapter = dpo_report(**aftermath_report()).held_out
+    assert isinstance(adapter, HeldOutPairs)
+    return Margins(adapter, {pair: margin if after is None else after for pair, margin in adapter.margins.items()})

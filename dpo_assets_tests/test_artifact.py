@@ -242,6 +242,21 @@ def test_an_artefact_is_built_once_and_then_reused(tree: ArtifactTree) -> None:
     assert entries(tree) == {PRINT}
 
 
+def test_a_damaged_artefact_is_told_with_why_and_where_it_lies_now(tmp_path: Path) -> None:
+    told: list[str] = []
+    tree = ArtifactTree(tmp_path / "store", told.append)
+    made, _ = tree.find_or_build(KIND, PRINT, lambda folder: write(folder, {"a": b"1"}), {})
+    assert tree.find(KIND, PRINT) == made
+    assert told == []
+    (made.path / "a").write_bytes(b"2")
+    assert tree.find(KIND, PRINT) is None
+    [aside] = (tree.root / "_rejected").iterdir()
+    assert told == [
+        f"a `{KIND}` is damaged and was set aside as {aside}: {made.path / 'a'}: differs from the manifest (size or "
+        "sha256)"
+    ]
+
+
 def test_the_newest_artefact_of_equal_inputs_is_found_unless_it_is_damaged(tree: ArtifactTree) -> None:
     for number, inputs in (("1", {"base_model": "d"}), ("2", {"base_model": "d"}), ("3", {"base_model": "other"})):
         made, _ = tree.find_or_build(

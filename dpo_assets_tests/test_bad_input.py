@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import polars as pl
@@ -76,6 +77,35 @@ def test_a_model_of_unknown_licence_fails_its_gate_where_a_release_is_sent(
     result = materialize(demo_recipe(**sends), instance, ["base_model"])
     assert not result.success
     assert failed_checks(result)["licence_known"]["value"] == "none stated"
+
+
+def test_a_licence_that_is_named_later_makes_no_other_base(instance: dg.DagsterInstance, tmp_path: Path) -> None:
+    """Nor does the same template in another file: everything would be trained again for it."""
+    folder = tmp_path / "unlicensed"
+    shutil.copytree(STORIES, folder)
+    for name in "ab":
+        shutil.copy(STORIES / "chat_template.jinja", tmp_path / f"{name}.jinja")
+
+    def made(**section: Any) -> dict[str, Any]:
+        base = {"source": str(folder), "chat_template": str(tmp_path / "a.jinja"), **section}
+        return metadata(materialize(demo_recipe(base_model=base), instance, ["base_model"]), "base_model")
+
+    first = made()
+    assert first["licence"] == "none known"
+    for changed in ({"licence": "mit"}, {"chat_template": str(tmp_path / "b.jinja")}):
+        again = made(**changed)
+        assert (str(again["reused"])[:3], again["digest"]) == ("yes", first["digest"])
+    assert made(licence="mit")["licence"] == "mit"
+
+
+def test_a_base_in_another_place_is_the_same_base(instance: dg.DagsterInstance, tmp_path: Path) -> None:
+    """Everything was trained again for a project that was checked out somewhere else."""
+    digests = []
+    for place in ("here", "there"):
+        shutil.copytree(STORIES, tmp_path / place / "base")
+        recipe = demo_recipe(base_model={"source": str(tmp_path / place / "base"), "licence": "mit"})
+        digests.append(metadata(materialize(recipe, instance, ["base_model"]), "base_model")["digest"])
+    assert len(set(digests)) == 1
 
 
 def test_a_base_without_chat_template_is_refused_with_the_way_out(instance: dg.DagsterInstance, tmp_path: Path) -> None:
@@ -343,7 +373,9 @@ def test_a_damaged_artefact_is_set_aside_and_made_again(instance: dg.DagsterInst
     table.write_bytes(table.read_bytes()[:-1] + b"x")
     result = materialize(recipe, instance, ["raw_preferences"])
     assert metadata(result, "raw_preferences")["files_read_now"] == 1
-    assert len(list((root / "_rejected").iterdir())) == 1
+    [aside] = (root / "_rejected").iterdir()
+    warned = [event.user_message for event in instance.all_logs(result.run_id)]
+    assert any(f"a `raw_batches` is damaged and was set aside as {aside}" in said for said in warned)
 
 
 def test_feedback_read_before_costs_no_second_reading(instance: dg.DagsterInstance, tmp_path: Path) -> None:

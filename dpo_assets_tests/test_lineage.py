@@ -24,10 +24,13 @@ from hypothesis import strategies as st
 from dpo_assets.artifact import Artifact, ArtifactTree, FileEntry, Manifest, fingerprint, write_json
 from dpo_assets.assets.dpo_plan import PLAN
 from dpo_assets.assets.eval_scores import SCORES
+from dpo_assets.assets.gates import closed_gates
 from dpo_assets.assets.graph import LINEAGE, NODES
 from dpo_assets.assets.lineage import Conflict, Inputs, Lineage, Read
+from dpo_assets.assets.materialisations import FINGERPRINT, PAGE
 from dpo_assets.assets.node import Node
-from dpo_assets.assets.step import FINGERPRINT, PAGE, Events, Step, guarded
+from dpo_assets.assets.step import Events, Step, guarded
+from dpo_assets.checks.verdict import Verdict
 from dpo_assets.component import DpoPipeline, build_dpo_defs
 from dpo_assets.feedback.trained import TRAINED_GROUPS
 from dpo_assets.recipe import parse_recipe
@@ -329,7 +332,19 @@ def test_a_node_without_checks_leaves_the_gates_of_the_artefact_that_it_shares(s
     write_json(gates_of(artifact), {"split_leak": "error"})
     with suppress(dg.DagsterError):  # The event that follows needs a run.
         list(step.result("quarantined_preferences", artifact, reused=True))
-    assert step._failed_gates(artifact) == ["split_leak"]
+    assert closed_gates(artifact, {}) == ["split_leak"]
+
+
+@pytest.mark.parametrize("found", [[], ["split_leak"], ["no_such_check"]], ids=["none", "one of many", "undeclared"])
+def test_a_check_that_a_body_forgets_or_nobody_declared_is_no_green_run(shelf: Shelf, found: list[str]) -> None:
+    """Dagster asks for no check result that is missing, and for none that is not declared."""
+    context = dg.build_asset_context(instance=shelf.instance, resources={"demo_artifacts": ArtifactStore()})
+    step = Step(context, readers()[0].pipeline, "dpo_dataset", LINEAGE)
+    verdicts = [Verdict(name, "pass", 1, "-", "-") for name in found]
+    before = gates_of(shelf.now["dpo_dataset"]).read_bytes()
+    with pytest.raises(RuntimeError, match="`dpo_dataset` declares the checks"):
+        list(step.result("dpo_dataset", shelf.now["dpo_dataset"], reused=True, verdicts=verdicts))
+    assert gates_of(shelf.now["dpo_dataset"]).read_bytes() == before
 
 
 def test_checks_are_evaluated_again_beside_what_their_artefact_was_made_from(shelf: Shelf) -> None:

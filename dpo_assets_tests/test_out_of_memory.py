@@ -20,11 +20,11 @@ from typing import Any
 import dagster as dg
 import pytest
 
-import dpo_assets.assets.step as step_module
+import dpo_assets.assets.out_of_memory as retries
 from dpo_assets import LocalLauncher
 from dpo_assets.artifact import VOLATILE, fingerprint, open_artifact
 from dpo_assets.assets.dpo_plan import PLAN
-from dpo_assets.contract import Failure, TokenizeSpec, TrainSpec, memory_failure
+from dpo_assets.contract import EvaluateSpec, Failure, MergeSpec, TokenizeSpec, TrainSpec, memory_failure
 from dpo_assets_tests.pipelines import DATA, failures, instance_after, materialize, metadata, short_recipe
 from dpo_assets_tests.samples import plan
 
@@ -150,8 +150,8 @@ def test_after_the_last_halving_the_run_says_what_to_change(
 ) -> None:
     assert materialize(recipe(), instance, ["dpo_plan"]).success
     scarce = Scarce(tmp_path / "scarce", tokens=1)
-    assert step_module.MAX_HALVINGS == 3
-    monkeypatch.setattr(step_module, "MAX_HALVINGS", 1)
+    assert retries.MAX_HALVINGS == 3
+    monkeypatch.setattr(retries, "MAX_HALVINGS", 1)
     result = materialize(recipe(), instance, ["sft_checkpoint"], resources=scarce.resources)
     assert not result.success
     assert scarce.stages == ["sft", "sft"]
@@ -259,6 +259,43 @@ def test_a_smaller_stage_differs_in_its_forwards_only() -> None:
     assert last is not None
     assert last.memory_record() == {"token_budget_used": 300, "out_of_memory_retries": 2}
     assert last.smaller_forwards() is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "of_plan", "again"),
+    [
+        ({"reference_cache": "/cache"}, {}, True),
+        ({}, {}, False),
+        ({"reference_cache": "/cache"}, {"dpo": {"reference_strategy": "adapter"}}, False),
+        ({"reference_cache": "/cache"}, {"dpo": {"trainer": "trl"}}, False),
+    ],
+    ids=["DPO with a reference pass", "SFT", "DPO that scores its reference at every step", "TRL's own DPO"],
+)
+def test_only_a_stage_with_a_reference_pass_is_tried_again_for_the_forwards_of_one(
+    changes: dict[str, Any], of_plan: dict[str, Any], again: bool
+) -> None:
+    """The forwards of training have the least size: another process would run out in the same ones."""
+    least = spec(token_budget=600, reference_budget=4800, longest_pair=600, **of_plan)
+    smaller = least.model_copy(update=changes).smaller_forwards()
+    assert (smaller is not None) == again
+    assert smaller is None or smaller.smaller_forwards() is None
+
+
+@pytest.mark.parametrize("kind", [MergeSpec, EvaluateSpec])
+def test_a_stage_that_computes_the_release_is_not_tried_again_for_forwards_of_training(
+    kind: type[MergeSpec] | type[EvaluateSpec],
+) -> None:
+    whole = plan(token_budget=4800, longest_pair=600, scoring={"token_budget": 600, "stored": "bf16"})
+    folder = {"output_dir": "/out", "fingerprint": "0" * 32, "inputs": {}, "base_model": "/base", "dataset": "/data"}
+    of_merge = {"adapter": "/adapter"}
+    of_scores = {
+        "sft_adapter": None, "policy": "/policy", "confidence": 0.95, "generations": 0, "max_new_tokens": 1,
+        "min_pairs": 1,
+    }  # fmt: skip
+    made = kind.model_validate(folder | {"plan": whole} | (of_merge if kind is MergeSpec else of_scores))
+    assert made.largest_forward == 600
+    assert made.smaller_forwards() is None
+    assert whole.with_half_budget() is not None
 
 
 def test_a_stage_without_a_plan_has_no_forwards_to_cut() -> None:

@@ -21,7 +21,7 @@ from dpo_assets.assets.dpo_plan import PLAN, read_plan
 from dpo_assets.assets.eval_scores import SCORES
 from dpo_assets.checks.reports import EvaluationReport
 from dpo_assets.errors import ConfigError
-from dpo_assets.planning.licence import front_matter
+from dpo_assets.planning.model_card import front_matter
 from dpo_assets.publishing.trace import COLUMNS, SPLITS
 from dpo_assets.recipe import PublishingSection
 from dpo_assets.report.tables import table
@@ -112,14 +112,62 @@ def operations(shown: dict[str, Any]) -> dict[str, str]:
 def test_executing_the_check_of_a_release_sends_nothing(shelf: Shelf, hub: HubServer) -> None:
     fill(shelf, evaluation_report())
     assert release(shelf, trying(hub)).success
-    check = dg.AssetCheckKey(dg.AssetKey(["demo", "published_model"]), "release_verified")
-    job = dg.define_asset_job("check", selection=dg.AssetSelection.checks(check))
-    defs = dg.Definitions.merge(build_dpo_defs("demo", sending(hub)), dg.Definitions(jobs=[job]))
-    result = defs.resolve_job_def("check").execute_in_process(instance=shelf.instance, raise_on_error=False)
-    assert [found.passed for found in result.get_asset_check_evaluations()] == [True]
+    assert checked(shelf, sending(hub)).passed
     assert hub.repos == {}
     assert release(shelf, sending(hub)).success
     assert len(hub.repo(REPO).history()) == 2
+
+
+def checked(shelf: Shelf, recipe: dict[str, Any]) -> dg.AssetCheckEvaluation:
+    """The check of a release, executed by itself as the UI offers."""
+    check = dg.AssetCheckKey(dg.AssetKey(["demo", "published_model"]), "release_verified")
+    job = dg.define_asset_job("check", selection=dg.AssetSelection.checks(check))
+    defs = dg.Definitions.merge(build_dpo_defs("demo", recipe), dg.Definitions(jobs=[job]))
+    result = defs.resolve_job_def("check").execute_in_process(instance=shelf.instance, raise_on_error=False)
+    [found] = result.get_asset_check_evaluations()
+    return found
+
+
+def test_the_check_of_a_release_executed_by_itself_asks_the_hub_before_it_turns_green(
+    shelf: Shelf, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looked at the local folder alone, and found nothing wrong with a release that would be refused."""
+    fill(shelf, evaluation_report())
+    hub.repos["models", REPO] = Repo(REPO, private=False)
+    dry = release(shelf, trying(hub)).get_asset_check_evaluations()
+    assert [found.passed for found in dry if found.check_name == "release_verified"] == [False]
+    again = checked(shelf, trying(hub))
+    assert (again.passed, again.severity) == (False, dg.AssetCheckSeverity.WARN)
+    assert f"{REPO} is public" in str(again.description)
+    monkeypatch.delenv("HF_TOKEN")
+    unasked = checked(shelf, trying(hub))
+    assert not unasked.passed
+    assert f"HF_TOKEN is not set, so {REPO} was not asked" in str(unasked.description)
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    hub.repos["models", REPO].private = True
+    mended = checked(shelf, trying(hub))
+    assert mended.passed
+    assert hub.changes == []
+
+
+def test_the_check_of_a_release_executed_by_itself_sees_what_became_of_it_on_the_hub(
+    shelf: Shelf, hub: HubServer
+) -> None:
+    fill(shelf, evaluation_report())
+    sent = metadata(release(shelf, sending(hub)), "published_model")
+    whole = checked(shelf, sending(hub))
+    assert (whole.passed, f"{REPO} holds them" in str(whole.metadata["value"].value)) == (True, True)
+    repo = hub.repo(REPO)
+    files = repo.resolve().files
+    repo.commit("by hand", {path: file for path, file in files.items() if path != "README.md"})
+    gone = checked(shelf, sending(hub))
+    assert (gone.passed, gone.severity) == (False, dg.AssetCheckSeverity.WARN)
+    assert f"{REPO} does not hold what was released as {sent['commit']}: README.md" in str(gone.description)
+    repo.commit("by hand", files | {"model.safetensors": Blob.large(b"other weights")})
+    changed = checked(shelf, sending(hub))
+    assert (changed.passed, changed.severity) == (False, dg.AssetCheckSeverity.WARN)
+    assert "model.safetensors" in str(changed.description)
+    assert len(repo.history()) == 4
 
 
 def test_a_policy_that_a_dry_run_only_warned_of_is_not_sent(shelf: Shelf, hub: HubServer) -> None:
@@ -381,6 +429,28 @@ def test_a_base_of_unknown_licence_is_not_sent_and_not_trained_for_it(shelf: She
         [said] = failures(result)
         assert "no licence is known of the base: set base_model.licence" in said
     assert hub.repos == {}
+
+
+def test_a_licence_that_the_recipe_names_later_changes_the_card_and_nothing_that_was_trained(
+    shelf: Shelf, hub: HubServer
+) -> None:
+    fill(shelf, evaluation_report(), licensed=False)
+    without = metadata(release(shelf, trying(hub)), "published_model")
+    base = demo_recipe()["base_model"]
+    named = sending(hub) | {"base_model": base | {"licence": "Apache-2.0"}}
+    sent = metadata(release(shelf, named), "published_model")
+    assert sent["digest"] != without["digest"]
+    assert front_matter(hub.repo(REPO).resolve().files["README.md"].data.decode())["license"] == "apache-2.0"
+    again = sending(hub) | {"base_model": base | {"licence": "other", "licence_name": "ours"}}
+    assert metadata(release(shelf, again), "published_model")["commit"] != sent["commit"]
+
+
+def test_a_licence_that_no_hub_lists_ends_the_run_before_training(shelf: Shelf, hub: HubServer) -> None:
+    fill(shelf, evaluation_report())
+    misspelt = sending(hub) | {"base_model": demo_recipe()["base_model"] | {"licence": "apache2"}}
+    [said] = failures(materialize(misspelt, shelf.instance, ["dpo_plan"]))
+    assert "The licence `apache2` is stated by the recipe" in said
+    assert hub.changes == []
 
 
 def test_the_card_tells_how_the_checks_came_out_but_for_what_another_card_would_change(shelf: Shelf) -> None:

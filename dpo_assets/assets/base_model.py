@@ -31,10 +31,11 @@ from dpo_assets.planning.licence import Licence, licence_of
 from dpo_assets.planning.model_folder import CONFIG, ModelFolder, inspect_model, uses_name
 from dpo_assets.planning.shape import ModelShape
 from dpo_assets.planning.text_part import has_other_parts
-from dpo_assets.recipe import BUILTIN, BaseModelSection, PublishingSection, looks_like_hub_id
+from dpo_assets.recipe import BUILTIN, BaseModelSection, PublishingSection, Recipe, looks_like_hub_id
 
 BUILTIN_MODELS = {"stories260k": ("data/stories260k", "mit")}
 FACTS = "model.json"
+OF_THE_LICENCE = ("licence", "licence_name", "licence_link")
 SAY_LICENCE = "set base_model.licence (for example apache-2.0, or `other` with licence_name) after reading its terms"
 
 
@@ -64,13 +65,13 @@ def materialise(step: Step) -> Events:
         facts = inspect_model(model)
         refuse(facts)
         _refuse_template(section, facts)
-        licence = licence_of(section, facts.licence, builtin_licence(section))
+        stated = stated_licence(section, facts)
         described = facts.shape.model_dump() | {
             "architecture": facts.architecture,
-            "licence": licence and licence.model_dump(),
+            "licence": stated and stated.model_dump(),
         }
         template = section.model_dump(mode="json", include={"template_arguments", "template_date"})
-        origin = {"source": section.source, "revision": section.revision, "left_out": left_out}
+        origin = {"source": _named(section), "revision": section.revision, "left_out": left_out}
         write_json(folder / FACTS, described | template | origin)
 
     try:
@@ -81,6 +82,7 @@ def materialise(step: Step) -> Events:
         message = "; ".join(f"{v.headline}. {v.fix}" for v in refused)
         raise final(message) from None
     described, facts = read_facts(artifact), inspect_model(artifact.path / "model")
+    licence = known_licence(step.recipe, artifact)
     verified = _verified(step, artifact) if needs_worker(section) and not step.only_checks else None
     yield from step.result(
         "base_model",
@@ -90,7 +92,7 @@ def materialise(step: Step) -> Events:
         {
             "source": section.source,
             "revision": section.revision or "local",
-            "licence": described.licence.shown if described.licence else "none known",
+            "licence": licence.shown if licence else "none known",
             "architecture": described.architecture,
             "parameters": described.parameters,
             **({"copies left out": ", ".join(described.left_out)} if described.left_out else {}),
@@ -101,7 +103,13 @@ def materialise(step: Step) -> Events:
 
 
 class BaseFacts(ModelShape):
-    """What a base model is, as its artefact keeps it."""
+    """What a base model is, as its artefact keeps it.
+
+    `source` is a Hub id, a built-in name, or the name of a folder: where that folder lies makes no other model.
+
+    `licence` is what the base itself states. What a recipe says of terms makes no other model, so it is no part of
+    the artefact, and nothing is trained again for it: see `known_licence`.
+    """
 
     licence: Licence | None
     source: str
@@ -144,13 +152,18 @@ def refuse_adapter_alone(publishing: PublishingSection, base: Artifact) -> None:
         )
 
 
-def refuse_unlicensed(publishing: PublishingSection, base: Artifact) -> None:
+def known_licence(recipe: Recipe, base: Artifact) -> Licence | None:
+    """The licence of a base that counts now: the recipe may name one after the base was made."""
+    return licence_of(recipe.base_model, read_facts(base).licence)
+
+
+def refuse_unlicensed(recipe: Recipe, base: Artifact) -> None:
     """A release hands on what its base allows, so that has to be known.
 
     Raises:
         ConfigError: where a release would be sent, and neither recipe nor base states a licence.
     """
-    if not publishing.dry_run and read_facts(base).licence is None:
+    if not recipe.publishing.dry_run and known_licence(recipe, base) is None:
         raise ConfigError(f"publishing.dry_run is false, and no licence is known of the base: {SAY_LICENCE}.")
 
 
@@ -231,7 +244,8 @@ class _Refused(Exception):
 def verdicts(section: BaseModelSection, facts: ModelFolder, *, sends: bool) -> list[Verdict]:
     """The gates of a starting model. Only what is sent needs a licence: in a dry run its lack is a warning."""
     pinned = not looks_like_hub_id(section.source) or section.revision is not None
-    licence = licence_of(section, facts.licence, builtin_licence(section))
+    licence = licence_of(section, stated_licence(section, facts))
+    unlisted = licence.unlisted if licence else ""
     safe = bool(facts.safetensors)
     return [
         Verdict(
@@ -252,13 +266,19 @@ def verdicts(section: BaseModelSection, facts: ModelFolder, *, sends: bool) -> l
         ),
         Verdict(
             "licence_known",
-            "pass" if licence else "error" if sends else "warn",
+            "warn" if unlisted else "pass" if licence else "error" if sends else "warn",
             f"{licence.shown}, by the {licence.stated_by}" if licence else "none stated",
             "an id of the Hub's list in the recipe or the model card, or a licence file",
             "a release inherits the licence of its base",
-            "" if licence else SAY_LICENCE,
+            f"{unlisted}: {SAY_LICENCE}" if unlisted else "" if licence else SAY_LICENCE,
         ),
     ]
+
+
+def stated_licence(section: BaseModelSection, facts: ModelFolder) -> Licence | None:
+    """What the base itself states: its folder, or this package of a model of its own."""
+    packaged = local_source(section)[1] if section.is_builtin else None
+    return facts.licence or (Licence(identifier=packaged, stated_by="package") if packaged else None)
 
 
 def local_source(section: BaseModelSection) -> tuple[Path, str | None]:
@@ -276,13 +296,18 @@ def local_source(section: BaseModelSection) -> tuple[Path, str | None]:
     return Path(str(files("dpo_assets") / folder)), licence
 
 
-def builtin_licence(section: BaseModelSection) -> str | None:
-    return local_source(section)[1] if section.is_builtin else None
+def _named(section: BaseModelSection) -> str:
+    """The source as the artefact keeps it: a path would publish somebody's file system, and make all anew elsewhere."""
+    is_name = section.is_builtin or looks_like_hub_id(section.source)
+    return section.source if is_name else Path(section.source).name
 
 
 def _identity(section: BaseModelSection) -> dict[str, object]:
-    """What decides the artefact: for a folder also its files' sizes and times, so that edits are seen."""
-    identity: dict[str, object] = section.model_dump()
+    """What decides the artefact: for a folder also its files' sizes and times, so that edits are seen.
+
+    Not what the recipe says of the licence, nor where the file of a template lies.
+    """
+    identity: dict[str, object] = section.model_dump(exclude={*OF_THE_LICENCE, "chat_template"})
     if section.chat_template is not None:
         template = Path(section.chat_template)
         if not template.is_file():

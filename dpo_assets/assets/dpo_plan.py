@@ -12,7 +12,7 @@ import dagster as dg
 from pydantic import Field, create_model
 
 from dpo_assets.artifact import Artifact, read_kept, write_json
-from dpo_assets.assets.base_model import read_facts, refuse_adapter_alone, refuse_unlicensed
+from dpo_assets.assets.base_model import known_licence, read_facts, refuse_adapter_alone, refuse_unlicensed
 from dpo_assets.assets.dpo_dataset import dataset_stats
 from dpo_assets.assets.gguf_model import rehearse
 from dpo_assets.assets.lineage import Read
@@ -37,11 +37,12 @@ def materialise(step: Step) -> Events:
     """Lays the launchpad's overrides over the recipe and resolves it for model, data and device."""
     inputs = step.inputs()
     dataset, base = inputs["dpo_dataset"], inputs["base_model"]
-    for refuse in (refuse_adapter_alone, refuse_unlicensed):
-        refuse(step.recipe.publishing, base)  # Before anything is trained for it.
+    # Before anything is trained for it.
+    refuse_adapter_alone(step.recipe.publishing, base)
+    refuse_unlicensed(step.recipe, base)
     rehearse(step, base)
     refuse_scorers(step.recipe.evaluation)
-    access = access_ahead(step)
+    access = access_ahead(step, known_licence(step.recipe, base))
     recipe = apply_overrides(step.recipe, {name: step.config.get(name, {}) for name in OVERRIDABLE})
     plan = make_plan(recipe, _shape(base), dataset_stats(dataset), step.gpu.detect(), installed_here())
 

@@ -19,8 +19,8 @@ from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.evaluation import champion_scored, divergence_in_training, released_kl
 from dpo_assets.checks.evidence.candidate import ScoredPairs
 from dpo_assets.checks.neutral import NEUTRAL, neutral_perplexity, read_texts
-from dpo_assets.checks.promotion import evaluation_verdicts
-from dpo_assets.checks.reports import DpoReport, EvaluationReport
+from dpo_assets.checks.promotion import Learned, Margins, evaluation_verdicts
+from dpo_assets.checks.reports import DpoReport, EvaluationReport, HeldOutPairs
 from dpo_assets.contract import ChampionSpec, EvaluateSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.trained import seen_pairs
@@ -86,7 +86,7 @@ def materialise(step: Step) -> Events:
                 report,
                 step.bands,
                 seen=_seen(step, inputs, artifact, report),
-                learned=adapter.held_out if adapter else None,
+                learned=_learned(adapter, artifact),
                 merged=merged,
             ),
             released_kl(report, kl, step.bands),
@@ -123,6 +123,23 @@ def _dpo_report(adapter: Artifact) -> DpoReport | None:
     with suppress(ConfigError):
         return DpoReport.of(adapter)
     return None
+
+
+def _learned(adapter: DpoReport | None, scores: Artifact) -> Learned:
+    """What was measured of the adapter, beside its pairs' margins after the merge; None: of an earlier version."""
+    measured = adapter.held_out if adapter else None
+    if isinstance(measured, HeldOutPairs):
+        return Margins(measured, _margins(scores)) if measured.margins else None
+    return measured
+
+
+def _margins(scores: Artifact) -> dict[str, float]:
+    """By `pair_id`, how much more the policy prefers the chosen answer than SFT does, in nats."""
+    import polars as pl
+
+    chosen, rejected = (pl.col(f"policy_{answer}") - pl.col(f"sft_{answer}") for answer in ("chosen", "rejected"))
+    table_ = pl.read_parquet(scores.path / SCORES).select("pair_id", margin=chosen - rejected)
+    return dict(table_.iter_rows())
 
 
 def _seen(step: Step, inputs: Inputs, scores: Artifact, report: EvaluationReport) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from dpo_assets.artifact import Artifact, write_json
 from dpo_assets.assets.step import Step
 from dpo_assets.checks.evidence.ledger import Ledger
 from dpo_assets.errors import ConfigError, GateError
+from dpo_assets.planning.licence import Licence
 from dpo_assets.publishing.access import check_access
 from dpo_assets.publishing.commit import Release, preview, publish
 from dpo_assets.publishing.errors import HubFailure, HubOffline, PublishRefused
@@ -21,8 +22,8 @@ from dpo_assets.recipe import PublishingSection
 RELEASE = "release"
 
 
-def access_ahead(step: Step) -> dict[str, str]:
-    """Before anything is trained for a release that will be sent: whether the token and the repository let it.
+def access_ahead(step: Step, licence: Licence | None) -> dict[str, str]:
+    """Before anything is trained for a release that will be sent: whether token, repository and licence let it.
 
     A Hub that does not answer now stops no training: what is made is kept, and can be sent when it answers again.
 
@@ -38,7 +39,7 @@ def access_ahead(step: Step) -> dict[str, str]:
     assert publishing.repo_id is not None, "the recipe requires repo_id when dry_run is false"
     hub = step.hub.repository(publishing.repo_id, step.pipeline.name)
     try:
-        said = check_access(hub, private=publishing.private, adopt=publishing.adopt)
+        said = check_access(hub, private=publishing.private, adopt=publishing.adopt, licence=licence)
     except HubFailure as error:
         said = scrub(f"not known: {error}")
         step.context.log.warning(f"whether {publishing.repo_id} can be published is {said}")
@@ -119,7 +120,7 @@ class Publication:
         refuse_unknown(head, self.step.recipe.publishing, self.ledger)
 
     def _unasked(self, why: str) -> ReleasePlan:
-        plan = first_release(self.files, f"as for an empty repository: {why}")
+        plan = replace(first_release(self.files, f"as for an empty repository: {why}"), asked=False)
         self._keep(plan)
         return plan
 

@@ -11,7 +11,7 @@ from typing import Any
 import dagster as dg
 
 from dpo_assets.artifact import Artifact, file_sha256, read_kept, read_object, rewrite_json, write_json
-from dpo_assets.assets.base_model import read_facts, refuse_adapter_alone, refuse_unlicensed
+from dpo_assets.assets.base_model import known_licence, read_facts, refuse_adapter_alone, refuse_unlicensed
 from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.lineage import Inputs, Read
 from dpo_assets.assets.node import Node
@@ -25,7 +25,8 @@ from dpo_assets.checks.promotion import PromotionOutcome
 from dpo_assets.checks.reports import DpoReport, EvaluationReport, MergeReport
 from dpo_assets.checks.verdict import Level, Verdict
 from dpo_assets.errors import ConfigError
-from dpo_assets.planning.companions import copy_files, found, is_licence_file, is_released
+from dpo_assets.planning.companions import CARD, copy_files, found, is_licence_file, is_released
+from dpo_assets.planning.model_card import split_card
 from dpo_assets.planning.model_folder import ADAPTER, CONFIG
 from dpo_assets.planning.text_part import has_other_parts
 from dpo_assets.publishing.card import CardFacts, Standing, card_settings, render_card
@@ -34,7 +35,7 @@ from dpo_assets.publishing.plan import MADE_BY, FileRecord, ReleasePlan, Release
 from dpo_assets.publishing.trace import Trace
 from dpo_assets.report.tables import table
 
-FILES = "files.json"
+CHECK, FILES = "release_verified", "files.json"
 SHOWN = 50  # Files of others that the page of the asset names.
 
 
@@ -48,7 +49,7 @@ def materialise(step: Step) -> Events:
     outcome = PromotionOutcome.of(inputs["promotion"])
     sends = not publishing.dry_run and not step.only_checks
     if sends:
-        refuse_unlicensed(publishing, inputs["base_model"])
+        refuse_unlicensed(step.recipe, inputs["base_model"])
         if (held := held_back(outcome, ledger)) is not None:
             yield from _left_out(step, held)
             return
@@ -71,12 +72,15 @@ def materialise(step: Step) -> Events:
         files = stage(source, target, render_card(facts), provenance)
         write_json(folder / FILES, ReleaseRecord(made_by=MADE_BY, pipeline=name, files=files).model_dump())
 
+    licence = known_licence(step.recipe, inputs["base_model"])
     config = {
         "artifact": publishing.artifact,
         "title": _title(step),
         "repo_id": publishing.repo_id,
         "record": sorted(ReleaseRecord.model_fields),
         "checks": _levels(step, inputs),
+        "licence": licence and licence.model_dump(),
+        "hub": step.hub.api().endpoint,
         "standing": asdict(standing),
     }
     artifact, reused = step.build("published_model", config, inputs, make)
@@ -84,15 +88,15 @@ def materialise(step: Step) -> Events:
     release = publication.send() if sends else None
     if release:
         ledger = went_live(step, artifact, outcome, release)
-    if step.only_checks:
-        plan, refused = None, ""
-    else:
-        plan, refused = (release.plan, "") if release else publication.plan()
+    plan, refused = (release.plan, "") if release else publication.plan()
+    known = "" if release else _of_the_hub(step, plan, refused)
+    if not (release or refused):
+        refused = _what_speaks_against(step, artifact, plan)
     yield from step.result(
         "published_model",
         artifact,
         reused,
-        [verify(artifact, publication.files, release, refused)],
+        [verify(artifact, publication.files, release, refused, known)],
         {
             "release": dg.MetadataValue.path(str(artifact.path / RELEASE)),
             "dry_run": publishing.dry_run,
@@ -109,10 +113,8 @@ def materialise(step: Step) -> Events:
                 if release
                 else {}
             ),
-            **(_shown(plan, publication) if plan else {}),
-            "card": dg.MetadataValue.md(
-                (artifact.path / RELEASE / "README.md").read_text(encoding="utf-8").split("---", 2)[2]
-            ),
+            **_shown(plan, publication),
+            "card": dg.MetadataValue.md(split_card((artifact.path / RELEASE / CARD).read_text(encoding="utf-8"))[1]),
         },
     )
 
@@ -131,19 +133,47 @@ def _shown(plan: ReleasePlan, publication: Publication) -> dict[str, Any]:
     }
 
 
-def verify(artifact: Artifact, files: Mapping[str, FileRecord], release: Release | None, refused: str = "") -> Verdict:
+def _of_the_hub(step: Step, plan: ReleasePlan, refused: str) -> str:
+    """What a run that sent nothing saw of the Hub."""
+    if refused:
+        return "and it would be refused"
+    if not plan.asked:
+        return "the Hub not asked"
+    return "" if plan.changes else f"{step.recipe.publishing.repo_id} holds them"
+
+
+def _what_speaks_against(step: Step, artifact: Artifact, plan: ReleasePlan) -> str:
+    """What was seen on the Hub and is no good, beside a refusal; empty where there is nothing.
+
+    It counts until the Hub is asked again: a look at the local folder alone mends nothing.
+    """
+    if not plan.asked:
+        passed = (step.levels(artifact) or {}).get(CHECK, "pass") == "pass"
+        return "" if passed else f"it failed this check when the Hub was asked, and now {plan.note}"
+    sent, _ = next(step.history("published_model", "commit"), (None, False))
+    if step.only_checks and sent is not None and plan.changes:
+        others = ", ".join(operation.path for operation in plan.changes)
+        return f"{step.recipe.publishing.repo_id} does not hold what was released as {sent}: {others}"
+    return ""
+
+
+def verify(
+    artifact: Artifact, files: Mapping[str, FileRecord], release: Release | None, refused: str = "", known: str = ""
+) -> Verdict:
     """The staged folder holds what was listed. What is on the Hub, `publish` compares, and fails this check.
 
-    A release that a dry run finds would be refused (`refused`: why) is a warning.
+    Args:
+        refused: why a release would be refused, or what speaks against the one that was sent: a warning.
+        known: what a run that sent nothing saw of the Hub.
     """
     folder = artifact.path / RELEASE
     wrong = [p for p, f in files.items() if not (folder / p).is_file() or file_sha256(folder / p) != f.sha256]
     extra = set(staged_files(folder)) - set(files)
     bad = [*wrong, *sorted(extra)]
     return Verdict(
-        "release_verified",
+        CHECK,
         "error" if bad else "warn" if refused else "pass",
-        f"{len(files)} files, {_outcome(release)}" + (", and it would be refused" if refused else ""),
+        ", ".join(filter(None, (f"{len(files)} files", _outcome(release), known))),
         "every file as listed, no secret in any text",
         "docs/design.md, publishing",
         f"these files differ: {', '.join(bad)}" if bad else refused,
@@ -259,10 +289,11 @@ def _facts(step: Step, inputs: Inputs, standing: Standing) -> CardFacts:
     return CardFacts(
         title=_title(step),
         repo_id=step.recipe.publishing.repo_id,
-        # A local folder's path says nothing to a reader of the card, and would publish the author's file system.
+        hub=step.hub.api().endpoint,
+        # An artefact of an earlier version holds a local folder's path, which would publish the author's file system.
         base_source=base.source if base.revision or base.source.startswith("builtin:") else Path(base.source).name,
         base_revision=base.revision,
-        licence=base.licence,
+        licence=known_licence(step.recipe, inputs["base_model"]),
         licence_files=tuple(found(inputs["base_model"].path / "model", is_licence_file)),
         artifact=step.recipe.publishing.artifact,
         plan=read_plan(inputs["dpo_plan"]),
@@ -328,5 +359,5 @@ NODE = Node(
         Read("dpo_dataset"),
         Read("base_model"),
     ),
-    recipe=("publishing",),
+    recipe=("publishing", "base_model"),
 )

@@ -8,10 +8,11 @@ import dagster as dg
 from pydantic import Field
 
 from dpo_assets.artifact import Artifact, ArtifactTree, read_kept
+from dpo_assets.assets.pipeline import Pipeline
 from dpo_assets.assets.promotion import history_table, read_ledger
 from dpo_assets.assets.publication import RELEASE, refuse_unknown
 from dpo_assets.assets.published_model import FILES
-from dpo_assets.assets.step import Pipeline, final
+from dpo_assets.assets.step import final
 from dpo_assets.checks.evidence.ledger import Ledger, Released
 from dpo_assets.checks.evidence.ledger_file import LedgerFile
 from dpo_assets.checks.promotion import REASON

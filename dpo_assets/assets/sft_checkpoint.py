@@ -11,7 +11,9 @@ from dpo_assets.assets.base_model import in_worker
 from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.lineage import Read
 from dpo_assets.assets.node import Node
-from dpo_assets.assets.step import Events, Step, memory_record, resume_record
+from dpo_assets.assets.out_of_memory import memory_record
+from dpo_assets.assets.resuming import resume_record
+from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.reports import AdoptedBase, read_sft
 from dpo_assets.checks.training import sft_verdicts
 from dpo_assets.contract import TrainSpec

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from dpo_assets.checks.bands import Bands, Limit
-from dpo_assets.checks.collapse import CHECK, CollapseLimits, Row, first_trigger
+from dpo_assets.checks.collapse import CHECK, SIGNS, CollapseLimits, Row, first_trigger, silent_signs
 from dpo_assets.checks.reports import (
     Aftermath,
     AnswerHealth,
@@ -90,7 +90,11 @@ def collapse_verdict(report: DpoReport, rows: Sequence[Row], limits: CollapseLim
             report.trigger.fix if report.trigger else LOWER_RATE,
             f"the rule {found.rule} fired; training went on to its end",
         )
-    return Verdict(CHECK, "pass", f"no rule fired in {len(rows)} logs", "no sign of a collapse", source)
+    silent = silent_signs(rows)
+    if len(silent) == len(SIGNS):
+        return unmeasured(CHECK, f"the {len(rows)} logs of the run tell none of {', '.join(silent)}", bands)
+    note = f"not looked at, as the run did not log it: {', '.join(silent)}" if silent else ""
+    return Verdict(CHECK, "pass", f"no rule fired in {len(rows)} logs", "no sign of a collapse", source, note=note)
 
 
 def learned(report: Aftermath, bands: Bands) -> Verdict:

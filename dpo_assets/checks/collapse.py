@@ -34,6 +34,11 @@ REPETITION, NO_EOS, KL = "probe/repetition", "probe/no_eos", "probe/kl_per_token
 REFERENCE_REPETITION, REFERENCE_NO_EOS = "probe/reference_repetition", "probe/reference_no_eos"
 ANSWERS, LOST, GAINED, TASKS = "probe/answers", "probe/tasks_lost", "probe/tasks_gained", "probe/tasks"
 CAPABILITY = "probe/capability"
+# What the rules look at, by the metric without which they stay silent.
+SIGNS = {
+    "likelihood of chosen answers": NLL, "token accuracy": ACCURACY, "entropy": ENTROPY,
+    "sampled answers": REPETITION, "divergence": KL,
+}  # fmt: skip
 JUDGED = (NLL, NATS, ACCURACY, ENTROPY, REPETITION, NO_EOS, KL, CAPABILITY, "loss", "grad_norm")
 
 
@@ -130,6 +135,11 @@ def healthy(rows: Sequence[Row], limits: CollapseLimits) -> bool:
         or row.get(KL, 0.0) > limits.kl_per_token_sign
         or any(rise > limits.answers_rise for rise in rises)
     )
+
+
+def silent_signs(rows: Sequence[Row]) -> list[str]:
+    """The signs that no row of a log tells, so that no rule looked at them."""
+    return [sign for sign, metric in SIGNS.items() if not any(metric in row for row in rows)]
 
 
 def _settled(rows: Sequence[Row], limits: CollapseLimits) -> bool:

@@ -7,6 +7,9 @@ checks show of it.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import fmean
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -20,7 +23,24 @@ from dpo_assets.errors import ConfigError
 
 CHANCE = 0.5
 KEPT = 0.5  # Of the adapter's held-out margin.
-Learned = HeldOutPairs | NotMeasured | None  # None: of an earlier version.
+
+
+@dataclass(frozen=True)
+class Margins:
+    """Held-out margins of an adapter, and by `pair_id` those of the weights that it was merged into, in nats."""
+
+    adapter: HeldOutPairs
+    merged: Mapping[str, float]
+
+    def means(self) -> tuple[float, float, int]:
+        """(before the merge, after it, pairs) of the pairs that both were asked: an adapter is measured on a part."""
+        same = self.adapter.margins.keys() & self.merged.keys()
+        if not same:
+            return math.nan, math.nan, 0
+        return fmean(self.adapter.margins[pair] for pair in same), fmean(self.merged[pair] for pair in same), len(same)
+
+
+Learned = Margins | NotMeasured | None  # None: of an earlier version.
 SOURCE = "exact paired tests over prompts, error spent over all decisions (arXiv 1910.04900); benchmarks/RESULTS.md"
 OUTCOME = "outcome.json"
 REASON = 10  # Characters that the reason of an override has at least.
@@ -111,12 +131,12 @@ def evaluation_verdicts(
 
     Args:
         seen: of its pairs, those with an opening message that the model was trained on.
-        learned: what was measured of the adapter before it was merged.
+        learned: what was measured of the adapter before it was merged, and of the same pairs afterwards.
         merged: whether the merged weights were scored.
     """
     return [
         held_out_unseen(report, seen),
-        kept_by_merge(report, learned, merged=merged),
+        kept_by_merge(learned, merged=merged),
         greedy_health(report, bands),
     ]
 
@@ -133,38 +153,42 @@ def held_out_unseen(report: EvaluationReport, seen: int) -> Verdict:
     )
 
 
-def kept_by_merge(report: EvaluationReport, before: Learned, *, merged: bool) -> Verdict:
+def kept_by_merge(before: Learned, *, merged: bool) -> Verdict:
     """How much of the adapter's held-out margin is left in the weights that are released.
 
     Merged weights are rounded to the base's format, and a small change of a weight is lost there: a run of 14 steps at
     5e-5 on SmolLM2-135M kept 32 % of 0.33 nats in bf16 (benchmarks/RESULTS.md). The faithful merge of an adapter that
     moved little is green all the same. Judged where the adapter learned something beyond chance.
     """
-    after = report.margin_mean_nats
     band = f"at least {KEPT:.0%} of the margin that the adapter had before it was merged"
     source = "16-bit rounding of small updates: benchmarks/RESULTS.md"
-    if not isinstance(before, HeldOutPairs):
+    if not isinstance(before, Margins):
         why = "it is of an earlier version" if before is None else before.not_measured
         fix = "set checks.held_out_pairs above 0, and materialise dpo_adapter again"
         return Verdict("kept_by_merge", "warn", f"not measured: the adapter's margin: {why}", band, source, fix)
     if not merged:
         said = "not measured: what was scored is the adapter on its base, not the merged weights"
         return Verdict("kept_by_merge", "warn", said, band, source, "evaluate where the merged model fits in 16 bit")
-    if not before.accuracy.low > CHANCE or not before.margin_nats > 0:
+    learned, after, pairs = before.means()
+    if not pairs:
+        said = "not measured: none of the adapter's held-out pairs was scored after the merge"
+        return Verdict("kept_by_merge", "warn", said, band, source, "materialise dpo_adapter again")
+    if not before.adapter.accuracy.low > CHANCE or not before.adapter.margin_nats > 0:
         note = "the adapter learned too little to tell"
         return Verdict("kept_by_merge", "pass", f"{after:.3f} nats", band, source, note=note)
-    share = after / before.margin_nats
+    share = after / learned if learned else math.nan
     lost = not share >= KEPT
     return Verdict(
         "kept_by_merge",
         "warn" if lost else "pass",
-        f"{share:.0%}: {after:.3f} of {before.margin_nats:.3f} nats",
+        f"{share:.0%}: {after:.3f} of {learned:.3f} nats",
         band,
         source,
         "train longer, or at a higher rate inside its band; or release the adapter itself, which rounds nothing "
         "(publishing.artifact: adapter)"
         if lost
         else "",
+        f"{pairs} held-out pairs, scored before and after",
     )
 
 
@@ -173,7 +197,8 @@ def greedy_health(report: EvaluationReport, bands: Bands) -> Verdict:
     limit = bands.limit("greedy_health")
     sft, policy = report.generation.sft, report.generation.policy
     if not policy.answers:
-        return Verdict("greedy_health", "pass", "no answers sampled", "-", limit.source)
+        way_out = "set evaluation.generations above 0, and evaluation.max_new_tokens so that prompts leave room for it"
+        return Verdict("greedy_health", "warn", "not measured: nothing was answered", "measured", limit.source, way_out)
     rises = {name: getattr(policy, name) - getattr(sft, name) for name in ("repetition", "no_eos", "empty", "marks")}
     levels = {name: upper_limit(rise, limit.warn, limit.error) for name, rise in rises.items()}
     level = worst(*levels.values())

@@ -53,11 +53,15 @@ class NotMeasured(Report):
 
 
 class HeldOutPairs(Report):
-    """Implicit rewards of held-out pairs. `margin_nats` is the mean of chosen minus rejected log-ratio."""
+    """Implicit rewards of held-out pairs. `margin_nats` is the mean of chosen minus rejected log-ratio.
+
+    `margins` holds it of each pair, by `pair_id`; it is empty in a report of an earlier version.
+    """
 
     pairs: int
     accuracy: Proportion
     margin_nats: Number
+    margins: dict[str, Number] = {}
     nll_ratio: Number
     chosen_nats_per_token: Number
     rejected_nats_per_token: Number
@@ -395,6 +399,15 @@ class ChampionScores(Report):
     )
 
 
+# How a share of held-out pairs is called wherever it is shown, by the field of EvaluationReport that holds it.
+SHARES = {
+    "implicit_reward_accuracy": "policy, implicit reward against SFT",
+    "logp_accuracy_policy": "policy, log-probability per token",
+    "logp_accuracy_sft": "SFT, log-probability per token",
+    "pick_the_longer": "baseline: pick the longer answer",
+}
+
+
 class EvaluationReport(Report):
     """Held-out scores of the policy and of the SFT model that it started from, clustered by prompt.
 
@@ -436,6 +449,11 @@ class EvaluationReport(Report):
         default=None, description="Of texts that no feedback is about; None: of an earlier version."
     )
     chosen: Perplexity | None = Field(default=None, description="Of the chosen answers; its interval is over prompts.")
+
+    @property
+    def shares(self) -> tuple[tuple[str, Proportion], ...]:
+        """Each share of held-out pairs with its name, in the order in which they are shown."""
+        return tuple((label, getattr(self, name)) for name, label in SHARES.items())
 
 
 class GgufWeights(Report):

@@ -9,17 +9,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dpo_assets.checks.statistics import Proportion, percent
+from dpo_assets.checks.statistics import percent
 from dpo_assets.demo.breaks import Break
 from dpo_assets.demo.summary import TRAINING_STAGES, Summary
 from dpo_assets.untrusted import in_terminal
-
-SCORES = (
-    ("policy (implicit reward against SFT)", "implicit_reward_accuracy"),
-    ("policy (log-probability per token)", "logp_accuracy_policy"),
-    ("SFT (log-probability per token)", "logp_accuracy_sft"),
-    ("baseline: pick the longer answer", "pick_the_longer"),
-)
 
 
 def show_summary(summary: Summary, console: Console, *, answers: int = 0) -> None:
@@ -49,12 +42,10 @@ def _rows(summary: Summary) -> Iterator[tuple[str, str]]:
     if (dpo := summary.dpo) and dpo.expected_first_loss is not None:
         off = dpo.first_loss - dpo.expected_first_loss
         yield "first loss", f"{dpo.first_loss:.6f}, expected {dpo.expected_first_loss:.6f} (off by {off:+.1e})"
-    scores = summary.scores
-    for label, name in SCORES if scores else ():
-        score: Proportion = getattr(scores, name)
-        interval = f"[{score.low:.3f}, {score.high:.3f}]"
-        level = percent(scores.confidence if scores else 0.0)
-        yield label, f"{score.value:.3f}, {level} interval {interval}, n = {score.counted}"
+    if scores := summary.scores:
+        for label, score in scores.shares:
+            interval = f"{percent(scores.confidence)} interval [{score.low:.3f}, {score.high:.3f}]"
+            yield label, f"{score.value:.3f}, {interval}, n = {score.counted}"
     if summary.verdict:
         yield "verdict", f"{summary.verdict['decision']}: {summary.verdict['reason']}"
     for check in summary.failed_checks:

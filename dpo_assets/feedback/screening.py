@@ -11,12 +11,12 @@ import fnmatch
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_assets.ahead import ahead
 from dpo_assets.feedback.batches import FLIPPED_ID, PAIR_ID, PROMPT_ID
+from dpo_assets.feedback.cleaner import Cleaner
 from dpo_assets.feedback.near import BAND_COLUMNS, candidates, similarity
 from dpo_assets.feedback.overlap import EvaluationSets, read_prompts
 from dpo_assets.feedback.pair import PAIR_COLUMNS, QUARANTINE_COLUMNS, Pair, pandera_schema, polars_schema
@@ -28,15 +28,10 @@ from dpo_assets.feedback.scan import (
     RENDERED,
     SECRET,
     TEMPLATE,
-    changed_tools,
-    escaped,
-    marks_in,
-    redacted,
-    redacted_json,
     rows_with,
     unusual_marks,
 )
-from dpo_assets.feedback.tables import CONVERSATIONS, quarantine_record, with_new_content
+from dpo_assets.feedback.tables import quarantine_record, with_new_content
 from dpo_assets.recipe import CleaningSection, ReleaseRule
 
 if TYPE_CHECKING:
@@ -156,6 +151,7 @@ class Screening:
         if unusual:
             more = [self._rows_with(live.select("b", "n").slice(n, PART), unusual) for n in range(0, live.height, PART)]
             flagged = pl.concat([flagged, *more]).unique(["b", "n"]).sort("b", "n")
+        cleaner = Cleaner(masked, self.policy.template_marks, self.marks)
         changed: list[dict[str, Any]] = []
         gone: list[tuple[int, int]] = []
         marked: list[tuple[int, int]] = []
@@ -163,7 +159,7 @@ class Screening:
             for record in self.pool.take(flagged.slice(start, PART)).iter_rows(named=True):
                 name = (record.pop("b"), record.pop("n"))
                 flags = record["flags"].split(",")
-                now, found = self._new_texts(record, masked, flags)
+                now, found = cleaner.texts(record, flags)
                 if found and self.policy.template_marks == "quarantine":
                     marked.append(name)
                 if now != {c: record[c] for c in now}:
@@ -199,37 +195,6 @@ class Screening:
     def _rows_with(self, names: pl.DataFrame, marks: Sequence[str]) -> pl.DataFrame:
         part = self.pool.take(names, RENDERED)
         return names.join(part[rows_with(part, marks)].select("b", "n"), on=["b", "n"], how="semi")
-
-    def _new_texts(
-        self, record: dict[str, Any], masked: Sequence[str], flags: Sequence[str]
-    ) -> tuple[dict[str, Any], bool]:
-        """(texts as the policy wants them, whether they held marks of a chat template)."""
-        kinds = [kind for kind in masked if kind in flags]
-        beside = [kind for kind in masked if f"{kind}{BESIDE}" in flags]
-        looks = self.policy.template_marks != "keep"
-        found = False
-        result: dict[str, Any] = {}
-        for name in CONVERSATIONS:
-            messages = []
-            for message in record[name]:
-                text = redacted(message["content"], kinds) if kinds else message["content"]
-                if looks and marks_in(text, self.marks):
-                    found = True
-                    if self.policy.template_marks == "escape":
-                        text = escaped(text, self.marks, answer=message["role"] == "assistant")
-                messages.append({"role": message["role"], "content": text})
-            result[name] = messages
-        if record["tools"]:
-            found = found or (looks and bool(marks_in(record["tools"], self.marks)))
-            result["tools"] = changed_tools(record["tools"], partial(self._new_tool_text, kinds=kinds))
-        if beside:
-            result["row"] = redacted(record["row"], beside)
-            result["meta"] = redacted_json(record["meta"], beside)
-        return result, found
-
-    def _new_tool_text(self, text: str, kinds: Sequence[str]) -> str:
-        text = redacted(text, kinds) if kinds else text
-        return escaped(text, self.marks) if self.policy.template_marks == "escape" else text
 
     # Rows among each other
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_assets.errors import ConfigError, InfrastructureError
 from dpo_assets.judging.comparing import TEMPLATE_DIGEST, Message
 from dpo_assets.publishing.secrets import scrub
+from dpo_assets.retry_after import asked_to_wait, wait
 
 if TYPE_CHECKING:
     import httpx
@@ -28,7 +29,7 @@ class Endpoint:
     Attributes:
         key_variable: environment variable of the key; without a value none is sent.
         timeout_seconds: of connecting, and of each wait for the answer.
-        wait_seconds: before the second attempt; the wait doubles.
+        wait_seconds: before the second attempt; the wait doubles. One that the server asks for is kept, within bounds.
     """
 
     url: str
@@ -51,10 +52,11 @@ class Endpoint:
         """
         import httpx
 
-        said = ""
+        said, asked = "", None
         for attempt in range(ATTEMPTS):
             if attempt:
-                time.sleep(self.wait_seconds * 2 ** (attempt - 1))
+                time.sleep(wait(self.wait_seconds * 2 ** (attempt - 1), asked))
+            asked = None
             try:
                 answer = self._client.post(
                     f"{self.url.rstrip('/')}/chat/completions",
@@ -89,7 +91,7 @@ class Endpoint:
                 )
             if answer.is_success and (text := _text(answer)) is not None:
                 return text
-            said = f"status {answer.status_code}: {scrub(answer.text)[:500]}"
+            said, asked = f"status {answer.status_code}: {scrub(answer.text)[:500]}", asked_to_wait(answer.headers)
         raise InfrastructureError(f"the judge at {self.url} gave no answer in {ATTEMPTS} attempts: {scrub(said)}")
 
     @cached_property

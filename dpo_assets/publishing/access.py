@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import yaml
+
+from dpo_assets.planning.licence import Licence
 from dpo_assets.publishing.commit import champion_commit
 from dpo_assets.publishing.errors import PublishRefused
 from dpo_assets.publishing.hub import HubRepository
 from dpo_assets.publishing.plan import refuse_foreign, refuse_public
 
 
-def check_access(hub: HubRepository, *, private: bool, adopt: str | None) -> str:
-    """Holds token and repository against what the recipe wants, and says in a line what is known now.
+def check_access(hub: HubRepository, *, private: bool, adopt: str | None, licence: Licence | None) -> str:
+    """Holds token, repository and licence against what the recipe wants, and says in a line what is known now.
 
     Raises:
         PublishRefused: the token is unknown or expired, may only read, or may not write there; the repository is public
-            and must not be, or holds files of others, or a tag `champion` of theirs.
+            and must not be, or holds files of others, or a tag `champion` of theirs; the Hub lists no such licence, and
+            so takes no card with it.
         HubFailure: the Hub did not answer, so that nothing is known.
     """
     account = hub.account()
@@ -25,6 +29,8 @@ def check_access(hub: HubRepository, *, private: bool, adopt: str | None) -> str
             f"the token in {hub.token_variable} may only read, and publishing.dry_run is false. Give it write access "
             f"to {hub.repo_id}, or set dry_run: true"
         )
+    if licence is not None:
+        _refuse_unlisted(licence, hub)
     head = hub.head()
     if head is None:
         _refuse_other_namespace(account, name, role, hub)
@@ -34,6 +40,17 @@ def check_access(hub: HubRepository, *, private: bool, adopt: str | None) -> str
     champion_commit(hub, head, adopt)
     hub.refuse_without_right_to_write()
     return f"{name} may write to {hub.repo_id}, which is {'private' if head.private else 'public'}"
+
+
+def _refuse_unlisted(licence: Licence, hub: HubRepository) -> None:
+    """The Hub's list grows, so the Hub is asked, as it is again for the card of the commit."""
+    try:
+        hub.refuse_unreadable_card(f"---\n{yaml.safe_dump({'license': licence.identifier})}---\n")
+    except PublishRefused as error:
+        raise PublishRefused(
+            f"{error} The licence `{licence.identifier}` is stated by the {licence.stated_by}: name one that the Hub "
+            "lists in base_model.licence, or `other` with licence_name and licence_link"
+        ) from None
 
 
 def _role(account: dict[str, Any]) -> str:

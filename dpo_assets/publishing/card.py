@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +19,6 @@ from dpo_assets.publishing.loading import load_snippet, serve_line
 from dpo_assets.publishing.trace import Withdrawn
 from dpo_assets.untrusted import in_code, in_markdown
 
-SCORES = {
-    "implicit_reward_accuracy": "policy, implicit reward against SFT",
-    "logp_accuracy_policy": "policy, log-probability per token",
-    "logp_accuracy_sft": "SFT, log-probability per token",
-    "pick_the_longer": "baseline: pick the longer answer",
-}
 GENERATIONS = 1  # Releases that a policy's start goes back to: each is trained from the base, never from a release.
 OUTCOMES: dict[Level, str] = {"pass": "passed", "warn": "warned", "error": "failed"}
 
@@ -59,6 +53,7 @@ class CardFacts:
 
     Attributes:
         repo_id: where the release goes; None where it is only staged.
+        hub: address of the Hub that it goes to, and that the base is from.
         licence: of the base; None where none is known, which no release that is sent has.
         licence_files: of the release, by name.
         beyond_text: whether the base holds more than a language model.
@@ -67,6 +62,7 @@ class CardFacts:
 
     title: str
     repo_id: str | None
+    hub: str
     base_source: str
     base_revision: str | None
     licence: Licence | None
@@ -170,7 +166,7 @@ def front_matter(facts: CardFacts) -> str:
             metric_value=score.value,
             metric_args=_told(score, facts.scores.confidence),
         )
-        for label, score in _scores(facts.scores)
+        for label, score in facts.scores.shares
         if math.isfinite(score.value)  # The Hub takes no other number.
     ]
     data = ModelCardData(
@@ -188,10 +184,6 @@ def front_matter(facts: CardFacts) -> str:
     return str(data.to_yaml(line_break="\n")).strip()
 
 
-def _scores(report: EvaluationReport) -> Iterator[tuple[str, Proportion]]:
-    return ((label, getattr(report, name)) for name, label in SCORES.items())
-
-
 def _told(score: Proportion, level: float) -> dict[str, float | int]:
     """What a score is worth: its interval, and what it was counted over."""
     prompts = {} if score.clusters is None else {"prompts": score.clusters}
@@ -204,7 +196,7 @@ def _link(facts: CardFacts) -> str | None:
     if link is None or "://" in link or link in facts.licence_files:
         return link
     revision = facts.base_revision or "main"
-    return f"https://huggingface.co/{facts.base_source}/blob/{revision}/{link}" if facts.base_on_hub else None
+    return f"{facts.hub.rstrip('/')}/{facts.base_source}/blob/{revision}/{link}" if facts.base_on_hub else None
 
 
 def _base(facts: CardFacts) -> str:
@@ -264,7 +256,7 @@ def _evaluation(facts: CardFacts) -> str:
     scores = facts.scores
     rows = [
         f"| {label} | {score.value:.3f} | [{score.low:.3f}, {score.high:.3f}] | {score.counted} |"
-        for label, score in _scores(scores)
+        for label, score in scores.shares
     ]
     return "\n".join(
         [

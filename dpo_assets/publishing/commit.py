@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_assets.errors import ConfigError, GateError
-from dpo_assets.planning.companions import copy_files, is_released
+from dpo_assets.planning.companions import CARD, copy_files, is_released
 from dpo_assets.publishing.errors import Passing, PublishRefused, StaleHead
 from dpo_assets.publishing.hub import AGAIN, DEFAULT_PATIENCE, HubRepository, Patience
 from dpo_assets.publishing.plan import (
-    CARD,
     MADE_BY,
     PROVENANCE,
     FileRecord,

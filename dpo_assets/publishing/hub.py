@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,9 +14,12 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from dpo_assets.planning.companions import CARD
+from dpo_assets.planning.model_card import is_front_matter_alone
 from dpo_assets.publishing.errors import HubFailure, HubOffline, Passing, PublishRefused, StaleHead
-from dpo_assets.publishing.plan import CARD, HUB_OWNED, PROVENANCE, Head, HeldFile, ReleasePlan, ReleaseRecord
+from dpo_assets.publishing.plan import HUB_OWNED, PROVENANCE, Head, HeldFile, ReleasePlan, ReleaseRecord
 from dpo_assets.publishing.secrets import scrub
+from dpo_assets.retry_after import asked_to_wait, wait
 
 if TYPE_CHECKING:
     import httpx
@@ -26,9 +28,7 @@ if TYPE_CHECKING:
 ResultT = TypeVar("ResultT")
 CONNECT_SECONDS = 10.0
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})  # Answers that another try may not get.
-LONGEST_WAIT = 300.0  # Seconds: the Hub counts requests over five minutes.
 LARGEST_TEXT = 4 * 2**20  # Bytes of a text file that is read whole.
-_FRONT_MATTER_ALONE = re.compile(rb"---\r?\n.*?\r?\n---\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ class HubRepository:
         other = found.pipeline if found is not None and self.pipeline not in ("", found.pipeline) else ""
         earlier = None if other else found
         hub_made = set(HUB_OWNED)
-        if earlier is None and _FRONT_MATTER_ALONE.fullmatch(self._text(CARD, commit, files) or b""):
+        card = self._text(CARD, commit, files) if earlier is None else None
+        if is_front_matter_alone((card or b"").decode(errors="replace")):
             hub_made.add(CARD)
         return Head(commit, bool(info.private), files, earlier, frozenset(hub_made), other)
 
@@ -177,6 +178,25 @@ class HubRepository:
 
         self._call(ask)
 
+    def refuse_unreadable_card(self, card: str) -> None:
+        """Asks the Hub whether it can read the metadata of a card, as it is asked again before a commit.
+
+        Raises:
+            PublishRefused: it cannot, with what it says.
+        """
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+        def ask() -> None:
+            headers = build_hf_headers(token=self.api.token)
+            body = {"content": card, "repoType": "model"}
+            response = get_session().post(f"{self.api.endpoint}/api/validate-yaml", json=body, headers=headers)
+            if response.status_code == 400:
+                said = [str(error.get("message")) for error in response.json().get("errors", [])]
+                raise ValueError(f"the card's metadata: {'; '.join(said)}.")
+            hf_raise_for_status(response)
+
+        self._call(ask)
+
     def _text(self, path: str, commit: str, files: dict[str, HeldFile]) -> bytes | None:
         """A small file's bytes; None where it is not there or too large for a text of ours."""
         if path not in files or files[path].size > LARGEST_TEXT:
@@ -205,16 +225,16 @@ class HubRepository:
 
     def _call(self, ask: Callable[[], ResultT]) -> ResultT:
         """A call that changes nothing, or the same thing however often it is made."""
-        for wait in self.patience.waits:
+        for seconds in self.patience.waits:
             try:
                 return self._once(ask)
             except Passing as error:
-                self.pause(wait, error)
+                self.pause(seconds, error)
         return self._once(ask)
 
     def pause(self, seconds: float, error: Passing) -> None:
         """Waits, as long as the Hub asks for, within bounds."""
-        time.sleep(max(seconds, min(error.after, LONGEST_WAIT)))
+        time.sleep(wait(seconds, error.after))
 
     def _once(self, ask: Callable[[], ResultT]) -> ResultT:
         from httpx import HTTPError
@@ -276,10 +296,10 @@ def _asked_to_wait(response: httpx.Response) -> float:
     """Seconds that an answer asks to wait: HTTP's own header, or the Hub's for the rest of a window of requests."""
     from huggingface_hub.utils import parse_ratelimit_headers
 
-    told = response.headers.get("Retry-After", "")
+    if (asked := asked_to_wait(response.headers)) is not None:
+        return asked
     window = parse_ratelimit_headers(response.headers)
-    # A second more, as its seconds are rounded.
-    return float(told) if told.isdigit() else window.reset_in_seconds + 1.0 if window is not None else 0.0
+    return window.reset_in_seconds + 1.0 if window is not None else 0.0  # A second more, as its seconds are rounded.
 
 
 def _held(file: Any) -> HeldFile:

@@ -14,7 +14,7 @@ from dpo_assets.artifact import file_sha256
 from dpo_assets.publishing.errors import PublishRefused
 from dpo_assets.untrusted import in_code
 
-PROVENANCE, CARD = "provenance.json", "README.md"
+PROVENANCE = "provenance.json"
 MADE_BY: Literal["dpo_assets"] = "dpo_assets"
 # The Hub keeps larger files in LFS, by sha256; a smaller one has git's id of a blob where it does not.
 LARGEST_IN_GIT = 10 * 2**20
@@ -117,13 +117,14 @@ class Operation:
 class ReleasePlan:
     """What a commit on `head` does, file by file; `kept` are files of others, which it does not touch.
 
-    `head`: None where there is no repository yet, or where it was not asked; `note` says which.
+    `head`: None where there is no repository yet, or where it was not asked (`asked`); `note` says why.
     """
 
     head: str | None
     operations: tuple[Operation, ...]
     kept: tuple[str, ...] = ()
     note: str = ""
+    asked: bool = True
 
     @property
     def changes(self) -> tuple[Operation, ...]:

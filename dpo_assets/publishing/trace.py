@@ -20,7 +20,7 @@ from dpo_assets.feedback.library import BATCH_KIND, PAIRED_KIND
 if TYPE_CHECKING:
     import polars as pl
 
-RELEASE, DATASET, RAW = "published_model", "dpo_dataset", "raw_preferences"
+PUBLISHED, DATASET, RAW = "published_model", "dpo_dataset", "raw_preferences"
 SPLITS = {"trained on": "train.parquet", "held out": "eval.parquet"}
 COLUMNS = ("pair_id", "source", "row", "line", "row_hash")
 NAMED_BY = ("pair_id", "row_hash", "row", "source")  # What a row may be asked for by; a source names all its rows.
@@ -108,7 +108,7 @@ class Trace:
     @property
     def releases(self) -> list[TracedRelease]:
         """Every release that was staged, newest first."""
-        return [self._traced(artifact) for artifact in self.tree.listed(RELEASE)]
+        return [self._traced(artifact) for artifact in self.tree.listed(PUBLISHED)]
 
     def release(self, name: str) -> TracedRelease:
         """The release of a fingerprint, or of its beginning.

@@ -47,15 +47,10 @@ def _found(reach: Reach) -> tuple[str, str]:
 
 
 def _shares(report: EvaluationReport) -> Iterator[tuple[str, Proportion]]:
-    champion = report.champion_scores
-    yield "policy, implicit reward", report.implicit_reward_accuracy
-    if champion is not None:
+    yield from report.shares
+    if (champion := report.champion_scores) is not None:
         yield "champion, implicit reward against its own start", champion.implicit_reward_accuracy
-    yield "policy, log-probability per token", report.logp_accuracy_policy
-    if champion is not None:
         yield "champion, log-probability per token", champion.logp_accuracy
-    yield "SFT, log-probability per token", report.logp_accuracy_sft
-    yield "baseline: pick the longer answer", report.pick_the_longer
 
 
 def _comparisons(report: EvaluationReport) -> Iterator[tuple[str, Comparison | None]]:

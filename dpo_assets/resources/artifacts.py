@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 
 import dagster as dg
@@ -25,9 +26,11 @@ class ArtifactStore(dg.ConfigurableResource):  # type: ignore[type-arg]
         default=None, description="Folder of all artefacts; default: `dpo_assets` in the Dagster instance's storage."
     )
 
-    def tree(self, instance: dg.DagsterInstance, pipeline: str) -> ArtifactTree:
-        """The artefacts of one pipeline."""
-        return ArtifactTree(self._folder(instance) / pipeline)
+    def tree(
+        self, instance: dg.DagsterInstance, pipeline: str, warn: Callable[[str], None] = lambda _: None
+    ) -> ArtifactTree:
+        """The artefacts of one pipeline. `warn` is told of damaged ones."""
+        return ArtifactTree(self._folder(instance) / pipeline, warn)
 
     def user_key(self, instance: dg.DagsterInstance) -> bytes:
         """The key of the digests that stand for users: made once for a store, kept beside it, for its owner to read.

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dpo_assets.checks import aftermath
 from dpo_assets.checks.aftermath import OLDER, aftermath_verdicts, collapse_verdict, displacement
 from dpo_assets.checks.bands import default_bands
-from dpo_assets.checks.collapse import CollapseLimits
+from dpo_assets.checks.collapse import SIGNS, CollapseLimits
 from dpo_assets.checks.reports import Aftermath
 from dpo_assets.checks.statistics import wilson
 from dpo_assets_tests.samples import aftermath_report, dpo_report
@@ -199,6 +199,21 @@ def test_a_run_that_went_on_is_judged_by_its_log_and_the_limits_of_now() -> None
     assert (verdict.level, verdict.value) == ("error", "probe/kl_per_token 0.6 at step 6")
     assert verdict.fix
     assert collapse_verdict(report, BROKEN, LIMITS.model_copy(update={"kl_per_token": 2.0}), BANDS).passed
+
+
+@pytest.mark.parametrize("rows", [[], [{"step": 1.0, "loss": 0.69, "grad_norm": 1.0}]], ids=["no log", "loss alone"])
+def test_a_log_that_tells_no_sign_of_a_collapse_is_no_sign_of_health(rows: list[dict[str, float]]) -> None:
+    verdict = collapse_verdict(dpo_report(stopped=None, trigger=None), rows, LIMITS, BANDS)
+    assert (verdict.level, str(verdict.value)[:12]) == ("warn", "not measured")
+    assert "likelihood of chosen answers" in str(verdict.value)
+
+
+def test_signs_that_a_run_did_not_log_are_named() -> None:
+    report, row = dpo_report(stopped=None, trigger=None), dict.fromkeys(SIGNS.values(), 0.1)
+    assert collapse_verdict(report, [row | {"step": 1.0}], LIMITS, BANDS).note == ""
+    verdict = collapse_verdict(report, [{"step": 1.0, "nll_ratio": 1.0, "entropy": 1.0}], LIMITS, BANDS)
+    assert verdict.passed
+    assert verdict.note.endswith("token accuracy, sampled answers, divergence")
 
 
 @settings(max_examples=80, deadline=None)

@@ -236,7 +236,7 @@ def test_the_champion_stands_beside_the_policy_with_the_paired_differences() -> 
     held = champion_scores(reward_against=paired)
     shown = scores_table(evaluation_report(champion="c" * 64, champion_scores=held)).splitlines()
     assert len(shown) == 2 + 4 + 2 + 2
-    assert f"champion, implicit reward against its own start | {held.implicit_reward_accuracy.value:.3f}" in shown[3]
+    assert f"champion, implicit reward against its own start | {held.implicit_reward_accuracy.value:.3f}" in shown[6]
     assert f"policy less champion, implicit reward, paired | {paired.difference:+.3f}" in shown[-2]
     assert f"{reach_of_comparison(paired, 0.025).detectable:.3f}" in shown[-2]
     assert "policy less champion, log-probability per token, paired | +0.020" in shown[-1]

@@ -416,9 +416,10 @@ AFTER_FIRST = released(_FIRST, "the first one")
         (Evidence({"a": FEW}, fewest=1), "insufficient_evidence", False),
         (Evidence({"a": WORSE}), "reject", True),
         (Evidence({"a": BETTER, "b": WORSE}), "reject", True),
-        (Evidence({"a": BETTER}, {"frozen": replace(ALIKE, low=-TOLERANCE - 0.001)}), "hold", True),
-        (Evidence({"a": BETTER}, {"frozen": replace(ALIKE, low=float("nan"))}), "hold", True),
-        (Evidence({"a": BETTER}, {"frozen": replace(ALIKE, low=-TOLERANCE + 0.001)}), "promote", True),
+        (Evidence({"a": BETTER}, {"known": replace(ALIKE, difference=-TOLERANCE - 0.001)}), "hold", True),
+        (Evidence({"a": BETTER}, {"known": replace(ALIKE, difference=-0.01, high=-0.001)}), "hold", True),
+        (Evidence({"a": BETTER}, {"known": replace(ALIKE, difference=float("nan"))}), "hold", True),
+        (Evidence({"a": BETTER}, {"known": replace(ALIKE, difference=-TOLERANCE + 0.001, low=-0.2)}), "promote", True),
         (Evidence({"a": ALIKE}), "hold", True),
         (Evidence({"a": BETTER, "b": ALIKE}), "promote", True),
         (Evidence({"a": replace(BETTER, p_better=0.0218)}), "promote", True),
@@ -511,10 +512,10 @@ def test_pairs_without_a_spread_say_that_they_tell_nothing(error: float) -> None
     assert not any("nan" in how for how in rows.values())
 
 
-def test_the_screen_says_how_many_frozen_pairs_would_rule_a_loss_out() -> None:
-    wide = replace(ALIKE, difference=0.0, low=-0.1)  # Half as wide a loss takes four times the pairs.
-    row = "frozen pairs, to rule out a loss of 5 points"
-    assert dict(Outlook.of(AFTER_FIRST, 60, BETTER, guard=wide).rows())[row] == "400 of about 1600, in 200 prompts"
-    same = replace(ALIKE, difference=0.0, low=0.0)
-    assert "do not tell how many" in dict(Outlook.of(AFTER_FIRST, 60, BETTER, guard=same).rows())[row]
+def test_the_screen_says_which_loss_the_known_prompts_would_find() -> None:
+    row = "loss on known prompts, found with 80% power"
+    told = dict(Outlook.of(AFTER_FIRST, 60, BETTER, guard=replace(ALIKE, error=0.03)).rows())[row]
+    assert told.startswith("8.4 points, on 400 pairs in 200 prompts"), told  # 0.03 * (1.960 + 0.842)
+    same = dict(Outlook.of(AFTER_FIRST, 60, BETTER, guard=replace(ALIKE, error=0.0)).rows())[row]
+    assert same == "not known: on 400 pairs in 200 prompts the two never differ"
     assert row not in dict(Outlook.of(AFTER_FIRST, 60, BETTER).rows())

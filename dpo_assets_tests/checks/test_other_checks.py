@@ -32,13 +32,23 @@ from dpo_assets.checks.judged import judge_verdicts, reward_model_verdicts
 from dpo_assets.checks.judged_text import judged_text_kept
 from dpo_assets.checks.neutral import neutral_perplexity
 from dpo_assets.checks.promotion import (
+    Margins,
     evaluation_verdicts,
     greedy_health,
     kept_by_merge,
     override_of,
     promotion_verdict,
 )
-from dpo_assets.checks.reports import AdoptedBase, Aftermath, Divergence, DpoReport, MergeReport, NotMeasured, SftReport
+from dpo_assets.checks.reports import (
+    AdoptedBase,
+    Aftermath,
+    Divergence,
+    DpoReport,
+    HeldOutPairs,
+    MergeReport,
+    NotMeasured,
+    SftReport,
+)
 from dpo_assets.checks.training import dpo_verdicts, merge_verdicts, sft_verdicts
 from dpo_assets.checks.verdict import Level, Verdict, upper_limit, worst
 from dpo_assets.errors import ConfigError
@@ -63,6 +73,7 @@ from dpo_assets_tests.samples import (
     gguf_report,
     harness_scores,
     judged_answers,
+    learned,
     neutral,
     plan,
     promotion_outcome,
@@ -94,7 +105,7 @@ def adapter_verdicts(report: Report) -> list[Verdict]:
     read = DpoReport.model_validate(report)
     return [
         *dpo_verdicts(read, BANDS),
-        collapse_verdict(read, [], limits, BANDS),
+        collapse_verdict(read, [{"step": 1.0, "nll_ratio": 1.0}], limits, BANDS),
         *aftermath_verdicts(read, BANDS),
     ]
 
@@ -405,7 +416,7 @@ def test_an_override_is_a_decision_with_a_reason(word: str, reason: str, told: s
         ({"no_eos": 0.9}, {"no_eos": 1.0}, "warn"),
         ({"repetition": 0.5}, {"repetition": 0.0}, "pass"),
         ({}, {"repetition": math.nan}, "error"),
-        ({}, {"answers": 0, "repetition": math.nan}, "pass"),
+        ({}, {"answers": 0, "repetition": math.nan}, "warn"),
     ],
 )
 def test_answers_are_compared_with_those_of_the_start(sft: Report, policy: Report, level: str) -> None:
@@ -462,6 +473,7 @@ LOCAL = BaseModelSection(source="./base")
         ("licence_known", LOCAL, {}, "pass"),
         ("licence_known", LOCAL, {"licence": None}, "error"),
         ("licence_known", BaseModelSection(source="./base", licence="mit"), {"licence": None}, "pass"),
+        ("licence_known", BaseModelSection(source="./base", licence="apache2"), {"licence": None}, "warn"),
         ("licence_known", BaseModelSection(source="builtin:stories260k"), {"licence": None}, "pass"),
     ],
 )
@@ -563,14 +575,12 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
     )
     bad_scores = evaluation_report(
         implicit_reward_accuracy=score(0.2, 0.1, 0.3),
-        margin_mean_nats=0.1,
         generation={"sft": answers(), "policy": answers(no_eos=1.0)},
         kl={"per_token": 0.9, "low": 0.7, "high": 1.1},
         neutral=neutral(2.0),
         champion="c" * 64,
         champion_scores=champion_scores(left_out={"template_refused": 3}),
     )
-    learned = dpo_report(**aftermath_report()).held_out
     bad_dataset = dataset_report(
         damaged=1200, reasons={"schema": 1}, leaked_prompts=1, identical_after_truncation=1, train_pairs=0,
         quality=quality(
@@ -618,7 +628,7 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
                 bad_scores if fail else evaluation_report(),
                 BANDS,
                 seen=1 if fail else 0,
-                learned=learned,
+                learned=learned(0.1 if fail else None),
                 merged=True,
             ),
             released_kl(bad_scores if fail else evaluation_report(), None, BANDS),
@@ -685,11 +695,11 @@ def test_a_wrong_reference_is_told_the_way_out() -> None:
 @pytest.mark.parametrize(
     ("margin", "held_out", "level"),
     [
-        (0.104, {"margin_nats": 0.328}, "warn"),
-        (0.2, {"margin_nats": 0.328}, "pass"),
-        (-0.1, {"margin_nats": 0.328}, "warn"),
-        (math.nan, {"margin_nats": 0.328}, "warn"),
-        (0.0, {"margin_nats": 0.328, "accuracy": score(0.58, 0.43, 0.71)}, "pass"),
+        (0.104, {}, "warn"),
+        (0.2, {}, "pass"),
+        (-0.1, {}, "warn"),
+        (math.nan, {}, "warn"),
+        (0.0, {"accuracy": score(0.58, 0.43, 0.71)}, "pass"),
         (0.0, {"margin_nats": -0.1}, "pass"),
     ],
     ids=["a third", "most", "turned round", "not a number", "nothing was learned", "learned the wrong way"],
@@ -697,25 +707,45 @@ def test_a_wrong_reference_is_told_the_way_out() -> None:
 def test_what_the_merge_rounds_away_is_told_where_something_was_learned(
     margin: float, held_out: dict[str, Any], level: str
 ) -> None:
-    adapter = aftermath_report()
-    adapter["held_out"] |= held_out
-    verdict = kept_by_merge(evaluation_report(margin_mean_nats=margin), dpo_report(**adapter).held_out, merged=True)
+    adapter = learned_of(margin_nats=0.328, margins={"a": 0.3, "b": 0.356}) | held_out
+    verdict = kept_by_merge(Margins(HeldOutPairs.model_validate(adapter), {"a": margin, "b": margin}), merged=True)
     assert verdict.level == level
     assert bool(verdict.fix) is (level == "warn")
+
+
+def learned_of(**changes: Any) -> dict[str, Any]:
+    """What was measured of an adapter on held-out pairs."""
+    found: dict[str, Any] = aftermath_report()["held_out"]
+    return found | changes
+
+
+def test_a_merge_is_judged_on_the_pairs_that_the_adapter_was_measured_on() -> None:
+    """It was asked for the first of them; what the others have is neither kept nor lost."""
+    adapter = HeldOutPairs.model_validate(learned_of(margin_nats=1.0, margins={"a": 1.0, "b": 1.0, "gone": 9.0}))
+    kept = kept_by_merge(Margins(adapter, {"a": 0.9, "b": 0.9, "c": -5.0, "d": -5.0}), merged=True)
+    assert (kept.level, kept.value) == ("pass", "90%: 0.900 of 1.000 nats")
+    assert kept.note == "2 held-out pairs, scored before and after"
+    lost = kept_by_merge(Margins(adapter, {"a": 0.1, "b": 0.1, "c": 5.0, "d": 5.0}), merged=True)
+    assert (lost.level, lost.value) == ("warn", "10%: 0.100 of 1.000 nats")
+    other = kept_by_merge(Margins(adapter, {"c": 5.0}), merged=True)
+    assert (other.level, str(other.value)[:12]) == ("warn", "not measured")
+    assert other.fix
 
 
 @pytest.mark.parametrize("held_out", [None, {"not_measured": "no held-out pairs"}], ids=["earlier", "asked for none"])
 def test_a_merge_of_an_adapter_that_was_not_measured_is_a_warning(held_out: Any) -> None:
     before = dpo_report(**aftermath_report() | {"held_out": held_out}).held_out
-    verdict = kept_by_merge(evaluation_report(), before, merged=True)
+    assert not isinstance(before, HeldOutPairs)
+    verdict = kept_by_merge(before, merged=True)
     assert verdict.level == "warn"
     assert "not measured" in str(verdict.value)
     assert verdict.fix
 
 
 def test_scores_of_the_adapter_say_nothing_of_its_merge() -> None:
-    before = dpo_report(**aftermath_report()).held_out
-    assert kept_by_merge(evaluation_report(), before, merged=True).passed
-    verdict = kept_by_merge(evaluation_report(), before, merged=False)
+    adapter = HeldOutPairs.model_validate(learned_of())
+    before = Margins(adapter, adapter.margins)
+    assert kept_by_merge(before, merged=True).passed
+    verdict = kept_by_merge(before, merged=False)
     assert verdict.level == "warn"
     assert verdict.fix

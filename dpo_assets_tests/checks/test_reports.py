@@ -32,7 +32,7 @@ from dpo_assets.checks.reports import (
 from dpo_assets.checks.training import dpo_verdicts, merge_verdicts, sft_verdicts
 from dpo_assets.checks.verdict import Verdict
 from dpo_assets.errors import ConfigError
-from dpo_assets_tests.samples import aftermath_report, dpo_report, evaluation_report
+from dpo_assets_tests.samples import aftermath_report, dpo_report, evaluation_report, learned
 
 BANDS = default_bands()
 LEVELS = ("pass", "warn", "error")
@@ -93,9 +93,7 @@ JUDGED: list[tuple[Report, Callable[[Any], list[Verdict]]]] = [
     (MergeReport.model_validate(MERGE), lambda report: merge_verdicts(report, BANDS)),
     (
         evaluation_report(),
-        lambda report: evaluation_verdicts(
-            report, BANDS, seen=0, learned=dpo_report(**aftermath_report()).held_out, merged=True
-        ),
+        lambda report: evaluation_verdicts(report, BANDS, seen=0, learned=learned(), merged=True),
     ),
 ]
 

@@ -13,6 +13,7 @@ from urllib.parse import parse_qs, unquote
 
 import yaml
 
+from dpo_assets.planning.licence import HUB_LICENCES
 from dpo_assets_tests.hub.repository import Blob, Commit, HubError, Json, Repo
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".gguf", ".parquet", ".pt", ".zip", ".gz")
 SIGNATURE = "5e1f" * 16
+LICENCES = HUB_LICENCES | {"unknown", "openmdw-2.0"}  # One is newer than the package.
 LFS_THRESHOLD = 10 * 1024 * 1024
 
 _ID = r"(?P<id>[^/]+/[^/]+?)"
@@ -179,11 +181,15 @@ def create_repo(call: Call) -> Reply:
 def _card_data(text: str) -> Json:
     """The metadata block at the head of a card."""
     match = re.match(r"---\r?\n(.*?)\r?\n---(\r?\n|$)", text, re.DOTALL)
+    data: Any = {}
     try:
         data = (yaml.safe_load(match[1]) if match else None) or {}
         problem = None if isinstance(data, dict) else "metadata is not a mapping"
     except yaml.YAMLError as error:
         problem = str(error)
+    licence = data.get("license") if isinstance(data, dict) else None
+    if isinstance(licence, str) and licence not in LICENCES:
+        problem = f'"license" must be one of [{", ".join(sorted(LICENCES))}], and is {licence}'
     if problem:
         raise HubError(400, "Invalid metadata", errors=[{"message": problem}], warnings=[])
     return dict(data)

@@ -17,11 +17,13 @@ class JudgeServer:
     """Attributes:
     faults: statuses of the next answers, before any is given; 0 closes the connection.
     requests: bodies of what was asked.
+    retry_after: the header of that name of each fault.
     """
 
     def __init__(self, answering: Answering, key: str | None = None) -> None:
         self.answering, self.key = answering, key
         self.faults: list[int] = []
+        self.retry_after = ""
         self.requests: list[dict[str, Any]] = []
         outer = self
 
@@ -42,6 +44,8 @@ class JudgeServer:
                 text = json.dumps(said).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(text)))
+                if fault and outer.retry_after:
+                    self.send_header("Retry-After", outer.retry_after)
                 self.end_headers()
                 self.wfile.write(text)
 

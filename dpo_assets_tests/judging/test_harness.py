@@ -87,7 +87,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three tasks on rows beside them, whose path is relative."""
     folder = tmp_path_factory.mktemp("tasks")
     rows = [
-        {"prompt": f"Once upon a time there was {n}", "chosen": f" a cat {n}.", "rejected": f" a dog {n} too."}
+        {"prompt": f"Once upon a time there was {n}", "chosen": f" a cat {n}.", "rejected": f" a dog {n}."}
         for n in range(DOCUMENTS)
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -142,6 +142,7 @@ def test_both_models_answer_the_tasks_and_are_compared_by_document(tasks: Path, 
     assert choice.comparison == compare(*sides, [row["doc_hash"] for row in rows])
     assert choice.comparison is not None
     assert choice.comparison.clusters == DOCUMENTS
+    assert choice.comparison.difference != 0.0, "else the two could be exchanged"
     assert choice.policy - choice.sft == pytest.approx(choice.comparison.difference)
     assert found["rolling"].comparison is None, "a perplexity is of all documents at once"
     assert found["rolling"].difference is None

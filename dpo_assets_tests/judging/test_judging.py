@@ -139,6 +139,18 @@ def test_what_passes_is_tried_again(faults: list[int]) -> None:
     assert len(server.requests) == len(faults) + 1
 
 
+@pytest.mark.parametrize(("asked", "waits"), [("7", [7.0, 7.0]), ("9000", [300.0, 300.0]), ("", [0.01, 0.02])])
+def test_a_judge_that_asks_to_wait_is_left_alone_for_so_long_within_bounds(
+    asked: str, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("dpo_assets.judging.endpoint.time.sleep", slept.append)  # Nobody waits five minutes here.
+    with JudgeServer(always("A")) as server:
+        server.faults, server.retry_after = [429, 503], asked
+        assert endpoint(server).reply(ASKED) == "[[A]]"
+    assert slept == waits
+
+
 def test_a_judge_that_stays_away_is_no_fault_of_the_recipe() -> None:
     with JudgeServer(always("A")) as server:
         server.faults = [503] * ATTEMPTS

@@ -6,12 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from dpo_assets.planning.licence import OF_A_FILE, Licence, card_licence, front_matter, licence_of, read_licence
+from dpo_assets.planning.licence import OF_A_FILE, Licence, card_licence, licence_of, read_licence
 from dpo_assets.recipe import BaseModelSection
 
 LLAMA = "---\nlicense: other\nlicense_name: my-licence\nlicense_link: LICENSE\n---\n# Model\n"
@@ -75,44 +72,42 @@ CARD = Licence(identifier="other", name="theirs", link="LICENSE", stated_by="mod
 
 
 @pytest.mark.parametrize(
-    ("section", "stated", "packaged", "licence"),
+    ("section", "stated", "licence"),
     [
-        ({}, None, None, None),
-        ({}, CARD, "mit", CARD),
-        ({}, None, "mit", Licence(identifier="mit", stated_by="package")),
-        ({"licence": "gemma"}, CARD, None, Licence(identifier="gemma", stated_by="recipe")),
-        ({"licence": "unknown"}, None, None, None),
+        ({}, None, None),
+        ({}, CARD, CARD),
+        ({"licence": "gemma"}, CARD, Licence(identifier="gemma", stated_by="recipe")),
+        ({"licence": " Apache-2.0 "}, None, Licence(identifier="apache-2.0", stated_by="recipe")),
+        ({"licence": "unknown"}, None, None),
         (
             {"licence": "other"},
             CARD,
-            None,
             Licence(identifier="other", name="theirs", link="LICENSE", stated_by="recipe"),
         ),
         (
             {"licence": "other", "licence_name": "ours", "licence_link": "https://example.org/terms"},
             CARD,
-            None,
             Licence(identifier="other", name="ours", link="https://example.org/terms", stated_by="recipe"),
         ),
     ],
-    ids=["none", "card", "package", "recipe", "said to be unknown", "other, named by the card", "other, named here"],
+    ids=["none", "card", "recipe", "as it is written", "said to be unknown", "named by the card", "named here"],
 )
-def test_the_recipe_goes_before_the_card_and_the_card_before_the_package(
-    section: dict[str, Any], stated: Licence | None, packaged: str | None, licence: Licence | None
+def test_the_recipe_goes_before_what_the_base_states(
+    section: dict[str, Any], stated: Licence | None, licence: Licence | None
 ) -> None:
-    assert licence_of(BaseModelSection(source="./base", **section), stated, packaged) == licence
+    assert licence_of(BaseModelSection(source="./base", **section), stated) == licence
+
+
+@pytest.mark.parametrize(
+    ("identifier", "said"),
+    [("mit", ""), ("other", ""), ("apache2", "did you mean `apache-2.0`?"), ("of-mars", "does not list")],
+)
+def test_an_id_that_the_hub_was_not_known_to_list_is_told_with_the_nearest_one(identifier: str, said: str) -> None:
+    found = Licence(identifier=identifier, stated_by="recipe").unlisted
+    assert found.endswith(said)
+    assert bool(found) == bool(said)
 
 
 def test_a_name_beside_a_known_licence_is_refused() -> None:
     with pytest.raises(ValidationError, match="go with `licence: other`"):
         BaseModelSection(source="./base", licence="mit", licence_name="mine")
-
-
-@given(st.text())
-def test_no_card_breaks_the_reading_of_it(text: str) -> None:
-    assert isinstance(front_matter(f"---\n{text}"), dict)
-
-
-@given(st.dictionaries(st.sampled_from(["license", "license_name", "tags"]), st.text(max_size=9), max_size=3))
-def test_front_matter_reads_back_as_it_was_written(front: dict[str, str]) -> None:
-    assert front_matter(f"---\n{yaml.safe_dump(front)}---\nbody\n---\n") == front

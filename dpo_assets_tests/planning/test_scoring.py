@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from dpo_assets.assets.step import _given_up
+from dpo_assets.assets.out_of_memory import given_up
 from dpo_assets.checks.bands import default_bands
 from dpo_assets.checks.config import schedule_and_precision
 from dpo_assets.checks.configuration import Configuration
@@ -155,7 +155,7 @@ def test_scoring_that_cannot_be_made_smaller_is_not_tried_again_and_says_why(tmp
     assert specs[0].smaller_forwards() is not None
     assert least.with_half_budget() is not None
     assert specs[1].smaller_forwards() is None
-    said = _given_up("evaluate", specs[1], OutOfMemory("no memory"))
+    said = given_up("evaluate", specs[1], OutOfMemory("no memory"))
     assert f"in forwards of {made.longest_pair} tokens; the longest pair alone takes that many" in said
     assert "answers take forwards of 8 prompts that no retry makes smaller" in said
     assert "set evaluation.generations below 8" in said

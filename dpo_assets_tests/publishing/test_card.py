@@ -17,7 +17,8 @@ import yaml
 from huggingface_hub import ModelCard
 from pydantic import BaseModel
 
-from dpo_assets.planning.licence import Licence, front_matter
+from dpo_assets.planning.licence import Licence
+from dpo_assets.planning.model_card import front_matter
 from dpo_assets.publishing.card import CardFacts, Standing, card_settings, render_card
 from dpo_assets.publishing.loading import gguf_upload_line, llama_server_line, load_snippet, ollama_line, serve_line
 from dpo_assets.publishing.trace import Withdrawn
@@ -37,6 +38,7 @@ def facts(**changes: Any) -> CardFacts:
     values: dict[str, Any] = {
         "title": "bot-dpo",
         "repo_id": "org/bot-dpo",
+        "hub": "https://hub.example",
         "base_source": "org/base",
         "base_revision": SHA,
         "licence": APACHE,
@@ -229,7 +231,7 @@ def test_a_licence_that_yaml_would_read_as_something_else_stays_text() -> None:
     [
         ("LICENSE", "org/base", "LICENSE"),
         ("https://example.org/terms", "org/base", "https://example.org/terms"),
-        ("docs/TERMS", "org/base", f"https://huggingface.co/org/base/blob/{SHA}/docs/TERMS"),
+        ("docs/TERMS", "org/base", f"https://hub.example/org/base/blob/{SHA}/docs/TERMS"),
         ("docs/TERMS", "base", None),
         (None, "org/base", None),
     ],

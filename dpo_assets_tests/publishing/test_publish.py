@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from dpo_assets.artifact import seal
 from dpo_assets.assets.published_model import verify
 from dpo_assets.errors import ConfigError, GateError, InfrastructureError
+from dpo_assets.planning.licence import Licence
 from dpo_assets.publishing.access import check_access
 from dpo_assets.publishing.card import render_card
 from dpo_assets.publishing.commit import CHAMPION, Release, content_tag, preview, publish, staged_files
@@ -712,7 +713,8 @@ def test_a_tag_that_somebody_sets_in_between_is_noticed(hub: HubServer, api: HfA
 
 def access(api: HfApi, **options: Any) -> str:
     repository = HubRepository(api, REPO, "HF_TOKEN", PATIENCE)
-    return check_access(repository, **{"private": True, "adopt": None, **options})
+    licence = Licence(identifier="mit", stated_by="recipe")
+    return check_access(repository, **{"private": True, "adopt": None, "licence": licence, **options})
 
 
 def test_a_token_that_may_write_is_told_before_training_and_nothing_is_written(hub: HubServer, api: HfApi) -> None:
@@ -758,6 +760,14 @@ def another_organisation(hub: HubServer) -> str:
 def test_what_would_refuse_a_release_is_told_before_training(hub: HubServer, api: HfApi, fault: Any) -> None:
     with pytest.raises(PublishRefused, match=fault(hub)):
         access(api)
+    assert hub.changes == []
+
+
+def test_a_licence_that_the_hub_does_not_list_is_refused_before_training(hub: HubServer, api: HfApi) -> None:
+    said = r'"license" must be one of .*The licence `apache2` is stated by the recipe: name one .* base_model.licence'
+    with pytest.raises(PublishRefused, match=said):
+        access(api, licence=Licence(identifier="apache2", stated_by="recipe"))
+    assert access(api, licence=Licence(identifier="openmdw-2.0", stated_by="model card")), "newer than our own list"
     assert hub.changes == []
 
 

@@ -466,6 +466,8 @@ def test_trls_own_trainer_is_watched_too(
     held = measure(watched, guard_spec, of_two, []).held_out
     assert isinstance(held, HeldOutPairs)
     assert (held.pairs, held.accuracy.clusters) == (10, 2)
+    assert list(held.margins) == list(rows["pair_id"])
+    assert held.margin_nats == pytest.approx(sum(held.margins.values()) / 10)
     assert all(".default." in name for name in watched.start.factors)
 
 

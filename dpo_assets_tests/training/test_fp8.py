@@ -19,7 +19,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from dpo_assets.training.batches.data import dpo_group, load_split
 from dpo_assets.training.batches.packing import Group, pack
 from dpo_assets.training.engines.fused.decoder import attach_fused
-from dpo_assets.training.engines.fused.weights import RowScaled, quantised_weight
+from dpo_assets.training.engines.fused.quantised import RowScaled, quantised_weight
 from dpo_assets.training.models.fp8 import LARGEST, Fp8Linear, quantise_layers, quantise_rows
 from dpo_assets.training.models.loading import attach_adapter, load_base
 from dpo_assets.training.scoring.logprobs import score_groups, score_tokens, sequence_logps

@@ -120,6 +120,48 @@ def test_new_weights_are_seen(change: str, two: tuple[PeftModel, PeftModel], few
     assert assert_same_scores(two, few) != pytest.approx(before, abs=0.1)
 
 
+@pytest.mark.parametrize("between", ["another adapter", "no adapter", "a step"])
+def test_a_backward_pass_refuses_matrices_that_hold_another_adapter(
+    between: str, two: tuple[PeftModel, PeftModel], few: list[Group]
+) -> None:
+    """They were renewed by the forward in between, and gave the first one's gradients by the second one's factors."""
+    model = two[0]
+    model.add_adapter("ref", model.peft_config["default"])
+    trained = [p for name, p in model.named_parameters() if ".default." in name]
+    first = score_tokens(model, pack(few[:1])).logps.sum()
+    if between == "another adapter":
+        model.set_adapter("ref")
+        scores(model, few)
+        model.set_adapter("default")
+    elif between == "no adapter":
+        with model.disable_adapter():
+            scores(model, few)
+    else:
+        with torch.no_grad():
+            trained[0].add_(1.0)
+        scores(model, few)
+    with pytest.raises(RuntimeError, match="fused layers hold one adapter at a time"):
+        first.backward()
+    assert all(p.grad is None for p in trained)
+    # Whoever asks again for the first one's forward goes on.
+    score_tokens(model, pack(few[:1])).logps.sum().backward()
+    assert all(p.grad is not None for p in trained)
+
+
+def test_forwards_of_one_adapter_may_be_differentiated_in_any_order(
+    two: tuple[PeftModel, PeftModel], few: list[Group]
+) -> None:
+    """Scoring in between reads the adapter again, and finds the same one."""
+    gradients = []
+    for model in two:
+        first, second = (score_tokens(model, pack(part)).logps.sum() for part in (few[:1], few[1:2]))
+        scores(model, few)
+        second.backward()
+        first.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-3)
+
+
 def test_packing_is_checked_on_fused_layers(two: tuple[PeftModel, PeftModel], few: list[Group]) -> None:
     """The probe compares with the model's own forward, whose weights are views of the fused matrices by then."""
     assert_exact(two[0], few[0])

@@ -17,7 +17,7 @@ from dpo_assets.training.batches.batch import PackedBatch
 from dpo_assets.training.batches.packing import Group, pack
 from dpo_assets.training.engines.fused import ops
 from dpo_assets.training.engines.fused.ops import Activation, Angles, HeadTransform, backend, heads
-from dpo_assets.training.engines.fused.weights import Nf4, RowScaled
+from dpo_assets.training.engines.fused.quantised import Nf4, RowScaled
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

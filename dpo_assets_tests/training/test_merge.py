@@ -551,6 +551,25 @@ def test_a_head_that_shares_the_changed_embeddings_does_not_pass_as_the_same_pol
     assert report["max_difference_per_token"] < 1e-4
 
 
+def test_what_peft_writes_in_a_layout_of_its_own_is_read_by_4_as_well(
+    run_stage: Any, model_folder: Path, tmp_path: Path
+) -> None:
+    """A head of its own where the base shares one. Transformers 5 alone reads the rotary base where it writes it."""
+    base = tmp_path / "base"
+    shutil.copytree(model_folder, base)
+    values = json.loads((base / "config.json").read_text())
+    values.pop("rope_parameters", None)
+    (base / "config.json").write_text(json.dumps(values | {"rope_theta": 50_000.0}))
+    own_head = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    adapter = make_adapter(base, tmp_path / "adapter", own_head)
+    model, report, log = run_stage(base, adapter)
+    assert any("as PEFT and Transformers write it" in said for said in log.messages)
+    written = json.loads((model / "config.json").read_text())
+    assert (written["rope_theta"], written["tie_word_embeddings"]) == (50_000.0, False)
+    assert "_name_or_path" not in written
+    assert report["max_difference_per_token"] < 1e-4
+
+
 def test_peft_weights_that_are_not_finite_fail_the_check(run_stage: Any, model_folder: Path, tmp_path: Path) -> None:
     adapter = make_adapter(model_folder, tmp_path / "adapter", OTHER_KINDS["modules_to_save"]())
     tensors = weights(adapter)

@@ -156,12 +156,7 @@ class Candidate:
         fresh = ledger.fresh(self.held_out)
         new = self.pairs.of(fresh)
         if self.opponent is None:
-            return Evidence(
-                {REWARD: new.against_chance()},
-                against_start={LOGP: new.against_start()},
-                failures=failures,
-                fewest=self.fewest,
-            )
+            return Evidence({REWARD: new.against_chance()}, {LOGP: new.against_start()}, failures, self.fewest)
         known = self.pairs.of(self.held_out - fresh)
         return Evidence(new.against_champion(), known.against_champion(), failures, self.fewest)
 

@@ -10,7 +10,7 @@ from dpo_assets.checks.evidence.ledger import Ledger
 from dpo_assets.checks.evidence.measured import Comparison
 from dpo_assets.checks.evidence.power import EFFECT, FEWEST_PROMPTS, POWER, Reach, can_decide, reach_of_comparison
 from dpo_assets.checks.evidence.rules import TOLERANCE
-from dpo_assets.checks.evidence.spending import ALPHA, Budget
+from dpo_assets.checks.evidence.spending import ALPHA, HIGHEST, Budget
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Outlook:
     """Where a pipeline stands before its next test.
 
     `fresh` is the number of held-out prompts that no decision saw, `fewest` how many a test needs, `reach` what the
-    pairs of a comparison can show at the level of the test; None before anything was scored. `guard` is what the pairs
-    of the frozen set can rule out; None where nothing is live, or the set is empty.
+    pairs of a comparison can show at the level of the test; None before anything was scored. `guard` is a
+    comparison on the prompts that were known before; None where nothing is live, or there are none.
     """
 
     budget: Budget
@@ -67,12 +67,12 @@ class Outlook:
                 (f"would show {100 * EFFECT:.0f} points", shown),
             ]
         if self.guard is not None:
-            rows.append((f"frozen pairs, to rule out a loss of {100 * TOLERANCE:g} points", self._guarded(self.guard)))
+            rows.append((f"loss on known prompts, found with {POWER:.0%} power", self._guarded(self.guard)))
         return rows
 
     def _guarded(self, guard: Comparison) -> str:
-        """How many pairs bound a loss at the tolerance, were there none: the interval's own lower half."""
-        half = guard.difference - guard.low
-        if not half > 0:
-            return f"{guard.n}; they do not tell how many are needed"
-        return f"{guard.n} of about {math.ceil(guard.n * (half / TOLERANCE) ** 2)}, in {guard.clusters} prompts"
+        told = f"{guard.n} pairs in {guard.clusters} prompts"
+        least = reach_of_comparison(guard, HIGHEST).detectable
+        if not math.isfinite(least):
+            return f"not known: on {told} the two never differ"
+        return f"{100 * least:.1f} points, on {told}; {100 * TOLERANCE:g} points as measured hold a release too"

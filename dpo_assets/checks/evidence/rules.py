@@ -10,7 +10,7 @@ from dpo_assets.checks.evidence.measured import Comparison
 from dpo_assets.checks.evidence.power import FEWEST_PROMPTS, can_decide
 from dpo_assets.checks.statistics import holm
 
-TOLERANCE = 0.05  # Accuracy that a guard may lose: five points, what about 600 to 900 pairs can rule out.
+TOLERANCE = 0.05  # Accuracy that a guard may be seen to lose.
 
 
 @dataclass(frozen=True)
@@ -20,18 +20,16 @@ class Evidence:
     Args:
         primaries: challenger against champion on fresh prompts (`Ledger.fresh`), by name. Promoted is what is better on
             one of them after Holm, and worse on none.
-        guards: the same on the frozen set, by name: no loss beyond `TOLERANCE`.
+        guards: what must not have got worse, by name: the same comparisons on the frozen set; where nothing is live,
+            challenger against its own start on the fresh prompts.
         failures: hard guards that failed, by name, with their reasons (weights not finite, secret found, no licence).
         fewest: prompts that each primary needs; never less than `FEWEST_PROMPTS`.
-        against_start: challenger against its own start on the fresh prompts, by name, where nothing is live yet and no
-            frozen set is there that could rule a loss out: none measured above `TOLERANCE`, and none beyond chance.
     """
 
     primaries: Mapping[str, Comparison]
     guards: Mapping[str, Comparison] = field(default_factory=dict)
     failures: Mapping[str, str] = field(default_factory=dict)
     fewest: int = FEWEST_PROMPTS
-    against_start: Mapping[str, Comparison] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,8 +54,8 @@ def judge(evidence: Evidence, ledger: Ledger, override: Override | None = None) 
     1. A hard guard failed: `reject`. No override lifts it.
     2. Fewer fresh prompts than the floor: `insufficient_evidence`. Nothing is looked at, so nothing is spent.
     3. A primary is worse beyond chance: `reject`.
-    4. A guard on the frozen set may have lost more than the tolerance, or has too few prompts to tell; or, without a
-       champion, the challenger lost against its own start: `hold`.
+    4. A guard lost beyond chance, or more than the tolerance as measured: `hold`. That no such loss can be ruled out is
+       no reason to hold: it takes some hundred pairs more than the primaries need, and these carry the error.
     5. A primary is better at the level of this test, after Holm: `promote`, or `first_publication` without a champion.
     6. Else `hold`: what is live stays.
 
@@ -79,17 +77,14 @@ def _by_evidence(evidence: Evidence, level: float, *, first: bool) -> Outcome:
         return Outcome("insufficient_evidence", told, level)
     adjusted = holm({name: one.p_better for name, one in evidence.primaries.items()})
     worse = [name for name, one in evidence.primaries.items() if one.high < 0]
-    lost = [name for name, one in evidence.guards.items() if one.clusters < floor or not one.low > -TOLERANCE]
+    lost = [name for name, one in evidence.guards.items() if not (one.difference >= -TOLERANCE and one.high >= 0)]
     best = min(adjusted, key=lambda name: adjusted[name])
     shown = f"{best} {evidence.primaries[best]}, adjusted p {adjusted[best]:.2g}, level {level:.2g}"
     if worse:
         return Outcome("reject", f"worse beyond chance: {_shown(evidence.primaries, worse)}", level, adjusted)
     if lost:
-        told = _shown(evidence.guards, lost)
-        return Outcome("hold", f"may have lost more than {TOLERANCE:g} on the frozen set: {told}", level, adjusted)
-    behind = [n for n, one in evidence.against_start.items() if not (one.difference >= -TOLERANCE and one.high >= 0)]
-    if behind:
-        return Outcome("hold", f"worse than its start: {_shown(evidence.against_start, behind)}", level, adjusted)
+        than = "its start" if first else "the champion on known prompts"
+        return Outcome("hold", f"worse than {than}: {_shown(evidence.guards, lost)}", level, adjusted)
     if adjusted[best] <= level:
         return Outcome("first_publication" if first else "promote", f"better: {shown}", level, adjusted, found=True)
     return Outcome("hold", f"this may be chance: {shown}", level, adjusted)

@@ -15,22 +15,19 @@ import hashlib
 import json
 import math
 import os
-import sqlite3
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Protocol
-from urllib.parse import parse_qsl, unquote, urlsplit
+from typing import Any
 from uuid import UUID
 
-from dpo_assets.errors import ConfigError, InfrastructureError
-from dpo_assets.recipe import SqlSource, is_url
-from dpo_assets.secret_shapes import MASK, without_url_secrets
+from dpo_assets.errors import ConfigError
+from dpo_assets.feedback.sources.databases import Database, described, open_database
+from dpo_assets.recipe import SqlSource
 
-_FETCH = 1_000
 _ALIAS = "dpo_assets_feedback"
 
 
@@ -47,16 +44,6 @@ class Extract:
     sha256: str = ""
 
 
-class _Database(Protocol):
-    """An open connection that only reads. `mark` is its parameter sign."""
-
-    mark: str
-
-    def rows(self, statement: str, parameters: Sequence[Any]) -> Iterator[Mapping[str, Any]]: ...
-
-    def close(self) -> None: ...
-
-
 def extracts(source: SqlSource, landing: Path) -> list[Extract]:
     """All files of a source's rows, the one of rows that are new included.
 
@@ -70,7 +57,7 @@ def extracts(source: SqlSource, landing: Path) -> list[Extract]:
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
         known = _known(folder)
-        with closing(_open(source)) as database:
+        with closing(open_database(source)) as database:
             new = _extract(source, database, folder, known)
         if source.watermark is None:
             # The whole table each time: the newest extract is the table, earlier ones are what it was.
@@ -82,7 +69,7 @@ def extracts(source: SqlSource, landing: Path) -> list[Extract]:
 def glance(source: SqlSource) -> list[str]:
     """The highest watermark and the number of rows, or of rows alone: enough to see that something changed."""
     highest = f"MAX({_quoted(source.watermark)})" if source.watermark else "NULL"
-    with closing(_open(source)) as database:
+    with closing(open_database(source)) as database:
         [row] = database.rows(f"SELECT COUNT(*) AS n, {highest} AS highest FROM {_relation(source)}", [])
     return [str(row["n"]), str(row["highest"])]
 
@@ -130,7 +117,7 @@ def _known(folder: Path) -> list[dict[str, Any]]:
 
 
 def _extract(
-    source: SqlSource, database: _Database, folder: Path, known: Sequence[Mapping[str, Any]]
+    source: SqlSource, database: Database, folder: Path, known: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any] | None:
     """Writes what is new as one more extract; None when nothing is."""
     import polars as pl
@@ -224,16 +211,12 @@ def _statement(source: SqlSource, mark: str, last: Mapping[str, Any] | None) -> 
 def _check(source: SqlSource, row: Mapping[str, Any]) -> None:
     for name in filter(None, (source.id, source.watermark)):
         if name not in row:
-            raise ConfigError(f"{_what(source)} has no column `{name}`; it has: {', '.join(row)}")
+            raise ConfigError(f"{described(source)} has no column `{name}`; it has: {', '.join(row)}")
         if row[name] is None:
             raise ConfigError(
-                f"{_what(source)} has rows without `{name}`, which could not be told from rows read before; leave them "
-                "out, or give them a value, in a `query` (COALESCE)."
+                f"{described(source)} has rows without `{name}`, which could not be told from rows read before; leave "
+                "them out, or give them a value, in a `query` (COALESCE)."
             )
-
-
-def _what(source: SqlSource) -> str:
-    return f"the table `{source.table}`" if source.table else "the query"
 
 
 # What a watermark can be, written down so that it comes back as what it was.
@@ -297,108 +280,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, UUID) else repr(value)
-
-
-def _open(source: SqlSource) -> _Database:
-    if source.database is not None:
-        return _Sqlite(source, Path(source.database))
-    assert source.url_env is not None
-    url = os.environ.get(source.url_env)
-    if not url:
-        raise ConfigError(f"the environment variable `{source.url_env}` is not set; it holds the database's URL.")
-    protocol = url.split("://", 1)[0].lower() if is_url(url) else ""
-    if protocol == "sqlite":
-        return _Sqlite(source, Path(unquote(urlsplit(url).path.removeprefix("/"))))
-    if protocol in ("postgresql", "postgres"):
-        return _Postgres(source, url)
-    # What is no URL is not repeated: it may be a password, or hold one (`host=... password=...`).
-    said = f"a URL of {protocol!r}" if protocol else "no URL"
-    raise ConfigError(f"`{source.url_env}` holds {said}; known are postgresql:// and sqlite:///.")
-
-
-class _Sqlite:
-    mark = "?"
-
-    def __init__(self, source: SqlSource, path: Path) -> None:
-        if not path.is_file():
-            raise ConfigError(f"there is no SQLite file {path}")
-        self._source = source
-        with self._told_apart():
-            self._connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
-            self._connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")
-
-    def rows(self, statement: str, parameters: Sequence[Any]) -> Iterator[Mapping[str, Any]]:
-        with self._told_apart():
-            cursor = self._connection.execute(statement, parameters)
-            names = [column[0] for column in cursor.description]
-            while many := cursor.fetchmany(_FETCH):
-                for row in many:
-                    yield dict(zip(names, row, strict=True))
-
-    @contextmanager
-    def _told_apart(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            if any(word in str(error) for word in ("locked", "busy", "disk I/O")):
-                raise InfrastructureError(f"{_what(self._source)} cannot be read now: {error}") from None
-            raise ConfigError(f"{_what(self._source)} cannot be read: {error}") from None
-
-    def close(self) -> None:
-        self._connection.close()
-
-
-def _secrets_of(url: str) -> list[str]:
-    """What a message may not repeat of a database's URL: itself, its password, and the parameters it ends with.
-
-    Raises:
-        ValueError: it is no URL.
-    """
-    parts = urlsplit(url)
-    values = [value for _, value in parse_qsl(parts.query) if len(value) > 5]  # A short one stands in other words.
-    return [one for one in (url, parts.password, unquote(parts.password or ""), *values) if one]
-
-
-class _Postgres:
-    mark = "%s"
-
-    def __init__(self, source: SqlSource, url: str) -> None:
-        try:
-            import psycopg
-        except ImportError:
-            raise ConfigError("PostgreSQL needs a package: pip install 'dpo-assets[postgres]'") from None
-        self._source, self._psycopg = source, psycopg
-        try:
-            self._secrets = _secrets_of(url)
-            # One snapshot of the table for the whole extract, and no way to change anything.
-            self._connection = psycopg.connect(url, connect_timeout=15)
-            self._connection.read_only = True
-            self._connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
-        except (psycopg.ProgrammingError, ValueError):  # Of the URL itself, which the message repeats in parts.
-            raise ConfigError(f"the URL in `{source.url_env}` cannot be understood by psycopg.") from None
-        except psycopg.Error as error:
-            raise self._failed(error) from None
-
-    def _failed(self, error: Exception) -> InfrastructureError:
-        """Without the URL or its password, which the message of a driver may repeat."""
-        text = " ".join(str(error).split())
-        for secret in self._secrets:
-            text = text.replace(secret, MASK)
-        said = without_url_secrets(text)[:300]
-        return InfrastructureError(f"the database of `{self._source.url_env}` does not answer: {said}")
-
-    def rows(self, statement: str, parameters: Sequence[Any]) -> Iterator[Mapping[str, Any]]:
-        psycopg = self._psycopg
-        try:
-            # With a name the cursor stays on the server, and rows come in portions.
-            with self._connection.cursor(name=_ALIAS, row_factory=psycopg.rows.dict_row) as cursor:
-                cursor.itersize = _FETCH
-                cursor.execute(statement, parameters or None)
-                yield from cursor
-        except (psycopg.ProgrammingError, psycopg.DataError) as error:
-            raise ConfigError(f"{_what(self._source)} cannot be read: {str(error).splitlines()[0]}") from None
-        except psycopg.Error as error:
-            raise self._failed(error) from None
-
-    def close(self) -> None:
-        self._connection.close()

@@ -41,7 +41,8 @@ def measure(watched: Watched, guard: GuardSpec, held_out: Any, tasks: Sequence[t
     """What an adapter did, for the report of stage `dpo`.
 
     Args:
-        held_out: rows of the held-out split with their token ids, prompts and `prompt_id`, or None where there is none.
+        held_out: rows of the held-out split with their token ids, prompts, `prompt_id` and `pair_id`, or None where
+            there is none.
         tasks: the user's capability probe with the token ids of its prompts; without one token accuracy is compared.
     """
     plan = watched.plan
@@ -53,7 +54,8 @@ def measure(watched: Watched, guard: GuardSpec, held_out: Any, tasks: Sequence[t
         pairs = NotMeasured(not_measured=watched.why_no_scores)
     elif guard.held_out_pairs:
         few = held_out.select(range(min(guard.held_out_pairs, len(held_out))))
-        pairs, matches = _pairs(watched, [dpo_group(row, plan.max_length) for row in few], few["prompt_id"])
+        groups = [dpo_group(row, plan.max_length) for row in few]
+        pairs, matches = _pairs(watched, groups, few["prompt_id"], few["pair_id"])
     return Aftermath(
         held_out=pairs,
         answers=_answers(watched, guard, held_out),
@@ -63,11 +65,11 @@ def measure(watched: Watched, guard: GuardSpec, held_out: Any, tasks: Sequence[t
 
 
 def _pairs(
-    watched: Watched, groups: list[Any], prompts: Sequence[str]
+    watched: Watched, groups: list[Any], prompts: Sequence[str], ids: Sequence[str]
 ) -> tuple[HeldOutPairs, list[tuple[float, float]]]:
     """Numbers of held-out pairs, and the token accuracy of each chosen answer by (reference, policy).
 
-    `prompts` names the prompt of each pair.
+    `prompts` names the prompt of each pair, and `ids` the pair.
     """
     lengths = [len(c) for g in groups for c in g.completions]
     policy, hits = watched.scores(groups)
@@ -78,6 +80,7 @@ def _pairs(
         pairs=len(groups),
         accuracy=tie_aware_accuracy(margins, prompts),
         margin_nats=fmean(margins),
+        margins=dict(zip(ids, margins, strict=True)),
         nll_ratio=sum(policy[::2]) / sum(reference[::2]),
         chosen_nats_per_token=sum(shifts[::2]) / sum(lengths[::2]),
         rejected_nats_per_token=sum(shifts[1::2]) / sum(lengths[1::2]),

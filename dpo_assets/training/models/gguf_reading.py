@@ -118,9 +118,9 @@ class GgufFile:
         said = []
         wrong = [
             number
-            for number in range(len(tokenizer))
-            if number >= len(tokens)
-            or tokens[number] not in (tokenizer.convert_ids_to_tokens(number), tokenizer.decode([number]))
+            for number, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))))
+            # The converter writes an added token as the tokenizer prints it.
+            if number >= len(tokens) or (tokens[number] != token and tokens[number] != tokenizer.decode([number]))
         ]
         if wrong:
             said.append(f"{len(wrong)} tokens are others, the first of them {wrong[0]}")

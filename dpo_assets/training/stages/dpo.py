@@ -163,7 +163,7 @@ def packed_trainer(start: Start, tokenizer: Any, spec: TrainSpec, reporter: Repo
 
 
 def held_out_rows(spec: TrainSpec) -> Any:
-    """The held-out split with its token ids, prompts and their ids, or None where the dataset has none."""
+    """The held-out split with its token ids, prompts, and ids of both, or None where the dataset has none."""
     if not (spec.dataset / "eval.parquet").is_file():
         return None
     return load_asked(spec.dataset, "eval", spec.scratch, ["prompt_id"])
@@ -180,6 +180,11 @@ def collapse_guard(watched: Watched, guard: GuardSpec, spec: TrainSpec, reporter
         held_out = held_out_rows(spec)
         theirs = [] if held_out is None else first_prompts(held_out, watched.chat, guard.probe_prompts // 2, room)
         prompts = [*first_prompts(train, watched.chat, guard.probe_prompts - len(theirs), room), *theirs]
+        if not prompts:
+            reporter.log(
+                f"dpo: no answers are sampled while it trains: no prompt leaves room for {guard.probe_tokens} tokens "
+                f"in {plan.max_length}"
+            )
     tasks = []
     if guard.tasks is not None:
         for task in read_tasks(guard.tasks):

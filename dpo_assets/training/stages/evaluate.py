@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from dpo_assets.checks.neutral import perplexities, read_texts
 from dpo_assets.checks.reports import AnswerHealth, Divergence, GreedyAnswers, NotMeasured, Perplexity
 from dpo_assets.contract import EvaluateSpec
 from dpo_assets.errors import ConfigError
+from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.batches.data import dpo_group, first_asked, load_asked
 from dpo_assets.training.evaluation.subjects import Bench, Measured, Reading, Subject, as_groups
 from dpo_assets.training.evaluation.summary import Opponent, summarise
@@ -39,40 +39,23 @@ def run(spec: EvaluateSpec, reporter: Reporter) -> None:
     plan = spec.plan.at_release()
     started = time.perf_counter()
     reporter.log(f"evaluate: the policy is the {spec.plan.scored}: {plan.scoring.reason}")
-    chat = load_chat_format(spec.base_model, spec.template)
-    rows = load_asked(spec.dataset, "eval", spec.scratch, OF_A_PAIR)
-    theirs = _read_by_the_champion(spec, reporter)
-    if theirs is not None:
-        rows = rows.select([n for n, pair in enumerate(rows["pair_id"]) if pair in theirs.groups])
-    to_group = partial(dpo_group, max_length=plan.max_length)
-    room = plan.max_length - spec.max_new_tokens
-    found = first_asked(rows, chat, max(spec.generations, spec.sampled_answers), room, by="prompt_id")
-    asked, sampled = found[: spec.generations], [ids for _, ids in found[: spec.sampled_answers]]
-    if theirs is not None:
-        asked = [
-            (row, ids) for row, ids in asked if len(theirs.prompt_ids(row)) <= theirs.longest - spec.max_new_tokens
-        ]
-    texts = read_texts(spec.corpus) if spec.corpus is not None else []
-    pairs, prompts = [to_group(row) for row in rows], [ids for _, ids in asked]
-    fits = min(plan.max_length, plan.longest_pair or plan.max_length)  # No forward was planned for more.
-    ours = Reading(chat, pairs, prompts, as_groups(texts, chat, fits), sampled)
-    of_champion = theirs.reading(rows["pair_id"], [row for row, _ in asked], texts, fits) if theirs else ours
-    subjects = _subjects(spec, ours, of_champion)
-
+    asked = _asked(spec, plan, reporter)
+    subjects = _subjects(spec, asked)
     bench = Bench(plan, spec.max_new_tokens, plan.dpo.seed, reporter, spec.score_cache)
     settled, results = bench.measure(list(subjects.values()))
     measured = dict(zip(subjects, results, strict=True))
     if spec.champion is not None and spec.champion.same_start:
         measured[START] = measured[SFT]
 
-    table = _score_table({name: rows[name] for name in ("pair_id", *OF_A_PAIR)}, subjects, measured)
+    of_a_pair = {name: asked.rows[name] for name in ("pair_id", *OF_A_PAIR)}
+    table = _score_table(of_a_pair, subjects, measured)
     table.write_parquet(spec.output_dir / "scores.parquet")
     answered = {who: measured[who].answers for who in (SFT, POLICY, CHAMPION) if who in measured}
     write_json(
         spec.output_dir / "generations.json",
         [
             {"prompt": row["prompt"], **{who: answers[n]["text"] for who, answers in answered.items()}}
-            for n, (row, _) in enumerate(asked)
+            for n, row in enumerate(asked.answered)
         ],
     )
     report = summarise(
@@ -83,7 +66,7 @@ def run(spec: EvaluateSpec, reporter: Reporter) -> None:
         generation=GreedyAnswers(
             **{who: AnswerHealth.model_validate(generation_health(said)) for who, said in answered.items()}
         ),
-        opponent=Opponent(spec.champion.name, theirs.left_out if theirs else {}) if spec.champion else None,
+        opponent=Opponent(spec.champion.name, asked.left_out) if spec.champion else None,
         kl=_kl(measured[POLICY], measured[SFT]),
         neutral=_neutral(SFT, POLICY, subjects, measured, spec.confidence),
         neutral_of_champion=_neutral(START, CHAMPION, subjects, measured, spec.confidence) if spec.champion else None,
@@ -91,6 +74,52 @@ def run(spec: EvaluateSpec, reporter: Reporter) -> None:
     report.write(spec.output_dir)
     kept = {f"{who}_pairs_from_cache": found.known for who, found in measured.items()}
     write_json(spec.output_dir / VOLATILE, {"seconds": time.perf_counter() - started, **kept})
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What all models are asked: held-out rows, those whose prompts are answered greedily, and how each side reads it.
+
+    `left_out` counts by reason the pairs that the champion cannot be asked, and that nobody is.
+    """
+
+    rows: Any
+    answered: list[dict[str, Any]]
+    ours: Reading
+    theirs: Reading
+    left_out: Mapping[str, int]
+
+
+def _asked(spec: EvaluateSpec, plan: TrainingPlan, reporter: Reporter) -> _Asked:
+    """The held-out split as challenger and champion read it.
+
+    Raises:
+        ConfigError: when the champion can be asked none of it.
+    """
+    chat = load_chat_format(spec.base_model, spec.template)
+    rows = load_asked(spec.dataset, "eval", spec.scratch, OF_A_PAIR)
+    champion = _read_by_the_champion(spec, reporter)
+    if champion is not None:
+        rows = rows.select([n for n, pair in enumerate(rows["pair_id"]) if pair in champion.groups])
+    most, room = max(spec.generations, spec.sampled_answers), plan.max_length - spec.max_new_tokens
+    found = first_asked(rows, chat, most, room, by="prompt_id")
+    answered = [
+        (row, ids)
+        for row, ids in found[: spec.generations]
+        if champion is None or champion.leaves_room(row, spec.max_new_tokens)
+    ]
+    texts = read_texts(spec.corpus) if spec.corpus is not None else []
+    fits = min(plan.max_length, plan.longest_pair or plan.max_length)  # No forward was planned for more.
+    ours = Reading(
+        chat,
+        pairs=[dpo_group(row, plan.max_length) for row in rows],
+        prompts=[ids for _, ids in answered],
+        texts=as_groups(texts, chat, fits),
+        sampled=[ids for _, ids in found[: spec.sampled_answers]],
+    )
+    prompts = [row for row, _ in answered]
+    theirs = ours if champion is None else champion.reading(rows["pair_id"], prompts, texts, fits)
+    return _Asked(rows, prompts, ours, theirs, {} if champion is None else champion.left_out)
 
 
 def _kl(policy: Measured, sft: Measured) -> Divergence | NotMeasured:
@@ -135,8 +164,9 @@ def _read_by_the_champion(spec: EvaluateSpec, reporter: Reporter) -> Reread | No
     return theirs
 
 
-def _subjects(spec: EvaluateSpec, ours: Reading, theirs: Reading) -> dict[str, Subject]:
+def _subjects(spec: EvaluateSpec, asked: _Asked) -> dict[str, Subject]:
     """The models that are compared, by the names that their columns begin with."""
+    ours, theirs = asked.ours, asked.theirs
     merged, champion = spec.plan.scoring.subject == "merged", spec.champion
 
     def start(who: str, base: Path, adapter: Path | None, reading: Reading, digests: Mapping[str, str]) -> Subject:

@@ -38,7 +38,7 @@ def run(spec: MergeSpec, reporter: Reporter) -> None:
         ConfigError: when base or adapter cannot be read.
     """
     started = time.perf_counter()
-    plan = spec.plan.at_proof()
+    plan = spec.working_plan
     folder = spec.output_dir / "model"
     folder.mkdir()
 
@@ -55,7 +55,8 @@ def run(spec: MergeSpec, reporter: Reporter) -> None:
         merge = merge_in_memory(spec, folder, reporter)
     if merge is not None:
         stream_merge(merge, folder, on_file=on_file)
-        write_config(spec.base_model, folder)
+    # Tensors in a layout of their own are read by the config that was saved with them.
+    write_config(folder if merge is None else spec.base_model, folder)
     write_companions(spec.base_model, folder, spec.template)
     if merge is not None:
         carried = compared(spec.base_model, folder, frozenset(merge.updates))

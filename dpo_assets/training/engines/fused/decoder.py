@@ -84,6 +84,7 @@ class FusedDecoder(PlainEngine):
         self._ropes = {a.rope for a in attentions if a.rope is not None}
         self._growths = {a.query_growth for a in attentions if a.query_growth is not None}
         self._seen: tuple[Any, ...] = ()
+        self._folded: tuple[Any, ...] = ()  # The adapter whose factors stand in the matrices.
         device = decoder.embed_tokens.weight.device
         self._pads = pads_attention(lm.config.get_text_config(), description, device, dtype)
 
@@ -117,7 +118,20 @@ class FusedDecoder(PlainEngine):
                     where.zero_()
             else:
                 each.copy(into, source if scale == 1.0 else each.times(source, scale))
-        self._seen = now
+        self._seen = self._folded = now
+
+    def refuse_another_adapter(self, folded: tuple[Any, ...]) -> None:
+        """At the start of a backward pass: the matrices must hold what its forward multiplied by.
+
+        Raises:
+            RuntimeError: another adapter, none, or a later state of this one was folded in since.
+        """
+        if folded != self._folded:
+            raise RuntimeError(
+                "fused layers hold one adapter at a time, and since the forward of this backward pass they computed "
+                "another one, none, or this one after a step: the gradients would be wrong. Go backward before the "
+                "next forward, or set hardware.kernels to `transformers`."
+            )
 
     def stream(self, batch: PackedBatch) -> Stream:
         """The batch with the tables of its positions."""
@@ -148,8 +162,18 @@ class FusedDecoder(PlainEngine):
             x.requires_grad_(any(layer.trains for layer in self.layers))
             for layer in self.layers:
                 x = layer(x, stream)
-            hidden: Tensor = _LastNorm.apply(x.index_select(0, batch.scored.predict), self._norm)
+            hidden: Tensor = _LastNorm.apply(x.index_select(0, batch.scored.predict), self)
             return hidden
+
+    @property
+    def last_norm(self) -> Norm:
+        """Behind the highest layer."""
+        return self._norm
+
+    @property
+    def folded(self) -> tuple[Any, ...]:
+        """What tells the adapter, and the state of it, that stands in the matrices."""
+        return self._folded
 
     def _embedded(self, ids: Tensor) -> Tensor:
         weight = self._embedding.weight.detach()
@@ -165,18 +189,21 @@ def _growth(growth: QueryGrowth, positions: Tensor) -> Tensor:
 
 
 class _LastNorm(torch.autograd.Function):
+    """The first of a decoder's nodes in a backward pass, so the one that can refuse it before a gradient is written."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: Norm) -> Tensor:
-        out = torch.empty_like(x)
-        ctx.norm = norm
+    def forward(ctx: Any, x: Tensor, decoder: FusedDecoder) -> Tensor:
+        out, norm = torch.empty_like(x), decoder.last_norm
+        ctx.decoder, ctx.folded = decoder, decoder.folded
         ctx.save_for_backward(x, ops.rms_norm(x, norm.weight, norm.eps, out))
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        ctx.decoder.refuse_another_adapter(ctx.folded)
         x, rstd = ctx.saved_tensors
         out = torch.empty_like(x)
-        ctx.norm.backward(grads[0].contiguous(), x, rstd, None, out)
+        ctx.decoder.last_norm.backward(grads[0].contiguous(), x, rstd, None, out)
         return out, None
 
 
