@@ -218,8 +218,9 @@ def scored_pairs(
     first: int = 0,
     of_start: float = 0.5,
     seed: int = 1,
+    turns: int = 1,
 ) -> pl.DataFrame:
-    """A table of scored pairs, one a prompt: a policy that ranks `right` of them well, by implicit reward and by
+    """A table of scored pairs, one a prompt, `turns` prompts a conversation: a policy that ranks `right` of them well, by implicit reward and by
     log-probability, and a champion that does so for `champion`; both have a start that ranks `of_start` well."""
     rng = np.random.default_rng(seed)
     count = np.arange(prompts)
@@ -235,6 +236,7 @@ def scored_pairs(
     columns = {
         "pair_id": [f"pair {first + n}" for n in range(prompts)],
         "prompt_id": [f"prompt {first + n}" for n in range(prompts)],
+        "group_id": [f"conversation {first + n // turns}" for n in range(prompts)],
         "source": ["s"] * prompts,
         "margin": [None] * prompts,
         **both("sft", -20.0 + start),

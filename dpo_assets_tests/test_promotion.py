@@ -79,7 +79,7 @@ def test_a_first_release_is_a_decision_a_commit_a_tag_and_a_line(shelf: Shelf, h
     assert (decided.kind, released.kind, ledger.champion) == ("decision", "release", name)
     assert ledger.live is not None
     assert repo.tags[CHAMPION] == ledger.live.commit == repo.resolve().oid
-    assert set(ledger.live.known) == {f"prompt {n}" for n in range(60)}
+    assert set(ledger.live.known) == {f"conversation {n}" for n in range(60)}
     hub.requests.clear()
     again = release(shelf, sending(hub))
     assert again.success

@@ -18,6 +18,7 @@ from dpo_assets.assets.sft_checkpoint import start_adapter
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.evaluation import champion_scored, divergence_in_training, released_kl
 from dpo_assets.checks.evidence.candidate import ScoredPairs
+from dpo_assets.checks.evidence.clusters import COUNTED_BY
 from dpo_assets.checks.neutral import NEUTRAL, neutral_perplexity, read_texts
 from dpo_assets.checks.promotion import Learned, Margins, evaluation_verdicts
 from dpo_assets.checks.reports import DpoReport, EvaluationReport, HeldOutPairs
@@ -48,7 +49,7 @@ def materialise(step: Step) -> Events:
     kl = None if merged and plan.precision in QUANTISED else divergence_in_training(adapter)
     sampled = 0 if kl else evaluation.sampled_answers
     settings = evaluation.model_dump(include={"confidence", "generations", "max_new_tokens"})
-    config: dict[str, object] = {"evaluation": settings, "sampled_answers": sampled}
+    config: dict[str, object] = {"evaluation": settings, "sampled_answers": sampled, "counted_by": COUNTED_BY}
     config["corpus"] = file_sha256(corpus) if corpus.is_file() else ""
     if champion is not None:
         config["champion"] = _digests(champion)

@@ -108,8 +108,8 @@ def test_a_champion_that_scores_no_numbers_is_no_fault_of_the_challenger(tmp_pat
 
 
 def test_scores_of_an_earlier_version_are_told_as_such(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="without prompt_id; materialise `eval_scores` again"):
-        candidate(tmp_path, scored_pairs(0.9).drop("prompt_id"))
+    with pytest.raises(ConfigError, match="without group_id; materialise `eval_scores` again"):
+        candidate(tmp_path, scored_pairs(0.9).drop("group_id"))
     with pytest.raises(ConfigError, match="holds champion_chosen, champion_rejected, champion_start_chosen alone"):
         candidate(tmp_path, scored_pairs(0.9, champion=0.5).drop("champion_start_rejected"))
 
@@ -141,7 +141,7 @@ def test_a_challenger_that_is_better_and_lost_nothing_is_promoted(tmp_path: Path
     ledger, line = decided(champion, one)
     assert (line.decision, line.found) == ("promote", True)
     assert set(line.primaries) == {REWARD, LOGP}
-    assert line.saw == tuple(sorted(f"prompt {n}" for n in range(60, 360)))
+    assert line.saw == tuple(sorted(f"conversation {n}" for n in range(60, 360)))
     assert live(ledger, line, one.held_out).champion == "m2"
 
 
@@ -164,6 +164,30 @@ def test_scores_beside_another_champion_decide_nothing(tmp_path: Path, champion:
     alone = candidate(tmp_path, scored_pairs(0.9), "m2")
     with pytest.raises(ConfigError, match="against nothing, and the champion is m1"):
         decided(champion, alone)
+
+
+def test_turns_of_one_conversation_are_one_piece_of_evidence(tmp_path: Path) -> None:
+    """36 of 60 conversations were ranked well, each in all of its ten turns. As 600 prompts that was a release."""
+    alone = scored_pairs(0.6)
+    prompts = [pl.lit(f"turn {turn} of ") + pl.col("prompt_id") for turn in range(10)]
+    turns = pl.concat([alone.with_columns(prompt_id=prompt) for prompt in prompts])
+    assert turns["prompt_id"].n_unique() == 600
+    one = candidate(tmp_path, turns)
+    line = decided(Ledger(), one)[1]
+    assert (line.decision, len(line.saw), line.primaries[REWARD].pairs) == ("hold", 60, 600)
+    assert {found.clusters for found in one.evidence(Ledger()).guards.values()} == {60}
+    as_prompts = turns.with_columns(group_id="prompt_id")
+    assert decided(Ledger(), candidate(tmp_path, as_prompts))[1].decision == "first_publication"
+    few = scored_pairs(0.9, prompts=490, turns=10)
+    assert decided(Ledger(), candidate(tmp_path, few))[1].decision == "insufficient_evidence"
+
+
+def test_a_new_turn_of_a_known_conversation_is_not_fresh(tmp_path: Path, champion: Ledger) -> None:
+    later = scored_pairs(0.9, champion=0.6).with_columns(prompt_id=pl.lit("later turn of ") + pl.col("prompt_id"))
+    one = candidate(tmp_path, pl.concat([scored_pairs(0.6, champion=0.6), later]), "m2", "m1")
+    assert champion.fresh(one.held_out) == frozenset()
+    assert [found.n for found in one.evidence(champion).guards.values()] == [120, 120]
+    assert decided(champion, one)[1].decision == "insufficient_evidence"
 
 
 # -------------------------------------------------------------------------------------------------- again, and by hand

@@ -51,8 +51,8 @@ def test_scores_that_are_none_have_no_place_in_a_plot(tmp_path: Path, bad: float
     whole = read(tmp_path)
     some = {name: [bad, *values[1:]] for name, values in whole.columns.items() if name.startswith("policy")}
     none = {name: [bad] * len(values) for name, values in whole.columns.items() if name.startswith("policy")}
-    assert list(score_plots(ScoredPairs(whole.prompts, {**whole.columns, **some}))) == TITLES
-    assert list(score_plots(ScoredPairs(whole.prompts, {**whole.columns, **none}))) == ["margins"]
+    assert list(score_plots(ScoredPairs(whole.conversations, {**whole.columns, **some}))) == TITLES
+    assert list(score_plots(ScoredPairs(whole.conversations, {**whole.columns, **none}))) == ["margins"]
 
 
 def test_a_scatter_has_a_bounded_number_of_points_from_all_over() -> None:

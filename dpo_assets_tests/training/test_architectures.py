@@ -358,6 +358,7 @@ def pairs_of(*groups: Group) -> pl.DataFrame:
     columns = {
         "pair_id": [str(n) for n in range(len(groups))],
         "prompt_id": [str(n) for n in range(len(groups))],
+        "group_id": [str(n) for n in range(len(groups))],
         "source": ["made here"] * len(groups),
         "margin": [None] * len(groups),
         "prompt": message,

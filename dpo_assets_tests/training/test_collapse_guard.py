@@ -22,6 +22,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from dpo_assets.checks.bands import default_bands
 from dpo_assets.checks.collapse import CollapseLimits, first_trigger
+from dpo_assets.checks.evidence.clusters import COUNTED_BY
 from dpo_assets.checks.reports import AdapterNorm, HeldOutPairs, NotMeasured
 from dpo_assets.contract import GuardSpec, TrainSpec
 from dpo_assets.errors import ConfigError
@@ -461,8 +462,8 @@ def test_trls_own_trainer_is_watched_too(
     assert rows[-1]["chosen_nats_per_token"] == pytest.approx(rows[-1]["rewards/chosen"] / 0.1 / 50.0)
     assert math.isfinite(rows[0]["probe/kl_per_token"])
     assert "ref" in model.peft_config
-    rows = load_asked(dataset, "eval", more=["prompt_id"])
-    of_two = rows.remove_columns("prompt_id").add_column("prompt_id", ["a"] * 5 + ["b"] * (len(rows) - 5))
+    rows = load_asked(dataset, "eval", more=[COUNTED_BY])
+    of_two = rows.remove_columns(COUNTED_BY).add_column(COUNTED_BY, ["a"] * 5 + ["b"] * (len(rows) - 5))
     held = measure(watched, guard_spec, of_two, []).held_out
     assert isinstance(held, HeldOutPairs)
     assert (held.pairs, held.accuracy.clusters) == (10, 2)

@@ -180,7 +180,7 @@ def test_the_ratio_of_likelihoods_is_the_policys_loss_over_that_of_sft() -> None
     """Above one, chosen answers became less likely: log-probabilities of -10 and -30 went to -15 and -45."""
     table = pl.DataFrame(
         {
-            "prompt_id": ["a", "b"], "source": ["x", "x"], "margin": [None, None],
+            "group_id": ["a", "b"], "source": ["x", "x"], "margin": [None, None],
             "sft_chosen": [-10.0, -30.0], "policy_chosen": [-15.0, -45.0], "chosen_tokens": [5, 10],
             "sft_rejected": [-12.0, -20.0], "policy_rejected": [-30.0, -60.0], "rejected_tokens": [6, 8],
         }
@@ -201,13 +201,13 @@ def test_the_ratio_of_likelihoods_is_the_policys_loss_over_that_of_sft() -> None
     assert (said.pairs, said.prompts) == (2, 2)
 
 
-def test_the_scores_of_a_report_count_prompts_and_not_pairs() -> None:
-    """60 prompts of 10 pairs that agree: as 600 pairs they were better than chance, as 60 prompts they are not."""
-    prompts = [f"prompt {pair // 10}" for pair in range(600)]
+def test_the_scores_of_a_report_count_conversations_and_neither_turns_nor_pairs() -> None:
+    """60 conversations of 10 turns that agree: as 600 prompts they were better than chance, as 60 they are not."""
+    conversations = [f"conversation {pair // 10}" for pair in range(600)]
     skill = [1.0 if pair // 10 < 35 else -1.0 for pair in range(600)]
     table = pl.DataFrame(
         {
-            "prompt_id": prompts, "source": ["good"] * 300 + ["bad"] * 300, "margin": [1.0] * 450 + [2.0] * 150,
+            "prompt_id": [f"turn {n}" for n in range(600)], "group_id": conversations, "source": ["good"] * 300 + ["bad"] * 300, "margin": [1.0] * 450 + [2.0] * 150,
             "sft_chosen": [-10.0] * 600, "sft_rejected": [-10.0] * 600, "chosen_tokens": [5] * 600,
             "policy_chosen": [-10.0 + 5 * s for s in skill], "policy_rejected": [-10.0] * 600,
             "rejected_tokens": [6 if s > 0 else 4 for s in skill],
@@ -511,7 +511,7 @@ def test_the_champion_is_held_against_its_own_start_and_its_own_tokens() -> None
     """By the policy's start, or by its count of tokens, the champion would rank other pairs well."""
     table = pl.DataFrame(
         {
-            "prompt_id": list("abcd"), "source": ["x"] * 4, "margin": [None] * 4,
+            "group_id": list("abcd"), "source": ["x"] * 4, "margin": [None] * 4,
             "sft_chosen": [-9.0, -9.0, -9.0, -9.0], "sft_rejected": [-9.0, -9.0, -9.0, -9.0],
             "policy_chosen": [-8.0, -8.0, -8.0, -9.5], "policy_rejected": [-9.0, -9.0, -9.0, -9.0],
             "chosen_tokens": [4] * 4, "rejected_tokens": [4] * 4,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from dpo_assets.checks.evidence.clusters import wins_of
+from dpo_assets.checks.evidence.clusters import COUNTED_BY, wins_of
 from dpo_assets.checks.evidence.ledger import SCORES, Decided, Decision, Ledger, Override, RolledBack
 from dpo_assets.checks.evidence.measured import Comparison
 from dpo_assets.checks.evidence.paired import compare
@@ -24,14 +24,15 @@ TOKENS = ("chosen_tokens", "rejected_tokens")
 
 @dataclass(frozen=True)
 class ScoredPairs:
-    """The table of an evaluation: of each pair its prompt, and the log-probabilities of both answers by each model.
+    """The table of an evaluation: of each pair its conversation, and the log-probabilities of both answers by each
+    model.
 
     Attributes:
-        prompts: (pairs)
+        conversations: `COUNTED_BY` of each pair: (pairs)
         columns: `policy_chosen`, `champion_start_rejected` and so on in nats, and both answers' tokens: (pairs)
     """
 
-    prompts: Sequence[str]
+    conversations: Sequence[str]
     columns: Mapping[str, Sequence[float]]
 
     @classmethod
@@ -39,12 +40,12 @@ class ScoredPairs:
         """From `scores.parquet`.
 
         Raises:
-            ConfigError: it is one of an earlier version, which did not name the prompts of its pairs.
+            ConfigError: it is one of an earlier version, which did not name the conversations of its pairs.
         """
         import polars as pl
 
         there = pl.read_parquet_schema(table)
-        needed = ["prompt_id", *TOKENS, *_columns(OF_ALL)]
+        needed = [COUNTED_BY, *TOKENS, *_columns(OF_ALL)]
         if missing := [name for name in needed if name not in there]:
             raise ConfigError(
                 f"{table} is of an earlier version, without {', '.join(missing)}; materialise `eval_scores` again."
@@ -56,17 +57,17 @@ class ScoredPairs:
         of_champion += [f"champion_{name}" for name in TOKENS if f"champion_{name}" in there]
         read = pl.read_parquet(table, columns=[*needed, *of_champion])
         columns = {name: read[name].cast(pl.Float64).fill_null(math.nan).to_list() for name in read.columns[1:]}
-        return cls(read["prompt_id"].cast(pl.String).to_list(), columns)
+        return cls(read[COUNTED_BY].cast(pl.String).to_list(), columns)
 
     @property
     def has_champion(self) -> bool:
         return all(name in self.columns for name in _columns(OF_CHAMPION))
 
-    def of(self, prompts: frozenset[str]) -> ScoredPairs:
-        """The pairs of these prompts."""
-        kept = [n for n, prompt in enumerate(self.prompts) if prompt in prompts]
+    def of(self, conversations: frozenset[str]) -> ScoredPairs:
+        """The pairs of these conversations."""
+        kept = [n for n, one in enumerate(self.conversations) if one in conversations]
         columns = {name: [values[n] for n in kept] for name, values in self.columns.items()}
-        return ScoredPairs([self.prompts[n] for n in kept], columns)
+        return ScoredPairs([self.conversations[n] for n in kept], columns)
 
     def faults(self) -> dict[str, str]:
         """What makes the challenger's scores none, by name: a hard guard that failed.
@@ -107,17 +108,17 @@ class ScoredPairs:
         """Policy less champion, paired: each by its own start, and by log-probability, where none needs a reference."""
         champion, start = OF_CHAMPION
         return {
-            REWARD: compare(self.reward_wins(), self.reward_wins(champion, start), self.prompts),
-            LOGP: compare(self.logp_wins(), self.logp_wins(champion), self.prompts),
+            REWARD: compare(self.reward_wins(), self.reward_wins(champion, start), self.conversations),
+            LOGP: compare(self.logp_wins(), self.logp_wins(champion), self.conversations),
         }
 
     def against_chance(self) -> Comparison:
         """Policy by implicit reward, less one half."""
-        return compare(self.reward_wins(), [0.5] * len(self.prompts), self.prompts)
+        return compare(self.reward_wins(), [0.5] * len(self.conversations), self.conversations)
 
     def against_start(self) -> Comparison:
         """Policy less SFT by log-probability."""
-        return compare(self.logp_wins(), self.logp_wins("sft"), self.prompts)
+        return compare(self.logp_wins(), self.logp_wins("sft"), self.conversations)
 
 
 def _columns(models: Sequence[str]) -> list[str]:
@@ -132,7 +133,7 @@ class Candidate:
         name: as the ledger calls it.
         opponent: the champion that was scored beside it; None: none was.
         inputs: digests by name of all that the decision stands on, that of the scores among them.
-        fewest: prompts that a test needs.
+        fewest: conversations that a test needs.
     """
 
     name: str
@@ -144,13 +145,14 @@ class Candidate:
 
     @property
     def held_out(self) -> frozenset[str]:
-        return frozenset(self.pairs.prompts)
+        return frozenset(self.pairs.conversations)
 
     def evidence(self, ledger: Ledger) -> Evidence:
         """What a decision by this ledger may look at.
 
-        Against a champion, fresh prompts are the primary evidence, and all others guard what is known already. Where
-        nothing is live, the bar is the policy's own start: chance by implicit reward, and no loss by log-probability.
+        Against a champion, fresh conversations are the primary evidence, and all others guard what is known already.
+        Where nothing is live, the bar is the policy's own start: chance by implicit reward, and no loss by
+        log-probability.
         """
         failures = {**self.failures, **self.pairs.faults()}
         fresh = ledger.fresh(self.held_out)

@@ -21,6 +21,9 @@ from dpo_assets.checks.statistics import Proportion, wilson
 
 TIE_NATS = 1e-4  # Margins below this are floating-point noise, not a preference.
 FEWEST_FREEDOM = 3.0  # Below, Student's quantile is no longer what its expansion gives, and means next to nothing.
+# A pair's conversation, by its opening message: what the split keeps together, and what is counted. Turns of one
+# conversation agree with each other as pairs of one prompt do, so they are no independent evidence either.
+COUNTED_BY = "group_id"
 Floats = NDArray[np.float64]
 
 

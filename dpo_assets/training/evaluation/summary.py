@@ -1,4 +1,4 @@
-"""What a table of scored pairs says of the policy: accuracies, differences and shifts, with intervals over prompts."""
+"""What a table of scored pairs says of the policy: accuracies, differences and shifts, with intervals over conversations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import polars as pl
 
 from dpo_assets.checks.evidence.candidate import ScoredPairs
-from dpo_assets.checks.evidence.clusters import clustered_mean, clustered_share, pick_the_longer
+from dpo_assets.checks.evidence.clusters import COUNTED_BY, clustered_mean, clustered_share, pick_the_longer
 from dpo_assets.checks.evidence.paired import compare
 from dpo_assets.checks.evidence.slices import Part, SliceScore, parts
 from dpo_assets.checks.neutral import perplexities
@@ -49,13 +49,15 @@ def summarise(
     neutral: Perplexity | NotMeasured | None = None,
     neutral_of_champion: Perplexity | NotMeasured | None = None,
 ) -> EvaluationReport:
-    """Scores with intervals over prompts, from the per-pair table: pairs of one prompt are no independent evidence."""
+    """Scores with intervals over conversations, from the per-pair table: pairs of one are no independent evidence."""
     chosen_ratio = (table["policy_chosen"] - table["sft_chosen"]) / table["chosen_tokens"]
     rejected_ratio = (table["policy_rejected"] - table["sft_rejected"]) / table["rejected_tokens"]
-    prompts = table["prompt_id"].to_list()
-    pairs = ScoredPairs(prompts, {name: table[name].to_list() for name in table.columns if name.endswith(ANSWERS)})
-    share = partial(clustered_share, prompts=prompts, confidence=confidence)
-    against = partial(compare, prompts=prompts, confidence=confidence)
+    conversations = table[COUNTED_BY].to_list()
+    pairs = ScoredPairs(
+        conversations, {name: table[name].to_list() for name in table.columns if name.endswith(ANSWERS)}
+    )
+    share = partial(clustered_share, prompts=conversations, confidence=confidence)
+    against = partial(compare, prompts=conversations, confidence=confidence)
     margin, rewarded = pairs.reward_margins(), pairs.reward_wins()
     ranked, ranked_before = pairs.logp_wins("policy"), pairs.logp_wins("sft")
     champion = None
@@ -74,7 +76,7 @@ def summarise(
         def of_part(values: Sequence[Any]) -> list[Any]:
             return [values[n] for n in part.pairs]
 
-        own = of_part(prompts)
+        own = of_part(conversations)
         return SliceScore(
             part.by,
             part.name,
@@ -84,16 +86,16 @@ def summarise(
 
     return EvaluationReport(
         pairs=table.height,
-        prompts=len(set(prompts)),
+        prompts=len(set(conversations)),
         implicit_reward_accuracy=share(rewarded),
         logp_accuracy_sft=share(ranked_before),
         logp_accuracy_policy=share(ranked),
         pick_the_longer=pick_the_longer(
-            table["chosen_tokens"].to_list(), table["rejected_tokens"].to_list(), prompts, confidence
+            table["chosen_tokens"].to_list(), table["rejected_tokens"].to_list(), conversations, confidence
         ),
         reward_against_chance=against(rewarded, [0.5] * table.height),
         logp_against_sft=against(ranked, ranked_before),
-        margin=clustered_mean(margin, prompts, confidence),
+        margin=clustered_mean(margin, conversations, confidence),
         slices=tuple(slice_of(part) for part in parts(table["source"].to_list(), table["margin"].to_list())),
         margin_mean_nats=fmean(margin),
         margin_median_nats=median(margin),
@@ -113,7 +115,7 @@ def summarise(
             table["chosen_tokens"].to_list(),
             table["sft_chosen"].to_list(),
             table["policy_chosen"].to_list(),
-            prompts,
+            conversations,
             confidence,
         ),
     )

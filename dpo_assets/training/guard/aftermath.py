@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_assets.checks.evidence.clusters import tie_aware_accuracy
+from dpo_assets.checks.evidence.clusters import COUNTED_BY, tie_aware_accuracy
 from dpo_assets.checks.reports import (
     AdapterNorm,
     Aftermath,
@@ -41,7 +41,7 @@ def measure(watched: Watched, guard: GuardSpec, held_out: Any, tasks: Sequence[t
     """What an adapter did, for the report of stage `dpo`.
 
     Args:
-        held_out: rows of the held-out split with their token ids, prompts, `prompt_id` and `pair_id`, or None where
+        held_out: rows of the held-out split with their token ids, prompts, `COUNTED_BY` and `pair_id`, or None where
             there is none.
         tasks: the user's capability probe with the token ids of its prompts; without one token accuracy is compared.
     """
@@ -55,7 +55,7 @@ def measure(watched: Watched, guard: GuardSpec, held_out: Any, tasks: Sequence[t
     elif guard.held_out_pairs:
         few = held_out.select(range(min(guard.held_out_pairs, len(held_out))))
         groups = [dpo_group(row, plan.max_length) for row in few]
-        pairs, matches = _pairs(watched, groups, few["prompt_id"], few["pair_id"])
+        pairs, matches = _pairs(watched, groups, few[COUNTED_BY], few["pair_id"])
     return Aftermath(
         held_out=pairs,
         answers=_answers(watched, guard, held_out),
@@ -65,11 +65,11 @@ def measure(watched: Watched, guard: GuardSpec, held_out: Any, tasks: Sequence[t
 
 
 def _pairs(
-    watched: Watched, groups: list[Any], prompts: Sequence[str], ids: Sequence[str]
+    watched: Watched, groups: list[Any], conversations: Sequence[str], ids: Sequence[str]
 ) -> tuple[HeldOutPairs, list[tuple[float, float]]]:
     """Numbers of held-out pairs, and the token accuracy of each chosen answer by (reference, policy).
 
-    `prompts` names the prompt of each pair, and `ids` the pair.
+    `conversations` names that of each pair, and `ids` the pair.
     """
     lengths = [len(c) for g in groups for c in g.completions]
     policy, hits = watched.scores(groups)
@@ -78,7 +78,7 @@ def _pairs(
     margins = [c - r for c, r in zip(shifts[::2], shifts[1::2], strict=True)]
     part = HeldOutPairs(
         pairs=len(groups),
-        accuracy=tie_aware_accuracy(margins, prompts),
+        accuracy=tie_aware_accuracy(margins, conversations),
         margin_nats=fmean(margins),
         margins=dict(zip(ids, margins, strict=True)),
         nll_ratio=sum(policy[::2]) / sum(reference[::2]),

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from trl import DPOConfig
 
 from dpo_assets.artifact import VOLATILE, write_json
+from dpo_assets.checks.evidence.clusters import COUNTED_BY
 from dpo_assets.checks.reports import Aftermath, DpoReport, Stop
 from dpo_assets.checks.tasks import read_tasks
 from dpo_assets.contract import GuardSpec, TrainSpec
@@ -166,7 +167,7 @@ def held_out_rows(spec: TrainSpec) -> Any:
     """The held-out split with its token ids, prompts, and ids of both, or None where the dataset has none."""
     if not (spec.dataset / "eval.parquet").is_file():
         return None
-    return load_asked(spec.dataset, "eval", spec.scratch, ["prompt_id"])
+    return load_asked(spec.dataset, "eval", spec.scratch, [COUNTED_BY])
 
 
 def collapse_guard(watched: Watched, guard: GuardSpec, spec: TrainSpec, reporter: Reporter) -> CollapseGuard:

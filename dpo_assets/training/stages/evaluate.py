@@ -15,6 +15,7 @@ from typing import Any
 import polars as pl
 
 from dpo_assets.artifact import VOLATILE, write_json
+from dpo_assets.checks.evidence.clusters import COUNTED_BY
 from dpo_assets.checks.neutral import perplexities, read_texts
 from dpo_assets.checks.reports import AnswerHealth, Divergence, GreedyAnswers, NotMeasured, Perplexity
 from dpo_assets.contract import EvaluateSpec
@@ -29,7 +30,7 @@ from dpo_assets.training.scoring.divergence import log_ratios, per_token
 from dpo_assets.training.scoring.generation import generation_health
 from dpo_assets.training.stages.rereading import Reread, reread
 
-OF_A_PAIR = ["prompt_id", "source", "margin"]  # Columns of the dataset that the per-pair table keeps.
+OF_A_PAIR = ["prompt_id", COUNTED_BY, "source", "margin"]  # Columns of the dataset that the per-pair table keeps.
 SFT, POLICY, CHAMPION, START = "sft", "policy", "champion", "champion_start"  # As the table's columns begin.
 CALLED = {SFT: "SFT", POLICY: "policy", CHAMPION: "champion", START: "champion's start"}
 
