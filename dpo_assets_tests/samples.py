@@ -220,8 +220,9 @@ def scored_pairs(
     seed: int = 1,
     turns: int = 1,
 ) -> pl.DataFrame:
-    """A table of scored pairs, one a prompt, `turns` prompts a conversation: a policy that ranks `right` of them well, by implicit reward and by
-    log-probability, and a champion that does so for `champion`; both have a start that ranks `of_start` well."""
+    """A table of scored pairs, one a prompt, `turns` prompts a conversation: a policy that ranks `right` of them well,
+    by implicit reward and by log-probability, and a champion that does so for `champion`; both have a start that ranks
+    `of_start` well."""
     rng = np.random.default_rng(seed)
     count = np.arange(prompts)
     start = np.where(rng.permutation(count) < round(of_start * prompts), 1.0, -1.0)

@@ -41,7 +41,9 @@ class Margins:
 
 
 Learned = Margins | NotMeasured | None  # None: of an earlier version.
-SOURCE = "exact paired tests over prompts, error spent over all decisions (arXiv 1910.04900); benchmarks/RESULTS.md"
+SOURCE = (
+    "exact paired tests over conversations, error spent over all decisions (arXiv 1910.04900); benchmarks/RESULTS.md"
+)
 OUTCOME = "outcome.json"
 REASON = 10  # Characters that the reason of an override has at least.
 
@@ -49,8 +51,8 @@ REASON = 10  # Characters that the reason of an override has at least.
 class PromotionOutcome(BaseModel):
     """A decision as the artefact of `promotion` keeps it.
 
-    A preview, of a dry run, is in no ledger. `held_out` are all prompts of the evaluation, which a release makes known;
-    `outlook` is how the pipeline stood before the decision, in rows for a table.
+    A preview, of a dry run, is in no ledger. `held_out` are all conversations of the evaluation, which a release makes
+    known; `outlook` is how the pipeline stood before the decision, in rows for a table.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -117,7 +119,7 @@ def promotion_verdict(outcome: PromotionOutcome, *, dry_run: bool) -> Verdict:
         "promotion_verdict",
         level,
         decided.decision,
-        "better at the level of this test, on prompts that no decision saw, and no loss on those known",
+        "better at the level of this test, on conversations that no decision saw, and no loss on those known",
         SOURCE,
         fixes.get(decided.decision, ""),
         decided.reason,

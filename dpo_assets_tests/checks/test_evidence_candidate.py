@@ -238,6 +238,29 @@ def test_an_override_of_a_decision_that_is_there_looks_at_nothing(tmp_path: Path
     assert not stopped.may_release(wished)
 
 
+def test_what_a_person_holds_is_held_whatever_new_scores_say(tmp_path: Path, champion: Ledger) -> None:
+    ledger, stopped = decided(champion, challenger(tmp_path), STOP)
+    assert stopped.decision == "hold"
+    anew = challenger(tmp_path, right=0.95, new=400, inputs={"eval_scores": "scored anew"})
+    assert decided(ledger, anew) == (ledger, stopped)
+    assert decided(ledger, anew, WISH)[1].decision == "promote"
+
+
+def test_what_was_replaced_or_is_live_again_was_not_taken_back(tmp_path: Path, champion: Ledger) -> None:
+    """`m1`, which gave way to `m2`, may come back by new scores; so may `m2` once a rollback made it live again."""
+    ledger, line = decided(champion, challenger(tmp_path), WISH)
+    ledger = live(ledger, line, frozenset())
+    assert ledger.taken_back("m1") is None
+    place = {"at": AT, "repo_id": "org/bot", "commit": "c9"}
+    back = ledger.rolled_back(ledger.release(1), reason="it answers in the wrong language", **place)
+    assert back.taken_back("m2") == back.live
+    assert back.taken_back("m1") is None
+    again = back.rolled_back(ledger.release(2), reason="the language was mended in serving", **place)
+    assert again.taken_back("m2") is None
+    assert again.taken_back("m1") == again.live
+    assert again.taken_back("m3") is None
+
+
 def test_an_override_at_the_first_look_spends_what_the_test_spent(tmp_path: Path) -> None:
     by_hand, line = decided(Ledger(), candidate(tmp_path, scored_pairs(0.55)), WISH)
     alone, _ = decided(Ledger(), candidate(tmp_path, scored_pairs(0.55)))
@@ -257,6 +280,10 @@ def test_what_was_rolled_back_is_not_released_again_by_the_next_refresh(tmp_path
     assert "it answers in the wrong language" in held.reason
     assert not after.may_release(held)
     assert decided(after, one) == (after, held)
-    again, wished = decided(after, one, Override(decision="promote", reason="the language was mended in serving"))
+    anew = challenger(tmp_path, right=0.95, new=400, inputs={"eval_scores": "scored anew"})
+    for state in (back, after):
+        assert decided(state, anew)[1].level is None
+        assert decided(state, anew)[1].decision == "hold", "new scores do not undo a rollback"
+    again, wished = decided(after, anew, Override(decision="promote", reason="the language was mended in serving"))
     assert again.may_release(wished)
     assert live(again, wished, one.held_out).champion == "m2"

@@ -207,7 +207,8 @@ def test_the_scores_of_a_report_count_conversations_and_neither_turns_nor_pairs(
     skill = [1.0 if pair // 10 < 35 else -1.0 for pair in range(600)]
     table = pl.DataFrame(
         {
-            "prompt_id": [f"turn {n}" for n in range(600)], "group_id": conversations, "source": ["good"] * 300 + ["bad"] * 300, "margin": [1.0] * 450 + [2.0] * 150,
+            "prompt_id": [f"turn {n}" for n in range(600)], "group_id": conversations,
+            "source": ["good"] * 300 + ["bad"] * 300, "margin": [1.0] * 450 + [2.0] * 150,
             "sft_chosen": [-10.0] * 600, "sft_rejected": [-10.0] * 600, "chosen_tokens": [5] * 600,
             "policy_chosen": [-10.0 + 5 * s for s in skill], "policy_rejected": [-10.0] * 600,
             "rejected_tokens": [6 if s > 0 else 4 for s in skill],

@@ -193,12 +193,18 @@ class Candidate:
 
     def _prior(self, ledger: Ledger) -> Decided | None:
         """The decision that is there: of what is live, the one that released it; of another challenger the last word on
-        it, if it stands on these scores or still carries a release."""
+        it, if it stands on these scores, still carries a release, or is a person's: a hold by override, and a model
+        that was taken back. New scores are no reason to undo what a person decided."""
         if self.name == ledger.champion:
             return ledger.live_decision
         words = [one for one in ledger.decisions if one.challenger == self.name]
         on_these = any(one.inputs.get(SCORES) == self.inputs[SCORES] for one in words)
-        return words[-1] if words and (on_these or ledger.may_release(words[-1])) else None
+        if not words:
+            return None
+        last = words[-1]
+        stopped = last.override is not None and last.override.decision == "hold"
+        stays = on_these or stopped or ledger.may_release(last) or ledger.taken_back(self.name) is not None
+        return last if stays else None
 
     def _judged(
         self, ledger: Ledger, override: Override | None, at: str, prior: Decided | None

@@ -256,6 +256,14 @@ class Ledger(BaseModel):
         since = self.live is None or self.live.number < decided.number
         return decided.releases and ((last and since) or decided == self.live_decision)
 
+    def taken_back(self, challenger: str) -> RolledBack | None:
+        """The rollback that ended a challenger's being live; None: it never was, is again, or was replaced."""
+        for line in reversed(self.lines):
+            if isinstance(line, Decided) or challenger not in (line.challenger, line.champion):
+                continue
+            return line if isinstance(line, RolledBack) and line.challenger != challenger else None
+        return None
+
     def opponent(self, challenger: str) -> str | None:
         """Whom a challenger is held against: the champion; and of the champion itself, the one it was held against."""
         if challenger != self.champion or self.live_decision is None:

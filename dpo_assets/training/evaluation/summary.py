@@ -1,4 +1,4 @@
-"""What a table of scored pairs says of the policy: accuracies, differences and shifts, with intervals over conversations."""
+"""What a table of scored pairs says of the policy: accuracies, differences and shifts, by conversation."""
 
 from __future__ import annotations
 
