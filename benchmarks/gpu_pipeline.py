@@ -166,11 +166,7 @@ def execute(name: str, recipe: dict[str, Any], home: Path, timeout: float) -> st
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         PEAKS: str(home / "peaks.jsonl"),
     }
-    config = home / "run_config.yaml"
-    # As the demo does: a process for each step would import everything ten times.
-    config.write_text("execution: {config: {in_process: {}}}\n", encoding="utf-8")
-    command = [sys.executable, "-m", "dagster", "job", "execute", "-f", str(location)]
-    command += ["-j", f"{name}_refresh", "-c", str(config)]
+    command = [sys.executable, "-m", "dagster", "job", "execute", "-f", str(location), "-j", f"{name}_refresh"]
     output = home / "output.log"
     with output.open("wb") as log:
         process = subprocess.Popen(

@@ -33,9 +33,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from dpo_assets.artifact import ArtifactTree, file_sha256
+from dpo_assets.artifact import ArtifactTree
 from dpo_assets.assets.base_model import BUILTIN_MODELS
 from dpo_assets.feedback.sources.finding import BUILTIN_FEEDBACK
+from dpo_assets.hashing import file_sha256
 
 ROWS = 1_000_000
 RESULT = Path(__file__).parent / "results" / "ingest.json"

@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from filelock import FileLock
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from dpo_assets.errors import ConfigError, CorruptArtifact
+from dpo_assets.hashing import file_sha256, known_sha256
+from dpo_assets.locks import LOCK, exclusive
 from dpo_assets.version import __version__
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -30,6 +31,8 @@ Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is Non
 MANIFEST = "manifest.json"
 # Timings differ between runs of equal inputs, so they stay outside the digest; their bytes are still in the manifest.
 VOLATILE = "timings.json"
+READING = "_reading"  # What is read of feedback, before anybody knows whether it is kept.
+REJECTED, NOTES = "_rejected", "rejected.jsonl"
 
 
 class FileEntry(BaseModel):
@@ -90,11 +93,6 @@ def fingerprint(kind: str, config: Any, inputs: Mapping[str, str]) -> str:
 def is_fingerprint(text: str) -> bool:
     """Whether a text has the form of a fingerprint: 32 hexadecimal digits."""
     return re.fullmatch(r"[0-9a-f]{32}", text) is not None
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -184,12 +182,19 @@ def open_artifact(directory: Path) -> Artifact:
         file = directory / name
         if not file.is_file():
             raise CorruptArtifact(f"{file}: listed in the manifest, but missing")
-        if file.stat().st_size != entry.size or file_sha256(file) != entry.sha256:
+        if not _holds(file, entry):
             raise CorruptArtifact(f"{file}: differs from the manifest (size or sha256)")
     present = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()} - {MANIFEST}
     if extra := present - set(manifest.files):
         raise CorruptArtifact(f"{directory}: files that the manifest does not list: {', '.join(sorted(extra))}")
     return Artifact(directory, manifest)
+
+
+def _holds(file: Path, entry: FileEntry) -> bool:
+    """Whether a file is what was sealed. Nothing is called different by a digest that was only remembered."""
+    if file.stat().st_size != entry.size:
+        return False
+    return known_sha256(file) == entry.sha256 or file_sha256(file) == entry.sha256
 
 
 def read_kept(artifact: Artifact, name: str, model: type[ModelT]) -> ModelT:
@@ -214,11 +219,14 @@ class ArtifactTree:
     directories of writers that died.
 
     Attributes:
-        warn: is told of each artefact that was set aside, and why: it will be made again, or is missed.
+        warn: is told of each artefact that was set aside, and why: it will be made again, or is missed; and of whom a
+            writer waits for.
+        run: what a writer calls itself, for those who wait for it.
     """
 
     root: Path
     warn: Callable[[str], None] = field(default=lambda _: None, compare=False, repr=False)
+    run: str = field(default="", compare=False)
 
     def directory(self, kind: str, fingerprint: str) -> Path:
         """Where the artefact lies, or would.
@@ -238,8 +246,17 @@ class ArtifactTree:
         try:
             return self._open(directory, kind, fingerprint)
         except CorruptArtifact as why:
-            self.warn(f"a `{kind}` is damaged and was set aside as {self._set_aside(directory)}: {why}")
+            self.warn(f"a `{kind}` is damaged and was set aside as {self._set_aside(directory, why)}: {why}")
             return None
+
+    def missing(self, kind: str, fingerprint: str) -> str:
+        """Why `find` found nothing: that it was damaged, how, and where it lies now; or that it is not there."""
+        with suppress(OSError, ValueError):
+            for line in reversed((self.root / NOTES).read_text(encoding="utf-8").splitlines()):
+                note = json.loads(line)
+                if (note["kind"], note["fingerprint"]) == (kind, fingerprint):
+                    return f"was damaged and set aside as {note['aside']}: {note['why']}"
+        return f"is missing from {self.root / kind}"
 
     def listed(self, kind: str) -> Iterator[Artifact]:
         """Every artefact of a kind as its manifest tells it, newest first. Its files are not verified: see `find`."""
@@ -274,39 +291,54 @@ class ArtifactTree:
     ) -> tuple[Artifact, bool]:
         """The artefact, and whether it was reused. `build` fills an empty directory; it may seal it itself.
 
-        Writers of the same artefact wait for each other. The lock is the operating system's, so it goes with the
-        process that held it; a scratch directory found while holding it belongs to a dead writer and is removed.
+        Writers of the same artefact wait for each other, and say for whom. The lock is the operating system's, so it
+        goes with the process that held it; what is found beside the artefact while holding it belongs to a dead writer
+        and is removed.
 
         Raises:
             CorruptArtifact: when `build` seals it as another one or with other inputs, or changes it afterwards.
         """
         final = self.directory(kind, fingerprint)
         final.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(str(final) + ".lock"):
+        with exclusive(final.with_name(fingerprint + LOCK), self.run, self.warn):
             if found := self.find(kind, fingerprint):
                 return found, True
             for leftover in final.parent.glob(f"{fingerprint}.tmp-*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+                remove(leftover)
             scratch = final.parent / f"{fingerprint}.tmp-{os.getpid()}"
             scratch.mkdir()
             try:
                 build(scratch)
                 if not (scratch / MANIFEST).exists():
                     seal(scratch, kind=kind, fingerprint=fingerprint, inputs=inputs)
-                if self._open(scratch, kind, fingerprint).manifest.inputs != dict(inputs):
+                made = self._open(scratch, kind, fingerprint).manifest
+                if made.inputs != dict(inputs):
                     raise CorruptArtifact(f"{scratch}: its manifest names other inputs than {kind} was made from")
                 scratch.rename(final)
             except BaseException:
                 shutil.rmtree(scratch, ignore_errors=True)
                 raise
             _sync_directory(final.parent)
-            return open_artifact(final), False
+            return Artifact(final, made), False
 
-    def _set_aside(self, directory: Path) -> Path:
-        target = self.root / "_rejected" / f"{directory.parent.name}-{directory.name}-{os.urandom(4).hex()}"
+    def _set_aside(self, directory: Path, why: CorruptArtifact) -> Path:
+        target = self.root / REJECTED / f"{directory.parent.name}-{directory.name}-{os.urandom(4).hex()}"
         target.parent.mkdir(parents=True, exist_ok=True)
         directory.rename(target)
+        note = {"kind": directory.parent.name, "fingerprint": directory.name, "aside": str(target), "why": str(why)}
+        # On a full disk what is damaged is out of the way without a note.
+        with suppress(OSError), (self.root / NOTES).open("a", encoding="utf-8") as notes:
+            notes.write(json.dumps(note) + "\n")
         return target
+
+
+def remove(path: Path) -> None:
+    """A file, or a folder with all that it holds, as far as it can be removed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _sync_directory(directory: Path) -> None:

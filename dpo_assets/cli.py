@@ -1,4 +1,4 @@
-"""`dpo-assets`: the demo, plans for any card, known models, where feedback went, releases, the recipe's defaults."""
+"""`dpo-assets`: the demo, plans for any card, known models, where feedback went, releases, what may go, the recipe."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -51,18 +51,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked.add_argument("--release", metavar="NAME", help="a release's fingerprint, or its beginning: print its rows")
     asked.add_argument("--row", metavar="NAME", help="a pair id, row hash, row or source file: print its releases")
     provenance.add_argument("--json", action="store_true", help="print the answer as JSON")
+    retention = commands.add_parser("retention", help="what of a pipeline's store may go, and delete it")
+    retention.add_argument("--recipe", type=Path, required=True, metavar="FILE", help="the pipeline's defs.yaml")
+    retention.add_argument("--store", metavar="FOLDER", help="`root` of the resource `artifacts`, where it has one")
+    retention.add_argument("--delete", action="store_true", help="delete what the list shows")
     releases = commands.add_parser("releases", help="what was decided, released and rolled back, and what is live")
     releases.add_argument("store", type=Path, help="a pipeline's artefacts: storage/dpo_assets/NAME of the instance")
     releases.add_argument("--json", action="store_true", help="print the lines of the ledger as JSON")
     commands.add_parser("recipe", help="print every field of a recipe with its default and meaning, as YAML")
     args = parser.parse_args(argv)
     try:
-        does = {
+        does: dict[str, Callable[[argparse.Namespace], int]] = {
             "demo": _demo,
             "plan": _plan,
             "models": _models,
             "provenance": _provenance,
             "releases": _releases,
+            "retention": _retention,
             "recipe": _recipe,
         }
         return does[args.command](args)
@@ -268,6 +273,41 @@ def _provenance(args: argparse.Namespace) -> int:
     return 1 if gone else 0
 
 
+def _retention(args: argparse.Namespace) -> int:
+    """What it deletes is what it shows without `--delete`. The Dagster instance is that of DAGSTER_HOME."""
+    import dagster as dg
+    from rich.table import Table
+
+    from dpo_assets.assets.pipeline import Pipeline
+    from dpo_assets.assets.retention import retain
+    from dpo_assets.disk import gib
+    from dpo_assets.resources.artifacts import ArtifactStore
+
+    if "DAGSTER_HOME" not in os.environ:
+        raise ConfigError("set DAGSTER_HOME: the event log of the instance says which artefacts are in use")
+    values = _declared(args.recipe)
+    pipeline = Pipeline(str(values.pop("name", "")), _recipe_of(values))
+    with dg.DagsterInstance.get() as instance:
+        tree = ArtifactStore(root=args.store).tree(instance, pipeline.name)
+        if not tree.root.is_dir():
+            raise ConfigError(f"there is no store in {tree.root}; name its root with --store")
+        found = retain(instance, pipeline, tree, print, really=args.delete)
+    console = _console()
+    if args.delete:
+        console.print(f"{found.deleted} artefacts deleted, {gib(found.freed)} freed.", markup=False)
+        return 0
+    grid = Table("kind", "artefact", "size", "why")
+    for one, why in found.choice.gone.items():
+        grid.add_row(one.kind, one.fingerprint[:12], gib(one.size), why)
+    if grid.row_count:
+        console.print(grid)
+    console.print(
+        f"{grid.row_count} artefacts may go, {gib(found.freed)}; {len(found.choice.kept)} stay. --delete deletes them.",
+        markup=False,
+    )
+    return 0
+
+
 def _releases(args: argparse.Namespace) -> int:
     """Every decision, release and rollback of a pipeline, newest first."""
     from rich.markup import escape
@@ -301,7 +341,7 @@ def _planned_recipe(args: argparse.Namespace) -> dict[str, Any]:
     """The recipe that `plan` judges: that of a file, or defaults, with what the options say."""
     values = {"base_model": {"source": "builtin:stories260k"}, "feedback": {"sources": [{"path": "builtin:oasst"}]}}
     if args.recipe is not None:
-        values = _declared(args.recipe)
+        values = {key: value for key, value in _declared(args.recipe).items() if key != "name"}
     for option, (_, section, _) in _PLAN_OPTIONS.items():
         if (value := getattr(args, option)) is not None:
             # A section that is no mapping is left to the recipe, which says what is wrong with it.
@@ -330,7 +370,7 @@ def _recipe_of(values: dict[str, Any]) -> Recipe:
 
 
 def _declared(path: Path) -> dict[str, Any]:
-    """The recipe of the one pipeline in a defs.yaml.
+    """Name and recipe of the one pipeline in a defs.yaml.
 
     Raises:
         ConfigError: when the file cannot be read, or holds no pipeline or several.
@@ -344,7 +384,7 @@ def _declared(path: Path) -> dict[str, Any]:
     found = [d["attributes"] for d in documents if isinstance(d, dict) and isinstance(d.get("attributes"), dict)]
     if len(found) != 1:
         raise ConfigError(f"--recipe {path}: {len(found)} pipelines; give a file with one, with its `attributes`.")
-    return {key: value for key, value in found[0].items() if key != "name"}
+    return dict(found[0])
 
 
 def _recipe(_: argparse.Namespace) -> int:

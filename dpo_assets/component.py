@@ -14,9 +14,16 @@ from pydantic import BaseModel, Field
 from dpo_assets.assets.graph import LINEAGE, steps
 from dpo_assets.assets.node import Node, column_schema
 from dpo_assets.assets.pipeline import Pipeline
+from dpo_assets.assets.retention import retention_job
 from dpo_assets.assets.rollback import rollback_job
 from dpo_assets.assets.step import Events, Step, guarded
-from dpo_assets.automation import new_feedback_sensor, refresh_job, refresh_schedule
+from dpo_assets.automation import (
+    automation_condition,
+    freshness_policy,
+    new_feedback_sensor,
+    refresh_job,
+    refresh_schedule,
+)
 from dpo_assets.checks.bands import default_bands
 from dpo_assets.checks.catalog import checks_of, severity_of, validate_severities
 from dpo_assets.errors import ConfigError
@@ -114,7 +121,7 @@ class DpoPipeline(dg.Component, dg.Resolvable):
         job = refresh_job(self.pipeline)
         return dg.Definitions(
             assets=[self._assets(nodes) for nodes in steps(self.pipeline.recipe)],
-            jobs=[job, rollback_job(self.pipeline)],
+            jobs=[job, rollback_job(self.pipeline), retention_job(self.pipeline)],
             schedules=[refresh_schedule(self.pipeline, job)],
             sensors=[new_feedback_sensor(self.pipeline, job)],
             resources={self.pipeline.resource_key(name): resource for name, resource in self.resources.items()},
@@ -133,6 +140,8 @@ class DpoPipeline(dg.Component, dg.Resolvable):
             kinds=set(node.kinds),
             metadata=metadata,
             code_version=self._code_version(node),
+            freshness_policy=freshness_policy(node, self.pipeline.recipe),
+            automation_condition=automation_condition(node, self.pipeline.recipe),
         )
 
     def execute(self, step: Step, nodes: tuple[Node, ...]) -> Events:

@@ -13,11 +13,11 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-from dpo_assets.artifact import file_sha256
 from dpo_assets.checks.bands import Bands
 from dpo_assets.checks.catalog import severity_of
 from dpo_assets.checks.collapse import CHECK, CollapseLimits
 from dpo_assets.checks.configuration import Configuration, rate_ceilings
+from dpo_assets.hashing import file_sha256
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.recipe import TEMPLATE_DATE, ChecksSection, GgufType
 
@@ -33,6 +33,8 @@ SAMPLES = "samples.json"  # Of stage `harness`.
 FAILURE_FILE = "failure.json"
 # Exit status of a worker that explains itself in FAILURE_FILE. Any other non-zero status is an infrastructure failure.
 EXPLAINED_EXIT = 65
+# That of one that found a disk full: then nobody can rely on a file to tell it.
+DISK_FULL_EXIT = 74
 
 
 class TemplateSettings(BaseModel):

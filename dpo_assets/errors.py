@@ -26,6 +26,10 @@ class OutOfMemory(DpoAssetsError):
     """
 
 
+class DiskFull(DpoAssetsError):
+    """There is too little room on a disk. Another try would find as little, so it is not retried."""
+
+
 class StageTimeout(DpoAssetsError):
     """A worker stage ran longer than it may. Another try would take as long, so it is not retried."""
 

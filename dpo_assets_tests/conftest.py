@@ -23,8 +23,8 @@ os.environ.pop("HF_TOKEN", None)
 # Files of few tests that take minutes, the longest first. A process takes the next file when it is done with one, so
 # a long file that begins last is waited for by itself.
 LONGEST = (
-    "test_demo.py", "test_out_of_memory.py", "test_every_architecture.py", "test_stages.py", "test_launcher.py",
-    "test_collapse.py",
+    "test_demo.py", "test_daemon.py", "test_out_of_memory.py", "test_every_architecture.py", "test_stages.py",
+    "test_launcher.py", "test_collapse.py",
     "test_dpo_equals_trl.py", "test_speedups.py", "test_memory.py", "test_feedback_assets.py", "test_bad_input.py",
     "test_collapse_guard.py",
 )  # fmt: skip

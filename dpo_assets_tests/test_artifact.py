@@ -59,7 +59,7 @@ def builder(files: Files) -> Callable[[Path], None]:
 
 def entries(tree: ArtifactTree) -> set[str]:
     """What lies beside the artefacts of KIND, locks aside."""
-    return {path.name for path in (tree.root / KIND).iterdir() if path.suffix != ".lock"}
+    return {path.name for path in (tree.root / KIND).iterdir() if path.suffix not in (".lock", ".owner")}
 
 
 # Verification
@@ -242,21 +242,6 @@ def test_an_artefact_is_built_once_and_then_reused(tree: ArtifactTree) -> None:
     assert entries(tree) == {PRINT}
 
 
-def test_a_damaged_artefact_is_told_with_why_and_where_it_lies_now(tmp_path: Path) -> None:
-    told: list[str] = []
-    tree = ArtifactTree(tmp_path / "store", told.append)
-    made, _ = tree.find_or_build(KIND, PRINT, lambda folder: write(folder, {"a": b"1"}), {})
-    assert tree.find(KIND, PRINT) == made
-    assert told == []
-    (made.path / "a").write_bytes(b"2")
-    assert tree.find(KIND, PRINT) is None
-    [aside] = (tree.root / "_rejected").iterdir()
-    assert told == [
-        f"a `{KIND}` is damaged and was set aside as {aside}: {made.path / 'a'}: differs from the manifest (size or "
-        "sha256)"
-    ]
-
-
 def test_the_newest_artefact_of_equal_inputs_is_found_unless_it_is_damaged(tree: ArtifactTree) -> None:
     for number, inputs in (("1", {"base_model": "d"}), ("2", {"base_model": "d"}), ("3", {"base_model": "other"})):
         made, _ = tree.find_or_build(
@@ -423,6 +408,19 @@ def test_scratch_folders_of_dead_writers_are_removed_and_those_of_other_artefact
         (kind / name / "half.bin").write_bytes(b"x")
     tree.find_or_build(KIND, PRINT, builder({"a": b"1"}), {})
     assert entries(tree) == {PRINT, f"{'1' * 32}.tmp-1"}
+
+
+def test_a_damaged_artefact_is_told_with_its_file_the_damage_and_where_it_lies_now(tree: ArtifactTree) -> None:
+    made, _ = tree.find_or_build(KIND, PRINT, builder({"weights.safetensors": b"1"}), {})
+    (made.path / "weights.safetensors").write_bytes(b"2")
+    told: list[str] = []
+    assert ArtifactTree(tree.root, told.append).find(KIND, PRINT) is None
+    [aside] = (tree.root / "_rejected").iterdir()
+    why = f"{made.path / 'weights.safetensors'}: differs from the manifest (size or sha256)"
+    assert told == [f"a `{KIND}` is damaged and was set aside as {aside}: {why}"]
+    # Whoever misses it later, in another process, is told the same.
+    assert tree.missing(KIND, PRINT) == f"was damaged and set aside as {aside}: {why}"
+    assert tree.missing(KIND, "1" * 32) == f"is missing from {tree.root / KIND}"
 
 
 # Other writers

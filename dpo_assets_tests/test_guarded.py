@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,8 +15,17 @@ import dpo_assets.assets.step as step_module
 from dpo_assets import DpoPipeline, HubResource, build_dpo_defs
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step, guarded
-from dpo_assets.errors import ConfigError, FeedbackError, GateError, InfrastructureError, OutOfMemory, StageTimeout
+from dpo_assets.errors import (
+    ConfigError,
+    DiskFull,
+    FeedbackError,
+    GateError,
+    InfrastructureError,
+    OutOfMemory,
+    StageTimeout,
+)
 from dpo_assets.recipe import Recipe, parse_recipe
+from dpo_assets.resources.artifacts import ArtifactStore
 from dpo_assets.resources.launcher import WorkerDied
 from dpo_assets_tests.pipelines import STORIES, demo_recipe, failed_checks, failures, materialize
 
@@ -81,6 +91,8 @@ def everything(instance: dg.DagsterInstance, result: dg.ExecuteInProcessResult) 
         (FeedbackError("no such file"), 1),
         (OutOfMemory("too large"), 1),
         (StageTimeout("too long"), 1),
+        (DiskFull("no room"), 1),
+        (OSError(errno.ENOSPC, "No space left on device"), 1),
         (GATE, 1),
         (InfrastructureError("the Hub is down"), 1 + step_module.MAX_RETRIES),
         (WorkerDied("was ended by SIGKILL"), 1 + step_module.MAX_RETRIES),
@@ -209,6 +221,7 @@ def test_what_recipe_and_resources_name_as_secret_is_masked(
 def test_a_sensor_that_cannot_read_says_so_without_a_secret(instance: dg.DagsterInstance) -> None:
     recipe = demo_recipe(feedback={"sources": [{"path": f"memory://{SECRET}/votes.jsonl", "format": "trl"}]})
     (sensor,) = build_dpo_defs("bot", recipe).sensors or ()
-    said = sensor(dg.build_sensor_context(instance=instance))
+    with dg.build_sensor_context(instance, resources={"bot_artifacts": ArtifactStore()}) as context:
+        said = sensor.evaluate_tick(context)
     assert "[secret]/votes.jsonl` matches no file" in str(said.skip_message)
     assert SECRET not in str(said.skip_message)

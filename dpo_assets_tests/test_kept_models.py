@@ -122,3 +122,20 @@ def test_a_refresh_with_the_same_split_reads_no_training_set_again(
     assert bound_by_models(tree, 0.3, 0) == first == drawn(50, 0.3, 0)
     assert len(list((tree.root / "cache" / "splits").iterdir())) == 2
     assert all(json.loads(file.read_text()) for file in (tree.root / "cache" / "splits").iterdir())
+
+
+@pytest.mark.parametrize("damage", ["cut", "a group less", "of an earlier version"])
+def test_a_damaged_list_of_groups_is_worked_out_again(tree: ArtifactTree, damage: str) -> None:
+    """A group that is missing there could be held out, though a model was trained on it."""
+    train_on(tree, kept_dataset(tree))
+    assert bound_by_models(tree, 0.3, 0) == drawn(40, 0.3, 0)
+    [known] = (tree.root / "cache" / "splits").iterdir()
+    text, kept = known.read_text(), json.loads(known.read_text())
+    changed = {
+        "cut": text[: len(text) // 2],
+        "a group less": json.dumps(kept | {"groups": kept["groups"][1:]}),
+        "of an earlier version": json.dumps(kept["groups"][1:]),
+    }
+    known.write_text(changed[damage])
+    assert bound_by_models(tree, 0.3, 0) == drawn(40, 0.3, 0)
+    assert known.read_text() == text

@@ -22,7 +22,7 @@ import dpo_assets.assets.step as step_module
 from dpo_assets import LocalLauncher
 from dpo_assets.artifact import open_artifact
 from dpo_assets.contract import EXPLAINED_EXIT, FAILURE_FILE, Failure, TokenizeSpec, TrainSpec, parse_progress
-from dpo_assets.errors import ConfigError, GateError, StageTimeout
+from dpo_assets.errors import ConfigError, DiskFull, GateError, StageTimeout
 from dpo_assets.planning.precision import Device
 from dpo_assets.resources.environment import OFFLINE, worker_environment
 from dpo_assets.training.models.devices import refuse_other_devices
@@ -397,6 +397,15 @@ def test_a_stage_that_takes_too_long_is_ended_and_its_log_is_kept(instance: dg.D
     pid, *lines = ran.compute_log.split("\n")[:101]
     assert lines == [f"line {n}." for n in range(100)]
     assert not psutil.pid_exists(int(pid))
+
+
+def test_a_worker_that_found_the_disk_full_is_told_with_where_and_how_much_is_free(
+    instance: dg.DagsterInstance, tmp_path: Path
+) -> None:
+    ran = launch(instance, tmp_path, "sys.exit(74)")
+    assert isinstance(ran.error, DiskFull)
+    assert str(ran.error).startswith(f"the disk is full: stage `tokenize`; {tmp_path} has ")
+    assert "It is not tried again." in str(ran.error)
 
 
 def test_an_interpreter_that_is_not_there_is_a_fault_of_configuration(

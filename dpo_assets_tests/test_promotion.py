@@ -399,4 +399,4 @@ def test_a_rollback_that_cannot_be_leaves_the_champion_and_says_why(shelf: Shelf
     hub.faults.pending.clear()
     staged = shelf.tree.directory("published_model", ledger_of(shelf).release(1).artefact)
     staged.rename(staged.parent.parent / "elsewhere")
-    assert f"release 1 was staged in {staged}, which is gone" in refused()
+    assert f"release 1 was staged in {staged}, which is missing from" in refused()

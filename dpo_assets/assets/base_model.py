@@ -40,7 +40,7 @@ SAY_LICENCE = "set base_model.licence (for example apache-2.0, or `other` with l
 
 
 def materialise(step: Step) -> Events:
-    """Fetches or links the model; a model with pickled weights only is shown as a failed check, and not kept."""
+    """Fetches or copies the model; a model with pickled weights only is shown as a failed check, and not kept."""
     section = step.recipe.base_model
     sends = not step.recipe.publishing.dry_run
     refused: list[Verdict] = []
@@ -49,6 +49,8 @@ def materialise(step: Step) -> Events:
         refused.extend(v for v in verdicts(section, facts, sends=sends) if v.level == "error")
         if refused:
             raise _Refused
+
+    identity = _identity(section)
 
     def make(folder: Path, _: str) -> None:
         model = folder / "model"
@@ -75,7 +77,7 @@ def materialise(step: Step) -> Events:
         write_json(folder / FACTS, described | template | origin)
 
     try:
-        artifact, reused = step.build("base_model", _identity(section), step.inputs(), make)
+        artifact, reused = step.build("base_model", identity, step.inputs(), make)
     except _Refused:
         for verdict in refused:
             yield step.check_result("base_model", verdict)
@@ -314,6 +316,7 @@ def _identity(section: BaseModelSection) -> dict[str, object]:
             raise ConfigError(f"base_model.chat_template: there is no file {template}")
         identity["template"] = template.read_text(encoding="utf-8")
     if not looks_like_hub_id(section.source):
+        identity["held"] = "as copies"  # Earlier versions linked weights, which a change of the source reached.
         identity["files"] = told_files(local_source(section)[0])
     return identity
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import dagster as dg
 
-from dpo_assets.artifact import Artifact, file_sha256
+from dpo_assets.artifact import Artifact
 from dpo_assets.assets.base_model import in_worker, read_facts
 from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.kept_models import training_set
@@ -20,6 +20,7 @@ from dpo_assets.checks.reports import BenchmarkScore, BenchmarkScores
 from dpo_assets.checks.statistics import percent
 from dpo_assets.contract import ANSWERED, LEFT_OUT, BenchmarkFile, BenchmarkSpec
 from dpo_assets.feedback.trained import trained_groups
+from dpo_assets.hashing import file_sha256
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.report.tables import table
 

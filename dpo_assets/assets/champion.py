@@ -51,11 +51,14 @@ def find_champion(tree: ArtifactTree, name: str) -> Champion:
 
 
 def _found(tree: ArtifactTree, node: str, digest: str) -> Artifact:
+    why = f"is gone from {tree.root}"
     for told in tree.listed(node):
-        if told.digest == digest and (found := tree.find(node, told.path.name)) is not None:
-            return found
+        if told.digest == digest:
+            if (found := tree.find(node, told.path.name)) is not None:
+                return found
+            why = tree.missing(node, told.path.name)
     raise ConfigError(
-        f"the champion's `{node}` ({digest[:12]}) is gone from {tree.root} or was damaged, so the champion cannot be "
-        "scored on the held-out pairs of now. Put the folder back from a backup; or go back to a release whose "
-        "artefacts are there, with the rollback job"
+        f"the champion's `{node}` ({digest[:12]}) {why}, so the champion cannot be scored on the held-out "
+        "pairs of now. Put the folder back from a backup; or go back to a release whose artefacts are there, "
+        "with the rollback job"
     )

@@ -14,7 +14,7 @@ from typing import Any
 
 import dagster as dg
 
-from dpo_assets.artifact import Artifact, file_sha256, fingerprint, read_kept, write_json
+from dpo_assets.artifact import Artifact, fingerprint, read_kept, write_json
 from dpo_assets.assets.base_model import in_worker, read_facts
 from dpo_assets.assets.kept_models import bound_by_models
 from dpo_assets.assets.lineage import Inputs, Read
@@ -42,6 +42,7 @@ from dpo_assets.feedback.rules import NOT_DAMAGE
 from dpo_assets.feedback.screening import Screening
 from dpo_assets.feedback.splits import fit_to_model, shared_prompts, split, unfit_template
 from dpo_assets.feedback.trained import groups_digest
+from dpo_assets.hashing import file_sha256
 from dpo_assets.planning.plan import DatasetStats
 from dpo_assets.recipe import FeedbackSection, Recipe
 from dpo_assets.report.feedback import released_table, source_views, trend_table

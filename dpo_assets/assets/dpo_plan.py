@@ -18,6 +18,7 @@ from dpo_assets.assets.gguf_model import rehearse
 from dpo_assets.assets.lineage import Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.publication import access_ahead
+from dpo_assets.assets.room import refuse_without_room
 from dpo_assets.assets.scorers_ahead import refuse_scorers
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.config import plan_verdicts
@@ -52,6 +53,7 @@ def materialise(step: Step) -> Events:
         write_json(folder / "inputs.json", inputs.digests)
 
     artifact, reused = step.build("dpo_plan", plan.model_dump(mode="json"), inputs, make)
+    needed = 0 if step.only_checks else refuse_without_room(step, plan, {**inputs, "dpo_plan": artifact})
     plan = read_plan(artifact)  # Where checks are evaluated again, the plan is the one that was made then.
     step.context.log.info(f"precision: {plan.precision_reason}")
     yield from step.result(
@@ -71,6 +73,7 @@ def materialise(step: Step) -> Events:
             "lora_coverage": dg.MetadataValue.md(coverage_table(plan.coverage)),
             "token_budget": plan.token_budget,
             "memory_gib": round(plan.memory_gib, 2),
+            "disk_gib_to_write": round(needed / 2**30, 2),
             "sft_steps": plan.sft_steps,
             "dpo_steps": plan.dpo_steps,
             "learning_rate": plan.dpo.learning_rate,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import dagster as dg
 
-from dpo_assets.artifact import Artifact, file_sha256
+from dpo_assets.artifact import Artifact
 from dpo_assets.assets.base_model import in_worker
 from dpo_assets.assets.champion import Champion, champion_of, find_champion
 from dpo_assets.assets.dpo_plan import followed, read_plan
@@ -24,6 +24,7 @@ from dpo_assets.checks.reports import DpoReport, EvaluationReport, HeldOutPairs
 from dpo_assets.contract import ChampionSpec, EvaluateSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.trained import seen_pairs
+from dpo_assets.hashing import file_sha256
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.precision import QUANTISED
 from dpo_assets.report.score_plots import score_plots

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import dagster as dg
 
-from dpo_assets.artifact import file_sha256
 from dpo_assets.assets.base_model import in_worker
 from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.lineage import Read
@@ -20,6 +19,7 @@ from dpo_assets.checks.harness import harness_verdicts
 from dpo_assets.checks.reports import HarnessScores
 from dpo_assets.checks.statistics import percent
 from dpo_assets.contract import HarnessSpec
+from dpo_assets.hashing import file_sha256
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.recipe import HarnessSection
 from dpo_assets.report.tables import table

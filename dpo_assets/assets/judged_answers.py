@@ -43,6 +43,8 @@ def materialise(step: Step) -> Events:
         compared = _compared(judge, answers, step, "answers of the policy")
         by_people = _compared(judge, people, step, "pairs of people")
         step.context.log.info(f"judged_answers: {judge.asked} questions, the others were answered before")
+        if judge.damage:
+            step.context.log.warning(f"judged_answers: {judge.damage}; the judge was asked again")
         _report(endpoint.identity, answers, compared, by_people, confidence).write(folder)
         write_json(folder / COMPARED, [_told(pair, one) for pair, one in zip(answers, compared, strict=True)])
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from dpo_assets.artifact import Artifact, ArtifactTree, write_json
 from dpo_assets.errors import ConfigError
-from dpo_assets.feedback.trained import TRAIN_SPLIT, TRAINED_GROUPS, bound_to_train, trained_groups
+from dpo_assets.feedback.trained import TRAIN_SPLIT, TRAINED_GROUPS, bound_to_train, groups_digest, trained_groups
 
 TRAINED_KINDS = ("sft_checkpoint", "dpo_adapter")
 
@@ -47,13 +48,18 @@ def training_set(tree: ArtifactTree, model: Artifact) -> tuple[str, Path] | None
 
 
 def _bound(tree: ArtifactTree, digest: str, table: Path, fraction: float, seed: int) -> frozenset[str]:
-    """Worked out once: a million groups are read and drawn for each model, but not at each refresh."""
+    """Worked out once: a million groups are read and drawn for each model, but not at each refresh.
+
+    What is not what was kept is worked out again: a group that is missing here could be held out.
+    """
     known = tree.root / "cache" / "splits" / f"{digest}-{fraction!r}-{seed}.json"
-    if known.is_file():
-        return frozenset(json.loads(known.read_text(encoding="utf-8")))
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        kept = json.loads(known.read_text(encoding="utf-8"))
+        if kept["digest"] == groups_digest(kept["groups"]):
+            return frozenset(kept["groups"])
     found = bound_to_train(trained_groups(table), fraction, seed)
     known.parent.mkdir(parents=True, exist_ok=True)
     partial = known.with_suffix(f".tmp-{os.getpid()}")
-    write_json(partial, sorted(found))
+    write_json(partial, {"groups": sorted(found), "digest": groups_digest(found)})
     partial.replace(known)
     return found

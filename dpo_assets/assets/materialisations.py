@@ -37,7 +37,7 @@ class Materialisations:
             raise ConfigError(f"`{shown}` has not been materialised yet; materialise it first.")
         found = self.tree.find(node, print_)
         if found is None:
-            raise ConfigError(f"the artefact of `{shown}` is missing or was damaged; materialise it again.")
+            raise ConfigError(f"the artefact of `{shown}` {self.tree.missing(node, print_)}; materialise it again.")
         return found
 
     def told(self, node: str) -> Artifact | None:
@@ -60,6 +60,14 @@ class Materialisations:
             if not page.has_more:
                 return
             cursor = page.cursor
+
+    def overtaken_by(self, node: str) -> str | None:
+        """The run that made something else of `node` after this run did; None: what this run has is the latest."""
+        recent = [(run, str(metadata[FINGERPRINT].value)) for run, metadata in islice(self.of(node), PAGE)]
+        mine = next((print_ for run, print_ in recent if run == self.run_id), None)
+        if mine is None or recent[0][1] == mine:
+            return None
+        return recent[0][0]
 
     def _fingerprint(self, node: str) -> str | None:
         """That of this run's materialisation, or else of the latest; None where there is none."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dpo_assets.disk import copy_file, refuse_too_small
 from dpo_assets.errors import ConfigError, InfrastructureError
 from dpo_assets.planning.companions import copy_files, found, is_kept
 from dpo_assets.planning.weights import INDEX, SINGLE, weight_files
@@ -26,16 +26,24 @@ def told_files(folder: Path) -> list[list[object]]:
 
 
 def take_over(source: Path, target: Path) -> None:
-    """Weights are hard-linked where the file system allows it (a 70B base is not copied), the rest is copied."""
+    """Files of its own: neither a change of the source, which may be a blob of the Hub's cache, reaches them, nor the
+    other way round. Where the file system has reflinks they take no room either.
+
+    Raises:
+        DiskFull: there is no room for them.
+        InfrastructureError: the source changed meanwhile. Worth another try.
+    """
+    before = told_files(source)
     target.mkdir(parents=True)
-    for path in weight_files(source):
-        try:
-            os.link(path.resolve(), target / path.name)
-        except OSError:
-            shutil.copyfile(path, target / path.name)
+    weights = weight_files(source)
+    refuse_too_small(target, sum(path.stat().st_size for path in weights), f"a copy of {source}")
+    for path in weights:
+        copy_file(path, target / path.name)
     # Beside a single file, which is what is loaded, the index is that of copies left behind.
     single = (target / SINGLE).is_file()
     copy_files(source, target, lambda name: is_kept(name) and not (single and name == INDEX))
+    if told_files(source) != before:
+        raise InfrastructureError(f"{source} changed while it was copied")
 
 
 def download(api: HfApi, source: str, revision: str | None, target: Path, token_variable: str) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import dagster as dg
 
-from dpo_assets.artifact import Artifact, file_sha256, read_kept, read_object, rewrite_json, write_json
+from dpo_assets.artifact import Artifact, read_kept, read_object, rewrite_json, write_json
 from dpo_assets.assets.base_model import known_licence, read_facts, refuse_adapter_alone, refuse_unlicensed
 from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.lineage import Inputs, Read
@@ -25,6 +25,7 @@ from dpo_assets.checks.promotion import PromotionOutcome
 from dpo_assets.checks.reports import DpoReport, EvaluationReport, MergeReport
 from dpo_assets.checks.verdict import Level, Verdict
 from dpo_assets.errors import ConfigError
+from dpo_assets.hashing import known_sha256
 from dpo_assets.planning.companions import CARD, copy_files, found, is_licence_file, is_released
 from dpo_assets.planning.model_card import split_card
 from dpo_assets.planning.model_folder import ADAPTER, CONFIG
@@ -45,6 +46,7 @@ def materialise(step: Step) -> Events:
     What is held while a champion is live is left out: nothing is made, and the champion stays.
     """
     publishing = step.recipe.publishing
+    refuse_overtaken(step)
     inputs, ledger = step.inputs(), read_ledger(step.tree)
     outcome = PromotionOutcome.of(inputs["promotion"])
     sends = not publishing.dry_run and not step.only_checks
@@ -167,7 +169,7 @@ def verify(
         known: what a run that sent nothing saw of the Hub.
     """
     folder = artifact.path / RELEASE
-    wrong = [p for p, f in files.items() if not (folder / p).is_file() or file_sha256(folder / p) != f.sha256]
+    wrong = [p for p, f in files.items() if not (folder / p).is_file() or known_sha256(folder / p) != f.sha256]
     extra = set(staged_files(folder)) - set(files)
     bad = [*wrong, *sorted(extra)]
     return Verdict(
@@ -214,6 +216,20 @@ def held_back(outcome: PromotionOutcome, ledger: Ledger) -> str | None:
             "Collect more pairs, or decide with `override` and a `reason` in the launchpad of `promotion`."
         )
     return f"{decided.decision}: {decided.reason}; release {ledger.live.release} stays live"
+
+
+def refuse_overtaken(step: Step) -> None:
+    """A run that is no longer the newest releases nothing, and stages nothing that would stand for the latest.
+
+    Raises:
+        ConfigError: another run has made what this one would release, since.
+    """
+    for node in ("merged_model", "promotion"):
+        if not step.only_checks and (other := step.overtaken_by(node)) is not None:
+            raise ConfigError(
+                f"this run was overtaken: run {other} has materialised another `{node}` since. Nothing was released, "
+                "and what is live is as it was; the release is that run's, or that of the next refresh."
+            )
 
 
 def _left_out(step: Step, held: str) -> Events:

@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 from dpo_assets.artifact import Artifact, write_json
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step
+from dpo_assets.assets.watched import CONTENT, contents_entry, look_at, shelf_of
 from dpo_assets.checks.ingest import Volumes, ingest_verdicts, volumes
 from dpo_assets.checks.judged_text import judged_text_kept
 from dpo_assets.checks.verdict import Verdict
@@ -23,6 +24,7 @@ from dpo_assets.feedback.library import BATCH_KIND, PAIRED_KIND, FileBatches, pa
 from dpo_assets.feedback.pair import PAIR_COLUMNS
 from dpo_assets.feedback.readers import ReadOptions
 from dpo_assets.feedback.sources import Limits, files_of
+from dpo_assets.feedback.watching import Shelf, contents_of
 from dpo_assets.recipe import FeedbackSource, Recipe
 from dpo_assets.report.tables import counts_table, sample_table, table
 from dpo_assets.section import describe_validation_error
@@ -51,9 +53,10 @@ def materialise(step: Step) -> Events:
         return
     landing = step.tree.root / "landing"
     feedback = step.recipe.feedback
-    options = ReadOptions(
-        feedback.pairing, feedback.include_synthetic, min_margin=feedback.min_margin, user_key=step.user_key
-    )
+    options = read_options(step.recipe, step.user_key)
+    # Before it is read: what changes meanwhile is then new to the sensor, and not taken for read.
+    shelf = Shelf.at(shelf_of(step.tree))
+    contents = contents_of(look_at(feedback.sources, shelf, settle_seconds=0.0)) if not step.config.get("paths") else {}
     files = files_of(_sources(step), landing, hub=step.hub.api, limits=Limits.of(feedback))
     read = [read_into(step.tree, file, options) for file in files]
     index: dict[str, Any] = {
@@ -77,8 +80,16 @@ def materialise(step: Step) -> Events:
         given = volumes(
             (one.file.origin, one.file.name, sum(b.json(COUNTS)["rows"] for b in one.batches)) for one in read
         )
-        shown[VOLUMES] = given
+        shown[VOLUMES], shown[CONTENT] = given, contents_entry(contents)
+        shelf.was_read()
+        shelf.keep(shelf_of(step.tree))
     yield from step.result("raw_preferences", artifact, reused, _verdicts(step, artifact, given, history), shown)
+
+
+def read_options(recipe: Recipe, user_key: bytes = b"") -> ReadOptions:
+    """How readers read; without a key no user is kept."""
+    feedback = recipe.feedback
+    return ReadOptions(feedback.pairing, feedback.include_synthetic, min_margin=feedback.min_margin, user_key=user_key)
 
 
 def _verdicts(

@@ -90,12 +90,12 @@ def _named(section: RewardModelSection) -> str:
 
 
 def _reward_model(step: Step, section: RewardModelSection) -> Artifact:
-    """The model as an artefact of its own: fetched or linked once, and known by its content."""
+    """The model as an artefact of its own: fetched or copied once, and known by its content."""
     hub = looks_like_hub_id(section.source)
     identity: dict[str, object] = section.model_dump(include={"source", "revision"})
     if not hub:
         refuse_reward_model(section)
-        identity["files"] = told_files(Path(section.source))
+        identity |= {"held": "as copies", "files": told_files(Path(section.source))}  # Linked before.
 
     def make(folder: Path, _: str) -> None:
         model = folder / "model"

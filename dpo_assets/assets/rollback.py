@@ -17,6 +17,7 @@ from dpo_assets.checks.evidence.ledger import Ledger, Released
 from dpo_assets.checks.evidence.ledger_file import LedgerFile
 from dpo_assets.checks.promotion import REASON
 from dpo_assets.errors import ConfigError, DpoAssetsError, GateError
+from dpo_assets.locks import IN_USE, shared
 from dpo_assets.publishing.commit import Release, publish
 from dpo_assets.publishing.plan import ReleaseRecord
 from dpo_assets.publishing.secrets import scrub
@@ -51,7 +52,8 @@ def rollback_job(pipeline: Pipeline) -> dg.JobDefinition:
         assert isinstance(hub, HubResource)
         tree = store.tree(context.instance, pipeline.name)
         try:
-            ledger = roll_back(pipeline, tree, hub, config.to.strip(), scrub(config.reason.strip()))
+            with shared(tree.root / IN_USE, context.log.info):
+                ledger = roll_back(pipeline, tree, hub, config.to.strip(), scrub(config.reason.strip()))
         except GateError as error:
             raise final(f"{error} {error.fix}") from None
         except DpoAssetsError as error:
@@ -135,7 +137,8 @@ def _staged(tree: ArtifactTree, target: Released) -> Artifact:
     found = tree.find("published_model", target.artefact)
     if found is None:
         raise ConfigError(
-            f"release {target.release} was staged in {tree.directory('published_model', target.artefact)}, which is "
-            "gone or was damaged. Put the folder back from a backup, or name another release in `to`"
+            f"release {target.release} was staged in {tree.directory('published_model', target.artefact)}, which "
+            f"{tree.missing('published_model', target.artefact)}. Put the folder back from a backup, or name another "
+            "release in `to`"
         )
     return found

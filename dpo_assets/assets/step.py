@@ -16,12 +16,17 @@ from dpo_assets.assets.lineage import Inputs, Lineage
 from dpo_assets.assets.materialisations import FINGERPRINT, Materialisations
 from dpo_assets.assets.out_of_memory import run_with_smaller_forwards
 from dpo_assets.assets.pipeline import Pipeline
+from dpo_assets.assets.turn import OutOfTurn, await_turn, retries_waited
 from dpo_assets.assets.upstream import Upstream
 from dpo_assets.checks.bands import Bands, default_bands
 from dpo_assets.checks.catalog import checks_of, severity_of
 from dpo_assets.checks.verdict import Level, Verdict, with_severity
 from dpo_assets.contract import Spec, Stage
-from dpo_assets.errors import ConfigError, GateError, InfrastructureError, OutOfMemory, StageTimeout
+from dpo_assets.disk import full, is_full, refuse_closed
+from dpo_assets.errors import ConfigError, DiskFull, GateError, InfrastructureError, OutOfMemory, StageTimeout
+from dpo_assets.hashing import share_hashes
+from dpo_assets.leftovers import HASHED, sweep
+from dpo_assets.locks import IN_USE, shared
 from dpo_assets.publishing.secrets import scrub
 from dpo_assets.recipe import Recipe
 from dpo_assets.resources.artifacts import ArtifactStore
@@ -31,6 +36,7 @@ from dpo_assets.resources.launcher import TrainingLauncher
 
 Events = Iterator[Event]
 MAX_RETRIES, RETRY_SECONDS = 2, 5.0  # Of faults of infrastructure; the wait doubles.
+MAX_WAITS, WAIT_SECONDS = 100_000, 10.0  # Of a step that gives its slot of a pool back while it waits for its turn.
 PATH, DIGEST, REUSED = "path", "digest", "reused"
 
 
@@ -62,7 +68,7 @@ class Step:
     def tree(self) -> ArtifactTree:
         store = self._resource("artifacts")
         assert isinstance(store, ArtifactStore)
-        return store.tree(self.context.instance, self.pipeline.name, self.context.log.warning)
+        return store.tree(self.context.instance, self.pipeline.name, self.context.log.warning, self.context.run_id)
 
     @property
     def user_key(self) -> bytes:
@@ -102,6 +108,10 @@ class Step:
     @property
     def _made(self) -> Materialisations:
         return Materialisations(self.context.instance, self.pipeline, self.tree, self.context.run_id)
+
+    def overtaken_by(self, node: str) -> str | None:
+        """The run that made something else of `node` after this run did; None: what this run reads is the latest."""
+        return self._made.overtaken_by(node)
 
     def build(self, node: str, config: Any, inputs: Inputs, make: Callable[[Path, str], None]) -> tuple[Artifact, bool]:
         """The artefact for `config` and `inputs`, and whether an equal one was there already.
@@ -235,22 +245,35 @@ def guarded(step: Step, node: str, events: Events) -> Events:
     asked for here and not by a RetryPolicy, because Dagster follows a policy also when a run is terminated, and would
     start the training again that someone just stopped. A policy that a job brings along has no say in these.
     """
+    root, say = step.tree.root, step.context.log.info
     try:
-        yield from map(scrubbed, events)
+        if not step.only_checks:
+            await_turn(step.context, step.tree)
+        refuse_closed(root)
+        sweep(root, say)
+        share_hashes(root / HASHED / f"{step.context.run_id}.jsonl")
+        # Whoever deletes what is not needed any more waits for those who read.
+        with shared(root / IN_USE, say):
+            yield from map(scrubbed, events)
+    except OutOfTurn as error:
+        raise dg.RetryRequested(max_retries=MAX_WAITS, seconds_to_wait=WAIT_SECONDS) from error
     except GateError as error:
         fault = Verdict(error.check, "error", error.value, error.band, error.source, error.fix, note=str(error))
         yield scrubbed(step.check_result(node, fault))
         raise final(f"{error} {error.fix}") from None
-    except (ConfigError, OutOfMemory, StageTimeout) as error:
+    except (ConfigError, DiskFull, OutOfMemory, StageTimeout) as error:
         raise final(str(error)) from None
     except InfrastructureError as error:
-        said, attempt = scrub(str(error)), step.context.op_execution_context.retry_number
+        waited = retries_waited(step.context, step.tree)
+        said, attempt = scrub(str(error)), step.context.op_execution_context.retry_number - waited
         if attempt >= MAX_RETRIES:
             raise final(f"{said}\nGiven up after {attempt + 1} attempts.") from None
         step.context.log.warning(f"attempt {attempt + 1} failed, another follows: {said}")
         wait = RETRY_SECONDS * 2**attempt
-        raise dg.RetryRequested(max_retries=MAX_RETRIES, seconds_to_wait=wait) from InfrastructureError(said)
+        raise dg.RetryRequested(max_retries=MAX_RETRIES + waited, seconds_to_wait=wait) from InfrastructureError(said)
     except Exception as error:
+        if is_full(error):
+            raise final(full(root, 0, scrub(str(error)))) from None
         if isinstance(error, dg.Failure) or (safe := without_secrets(error)) is None:
             raise
         raise safe from None

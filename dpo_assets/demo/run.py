@@ -57,7 +57,7 @@ def run_job(pipeline: str, ops: Mapping[str, Any], home: Path, console: Console)
     """
     mark = uuid.uuid4().hex
     config = home / "demo_run_config.yaml"
-    config.write_text(yaml.safe_dump({"execution": {"config": {"in_process": {}}}, "ops": dict(ops)}), encoding="utf-8")
+    config.write_text(yaml.safe_dump({"ops": dict(ops)}), encoding="utf-8")
     output = home / "demo_run.log"
     command = [sys.executable, "-m", "dagster", "job", "execute", "-m", "dpo_assets.definitions"]
     command += ["-j", f"{pipeline}_refresh", "-c", str(config), "--tags", json.dumps({TAG: mark})]

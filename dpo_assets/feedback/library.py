@@ -11,9 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
-from dpo_assets.artifact import Artifact, ArtifactTree, fingerprint, write_json
+from dpo_assets.artifact import READING, Artifact, ArtifactTree, fingerprint, write_json
 from dpo_assets.errors import InfrastructureError
 from dpo_assets.feedback.batches import ANSWERS, COUNTS, QUARANTINE, write_paired
 from dpo_assets.feedback.pair import digest
@@ -22,6 +20,7 @@ from dpo_assets.feedback.readers import ReadOptions
 from dpo_assets.feedback.reading import Job, cut, run_jobs, span_sha256, write_refused
 from dpo_assets.feedback.sniff import looked_at_again
 from dpo_assets.feedback.sources import EMPTY_EXPORT, FeedbackFile, FileRefused, Span, verify_unchanged
+from dpo_assets.locks import LOCK, exclusive
 
 BATCH_KIND, PLAN_KIND, PAIRED_KIND = "raw_batches", "raw_files", "paired_answers"
 SPANS = "spans.json"
@@ -165,9 +164,9 @@ def _scratch(tree: ArtifactTree, name: str) -> Iterator[Path]:
     Who reads the same file meanwhile waits, also on another machine, where a process may have the same number. The lock
     goes with the process that held it; what is found in the folder is of one that died.
     """
-    scratch = tree.root / "_reading" / name
+    scratch = tree.root / READING / name
     scratch.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{scratch}.lock"):
+    with exclusive(scratch.with_name(name + LOCK), tree.run, tree.warn):
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
         try:

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dpo_assets.artifact import file_sha256
 from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.pair import Message, Pair
 from dpo_assets.feedback.readers import RowFault
 from dpo_assets.feedback.rules import pair_fault
 from dpo_assets.feedback.sources import FeedbackFile, FileRefused, rows_of
+from dpo_assets.hashing import file_sha256
 
 Format = Literal["rewardbench", "rewardbench2"]
 TIES = "ties"  # The subset of RewardBench 2 that is scored by itself; its case differs from copy to copy.

@@ -11,24 +11,42 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dpo_assets.judging.comparing import Judge, Message
+from dpo_assets.sqlite_file import prepare_sound
 
 
 @dataclass
 class Remembered:
-    """A judge whose replies lie in a SQLite file, by its identity and the whole question.
+    """A judge whose replies lie in a SQLite file, by its identity and the whole question, each with a digest.
+
+    A reply that is not what was kept is asked for again; a file that is damaged is set aside.
 
     Attributes:
         asked: questions that the judge itself was asked.
+        dropped: replies that were not what had been kept.
+        set_aside: where a damaged file went.
     """
 
     judge: Judge
     path: Path
     asked: int = field(default=0, init=False)
+    dropped: int = field(default=0, init=False)
+    set_aside: Path | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.set_aside = prepare_sound(self.path, self._create)
+
+    def _create(self) -> None:
         with closing(sqlite3.connect(self.path, timeout=60)) as db, db:
-            db.execute("create table if not exists replies (question text primary key, reply text) without rowid")
+            columns = "question text primary key, reply text, digest text"
+            db.execute(f"create table if not exists kept ({columns}) without rowid")
+            db.execute("drop table if exists replies")  # Of earlier versions, without digests.
+
+    @property
+    def damage(self) -> str:
+        """What of the file was lost and is asked for again; empty: nothing."""
+        said = [f"the kept replies were damaged and are set aside as {self.set_aside.name}"] if self.set_aside else []
+        said += [f"{self.dropped} kept replies were not what had been kept"] if self.dropped else []
+        return "; ".join(said)
 
     @property
     def identity(self) -> str:
@@ -37,11 +55,16 @@ class Remembered:
     def reply(self, messages: Sequence[Message]) -> str:
         key = hashlib.sha256(json.dumps([self.identity, list(messages)], sort_keys=True).encode()).hexdigest()
         with closing(sqlite3.connect(self.path, timeout=60)) as db:
-            known = db.execute("select reply from replies where question = ?", (key,)).fetchone()
-        if known is not None:
+            known = db.execute("select reply, digest from kept where question = ?", (key,)).fetchone()
+        if known is not None and known[1] == _digest(key, known[0]):
             return str(known[0])
+        self.dropped += known is not None
         reply = self.judge.reply(messages)
         self.asked += 1
         with closing(sqlite3.connect(self.path, timeout=60)) as db, db:
-            db.execute("insert or replace into replies values (?, ?)", (key, reply))
+            db.execute("insert or replace into kept values (?, ?, ?)", (key, reply, _digest(key, reply)))
         return reply
+
+
+def _digest(key: str, reply: object) -> str:
+    return hashlib.sha256(repr((key, reply)).encode()).hexdigest()[:16]

@@ -6,10 +6,11 @@ Names are paths inside the model's folder or repository, with `/` between their 
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
+
+from dpo_assets.disk import copy_file
 
 TOKENIZER_CONFIG, TEMPLATE, GENERATION = "tokenizer_config.json", "chat_template.jinja", "generation_config.json"
 PROCESSOR_CONFIG = "processor_config.json"
@@ -74,7 +75,7 @@ def copy_files(source: Path, target: Path, wanted: Callable[[str], bool]) -> Non
     """Copies what is wanted, byte for byte."""
     for name in found(source, wanted):
         (target / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(source / name, target / name)
+        copy_file(source / name, target / name)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpo_assets.disk import share_file
 from dpo_assets.errors import ConfigError, GateError
 from dpo_assets.planning.companions import CARD, copy_files, is_released
 from dpo_assets.publishing.errors import Passing, PublishRefused, StaleHead
@@ -63,7 +63,10 @@ class Release:
 
 
 def stage(source: Path, target: Path, card: str, provenance: Mapping[str, Any]) -> dict[str, FileRecord]:
-    """Copies what a release may hold, adds card and provenance, and returns the files by name, in order of names.
+    """Gathers what a release may hold, adds card and provenance, and returns the files by name, in order of names.
+
+    Weights take no room a second time: `source` is of a sealed artefact, and both names are of one read-only file. Both
+    manifests hold its digest, so that a byte that changes under either name is found by whoever opens one of them.
 
     provenance.json lists the others: by that list the next release knows which files of a repository are its own.
 
@@ -71,7 +74,7 @@ def stage(source: Path, target: Path, card: str, provenance: Mapping[str, Any]) 
         ConfigError: when a text file of the release holds something shaped like a credential.
     """
     for path in sorted({p for pattern in ALLOWED for p in source.glob(pattern) if p.is_file()}):
-        shutil.copyfile(path, target / path.name)
+        share_file(path, target / path.name)
     copy_files(source, target, is_released)
     (target / CARD).write_text(card, encoding="utf-8")
     (target / PROVENANCE).unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dpo_assets.artifact import file_sha256
+from dpo_assets.hashing import known_sha256
 from dpo_assets.publishing.errors import PublishRefused
 from dpo_assets.untrusted import in_code
 
@@ -36,7 +36,9 @@ class FileRecord(BaseModel):
     def of(cls, path: Path) -> FileRecord:
         size = path.stat().st_size
         return cls(
-            sha256=file_sha256(path), size=size, git_blob=_git_blob(path.read_bytes()) if size <= LARGEST_IN_GIT else ""
+            sha256=known_sha256(path),
+            size=size,
+            git_blob=_git_blob(path.read_bytes()) if size <= LARGEST_IN_GIT else "",
         )
 
 

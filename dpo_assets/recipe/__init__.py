@@ -24,6 +24,7 @@ from dpo_assets.recipe.running import (
     JudgeSection,
     PublishingSection,
     RefreshSection,
+    RetentionSection,
     Severity,
     Speedup,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "Recipe",
     "RefreshSection",
     "ReleaseRule",
+    "RetentionSection",
     "RewardModelSection",
     "Severity",
     "SftSection",

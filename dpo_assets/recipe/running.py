@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from typing import Literal
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import Field, field_validator, model_validator
 
@@ -206,7 +207,81 @@ class RefreshSection(Section):
     """When the pipeline runs by itself. Schedule and sensor exist, and are stopped until someone starts them."""
 
     schedule: str = Field(default="0 3 * * *", description="Cron expression of the refresh job.")
+    time_zone: str = Field(
+        default="UTC", description="Time zone of `schedule`, by its IANA name.", examples=["Europe/Vienna"]
+    )
     sensor_interval_seconds: int = Field(default=60, ge=30, description="How often new feedback is looked for.")
+    min_new_pairs: int = Field(
+        default=0,
+        ge=0,
+        description=(
+            "Changed feedback asks for a refresh from this many new pairs on; 0: any change does, a withdrawal too. "
+            "Pairs of files that are new or changed are counted, rows of SQL tables; of a URL or Hub dataset that "
+            "changed nothing is known from outside, and it is enough."
+        ),
+    )
+    max_wait_hours: float = Field(
+        default=24.0, gt=0.0, description="Changed feedback waits for `min_new_pairs` no longer than this."
+    )
+    cool_down_minutes: float = Field(
+        default=0.0, ge=0.0, description="The sensor asks for a refresh no sooner than this after the last one ended."
+    )
+    retries: int = Field(
+        default=3,
+        ge=0,
+        description=(
+            "How often the sensor asks again for a refresh that failed, after pauses of 10 minutes, 20, 40 and so on. "
+            "Changed feedback counts anew. One that a person cancelled is not asked for again."
+        ),
+    )
+    fresh_hours: float | None = Field(
+        default=None,
+        gt=0.0,
+        description=(
+            "Dagster shows `dpo_dataset` and `published_model` as overdue when they were not materialised for so "
+            "long, and warns from three quarters of it on. Empty: they have no freshness policy."
+        ),
+    )
+    automation: Literal["off", "eager", "cron"] = Field(
+        default="off",
+        description=(
+            "Declarative automation of single assets beside the job. `eager`: each follows when what it reads has new "
+            "content; `cron`: all follow `schedule`. Neither goes on behind a blocking check that is red."
+        ),
+    )
+    executor: Literal["in_process", "location"] = Field(
+        default="in_process",
+        description=(
+            "Who executes the steps of the refresh job. `in_process`: the process of the run, one after another; "
+            "training has processes of its own. `location`: the executor of the code location (several processes, "
+            "Kubernetes)."
+        ),
+    )
+
+    @field_validator("time_zone")
+    @classmethod
+    def _is_a_time_zone(cls, name: str) -> str:
+        try:
+            ZoneInfo(name)
+        except (ZoneInfoNotFoundError, ValueError, OSError):
+            raise ValueError(f"there is no time zone `{name}`; IANA names are meant, such as `Europe/Vienna`") from None
+        return name
+
+
+class RetentionSection(Section):
+    """How long models stay in the store. What is live, what a rollback may want and what is in use always does."""
+
+    keep_models: int = Field(
+        default=5,
+        ge=1,
+        description="How many of every kind (base, SFT checkpoint, adapter, merged model, release) always stay.",
+    )
+    keep_days: float = Field(
+        default=14.0, ge=0.0, description="Nothing goes that was made or materialised in so many days."
+    )
+    keep_releases: int = Field(
+        default=5, ge=1, description="How many of the last releases stay whole, for the rollback job to go back to."
+    )
 
 
 class HardwareSection(Section):

@@ -18,6 +18,7 @@ from dpo_assets.recipe.running import (
     HardwareSection,
     PublishingSection,
     RefreshSection,
+    RetentionSection,
 )
 from dpo_assets.recipe.training import DpoSection, LoraSection, SftSection
 from dpo_assets.section import Section, describe_validation_error
@@ -35,6 +36,7 @@ class Recipe(Section):
     checks: ChecksSection = ChecksSection()
     publishing: PublishingSection = PublishingSection()
     refresh: RefreshSection = RefreshSection()
+    retention: RetentionSection = RetentionSection()
     hardware: HardwareSection = HardwareSection()
 
     @model_validator(mode="after")

@@ -27,10 +27,10 @@ class ArtifactStore(dg.ConfigurableResource):  # type: ignore[type-arg]
     )
 
     def tree(
-        self, instance: dg.DagsterInstance, pipeline: str, warn: Callable[[str], None] = lambda _: None
+        self, instance: dg.DagsterInstance, pipeline: str, warn: Callable[[str], None] = lambda _: None, run: str = ""
     ) -> ArtifactTree:
-        """The artefacts of one pipeline. `warn` is told of damaged ones."""
-        return ArtifactTree(self._folder(instance) / pipeline, warn)
+        """The artefacts of one pipeline. `warn` is told of damaged ones, and of whom `run` waits for."""
+        return ArtifactTree(self._folder(instance) / pipeline, warn, run)
 
     def user_key(self, instance: dg.DagsterInstance) -> bytes:
         """The key of the digests that stand for users: made once for a store, kept beside it, for its owner to read.

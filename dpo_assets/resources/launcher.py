@@ -6,19 +6,31 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from abc import ABC, abstractmethod
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
 
 import dagster as dg
 from pydantic import Field, field_validator
 
-from dpo_assets.contract import EXPLAINED_EXIT, FAILURE_FILE, Failure, PlannedSpec, Spec, Stage
-from dpo_assets.errors import ConfigError, DpoAssetsError, GateError, InfrastructureError, OutOfMemory, StageTimeout
+from dpo_assets.contract import DISK_FULL_EXIT, EXPLAINED_EXIT, FAILURE_FILE, Failure, PlannedSpec, Spec, Stage
+from dpo_assets.disk import full, gib, size_of
+from dpo_assets.errors import (
+    ConfigError,
+    DiskFull,
+    DpoAssetsError,
+    GateError,
+    InfrastructureError,
+    OutOfMemory,
+    StageTimeout,
+)
+from dpo_assets.locks import TEMPORARY, scratch_folder
+from dpo_assets.planning.storage import stage_bytes
 from dpo_assets.publishing.secrets import is_secret, scrub, scrub_all
 from dpo_assets.resources.environment import planned_gpu, worker_environment
+from dpo_assets.resources.gpu_lock import gpu_held
 from dpo_assets.resources.messages import ScrubbedMessageReader
 from dpo_assets.resources.nvml import VISIBLE
 
@@ -63,8 +75,7 @@ class LocalLauncher(TrainingLauncher):
         return names
 
     def run(self, context: dg.AssetExecutionContext, stage: Stage, spec: Spec, timeout_seconds: float) -> None:
-        with tempfile.TemporaryDirectory(prefix="dpo-assets-") as scratch:
-            work = Path(scratch)
+        with scratch_folder(TEMPORARY) as work:
             (work / "spec.json").write_text(spec.model_dump_json(), encoding="utf-8")
             log = work / "worker.log"
             output = ""
@@ -78,6 +89,8 @@ class LocalLauncher(TrainingLauncher):
                 return
             if status is None:
                 raise StageTimeout(_out_of_time(stage, timeout_seconds, output))
+            if status == DISK_FULL_EXIT:
+                raise DiskFull(_out_of_room(stage, spec))
             if status == EXPLAINED_EXIT and (work / FAILURE_FILE).is_file():
                 raise _as_error(Failure.model_validate_json((work / FAILURE_FILE).read_bytes()))
             raise WorkerDied(_describe(stage, status, output))
@@ -102,9 +115,11 @@ class LocalLauncher(TrainingLauncher):
                 message_reader=ScrubbedMessageReader(dg.PipesTempFileMessageReader()),
             ) as session,
             log.open("wb") as output,
+            ExitStack() as held,
         ):
             # Its temporary files lie in this run's scratch folder, so they go also when it is killed.
             environment = {**worker_environment(spec, self.environment), "TMPDIR": str(work)}
+            held.enter_context(gpu_held(environment[VISIBLE], context.log))
             process = self._start(command, {**environment, **session.get_bootstrap_env_vars()}, output)
             context.log.info(f"started worker stage `{stage}`, process group {process.pid}")
             if isinstance(spec, PlannedSpec) and (shown := environment[VISIBLE]) not in ("", planned_gpu(spec.plan)):
@@ -179,6 +194,12 @@ def _out_of_time(stage: str, timeout_seconds: float, output: str) -> str:
         "It is not tried again, because it would take as long: raise the limit, or give it less to do. The whole log "
         f"is in this step's standard output. {_tail(output)}"
     )
+
+
+def _out_of_room(stage: Stage, spec: Spec) -> str:
+    needed = stage_bytes(stage, spec.plan, size_of(spec.base_model)) if isinstance(spec, PlannedSpec) else 0
+    said = full(spec.output_dir, needed, f"stage `{stage}`")
+    return f"{said} It had written {gib(size_of(spec.output_dir))}, which is removed. It is not tried again."
 
 
 def _describe(stage: str, status: int, output: str) -> str:

@@ -24,6 +24,7 @@ import shutil
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ from typing import Any, get_args
 
 from dpo_assets.artifact import seal
 from dpo_assets.contract import (
+    DISK_FULL_EXIT,
     EXPLAINED_EXIT,
     FAILURE_FILE,
     BenchmarkSpec,
@@ -48,6 +50,7 @@ from dpo_assets.contract import (
     VerifySpec,
     memory_failure,
 )
+from dpo_assets.disk import is_full
 from dpo_assets.errors import ConfigError, GateError
 from dpo_assets.feedback.trained import write_trained_groups
 from dpo_assets.training.engines import unsloth
@@ -85,7 +88,17 @@ class DagsterRun:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0, EXPLAINED_EXIT with a failure file beside the spec, or whatever killed the process."""
+    """Exit status 0, EXPLAINED_EXIT with a failure file beside the spec, DISK_FULL_EXIT, or what killed the process."""
+    try:
+        return _main(argv)
+    except Exception as error:
+        if not is_full(error):
+            raise
+        traceback.print_exc()
+        return DISK_FULL_EXIT
+
+
+def _main(argv: list[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dpo_assets.training", description=__doc__)
     parser.add_argument("stage", choices=get_args(Stage))
     parser.add_argument("--spec", type=Path, required=True, help="JSON file with the stage's spec")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import random
+import sqlite3
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -303,3 +305,34 @@ def test_the_corrected_share_decides_where_there_is_one() -> None:
         _, verdict_ = judge_verdicts(judged_answers(share=share, corrected=true))
         assert verdict_.passed is passed
         assert bool(verdict_.fix) is not passed
+
+
+class Counting:
+    """A judge of one answer, and how often it was asked."""
+
+    identity = "counting"
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def reply(self, messages: object) -> str:
+        self.asked += 1
+        return "A"
+
+
+def test_kept_replies_that_were_damaged_are_dropped_or_set_aside_and_asked_for_again(tmp_path: Path) -> None:
+    judge, path = Counting(), tmp_path / "judge.sqlite"
+    asked = [{"role": "user", "content": "which?"}]
+    assert [Remembered(judge, path).reply(asked) for _ in range(2)] == ["A", "A"]
+    assert judge.asked == 1
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute("update kept set reply = 'B'")
+    changed = Remembered(judge, path)
+    assert (changed.reply(asked), judge.asked, changed.dropped) == ("A", 2, 1)
+    assert "1 kept replies were not what had been kept" in changed.damage
+    path.write_bytes(b"no database at all, by far" * 200)
+    anew = Remembered(judge, path)
+    assert (anew.reply(asked), judge.asked) == ("A", 3)
+    assert anew.set_aside is not None
+    assert anew.set_aside.exists()
+    assert Remembered(judge, path).damage == ""

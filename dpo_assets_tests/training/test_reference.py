@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -342,6 +344,24 @@ def test_a_damaged_cache_is_set_aside_and_the_pairs_are_scored_again(tmp_path: P
     # An emptied file is an empty database; anything else is kept, beside, for whoever wants to look.
     assert (cache.set_aside is not None) == bool(damage)
     assert cache.set_aside is None or cache.set_aside.read_bytes() == damage
+
+
+@pytest.mark.parametrize("change", ["chosen = chosen + 1e-12", "rejected = 'x'", "digest = ''", "pair = 'other'"])
+def test_a_score_that_is_not_what_was_kept_is_dropped_counted_and_scored_again(tmp_path: Path, change: str) -> None:
+    path, scorer = tmp_path / "reference.sqlite", Scorer()
+    pairs = [pair(n) for n in range(4)]
+    right, _ = reference_scores(pairs, ScoreCache(path, "key"), scorer)
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute(f"update scores set {change} where pair = ?", (pair_key(pairs[2]),))
+    scorer.asked.clear()
+    cache = ScoreCache(path, "key")
+    assert reference_scores(pairs, cache, scorer) == (right, 3)
+    assert scorer.asked == [pairs[2]]
+    assert cache.dropped == 1
+    assert "1 kept scores in reference.sqlite were not what had been kept" in cache.damage
+    again = ScoreCache(path, "key")
+    assert reference_scores(pairs, again, scorer) == (right, 4)
+    assert again.damage == ""
 
 
 def test_a_shorter_max_length_scores_again_only_what_it_cuts(

@@ -78,33 +78,39 @@ def _way_of_reading(source: FeedbackSource) -> tuple[object, ...]:
     return source.format, source.columns, source.json_columns, source.fields, source.companion
 
 
-def glance(sources: Sequence[FeedbackSource]) -> list[list[str | int]]:
-    """What the sources look like from outside, for a sensor: no file is read, fetched or extracted.
+def glance(source: FeedbackSource) -> list[tuple[str, ...]]:
+    """What a source that lies elsewhere looks like from outside: nothing is read, fetched or extracted.
+
+    A row for each file (URL, and what its side says of its state), or one for a table (name, rows, highest watermark)
+    or a dataset (name, revision, files).
 
     Raises:
         ConfigError, InfrastructureError: like `find`.
     """
-    seen: list[list[str | int]] = []
-    for source in sources:
-        if source.sql is not None:
-            from dpo_assets.feedback.sources import sql
+    if source.sql is not None:
+        from dpo_assets.feedback.sources import sql
 
-            seen.append([source.shown, *sql.glance(source.sql)])
-        elif source.hub is not None:
-            seen.append([source.shown, *source.files])  # A pinned revision does not change.
-        elif is_url(str(source.path)):
-            from dpo_assets.feedback.sources import remote
+        return [(source.shown, *sql.glance(source.sql))]
+    if source.hub is not None:
+        return [(source.shown, str(source.revision), *source.files)]  # A pinned revision does not change.
+    from dpo_assets.feedback.sources import remote
 
-            seen += [[*row] for row in remote.glance(str(source.path))]
-        else:
-            for file in _local(str(source.path)):
-                try:
-                    status = file.path.stat()
-                except OSError:  # A broken link, say: it is refused when it is read.
-                    seen.append([str(file.path), -1, -1])
-                else:
-                    seen.append([str(file.path), status.st_size, status.st_mtime_ns])
-    return seen
+    return [tuple(row) for row in remote.glance(str(source.path))]
+
+
+def local_files(path: str) -> Iterator[tuple[Path, Path | None]]:
+    """(file, the folder that it may not lie outside of) of everything that a local path, or pattern, names.
+
+    Raises:
+        FeedbackError: it names nothing.
+    """
+    for found in _local(path):
+        yield found.path, found.root
+
+
+def described(path: Path, root: Path | None, source: FeedbackSource, limits: Limits) -> FeedbackFile:
+    """One local file of a source, ready to be read or refused; named by its own name alone."""
+    return _described(_Found(path, root), source, shown(path.name), limits)
 
 
 def _of_source(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import atexit
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +15,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from dpo_assets.feedback.pair import TOOLS
+from dpo_assets.locks import TEMPORARY, scratch_folder
 from dpo_assets.training.batches.packing import Group
 from dpo_assets.training.models.chat_format import ChatFormat
 
@@ -31,8 +31,9 @@ def load_split(
     also when the stage is killed; without one, into a folder that ends with this process.
     """
     if scratch is None:
-        scratch = Path(tempfile.mkdtemp(prefix="dpo-assets-datasets-"))
-        atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+        owned = ExitStack()
+        scratch = owned.enter_context(scratch_folder(f"{TEMPORARY}datasets-"))
+        atexit.register(owned.close)
     columns = columns or TOKEN_COLUMNS
     cache = scratch / f"datasets-{split}"
     return Dataset.from_parquet(str(folder / f"{split}.parquet"), columns=columns, cache_dir=str(cache))

@@ -131,7 +131,10 @@ class Bench:
             return list(zip(logps[::2], logps[1::2], strict=True))
 
         with autocast_of(plan):
-            logps, known = kept_scores(pairs, self._cache(subject, settled.kernels), score, PART)
+            cache = self._cache(subject, settled.kernels)
+            logps, known = kept_scores(pairs, cache, score, PART)
+            if cache and cache.damage:
+                self._log(f"{cache.damage}; they were scored again")
             before = f", {known} of them before" if known else ""
             self._log(f"{len(pairs)} held-out pairs scored by the {who}{before}")
             of_texts, _ = score_groups(model, texts, plan.token_budget)
@@ -149,10 +152,7 @@ class Bench:
     def _cache(self, subject: Subject, kernels: str) -> ScoreCache | None:
         if self.kept is None or not subject.digests or not all(subject.digests.values()):
             return None
-        cache = ScoreCache(self.kept, score_key(**subject.digests, **computed_by(self.plan, kernels)))
-        if cache.set_aside:
-            self._log(f"the kept scores were damaged and are set aside as {cache.set_aside.name}; scoring anew")
-        return cache
+        return ScoreCache(self.kept, score_key(**subject.digests, **computed_by(self.plan, kernels)))
 
     def _log(self, said: str) -> None:
         self.reporter.log(f"evaluate: {said}")

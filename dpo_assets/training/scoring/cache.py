@@ -14,11 +14,11 @@ import sqlite3
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 
 from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.sqlite_file import prepare_sound
 from dpo_assets.training.batches.packing import Group
 from dpo_assets.training.packages import computing
 from dpo_assets.version import __version__
@@ -62,44 +62,66 @@ def computed_by(plan: TrainingPlan, kernels: str, forward: str = "") -> dict[str
 
 
 class ScoreCache:
-    """(score key, pair key) -> (chosen, rejected) log-probabilities, in SQLite: safe for several writers."""
+    """(score key, pair key) -> (chosen, rejected) log-probabilities, in SQLite: safe for several writers.
+
+    Each score is kept with a digest of itself and its keys: SQLite finds a page that it cannot read, not a number in it
+    that became another one. A wrong one is dropped and scored again.
+    """
 
     def __init__(self, path: Path, key: str) -> None:
         self.path, self.key = path, key
-        self.set_aside: Path | None = None  # Where a damaged file went.
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._create()
-            self._known()
-        except sqlite3.OperationalError:
-            raise  # A lock, or a full disk: the file itself is well.
-        except sqlite3.DatabaseError:
-            # Scores can be computed again, so a file that a crash or a disk has damaged must not stop every run.
-            self.set_aside = path.with_name(f"{path.name}.damaged-{uuid4().hex[:8]}")
-            path.rename(self.set_aside)
-            self._create()
+        self.dropped = 0  # Scores that were not what had been kept.
+        self.set_aside = prepare_sound(path, self._prepare)  # Where a damaged file went.
+
+    def _prepare(self) -> None:
+        self._create()
+        self._known()
 
     def _create(self) -> None:
         with closing(sqlite3.connect(self.path, timeout=60)) as db, db:
             db.execute(
-                "create table if not exists reference (key text, pair text, chosen real, rejected real, "
+                "create table if not exists scores (key text, pair text, chosen real, rejected real, digest text, "
                 "primary key (key, pair)) without rowid"
             )
+            db.execute("drop table if exists reference")  # Of earlier versions, without digests.
 
-    def _known(self) -> list[tuple[str, float, float]]:
+    def _known(self) -> list[tuple[str, float, float, str]]:
         with closing(sqlite3.connect(self.path, timeout=60)) as db:
-            return db.execute("select pair, chosen, rejected from reference where key = ?", (self.key,)).fetchall()
+            asked = "select pair, chosen, rejected, digest from scores where key = ?"
+            return db.execute(asked, (self.key,)).fetchall()
 
     def get(self, pairs: Sequence[str]) -> dict[str, tuple[float, float]]:
         """The scores that are known."""
-        rows = self._known()
-        known = {pair: (chosen, rejected) for pair, chosen, rejected in rows}
+        wanted, known, wrong = set(pairs), dict[str, tuple[float, float]](), list[str]()
+        for pair, chosen, rejected, digest in self._known():
+            if digest != self._digest(pair, chosen, rejected):
+                wrong.append(pair)
+            elif pair in wanted:
+                known[pair] = chosen, rejected
+        if wrong:
+            self.dropped += len(wrong)
+            with closing(sqlite3.connect(self.path, timeout=60)) as db, db:
+                db.executemany("delete from scores where key = ? and pair = ?", [(self.key, pair) for pair in wrong])
         return {pair: known[pair] for pair in pairs if pair in known}
 
     def put(self, scores: dict[str, tuple[float, float]]) -> None:
         with closing(sqlite3.connect(self.path, timeout=60)) as db, db:
-            rows = [(self.key, pair, chosen, rejected) for pair, (chosen, rejected) in scores.items()]
-            db.executemany("insert or replace into reference values (?, ?, ?, ?)", rows)
+            rows = [(self.key, pair, *both, self._digest(pair, *both)) for pair, both in scores.items()]
+            db.executemany("insert or replace into scores values (?, ?, ?, ?, ?)", rows)
+
+    def _digest(self, pair: object, chosen: object, rejected: object) -> str:
+        """Of the numbers to their last bit, and of whose they are."""
+        return hashlib.sha256(repr((self.key, pair, chosen, rejected)).encode()).hexdigest()[:16]
+
+    @property
+    def damage(self) -> str:
+        """What was lost of the cache and is scored again; empty: nothing."""
+        said = []
+        if self.set_aside:
+            said.append(f"the kept scores were damaged and are set aside as {self.set_aside.name}")
+        if self.dropped:
+            said.append(f"{self.dropped} kept scores in {self.path.name} were not what had been kept and are dropped")
+        return "; ".join(said)
 
 
 def kept_scores(

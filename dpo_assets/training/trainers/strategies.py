@@ -162,10 +162,6 @@ def score_reference(policy: Policy, groups: Sequence[Group], spec: TrainSpec, re
             **computed_by(plan, policy.kernels, path),
         )
         cache = ScoreCache(spec.reference_cache, key) if spec.reference_cache else None
-        if cache and cache.set_aside:
-            reporter.log(
-                f"dpo: the reference cache was damaged and is set aside as {cache.set_aside.name}; scoring anew"
-            )
 
         # On padded rows attention holds more than the plan counts, the more the larger a forward.
         widened = plan.reference_budget and not engine_of(model).pads_attention
@@ -185,5 +181,7 @@ def score_reference(policy: Policy, groups: Sequence[Group], spec: TrainSpec, re
                 scores, reused = reference_scores(groups, cache, score)
         else:
             scores, reused = reference_scores(groups, cache, score)
+    if cache and cache.damage:
+        reporter.log(f"dpo: {cache.damage}; they were scored again")
     reporter.log(f"dpo: reference log-probabilities of {len(groups)} pairs, {reused} from the cache")
     return scores, reused

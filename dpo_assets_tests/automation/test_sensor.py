@@ -1,0 +1,120 @@
+"""The new-feedback sensor on a real instance: held against what was read and against the runs that there are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from dpo_assets.assets.pipeline import Pipeline
+from dpo_assets.automation import new_feedback_sensor, refresh_job
+from dpo_assets.automation.sensor import FEEDBACK
+from dpo_assets.recipe import parse_recipe
+from dpo_assets.resources.artifacts import ArtifactStore
+from dpo_assets_tests.pipelines import materialize, trl_feedback, trl_recipe
+
+
+@pytest.fixture
+def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
+    with dg.DagsterInstance.ephemeral(str(tmp_path)) as opened:
+        yield opened
+
+
+def tick(instance: dg.DagsterInstance, recipe: dict[str, Any], cursor: str | None = None) -> Any:
+    pipeline = Pipeline("demo", parse_recipe(recipe))
+    sensor = new_feedback_sensor(pipeline, refresh_job(pipeline))
+    with dg.build_sensor_context(instance, cursor, resources={"demo_artifacts": ArtifactStore()}) as context:
+        return sensor.evaluate_tick(context)  # As the daemon does: a call would hand resources over as arguments.
+
+
+def asked(result: Any) -> list[dg.RunRequest]:
+    return list(result.run_requests or [])
+
+
+def said(result: Any) -> str:
+    return str(result.skip_message)
+
+
+def settled(path: Path) -> Path:
+    """The file with a time outside the settling window, another one for another size."""
+    os.utime(path, (1_700_000_000, 1_700_000_000 + path.stat().st_size))
+    return path
+
+
+def a_run(instance: dg.DagsterInstance, status: dg.DagsterRunStatus, key: str) -> None:
+    """A run of the refresh job as Dagster records one: its steps are of no matter to the sensor."""
+    instance.create_run_for_job(dg.GraphDefinition("demo_refresh").to_job(), status=status, tags={FEEDBACK: key})
+
+
+def test_content_that_was_read_is_not_asked_for_and_content_that_came_back_is(
+    instance: dg.DagsterInstance, tmp_path: Path
+) -> None:
+    path = settled(trl_feedback(tmp_path / "a.jsonl", pairs=5))
+    recipe = trl_recipe(path)
+    first = tick(instance, recipe)
+    [request_a] = asked(first)
+    assert materialize(recipe, instance, ["raw_preferences"]).success
+    # With its cursor, without one, and with one of an earlier version: it has been read.
+    for cursor in (first.cursor, None, '{"listing": [], "digest": "x"}'):
+        result = tick(instance, recipe, cursor)
+        assert not asked(result)
+        assert "nothing new in 1 source" in said(result)
+    assert "the cursor was damaged" in said(result)
+
+    settled(trl_feedback(path, pairs=6))
+    second = tick(instance, recipe, first.cursor)
+    [request_b] = asked(second)
+    assert materialize(recipe, instance, ["raw_preferences"]).success
+    settled(trl_feedback(path, pairs=5))
+    third = tick(instance, recipe, second.cursor)
+    [again_a] = asked(third)
+    # Dagster starts one run for each key: the third needs one of its own.
+    assert len({request_a.run_key, request_b.run_key, again_a.run_key}) == 3
+    assert request_a.tags[FEEDBACK] == again_a.tags[FEEDBACK]
+    assert "new feedback" in again_a.tags["dpo_assets/asked_for"]
+
+
+def test_runs_of_the_instance_decide_what_a_tick_asks_for(instance: dg.DagsterInstance, tmp_path: Path) -> None:
+    recipe = trl_recipe(settled(trl_feedback(tmp_path / "a.jsonl", pairs=5)))
+    first = tick(instance, recipe)
+    key = asked(first)[0].tags[FEEDBACK]
+    a_run(instance, dg.DagsterRunStatus.STARTED, "")
+    under_way = tick(instance, recipe, first.cursor)
+    assert not asked(under_way)
+    assert "is under way" in said(under_way)
+    for run in instance.get_runs():
+        instance.report_run_canceled(run)
+    assert asked(tick(instance, recipe, first.cursor)), "what somebody else cancelled was not this feedback's refresh"
+    a_run(instance, dg.DagsterRunStatus.FAILURE, key)
+    assert "failed; it is asked for again at" in said(tick(instance, recipe, first.cursor))
+    a_run(instance, dg.DagsterRunStatus.CANCELED, key)
+    assert "was cancelled" in said(tick(instance, recipe, first.cursor))
+
+
+def test_new_pairs_are_counted_from_what_was_read(instance: dg.DagsterInstance, tmp_path: Path) -> None:
+    path = settled(trl_feedback(tmp_path / "a.jsonl", pairs=5))
+    recipe = trl_recipe(path) | {"refresh": {"min_new_pairs": 4}}
+    assert asked(tick(instance, recipe))
+    assert materialize(recipe, instance, ["raw_preferences"]).success
+    settled(trl_feedback(path, pairs=8))
+    few = tick(instance, recipe)
+    assert not asked(few)
+    assert "3 new pairs in" in said(few)
+    settled(trl_feedback(path, pairs=9))
+    assert asked(tick(instance, recipe, few.cursor))
+
+
+def test_missing_feedback_is_a_skip_with_the_reason_and_others_go_on(
+    instance: dg.DagsterInstance, tmp_path: Path
+) -> None:
+    recipe = trl_recipe(tmp_path / "none.jsonl")
+    result = tick(instance, recipe)
+    assert not asked(result)
+    assert "matches no file" in said(result)
+    there = settled(trl_feedback(tmp_path / "a.jsonl", pairs=5))
+    recipe["feedback"]["sources"].append({"path": str(there), "format": "trl"})
+    assert asked(tick(instance, recipe, result.cursor))
