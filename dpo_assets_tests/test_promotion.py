@@ -104,6 +104,20 @@ def test_a_dry_run_decides_as_a_preview_and_appends_nothing(shelf: Shelf, hub: H
     assert str(metadata(release(shelf, trying(hub)), "promotion")["reused"]).startswith("yes")
 
 
+def test_dry_runs_are_looks_that_the_release_after_them_pays_for(shelf: Shelf, hub: HubServer) -> None:
+    whole = Ledger().budget().level
+    fill(shelf, evaluation_report())
+    levels = [metadata(release(shelf, trying(hub)), "promotion")["level"] for _ in range(2)]
+    assert levels == [pytest.approx(whole / 2)] * 2, "a preview repeated is the same look"
+    refresh(shelf, "another", right=0.9)
+    looked = metadata(release(shelf, trying(hub)), "promotion")
+    assert (looked["preview"], looked["level"]) == (True, pytest.approx(whole / 6))
+    assert "this one, look 2" in looked["outlook"]
+    result = release(shelf, sending(hub))
+    assert result.success, failures(result)
+    assert ledger_of(shelf).decisions[-1].level == pytest.approx(whole / 6), "what was previewed has its own look"
+
+
 def test_a_hold_with_a_champion_leaves_it_live_and_the_run_green(shelf: Shelf, hub: HubServer) -> None:
     """What reads the release is skipped, and neither check is lost."""
     first = first_release(shelf, hub)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from dpo_assets.checks.evidence.candidate import Candidate, ScoredPairs
 from dpo_assets.checks.evidence.ledger import FIRST, SCORES, Decided, Ledger
 from dpo_assets.checks.evidence.ledger_file import LedgerFile
 from dpo_assets.checks.evidence.outlook import Outlook
+from dpo_assets.checks.evidence.previews import Previews, PreviewsFile
 from dpo_assets.checks.promotion import OUTCOME, PromotionOutcome, override_of, promotion_verdict
 from dpo_assets.checks.reports import EvaluationReport
 from dpo_assets.publishing.secrets import scrub
@@ -40,14 +42,15 @@ class PromotionConfig(dg.Config):
 
 def materialise(step: Step) -> Events:
     """Decides on the challenger, and appends the decision to the ledger. A dry run decides as a preview and appends
-    nothing."""
+    nothing; that it looked is kept (`previews`)."""
     inputs, dry_run = step.inputs(), step.recipe.publishing.dry_run
     if step.only_checks:
         artifact, reused = step.build(NAME, {}, inputs, lambda folder, print_: None)
         ledger = read_ledger(step.tree)
     else:
         override = override_of(str(step.config.get("override", "")), scrub(str(step.config.get("reason", ""))))
-        candidate = candidate_of(step, inputs["eval_scores"])
+        previews = PreviewsFile.of(step.tree.root)
+        candidate = candidate_of(step, inputs["eval_scores"], previews.read())
         decided: list[Decided] = []
 
         def decide(ledger: Ledger) -> Ledger:
@@ -60,7 +63,11 @@ def materialise(step: Step) -> Events:
         ledger = file.read() if dry_run else file.extend(decide)
         if dry_run:
             decide(ledger)
-        [line] = decided
+            if decided[-1].level is not None and decided[-1] not in ledger.lines:
+                # It was looked at, and so tested: what it has of the level is known only now.
+                candidate = replace(candidate, previews=previews.add(candidate.name, decided[-1].saw))
+                decide(ledger)
+        line = decided[-1]
         preview = line not in ledger.lines
         before = Ledger(lines=ledger.lines[: line.number - 1])
 
@@ -84,7 +91,7 @@ def materialise(step: Step) -> Events:
     )
 
 
-def candidate_of(step: Step, scores: Artifact) -> Candidate:
+def candidate_of(step: Step, scores: Artifact, previews: Previews) -> Candidate:
     """The challenger that an evaluation scored.
 
     Raises:
@@ -97,6 +104,7 @@ def candidate_of(step: Step, scores: Artifact) -> Candidate:
         inputs={**recorded, SCORES: scores.digest},
         pairs=ScoredPairs.read(scores.path / SCORES_FILE),
         fewest=step.recipe.evaluation.min_pairs,
+        previews=previews,
     )
 
 
@@ -129,7 +137,7 @@ def outlook_of(candidate: Candidate, ledger: Ledger) -> Outlook:
         for of in (evidence.primaries, evidence.guards)
     )
     fresh = len(ledger.fresh(candidate.held_out))
-    return Outlook.of(ledger, fresh, primary, candidate.fewest, guard=guard)
+    return Outlook.of(ledger, fresh, primary, candidate.fewest, guard=guard, look=evidence.look)
 
 
 def _shown(outcome: PromotionOutcome, ledger: Ledger) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dpo_assets.checks.evidence.clusters import COUNTED_BY, wins_of
 from dpo_assets.checks.evidence.ledger import SCORES, Decided, Decision, Ledger, Override, RolledBack
 from dpo_assets.checks.evidence.measured import Comparison
 from dpo_assets.checks.evidence.paired import compare
+from dpo_assets.checks.evidence.previews import Previews
 from dpo_assets.checks.evidence.rules import Evidence, decided_by, judge
 from dpo_assets.errors import ConfigError
 
@@ -134,6 +135,7 @@ class Candidate:
         opponent: the champion that was scored beside it; None: none was.
         inputs: digests by name of all that the decision stands on, that of the scores among them.
         fewest: conversations that a test needs.
+        previews: what dry runs looked at so far, of this challenger and of others.
     """
 
     name: str
@@ -142,6 +144,7 @@ class Candidate:
     pairs: ScoredPairs
     fewest: int
     failures: Mapping[str, str] = field(default_factory=dict)
+    previews: Previews = field(default_factory=Previews)
 
     @property
     def held_out(self) -> frozenset[str]:
@@ -156,11 +159,11 @@ class Candidate:
         """
         failures = {**self.failures, **self.pairs.faults()}
         fresh = ledger.fresh(self.held_out)
-        new = self.pairs.of(fresh)
+        new, look = self.pairs.of(fresh), self.previews.number(self.name, fresh)
         if self.opponent is None:
-            return Evidence({REWARD: new.against_chance()}, {LOGP: new.against_start()}, failures, self.fewest)
+            return Evidence({REWARD: new.against_chance()}, {LOGP: new.against_start()}, failures, self.fewest, look)
         known = self.pairs.of(self.held_out - fresh)
-        return Evidence(new.against_champion(), known.against_champion(), failures, self.fewest)
+        return Evidence(new.against_champion(), known.against_champion(), failures, self.fewest, look)
 
     def decide(self, ledger: Ledger, override: Override | None, at: str) -> tuple[Ledger, Decided]:
         """The ledger with the decision on this challenger in it, and that decision.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from dpo_assets.checks.evidence.ledger import Ledger
 from dpo_assets.checks.evidence.measured import Comparison
 from dpo_assets.checks.evidence.power import EFFECT, FEWEST_PROMPTS, POWER, Reach, can_decide, reach_of_comparison
 from dpo_assets.checks.evidence.rules import measured_loss
-from dpo_assets.checks.evidence.spending import ALPHA, HIGHEST, Budget
+from dpo_assets.checks.evidence.spending import ALPHA, HIGHEST, Budget, share_of_look
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Outlook:
 
     `fresh` is the number of held-out prompts that no decision saw, `fewest` how many a test needs, `reach` what the
     pairs of a comparison can show at the level of the test; None before anything was scored. `guard` is a
-    comparison on the prompts that were known before, or with its start where nothing is live (`first`).
+    comparison on the prompts that were known before, or with its start where nothing is live (`first`). `look` is
+    the number of this look at the fresh ones where dry runs looked at them, and the level is what it has of the test's.
     """
 
     budget: Budget
@@ -29,6 +30,7 @@ class Outlook:
     reach: Reach | None
     guard: Comparison | None = None
     first: bool = False
+    look: int = 0
 
     @classmethod
     def of(
@@ -39,12 +41,14 @@ class Outlook:
         fewest: int = FEWEST_PROMPTS,
         alpha: float = ALPHA,
         guard: Comparison | None = None,
+        look: int = 0,
     ) -> Self:
         """From the ledger and the number of fresh prompts; `primary` is a comparison on them, or on pairs like them."""
         budget, floor = ledger.budget(alpha), max(fewest, FEWEST_PROMPTS)
+        budget = replace(budget, level=budget.level * share_of_look(look)) if look else budget
         reach = reach_of_comparison(primary, budget.level) if primary is not None else None
         can_pass = can_decide(fresh, budget.level, floor)
-        return cls(budget, fresh, floor, can_pass, reach, guard, first=ledger.champion is None)
+        return cls(budget, fresh, floor, can_pass, reach, guard, first=ledger.champion is None, look=look)
 
     def rows(self) -> list[tuple[str, str]]:
         """(what, how it stands), for a table."""
@@ -58,6 +62,11 @@ class Outlook:
             ("prompts that no decision saw", f"{self.fresh}, of at least {self.fewest}"),
             ("can the gate pass with these", passes),
         ]
+        if self.look:
+            shared = (
+                f"{share_of_look(self.look):.2g} of the level is for look {self.look}, this one; dry runs are looks"
+            )
+            rows.insert(2, ("looks at these", shared))
         if self.reach is not None and not math.isfinite(self.reach.detectable):
             rows.append(("what they can show", "not known: on these pairs the two never differ"))
         elif self.reach is not None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from dpo_assets.checks.evidence.ledger import Decided, Decision, Ledger, Override, Primary
 from dpo_assets.checks.evidence.measured import Comparison
 from dpo_assets.checks.evidence.power import FEWEST_PROMPTS, can_decide
+from dpo_assets.checks.evidence.spending import share_of_look
 from dpo_assets.checks.statistics import holm
 
 TOLERANCE = 0.05  # Accuracy that a guard may be seen to lose, beside one standard error.
@@ -25,12 +26,18 @@ class Evidence:
             challenger against its own start on the fresh prompts. One without a pair guards nothing.
         failures: hard guards that failed, by name, with their reasons (weights not finite, secret found, no licence).
         fewest: prompts that each primary needs; never less than `FEWEST_PROMPTS`.
+        look: number of this look at the primaries' conversations, where dry runs looked at them (`Previews.number`).
     """
 
     primaries: Mapping[str, Comparison]
     guards: Mapping[str, Comparison] = field(default_factory=dict)
     failures: Mapping[str, str] = field(default_factory=dict)
     fewest: int = FEWEST_PROMPTS
+    look: int = 0
+
+    def level(self, of_test: float) -> float:
+        """What this look has of the level of a test."""
+        return of_test * share_of_look(self.look) if self.look else of_test
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ def judge(evidence: Evidence, ledger: Ledger, override: Override | None = None) 
 
     An override then turns any of 2 to 6 into its decision; what the rules found, and what it cost, stays on record.
     """
-    level = ledger.budget().level
+    level = evidence.level(ledger.budget().level)
     if evidence.failures:
         told = "; ".join(f"{name}: {reason}" for name, reason in evidence.failures.items())
         return Outcome("reject", told, level)
@@ -103,6 +110,7 @@ def by_evidence(evidence: Evidence, level: float, *, first: bool) -> Outcome:
     unguarded = not first and not any(one.n for one in evidence.guards.values())
     best = min(adjusted, key=lambda name: adjusted[name])
     shown = f"{best} {evidence.primaries[best]}, adjusted p {adjusted[best]:.2g}, level {level:.2g}"
+    shown += f", for look {evidence.look} with those of dry runs" if evidence.look else ""
     shown += "; no known prompt is left to guard" if unguarded else ""
     if worse:
         return Outcome("reject", f"worse beyond chance: {_shown(evidence.primaries, worse)}", level, adjusted)

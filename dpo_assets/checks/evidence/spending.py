@@ -26,6 +26,17 @@ def share(test: int) -> float:
     return float(test**-EXPONENT / ZETA)
 
 
+def share_of_look(look: int) -> float:
+    """The part of a test's level that the look of this number, from 1, at its conversations has: 1/2, 1/6, 1/12, ...
+
+    They sum to one without end, so whichever look is acted on, the first that passes or the best of all, the level is
+    that of one test (Bonferroni with unequal weights). The number of looks so far would not do as a divisor: whoever
+    stops at the first that passes has spent 1 + 1/2 + 1/3 + ... of it. A policy that was made after what earlier looks
+    showed is not covered by this.
+    """
+    return 1 / (look * (look + 1))
+
+
 @dataclass(frozen=True)
 class Budget:
     """Where the error of a pipeline stands before its next test."""
