@@ -41,7 +41,7 @@ def ledger_of(shelf: Shelf) -> Ledger:
 
 
 def refresh(shelf: Shelf, content: str, *, right: float = 0.6, frozen: str = "differs") -> str:
-    """Another challenger on the shelf, scored beside the champion on known prompts and on 300 new ones; its name."""
+    """Another challenger on the shelf, scored beside the champion on known conversations and 300 new ones; its name."""
     champion = ledger_of(shelf).champion
 
     def weights(folder: Path) -> None:
@@ -323,6 +323,8 @@ def test_a_rollback_makes_the_release_before_live_and_the_next_refresh_is_judged
     assert not [one for one in hub.requests if one.method == "PUT"], "what is in the store is not uploaded again"
     seen = [event for event in result.all_events if event.event_type == dg.DagsterEventType.ASSET_OBSERVATION]
     assert [event.asset_key.path[-1] for event in seen if event.asset_key] == ["promotion", "published_model"]
+    [told] = {str(event.asset_observation_data.asset_observation.metadata["withdrawn_since"].value) for event in seen}
+    assert told == "not known", "the shelf keeps no feedback"
 
     # The next refresh with nothing new does not undo it, and one with something new meets the release of now.
     again = release(shelf, sending(hub))

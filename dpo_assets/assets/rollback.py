@@ -21,6 +21,7 @@ from dpo_assets.locks import IN_USE, shared
 from dpo_assets.publishing.commit import Release, publish
 from dpo_assets.publishing.plan import ReleaseRecord
 from dpo_assets.publishing.secrets import scrub
+from dpo_assets.publishing.trace import Trace
 from dpo_assets.resources.artifacts import ArtifactStore
 from dpo_assets.resources.hub import HubResource
 
@@ -61,6 +62,11 @@ def rollback_job(pipeline: Pipeline) -> dg.JobDefinition:
         live = ledger.live
         assert live is not None, "a rollback makes something live"
         context.log.info(scrub(f"release {live.release} is live again: {live.repo_id}@{live.commit}"))
+        withdrawn = Trace.of(tree.root).withdrawn_since(live.artefact)
+        if withdrawn is None:
+            context.log.warning("how many rows behind it were withdrawn since cannot be told: not all are kept")
+        elif withdrawn:
+            context.log.warning(f"{withdrawn} pairs behind it were withdrawn since; `dpo-assets provenance` names them")
         # Observed, not materialised: nothing was made, and what the next refresh reads is what was made last.
         for node in SHOWN_ON:
             yield dg.AssetObservation(
@@ -71,6 +77,7 @@ def rollback_job(pipeline: Pipeline) -> dg.JobDefinition:
                     "commit": live.commit,
                     "tag": live.tag,
                     "reason": scrub(config.reason),
+                    "withdrawn_since": "not known" if withdrawn is None else withdrawn,
                     "history": dg.MetadataValue.md(scrub(history_table(ledger))),
                 },
             )

@@ -409,7 +409,7 @@ SHARES = {
 
 
 class EvaluationReport(Report):
-    """Held-out scores of the policy and of the SFT model that it started from, clustered by prompt.
+    """Held-out scores of the policy and of the SFT model that it started from, clustered by conversation.
 
     A comparison that is None is of an earlier version, whose intervals took the pairs of a prompt for independent.
     """
@@ -448,7 +448,9 @@ class EvaluationReport(Report):
     neutral: Perplexity | NotMeasured | None = Field(
         default=None, description="Of texts that no feedback is about; None: of an earlier version."
     )
-    chosen: Perplexity | None = Field(default=None, description="Of the chosen answers; its interval is over prompts.")
+    chosen: Perplexity | None = Field(
+        default=None, description="Of the chosen answers, with an interval over conversations."
+    )
 
     @property
     def shares(self) -> tuple[tuple[str, Proportion], ...]:

@@ -15,8 +15,9 @@ from dpo_assets.artifact import Number
 class Proportion:
     """A share of `n` with its interval.
 
-    `clusters` is how many prompts the `n` belong to, and `effective` how many independent pairs would bound the share
-    as well. Both are None where the `n` were counted as independent: shares of answers, and scores of earlier versions.
+    `clusters` is how many conversations the `n` belong to, and `effective` how many independent pairs would bound the
+    share as well. Both are None where the `n` were counted as independent: shares of answers, and scores of earlier
+    versions.
     """
 
     value: Number
@@ -31,8 +32,8 @@ class Proportion:
 
     @property
     def counted(self) -> str:
-        """The number of pairs, and of prompts where they are fewer."""
-        return f"{self.n}" if self.clusters in (None, self.n) else f"{self.n} in {self.clusters} prompts"
+        """The number of pairs, and of conversations where they are fewer."""
+        return f"{self.n}" if self.clusters in (None, self.n) else f"{self.n} in {self.clusters} conversations"
 
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] (n={self.counted})"

@@ -264,8 +264,9 @@ def _evaluation(facts: CardFacts) -> str:
             "|---|---|---|---|",
             *rows,
             "",
-            f"{scores.pairs} pairs of {scores.prompts} prompts. Log-probability against SFT, nats per token: chosen "
-            f"answers {scores.chosen_shift_nats_per_token:+.3f}, rejected {scores.rejected_shift_nats_per_token:+.3f}.",
+            f"{scores.pairs} pairs of {scores.prompts} conversations. Log-probability against SFT, nats per token: "
+            f"chosen answers {scores.chosen_shift_nats_per_token:+.3f}, "
+            f"rejected {scores.rejected_shift_nats_per_token:+.3f}.",
             "",
             f"Verdict: **{facts.decision}** ({in_markdown(facts.reason)}).",
         ]

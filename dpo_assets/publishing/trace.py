@@ -146,6 +146,19 @@ class Trace:
             return Withdrawn(unknown=missing.height)
         return Withdrawn(gone=missing.height - int(there.sum()), left_out=int(there.sum()))
 
+    def withdrawn_since(self, name: str) -> int | None:
+        """Pairs behind the staged release of that fingerprint whose rows the feedback that was read last has no more.
+
+        Returns:
+            None where that release, a dataset of it, or that feedback is not in the store any more.
+        """
+        release = next((one for one in self.releases if one.name == name), None)
+        if release is None or release.gone:
+            return None
+        pairs = release.rows.unique("pair_id")
+        there = self.in_feedback(pairs)
+        return None if there is None else pairs.height - int(there.sum())
+
     def in_feedback(self, rows: pl.DataFrame, raw: str | None = None) -> pl.Series | None:
         """Whether each of these rows is in the feedback as it was read last, or in the one of the digest `raw`.
 

@@ -44,8 +44,8 @@ class EvaluationSection(Section):
     min_pairs: int = Field(
         default=50,
         ge=1,
-        description="Fewer held-out prompts than this, or than 50 whatever stands here: `insufficient_evidence`, no "
-        "release.",
+        description="Fewer held-out conversations than this, or than 50 whatever stands here: `insufficient_evidence`, "
+        "no release.",
     )
     generations: int = Field(default=16, ge=0, description="Held-out prompts that SFT and policy answer.")
     max_new_tokens: int = Field(default=64, ge=1, description="Length limit of those answers.")

@@ -15,7 +15,7 @@ SIDES = {"sft": "SFT", "policy": "policy", "champion": "champion"}
 
 
 def scores_table(report: EvaluationReport) -> str:
-    """Every score with its interval over prompts, the least difference that so many pairs would find, and both p of a
+    """Every score with its interval over conversations, the least difference that so many pairs find, and both p of a
     paired difference."""
     level = one_sided(report.confidence)
     rows = [
@@ -34,7 +34,7 @@ def scores_table(report: EvaluationReport) -> str:
             f"{label}, paired",
             f"{one.difference:+.3f}",
             f"[{one.low:+.3f}, {one.high:+.3f}]",
-            f"{one.n} in {one.clusters} prompts",
+            f"{one.n} in {one.clusters} conversations",
             *_found(reach_of_comparison(one, level)),
             _tested(one, level),
         ]

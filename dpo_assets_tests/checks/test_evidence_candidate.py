@@ -47,7 +47,7 @@ def champion(tmp_path: Path) -> Ledger:
 
 
 def challenger(folder: Path, right: float = 0.9, *, new: int = 300, known: int = 60, **changes: Any) -> Candidate:
-    """`m2`, scored beside `m1`, which ranks 60 % well, on known prompts and on new ones."""
+    """`m2`, scored beside `m1`, which ranks 60 % well, on known conversations and on new ones."""
     frozen = scored_pairs(0.6, champion=0.6, prompts=known) if known else None
     fresh = scored_pairs(right, champion=0.6, prompts=new, first=known or 60, seed=2)
     table = fresh if frozen is None else pl.concat([frozen, fresh])
@@ -137,7 +137,7 @@ def test_known_prompts_that_are_ranked_worse_hold_a_challenger_that_is_better(tm
     fresh = scored_pairs(0.9, champion=0.6, prompts=300, first=60, seed=2)
     _, line = decided(champion, candidate(tmp_path, pl.concat([known, fresh]), "m2", "m1"))
     assert line.decision == "hold"
-    assert line.reason.startswith("worse than the champion on known prompts")
+    assert line.reason.startswith("worse than the champion on known conversations")
 
 
 @pytest.mark.parametrize("known", [0, 1])
@@ -147,7 +147,7 @@ def test_known_prompts_that_left_the_feedback_hold_nobody(tmp_path: Path, champi
     fresh = scored_pairs(0.95, champion=0.6, prompts=600, first=60, seed=2)
     _, line = decided(champion, candidate(tmp_path, pl.concat([frozen, fresh]), "m2", "m1"))
     assert (line.decision, line.found) == ("promote", True)
-    assert line.reason.endswith("; no known prompt is left to guard") == (known == 0)
+    assert line.reason.endswith("; no known conversation is left to guard") == (known == 0)
 
 
 def test_a_challenger_that_is_better_and_lost_nothing_is_promoted(tmp_path: Path, champion: Ledger) -> None:

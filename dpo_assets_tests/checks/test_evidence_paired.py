@@ -239,7 +239,7 @@ def test_whether_so_few_prompts_can_decide_at_all_is_told() -> None:
     assert not reach_of(0.05, 100, FEWEST_PROMPTS - 1, 0.025).can_pass
     assert reach_of(0.05, 100, FEWEST_PROMPTS, 0.025).can_pass
     assert not reach_of(0.05, 100, FEWEST_PROMPTS, 2.0**-51).can_pass
-    assert "49 prompts cannot decide" in str(reach_of(0.05, 100, 49, 0.025))
+    assert "49 conversations cannot decide" in str(reach_of(0.05, 100, 49, 0.025))
     told = str(reach_of(0.05, 100, 80, 0.025))
     assert told == (
         "a difference of 14.0 points is found with 80% power at level 0.025; one of 10 points with 52% "
@@ -258,9 +258,9 @@ def test_every_score_stands_beside_its_pairs_and_the_difference_they_show() -> N
     paired = compare(challenger, champion, names)
     shown = scores_table(evaluation_report(logp_against_sft=paired)).splitlines()
     assert len(shown) == 2 + 5
-    assert "120 in 100 prompts" in shown[2]
+    assert "120 in 100 conversations" in shown[2]
     assert f"{detectable(0.05, one_sided(0.95)):.3f}" in shown[2]
-    assert f"{paired.n} in 120 prompts" in shown[-1]
+    assert f"{paired.n} in 120 conversations" in shown[-1]
     assert f"{reach_of_comparison(paired, 0.025).detectable:.3f}" in shown[-1]
     assert len(scores_table(evaluation_report()).splitlines()) == 2 + 4
 
@@ -298,5 +298,5 @@ def test_what_is_forgotten_of_a_source_stands_in_the_table_of_parts() -> None:
     shown = parts_table(evaluation_report(slices=(part,))).splitlines()
     assert f"{part.against_sft.difference:+.3f}" in shown[2]
     assert part.against_sft.high < 0
-    assert f"{part.reward.n} in 60 prompts" in shown[2]
+    assert f"{part.reward.n} in 60 conversations" in shown[2]
     assert parts_table(evaluation_report()) == "one source, and one margin or none"

@@ -29,7 +29,7 @@ def test_all_looks_together_have_the_level_of_one_test() -> None:
 
 
 def test_the_first_of_many_previewed_policies_that_passes_is_seldom_one_without_skill() -> None:
-    """20 policies without skill on the same 300 conversations. As tests of their own, one passed in a third of cases."""
+    """20 policies without skill on the same 300 conversations. As tests of their own, one passed in 1 of 3 cases."""
     rng, shared, alone = np.random.default_rng(1), 0, 0
     conversations = range(300)
     for _ in range(40):

@@ -501,8 +501,8 @@ def test_the_screen_says_what_is_spent_and_whether_the_gate_can_pass() -> None:
     rows = dict(Outlook.of(held, 49).rows())
     assert rows["error spent"] == "2.19 % of 5 %; tests so far: 1"
     assert rows["level of the next test"] == "0.722 %, one-sided"
-    assert rows["prompts that no decision saw"] == "49, of at least 50"
-    assert rows["can the gate pass with these"] == "no: 50 prompts are needed"
+    assert rows["conversations that no decision saw"] == "49, of at least 50"
+    assert rows["can the gate pass with these"] == "no: 50 conversations are needed"
     assert len(rows) == 4
     enough = dict(Outlook.of(held, 50, BETTER).rows())
     assert enough["can the gate pass with these"] == "yes"
@@ -520,15 +520,18 @@ def test_pairs_without_a_spread_say_that_they_tell_nothing(error: float) -> None
 
 
 def test_the_screen_says_which_loss_the_known_prompts_would_find() -> None:
-    row = "loss on known prompts, found with 80% power"
+    row = "loss on known conversations, found with 80% power"
     told = dict(Outlook.of(AFTER_FIRST, 60, BETTER, guard=replace(ALIKE, error=0.03)).rows())[row]
     # 0.03 * (1.960 + 0.842); 0.05 + 0.03
-    assert told == "8.4 points, on 400 pairs in 200 prompts; more than 8.0 points as measured hold a release too"
+    assert told == "8.4 points, on 400 pairs in 200 conversations; more than 8.0 points as measured hold a release too"
     same = dict(Outlook.of(AFTER_FIRST, 60, BETTER, guard=replace(ALIKE, error=0.0)).rows())[row]
-    assert same == "not known: on 400 pairs in 200 prompts the two never differ"
+    assert same == "not known: on 400 pairs in 200 conversations the two never differ"
     assert row not in dict(Outlook.of(AFTER_FIRST, 60, BETTER).rows())
     gone = dict(Outlook.of(AFTER_FIRST, 60, BETTER, guard=compare([], [])).rows())
-    assert gone["loss on known prompts"] == "nothing guards: no prompt that was known before is left in the feedback"
+    assert (
+        gone["loss on known conversations"]
+        == "nothing guards: no conversation that was known before is left in the feedback"
+    )
     first = dict(Outlook.of(Ledger(), 60, BETTER, guard=ALIKE).rows())
     assert row not in first
     assert first["loss against its start, found with 80% power"].startswith("8.4 points")

@@ -93,7 +93,7 @@ def test_a_share_reads_as_a_line_and_as_a_mapping() -> None:
     assert share.as_dict() == {
         "value": 0.5, "low": 0.25, "high": 0.75, "n": 4, "clusters": None, "effective": None,
     }  # fmt: skip
-    assert str(Proportion(0.5, 0.25, 0.75, 4, 3, 2.5)) == "0.500 [0.250, 0.750] (n=4 in 3 prompts)"
+    assert str(Proportion(0.5, 0.25, 0.75, 4, 3, 2.5)) == "0.500 [0.250, 0.750] (n=4 in 3 conversations)"
     assert str(Proportion(0.5, 0.25, 0.75, 4, 4, 4.0)) == "0.500 [0.250, 0.750] (n=4)"
 
 

@@ -103,7 +103,7 @@ def test_a_score_over_several_pairs_a_prompt_says_how_many_prompts() -> None:
     report = evaluation_report(implicit_reward_accuracy=score, pick_the_longer=independent)
     card = render_card(facts(scores=report))
     assert "| baseline: pick the longer answer | 0.500 | [0.400, 0.600] | 120 |" in card
-    assert "| policy, implicit reward against SFT | 0.700 | [0.580, 0.800] | 123 in 97 prompts |" in card
+    assert "| policy, implicit reward against SFT | 0.700 | [0.580, 0.800] | 123 in 97 conversations |" in card
     results = ModelCard(card, ignore_metadata_errors=False).data.eval_results
     assert (results[0].metric_args["pairs"], results[0].metric_args["prompts"]) == (123, 97)
     assert "prompts" not in results[-1].metric_args
@@ -142,11 +142,11 @@ def test_a_card_says_the_numbers_of_its_artefacts() -> None:
         "merged (streamed): 0.0012 nats",
         "0.0012 nats per token from base and adapter on 29 pairs, compared in bf16 on cuda.",
         "dpo_assets 0.1.0, torch 2.9.0",
-        "| policy, implicit reward against SFT | 0.700 | [0.610, 0.780] | 120 in 100 prompts |",
-        "| SFT, log-probability per token | 0.580 | [0.490, 0.660] | 120 in 100 prompts |",
-        "| baseline: pick the longer answer | 0.550 | [0.460, 0.640] | 120 in 100 prompts |",
+        "| policy, implicit reward against SFT | 0.700 | [0.610, 0.780] | 120 in 100 conversations |",
+        "| SFT, log-probability per token | 0.580 | [0.490, 0.660] | 120 in 100 conversations |",
+        "| baseline: pick the longer answer | 0.550 | [0.460, 0.640] | 120 in 100 conversations |",
         "| score | value | 95% interval | pairs |",
-        "120 pairs of 100 prompts.",
+        "120 pairs of 100 conversations.",
         "Verdict: **first_publication** (better than its start).",
         "| base_model | licence_known | passed |",
         "| dpo_adapter | displacement | warned |",

@@ -166,8 +166,12 @@ def test_rows_that_left_the_feedback_are_withdrawn_and_others_left_out(store: St
     assert trace.withdrawn(first.fingerprint, inputs) == Withdrawn(gone=2, left_out=1)
     assert trace.withdrawn(first.fingerprint, {**inputs, "sft_checkpoint": "gone"}) == Withdrawn(gone=2, left_out=1)
     assert trace.withdrawn("f" * 32, inputs) is None
+    # For a release that is live again, by the feedback that was read last: `a4` is there, whatever a dataset left out.
+    assert trace.withdrawn_since(first.fingerprint) == 2
+    assert trace.withdrawn_since("f" * 32) is None
     (raw.path / INDEX).unlink()
     assert trace.withdrawn(first.fingerprint, inputs) == Withdrawn(unknown=3)
+    assert trace.withdrawn_since(first.fingerprint) is None
 
 
 def test_a_row_that_the_sft_checkpoint_still_goes_back_to_is_not_withdrawn_from_the_release(store: Store) -> None:

@@ -1,7 +1,7 @@
 """The ledger of a pipeline: every decision on a release, every release, every rollback, in order. It only grows.
 
-A decision spends error and uses prompts up; a release, after the Hub's copy was read back, makes its challenger the
-champion; a rollback makes an earlier release live again. So what ends between a decision and its release leaves the
+A decision spends error and uses conversations up; a release, after the Hub's copy was read back, makes its challenger
+the champion; a rollback makes an earlier release live again. So what ends between a decision and its release leaves the
 old champion where it was.
 
 Each line holds the digest of the one before it, so that a line that was changed, dropped or moved is found, but for
@@ -85,7 +85,7 @@ class Decided(_Line):
     inputs: Mapping[str, str] = Field(description="Name and digest of everything the decision stands on.")
     primaries: Mapping[str, Primary]
     level: float | None = Field(description="One-sided level of the test; None: no primary was looked at.")
-    saw: tuple[str, ...] = Field(description="Prompts whose scores were looked at.")
+    saw: tuple[str, ...] = Field(description="Conversations whose scores were looked at.")
     decision: Decision
     found: bool
     reason: str
@@ -117,7 +117,7 @@ class _Live(_Line):
     commit: str
     tag: str = Field(description="Tag of the content.")
     artefact: str = Field(description="Fingerprint of the `published_model` that was sent.")
-    known: tuple[str, ...] = Field(description="All held-out prompts that there were when it was decided: its cut.")
+    known: tuple[str, ...] = Field(description="All held-out conversations when it was decided: its cut.")
 
 
 class Released(_Live):
@@ -278,7 +278,7 @@ class Ledger(BaseModel):
         return budget_after((one.found for one in self.decisions if one.level is not None), alpha)
 
     def fresh(self, held_out: Iterable[str]) -> frozenset[str]:
-        """Of the held-out prompts, those that are evidence: new since the champion's cut, and seen by no decision."""
+        """Of the held-out conversations those that are evidence: new since the champion's cut, seen by no decision."""
         cut = self.live.known if self.live is not None else ()
         return frozenset(held_out).difference(cut, *(one.saw for one in self.decisions))
 

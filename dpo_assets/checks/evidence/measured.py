@@ -9,7 +9,7 @@ from dpo_assets.artifact import Number
 
 @dataclass(frozen=True)
 class MeanScore:
-    """A mean over pairs with its interval, clustered by prompt. Ends are None where too few prompts bound nothing."""
+    """A mean over pairs with its interval, clustered by conversation. Ends are None where too few bound nothing."""
 
     value: Number
     low: float | None
@@ -19,7 +19,7 @@ class MeanScore:
 
     def __str__(self) -> str:
         ends = "" if self.low is None or self.high is None else f" [{self.low:+.3f}, {self.high:+.3f}]"
-        return f"{self.value:+.3f}{ends} (n={self.n}, {self.clusters} prompts)"
+        return f"{self.value:+.3f}{ends} (n={self.n}, {self.clusters} conversations)"
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Comparison:
     """A paired difference of two tie-aware accuracies on the same pairs, challenger minus champion.
 
     `difference`, `low`, `high` and `error` (the cluster-robust standard error) are shares, from -1 to 1. `p_better` and
-    `p_worse` are one-sided, over prompts. `p_pairs` is the exact McNemar test for `better` that takes pairs for
+    `p_worse` are one-sided, over conversations. `p_pairs` is the exact McNemar test for `better` that takes pairs for
     independent: a cross-check, too small where pairs of a prompt agree.
     """
 
@@ -44,4 +44,4 @@ class Comparison:
 
     def __str__(self) -> str:
         ends = f"{self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
-        return f"{ends} (n={self.n}, {self.clusters} prompts, p={self.p_better:.2g})"
+        return f"{ends} (n={self.n}, {self.clusters} conversations, p={self.p_better:.2g})"

@@ -17,9 +17,9 @@ from dpo_assets.checks.evidence.spending import ALPHA, HIGHEST, Budget, share_of
 class Outlook:
     """Where a pipeline stands before its next test.
 
-    `fresh` is the number of held-out prompts that no decision saw, `fewest` how many a test needs, `reach` what the
-    pairs of a comparison can show at the level of the test; None before anything was scored. `guard` is a
-    comparison on the prompts that were known before, or with its start where nothing is live (`first`). `look` is
+    `fresh` is the number of held-out conversations that no decision saw, `fewest` how many a test needs, `reach` what
+    the pairs of a comparison can show at the level of the test; None before anything was scored. `guard` is a
+    comparison on the conversations that were known before, or with its start where nothing is live (`first`). `look` is
     the number of this look at the fresh ones where dry runs looked at them, and the level is what it has of the test's.
     """
 
@@ -43,7 +43,7 @@ class Outlook:
         guard: Comparison | None = None,
         look: int = 0,
     ) -> Self:
-        """From the ledger and the number of fresh prompts; `primary` is a comparison on them, or on pairs like them."""
+        """From the ledger and the number of fresh conversations; `primary` is a comparison on them or on such."""
         budget, floor = ledger.budget(alpha), max(fewest, FEWEST_PROMPTS)
         budget = replace(budget, level=budget.level * share_of_look(look)) if look else budget
         reach = reach_of_comparison(primary, budget.level) if primary is not None else None
@@ -55,17 +55,15 @@ class Outlook:
         budget = self.budget
         spent = f"{100 * budget.spent:.2f} % of {100 * budget.alpha:g} %; tests so far: {budget.tests}"
         needs = max(self.fewest, math.ceil(-math.log2(budget.level)))
-        passes = "yes" if self.can_pass else f"no: {needs} prompts are needed"
+        passes = "yes" if self.can_pass else f"no: {needs} conversations are needed"
         rows = [
             ("error spent", spent),
             ("level of the next test", f"{100 * budget.level:.3g} %, one-sided"),
-            ("prompts that no decision saw", f"{self.fresh}, of at least {self.fewest}"),
+            ("conversations that no decision saw", f"{self.fresh}, of at least {self.fewest}"),
             ("can the gate pass with these", passes),
         ]
         if self.look:
-            shared = (
-                f"{share_of_look(self.look):.2g} of the level is for look {self.look}, this one; dry runs are looks"
-            )
+            shared = f"{share_of_look(self.look):.2g} of the level is for this one, look {self.look}; dry runs look"
             rows.insert(2, ("looks at these", shared))
         if self.reach is not None and not math.isfinite(self.reach.detectable):
             rows.append(("what they can show", "not known: on these pairs the two never differ"))
@@ -80,10 +78,10 @@ class Outlook:
         return rows if self.guard is None else [*rows, self._guarded(self.guard)]
 
     def _guarded(self, guard: Comparison) -> tuple[str, str]:
-        what = "loss against its start" if self.first else "loss on known prompts"
+        what = "loss against its start" if self.first else "loss on known conversations"
         if not guard.n:
-            return what, "nothing guards: no prompt that was known before is left in the feedback"
-        found, told = f"{what}, found with {POWER:.0%} power", f"{guard.n} pairs in {guard.clusters} prompts"
+            return what, "nothing guards: no conversation that was known before is left in the feedback"
+        found, told = f"{what}, found with {POWER:.0%} power", f"{guard.n} pairs in {guard.clusters} conversations"
         least = reach_of_comparison(guard, HIGHEST).detectable
         if not math.isfinite(least):
             return found, f"not known: on {told} the two never differ"

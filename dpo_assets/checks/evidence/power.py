@@ -81,7 +81,7 @@ class Reach:
 
     def __str__(self) -> str:
         if not self.can_pass:
-            return f"{self.prompts} prompts cannot decide at level {self.level:.2g}, whatever they say"
+            return f"{self.prompts} conversations cannot decide at level {self.level:.2g}, whatever they say"
         if not math.isfinite(self.detectable):
             return "these pairs do not tell how many would decide"
         needed = f"{self.pairs_needed} pairs would show" if self.pairs_needed else "no number of pairs shows"

@@ -20,12 +20,12 @@ class Evidence:
     """What one decision may look at.
 
     Args:
-        primaries: challenger against champion on fresh prompts (`Ledger.fresh`), by name. Promoted is what is better on
-            one of them after Holm, and worse on none.
+        primaries: challenger against champion on fresh conversations (`Ledger.fresh`), by name. Promoted is what is
+            better on one of them after Holm, and worse on none.
         guards: what must not have got worse, by name: the same comparisons on the frozen set; where nothing is live,
-            challenger against its own start on the fresh prompts. One without a pair guards nothing.
+            challenger against its own start on the fresh conversations. One without a pair guards nothing.
         failures: hard guards that failed, by name, with their reasons (weights not finite, secret found, no licence).
-        fewest: prompts that each primary needs; never less than `FEWEST_PROMPTS`.
+        fewest: conversations that each primary needs; never less than `FEWEST_PROMPTS`.
         look: number of this look at the primaries' conversations, where dry runs looked at them (`Previews.number`).
     """
 
@@ -60,7 +60,7 @@ def judge(evidence: Evidence, ledger: Ledger, override: Override | None = None) 
     """The first rule that holds.
 
     1. A hard guard failed: `reject`. No override lifts it.
-    2. Fewer fresh prompts than the floor: `insufficient_evidence`. Nothing is looked at, so nothing is spent.
+    2. Fewer fresh conversations than the floor: `insufficient_evidence`. Nothing is looked at, so nothing is spent.
     3. A primary is worse beyond chance: `reject`.
     4. A guard lost (`has_lost`): `hold`. That no such loss can be ruled out is no reason to hold: it takes some hundred
        pairs more than the primaries need, and these carry the error.
@@ -102,7 +102,7 @@ def by_evidence(evidence: Evidence, level: float, *, first: bool) -> Outcome:
     floor = max(evidence.fewest, FEWEST_PROMPTS)
     fewest = min((one.clusters for one in evidence.primaries.values()), default=0)
     if not can_decide(fewest, level, floor):
-        told = f"{fewest} held-out prompts that no decision saw, and {floor} are needed"
+        told = f"{fewest} held-out conversations that no decision saw, and {floor} are needed"
         return Outcome("insufficient_evidence", told, level)
     adjusted = holm({name: one.p_better for name, one in evidence.primaries.items()})
     worse = [name for name, one in evidence.primaries.items() if one.high < 0]
@@ -111,11 +111,11 @@ def by_evidence(evidence: Evidence, level: float, *, first: bool) -> Outcome:
     best = min(adjusted, key=lambda name: adjusted[name])
     shown = f"{best} {evidence.primaries[best]}, adjusted p {adjusted[best]:.2g}, level {level:.2g}"
     shown += f", for look {evidence.look} with those of dry runs" if evidence.look else ""
-    shown += "; no known prompt is left to guard" if unguarded else ""
+    shown += "; no known conversation is left to guard" if unguarded else ""
     if worse:
         return Outcome("reject", f"worse beyond chance: {_shown(evidence.primaries, worse)}", level, adjusted)
     if lost:
-        than = "its start" if first else "the champion on known prompts"
+        than = "its start" if first else "the champion on known conversations"
         return Outcome("hold", f"worse than {than}: {_shown(evidence.guards, lost)}", level, adjusted)
     if adjusted[best] <= level:
         return Outcome("first_publication" if first else "promote", f"better: {shown}", level, adjusted, found=True)
@@ -148,7 +148,7 @@ def decided_by(
 
     Args:
         inputs: digests by name of all that was looked at.
-        saw: the fresh prompts of the primaries.
+        saw: the fresh conversations of the primaries.
         at: ISO 8601, UTC.
     """
     primaries = {
