@@ -36,9 +36,11 @@ PLAN = "plan.json"
 
 def materialise(step: Step) -> Events:
     """Lays the launchpad's overrides over the recipe and resolves it for model, data and device."""
+    # Before anything is trained for it.
+    if not (step.recipe.publishing.dry_run or step.only_checks):
+        step.store.refuse_passing(step.context.instance)
     inputs = step.inputs()
     dataset, base = inputs["dpo_dataset"], inputs["base_model"]
-    # Before anything is trained for it.
     refuse_adapter_alone(step.recipe.publishing, base)
     refuse_unlicensed(step.recipe, base)
     rehearse(step, base)
