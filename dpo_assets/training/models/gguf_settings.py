@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 # By llama.cpp's names, behind that of the architecture: the names in config.json.
 SETTINGS = {
@@ -132,5 +132,5 @@ class Settings:
         return None if isinstance(longest, int) and window >= longest else window
 
 
-def _number(value: Any) -> bool:
+def _number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
