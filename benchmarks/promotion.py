@@ -2,10 +2,11 @@
 
     python -m benchmarks.promotion            # some minutes on one core
     python -m benchmarks.promotion --scale 0.1
+    python -m benchmarks.promotion --only power guards
 
-Two policies of known skill are drawn on the pairs of simulated prompts. On each pair they differ with a chance; who
-wins then is drawn with a chance of the prompt's own, so that pairs of one prompt agree: `agreement` is the intra-class
-correlation of the wins, 0 (independent) to 1 (one answer a prompt). All seeds are fixed.
+`benchmarks.simulated` draws. Decisions are those of `rules.by_evidence`: two metrics are primaries, and guards on known
+prompts. The end of an interval, which decides whether something is worse beyond chance, is Student's at every size,
+where a pipeline draws it up to 400 prompts; the exact test is worked out near its level alone. All seeds are fixed.
 """
 
 from __future__ import annotations
@@ -15,74 +16,36 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.simulated import (
+    CORRELATION,
+    DIFFER,
+    NEAR,
+    Floats,
+    Ints,
+    Metrics,
+    Pairs,
+    apart,
+    chances,
+    drawn,
+    judged,
+    knowing,
+)
 from dpo_assets.checks.evidence.clusters import clustered_mean, clustered_share
-from dpo_assets.checks.evidence.ledger import Ledger
-from dpo_assets.checks.evidence.paired import compare, sign_flip_tail
+from dpo_assets.checks.evidence.paired import compare
 from dpo_assets.checks.evidence.power import EFFECT, FEWEST_PROMPTS, detectable, power_at
-from dpo_assets.checks.evidence.rules import Evidence, judge
+from dpo_assets.checks.evidence.rules import TOLERANCE, Evidence, by_evidence
 from dpo_assets.checks.evidence.spending import ALPHA, HIGHEST, budget_after
 from dpo_assets.checks.statistics import Proportion, wilson
 from dpo_assets.report.tables import table
 
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
-DIFFER = 0.3  # Share of pairs on which two policies of one lineage differ.
+KNOWN = 400  # Prompts that guard the histories, one pair each.
 FEW_DRAWS = 2_000  # Of the bootstrap, here: its ends move by less than what a thousand trials resolve.
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Held-out pairs: how many prompts, the fewest and most pairs of one, and how far these agree."""
-
-    prompts: int
-    fewest: int = 1
-    most: int = 1
-    agreement: float = 0.0
-
-    def __str__(self) -> str:
-        sizes = f"{self.fewest}" if self.fewest == self.most else f"{self.fewest} to {self.most}"
-        return f"{self.prompts} x {sizes}, agreement {self.agreement:g}"
-
-    def sizes(self, rng: np.random.Generator, trials: int) -> Ints:
-        """(trials, prompts)"""
-        return rng.integers(self.fewest, self.most, (trials, self.prompts), endpoint=True)
-
-
-def chances(rng: np.random.Generator, mean: float, agreement: float, shape: tuple[int, ...]) -> Floats:
-    """A chance for each prompt, with that mean, whose draws have that intra-class correlation."""
-    if agreement <= 0:
-        return np.full(shape, mean)
-    if agreement >= 1:
-        return (rng.random(shape) < mean).astype(float)
-    size = 1 / agreement - 1
-    return rng.beta(mean * size, (1 - mean) * size, shape)
-
-
-def differences(
-    rng: np.random.Generator, pairs: Pairs, trials: int, effect: float = 0.0, differ: float = DIFFER
-) -> Ints:
-    """Challenger's less champion's wins within each prompt, doubled as the test counts them: (trials, prompts)."""
-    discordant = rng.binomial(pairs.sizes(rng, trials), differ)
-    won = rng.binomial(discordant, chances(rng, 0.5 + effect / differ / 2, pairs.agreement, discordant.shape))
-    return np.asarray(2 * (2 * won - discordant))
-
-
-def promoted(sums: Ints, levels: Floats) -> NDArray[np.bool_]:
-    """Which trials, of (trials, prompts), the exact test promotes at their levels. Only near ones are worked out."""
-    spread = np.sqrt(np.square(sums).sum(axis=1).astype(float))
-    z = sums.sum(axis=1) / np.maximum(spread, 1e-9)
-    needed = np.array([NormalDist().inv_cdf(1 - level) for level in levels])
-    found = np.zeros(len(sums), dtype=bool)
-    for trial in np.flatnonzero(z > needed - 0.6):
-        found[trial] = sign_flip_tail(sums[trial]) <= levels[trial]
-    return found
 
 
 def told(share: Proportion) -> str:
@@ -96,65 +59,62 @@ def of(found: Sequence[bool] | NDArray[np.bool_]) -> Proportion:
 # ------------------------------------------------------------------------------------------------------ one decision
 
 
-def two_policies(rng: np.random.Generator, pairs: Pairs) -> tuple[Floats, Floats, Ints]:
-    """Wins of challenger and champion, alike in skill, and the prompt of each pair: three times (n)."""
-    sizes = pairs.sizes(rng, 1)[0]
-    names = np.repeat(np.arange(pairs.prompts), sizes)
-
-    def wins(mean: float) -> Floats:
-        return (rng.random(len(names)) < chances(rng, mean, pairs.agreement, (pairs.prompts,))[names]).astype(float)
-
-    agreed, challenger = wins(0.6), wins(0.5)
-    differ = rng.random(len(names)) < DIFFER
-    return np.where(differ, challenger, agreed), np.where(differ, 1 - challenger, agreed), names
-
-
 def single_decisions(trials: int) -> Iterator[list[str]]:
     """A challenger no better than its champion, and a policy no better than its start, each judged once."""
     cases = (Pairs(50), Pairs(400), Pairs(60, 10, 10, 1.0), Pairs(100, 1, 10, 0.3), Pairs(400, 1, 10, 1.0))
     for number, pairs in enumerate(cases):
         rng = np.random.default_rng([1, number])
-        judged, first, as_before = [], [], []
-        for _ in range(trials):
-            challenger, champion, names = two_policies(rng, pairs)
-            compared = compare(challenger.tolist(), champion.tolist(), names.tolist(), draws=50)
-            judged.append(judge(Evidence({"accuracy": compared}), Ledger()).found)
-            wins = (rng.random(len(names)) < chances(rng, 0.5, pairs.agreement, (pairs.prompts,))[names]).astype(float)
-            against_chance = compare(wins.tolist(), [0.5] * len(wins), names.tolist(), draws=50)
-            first.append(judge(Evidence({"reward": against_chance}), Ledger()).found)
-            as_before.append(wilson(float(wins.sum()), len(wins)).low > 0.5)
-        yield [str(pairs), told(of(judged)), told(of(first)), told(of(as_before))]
+        fresh = drawn(rng, pairs, trials)
+        levels = np.full(trials, budget_after([]).level)
+        alone = judged(fresh, levels).promoted
+        guarded = judged(fresh, levels, knowing(rng, 100, 0.0)).promoted
+        sizes = pairs.sizes(rng, trials)
+        won = rng.binomial(sizes, chances(rng, 0.5, pairs.agreement, sizes.shape))
+        by_start = [_first(wins, of_prompt, rng, pairs) for wins, of_prompt in zip(won, sizes, strict=True)]
+        as_before = [wilson(float(wins.sum()), int(n.sum())).low > 0.5 for wins, n in zip(won, sizes, strict=True)]
+        yield [str(pairs), told(of(alone)), told(of(guarded)), told(of(by_start)), told(of(as_before))]
+
+
+def _first(won: Ints, sizes: Ints, rng: np.random.Generator, pairs: Pairs) -> bool:
+    """Whether a policy is published first: wins against one half, guarded by its start on the same prompts."""
+    reward = Metrics((2 * won - sizes)[None, None], sizes[None])
+    if reward.z()[0, 0] < NormalDist().inv_cdf(1 - budget_after([]).level) - NEAR:
+        return False
+    start = Metrics(apart(rng, sizes[None], pairs.agreement, 0.0, DIFFER)[None], sizes[None])
+    evidence = Evidence({"reward": reward.comparison(0, 0)}, {"logp": start.comparison(0, 0, exact=False)})
+    return by_evidence(evidence, budget_after([]).level, first=True).decision == "first_publication"
 
 
 # ---------------------------------------------------------------------------------------------------------- histories
 
-Refresh = Callable[[np.random.Generator, int, int], Ints | None]  # (rng, histories, refresh): None is not looked at.
+Refresh = Callable[[np.random.Generator, int, int], Metrics | None]  # (rng, histories, refresh): None is not looked at.
 
 
 def steady(pairs: Pairs) -> Refresh:
-    return lambda rng, histories, _: differences(rng, pairs, histories)
+    return lambda rng, histories, _: drawn(rng, pairs, histories)
 
 
-def drifting(rng: np.random.Generator, histories: int, refresh: int) -> Ints:
+def drifting(rng: np.random.Generator, histories: int, refresh: int) -> Metrics:
     """Prompts grow in number and size, pairs of one agree more, and policies differ less, from refresh to refresh."""
     part = refresh / 200
     pairs = Pairs(50 + int(100 * part), 1, 1 + int(9 * part), 0.9 * part)
-    return differences(rng, pairs, histories, differ=0.5 - 0.4 * part)
+    return drawn(rng, pairs, histories, differ=0.5 - 0.4 * part)
 
 
 class Trickle:
     """10 to 40 new prompts a refresh: too few to look at, so they wait until there are 50."""
 
     def __init__(self) -> None:
-        self.waiting: list[Ints] = []
+        self.waiting: list[Metrics] = []
 
-    def __call__(self, rng: np.random.Generator, histories: int, refresh: int) -> Ints | None:
-        self.waiting.append(differences(rng, Pairs(int(rng.integers(10, 40, endpoint=True)), 1, 5, 0.5), histories))
-        sums = np.concatenate(self.waiting, axis=1)
-        if sums.shape[1] < FEWEST_PROMPTS:
+    def __call__(self, rng: np.random.Generator, histories: int, refresh: int) -> Metrics | None:
+        self.waiting.append(drawn(rng, Pairs(int(rng.integers(10, 40, endpoint=True)), 1, 5, 0.5), histories))
+        sums = np.concatenate([one.sums for one in self.waiting], axis=2)
+        sizes = np.concatenate([one.sizes for one in self.waiting], axis=1)
+        if sizes.shape[1] < FEWEST_PROMPTS:
             return None
         self.waiting = []
-        return sums
+        return Metrics(sums, sizes)
 
 
 class SameSet:
@@ -163,11 +123,13 @@ class SameSet:
     def __init__(self) -> None:
         self.latent: Floats | None = None
 
-    def __call__(self, rng: np.random.Generator, histories: int, refresh: int) -> Ints:
-        drawn = rng.standard_normal((histories, 200))
-        self.latent = drawn if self.latent is None else 0.9 * self.latent + math.sqrt(1 - 0.9**2) * drawn
+    def __call__(self, rng: np.random.Generator, histories: int, refresh: int) -> Metrics:
+        new = rng.standard_normal((2, histories, 200))
+        new[1] = CORRELATION * new[0] + math.sqrt(1 - CORRELATION**2) * new[1]
+        self.latent = new if self.latent is None else 0.9 * self.latent + math.sqrt(1 - 0.9**2) * new
         edge = NormalDist().inv_cdf(1 - DIFFER / 2)
-        return 2 * ((self.latent > edge).astype(np.int64) - (self.latent < -edge).astype(np.int64))
+        sums = 2 * ((self.latent > edge).astype(np.int64) - (self.latent < -edge).astype(np.int64))
+        return Metrics(sums, np.ones((histories, 200), dtype=np.int64))
 
 
 def history(
@@ -175,24 +137,32 @@ def history(
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_], Proportion]:
     """Histories with a false promotion, under the budget and at 2.5 % each; and how many better challengers were found.
 
-    `better` of the refreshes, drawn for each history, are ten points better, and promoting these is no error.
+    `better` of the refreshes, drawn for each history, are ten points better on fresh prompts and five on the known ones
+    that guard every refresh, and promoting these is no error.
     """
     rng = np.random.default_rng([2, seed])
     budgeted, unbudgeted = np.zeros(histories, dtype=bool), np.zeros(histories, dtype=bool)
     found: list[tuple[bool, ...]] = [()] * histories
     hits = tries = 0
     for number in range(refreshes):
-        sums = refresh_of(rng, histories, number)
-        if sums is None:
+        fresh = refresh_of(rng, histories, number)
+        if fresh is None:
             continue
         is_better = rng.random(histories) < better
-        improved = differences(rng, Pairs(sums.shape[1], 1, 5, 0.3), histories, EFFECT)
-        sums = np.where(is_better[:, None], improved, sums)
+        if is_better.any():
+            some = drawn(rng, Pairs(fresh.sizes.shape[1], 1, 5, 0.3), histories, EFFECT)
+            each = is_better[:, None]
+            fresh = Metrics(np.where(each, some.sums, fresh.sums), np.where(each, some.sizes, fresh.sizes))
+
+        def known(asked: Ints, is_better: NDArray[np.bool_] = is_better) -> Metrics:
+            return drawn(rng, Pairs(KNOWN), len(asked), np.where(is_better[asked], EFFECT / 2, 0.0)[:, None])
+
         level_of = {past: budget_after(past).level for past in set(found)}
-        now = promoted(sums, np.array([level_of[past] for past in found]))
+        now = judged(fresh, np.array([level_of[past] for past in found]), known).promoted
         found = [(*past, bool(success)) for past, success in zip(found, now, strict=True)]
         budgeted |= now & ~is_better
-        unbudgeted |= promoted(sums, np.full(histories, HIGHEST)) & ~is_better
+        left = np.flatnonzero(~unbudgeted & ~is_better)  # One false promotion is enough.
+        unbudgeted[left] = judged(fresh.of(left), np.full(len(left), HIGHEST), knowing(rng, KNOWN, 0.0)).promoted
         hits, tries = hits + int((now & is_better).sum()), tries + int(is_better.sum())
     return budgeted, unbudgeted, wilson(hits, tries)
 
@@ -217,20 +187,34 @@ def histories_table(histories: int, refreshes: int) -> Iterator[list[str]]:
 
 
 def power_table(trials: int) -> Iterator[list[str]]:
-    """A challenger that is ten points better, at the first test and at the tenth."""
+    """A challenger that is ten points better by both metrics, at the first test and at the tenth, without known prompts
+    and with 100 on which it is as good as the champion. "By formula" is what a page says: one metric, no guard."""
     levels = (budget_after([]).level, budget_after([False] * 9).level)
     cases = (Pairs(50), Pairs(200), Pairs(400), Pairs(150, 1, 5, 0.3), Pairs(400, 1, 5, 0.3), Pairs(800))
     for number, pairs in enumerate(cases):
         rng = np.random.default_rng([3, number])
-        sums = differences(rng, pairs, trials, EFFECT)
-        mean_pairs = pairs.prompts * (pairs.fewest + pairs.most) / 2
-        error = float((sums.sum(axis=1) / 2 / mean_pairs).std())
-        cells = [str(pairs), f"{mean_pairs:.0f}"]
+        fresh = drawn(rng, pairs, trials, EFFECT)
+        error = float(fresh.differences()[0].std())
+        cells = [str(pairs), f"{pairs.prompts * (pairs.fewest + pairs.most) / 2:.0f}"]
         for level in levels:
-            found = of(promoted(sums, np.full(trials, level)))
-            least = 100 * detectable(error, level)
-            cells += [told(found), f"{100 * power_at(EFFECT, error, level):.0f} %", f"{least:.1f}"]
+            at = np.full(trials, level)
+            cells += [told(of(judged(fresh, at).promoted))]
+            cells += [told(of(judged(fresh, at, knowing(rng, 100, 0.0)).promoted))]
+            cells += [f"{100 * power_at(EFFECT, error, level):.0f} %", f"{100 * detectable(error, level):.1f}"]
         yield cells
+
+
+def guards_table(trials: int) -> Iterator[list[str]]:
+    """A challenger that is ten points better on 400 fresh prompts: how often known prompts hold it."""
+    rng = np.random.default_rng(6)
+    levels = np.full(trials, budget_after([]).level)
+    for prompts in (10, 50, 100, 400):
+        for effect in (-EFFECT, -EFFECT / 2, 0.0, EFFECT / 2):
+            fresh, known = drawn(rng, Pairs(400), trials, EFFECT), drawn(rng, Pairs(prompts), trials, effect)
+            found = judged(fresh, levels, known.of)
+            seen = known.differences().min(axis=0) < -TOLERANCE
+            points = f"{100 * effect:+.0f}" if effect else "0"
+            yield [str(prompts), points, told(of(found.held)), told(of(found.promoted)), told(of(seen))]
 
 
 # ------------------------------------------------------------------------------------------------------------ coverage
@@ -282,30 +266,62 @@ def _five_points_better(rng: np.random.Generator, pairs: Pairs, names: Ints) -> 
     return np.where(differ, won, agreed).tolist(), np.where(differ, 1 - won, agreed).tolist()
 
 
+def tables(scale: float) -> dict[str, Callable[[], str]]:
+    """Every table by its name, with what it shows."""
+    many, fewer = (max(20, int(count * scale)) for count in (4_000, 1_000))
+    refreshes, differ = 200, f"differing on {100 * DIFFER:.0f} % of pairs"
+
+    def single() -> str:
+        header = ["prompts x pairs", "against the champion", "and 100 known prompts", "against its start"]
+        shown = table([*header, "against its start, pairs independent"], list(single_decisions(many)))
+        return f"One decision, {many:,} trials: promoted although no better (95 % interval). Limit: 2.5 %.\n\n{shown}"
+
+    def histories() -> str:
+        header = ["evidence of a refresh", "with the budget", "2.5 % at each", "better ones promoted"]
+        told = f"{refreshes} refreshes, {fewer:,} histories: at least one false promotion. Limit: {100 * ALPHA:g} %."
+        return f"{told}\n\n{table(header, list(histories_table(fewer, refreshes)))}"
+
+    def power() -> str:
+        each = ["promoted, no known prompts", "promoted, 100 known", "by formula", "found with 80 %, points"]
+        header = ["prompts x pairs", "pairs", *(f"test {k}: {one}" for k in (1, 10) for one in each)]
+        told = f"Ten points better, {differ}, {fewer:,} trials: promoted, and by formula."
+        return f"{told}\n\n{table(header, list(power_table(fewer)))}"
+
+    def guards() -> str:
+        header = [
+            "known prompts",
+            "better on them, points",
+            "held by the guards",
+            "promoted",
+            "measured below -5 points",
+        ]
+        told = f"Ten points better on 400 fresh prompts, {differ}, {fewer:,} trials: held by guards."
+        return f"{told}\n\n{table(header, list(guards_table(fewer)))}"
+
+    def shares() -> str:
+        header = ["prompts x pairs", *(f"share {share}" for share in (0.5, 0.65, 0.8, 0.9)), "0.65, pairs independent"]
+        shown = table(header, list(share_coverage(many // 2)))
+        return f"Coverage of the 95 % interval of an accuracy, {many // 2:,} trials a cell.\n\n{shown}"
+
+    def means() -> str:
+        shown = table(["prompts x pairs", "mean margin", "paired difference"], list(other_coverage(fewer)))
+        told = "Coverage of the 95 % interval of the mean margin and of a paired difference"
+        return f"{told}, {fewer:,} trials a cell.\n\n{shown}"
+
+    return {f.__name__: f for f in (single, histories, power, guards, shares, means)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--scale", type=float, default=1.0, help="part of the trials")
-    scale = parser.parse_args().scale
-    many, fewer = (max(20, int(count * scale)) for count in (4_000, 1_000))
-    refreshes, started = 200, time.process_time()
+    parser.add_argument("--only", nargs="+", choices=list(tables(1.0)), help="tables to make; without it, all")
+    given = parser.parse_args()
+    started = time.process_time()
     print(f"Python {platform.python_version()}, numpy {version('numpy')}, {platform.machine()}.\n")
-    print(f"One decision, {many:,} trials: promoted although no better (95 % interval). Limit: 2.5 %.\n")
-    header = ["prompts x pairs", "against the champion", "against its start", "against its start, pairs independent"]
-    print(table(header, list(single_decisions(many))))
-    print(f"\n{refreshes} refreshes, {fewer:,} histories: at least one false promotion. Limit: {100 * ALPHA:g} %.\n")
-    header = ["evidence of a refresh", "with the budget", "2.5 % at each", "better ones promoted"]
-    print(table(header, list(histories_table(fewer, refreshes))))
-    differ = f"differing on {100 * DIFFER:.0f} % of pairs"
-    print(f"\nTen points better, {differ}, {fewer:,} trials: promoted, and by formula.\n")
-    each = ["promoted", "by formula", "found with 80 %, points"]
-    header = ["prompts x pairs", "pairs", *(f"test {k}: {one}" for k in (1, 10) for one in each)]
-    print(table(header, list(power_table(fewer))))
-    print(f"\nCoverage of the 95 % interval of an accuracy, {many // 2:,} trials a cell.\n")
-    header = ["prompts x pairs", *(f"share {share}" for share in (0.5, 0.65, 0.8, 0.9)), "0.65, pairs independent"]
-    print(table(header, list(share_coverage(many // 2))))
-    print(f"\nCoverage of the 95 % interval of the mean margin and of a paired difference, {fewer:,} trials a cell.\n")
-    print(table(["prompts x pairs", "mean margin", "paired difference"], list(other_coverage(fewer))))
-    print(f"\n{time.process_time() - started:.0f} s of one core.")
+    for name, made in tables(given.scale).items():
+        if not given.only or name in given.only:
+            print(f"{made()}\n", flush=True)
+    print(f"{time.process_time() - started:.0f} s of one core.")
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def outlook_of(candidate: Candidate, ledger: Ledger) -> Outlook:
         for of in (evidence.primaries, evidence.guards)
     )
     fresh = len(ledger.fresh(candidate.held_out))
-    return Outlook.of(ledger, fresh, primary, candidate.fewest, guard=guard if guard and guard.n else None)
+    return Outlook.of(ledger, fresh, primary, candidate.fewest, guard=guard)
 
 
 def _shown(outcome: PromotionOutcome, ledger: Ledger) -> dict[str, Any]:

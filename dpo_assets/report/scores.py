@@ -15,7 +15,8 @@ SIDES = {"sft": "SFT", "policy": "policy", "champion": "champion"}
 
 
 def scores_table(report: EvaluationReport) -> str:
-    """Every score with its interval over prompts, and the least difference that so many pairs would find."""
+    """Every score with its interval over prompts, the least difference that so many pairs would find, and both p of a
+    paired difference."""
     level = one_sided(report.confidence)
     rows = [
         [
@@ -24,6 +25,7 @@ def scores_table(report: EvaluationReport) -> str:
             f"[{one.low:.3f}, {one.high:.3f}]",
             one.counted,
             *_found(reach_of_score(one, level)),
+            "-",
         ]
         for label, one in _shares(report)
     ]
@@ -34,12 +36,21 @@ def scores_table(report: EvaluationReport) -> str:
             f"[{one.low:+.3f}, {one.high:+.3f}]",
             f"{one.n} in {one.clusters} prompts",
             *_found(reach_of_comparison(one, level)),
+            _tested(one, level),
         ]
         for label, one in _comparisons(report)
         if one is not None
     ]
     interval, least = f"{percent(report.confidence)} interval", f"found: {POWER:.0%} of the time"
-    return table(["held-out accuracy", "value", interval, "pairs", least, f"{100 * EFFECT:.0f} points found"], rows)
+    found = f"{100 * EFFECT:.0f} points found"
+    tested = "p for better (by pairs, McNemar)"
+    return table(["held-out accuracy", "value", interval, "pairs", least, found, tested], rows)
+
+
+def _tested(one: Comparison, level: float) -> str:
+    """p over prompts, and beside it p over pairs, which is too small where pairs of a prompt agree."""
+    apart = (one.p_better <= level) != (one.p_pairs <= level)
+    return f"{one.p_better:.2g} ({one.p_pairs:.2g}{'; they disagree: prompts are what counts' if apart else ''})"
 
 
 def _found(reach: Reach) -> tuple[str, str]:

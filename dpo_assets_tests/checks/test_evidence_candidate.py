@@ -65,7 +65,7 @@ def challenger(folder: Path, right: float = 0.9, *, new: int = 300, known: int =
         (scored_pairs(0.9, prompts=49), "insufficient_evidence"),
         (scored_pairs(0.55), "hold"),
         (scored_pairs(0.2), "reject"),
-        (scored_pairs(0.8, of_start=0.9), "hold"),
+        (scored_pairs(0.8, of_start=1.0), "hold"),
     ],
     ids=["better", "just enough", "too few", "chance", "worse", "worse than its start by log-probability"],
 )
@@ -124,13 +124,30 @@ def test_a_challenger_is_promoted_on_fresh_prompts_and_guarded_on_known_ones(tmp
     evidence = both.evidence(champion)
     assert [found.clusters for found in evidence.primaries.values()] == [300, 300]
     assert [found.clusters for found in evidence.guards.values()] == [60, 60]
-    # Sixty prompts on half of which the two differ: what is seen of a loss holds, what cannot be ruled out does not.
-    lost = [found for found in evidence.guards.values() if found.difference < -TOLERANCE or found.high < 0]
+    # Sixty prompts on half of which the two differ: a loss of 5 points cannot be ruled out, and none is seen.
     assert all(found.low < -TOLERANCE for found in evidence.guards.values())
     ledger, line = decided(champion, both)
-    assert (line.decision, line.champion) == ("hold" if lost else "promote", "m1")
+    assert (line.decision, line.champion) == ("promote", "m1")
     assert line.level is not None, "the fresh prompts were looked at"
     assert not ledger.fresh(both.held_out)
+
+
+def test_known_prompts_that_are_ranked_worse_hold_a_challenger_that_is_better(tmp_path: Path, champion: Ledger) -> None:
+    known = scored_pairs(0.2, champion=0.6, prompts=60)
+    fresh = scored_pairs(0.9, champion=0.6, prompts=300, first=60, seed=2)
+    _, line = decided(champion, candidate(tmp_path, pl.concat([known, fresh]), "m2", "m1"))
+    assert line.decision == "hold"
+    assert line.reason.startswith("worse than the champion on known prompts")
+
+
+@pytest.mark.parametrize("known", [0, 1])
+def test_known_prompts_that_left_the_feedback_hold_nobody(tmp_path: Path, champion: Ledger, known: int) -> None:
+    """Of none nothing is measured, and one bounds nothing: a challenger is decided on by what is there."""
+    frozen = scored_pairs(0.0, champion=1.0, prompts=1).head(known)
+    fresh = scored_pairs(0.95, champion=0.6, prompts=600, first=60, seed=2)
+    _, line = decided(champion, candidate(tmp_path, pl.concat([frozen, fresh]), "m2", "m1"))
+    assert (line.decision, line.found) == ("promote", True)
+    assert line.reason.endswith("; no known prompt is left to guard") == (known == 0)
 
 
 def test_a_challenger_that_is_better_and_lost_nothing_is_promoted(tmp_path: Path, champion: Ledger) -> None:

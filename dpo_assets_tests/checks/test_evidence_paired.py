@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
+from collections import Counter
 from dataclasses import replace
+from fractions import Fraction
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -56,6 +60,37 @@ def test_the_tail_of_sign_flips_is_that_of_all_signs(sums: list[int]) -> None:
     flips = [sum(s * abs(v) for s, v in zip(signs, sums, strict=True)) for signs in signs_of(len(sums))]
     expected = sum(flip >= sum(sums) for flip in flips) / len(flips)
     assert sign_flip_tail(np.array(sums, dtype=np.int64)) == pytest.approx(expected)
+
+
+def tail_by_counting(sums: list[int]) -> Fraction:
+    """The same tail in whole numbers: how many signings reach each sum of the numbers with a plus."""
+    ways = Counter({0: 1})
+    for size in map(abs, sums):
+        reached = Counter(ways)
+        for total, count in ways.items():
+            reached[total + size] += count
+        ways = reached
+    observed = sum(one for one in sums if one > 0)
+    return Fraction(sum(count for reached, count in ways.items() if reached >= observed), 2 ** len(sums))
+
+
+@settings(max_examples=60, deadline=None)
+@given(sums=st.lists(st.integers(-9, 9), max_size=120))
+def test_the_tail_of_many_sign_flips_is_exact_in_every_digit_that_a_float_keeps(sums: list[int]) -> None:
+    found = sign_flip_tail(np.array(sums, dtype=np.int64))
+    assert found == pytest.approx(float(tail_by_counting(sums)), rel=1e-12)
+
+
+@pytest.mark.parametrize("most", [1, 5], ids=["one pair a prompt", "up to five"])
+def test_twenty_thousand_prompts_are_tested_in_a_second(most: int) -> None:
+    rng = np.random.default_rng(7)
+    sums = rng.binomial(rng.integers(1, most, 20_000, endpoint=True), 0.5) * rng.choice([-2, -1, 1, 2], 20_000)
+    started = time.process_time()
+    found = sign_flip_tail(sums)
+    assert time.process_time() - started < 1
+    z = sums.sum() / math.sqrt(np.square(sums).sum())
+    assert found == pytest.approx(1 - NormalDist().cdf(z), abs=0.005)
+    assert found + sign_flip_tail(-sums) >= 1
 
 
 def signs_of(count: int) -> list[tuple[int, ...]]:
@@ -228,6 +263,19 @@ def test_every_score_stands_beside_its_pairs_and_the_difference_they_show() -> N
     assert f"{paired.n} in 120 prompts" in shown[-1]
     assert f"{reach_of_comparison(paired, 0.025).detectable:.3f}" in shown[-1]
     assert len(scores_table(evaluation_report()).splitlines()) == 2 + 4
+
+
+def test_both_p_of_a_paired_difference_are_shown_and_where_they_disagree_about_the_level() -> None:
+    """Six prompts of ten pairs that agree: by pairs the difference is beyond chance, by prompts it is not."""
+    prompts = [n // 10 for n in range(60)]
+    apart = compare([float(p < 5) for p in prompts], [float(p >= 5) for p in prompts], prompts)
+    shown = scores_table(evaluation_report(logp_against_sft=apart)).splitlines()[-1]
+    assert f"{apart.p_better:.2g} ({apart.p_pairs:.2g}; they disagree: prompts are what counts)" in shown
+    same = compare([float(n < 50) for n in range(60)], [float(n >= 50) for n in range(60)])
+    told = scores_table(evaluation_report(logp_against_sft=same)).splitlines()
+    assert "p for better (by pairs, McNemar)" in told[0]
+    assert f"| {same.p_better:.2g} ({same.p_pairs:.2g}) |" in told[-1]
+    assert all(line.rstrip().endswith("| - |") for line in told[2:-1]), "an accuracy alone has no such test"
 
 
 def test_the_champion_stands_beside_the_policy_with_the_paired_differences() -> None:

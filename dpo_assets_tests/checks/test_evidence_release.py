@@ -20,6 +20,7 @@ from dpo_assets.checks.evidence.ledger import FIRST, Decided, Ledger, Override
 from dpo_assets.checks.evidence.ledger_file import LedgerFile
 from dpo_assets.checks.evidence.measured import Comparison
 from dpo_assets.checks.evidence.outlook import Outlook
+from dpo_assets.checks.evidence.paired import compare
 from dpo_assets.checks.evidence.power import FEWEST_PROMPTS
 from dpo_assets.checks.evidence.rules import TOLERANCE, Evidence, Outcome, decided_by, judge
 from dpo_assets.checks.evidence.spending import ALPHA, EXPONENT, HIGHEST, ZETA, Budget, budget_after, share
@@ -416,10 +417,16 @@ AFTER_FIRST = released(_FIRST, "the first one")
         (Evidence({"a": FEW}, fewest=1), "insufficient_evidence", False),
         (Evidence({"a": WORSE}), "reject", True),
         (Evidence({"a": BETTER, "b": WORSE}), "reject", True),
-        (Evidence({"a": BETTER}, {"known": replace(ALIKE, difference=-TOLERANCE - 0.001)}), "hold", True),
+        (Evidence({"a": BETTER}, {"known": replace(ALIKE, difference=-TOLERANCE - 0.031)}), "hold", True),
+        (Evidence({"a": BETTER}, {"known": replace(ALIKE, difference=-TOLERANCE - 0.029)}), "promote", True),
+        (Evidence({"a": BETTER}, {"known": replace(ALIKE, difference=-TOLERANCE - 0.001, error=0.0)}), "hold", True),
         (Evidence({"a": BETTER}, {"known": replace(ALIKE, difference=-0.01, high=-0.001)}), "hold", True),
         (Evidence({"a": BETTER}, {"known": replace(ALIKE, difference=float("nan"))}), "hold", True),
         (Evidence({"a": BETTER}, {"known": replace(ALIKE, difference=-TOLERANCE + 0.001, low=-0.2)}), "promote", True),
+        (Evidence({"a": BETTER}, {"known": compare([0.0], [1.0])}), "promote", True),
+        (Evidence({"a": BETTER}, {"known": compare([float("nan"), 1.0], [1.0, 1.0])}), "hold", True),
+        (Evidence({"a": BETTER}, {"known": compare([], [])}), "promote", True),
+        (Evidence({"a": BETTER}, {"known": compare([], []), "other": replace(ALIKE, high=-0.001)}), "hold", True),
         (Evidence({"a": ALIKE}), "hold", True),
         (Evidence({"a": BETTER, "b": ALIKE}), "promote", True),
         (Evidence({"a": replace(BETTER, p_better=0.0218)}), "promote", True),
@@ -515,7 +522,13 @@ def test_pairs_without_a_spread_say_that_they_tell_nothing(error: float) -> None
 def test_the_screen_says_which_loss_the_known_prompts_would_find() -> None:
     row = "loss on known prompts, found with 80% power"
     told = dict(Outlook.of(AFTER_FIRST, 60, BETTER, guard=replace(ALIKE, error=0.03)).rows())[row]
-    assert told.startswith("8.4 points, on 400 pairs in 200 prompts"), told  # 0.03 * (1.960 + 0.842)
+    # 0.03 * (1.960 + 0.842); 0.05 + 0.03
+    assert told == "8.4 points, on 400 pairs in 200 prompts; more than 8.0 points as measured hold a release too"
     same = dict(Outlook.of(AFTER_FIRST, 60, BETTER, guard=replace(ALIKE, error=0.0)).rows())[row]
     assert same == "not known: on 400 pairs in 200 prompts the two never differ"
     assert row not in dict(Outlook.of(AFTER_FIRST, 60, BETTER).rows())
+    gone = dict(Outlook.of(AFTER_FIRST, 60, BETTER, guard=compare([], [])).rows())
+    assert gone["loss on known prompts"] == "nothing guards: no prompt that was known before is left in the feedback"
+    first = dict(Outlook.of(Ledger(), 60, BETTER, guard=ALIKE).rows())
+    assert row not in first
+    assert first["loss against its start, found with 80% power"].startswith("8.4 points")

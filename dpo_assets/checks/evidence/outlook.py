@@ -9,7 +9,7 @@ from typing import Self
 from dpo_assets.checks.evidence.ledger import Ledger
 from dpo_assets.checks.evidence.measured import Comparison
 from dpo_assets.checks.evidence.power import EFFECT, FEWEST_PROMPTS, POWER, Reach, can_decide, reach_of_comparison
-from dpo_assets.checks.evidence.rules import TOLERANCE
+from dpo_assets.checks.evidence.rules import measured_loss
 from dpo_assets.checks.evidence.spending import ALPHA, HIGHEST, Budget
 
 
@@ -19,7 +19,7 @@ class Outlook:
 
     `fresh` is the number of held-out prompts that no decision saw, `fewest` how many a test needs, `reach` what the
     pairs of a comparison can show at the level of the test; None before anything was scored. `guard` is a
-    comparison on the prompts that were known before; None where nothing is live, or there are none.
+    comparison on the prompts that were known before, or with its start where nothing is live (`first`).
     """
 
     budget: Budget
@@ -28,6 +28,7 @@ class Outlook:
     can_pass: bool
     reach: Reach | None
     guard: Comparison | None = None
+    first: bool = False
 
     @classmethod
     def of(
@@ -42,7 +43,8 @@ class Outlook:
         """From the ledger and the number of fresh prompts; `primary` is a comparison on them, or on pairs like them."""
         budget, floor = ledger.budget(alpha), max(fewest, FEWEST_PROMPTS)
         reach = reach_of_comparison(primary, budget.level) if primary is not None else None
-        return cls(budget, fresh, floor, can_decide(fresh, budget.level, floor), reach, guard)
+        can_pass = can_decide(fresh, budget.level, floor)
+        return cls(budget, fresh, floor, can_pass, reach, guard, first=ledger.champion is None)
 
     def rows(self) -> list[tuple[str, str]]:
         """(what, how it stands), for a table."""
@@ -66,13 +68,15 @@ class Outlook:
                 (f"power for {100 * EFFECT:.0f} points", f"{self.reach.power:.0%}"),
                 (f"would show {100 * EFFECT:.0f} points", shown),
             ]
-        if self.guard is not None:
-            rows.append((f"loss on known prompts, found with {POWER:.0%} power", self._guarded(self.guard)))
-        return rows
+        return rows if self.guard is None else [*rows, self._guarded(self.guard)]
 
-    def _guarded(self, guard: Comparison) -> str:
-        told = f"{guard.n} pairs in {guard.clusters} prompts"
+    def _guarded(self, guard: Comparison) -> tuple[str, str]:
+        what = "loss against its start" if self.first else "loss on known prompts"
+        if not guard.n:
+            return what, "nothing guards: no prompt that was known before is left in the feedback"
+        found, told = f"{what}, found with {POWER:.0%} power", f"{guard.n} pairs in {guard.clusters} prompts"
         least = reach_of_comparison(guard, HIGHEST).detectable
         if not math.isfinite(least):
-            return f"not known: on {told} the two never differ"
-        return f"{100 * least:.1f} points, on {told}; {100 * TOLERANCE:g} points as measured hold a release too"
+            return found, f"not known: on {told} the two never differ"
+        holds = f"more than {100 * measured_loss(guard.error):.1f} points as measured hold a release too"
+        return found, f"{100 * least:.1f} points, on {told}; {holds}"

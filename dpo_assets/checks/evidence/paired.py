@@ -65,19 +65,41 @@ def compare(
 
 
 def sign_flip_tail(sums: NDArray[np.int64]) -> float:
-    """Chance that whole numbers with fair random signs sum to at least what `sums` (prompts) do. Exact.
+    """Chance that whole numbers with fair random signs sum to at least what `sums` (prompts) do, to rounding.
 
     Numbers of equal size make a binomial, so their distribution is built size by size: no draw, no smallest p but
-    2^-prompts.
+    2^-prompts. Chances that no float holds in full are left out, so many prompts cost little more than few.
     """
+    sums = sums // max(1, int(np.gcd.reduce(sums)))
     sizes, counts = np.unique(np.abs(sums[sums != 0]), return_counts=True)
-    positive = np.ones(1)  # positive[k]: chance that the numbers with a plus sum to k.
+    positive, fewest = np.ones(1), 0  # positive[k]: chance that the numbers with a plus sum to fewest + k.
     for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
-        stretched = np.zeros(size * count + 1)
-        stretched[::size] = [math.comb(count, k) / 2**count for k in range(count + 1)]
-        positive = np.convolve(positive, stretched)
+        heads, least = _fair_coins(count)
+        spread = np.zeros(len(positive) + size * (len(heads) - 1))
+        for rest in range(min(size, len(positive))):
+            spread[rest::size] = np.convolve(positive[rest::size], heads)
+        positive, first = _held(spread)
+        fewest += size * least + first
     observed = int(sums[sums > 0].sum())
-    return min(1.0, float(positive[observed:].sum()))
+    return min(1.0, float(positive[max(0, observed - fewest) :].sum()))
+
+
+def _fair_coins(count: int) -> tuple[Floats, int]:
+    """Chances of so many heads of `count` coins, and how many heads the first of them is of.
+
+    From the middle outwards by the ratio of neighbours, and then scaled to a sum of one: no factorial to overflow.
+    """
+    middle = count // 2
+    above = np.arange(middle, count)
+    upper = np.concatenate([np.ones(1), np.cumprod((count - above) / (above + 1))])
+    chances = np.concatenate([upper[::-1][:middle], upper])
+    return _held(chances / chances.sum())
+
+
+def _held(chances: Floats) -> tuple[Floats, int]:
+    """The chances from the first to the last that a float holds in full, and where the first is."""
+    held = np.flatnonzero(chances >= np.finfo(float).tiny)
+    return chances[held[0] : held[-1] + 1], int(held[0])
 
 
 def bootstrap_interval(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -10,7 +11,7 @@ from dpo_assets.checks.evidence.measured import Comparison
 from dpo_assets.checks.evidence.power import FEWEST_PROMPTS, can_decide
 from dpo_assets.checks.statistics import holm
 
-TOLERANCE = 0.05  # Accuracy that a guard may be seen to lose.
+TOLERANCE = 0.05  # Accuracy that a guard may be seen to lose, beside one standard error.
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Evidence:
         primaries: challenger against champion on fresh prompts (`Ledger.fresh`), by name. Promoted is what is better on
             one of them after Holm, and worse on none.
         guards: what must not have got worse, by name: the same comparisons on the frozen set; where nothing is live,
-            challenger against its own start on the fresh prompts.
+            challenger against its own start on the fresh prompts. One without a pair guards nothing.
         failures: hard guards that failed, by name, with their reasons (weights not finite, secret found, no licence).
         fewest: prompts that each primary needs; never less than `FEWEST_PROMPTS`.
     """
@@ -54,8 +55,8 @@ def judge(evidence: Evidence, ledger: Ledger, override: Override | None = None) 
     1. A hard guard failed: `reject`. No override lifts it.
     2. Fewer fresh prompts than the floor: `insufficient_evidence`. Nothing is looked at, so nothing is spent.
     3. A primary is worse beyond chance: `reject`.
-    4. A guard lost beyond chance, or more than the tolerance as measured: `hold`. That no such loss can be ruled out is
-       no reason to hold: it takes some hundred pairs more than the primaries need, and these carry the error.
+    4. A guard lost (`has_lost`): `hold`. That no such loss can be ruled out is no reason to hold: it takes some hundred
+       pairs more than the primaries need, and these carry the error.
     5. A primary is better at the level of this test, after Holm: `promote`, or `first_publication` without a champion.
     6. Else `hold`: what is live stays.
 
@@ -65,11 +66,32 @@ def judge(evidence: Evidence, ledger: Ledger, override: Override | None = None) 
     if evidence.failures:
         told = "; ".join(f"{name}: {reason}" for name, reason in evidence.failures.items())
         return Outcome("reject", told, level)
-    outcome = _by_evidence(evidence, level, first=ledger.champion is None)
+    outcome = by_evidence(evidence, level, first=ledger.champion is None)
     return _overridden(outcome, override, first=ledger.champion is None) if override else outcome
 
 
-def _by_evidence(evidence: Evidence, level: float, *, first: bool) -> Outcome:
+def measured_loss(error: float) -> float:
+    """The loss as measured above which a guard holds, given its standard error: the tolerance and one error more.
+
+    The tolerance alone would hold by chance: of 50 prompts on 30 % of which two models differ, one that is as good as
+    the other is measured more than 5 points worse by one of two metrics in 41 % of trials (benchmarks/RESULTS.md).
+    Pairs whose error is not known, as of a single prompt, show no loss.
+    """
+    return TOLERANCE + (math.inf if math.isnan(error) else error)
+
+
+def has_lost(guard: Comparison) -> bool:
+    """Whether a guard holds a challenger: it lost beyond chance, or more than `measured_loss`.
+
+    Scores that are no numbers hold it. No pairs at all, as where every known prompt left the feedback, say nothing.
+    """
+    if not guard.n:
+        return False
+    return not (guard.high >= 0 and guard.difference >= -measured_loss(guard.error))
+
+
+def by_evidence(evidence: Evidence, level: float, *, first: bool) -> Outcome:
+    """Rules 2 to 6 of `judge`, at the level of this test; `first`: nothing is live."""
     floor = max(evidence.fewest, FEWEST_PROMPTS)
     fewest = min((one.clusters for one in evidence.primaries.values()), default=0)
     if not can_decide(fewest, level, floor):
@@ -77,9 +99,11 @@ def _by_evidence(evidence: Evidence, level: float, *, first: bool) -> Outcome:
         return Outcome("insufficient_evidence", told, level)
     adjusted = holm({name: one.p_better for name, one in evidence.primaries.items()})
     worse = [name for name, one in evidence.primaries.items() if one.high < 0]
-    lost = [name for name, one in evidence.guards.items() if not (one.difference >= -TOLERANCE and one.high >= 0)]
+    lost = [name for name, one in evidence.guards.items() if has_lost(one)]
+    unguarded = not first and not any(one.n for one in evidence.guards.values())
     best = min(adjusted, key=lambda name: adjusted[name])
     shown = f"{best} {evidence.primaries[best]}, adjusted p {adjusted[best]:.2g}, level {level:.2g}"
+    shown += "; no known prompt is left to guard" if unguarded else ""
     if worse:
         return Outcome("reject", f"worse beyond chance: {_shown(evidence.primaries, worse)}", level, adjusted)
     if lost:
