@@ -13,6 +13,7 @@ from dpo_assets.errors import ConfigError, InfrastructureError
 from dpo_assets.judging.comparing import TEMPLATE_DIGEST, Message
 from dpo_assets.publishing.secrets import scrub
 from dpo_assets.retry_after import asked_to_wait, wait
+from dpo_assets.secret_shapes import masked, without_url_secrets
 
 if TYPE_CHECKING:
     import httpx
@@ -41,7 +42,12 @@ class Endpoint:
 
     @property
     def identity(self) -> str:
-        return f"{self.model} at {self.url}, {self.max_tokens} tokens, question {TEMPLATE_DIGEST}"
+        return f"{self.model} at {self.shown}, {self.max_tokens} tokens, question {TEMPLATE_DIGEST}"
+
+    @property
+    def shown(self) -> str:
+        """The address for people and artefacts: no secret can be in it. The recipe refuses one that holds any."""
+        return masked(without_url_secrets(self.url))
 
     def reply(self, messages: Sequence[Message]) -> str:
         """The text of the first choice.
@@ -72,7 +78,7 @@ class Endpoint:
                 said = f"no answer within {self.timeout_seconds:g} s"
                 continue
             except httpx.InvalidURL as error:
-                raise ConfigError(f"evaluation.judge.url {scrub(self.url)} is no address: {error}") from None
+                raise ConfigError(f"evaluation.judge.url {self.shown} is no address: {error}") from None
             except httpx.HTTPError as error:
                 said = str(error)
                 continue
@@ -81,18 +87,18 @@ class Endpoint:
                 raise ConfigError(f"the judge has moved to {where}: set evaluation.judge.url to the address there")
             if answer.status_code in REFUSED:
                 raise ConfigError(
-                    f"the judge at {self.url} refuses the key in {self.key_variable} ({answer.status_code}): "
+                    f"the judge at {self.shown} refuses the key in {self.key_variable} ({answer.status_code}): "
                     f"{scrub(answer.text)[:500]}"
                 )
             if 400 <= answer.status_code < 500 and answer.status_code not in BUSY:
                 raise ConfigError(
-                    f"the judge at {self.url} does not take evaluation.judge ({answer.status_code}); is `url` the "
+                    f"the judge at {self.shown} does not take evaluation.judge ({answer.status_code}); is `url` the "
                     f"address before /chat/completions, and `model` one that it has? {scrub(answer.text)[:500]}"
                 )
             if answer.is_success and (text := _text(answer)) is not None:
                 return text
             said, asked = f"status {answer.status_code}: {scrub(answer.text)[:500]}", asked_to_wait(answer.headers)
-        raise InfrastructureError(f"the judge at {self.url} gave no answer in {ATTEMPTS} attempts: {scrub(said)}")
+        raise InfrastructureError(f"the judge at {self.shown} gave no answer in {ATTEMPTS} attempts: {scrub(said)}")
 
     @cached_property
     def _client(self) -> httpx.Client:

@@ -206,6 +206,13 @@ def test_a_judge_that_moved_and_an_address_that_is_none_are_faults_of_the_recipe
         Endpoint("http://local host:port/v1", "small", VARIABLE, 64, 5.0).reply(ASKED)
 
 
+@pytest.mark.parametrize("url", ["https://me:hunter2@h/v1", "https://h/v1?api-key=hunter2", "https:/hunter2@h/v1"])
+def test_what_an_artefact_keeps_of_a_judge_holds_no_secret_of_its_address(url: str) -> None:
+    judge = Endpoint(url, "small", VARIABLE, 64, 5.0)
+    assert "hunter2" not in judge.identity
+    assert "small at http" in judge.identity
+
+
 # --- shares -----------------------------------------------------------------------------------------------------------
 
 
