@@ -216,6 +216,9 @@ class JudgedAnswers(Report):
     flipped: int = Field(description="Of those and of people's pairs, verdicts that went with the order.")
     share: Proportion
     share_at_equal_length: Number
+    interval_at_equal_length: tuple[Number, Number] | None = Field(
+        default=None, description="Its ends; None: of an earlier version."
+    )
     human_pairs: int
     human_nulls: int
     agreement: Proportion = Field(description="Share of people's pairs in which it preferred what they did.")
@@ -240,6 +243,9 @@ class RewardModelScores(Report):
     left_out: dict[str, int] = Field(description="Prompts without a reward, by the reason.")
     share: Proportion
     share_at_equal_length: Number
+    interval_at_equal_length: tuple[Number, Number] | None = Field(
+        default=None, description="Its ends; None: of an earlier version."
+    )
     difference: MeanScore = Field(description="Mean reward of the policy's answer less that of SFT's, by prompt.")
     human_pairs: int
     human_left_out: dict[str, int] = Field(description="Pairs of people without a reward, by the reason.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ class Endpoint:
     max_tokens: int
     timeout_seconds: float
     wait_seconds: float = WAIT_SECONDS
+    attempts: int = ATTEMPTS
 
     @property
     def identity(self) -> str:
@@ -48,6 +49,18 @@ class Endpoint:
     def shown(self) -> str:
         """The address for people and artefacts: no secret can be in it. The recipe refuses one that holds any."""
         return masked(without_url_secrets(self.url))
+
+    def refuse_ahead(self) -> str:
+        """Asks it one short question, once. Empty, or why it gave no answer, which may pass.
+
+        Raises:
+            ConfigError: it refuses the key, the address or the model.
+        """
+        try:
+            replace(self, attempts=1).reply([{"role": "user", "content": "Reply with [[C]]."}])
+        except InfrastructureError as error:
+            return str(error)
+        return ""
 
     def reply(self, messages: Sequence[Message]) -> str:
         """The text of the first choice.
@@ -59,7 +72,7 @@ class Endpoint:
         import httpx
 
         said, asked = "", None
-        for attempt in range(ATTEMPTS):
+        for attempt in range(self.attempts):
             if attempt:
                 time.sleep(wait(self.wait_seconds * 2 ** (attempt - 1), asked))
             asked = None
@@ -98,7 +111,9 @@ class Endpoint:
             if answer.is_success and (text := _text(answer)) is not None:
                 return text
             said, asked = f"status {answer.status_code}: {scrub(answer.text)[:500]}", asked_to_wait(answer.headers)
-        raise InfrastructureError(f"the judge at {self.shown} gave no answer in {ATTEMPTS} attempts: {scrub(said)}")
+        raise InfrastructureError(
+            f"the judge at {self.shown} gave no answer in {self.attempts} attempts: {scrub(said)}"
+        )
 
     @cached_property
     def _client(self) -> httpx.Client:
