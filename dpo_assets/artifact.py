@@ -318,8 +318,16 @@ class ArtifactTree:
             except BaseException:
                 shutil.rmtree(scratch, ignore_errors=True)
                 raise
-            _sync_directory(final.parent)
+            sync_directory(final.parent)
             return Artifact(final, made), False
+
+    def checkpoints(self, kind: str, fingerprint: str) -> Path:
+        """Where a stage that makes the artefact keeps its checkpoints: not in the folder that goes when it fails."""
+        return self.root / "checkpoints" / kind / self.directory(kind, fingerprint).name
+
+    def forget_checkpoints(self, kind: str, fingerprint: str) -> None:
+        """Removes them; what was set aside as damaged stays. Only for an artefact that is sealed and in its place."""
+        shutil.rmtree(self.checkpoints(kind, fingerprint), ignore_errors=True)
 
     def _set_aside(self, directory: Path, why: CorruptArtifact) -> Path:
         target = self.root / REJECTED / f"{directory.parent.name}-{directory.name}-{os.urandom(4).hex()}"
@@ -341,7 +349,7 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

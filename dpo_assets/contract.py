@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
@@ -35,6 +36,12 @@ FAILURE_FILE = "failure.json"
 EXPLAINED_EXIT = 65
 # That of one that found a disk full: then nobody can rely on a file to tell it.
 DISK_FULL_EXIT = 74
+# That of one which SIGTERM reached while it trained: it wrote a checkpoint first.
+PREEMPTED_EXIT = 128 + signal.SIGTERM
+# Ends a worker at once, whatever it is in the middle of; it writes down what it was doing.
+END_NOW = signal.SIGUSR1
+# Beside the spec: touched by a worker that makes progress.
+HEARTBEAT = "heartbeat"
 
 
 class TemplateSettings(BaseModel):
@@ -173,6 +180,17 @@ class GuardSpec(BaseModel):
         return self.model_dump(mode="json", include=kept)
 
 
+class CheckpointSpec(BaseModel):
+    """Where a training stage keeps what its next try goes on from, and how much that may cost."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    folder: Path = Field(description="The stage's own, outside its output: that one goes with a try that fails.")
+    share: float = Field(
+        ge=0.0, le=0.5, description="Largest share of the stage's time that it waits for them; 0: none."
+    )
+    least_seconds: float = Field(ge=0.0, description="Between two; less in a stage that is short.")
+
+
 class TrainSpec(PlannedSpec):
     """One training stage on a prepared dataset."""
 
@@ -182,6 +200,7 @@ class TrainSpec(PlannedSpec):
     base_digest: str = ""
     tokenizer_digest: str = ""
     guard: GuardSpec | None = Field(default=None, description="For stage `dpo`; without one nothing is probed.")
+    checkpoints: CheckpointSpec | None = Field(default=None, description="None: a try that is ended is lost.")
 
     @property
     def largest_forward(self) -> int:

@@ -30,6 +30,14 @@ class DiskFull(DpoAssetsError):
     """There is too little room on a disk. Another try would find as little, so it is not retried."""
 
 
+class Preempted(InfrastructureError):
+    """A worker stage was told to end (SIGTERM), and kept what it had done."""
+
+
+class StageSilent(InfrastructureError):
+    """A worker stage showed no sign of progress for longer than it may. One that hangs again will not stop hanging."""
+
+
 class StageTimeout(DpoAssetsError):
     """A worker stage ran longer than it may. Another try would take as long, so it is not retried."""
 

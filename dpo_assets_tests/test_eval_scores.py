@@ -32,7 +32,9 @@ AT = "2026-11-27T00:00:00+00:00"
 class Asking(TrainingLauncher):
     """Keeps what the worker would be told, and ends there: what it does is tested without Dagster."""
 
-    def run(self, context: dg.AssetExecutionContext, stage: Stage, spec: Spec, timeout_seconds: float) -> None:
+    def run(
+        self, context: dg.AssetExecutionContext, stage: Stage, spec: Spec, timeout_seconds: float, silent_seconds: float
+    ) -> None:
         assert isinstance(spec, EvaluateSpec)
         ASKED.append(spec)
         raise ConfigError("asked, and no further")

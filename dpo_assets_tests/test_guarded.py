@@ -22,6 +22,8 @@ from dpo_assets.errors import (
     GateError,
     InfrastructureError,
     OutOfMemory,
+    Preempted,
+    StageSilent,
     StageTimeout,
 )
 from dpo_assets.recipe import Recipe, parse_recipe
@@ -96,6 +98,8 @@ def everything(instance: dg.DagsterInstance, result: dg.ExecuteInProcessResult) 
         (GATE, 1),
         (InfrastructureError("the Hub is down"), 1 + step_module.MAX_RETRIES),
         (WorkerDied("was ended by SIGKILL"), 1 + step_module.MAX_RETRIES),
+        (Preempted("was told to end"), 1 + step_module.MAX_RETRIES),
+        (StageSilent("hangs"), 1 + step_module.SILENT_RETRIES),
         # What nobody foresaw is the job's own affair.
         (KeyError("a bug"), 1 + POLICY.max_retries),
     ],

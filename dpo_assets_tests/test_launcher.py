@@ -21,8 +21,16 @@ import pytest
 import dpo_assets.assets.step as step_module
 from dpo_assets import LocalLauncher
 from dpo_assets.artifact import open_artifact
-from dpo_assets.contract import EXPLAINED_EXIT, FAILURE_FILE, Failure, TokenizeSpec, TrainSpec, parse_progress
-from dpo_assets.errors import ConfigError, DiskFull, GateError, StageTimeout
+from dpo_assets.contract import (
+    EXPLAINED_EXIT,
+    FAILURE_FILE,
+    PREEMPTED_EXIT,
+    Failure,
+    TokenizeSpec,
+    TrainSpec,
+    parse_progress,
+)
+from dpo_assets.errors import ConfigError, DiskFull, GateError, Preempted, StageSilent, StageTimeout
 from dpo_assets.planning.precision import Device
 from dpo_assets.resources.environment import OFFLINE, worker_environment
 from dpo_assets.training.models.devices import refuse_other_devices
@@ -123,7 +131,11 @@ def test_the_attempt_after_a_killed_one_starts_clean_reuses_what_stands_and_repo
     assert result.success
     assert len(killer.killed) == 1
     assert str(metadata(result, "dpo_dataset")["reused"]).startswith("yes")
-    assert metadata(result, "sft_checkpoint")["reused"] == "no"
+    told = metadata(result, "sft_checkpoint")
+    assert (told["reused"], told["times_resumed"], told["steps_done_twice"]) == ("no", 0, 0)
+    # Of what is sealed nothing is gone on with.
+    kept = Path(with_data.storage_directory()) / "dpo_assets" / "demo" / "checkpoints" / "sft_checkpoint"
+    assert list(kept.iterdir()) == []
     (made,) = artefacts(with_data, "sft_checkpoint")
     assert open_artifact(made).json("report.json")["finite"]
 
@@ -327,7 +339,13 @@ class Ran:
 
 
 def launch(
-    instance: dg.DagsterInstance, folder: Path, body: str, *, seconds: float = PATIENCE, python: str = ""
+    instance: dg.DagsterInstance,
+    folder: Path,
+    body: str,
+    *,
+    seconds: float = PATIENCE,
+    silent: float = PATIENCE,
+    python: str = "",
 ) -> Ran:
     script = folder / "python"
     script.write_text(WORKER.format(python=sys.executable, body=textwrap.dedent(body)), encoding="utf-8")
@@ -341,7 +359,7 @@ def launch(
     @dg.asset
     def stage(context):  # type: ignore[no-untyped-def]  # Dagster reads an annotation as a class.
         try:
-            launcher.run(context, "tokenize", spec, seconds)
+            launcher.run(context, "tokenize", spec, seconds, silent)
         except Exception as error:
             raised.append(error)
         yield dg.MaterializeResult()
@@ -406,6 +424,45 @@ def test_a_worker_that_found_the_disk_full_is_told_with_where_and_how_much_is_fr
     assert isinstance(ran.error, DiskFull)
     assert str(ran.error).startswith(f"the disk is full: stage `tokenize`; {tmp_path} has ")
     assert "It is not tried again." in str(ran.error)
+
+
+SHOWS_LIFE = """
+from pathlib import Path
+from dpo_assets.training import alive
+alive.EVERY_SECONDS = 0.1
+alive.show(Path(spec).parent / "heartbeat")
+"""
+HANGS = {
+    "is stopped": "import signal\nos.kill(os.getpid(), signal.SIGSTOP)\n",
+    "waits for what never comes": "os.read(os.pipe()[0], 1)\n",
+    "never shows any": None,
+}
+
+
+@pytest.mark.parametrize("how", HANGS)
+def test_a_stage_that_shows_no_sign_of_progress_is_ended(
+    how: str, instance: dg.DagsterInstance, tmp_path: Path
+) -> None:
+    ran = launch(instance, tmp_path, (SHOWS_LIFE + HANGS[how]) if HANGS[how] else "time.sleep(600)\n", silent=1.5)
+    assert isinstance(ran.error, StageSilent), ran.error
+    assert "showed no sign of progress for 0.025 minutes (hardware.silent_minutes)" in str(ran.error)
+
+
+def test_a_stage_that_works_longer_than_it_may_be_silent_is_let_be(
+    instance: dg.DagsterInstance, tmp_path: Path
+) -> None:
+    body = SHOWS_LIFE + "end = time.monotonic() + 5\nwhile time.monotonic() < end:\n    sum(range(99))\n"
+    ran = launch(instance, tmp_path, body, silent=4.0)
+    assert ran.error is None, ran.error
+
+
+def test_a_worker_that_somebody_else_told_to_end_is_no_fault_of_the_stage(
+    instance: dg.DagsterInstance, tmp_path: Path
+) -> None:
+    ran = launch(instance, tmp_path, f"print('after step 7 of 9')\nsys.exit({PREEMPTED_EXIT})\n")
+    assert isinstance(ran.error, Preempted)
+    assert "was told to end (SIGTERM), not by this run" in str(ran.error)
+    assert "after step 7 of 9" in str(ran.error)
 
 
 def test_an_interpreter_that_is_not_there_is_a_fault_of_configuration(

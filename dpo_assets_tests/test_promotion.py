@@ -17,6 +17,7 @@ from typing import Any
 import dagster as dg
 import polars as pl
 import pytest
+from huggingface_hub import HfApi, hf_hub_download
 
 from dpo_assets import HubResource, build_dpo_defs
 from dpo_assets.artifact import write_json
@@ -323,6 +324,31 @@ def test_a_rollback_makes_the_release_before_live_and_the_next_refresh_is_judged
         "decision", "release", "decision", "release", "rollback", "decision", "decision", "release"
     ]  # fmt: skip
     assert ledger.releases[-1].release == 3
+
+
+def test_who_loads_the_champion_gets_what_is_live_through_a_rollback_whatever_else_is_on_main(
+    shelf: Shelf, hub: HubServer, tmp_path: Path
+) -> None:
+    """One client with one cache, as whoever serves the model has it."""
+    repo, weights = hub.repo, "model.safetensors"
+
+    def loaded() -> bytes:
+        found = hf_hub_download(
+            REPO, weights, revision=CHAMPION, cache_dir=tmp_path / "cache", endpoint=hub.endpoint, token=hub.token
+        )
+        return Path(found).read_bytes()
+
+    first_release(shelf, hub)
+    released = repo(REPO).files(CHAMPION)[weights]
+    assert loaded() == released
+    refresh(shelf, "better", right=0.9, frozen="equal")
+    assert release(shelf, sending(hub)).success
+    assert loaded() == repo(REPO).files(CHAMPION)[weights] != released
+    assert roll_back(shelf, sending(hub)).success
+    api = HfApi(endpoint=hub.endpoint, token=hub.token)
+    api.upload_file(repo_id=REPO, path_or_fileobj=b"a colleague's", path_in_repo=weights)
+    assert repo(REPO).files("main")[weights] == b"a colleague's"
+    assert loaded() == released
 
 
 def test_a_rollback_that_is_stopped_is_finished_without_a_second_commit(shelf: Shelf, hub: HubServer) -> None:

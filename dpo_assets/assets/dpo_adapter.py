@@ -14,6 +14,7 @@ from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.lineage import Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.out_of_memory import memory_record
+from dpo_assets.assets.resuming import resume_record
 from dpo_assets.assets.sft_checkpoint import start_adapter
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.aftermath import aftermath_verdicts, collapse_verdict
@@ -55,6 +56,7 @@ def materialise(step: Step) -> Events:
                 threads=step.recipe.hardware.threads,
                 dataset=inputs["dpo_dataset"].path,
                 plan=plan,
+                checkpoints=step.checkpoints("dpo_adapter", print_),
                 start_adapter=start_adapter(inputs["sft_checkpoint"]),
                 reference_cache=step.tree.root / "cache" / "reference.sqlite",
                 base_digest=base.digest,
@@ -79,6 +81,7 @@ def materialise(step: Step) -> Events:
         {
             **report.model_dump(mode="json", exclude=PARTS),
             **memory_record(artifact),
+            **resume_record(artifact),
             "reference_pairs_from_cache": artifact.json(VOLATILE)["reference_pairs_from_cache"],
             "loss": dg.MetadataValue.md(
                 line_plot(metrics, {"loss": "loss"}, "DPO loss", level=report.expected_first_loss)

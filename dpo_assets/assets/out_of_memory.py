@@ -17,16 +17,21 @@ MAX_HALVINGS = 3  # Of the token budget, after a stage ran out of memory.
 
 
 def run_with_smaller_forwards(
-    launcher: TrainingLauncher, context: dg.AssetExecutionContext, stage: Stage, spec: Spec, seconds: float
+    launcher: TrainingLauncher,
+    context: dg.AssetExecutionContext,
+    stage: Stage,
+    spec: Spec,
+    seconds: float,
+    silent_seconds: float,
 ) -> None:
-    """Runs a stage to its end, in processes of at most `seconds` each.
+    """Runs a stage to its end, in processes of at most `seconds` each, of which none is silent for `silent_seconds`.
 
     Raises:
         OutOfMemory: when the smallest forwards still need too much, with what to change.
     """
     while True:
         try:
-            launcher.run(context, stage, spec, seconds)
+            launcher.run(context, stage, spec, seconds, silent_seconds)
             return
         except OutOfMemory as error:
             spec = _smaller(context, stage, spec, error)

@@ -12,6 +12,7 @@ from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.lineage import Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.out_of_memory import memory_record
+from dpo_assets.assets.resuming import resume_record
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.reports import AdoptedBase, read_sft
 from dpo_assets.checks.training import sft_verdicts
@@ -43,6 +44,7 @@ def materialise(step: Step) -> Events:
                 threads=step.recipe.hardware.threads,
                 dataset=inputs["dpo_dataset"].path,
                 plan=plan,
+                checkpoints=step.checkpoints("sft_checkpoint", print_),
             ),
         )
 
@@ -55,7 +57,7 @@ def materialise(step: Step) -> Events:
             for name, value in report.model_dump(mode="json", exclude={"adopted", "lora_coverage"}).items()
         },
     }
-    metadata |= memory_record(artifact)
+    metadata |= memory_record(artifact) | resume_record(artifact)
     if not adopted:
         metadata["loss"] = dg.MetadataValue.md(line_plot(artifact.path / "metrics.jsonl", {"loss": "loss"}, "SFT loss"))
     yield from step.result("sft_checkpoint", artifact, reused, sft_verdicts(report, step.bands), metadata)

@@ -21,9 +21,17 @@ from dpo_assets.assets.upstream import Upstream
 from dpo_assets.checks.bands import Bands, default_bands
 from dpo_assets.checks.catalog import checks_of, severity_of
 from dpo_assets.checks.verdict import Level, Verdict, with_severity
-from dpo_assets.contract import Spec, Stage
+from dpo_assets.contract import CheckpointSpec, Spec, Stage
 from dpo_assets.disk import full, is_full, refuse_closed
-from dpo_assets.errors import ConfigError, DiskFull, GateError, InfrastructureError, OutOfMemory, StageTimeout
+from dpo_assets.errors import (
+    ConfigError,
+    DiskFull,
+    GateError,
+    InfrastructureError,
+    OutOfMemory,
+    StageSilent,
+    StageTimeout,
+)
 from dpo_assets.hashing import share_hashes
 from dpo_assets.leftovers import HASHED, sweep
 from dpo_assets.locks import IN_USE, shared
@@ -37,6 +45,7 @@ from dpo_assets.resources.launcher import TrainingLauncher
 Events = Iterator[Event]
 MAX_RETRIES, RETRY_SECONDS = 2, 5.0  # Of faults of infrastructure; the wait doubles.
 MAX_WAITS, WAIT_SECONDS = 100_000, 10.0  # Of a step that gives its slot of a pool back while it waits for its turn.
+SILENT_RETRIES = 1  # Of a stage that hung.
 PATH, DIGEST, REUSED = "path", "digest", "reused"
 
 
@@ -122,7 +131,18 @@ class Step:
         if self.only_checks:
             return self._made.artifact(node), True
         print_ = fingerprint(node, config, inputs.digests)
-        return self.tree.find_or_build(node, print_, lambda folder: make(folder, print_), inputs.digests)
+        built = self.tree.find_or_build(node, print_, lambda folder: make(folder, print_), inputs.digests)
+        self.tree.forget_checkpoints(node, print_)
+        return built
+
+    def checkpoints(self, node: str, print_: str) -> CheckpointSpec:
+        """Where and how often the training stage of an artefact keeps what its next try goes on from."""
+        hardware = self.recipe.hardware
+        return CheckpointSpec(
+            folder=self.tree.checkpoints(node, print_),
+            share=hardware.checkpoint_share,
+            least_seconds=hardware.checkpoint_seconds,
+        )
 
     def found(self, node: str, config: Any, inputs: Inputs) -> Artifact | None:
         """The artefact that `build` would reuse, if there is one."""
@@ -153,7 +173,8 @@ class Step:
         """
         launcher = self._resource("launcher")
         assert isinstance(launcher, TrainingLauncher)
-        run_with_smaller_forwards(launcher, self.context, stage, spec, self.recipe.hardware.timeout_minutes * 60)
+        seconds, silent = self.recipe.hardware.timeout_minutes * 60, self.recipe.hardware.silent_minutes * 60
+        run_with_smaller_forwards(launcher, self.context, stage, spec, seconds, silent)
 
     def result(
         self,
@@ -266,7 +287,7 @@ def guarded(step: Step, node: str, events: Events) -> Events:
     except InfrastructureError as error:
         waited = retries_waited(step.context, step.tree)
         said, attempt = scrub(str(error)), step.context.op_execution_context.retry_number - waited
-        if attempt >= MAX_RETRIES:
+        if attempt >= (SILENT_RETRIES if isinstance(error, StageSilent) else MAX_RETRIES):
             raise final(f"{said}\nGiven up after {attempt + 1} attempts.") from None
         step.context.log.warning(f"attempt {attempt + 1} failed, another follows: {said}")
         wait = RETRY_SECONDS * 2**attempt

@@ -317,3 +317,22 @@ class HardwareSection(Section):
     timeout_minutes: float = Field(
         default=24 * 60.0, gt=0.0, description="A worker stage that takes longer is ended, and not tried again."
     )
+    silent_minutes: float = Field(
+        default=30.0,
+        gt=0.0,
+        description="A worker stage that shows no sign of progress for so long is ended, and tried once more.",
+    )
+    checkpoint_share: float = Field(
+        default=0.02,
+        ge=0.0,
+        le=0.5,
+        description=(
+            "Largest share of a training stage's time that it waits for its checkpoints, from which it goes on when "
+            "it was ended; how often they are written follows from what one costs. 0: none, and it starts anew."
+        ),
+    )
+    checkpoint_seconds: float = Field(
+        default=60.0,
+        ge=0.0,
+        description="Fewest seconds between two checkpoints. A short stage may have one every twentieth of its steps.",
+    )

@@ -9,13 +9,25 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
+from enum import Enum
 from pathlib import Path
 from typing import IO
 
 import dagster as dg
 from pydantic import Field, field_validator
 
-from dpo_assets.contract import DISK_FULL_EXIT, EXPLAINED_EXIT, FAILURE_FILE, Failure, PlannedSpec, Spec, Stage
+from dpo_assets.contract import (
+    DISK_FULL_EXIT,
+    END_NOW,
+    EXPLAINED_EXIT,
+    FAILURE_FILE,
+    HEARTBEAT,
+    PREEMPTED_EXIT,
+    Failure,
+    PlannedSpec,
+    Spec,
+    Stage,
+)
 from dpo_assets.disk import full, gib, size_of
 from dpo_assets.errors import (
     ConfigError,
@@ -24,6 +36,8 @@ from dpo_assets.errors import (
     GateError,
     InfrastructureError,
     OutOfMemory,
+    Preempted,
+    StageSilent,
     StageTimeout,
 )
 from dpo_assets.locks import TEMPORARY, scratch_folder
@@ -35,6 +49,7 @@ from dpo_assets.resources.messages import ScrubbedMessageReader
 from dpo_assets.resources.nvml import VISIBLE
 
 TAIL_LINES = 30
+LOOK_SECONDS = 1.0  # Longest time between two looks at a worker that counts as its silence.
 
 
 class WorkerDied(InfrastructureError):
@@ -45,7 +60,9 @@ class TrainingLauncher(dg.ConfigurableResource, ABC):  # type: ignore[type-arg]
     """Runs `python -m dpo_assets.training <stage>` somewhere. Assets know this class only."""
 
     @abstractmethod
-    def run(self, context: dg.AssetExecutionContext, stage: Stage, spec: Spec, timeout_seconds: float) -> None:
+    def run(
+        self, context: dg.AssetExecutionContext, stage: Stage, spec: Spec, timeout_seconds: float, silent_seconds: float
+    ) -> None:
         """Returns when the stage has sealed its artefact.
 
         Raises:
@@ -53,6 +70,8 @@ class TrainingLauncher(dg.ConfigurableResource, ABC):  # type: ignore[type-arg]
             ConfigError: the stage cannot work as configured.
             OutOfMemory: the device has too little memory for the stage's forwards.
             StageTimeout: it ran longer than `timeout_seconds`.
+            StageSilent: it showed no sign of progress for `silent_seconds`.
+            Preempted: it was told to end by somebody else, and wrote a checkpoint.
             WorkerDied: anything else.
         """
 
@@ -61,7 +80,7 @@ class LocalLauncher(TrainingLauncher):
     """A subprocess of this machine, in a process group of its own, connected by Dagster Pipes."""
 
     python: str = Field(default=sys.executable, description="Interpreter of the worker; it may be another environment.")
-    grace_seconds: float = Field(default=10.0, ge=0.0, description="Time between SIGTERM and SIGKILL.")
+    grace_seconds: float = Field(default=10.0, ge=0.0, description="Time that a worker has to end before SIGKILL.")
     environment: list[str] = Field(
         default=[],
         description="Names of further environment variables that the worker gets; secrets are never passed on.",
@@ -74,31 +93,43 @@ class LocalLauncher(TrainingLauncher):
             raise ValueError(f"{', '.join(secret)}: a worker is offline and gets no secret; take it off the list.")
         return names
 
-    def run(self, context: dg.AssetExecutionContext, stage: Stage, spec: Spec, timeout_seconds: float) -> None:
+    def run(
+        self, context: dg.AssetExecutionContext, stage: Stage, spec: Spec, timeout_seconds: float, silent_seconds: float
+    ) -> None:
         with scratch_folder(TEMPORARY) as work:
             (work / "spec.json").write_text(spec.model_dump_json(), encoding="utf-8")
             log = work / "worker.log"
             output = ""
             try:
-                status = self._run_to_end(context, stage, spec, work, log, timeout_seconds)
+                status = self._run_to_end(context, stage, spec, work, log, (timeout_seconds, silent_seconds))
             finally:  # However it ended: by itself, by its time, or with the run.
                 if log.is_file():
                     output = scrub(log.read_text(encoding="utf-8", errors="replace"))
                 print(output)  # noqa: T201 - the step's standard output is what Dagster keeps as its compute log
             if status == 0:
                 return
-            if status is None:
+            if status is Overdue.TIME:
                 raise StageTimeout(_out_of_time(stage, timeout_seconds, output))
             if status == DISK_FULL_EXIT:
                 raise DiskFull(_out_of_room(stage, spec))
+            if status is Overdue.SIGN_OF_LIFE:
+                raise StageSilent(_silent(stage, silent_seconds, output))
+            if status == PREEMPTED_EXIT:
+                raise Preempted(_preempted(stage, output))
             if status == EXPLAINED_EXIT and (work / FAILURE_FILE).is_file():
                 raise _as_error(Failure.model_validate_json((work / FAILURE_FILE).read_bytes()))
             raise WorkerDied(_describe(stage, status, output))
 
     def _run_to_end(
-        self, context: dg.AssetExecutionContext, stage: Stage, spec: Spec, work: Path, log: Path, timeout_seconds: float
-    ) -> int | None:
-        """Exit status of the worker, negative for a signal; None when its time was over."""
+        self,
+        context: dg.AssetExecutionContext,
+        stage: Stage,
+        spec: Spec,
+        work: Path,
+        log: Path,
+        patience: tuple[float, float],
+    ) -> int | Overdue:
+        """Exit status of the worker, negative for a signal; or for what it was ended."""
         command = [
             self.python,
             "-m",
@@ -128,7 +159,7 @@ class LocalLauncher(TrainingLauncher):
                     f"other {spec.plan.device_name}"
                 )
             try:
-                return _wait(process, timeout_seconds)
+                return _wait(process, work / HEARTBEAT, *patience)
             finally:
                 self._end_group(process)
 
@@ -150,9 +181,12 @@ class LocalLauncher(TrainingLauncher):
             ) from None
 
     def _end_group(self, process: subprocess.Popen[bytes]) -> None:
-        """Ends whatever is left of the worker's process group, its children included."""
+        """Ends whatever is left of the worker's process group, its children included, and at once.
+
+        SIGTERM would let a stage that trains finish its step and write a checkpoint first.
+        """
         for sign, patience in (
-            (signal.SIGTERM, self.grace_seconds if process.poll() is None else 0),
+            (END_NOW, self.grace_seconds if process.poll() is None else 0),
             (signal.SIGKILL, 5.0),
         ):
             try:
@@ -168,13 +202,39 @@ class LocalLauncher(TrainingLauncher):
         process.wait()
 
 
-def _wait(process: subprocess.Popen[bytes], timeout_seconds: float) -> int | None:
+class Overdue(Enum):
+    """What a worker did not bring in time."""
+
+    TIME = "its end"
+    SIGN_OF_LIFE = "a sign of progress"
+
+
+def _wait(
+    process: subprocess.Popen[bytes], heartbeat: Path, timeout_seconds: float, silent_seconds: float
+) -> int | Overdue:
     deadline = time.monotonic() + timeout_seconds
+    silent, seen, before = 0.0, 0, time.monotonic()
     while (status := process.poll()) is None:
-        if time.monotonic() > deadline:
-            return None
+        now = time.monotonic()
+        if now > deadline:
+            return Overdue.TIME
+        # By this process's clock, whatever the file says of the time; and while this process itself was stopped, as a
+        # whole group may be, nobody looked.
+        silent += min(now - before, LOOK_SECONDS)
+        before = now
+        if (beat := _changed(heartbeat)) != seen:
+            silent, seen = 0.0, beat
+        if silent > silent_seconds:
+            return Overdue.SIGN_OF_LIFE
         time.sleep(0.1)
     return status
+
+
+def _changed(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def _as_error(told: Failure) -> DpoAssetsError:
@@ -200,6 +260,18 @@ def _out_of_room(stage: Stage, spec: Spec) -> str:
     needed = stage_bytes(stage, spec.plan, size_of(spec.base_model)) if isinstance(spec, PlannedSpec) else 0
     said = full(spec.output_dir, needed, f"stage `{stage}`")
     return f"{said} It had written {gib(size_of(spec.output_dir))}, which is removed. It is not tried again."
+
+
+def _silent(stage: str, silent_seconds: float, output: str) -> str:
+    return (
+        f"stage `{stage}` showed no sign of progress for {silent_seconds / 60:.3g} minutes (hardware.silent_minutes) "
+        "and was ended: a device, a file system or a lock that never answers. Where it was stands in its log, "
+        f"which is in this step's standard output. {_tail(output)}"
+    )
+
+
+def _preempted(stage: str, output: str) -> str:
+    return f"stage `{stage}` was told to end (SIGTERM), not by this run. It wrote a checkpoint first. {_tail(output)}"
 
 
 def _describe(stage: str, status: int, output: str) -> str:

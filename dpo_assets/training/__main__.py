@@ -33,8 +33,11 @@ from typing import Any, get_args
 from dpo_assets.artifact import seal
 from dpo_assets.contract import (
     DISK_FULL_EXIT,
+    END_NOW,
     EXPLAINED_EXIT,
     FAILURE_FILE,
+    HEARTBEAT,
+    PREEMPTED_EXIT,
     BenchmarkSpec,
     EvaluateSpec,
     Failure,
@@ -51,8 +54,9 @@ from dpo_assets.contract import (
     memory_failure,
 )
 from dpo_assets.disk import is_full
-from dpo_assets.errors import ConfigError, GateError
+from dpo_assets.errors import ConfigError, GateError, Preempted
 from dpo_assets.feedback.trained import write_trained_groups
+from dpo_assets.training import alive
 from dpo_assets.training.engines import unsloth
 from dpo_assets.training.packages import versions
 
@@ -88,7 +92,8 @@ class DagsterRun:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0, EXPLAINED_EXIT with a failure file beside the spec, DISK_FULL_EXIT, or what killed the process."""
+    """Exit status 0, EXPLAINED_EXIT with a failure file beside the spec, DISK_FULL_EXIT, PREEMPTED_EXIT after a
+    checkpoint that SIGTERM asked for, or whatever killed the process."""
     try:
         return _main(argv)
     except Exception as error:
@@ -106,10 +111,12 @@ def _main(argv: list[str] | None) -> int:
     args = parser.parse_args(argv)
     if args.follow_parent:
         _end_with_parent()
-        # A process inherits what its parent ignores, and a worker ends when it is told to.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        # Who ends a stage that takes too long finds in its log what it was doing.
-        faulthandler.register(signal.SIGTERM, chain=True)
+        # A process inherits what its parent ignores, and a worker ends when it is told to. Who ends a stage that takes
+        # too long finds in its log what it was doing.
+        for sign in (signal.SIGTERM, END_NOW):
+            signal.signal(sign, signal.SIG_DFL)
+            faulthandler.register(sign, chain=True)
+        alive.show(args.spec.parent / HEARTBEAT)
     spec = SPECS[args.stage].model_validate_json(args.spec.read_bytes())
     with ExitStack() as stack:
         if "DAGSTER_PIPES_CONTEXT" in os.environ:
@@ -120,6 +127,9 @@ def _main(argv: list[str] | None) -> int:
             reporter = Terminal()
         try:
             _run(args.stage, spec, reporter)
+        except Preempted as error:
+            print(error, file=sys.stderr)
+            return PREEMPTED_EXIT
         except GateError as error:
             failure = Failure(
                 kind="gate",

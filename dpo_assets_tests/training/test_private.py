@@ -260,6 +260,18 @@ FAULTS: dict[str, tuple[Callable[[], Any], str, str, Callable[[pytest.MonkeyPatc
         "has no _adjust_missing_and_unexpected_keys on PreTrainedModel",
         without(transformers.PreTrainedModel, "_adjust_missing_and_unexpected_keys"),
     ),
+    "loss between logs": (
+        ours.check_running_loss,
+        "transformers",
+        "has no _tr_loss, _total_loss_scalar, _globalstep_last_logged in Trainer._inner_training_loop",
+        lambda patch: patch.setattr(transformers.Trainer, "_inner_training_loop", other),
+    ),
+    "loading a checkpoint": (
+        ours.check_running_loss,
+        "transformers",
+        r"has _load_from_checkpoint\(\*args",
+        swallowing(transformers.Trainer, "_load_from_checkpoint"),
+    ),
     "TRL's release": (
         trl.check_hooks,
         "trl",

@@ -24,6 +24,7 @@ from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.guard.sampling import AdapterState, Answer, Watched
 from dpo_assets.training.reporting import Reporter
 from dpo_assets.training.scoring.generation import generation_health
+from dpo_assets.training.snapshot import Snapshot
 
 COMPARED_PAIRS, COMPARED_TOKENS = 32, 512  # Of the data, to say whether its pairs are near-identical.
 
@@ -62,7 +63,10 @@ class CollapseGuard(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """What the reference, which the policy still is, answers."""
+        """What the reference, which the policy still is, answers; `take_up` knows it in a run that is gone on with."""
+        self.rows = [row for row in state.log_history if "loss" in row]
+        if state.global_step:
+            return
         if self.prompts:
             self._reference = generation_health(self._answers(self.prompts, self._seed))
         if self.tasks:
@@ -105,6 +109,27 @@ class CollapseGuard(TrainerCallback):
         elif self._due and self.first is None and healthy(self.rows, self.guard.limits):
             self.kept, self.kept_step = AdapterState(self.watched.model), state.global_step
         self._due = False
+
+    def snapshot(self) -> Snapshot:
+        """What a process that goes on with the run cannot see in its log."""
+        return Snapshot(
+            dict(self.kept.factors) if self.kept_step else {},
+            {
+                "kept_step": self.kept_step,
+                "first": self.first and asdict(self.first),
+                "seconds": self.seconds,
+                "reference": self._reference,
+                "reference_tasks": self._reference_tasks,
+            },
+        )
+
+    def take_up(self, snapshot: Snapshot) -> None:
+        """The start stays what it was: it was copied before anything of the run was put back."""
+        values = snapshot.values
+        self.kept_step, self.seconds = values["kept_step"], values["seconds"]
+        self.kept = AdapterState.of(snapshot.tensors) if self.kept_step else self.watched.start
+        self.first = values["first"] and Trigger(**values["first"])
+        self._reference, self._reference_tasks = values["reference"], values["reference_tasks"]
 
     @property
     def stopped(self) -> bool:

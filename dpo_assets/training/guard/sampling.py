@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.batches.data import first_asked
@@ -35,9 +36,16 @@ class AdapterState:
     """The trained adapter's factors at one moment, copied to the CPU."""
 
     def __init__(self, model: Any) -> None:
-        self.factors = {
+        self.factors: dict[str, Tensor] = {
             name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if _is_trained(name, p)
         }
+
+    @classmethod
+    def of(cls, factors: dict[str, Tensor]) -> AdapterState:
+        """Those of another process."""
+        made = cls.__new__(cls)
+        made.factors = factors
+        return made
 
     @torch.no_grad()
     def put_into(self, model: Any) -> None:

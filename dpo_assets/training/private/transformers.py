@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
 
@@ -178,3 +179,44 @@ def every_unexpected() -> Iterator[set[str]]:
         yield met
     finally:
         setattr(model, name, own)
+
+
+@dataclass(frozen=True)
+class RunningLoss:
+    """A Trainer's loss between two logs: `since_log` [] summed since step `logged_step`, and the `total` before it."""
+
+    since_log: Tensor
+    total: float
+    logged_step: int
+
+
+@cache
+def check_running_loss() -> None:
+    """`Trainer._tr_loss`, `_total_loss_scalar`, `_globalstep_last_logged`, which `_inner_training_loop` sets before the
+    training begins and `_maybe_log_save_evaluate` reads; and `_load_from_checkpoint(resume_from_checkpoint, model)`,
+    which loads a model alone."""
+    trainer = TRANSFORMERS.find("transformers", "Trainer")
+    for method, names in (
+        ("_inner_training_loop", ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged")),
+        ("_maybe_log_save_evaluate", ("_total_loss_scalar", "_globalstep_last_logged")),
+    ):
+        TRANSFORMERS.check_has("Trainer", trainer, (method,))
+        used = getattr(trainer, method).__code__.co_names
+        if missing := [name for name in names if name not in used]:
+            raise TRANSFORMERS.refused(f"has no {', '.join(missing)} in Trainer.{method}")
+    name = "_load_from_checkpoint"
+    TRANSFORMERS.check_has("Trainer", trainer, (name,))
+    TRANSFORMERS.check_call(name, getattr(trainer, name), ("self", "resume_from_checkpoint", "model"))
+
+
+def running_loss(trainer: Any) -> RunningLoss:
+    """What a Trainer has summed since its last log."""
+    check_running_loss()
+    return RunningLoss(trainer._tr_loss, trainer._total_loss_scalar, trainer._globalstep_last_logged)
+
+
+def set_running_loss(trainer: Any, loss: RunningLoss) -> None:
+    """Puts it back, in a training that has begun."""
+    check_running_loss()
+    trainer._tr_loss, trainer._total_loss_scalar = loss.since_log, loss.total
+    trainer._globalstep_last_logged = loss.logged_step

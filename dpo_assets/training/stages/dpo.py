@@ -29,7 +29,9 @@ from dpo_assets.training.models.loading import ADAPTER_NAME, autocast_of, save_a
 from dpo_assets.training.models.targets import coverage
 from dpo_assets.training.policy import Policy
 from dpo_assets.training.reporting import ProgressLines, Reporter, all_finite, write_metrics
+from dpo_assets.training.resuming.callback import checkpoints_of, train_to_end
 from dpo_assets.training.scoring.proof import assert_routers_heard
+from dpo_assets.training.snapshot import Resumable
 from dpo_assets.training.trainers.classic import ClassicDPOTrainer, classic_trainer, refuse_without_gpu
 from dpo_assets.training.trainers.dpo import PackedDPOTrainer
 from dpo_assets.training.trainers.losses import DpoLoss
@@ -97,9 +99,17 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     keys = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
     watchers: list[TrainerCallback] = [] if guard is None else [guard]
     end_quietly(trainer, [StopOnNonFinite("finite"), *watchers, ProgressLines(reporter, "dpo", keys)])
+    checkpoints = None
+    if isinstance(trainer, PackedDPOTrainer):
+        parts: dict[str, Resumable] = {"trainer": trainer}
+        if guard is not None:
+            parts["guard"] = guard
+        checkpoints = checkpoints_of("dpo", spec, policy.kernels, trainer, parts, reporter, started)
+    elif spec.checkpoints is not None:
+        reporter.log("dpo: TRL's own trainer writes no checkpoints here, so a try that is ended is lost")
     measured = Aftermath()
     with policy.computing(plan):
-        trainer.train()
+        tries = train_to_end(trainer, checkpoints)
         trained = time.perf_counter()
         check_trained("finite", policy.model)
         if guard is not None and watched is not None and spec.guard is not None:
@@ -118,7 +128,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
         "seconds_measuring": time.perf_counter() - trained,
         "seconds_probing": guard.seconds if guard is not None else 0.0,
     }
-    write_json(out / VOLATILE, timings | spec.memory_record())
+    write_json(out / VOLATILE, timings | tries | spec.memory_record())
 
 
 def packed_trainer(start: Start, tokenizer: Any, spec: TrainSpec, reporter: Reporter) -> tuple[PackedDPOTrainer, int]:

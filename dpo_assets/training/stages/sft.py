@@ -22,6 +22,7 @@ from dpo_assets.training.models.loading import ADAPTER_NAME, autocast_of, save_a
 from dpo_assets.training.models.targets import coverage
 from dpo_assets.training.policy import load_policy
 from dpo_assets.training.reporting import ProgressLines, Reporter, all_finite, write_metrics
+from dpo_assets.training.resuming.callback import checkpoints_of, train_to_end
 from dpo_assets.training.scoring.logprobs import evaluating, score_groups
 from dpo_assets.training.scoring.proof import assert_routers_heard
 from dpo_assets.training.trainers.packed import (
@@ -99,8 +100,9 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     )
     keys = {"loss": "loss", "mean_token_accuracy": "token accuracy"}
     end_quietly(trainer, [StopOnNonFinite("sft_finite"), ProgressLines(reporter, "sft", keys)])
+    checkpoints = checkpoints_of("sft", spec, policy.kernels, trainer, {"trainer": trainer}, reporter, started)
     with policy.computing(plan):
-        trainer.train()
+        tries = train_to_end(trainer, checkpoints)
     check_trained("sft_finite", model)
 
     with autocast_of(plan):
@@ -119,7 +121,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
         lora_coverage=covered,
         ends_with_eos=share_ending_with(train["chosen_ids"], chat.ends),
     ).write(out)
-    write_json(out / VOLATILE, {"seconds": time.perf_counter() - started, **spec.memory_record()})
+    write_json(out / VOLATILE, {"seconds": time.perf_counter() - started, **tries, **spec.memory_record()})
 
 
 def held_out_nll(model: Any, groups: Sequence[Group], budget: int) -> float:

@@ -19,6 +19,7 @@ from dpo_assets.training.engines.transformers import engine_of
 from dpo_assets.training.guard.finite import check_first_loss
 from dpo_assets.training.private.trl import REFERENCE_ADAPTER, check_adapters, check_hooks, check_prepared
 from dpo_assets.training.scoring.logprobs import score_tokens, sequence_logps
+from dpo_assets.training.snapshot import Snapshot
 from dpo_assets.training.trainers.losses import DpoLoss, PairScores
 from dpo_assets.training.trainers.packed import PackedSteps
 from dpo_assets.training.trainers.step import Coupled, Forward, Step
@@ -91,6 +92,17 @@ class PackedDPOTrainer(PackedSteps, trl.DPOTrainer):
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         self._taken_as_prepared = True
         return dataset
+
+    def snapshot(self) -> Snapshot:
+        """With what only the first step tells: its loss is checked once, by the try that took it."""
+        sums = super().snapshot()
+        first = {"tokens": self._tokens, "expected": self.expected_first_loss, "answers": self.first_loss_tokens}
+        return Snapshot(sums.tensors, sums.values | first)
+
+    def take_up(self, snapshot: Snapshot) -> None:
+        super().take_up(snapshot)
+        self._tokens = snapshot.values["tokens"]
+        self.expected_first_loss, self.first_loss_tokens = snapshot.values["expected"], snapshot.values["answers"]
 
     def begin_step(self, model: Any, step: Step) -> Step:
         """With reference scores of every forward; and, for a loss that couples pairs across forwards, its slopes."""

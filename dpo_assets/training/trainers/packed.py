@@ -19,6 +19,7 @@ from dpo_assets.recipe import OptimSection
 from dpo_assets.training.engines.head import TokenScores
 from dpo_assets.training.engines.transformers import engine_of
 from dpo_assets.training.scoring.logprobs import score_tokens
+from dpo_assets.training.snapshot import Snapshot
 from dpo_assets.training.trainers.schedule import SCHEDULER_TYPES, MovingSchedule
 from dpo_assets.training.trainers.step import STEP, Forward, Step
 
@@ -82,6 +83,16 @@ class PackedSteps(MovingSchedule):
         super().__init__(*args, **kwargs)
         self._means = RunningMeans()
 
+    def snapshot(self) -> Snapshot:
+        """What was counted since the last log."""
+        return self._means.snapshot()
+
+    def take_up(self, snapshot: Snapshot) -> None:
+        self._means.take_up(snapshot, self.accelerator.device)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Nothing: `resuming.Checkpoints` puts back all of a run when the training begins, its model too."""
+
     def begin_step(self, model: Any, step: Step) -> Step:
         """Hook before the first forward of a step that is on the device: the step with what its forwards need."""
         return step
@@ -139,6 +150,20 @@ class RunningMeans:
         total = total.detach().double()
         self._sums[name] = self._sums[name] + total if name in self._sums else total
         self._counts[name] = self._counts.get(name, 0.0) + count
+
+    def snapshot(self) -> Snapshot:
+        """The sums and counts as they are."""
+        counts = {name: count for name, count in self._counts.items() if isinstance(count, Tensor)}
+        tensors = {f"sum/{name}": total for name, total in self._sums.items()}
+        tensors |= {f"count/{name}": count for name, count in counts.items()}
+        return Snapshot(tensors, {"counts": {n: c for n, c in self._counts.items() if n not in counts}})
+
+    def take_up(self, snapshot: Snapshot, device: torch.device) -> None:
+        """Puts back what `snapshot` gave."""
+        named = {name: tensor.to(device) for name, tensor in snapshot.tensors.items()}
+        self._sums = {n.removeprefix("sum/"): t for n, t in named.items() if n.startswith("sum/")}
+        self._counts = {n.removeprefix("count/"): t for n, t in named.items() if n.startswith("count/")}
+        self._counts |= snapshot.values["counts"]
 
     def take(self) -> dict[str, float]:
         """The means since the last call."""
