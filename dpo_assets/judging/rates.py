@@ -68,8 +68,8 @@ def corrected(share: Proportion, agreement: Proportion) -> Proportion:
     Args:
         agreement: share of people's own pairs in which the judge preferred what they did, a tie counted half.
 
-    An approximation: in 80 settings (true share 0.3 to 0.95, agreement 0.62 to 0.9, 16 to 200 answers, 100 or 200 pairs of
-    people; 3,000 draws each) intervals at 95 % held the true share in 88.7 to 99.0 % of the draws that gave one, and
+    An approximation: in 80 settings (true share 0.3 to 0.95, agreement 0.62 to 0.9, 16 to 200 answers, 100 or 200 pairs
+    of people; 3,000 draws each) intervals at 95 % held the true share in 88.7 to 99.0 % of the draws that gave one, and
     below 91.7 % only with an agreement of 0.62, where 3 of 10 gave none.
 
     A judge whose agreement may be that of a coin says nothing: NaN, between 0 and 1.
@@ -98,7 +98,8 @@ def at_equal_length(
     """Win share at a length difference of zero: a logistic fit of the outcome on tanh of the standardised difference.
 
     The reduced form of AlpacaEval's length-controlled rate (Dubois et al., arXiv 2404.04475). Its interval is a
-    bootstrap of the whole fit over prompts, with a fixed seed. NaN between 0 and 1 without a verdict; too few bound nothing.
+    bootstrap of the whole fit over prompts, with a fixed seed. NaN between 0 and 1 without a verdict; too few bound
+    nothing.
 
     Args:
         comparisons: one a prompt.
