@@ -46,7 +46,7 @@ class Pairs:
         return rng.integers(self.fewest, self.most, (trials, self.prompts), endpoint=True)
 
 
-def chances(rng: np.random.Generator, mean: float, agreement: float, shape: tuple[int, ...]) -> Floats:
+def chances(rng: np.random.Generator, mean: float | Floats, agreement: float, shape: tuple[int, ...]) -> Floats:
     """A chance for each prompt, with that mean, whose draws have that intra-class correlation."""
     if agreement <= 0:
         return np.full(shape, mean)
@@ -129,7 +129,7 @@ def judged(fresh: Metrics, levels: Floats, known: Known | None = None) -> Judged
     asked = np.flatnonzero(near.any(axis=0))
     guards = known(asked) if known is not None and len(asked) else None
     found = np.zeros((2, len(levels)), dtype=bool)
-    for number, trial in enumerate(asked):
+    for number, trial in enumerate(asked.tolist()):
         evidence = Evidence(
             {str(k): fresh.comparison(k, trial, exact=bool(near[k, trial])) for k in range(2)},
             {str(k): guards.comparison(k, number, exact=False) for k in range(2)} if guards is not None else {},

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import subprocess
+import sys
 from configparser import ConfigParser
 from pathlib import Path
 from typing import Any, get_args
@@ -32,7 +36,9 @@ from dpo_assets.recipe import (
     parse_recipe,
 )
 from dpo_assets.report.formats import updated, yaml_line
+from dpo_assets.resources.artifacts import TEMPORARY_HOME
 from dpo_assets_tests.pipelines import PACKAGE, demo_recipe
+from dpo_assets_tests.test_component import dg_cli, dg_project
 
 ROOT = PACKAGE.parent
 DOCS = ROOT / "docs"
@@ -248,8 +254,89 @@ def test_the_recipe_in_the_readme_is_valid() -> None:
         default_bands().with_overrides(checks.bands)
 
 
+def rollback_of_the_readme() -> str:
+    [text] = [b for b in re.findall(r"```yaml\n(.*?)```", text_of(README), re.DOTALL) if b.startswith("ops:")]
+    return str(text)
+
+
 def test_the_rollback_of_the_readme_is_one_that_its_job_takes() -> None:
-    blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text_of(README), re.DOTALL)]
-    [config] = [block for block in blocks if "ops" in block]
-    job = build_dpo_defs("demo", demo_recipe()).resolve_job_def("demo_rollback")
-    assert dg.validate_run_config(job, config)
+    job = build_dpo_defs("my_bot", demo_recipe()).resolve_job_def("my_bot_rollback")
+    assert dg.validate_run_config(job, yaml.safe_load(rollback_of_the_readme()))
+
+
+def commands(start: str) -> list[str]:
+    """What the README tells to type, less the remark behind it."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text_of(README), re.DOTALL | re.MULTILINE)
+    lines = [line.partition("  #")[0].strip() for kind, block in blocks if not kind for line in block.splitlines()]
+    return [line for line in lines if line.startswith(start)]
+
+
+def said_by(typed: str, folder: Path) -> str:
+    """What a command of Dagster's says in a folder."""
+    found = subprocess.run(
+        [sys.executable, "-m", *shlex.split(typed)], cwd=folder, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"},
+    )  # fmt: skip
+    return found.stdout + found.stderr
+
+
+def test_every_job_that_the_readme_names_is_one_of_a_pipeline() -> None:
+    jobs = {job.name for job in build_dpo_defs("my_bot", demo_recipe()).jobs or []}
+    named = set(re.findall(r"`(my_bot_\w+)`|(?:-j|--job) (\w+)", text_of(README)))
+    assert {one or other for one, other in named} == jobs
+
+
+@pytest.mark.parametrize("location", ["shop.definitions", "dpo_assets.definitions"])
+def test_the_rollback_command_of_the_readme_loads_its_job(location: str, tmp_path: Path) -> None:
+    """In a project of one's own, and in a clone. It goes as far as a pipeline of dry runs lets it."""
+    [typed] = commands("dagster job execute")
+    text = rollback_of_the_readme()
+    if location == "dpo_assets.definitions":
+        assert f"`-m {location}` has the pipelines `demo` and `chat`" in text_of(README)
+        typed, text = (said.replace("my_bot", "demo").replace("shop.definitions", location) for said in (typed, text))
+    dg_project(tmp_path, {"name": "my_bot", **demo_recipe()})
+    (tmp_path / "rollback.yaml").write_text(text, encoding="utf-8")
+    assert "publishing.dry_run is true: this pipeline sends nothing" in said_by(typed, tmp_path)
+
+
+def test_the_readme_starts_a_pipeline_of_ones_own_with_a_home_and_a_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As typed, on a pipeline whose inputs are missing: it would train otherwise."""
+    [home] = [line for line in commands("export DAGSTER_HOME") if "mkdir" in line]
+    [typed], [retention] = commands("dg launch"), commands("dpo-assets retention")
+    assert home == 'export DAGSTER_HOME="$HOME/dagster_home" && mkdir -p "$DAGSTER_HOME"'
+    assert commands("dg dev") == ["dg dev"]
+    nothing = {"sources": [{"path": "feedback.jsonl", "format": "trl"}]}
+    project = dg_project(tmp_path, {"name": "my_bot", **demo_recipe(base_model={"source": "./gone"}, feedback=nothing)})
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "home"))
+    launched = dg_cli(project, *shlex.split(typed)[1:])
+    assert str(project / "shop/defs/bot/gone") in launched.stdout + launched.stderr
+    assert (tmp_path / "home/storage/dpo_assets/my_bot").is_dir()
+    arguments = [a.replace("src/shop/defs/my_bot", str(project / "shop/defs/bot")) for a in shlex.split(retention)[1:]]
+    assert main(arguments) == 0
+
+
+def test_a_release_from_the_home_that_dagster_makes_where_none_is_set_is_refused_with_the_line_to_set(
+    tmp_path: Path,
+) -> None:
+    """The command line really makes it here: the name of that folder is Dagster's own."""
+    project = dg_project(
+        tmp_path, {"name": "my_bot", **demo_recipe(publishing={"dry_run": False, "repo_id": "org/bot"})}
+    )
+    said = said_by("dagster asset materialize -m shop.definitions --select my_bot/published_model", project)
+    [line] = [line for line in commands("export DAGSTER_HOME") if "mkdir" in line]
+    assert f"DAGSTER_HOME is not set: {project / TEMPORARY_HOME}" in said
+    assert line in said
+
+
+def test_the_asset_count_of_the_demo_is_that_of_the_graph() -> None:
+    assert re.findall(r"SUCCESS in \d+ s, (\d+) assets", text_of(README)) == [str(len(NODES))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_no_code_is_broken_over_two_lines(document: Path) -> None:
+    """Whoever copies it would copy the line break."""
+    prose = re.sub(r"^```.*?^```", "", text_of(document), flags=re.DOTALL | re.MULTILINE)
+    assert [line for line in prose.splitlines() if line.count("`") % 2] == []

@@ -25,6 +25,7 @@ from dpo_assets.planning.model_card import front_matter
 from dpo_assets.publishing.trace import COLUMNS, SPLITS
 from dpo_assets.recipe import PublishingSection
 from dpo_assets.report.tables import table
+from dpo_assets.resources.artifacts import ArtifactStore
 from dpo_assets_tests.hub.repository import Blob, HubError, Repo
 from dpo_assets_tests.hub_server import HubServer
 from dpo_assets_tests.pipelines import demo_recipe, failed_checks, failures, materialize, metadata
@@ -126,6 +127,27 @@ def checked(shelf: Shelf, recipe: dict[str, Any]) -> dg.AssetCheckEvaluation:
     result = defs.resolve_job_def("check").execute_in_process(instance=shelf.instance, raise_on_error=False)
     [found] = result.get_asset_check_evaluations()
     return found
+
+
+@pytest.mark.parametrize("node", ["dpo_plan", "published_model"])
+@pytest.mark.parametrize("home", ["of no home", "of the command line"])
+def test_nothing_is_trained_for_or_released_from_a_store_that_goes_away(
+    node: str, home: str, hub: HubServer, tmp_path: Path
+) -> None:
+    """Without DAGSTER_HOME: what `dg.materialize` uses then, and what `dagster dev` makes in the working directory."""
+    passing = str(tmp_path / ".tmp_dagster_home_ab12") if home == "of the command line" else None
+    with dg.DagsterInstance.ephemeral(tempdir=passing) as opened:
+        shelf = Shelf(opened)
+        fill(shelf, evaluation_report())
+        assert release(shelf, trying(hub)).success
+        assert materialize(sending(hub), opened, ["promotion"]).success
+        [said] = failures(materialize(sending(hub), opened, [node]))
+        assert "DAGSTER_HOME is not set" in said
+        assert 'export DAGSTER_HOME="$HOME/dagster_home"' in said
+        kept = {"artifacts": ArtifactStore(root=str(tmp_path / "elsewhere"))}
+        [other] = failures(materialize(sending(hub), opened, [node], resources=kept))
+        assert "DAGSTER_HOME" not in other
+    assert hub.repos == {}
 
 
 def test_the_check_of_a_release_executed_by_itself_asks_the_hub_before_it_turns_green(

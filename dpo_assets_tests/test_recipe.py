@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from dpo_assets import HubResource
 from dpo_assets import recipe as module
 from dpo_assets.assets.dpo_plan import override_config
 from dpo_assets.errors import ConfigError
@@ -751,3 +752,78 @@ def test_arguments_of_the_chat_template_may_be_any_value_that_yaml_has() -> None
 )
 def test_what_the_pipeline_gives_the_template_itself_cannot_be_given(name: str, said: str) -> None:
     assert said in refusal(with_value("base_model.template_arguments", {name: 1}))
+
+
+WITH_SECRETS = [
+    "https://me:hunter2@host/v1",
+    "https://hunter2@host/v1",
+    "https://host/v1?api-key=hunter2",
+    "https://host/v1#hunter2",
+    "https://host/sk-hunter2hunter2hunter2hunter2/v1",
+    "https:/me:hunter2@host/v1",
+    "me:hunter2@host/v1",
+]
+
+
+@pytest.mark.parametrize("url", WITH_SECRETS)
+@pytest.mark.parametrize("field", ["judge", "endpoint"])
+def test_the_address_of_a_service_is_a_place_alone_and_its_fault_repeats_no_secret(field: str, url: str) -> None:
+    sections: dict[str, Any] = {
+        "judge": {"evaluation": {"judge": {"url": url, "model": "m"}}},
+        "endpoint": {"publishing": {"endpoint": url}},
+    }[field]
+    with pytest.raises(ConfigError, match=r"no http address|environment variable") as refused:
+        recipe(**sections)
+    assert "hunter2" not in str(refused.value)
+
+
+def test_addresses_of_services_stay_as_they_are_written() -> None:
+    for url in ("http://localhost:8000/v1", "https://[::1]:11434/v1", "https://judge.example/openai/deployments/a_b"):
+        judge = recipe(evaluation={"judge": {"url": url, "model": "m"}}).evaluation.judge
+        assert judge is not None
+        assert judge.url == url
+
+
+@pytest.mark.parametrize("url", ["https://me:hunter2@host/x", "s3://bucket/x", "https:/me:hunter2@host/x"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "base_model.source", "base_model.chat_template", "feedback.cleaning.evaluation_sets", "evaluation.corpus",
+        "evaluation.reward_model.source", "evaluation.harness.include_path", "evaluation.benchmarks.path",
+        "checks.capability_probe", "publishing.gguf.converter",
+    ],
+)  # fmt: skip
+def test_an_address_where_a_file_is_meant_is_refused_before_it_becomes_a_path_in_a_log(place: str, url: str) -> None:
+    *_, name = place.split(".")
+    sections: dict[str, Any] = {
+        "base_model.source": {"base_model": {name: url}},
+        "base_model.chat_template": {"base_model": {"source": "builtin:stories260k", name: url}},
+        "feedback.cleaning.evaluation_sets": {
+            "feedback": {"sources": [{"path": "builtin:oasst"}], "cleaning": {name: [url]}}
+        },
+        "evaluation.corpus": {"evaluation": {name: url}},
+        "evaluation.reward_model.source": {"evaluation": {"reward_model": {name: url}}},
+        "evaluation.harness.include_path": {"evaluation": {"harness": {"tasks": ["a"], name: url}}},
+        "evaluation.benchmarks.path": {"evaluation": {"benchmarks": [{"name": "b", name: url}]}},
+        "checks.capability_probe": {"checks": {name: url}},
+        "publishing.gguf.converter": {"publishing": {"gguf": {"type": "f16", name: url}}},
+    }[place]
+    with pytest.raises(ConfigError, match="a file or folder of this machine is meant") as refused:
+        recipe(**sections)
+    assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize("link", ["https://me:hunter2@host/licence", "https://host/licence?sig=hunter2"])
+def test_a_licence_link_with_a_secret_is_refused_because_the_card_shows_it(link: str) -> None:
+    base = {"source": "builtin:stories260k", "licence": "other", "licence_name": "own"}
+    with pytest.raises(ConfigError, match="the card of a release shows it") as refused:
+        recipe(base_model=base | {"licence_link": link})
+    assert "hunter2" not in str(refused.value)
+    assert recipe(base_model=base | {"licence_link": "https://host/licence?lang=en#use"}).base_model.licence_link
+
+
+def test_a_hub_address_of_the_environment_with_a_secret_is_refused() -> None:
+    with pytest.raises(ConfigError, match="HF_ENDPOINT") as refused:
+        HubResource(endpoint="https://me:hunter2@hub.example").api()
+    assert "hunter2" not in str(refused.value)
+    assert HubResource(endpoint="https://hub.example").api().endpoint == "https://hub.example"

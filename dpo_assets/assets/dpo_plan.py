@@ -36,13 +36,16 @@ PLAN = "plan.json"
 
 def materialise(step: Step) -> Events:
     """Lays the launchpad's overrides over the recipe and resolves it for model, data and device."""
+    # Before anything is trained for it.
+    if not (step.recipe.publishing.dry_run or step.only_checks):
+        step.store.refuse_passing(step.context.instance)
     inputs = step.inputs()
     dataset, base = inputs["dpo_dataset"], inputs["base_model"]
-    # Before anything is trained for it.
     refuse_adapter_alone(step.recipe.publishing, base)
     refuse_unlicensed(step.recipe, base)
     rehearse(step, base)
-    refuse_scorers(step.recipe.evaluation)
+    if not step.only_checks and (silent := refuse_scorers(step.recipe.evaluation)):
+        step.context.log.warning(f"dpo_plan: {silent}; it is asked again once there are answers to compare")
     access = access_ahead(step, known_licence(step.recipe, base))
     recipe = apply_overrides(step.recipe, {name: step.config.get(name, {}) for name in OVERRIDABLE})
     plan = make_plan(recipe, _shape(base), dataset_stats(dataset), step.gpu.detect(), installed_here())

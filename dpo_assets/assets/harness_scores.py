@@ -24,6 +24,12 @@ from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.recipe import HarnessSection
 from dpo_assets.report.tables import table
 
+REUSED_WHILE = (
+    "models, settings, the files of evaluation.harness.include_path and the version of lm-eval are the same. Datasets "
+    "outside of that folder are not looked at: `documents_asked` is the SHA-256 of the documents, prompts and targets "
+    "that were asked. Where such a dataset changed, change a file of the folder too."
+)
+
 
 def materialise(step: Step) -> Events:
     """Runs the tasks of the recipe in the worker, on both models."""
@@ -66,6 +72,8 @@ def materialise(step: Step) -> Events:
             "scored": report.scored,
             **{one.name: one.policy for one in report.tasks},
             "scores": dg.MetadataValue.md(scores_table(report)),
+            "documents_asked": dg.MetadataValue.json({one.name: one.asked for one in report.tasks if one.asked}),
+            "reused_while": REUSED_WHILE,
         },
     )
 
@@ -81,14 +89,27 @@ def scores_table(report: HarnessScores) -> str:
 
 
 def _identity(settings: HarnessSection) -> Mapping[str, object]:
-    """What decides the scores: the tasks, by the content of their folder, and the version of lm-eval."""
+    """What decides a reuse: the tasks, by the content of their folder, and the version of lm-eval.
+
+    Not what running them leaves there (`__pycache__`), nor what an editor or Git keeps (names with a dot in front), nor
+    data outside of the folder: what was asked of it is told by the documents' hashes.
+    """
     folder = Path(settings.include_path) if settings.include_path else None
-    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder else []
+    files = (
+        sorted(path for path in folder.rglob("*") if _counts(path.relative_to(folder)) and path.is_file())
+        if folder
+        else []
+    )
     return {
         **settings.model_dump(include={"tasks", "limit", "num_fewshot", "apply_chat_template"}),
         "files": [[path.relative_to(folder).as_posix(), file_sha256(path)] for path in files if folder],
+        "paired": "perplexities too, by content",  # By number alone before.
         "lm_eval": importlib.metadata.version("lm_eval"),
     }
+
+
+def _counts(path: Path) -> bool:
+    return not any(part == "__pycache__" or part.startswith(".") for part in path.parts)
 
 
 def harness_settings(plan: TrainingPlan) -> dict[str, object]:

@@ -11,12 +11,12 @@ import dagster as dg
 from dpo_assets.artifact import write_json
 from dpo_assets.assets.lineage import Read
 from dpo_assets.assets.node import Node
+from dpo_assets.assets.scorers_ahead import judge_endpoint
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.judged import judge_verdicts
 from dpo_assets.checks.reports import JudgedAnswers
 from dpo_assets.checks.statistics import percent
 from dpo_assets.judging.comparing import Comparison, Judge, compare
-from dpo_assets.judging.endpoint import Endpoint
 from dpo_assets.judging.pairs import AnswerPair, answers_of, human_pairs
 from dpo_assets.judging.rates import Tally, at_equal_length, corrected
 from dpo_assets.judging.replies import Remembered
@@ -32,9 +32,7 @@ def materialise(step: Step) -> Events:
     settings, inputs = step.recipe.evaluation.judge, step.inputs()
     assert settings is not None, "the node is wanted where a judge is declared"
     confidence = step.recipe.evaluation.confidence
-    endpoint = Endpoint(
-        settings.url, settings.model, settings.key_variable, settings.max_tokens, settings.timeout_seconds
-    )
+    endpoint = judge_endpoint(settings)
 
     def make(folder: Path, _: str) -> None:
         judge = Remembered(endpoint, step.tree.root / REPLIES)
@@ -101,6 +99,7 @@ def _report(
 ) -> JudgedAnswers:
     tally, by_people = Tally.of(compared), Tally.of(people)
     share, agreement = tally.share(confidence), by_people.share(confidence)
+    alike = at_equal_length(compared, [pair.lengths for pair in answers], confidence)
     return JudgedAnswers(
         judge=judge,
         confidence=confidence,
@@ -110,7 +109,8 @@ def _report(
         nulls=tally.nulls,
         flipped=tally.flipped + by_people.flipped,
         share=share,
-        share_at_equal_length=at_equal_length(compared, [pair.lengths for pair in answers]),
+        share_at_equal_length=alike.value,
+        interval_at_equal_length=(alike.low, alike.high),
         human_pairs=by_people.asked,
         human_nulls=by_people.nulls,
         agreement=agreement,

@@ -47,9 +47,11 @@ def materialise(step: Step) -> Events:
     """
     publishing = step.recipe.publishing
     refuse_overtaken(step)
+    sends = not publishing.dry_run and not step.only_checks
+    if sends:
+        step.store.refuse_passing(step.context.instance)
     inputs, ledger = step.inputs(), read_ledger(step.tree)
     outcome = PromotionOutcome.of(inputs["promotion"])
-    sends = not publishing.dry_run and not step.only_checks
     if sends:
         refuse_unlicensed(step.recipe, inputs["base_model"])
         if (held := held_back(outcome, ledger)) is not None:

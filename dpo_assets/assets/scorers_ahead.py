@@ -6,14 +6,17 @@ import importlib.util
 from pathlib import Path
 
 from dpo_assets.errors import ConfigError
+from dpo_assets.judging.endpoint import Endpoint
 from dpo_assets.judging.questions import read_questions
 from dpo_assets.planning.model_folder import refuse_as_reward_model
-from dpo_assets.recipe import EvaluationSection, HarnessSection, RewardModelSection, looks_like_hub_id
+from dpo_assets.recipe import EvaluationSection, HarnessSection, JudgeSection, RewardModelSection, looks_like_hub_id
 
 
-def refuse_scorers(evaluation: EvaluationSection) -> None:
-    """Raises:
-    ConfigError: something that `evaluation` names is not there, or cannot be what it is named as.
+def refuse_scorers(evaluation: EvaluationSection) -> str:
+    """Empty, or what of `evaluation` could not be looked at, and may be there later.
+
+    Raises:
+        ConfigError: something that it names is not there, or cannot be what it is named as.
     """
     if evaluation.reward_model is not None:
         refuse_reward_model(evaluation.reward_model)
@@ -21,6 +24,12 @@ def refuse_scorers(evaluation: EvaluationSection) -> None:
         read_questions(Path(benchmark.path), benchmark.format)
     if evaluation.harness is not None:
         refuse_harness(evaluation.harness)
+    return judge_endpoint(evaluation.judge).refuse_ahead() if evaluation.judge is not None else ""
+
+
+def judge_endpoint(section: JudgeSection) -> Endpoint:
+    """The judge that a recipe declares."""
+    return Endpoint(section.url, section.model, section.key_variable, section.max_tokens, section.timeout_seconds)
 
 
 def refuse_reward_model(section: RewardModelSection) -> None:

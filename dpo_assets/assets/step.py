@@ -74,17 +74,19 @@ class Step:
         return not self.context.selected_asset_keys
 
     @property
-    def tree(self) -> ArtifactTree:
+    def store(self) -> ArtifactStore:
         store = self._resource("artifacts")
         assert isinstance(store, ArtifactStore)
-        return store.tree(self.context.instance, self.pipeline.name, self.context.log.warning, self.context.run_id)
+        return store
+
+    @property
+    def tree(self) -> ArtifactTree:
+        return self.store.tree(self.context.instance, self.pipeline.name, self.context.log.warning, self.context.run_id)
 
     @property
     def user_key(self) -> bytes:
         """The store's key of the digests that stand for users."""
-        store = self._resource("artifacts")
-        assert isinstance(store, ArtifactStore)
-        return store.user_key(self.context.instance)
+        return self.store.user_key(self.context.instance)
 
     @property
     def gpu(self) -> GpuResource:

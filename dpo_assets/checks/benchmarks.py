@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
-from dpo_assets.checks.reports import BenchmarkScores
+from dpo_assets.checks.reports import BenchmarkScore, BenchmarkScores
 from dpo_assets.checks.verdict import Verdict
+
+LEFT_OUT = "mend the rows that left_out.json of the artefact names; `too_long`: a longer feedback.max_length"
 
 
 def benchmark_verdicts(report: BenchmarkScores, seen: Mapping[str, int]) -> list[Verdict]:
@@ -18,25 +21,36 @@ def benchmark_verdicts(report: BenchmarkScores, seen: Mapping[str, int]) -> list
 
 
 def benchmark_whole(report: BenchmarkScores) -> Verdict:
-    """Rows that were left out: without them a score is not the benchmark's own."""
+    """Rows that were left out, and scores that are no number: without them a score is not the benchmark's own."""
     faults = [
         f"{one.name}: {sum(one.left_out.values())} of {one.rows} rows "
         f"({', '.join(f'{count} {reason}' for reason, count in sorted(one.left_out.items()))})"
         for one in report.benchmarks
         if one.left_out
     ]
+    nothing = [f"{one.name}: {', '.join(names)}" for one in report.benchmarks if (names := _no_numbers(one))]
+    left_out = sum(sum(one.left_out.values()) for one in report.benchmarks)
     rows = sum(one.rows for one in report.benchmarks)
     return Verdict(
         "benchmark_whole",
-        "warn" if faults else "pass",
-        f"{sum(sum(one.left_out.values()) for one in report.benchmarks)} of {rows} rows left out",
-        "0 rows left out",
+        "warn" if faults or nothing else "pass",
+        "; ".join([f"{left_out} of {rows} rows left out", *(f"no number: {one}" for one in nothing)]),
+        "0 rows left out, every score a number",
         "a part of a benchmark is another benchmark: compare it with nothing that was published",
-        "mend the rows that left_out.json of the artefact names; `too_long`: a longer feedback.max_length"
-        if faults
-        else "",
+        "; ".join(
+            [LEFT_OUT] * bool(faults)
+            + ["rewards that are no number stand in the answers of the artefact; Ties needs its ref rows"]
+            * bool(nothing)
+        ),
         "; ".join(faults),
     )
+
+
+def _no_numbers(score: BenchmarkScore) -> list[str]:
+    """Scores of a benchmark that are no number; the subsets behind an overall one are named themselves."""
+    parts = {**score.sections, **{one.name: one.score for one in score.subsets}}
+    names = [name for name, part in parts.items() if not math.isfinite(part.value)]
+    return names or ([] if math.isfinite(score.overall.value) else ["overall"])
 
 
 def benchmark_unseen(report: BenchmarkScores, seen: Mapping[str, int]) -> Verdict:

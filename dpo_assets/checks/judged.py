@@ -92,6 +92,8 @@ def _better(check: str, report: JudgedAnswers | RewardModelScores, raw: str) -> 
     share = report.share if math.isnan(report.corrected.value) else report.corrected
     kind = raw if share is report.share else "corrected by its agreement with people"
     worse = share.high < CHANCE or math.isnan(share.value)
+    alike = report.interval_at_equal_length
+    ends = f" [{alike[0]:.3f}, {alike[1]:.3f}]" if alike else ""
     told = f"{report.wins} better, {report.ties} alike, {report.losses} worse"
     way_out = "read the answers beside this check; lower dpo.learning_rate, or collect feedback on such prompts"
     return Verdict(
@@ -101,5 +103,5 @@ def _better(check: str, report: JudgedAnswers | RewardModelScores, raw: str) -> 
         f"the interval of the policy's share reaches {CHANCE:g}",
         "Rogan & Gladen 1978; at equal length: arXiv 2404.04475",
         way_out if worse else "",
-        f"{told}; at equal length {report.share_at_equal_length:.3f}",
+        f"{told}; at equal length {report.share_at_equal_length:.3f}{ends}",
     )

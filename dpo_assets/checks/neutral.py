@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from dpo_assets.checks.bands import Bands
-from dpo_assets.checks.evidence.clusters import clustered_mean
+from dpo_assets.checks.evidence.clusters import clustered_ratio
 from dpo_assets.checks.reports import EvaluationReport, NotMeasured, Perplexity
 from dpo_assets.checks.verdict import Verdict, upper_limit
 from dpo_assets.errors import ConfigError
@@ -61,7 +61,7 @@ def _paragraphs(lines: Sequence[str]) -> list[str]:
 
 
 def perplexities(
-    tokens: Sequence[int],
+    tokens: Sequence[float],
     before: Sequence[float],
     after: Sequence[float],
     texts: Sequence[object] | None = None,
@@ -69,28 +69,26 @@ def perplexities(
 ) -> Perplexity:
     """Perplexity per token of the same texts by two models, and their ratio with its interval over texts.
 
-    exp(-sum of log-probabilities / sum of tokens): every token weighs the same. The interval is that of a ratio of
-    sums, linearised (Cochran 1977, Sampling Techniques, section 6.3).
+    exp(-sum of log-probabilities / sum of tokens): every token weighs the same. The interval of the ratio is that
+    of the nats per token that were lost (`clustered_ratio`).
 
     Args:
-        tokens: of each text.
+        tokens: of each text; or words, or bytes.
         before: summed log-probability of each text by the start, in nats.
         after: the same by the policy.
         texts: what each belongs to, where several are no independent evidence.
     """
     total = sum(tokens)
-    lost = (math.fsum(before) - math.fsum(after)) / total if total else math.nan  # Nats per token.
-    mean = total / len(tokens) if tokens else math.nan
-    residuals = [(a - b - lost * n) / mean for a, b, n in zip(before, after, tokens, strict=True)]
-    spread = clustered_mean(residuals, texts, confidence)
+    lost = clustered_ratio([b - a for b, a in zip(before, after, strict=True)], tokens, texts, confidence)
     return Perplexity(
         texts=len(tokens),
-        tokens=total,
+        tokens=round(total),
         sft=_exp(-math.fsum(before) / total) if total else math.nan,
         policy=_exp(-math.fsum(after) / total) if total else math.nan,
-        ratio=_exp(lost),
-        low=None if spread.low is None else _exp(lost + spread.low),
-        high=None if spread.high is None else _exp(lost + spread.high),
+        ratio=_exp(lost.value),  # Lost are nats per token.
+        low=None if lost.low is None else _exp(lost.low),
+        high=None if lost.high is None else _exp(lost.high),
+        p_above=lost.p_above,
     )
 
 

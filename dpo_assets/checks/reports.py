@@ -216,6 +216,9 @@ class JudgedAnswers(Report):
     flipped: int = Field(description="Of those and of people's pairs, verdicts that went with the order.")
     share: Proportion
     share_at_equal_length: Number
+    interval_at_equal_length: tuple[Number, Number] | None = Field(
+        default=None, description="Its ends; None: of an earlier version."
+    )
     human_pairs: int
     human_nulls: int
     agreement: Proportion = Field(description="Share of people's pairs in which it preferred what they did.")
@@ -240,6 +243,9 @@ class RewardModelScores(Report):
     left_out: dict[str, int] = Field(description="Prompts without a reward, by the reason.")
     share: Proportion
     share_at_equal_length: Number
+    interval_at_equal_length: tuple[Number, Number] | None = Field(
+        default=None, description="Its ends; None: of an earlier version."
+    )
     difference: MeanScore = Field(description="Mean reward of the policy's answer less that of SFT's, by prompt.")
     human_pairs: int
     human_left_out: dict[str, int] = Field(description="Pairs of people without a reward, by the reason.")
@@ -280,11 +286,32 @@ class BenchmarkScores(Report):
     benchmarks: tuple[BenchmarkScore, ...]
 
 
+class Perplexity(Report):
+    """Perplexity per token of the same texts by SFT and policy, and the policy's over that of SFT.
+
+    Ends of its interval are None where too few texts bound nothing. `p_above` is the one-sided p of a ratio above one.
+    """
+
+    texts: int
+    tokens: int
+    sft: Number
+    policy: Number
+    ratio: Number
+    low: float | None
+    high: float | None
+    p_above: float | None = None
+
+    def __str__(self) -> str:
+        ends = "" if self.low is None or self.high is None else f" [{self.low:.4g}, {self.high:.4g}]"
+        return f"x{self.ratio:.4g}{ends} ({self.texts} texts)"
+
+
 class TaskScore(Report):
     """One metric of one task, of SFT and policy on the same documents.
 
     `comparison` is of metrics that are right or wrong by document, `difference` of all that give a document a number:
-    policy less SFT, whatever direction is better. A metric that is made of all documents at once has neither.
+    policy less SFT, whatever direction is better. `perplexity` is of metrics that are made of log-likelihoods. A metric
+    that is made of all documents at once has none of them.
     """
 
     task: str
@@ -296,6 +323,29 @@ class TaskScore(Report):
     policy: Number
     comparison: Comparison | None
     difference: MeanScore | None
+    perplexity: Perplexity | None = None
+    asked: str = Field(
+        default="", description="SHA-256 of documents, prompts and targets; empty: a group, or an earlier version."
+    )
+
+    @property
+    def p_worse(self) -> float | None:
+        """One-sided p that the policy is worse; None where documents do not tell, or the task no direction."""
+        if self.perplexity is not None:
+            return self.perplexity.p_above
+        if self.comparison is not None:
+            return self.comparison.p_better if self.higher_is_better is False else self.comparison.p_worse
+        if self.difference is None or self.higher_is_better is None:
+            return None
+        return self.difference.p_below if self.higher_is_better else self.difference.p_above
+
+    @property
+    def is_number(self) -> bool:
+        """Whether both sides and what was paired of them are finite."""
+        paired = [self.difference.value] if self.difference else []
+        paired += [self.comparison.difference] if self.comparison else []
+        paired += [self.perplexity.ratio] if self.perplexity else []
+        return all(map(math.isfinite, (self.sft, self.policy, *paired)))
 
     @property
     def name(self) -> str:
@@ -304,7 +354,9 @@ class TaskScore(Report):
 
     @property
     def shown(self) -> str:
-        """The paired difference with its interval."""
+        """The paired difference with its interval; of perplexities their ratio."""
+        if self.perplexity is not None:
+            return str(self.perplexity)
         measured = self.comparison or self.difference
         return str(measured) if measured else f"{self.policy - self.sft:+.3f}, no interval"
 
@@ -369,21 +421,6 @@ class GreedyAnswers(Report):
     sft: AnswerHealth
     policy: AnswerHealth
     champion: AnswerHealth | None = None
-
-
-class Perplexity(Report):
-    """Perplexity per token of the same texts by SFT and policy, and the policy's over that of SFT.
-
-    Ends of its interval are None where too few texts bound nothing.
-    """
-
-    texts: int
-    tokens: int
-    sft: Number
-    policy: Number
-    ratio: Number
-    low: float | None
-    high: float | None
 
 
 class ChampionScores(Report):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from statistics import NormalDist
@@ -97,19 +97,3 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[name]))
         adjusted[name] = largest
     return adjusted
-
-
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
-    """(mean, low, high) of independent values, by the normal approximation; one value alone bounds nothing.
-
-    A value that is not finite makes the mean NaN.
-    """
-    n = len(values)
-    if n == 0 or not all(map(math.isfinite, values)):
-        return math.nan, -math.inf, math.inf
-    mean = math.fsum(v / n for v in values)
-    if n == 1:
-        return mean, -math.inf, math.inf
-    spread = math.hypot(*(v - mean for v in values)) / math.sqrt(n - 1) / math.sqrt(n)  # No square to overflow.
-    half = NormalDist().inv_cdf(0.5 + confidence / 2) * spread
-    return mean, mean - half, mean + half

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from dpo_assets.errors import ConfigError, InfrastructureError
 from dpo_assets.judging.comparing import TEMPLATE_DIGEST, Message
 from dpo_assets.publishing.secrets import scrub
 from dpo_assets.retry_after import asked_to_wait, wait
+from dpo_assets.secret_shapes import masked, without_url_secrets
 
 if TYPE_CHECKING:
     import httpx
@@ -38,10 +39,28 @@ class Endpoint:
     max_tokens: int
     timeout_seconds: float
     wait_seconds: float = WAIT_SECONDS
+    attempts: int = ATTEMPTS
 
     @property
     def identity(self) -> str:
-        return f"{self.model} at {self.url}, {self.max_tokens} tokens, question {TEMPLATE_DIGEST}"
+        return f"{self.model} at {self.shown}, {self.max_tokens} tokens, question {TEMPLATE_DIGEST}"
+
+    @property
+    def shown(self) -> str:
+        """The address for people and artefacts: no secret can be in it. The recipe refuses one that holds any."""
+        return masked(without_url_secrets(self.url))
+
+    def refuse_ahead(self) -> str:
+        """Asks it one short question, once. Empty, or why it gave no answer, which may pass.
+
+        Raises:
+            ConfigError: it refuses the key, the address or the model.
+        """
+        try:
+            replace(self, attempts=1).reply([{"role": "user", "content": "Reply with [[C]]."}])
+        except InfrastructureError as error:
+            return str(error)
+        return ""
 
     def reply(self, messages: Sequence[Message]) -> str:
         """The text of the first choice.
@@ -53,7 +72,7 @@ class Endpoint:
         import httpx
 
         said, asked = "", None
-        for attempt in range(ATTEMPTS):
+        for attempt in range(self.attempts):
             if attempt:
                 time.sleep(wait(self.wait_seconds * 2 ** (attempt - 1), asked))
             asked = None
@@ -72,7 +91,7 @@ class Endpoint:
                 said = f"no answer within {self.timeout_seconds:g} s"
                 continue
             except httpx.InvalidURL as error:
-                raise ConfigError(f"evaluation.judge.url {scrub(self.url)} is no address: {error}") from None
+                raise ConfigError(f"evaluation.judge.url {self.shown} is no address: {error}") from None
             except httpx.HTTPError as error:
                 said = str(error)
                 continue
@@ -81,18 +100,20 @@ class Endpoint:
                 raise ConfigError(f"the judge has moved to {where}: set evaluation.judge.url to the address there")
             if answer.status_code in REFUSED:
                 raise ConfigError(
-                    f"the judge at {self.url} refuses the key in {self.key_variable} ({answer.status_code}): "
+                    f"the judge at {self.shown} refuses the key in {self.key_variable} ({answer.status_code}): "
                     f"{scrub(answer.text)[:500]}"
                 )
             if 400 <= answer.status_code < 500 and answer.status_code not in BUSY:
                 raise ConfigError(
-                    f"the judge at {self.url} does not take evaluation.judge ({answer.status_code}); is `url` the "
+                    f"the judge at {self.shown} does not take evaluation.judge ({answer.status_code}); is `url` the "
                     f"address before /chat/completions, and `model` one that it has? {scrub(answer.text)[:500]}"
                 )
             if answer.is_success and (text := _text(answer)) is not None:
                 return text
             said, asked = f"status {answer.status_code}: {scrub(answer.text)[:500]}", asked_to_wait(answer.headers)
-        raise InfrastructureError(f"the judge at {self.url} gave no answer in {ATTEMPTS} attempts: {scrub(said)}")
+        raise InfrastructureError(
+            f"the judge at {self.shown} gave no answer in {self.attempts} attempts: {scrub(said)}"
+        )
 
     @cached_property
     def _client(self) -> httpx.Client:

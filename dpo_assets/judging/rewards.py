@@ -51,6 +51,7 @@ def summarise(
     """
     outcomes = [one.outcome for one in answers]
     share, agreement = _share(answers, confidence), _share(people, confidence)
+    alike = at_equal_length(answers, [one.lengths for one in answers], confidence)
     return RewardModelScores(
         model=model,
         confidence=confidence,
@@ -59,7 +60,8 @@ def summarise(
         losses=outcomes.count("loss"),
         left_out=Counter(one.why_none for one in answers if one.why_none),
         share=share,
-        share_at_equal_length=at_equal_length(answers, [one.lengths for one in answers]),
+        share_at_equal_length=alike.value,
+        interval_at_equal_length=(alike.low, alike.high),
         difference=clustered_mean([one.difference for one in answers if one.rewards], None, confidence),
         human_pairs=len(people),
         human_left_out=Counter(one.why_none for one in people if one.why_none),

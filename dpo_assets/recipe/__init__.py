@@ -4,6 +4,7 @@ Nothing here knows Dagster or torch. Every cross-field rule says what is wrong a
 not exist is refused is in `section`.
 """
 
+from dpo_assets.recipe.address import holds_more_than_a_place, is_url
 from dpo_assets.recipe.feedback import (
     CleaningSection,
     ContentAction,
@@ -11,7 +12,6 @@ from dpo_assets.recipe.feedback import (
     FeedbackSource,
     ReleaseRule,
     SqlSource,
-    is_url,
 )
 from dpo_assets.recipe.model import BUILTIN, TEMPLATE_DATE, BaseModelSection, looks_like_hub_id
 from dpo_assets.recipe.running import (
@@ -76,6 +76,7 @@ __all__ = [
     "Speedup",
     "SqlSource",
     "apply_overrides",
+    "holds_more_than_a_place",
     "is_url",
     "looks_like_hub_id",
     "parse_recipe",

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from dpo_assets.recipe.address import LocalPath
 from dpo_assets.recipe.model import is_commit
 from dpo_assets.secret_shapes import MASK, without_url_secrets
 from dpo_assets.section import Section, hidden_fault
@@ -134,7 +135,7 @@ class FeedbackSource(Section):
         ),
         examples=[{"question": "helpful"}, {"reasoning": "leave_out"}, {"repeated_prompt": "keep"}],
     )
-    companion: str | None = Field(
+    companion: LocalPath | None = Field(
         default=None,
         description="A second file that the format joins with (Langfuse's observations, LangSmith's runs).",
     )
@@ -213,7 +214,7 @@ class CleaningSection(Section):
     secrets: ContentAction = Field(
         default="flag", description="Keys and tokens: flag the pair, mask them, or set it aside."
     )
-    evaluation_sets: list[str] = Field(
+    evaluation_sets: list[LocalPath] = Field(
         default=[],
         description="Files of prompts that models are judged by (JSONL or lines); pairs that ask them are set aside.",
         examples=[["evaluation/mt_bench.jsonl"]],
@@ -289,11 +290,6 @@ class FeedbackSection(Section):
     )
     cleaning: CleaningSection = Field(default_factory=CleaningSection, description="What is done about unfit pairs.")
     release: list[ReleaseRule] = Field(default=[], description="What is taken out of quarantine, by rule.")
-
-
-def is_url(path: str) -> bool:
-    """Whether a path is a URL of a file system (`s3://...`) rather than a local file. One letter is a drive."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path) is not None and not path.lower().startswith("file://")
 
 
 def _has_credentials(path: str) -> bool:

@@ -6,6 +6,7 @@ from datetime import date
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
+from dpo_assets.recipe.address import LocalPath, PublicLink
 from dpo_assets.section import Section
 
 BUILTIN = "builtin:"
@@ -24,7 +25,7 @@ TAKEN_ARGUMENTS = frozenset(
 class BaseModelSection(Section):
     """The starting model."""
 
-    source: str = Field(
+    source: LocalPath = Field(
         description="A Hub id (`org/name`), a local folder, or `builtin:stories260k` (a real 260k-parameter model).",
         examples=["HuggingFaceTB/SmolLM2-135M-Instruct", "./models/my-base", "builtin:stories260k"],
     )
@@ -32,7 +33,7 @@ class BaseModelSection(Section):
         default=None,
         description="Commit sha (40 hex digits) of a Hub model. Required for a Hub id: a branch name can move.",
     )
-    chat_template: str | None = Field(
+    chat_template: LocalPath | None = Field(
         default=None,
         description="Path of a Jinja chat template for a base that has none; it must end each assistant turn with EOS.",
     )
@@ -53,7 +54,7 @@ class BaseModelSection(Section):
         ),
     )
     licence_name: str | None = Field(default=None, description="Name of the licence, with `licence: other`.")
-    licence_link: str | None = Field(
+    licence_link: PublicLink | None = Field(
         default=None, description="Address of its text, or the name of a file of the base, with `licence: other`."
     )
 

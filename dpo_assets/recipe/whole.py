@@ -10,7 +10,8 @@ from typing import Annotated, Any
 from pydantic import ValidationError, model_validator
 
 from dpo_assets.errors import ConfigError
-from dpo_assets.recipe.feedback import FeedbackSection, FeedbackSource, is_url
+from dpo_assets.recipe.address import is_url
+from dpo_assets.recipe.feedback import FeedbackSection, FeedbackSource
 from dpo_assets.recipe.model import BUILTIN, BaseModelSection, looks_like_hub_id, refuse_unpinned
 from dpo_assets.recipe.running import (
     ChecksSection,

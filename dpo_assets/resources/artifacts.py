@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from dpo_assets.errors import ConfigError
 
 USER_KEY = "users.key"
 KEY_BYTES = 32
+# Where DAGSTER_HOME is not set, `dagster` and `dg` make a home of this name in the working directory, and remove it as
+# they end.
+TEMPORARY_HOME = ".tmp_dagster_home_"
 
 
 class ArtifactStore(dg.ConfigurableResource):  # type: ignore[type-arg]
@@ -31,6 +35,24 @@ class ArtifactStore(dg.ConfigurableResource):  # type: ignore[type-arg]
     ) -> ArtifactTree:
         """The artefacts of one pipeline. `warn` is told of damaged ones, and of whom `run` waits for."""
         return ArtifactTree(self._folder(instance) / pipeline, warn, run)
+
+    def refuse_passing(self, instance: dg.DagsterInstance) -> None:
+        """Nothing is released from a folder that goes away when this process, or the `dagster dev` around it, ends.
+
+        Raises:
+            ConfigError: with the line to set.
+        """
+        folder, home = self._folder(instance), Path(instance.storage_directory()).absolute().parent
+        passing = home.name.startswith(TEMPORARY_HOME)
+        # An instance without a home keeps its storage in a folder of Python's `tempfile`.
+        passing |= instance.is_ephemeral and home.parent == Path(tempfile.gettempdir()).absolute()
+        if passing and folder.is_relative_to(home):
+            raise ConfigError(
+                f"publishing.dry_run is false, and DAGSTER_HOME is not set: {folder} is removed when Dagster ends, and "
+                "with it the models, the ledger of releases and what is known of the champion: the next refresh would "
+                'begin anew. Before Dagster is started: export DAGSTER_HOME="$HOME/dagster_home" && mkdir -p '
+                '"$DAGSTER_HOME"; or set dry_run: true.'
+            )
 
     def user_key(self, instance: dg.DagsterInstance) -> bytes:
         """The key of the digests that stand for users: made once for a store, kept beside it, for its owner to read.

@@ -11,6 +11,7 @@ from pydantic import Field
 from dpo_assets.errors import ConfigError
 from dpo_assets.publishing.hub import HubRepository, Patience
 from dpo_assets.publishing.secrets import name_secrets
+from dpo_assets.recipe import holds_more_than_a_place
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -37,10 +38,21 @@ class HubResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         return os.environ.get(self.token_variable) or None
 
     def api(self) -> HfApi:
-        """The real client."""
+        """The real client.
+
+        Raises:
+            ConfigError: its address holds what may be a secret.
+        """
         from huggingface_hub import HfApi
 
-        return HfApi(endpoint=self.endpoint, token=self.token() or False)
+        api = HfApi(endpoint=self.endpoint, token=self.token() or False)
+        if holds_more_than_a_place(api.endpoint):
+            raise ConfigError(
+                "the Hub's address (publishing.endpoint, or HF_ENDPOINT of the environment) holds a user, a "
+                "password, a query or a fragment, and the card of a release shows it; write scheme, host and path "
+                f"alone. The token is read from {self.token_variable}."
+            )
+        return api
 
     def patience(self) -> Patience:
         """How long a publication waits."""

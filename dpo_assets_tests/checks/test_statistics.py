@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from dpo_assets.checks.evidence.clusters import TIE_NATS, pick_the_longer, tie_aware_accuracy
 from dpo_assets.checks.statistics import (
     Proportion,
-    mean_interval,
     percent,
     significant_fall,
     significant_rise,
@@ -212,31 +211,11 @@ def test_a_rise_is_one_sided_and_grows_with_the_number_of_answers(after: int, be
     assert many or not few
 
 
-@pytest.mark.parametrize("values", [[1e200, -1e200, 1e300], [1.7e308] * 4, [-1.7e308, 1.7e308]], ids=repr)
-def test_values_near_the_end_of_the_floats_have_a_mean(values: list[float]) -> None:
-    assert math.isfinite(mean_interval(values)[0])
-
-
-@pytest.mark.parametrize("values", [[math.inf, -math.inf], [1.0, math.inf], [math.nan]], ids=repr)
-def test_a_value_that_is_not_finite_has_no_mean(values: list[float]) -> None:
-    mean, low, high = mean_interval(values)
-    assert math.isnan(mean)
-    assert (low, high) == (-math.inf, math.inf)
-
-
 def test_a_share_of_any_number_of_answers_has_an_interval() -> None:
     n = 10**200  # Its square is no float.
     interval = wilson(n // 4, n)
     assert (interval.low, interval.high) == pytest.approx((0.25, 0.25))
     assert math.isnan(wilson(math.nan, 10).value)
-
-
-def test_the_interval_of_a_mean_by_hand() -> None:
-    mean, low, high = mean_interval([1.0, 2.0, 3.0])
-    assert (mean, high - mean) == pytest.approx((2.0, 1.959964 / 3**0.5))
-    assert mean - low == pytest.approx(high - mean)
-    assert mean_interval([4.0]) == (4.0, -math.inf, math.inf)
-    assert math.isnan(mean_interval([])[0])
 
 
 @pytest.mark.parametrize(

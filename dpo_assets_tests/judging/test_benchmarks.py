@@ -432,3 +432,15 @@ def test_a_pipeline_scores_its_benchmarks_and_says_which_rows_it_was_trained_on(
 
 def test_whole_benchmarks_of_unseen_questions_pass() -> None:
     assert [verdict.passed for verdict in benchmark_verdicts(benchmark_scores(), {"b": 0})] == [True, True]
+
+
+def test_a_score_that_is_no_number_is_warned_of() -> None:
+    questions = [Question(n, str(n), "all", [{"role": "user", "content": f"q{n}"}], ("a",), ("b",)) for n in range(9)]
+    for fault in (math.nan, math.inf):
+        rows = [Answered(one, f"p{n}", (fault if n == 7 else 1.0, 0.0)) for n, one in enumerate(questions)]
+        score = summarise("bench", "rewardbench", rows, [], 0.95)
+        report = BenchmarkScores(confidence=0.95, scored="merged", kernels="rows", benchmarks=(score,))
+        verdict, _ = benchmark_verdicts(report, {"bench": 0})
+        assert not verdict.passed
+        assert "no number: bench: all" in str(verdict.value)
+        assert "no number stand in the answers" in verdict.fix

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from dpo_assets.assets import harness_scores as module
 from dpo_assets.assets import scorers_ahead
 from dpo_assets.assets.scorers_ahead import refuse_scorers
+from dpo_assets.checks.evidence.clusters import clustered_mean
 from dpo_assets.checks.evidence.measured import MeanScore
 from dpo_assets.checks.evidence.paired import compare
 from dpo_assets.checks.harness import harness_verdicts
+from dpo_assets.checks.neutral import perplexities
 from dpo_assets.checks.reports import HarnessScores
 from dpo_assets.contract import HarnessSpec
 from dpo_assets.errors import ConfigError
+from dpo_assets.judging.documents import paired_scores, scored
 from dpo_assets.recipe import resolve_paths
 from dpo_assets.training.batches.packing import Group
 from dpo_assets.training.models.chat_format import load_chat_format
@@ -144,9 +149,15 @@ def test_both_models_answer_the_tasks_and_are_compared_by_document(tasks: Path, 
     assert choice.comparison.clusters == DOCUMENTS
     assert choice.comparison.difference != 0.0, "else the two could be exchanged"
     assert choice.policy - choice.sft == pytest.approx(choice.comparison.difference)
-    assert found["rolling"].comparison is None, "a perplexity is of all documents at once"
-    assert found["rolling"].difference is None
-    assert found["rolling"].policy > found["rolling"].sft > 1.0, "the moved model is the worse one"
+    rolling = found["rolling"]
+    assert (rolling.comparison, rolling.difference) == (None, None)
+    assert rolling.policy > rolling.sft > 1.0, "the moved model is the worse one"
+    assert rolling.perplexity is not None
+    assert rolling.perplexity.ratio == pytest.approx(rolling.policy / rolling.sft)
+    assert rolling.p_worse is not None
+    assert rolling.p_worse < 0.001
+    assert len({one.asked for one in found.values() if one.task != "both"}) == 3
+    assert found["both"].asked == ""
     assert found["written"].comparison is not None
     assert sum("[progress] harness" in message for message in log.messages) == 2
 
@@ -261,6 +272,14 @@ def alike(fell: int, of: int = 100) -> Any:
     return compare([0.0] * fell + [1.0] * (of - fell), [1.0] * of)
 
 
+def worse_by(factor: float) -> Any:
+    """Perplexities per byte of 30 texts of 50 to 79 bytes; a policy whose are `factor` times those of SFT."""
+    sizes = [float(50 + n) for n in range(30)]
+    before = [-size * (1.6 + 0.01 * (n % 5)) for n, size in enumerate(sizes)]
+    lost = [size * (math.log(factor) + 0.02 * (n % 3 - 1)) for n, size in enumerate(sizes)]
+    return perplexities(sizes, before, [nats - gone for nats, gone in zip(before, lost, strict=True)])
+
+
 @pytest.mark.parametrize(
     ("changes", "passed"),
     [
@@ -268,11 +287,17 @@ def alike(fell: int, of: int = 100) -> Any:
         ({"comparison": alike(12)}, False),
         ({"comparison": alike(2)}, True),
         ({"comparison": alike(12), "higher_is_better": False}, True),
-        ({"comparison": None, "difference": MeanScore(-0.2, -0.3, -0.1, 9, 9)}, False),
-        ({"comparison": None, "difference": MeanScore(-0.2, -0.3, -0.1, 9, 9), "higher_is_better": False}, True),
-        ({"comparison": None, "difference": MeanScore(0.2, 0.1, 0.3, 9, 9), "higher_is_better": False}, False),
-        ({"comparison": None, "difference": MeanScore(-0.2, -0.3, -0.1, 9, 9), "higher_is_better": None}, True),
+        ({"comparison": None, "difference": MeanScore(-0.2, -0.3, -0.1, 9, 9, 1e-3)}, False),
+        ({"comparison": None, "difference": MeanScore(-0.2, -0.5, 0.1, 9, 9, 0.1)}, True),
+        ({"comparison": None, "difference": MeanScore(-0.2, -0.3, -0.1, 9, 9, 1e-3), "higher_is_better": False}, True),
+        ({"comparison": None, "difference": MeanScore(0.2, 0.1, 0.3, 9, 9, 0.999), "higher_is_better": False}, False),
+        ({"comparison": None, "difference": MeanScore(-0.2, -0.3, -0.1, 9, 9, 1e-3), "higher_is_better": None}, True),
         ({"comparison": None, "difference": None}, True),
+        ({"comparison": None, "difference": None, "policy": math.nan}, False),
+        ({"comparison": compare([math.nan, 1.0], [1.0, 1.0])}, False),
+        ({"comparison": None, "difference": MeanScore(math.nan, None, None, 9, 9)}, False),
+        ({"comparison": None, "difference": None, "perplexity": worse_by(1000.0)}, False),
+        ({"comparison": None, "difference": None, "perplexity": worse_by(0.9)}, True),
     ],
 )
 def test_a_metric_that_fell_beyond_chance_is_warned_of(changes: dict[str, Any], passed: bool) -> None:
@@ -291,6 +316,111 @@ def test_many_metrics_are_many_chances() -> None:
 
 def test_a_metric_without_a_paired_difference_is_named() -> None:
     [verdict] = harness_verdicts(harness_scores(comparison=None, difference=None))
-    assert "without an interval: facts acc" in verdict.note
+    assert "not tested, for documents or task do not tell what is worse: facts acc" in verdict.note
     assert not harness_verdicts(harness_scores().model_copy(update={"tasks": ()}))[0].passed
     assert math.isfinite(harness_scores().tasks[0].sft)
+
+
+def test_twenty_harmless_metrics_that_are_means_are_many_chances_too() -> None:
+    """Each alone falls in 2.5 of 100 runs; all of them together may, too."""
+    drawn, [one] = random.Random(1), harness_scores().tasks
+    warned = 0
+    for _ in range(200):
+        means = [clustered_mean([drawn.gauss(0, 1) for _ in range(60)]) for _ in range(20)]
+        several = tuple(
+            one.model_copy(update={"task": f"t{n}", "comparison": None, "difference": mean})
+            for n, mean in enumerate(means)
+        )
+        warned += not harness_verdicts(harness_scores().model_copy(update={"tasks": several}))[0].passed
+    assert warned / 200 <= 0.06
+
+
+# --- what documents gave ----------------------------------------------------------------------------------------------
+
+
+def side(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What `simple_evaluate` returns of one task, as far as documents go."""
+    alike = {"filter": "none", "doc_hash": "d", "prompt_hash": "p", "target_hash": "t", "metrics": ["acc"], "acc": 1.0}
+    return {"samples": {"task": [alike | {"doc_id": n} | one for n, one in enumerate(documents)]}}
+
+
+@pytest.mark.parametrize("changed", ["doc_hash", "prompt_hash", "target_hash"])
+def test_documents_of_one_number_and_other_content_are_not_paired(changed: str) -> None:
+    asked, other = side([{}, {}]), side([{}, {changed: "x"}])
+    assert len(list(harness._paired("task", asked, asked))) == 2
+    with pytest.raises(ConfigError, match=r"different documents of task \(document 1 and 0 more\)"):
+        list(harness._paired("task", asked, other))
+
+
+@pytest.mark.parametrize("other", [[{}], [{}, {}, {}], [{}, {}, {"doc_id": 0}]], ids=["fewer", "more", "one twice"])
+def test_documents_that_one_side_lacks_or_has_twice_are_not_paired(other: list[dict[str, Any]]) -> None:
+    with pytest.raises(ConfigError, match="different documents of task"):
+        list(harness._paired("task", side([{}, {}]), side(other)))
+
+
+LOGS = [-10.0 - n for n in range(12)]
+WORSE = [nats * 1.5 - n % 2 for n, nats in enumerate(LOGS)]
+SIZES = [20.0 + n for n in range(12)]
+
+
+def total(logs: Sequence[float], sizes: Sequence[float]) -> float:
+    return -math.fsum(logs) / math.fsum(sizes)
+
+
+@pytest.mark.parametrize("aggregated", [math.exp, lambda nats: nats / math.log(2)], ids=["perplexity", "bits"])
+def test_log_likelihoods_are_paired_where_they_make_up_the_metric(aggregated: Callable[[float], float]) -> None:
+    before, after = ([(nats, size) for nats, size in zip(logs, SIZES, strict=True)] for logs in (LOGS, WORSE))
+    told = (aggregated(total(LOGS, SIZES)), aggregated(total(WORSE, SIZES)))
+    found = paired_scores(before, after, range(12), told, 0.95).perplexity
+    assert found == perplexities(SIZES, LOGS, WORSE, range(12))
+    assert found.p_above is not None
+    assert found.p_above < 1e-3
+    assert paired_scores(before, after, range(12), (told[0], told[1] * 1.01), 0.95).perplexity is None
+    assert paired_scores(before, [*after[:-1], (WORSE[-1], 9.0)], range(12), told, 0.95).perplexity is None
+
+
+def test_a_perplexity_of_log_likelihoods_without_sizes_is_worse_where_they_are_lower() -> None:
+    """Their difference has the other sign than that of the perplexity: taken for its own, a fall would be a gain."""
+    told = (math.exp(total(LOGS, [1.0] * 12)), math.exp(total(WORSE, [1.0] * 12)))
+    found = paired_scores(LOGS, WORSE, range(12), told, 0.95)
+    assert (found.comparison, found.difference) == (None, None)
+    assert found.perplexity is not None
+    assert found.perplexity.ratio == pytest.approx(told[1] / told[0])
+
+
+def test_values_that_do_not_make_up_the_metric_are_not_compared_in_its_name() -> None:
+    labels: list[Any] = [(1.0, 0.0), (1.0, 1.0), (0.0, 0.0)]
+    for values, told in ((labels, 0.5), ([1.0, 0.0, 1.0], 0.9), ([1.0, None, 1.0], 1.0)):
+        found = paired_scores(values, values, range(3), (told, told), 0.95)
+        assert (found.comparison, found.difference, found.perplexity) == (None, None, None)
+    assert paired_scores([1.0, 0.0], [1.0, 0.0], range(2), (0.5, 0.5), 0.95).comparison is not None
+    assert [scored(one) for one in ("5", None, True, 2, (1, 2), [1, "x"], (1, 2, 3), {})] == [
+        None, None, 1.0, 2.0, (1.0, 2.0), None, None, None,
+    ]  # fmt: skip
+
+
+def test_a_metric_that_is_no_number_is_kept_and_warned_of(tmp_path: Path) -> None:
+    results = side([{}]) | {
+        "results": {"task": {"acc,none": 1.0, "acc_stderr,none": "N/A", "f1,none": "N/A", "sample_len": 1}},
+        "higher_is_better": {},
+    }
+    rows = list(harness._paired("task", results, results))
+    found = list(harness._scores("task", results, results, rows, spec(tmp_path / "out", STORIES, None, "task")))
+    assert [(one.metric, one.is_number) for one in found] == [("acc", True), ("f1", False)]
+    [verdict] = harness_verdicts(harness_scores().model_copy(update={"tasks": tuple(found)}))
+    assert "task f1 is no number" in str(verdict.value)
+
+
+def test_what_running_tasks_leaves_in_their_folder_is_no_other_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.importlib.metadata, "version", lambda name: "0.4.13")  # It may not be installed here.
+    (tmp_path / "task.yaml").write_text("task: one\n")
+    section = declared(include_path=str(tmp_path)).harness
+    before = module._identity(section)
+    for name in ("__pycache__/utils.cpython-311.pyc", ".git/index", "more/.ipynb_checkpoints/task.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(b"left")
+    assert module._identity(section) == before
+    (tmp_path / "more" / "utils.py").write_text("def f(): ...\n")
+    assert module._identity(section) != before

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpo_assets.assets.scorers_ahead import refuse_scorers
 from dpo_assets.checks.judged import judge_verdicts
 from dpo_assets.checks.statistics import wilson
 from dpo_assets.errors import ConfigError, InfrastructureError
@@ -23,7 +24,7 @@ from dpo_assets.judging.endpoint import ATTEMPTS, Endpoint
 from dpo_assets.judging.rates import SCORES, Tally, at_equal_length, corrected
 from dpo_assets.judging.replies import Remembered
 from dpo_assets_tests.judging.server import KEY, Answering, JudgeServer, by_merit, parts_of
-from dpo_assets_tests.samples import judged_answers
+from dpo_assets_tests.samples import judged_answers, recipe
 
 ASKED: list[Message] = [{"role": "user", "content": "Which?"}]
 VARIABLE = "JUDGE_KEY"
@@ -206,6 +207,29 @@ def test_a_judge_that_moved_and_an_address_that_is_none_are_faults_of_the_recipe
         Endpoint("http://local host:port/v1", "small", VARIABLE, 64, 5.0).reply(ASKED)
 
 
+@pytest.mark.parametrize("url", ["https://me:hunter2@h/v1", "https://h/v1?api-key=hunter2", "https:/hunter2@h/v1"])
+def test_what_an_artefact_keeps_of_a_judge_holds_no_secret_of_its_address(url: str) -> None:
+    judge = Endpoint(url, "small", VARIABLE, 64, 5.0)
+    assert "hunter2" not in judge.identity
+    assert "small at http" in judge.identity
+
+
+@pytest.mark.parametrize("status", [401, 404])
+def test_a_judge_that_refuses_ends_the_plan_and_one_that_is_not_up_yet_does_not(status: int) -> None:
+    with JudgeServer(always("C")) as server:
+        section = {"url": server.url, "model": "m", "key_variable": VARIABLE, "timeout_seconds": 5.0}
+        evaluation = recipe(evaluation={"judge": section}).evaluation
+        assert refuse_scorers(evaluation) == ""
+        assert len(server.requests) == 1
+        server.faults = [503]
+        assert "no answer in 1 attempts: status 503" in refuse_scorers(evaluation)
+        server.faults = [status]
+        with pytest.raises(ConfigError, match="the judge at"):
+            refuse_scorers(evaluation)
+        assert len(server.requests) == 3
+    assert "gave no answer" in refuse_scorers(evaluation)  # Nobody listens any more.
+
+
 # --- shares -----------------------------------------------------------------------------------------------------------
 
 
@@ -261,8 +285,8 @@ def test_few_comparisons_are_never_certain() -> None:
 @settings(max_examples=40, deadline=None)
 @given(data=st.lists(st.tuples(st.sampled_from(sorted(SCORES)), st.integers(0, 500), st.integers(0, 500)), max_size=30))
 def test_a_share_at_equal_length_is_a_share_whatever_the_lengths(data: list[tuple[Outcome, int, int]]) -> None:
-    found = at_equal_length(outcomes(*(name for name, _, _ in data)), [(a, b) for _, a, b in data])
-    assert math.isnan(found) if not data else 0.0 <= found <= 1.0
+    found = at_equal_length(outcomes(*(name for name, _, _ in data)), [(a, b) for _, a, b in data], 0.95)
+    assert math.isnan(found.value) if not data else 0.0 <= found.low <= found.value <= found.high <= 1.0
 
 
 def test_wins_that_go_with_length_are_no_wins_at_equal_length() -> None:
@@ -270,10 +294,29 @@ def test_wins_that_go_with_length_are_no_wins_at_equal_length() -> None:
     wins = outcomes(*["win"] * 32, *["loss"] * 8, *["win"] * 2, *["loss"] * 8)
     longer = [(200, 100)] * 40 + [(100, 200)] * 10
     assert Tally.of(wins).share(0.95).value == pytest.approx(0.68)
-    assert at_equal_length(wins, longer) == pytest.approx(0.5, abs=0.01)
-    alike = at_equal_length(wins, [(100 + n % 2, 101 - n % 2) for n in range(50)])
-    assert alike == pytest.approx(0.68, abs=0.01)
-    assert math.isnan(at_equal_length(outcomes("null"), [(1, 2)]))
+    assert at_equal_length(wins, longer, 0.95).value == pytest.approx(0.5, abs=0.01)
+    alike = at_equal_length(wins, [(100 + n % 2, 101 - n % 2) for n in range(50)], 0.95)
+    assert alike.value == pytest.approx(0.68, abs=0.01)
+    assert math.isnan(at_equal_length(outcomes("null"), [(1, 2)], 0.95).value)
+
+
+def test_the_interval_at_equal_length_holds_the_true_share_as_often_as_it_says() -> None:
+    """60 prompts, a share of 0.6 at equal length, and a taste for length beside it: 120 repetitions."""
+    drawn, held = random.Random(2), 0
+    for _ in range(120):
+        differences = [drawn.gauss(20, 60) for _ in range(60)]
+        scale = math.sqrt(math.fsum(d * d for d in differences) / 60)
+        odds = [math.log(0.6 / 0.4) + math.tanh(d / scale) for d in differences]
+        won = outcomes(*("win" if drawn.random() < 1 / (1 + math.exp(-one)) else "loss" for one in odds))
+        found = at_equal_length(won, [(1000 + round(d), 1000) for d in differences], 0.95)
+        held += found.low <= 0.6 <= found.high
+    assert 0.9 <= held / 120 <= 0.99
+
+
+def test_wins_alone_are_not_certain_at_equal_length() -> None:
+    found = at_equal_length(outcomes(*["win"] * 8), [(10, 9)] * 8, 0.95)
+    assert found.low == pytest.approx(wilson(8, 8).low, abs=0.02)
+    assert at_equal_length(outcomes("win", "loss"), [(10, 9)] * 2, 0.95).low == 0.0
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------------------

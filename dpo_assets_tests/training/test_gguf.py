@@ -180,6 +180,17 @@ def test_a_file_that_is_not_the_model_fails_its_check(
 
 
 @CONVERTS
+def test_what_the_model_computes_with_and_the_file_does_not_say_turns_its_check_yellow(
+    stories: Made, tmp_path: Path
+) -> None:
+    base = copy_of(stories.model, tmp_path / "base")
+    rewrite(base / "config.json", final_logit_softcapping=30.0)
+    [verdict] = gguf_verdicts(gguf.read_back(stories.file, spec(base, tmp_path), Converter(Path(), "none")))
+    assert verdict.level == "warn"
+    assert "the file does not say final_logit_softcapping (30)" in verdict.fix
+
+
+@CONVERTS
 @pytest.mark.parametrize("swapped", [False, True])
 def test_merges_of_a_byte_level_vocabulary_are_those_of_the_tokenizer(
     swapped: bool, model_folder: Path, tmp_path: Path

@@ -25,6 +25,8 @@ FEWEST_FREEDOM = 3.0  # Below, Student's quantile is no longer what its expansio
 # conversation agree with each other as pairs of one prompt do, so they are no independent evidence either.
 COUNTED_BY = "group_id"
 Floats = NDArray[np.float64]
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(200)
+NOTHING_BEYOND = 40.0  # Standard deviations: exp(-800) is no float.
 
 
 @lru_cache(maxsize=4096)
@@ -47,6 +49,23 @@ def t_quantile(probability: float, freedom: float) -> float:
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
     return math.fsum(term / freedom**power for power, term in enumerate(terms))
+
+
+def t_tail(t: float, freedom: float) -> float:
+    """P(T >= t) of Student's t.
+
+    With t = sqrt(freedom) tan(a) the density is proportional to cos(a)^(freedom - 1), which is integrated from there on
+    by Gauss-Legendre's rule, as far as it is not nothing.
+    """
+    if math.isnan(t):
+        return math.nan
+    if t < 0:
+        return 1 - t_tail(-t, freedom)
+    start = math.atan(t / math.sqrt(freedom))
+    half = (min(math.pi / 2, start + NOTHING_BEYOND / math.sqrt(freedom)) - start) / 2
+    logs = (freedom - 1) * np.log(np.cos(start + half * (1 + NODES)))
+    scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - math.log(math.pi) / 2
+    return float(half * (WEIGHTS * np.exp(logs + scale)).sum())
 
 
 @dataclass(frozen=True)
@@ -165,14 +184,50 @@ def clustered_mean(
 ) -> MeanScore:
     """The mean of any values with Student's interval over prompts. A value that is not finite makes the mean NaN."""
     measured = np.asarray(values, dtype=float)
-    clusters = Clusters.of(prompts, len(measured))
-    if not clusters.n or not np.isfinite(measured).all():
+    with np.errstate(invalid="ignore"):  # Infinite ones of either sign have no mean.
+        mean = float(measured.mean()) if len(measured) else math.nan
+    return _student(mean, measured, prompts, confidence)
+
+
+def clustered_ratio(
+    values: Sequence[float],
+    sizes: Sequence[float],
+    prompts: Sequence[object] | None = None,
+    confidence: float = 0.95,
+) -> MeanScore:
+    """The sum of any values over the sum of their sizes, with Student's interval over prompts.
+
+    A ratio of sums, linearised: it varies as the mean of `(value - ratio * size) / mean size` does (Cochran 1977,
+    Sampling Techniques, section 6.3). A mean over a fixed mean size would count the sizes' own variation as noise, or
+    leave it out where value and size are unrelated. A value that is not finite, or no size, makes the ratio NaN.
+
+    Raises:
+        ValueError: not one size a value.
+    """
+    if len(values) != len(sizes):
+        raise ValueError(f"{len(sizes)} sizes for {len(values)} values")
+    measured, measures = np.asarray(values, dtype=float), np.asarray(sizes, dtype=float)
+    total = float(measures.sum())
+    if not total > 0:
+        return MeanScore(math.nan, None, None, len(measured), Clusters.of(prompts, len(measured)).count)
+    with np.errstate(invalid="ignore"):  # Infinite ones of either sign have no sum.
+        ratio = float(measured.sum()) / total
+        residuals = (measured - ratio * measures) / (total / len(measures))
+    return _student(ratio, residuals, prompts, confidence)
+
+
+def _student(value: float, varying: Floats, prompts: Sequence[object] | None, confidence: float) -> MeanScore:
+    """A value with Student's interval and p, from what varies as it does, one a pair."""
+    clusters = Clusters.of(prompts, len(varying))
+    if not clusters.n or not (math.isfinite(value) and np.isfinite(varying).all()):
         return MeanScore(math.nan, None, None, clusters.n, clusters.count)
-    mean, freedom = float(measured.mean()), clusters.equivalent - 1
+    freedom = clusters.equivalent - 1
     if freedom < FEWEST_FREEDOM:
-        return MeanScore(mean, None, None, clusters.n, clusters.count)
-    half = t_quantile(0.5 + confidence / 2, freedom) * math.sqrt(clusters.variance(measured))
-    return MeanScore(mean, mean - half, mean + half, clusters.n, clusters.count)
+        return MeanScore(value, None, None, clusters.n, clusters.count)
+    error = math.sqrt(clusters.variance(varying))
+    half = t_quantile(0.5 + confidence / 2, freedom) * error
+    away = value / error if error else math.copysign(math.inf, value) if value else 0.0
+    return MeanScore(value, value - half, value + half, clusters.n, clusters.count, t_tail(-away, freedom))
 
 
 def wins_of(margins: Sequence[float]) -> list[float]:

@@ -9,13 +9,23 @@ from dpo_assets.artifact import Number
 
 @dataclass(frozen=True)
 class MeanScore:
-    """A mean over pairs with its interval, clustered by conversation. Ends are None where too few bound nothing."""
+    """A mean over pairs with its interval, clustered by conversation. Ends are None where too few bound nothing.
+
+    `p_below` is the one-sided p that the true mean is below zero: the chance of a mean as low as this one were it zero.
+    None where there are no ends, and in scores of earlier versions.
+    """
 
     value: Number
     low: float | None
     high: float | None
     n: int
     clusters: int
+    p_below: float | None = None
+
+    @property
+    def p_above(self) -> float | None:
+        """The same of a true mean above zero."""
+        return None if self.p_below is None else 1 - self.p_below
 
     def __str__(self) -> str:
         ends = "" if self.low is None or self.high is None else f" [{self.low:+.3f}, {self.high:+.3f}]"

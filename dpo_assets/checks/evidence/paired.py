@@ -102,13 +102,19 @@ def _held(chances: Floats) -> tuple[Floats, int]:
     return chances[held[0] : held[-1] + 1], int(held[0])
 
 
+def expanded_tail(freedom: float, confidence: float) -> float:
+    """The share of draws beyond each end of a percentile interval of few prompts ("expanded percentile", Hesterberg
+    2015, The American Statistician 69)."""
+    return NormalDist().cdf(-math.sqrt((freedom + 1) / freedom) * t_quantile(0.5 + confidence / 2, freedom))
+
+
 def bootstrap_interval(
     values: Floats, clusters: Clusters, confidence: float = 0.95, draws: int = DRAWS, seed: int = SEED
 ) -> tuple[float, float]:
     """(low, high) of the mean of `values` by drawing prompts with replacement, with a fixed seed.
 
-    Percentiles are taken further out than `confidence` alone asks for, as few prompts need ("expanded percentile",
-    Hesterberg 2015, The American Statistician 69). Too few prompts bound nothing: (-1, 1).
+    Percentiles are taken further out than `confidence` alone asks for, as few prompts need (`expanded_tail`). Too few
+    prompts bound nothing: (-1, 1).
     """
     freedom = clusters.equivalent - 1
     if freedom < FEWEST_FREEDOM:
@@ -116,8 +122,7 @@ def bootstrap_interval(
     count = clusters.count
     weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws)
     means = (weights @ clusters.sums(values)) / (weights @ clusters.sizes)
-    wider = math.sqrt((freedom + 1) / freedom) * t_quantile(0.5 + confidence / 2, freedom)
-    tail = NormalDist().cdf(-wider)
+    tail = expanded_tail(freedom, confidence)
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
 

@@ -81,8 +81,8 @@ def measured_loss(error: float) -> float:
     """The loss as measured above which a guard holds, given its standard error: the tolerance and one error more.
 
     The tolerance alone would hold by chance: of 50 prompts on 30 % of which two models differ, one that is as good as
-    the other is measured more than 5 points worse in a quarter of cases (benchmarks/RESULTS.md). Pairs whose error is
-    not known, as of a single prompt, show no loss.
+    the other is measured more than 5 points worse by one of two metrics in 41 % of trials (benchmarks/RESULTS.md).
+    Pairs whose error is not known, as of a single prompt, show no loss.
     """
     return TOLERANCE + (math.inf if math.isnan(error) else error)
 

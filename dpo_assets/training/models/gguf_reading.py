@@ -25,20 +25,10 @@ from dpo_assets.recipe import GgufType
 from dpo_assets.training.models.chat_format import PROBES, RENDERING_ERRORS, TOKENIZER, ChatFormat
 from dpo_assets.training.models.gguf_names import compare_by_name
 from dpo_assets.training.models.gguf_rounding import rounding
+from dpo_assets.training.models.gguf_settings import Settings
 from dpo_assets.training.models.gguf_tokens import SentencePieces
 from dpo_assets.training.models.loading import load_causal_lm
 
-# Settings of llama.cpp by their names in config.json.
-SETTINGS = {
-    "embedding_length": "hidden_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "rope.freq_base": "rope_theta",
-    "expert_used_count": "num_experts_per_tok",
-}
-OF_LATENT = frozenset({"attention.head_count_kv", "attention.key_length"})  # Otherwise meant where keys are latent.
 # Tokens that end an answer by their text alone, whatever a file says of them (llama.cpp, src/llama-vocab.cpp, b10605).
 ENDS_BY_TEXT = frozenset(
     {
@@ -98,19 +88,13 @@ class GgufFile:
         blocks = int(self.value(f"{self.architecture}.block_count") or 0)
         return compare_by_name(self.reader, self.architecture, blocks, folder, type_)
 
-    def settings_that_differ(self, config: Any) -> tuple[str, ...]:
-        """Settings that are not those of a text config, `name: the file's, not config.json's`."""
-        said = []
-        for name, of_config in SETTINGS.items():
-            here = self.value(f"{self.architecture}.{name}")
-            there = _rotary_base(config) if of_config == "rope_theta" else getattr(config, of_config, None)
-            if not isinstance(here, int | float) or not isinstance(there, int | float):
-                continue  # Not stated, or one for each layer.
-            if name in OF_LATENT and getattr(config, "kv_lora_rank", None):
-                continue
-            if not math.isclose(here, there, rel_tol=1e-5):
-                said.append(f"{name}: {here:g}, not {there:g}")
-        return tuple(said)
+    def settings(self, config: Any) -> Settings:
+        """The file's settings beside those of a text config."""
+        return Settings(
+            lambda name: self.value(f"{self.architecture}.{name}"),
+            {tensor.name for tensor in self.reader.tensors},
+            config,
+        )
 
     def tokens_that_differ(self, chat: ChatFormat, folder: Path) -> tuple[str, ...]:
         """What is not as in a model's tokenizer and chat template."""
@@ -170,12 +154,6 @@ class GgufFile:
         return tuple(said)
 
 
-def _rotary_base(config: Any) -> Any:
-    stated = getattr(config, "rope_parameters", None) or {}
-    # One of each kind of layer: llama.cpp's plain name is that of full attention.
-    return (stated.get("full_attention") or stated).get("rope_theta")
-
-
 def _merges(folder: Path) -> list[str] | None:
     """The merges of tokenizer.json in the form of merges.txt; None without that file."""
     path = folder / TOKENIZER
@@ -193,7 +171,7 @@ def compare_weights(
     """A file's weights, as Transformers reads them, against those of the merged model: on the CPU, in fp32.
 
     Both compute under the merged model's config, because Transformers' reader leaves settings of a file aside (rotary
-    scaling, the width of a head); `settings_that_differ` holds those against each other.
+    scaling, the width of a head); `settings` holds those against each other.
 
     Args:
         values: of the merged model, for what both will need of memory.

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 from typing import Any
 
+from dpo_assets.checks.evidence.clusters import clustered_ratio
 from dpo_assets.checks.reports import Divergence
-from dpo_assets.checks.statistics import mean_interval
 from dpo_assets.training.batches.packing import Group
 
 LogRatios = list[tuple[float, int]]  # log pi - log pi_ref of an answer in nats, and its tokens.
@@ -25,11 +24,10 @@ def log_ratios(answers: Sequence[Group], policy: Sequence[float], reference: Seq
 
 
 def per_token(ratios: LogRatios) -> Divergence:
-    """Nats per token: the mean log-ratio over the mean length, with its interval over answers; there must be one.
+    """Nats per token: the sum of log-ratios over that of lengths, with its interval over answers; there must be one.
 
-    The expectation is over the policy, so its own answers at temperature 1 estimate it without bias.
+    The expectation is over the policy, so its own answers at temperature 1 estimate it. Fewer than four answers bound
+    nothing.
     """
-    mean_tokens = fmean(n for _, n in ratios)
-    value, low, high = (end / mean_tokens for end in mean_interval([ratio for ratio, _ in ratios]))
-    # One answer has no interval, and JSON no infinity.
-    return Divergence(per_token=value, low=low, high=high) if len(ratios) > 1 else Divergence(per_token=value)
+    found = clustered_ratio([ratio for ratio, _ in ratios], [tokens for _, tokens in ratios])
+    return Divergence(per_token=found.value, low=found.low, high=found.high)

@@ -61,6 +61,7 @@ def read_back(file: Path, spec: GgufSpec, converter: Converter) -> GgufReport:
     template = _template(chat, renderer(chat), read.adds_bos)
     stops = [str(chat.tokenizer.convert_ids_to_tokens(end)) for end in sorted(chat.ends)]
     (file.parent / MODELFILE).write_text(modelfile(spec.name, file.name, template, stops), encoding="utf-8")
+    settings = read.settings(outline.config.get_text_config())
     weights = compare_weights(file, spec.base_model, spec.type, chat, values)
     return GgufReport(
         file=file.name,
@@ -71,9 +72,9 @@ def read_back(file: Path, spec: GgufSpec, converter: Converter) -> GgufReport:
         values=read.values,
         model_values=values,
         not_finite=read.not_finite(),
-        settings=read.settings_that_differ(outline.config.get_text_config()),
+        settings=settings.differ(),
         tokenizer=read.tokens_that_differ(chat, spec.base_model),
-        serving=read.serving_differs(chat),
+        serving=(*read.serving_differs(chat), *settings.doubts()),
         weights=weights,
         names=read.names_compared(spec.base_model, spec.type) if isinstance(weights, NotMeasured) else None,
         template=template if isinstance(template, str) else "",

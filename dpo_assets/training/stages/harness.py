@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
+import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dpo_assets.artifact import VOLATILE, write_json
-from dpo_assets.checks.evidence.clusters import clustered_mean
-from dpo_assets.checks.evidence.paired import compare
 from dpo_assets.checks.reports import HarnessScores, TaskScore
 from dpo_assets.contract import SAMPLES, HarnessSpec, Progress, memory_failure
 from dpo_assets.errors import ConfigError
+from dpo_assets.judging.documents import paired_scores, scored
 from dpo_assets.training.models.chat_format import ChatFormat, load_chat_format
 from dpo_assets.training.models.loading import autocast_of
 from dpo_assets.training.policy import load_scored
 from dpo_assets.training.reporting import Reporter
 
-WINS = {0.0, 0.5, 1.0}  # What a document gives where it is right or wrong: such values are compared exactly.
+HASHES = ("doc_hash", "prompt_hash", "target_hash")  # What lm-eval 0.4.13 says a document was, beside its number.
 Results = Mapping[str, Any]  # What `simple_evaluate` returns.
 
 
@@ -132,17 +132,23 @@ def _paired(task: str, sft: Results, policy: Results) -> Iterator[dict[str, Any]
     """What each document gave both sides, by metric and filter; None where a metric gives a document no number.
 
     Raises:
-        ConfigError: the two were asked different documents.
+        ConfigError: the two were asked different documents, or the same ones otherwise.
     """
     before, after = ({_key(sample): sample for sample in side["samples"][task]} for side in (sft, policy))
-    if before.keys() != after.keys():
-        raise ConfigError(f"lm-eval asked SFT and policy different documents of {task}: does the task draw them?")
+    counts = {len(before), len(after), len(sft["samples"][task]), len(policy["samples"][task])}
+    other = [key for key, sample in after.items() if key in before and _content(before[key]) != _content(sample)]
+    if len(counts) > 1 or before.keys() != after.keys() or other:
+        which = f" (document {other[0][0]} and {len(other) - 1} more)" if other else ""
+        raise ConfigError(
+            f"lm-eval asked SFT and policy different documents of {task}{which}: a task that draws its documents, "
+            "prompts or targets anew for each model compares nothing; give it a fixed seed"
+        )
     for (document, filter_), sample in after.items():
         for metric in sample["metrics"]:
-            values = [_number(side[document, filter_].get(metric)) for side in (before, after)]
+            values = [scored(side[document, filter_].get(metric)) for side in (before, after)]
             yield {
                 "task": task, "metric": metric, "filter": filter_, "document": document,
-                "doc_hash": sample["doc_hash"], "sft": values[0], "policy": values[1],
+                **{name: sample[name] for name in HASHES}, "sft": values[0], "policy": values[1],
             }  # fmt: skip
 
 
@@ -150,8 +156,8 @@ def _key(sample: Mapping[str, Any]) -> tuple[int, str]:
     return int(sample["doc_id"]), str(sample.get("filter", "none"))
 
 
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, bool | int | float | np.number | np.bool_) else None
+def _content(sample: Mapping[str, Any]) -> list[str]:
+    return [str(sample[name]) for name in HASHES]
 
 
 def _scores(
@@ -160,24 +166,39 @@ def _scores(
     """One a metric and filter of lm-eval's results, of tasks and of groups of them. A group has no documents itself."""
     for name, value in sorted(policy["results"][task].items()):
         metric, _, filter_ = name.partition(",")
-        if not filter_ or metric.endswith("_stderr") or _number(value) is None:
+        if not filter_ or metric.endswith("_stderr"):
             continue
         own = [row for row in rows if (row["task"], row["metric"], row["filter"]) == (task, metric, filter_)]
-        numbers = [(row["sft"], row["policy"]) for row in own]
-        measured = bool(own) and all(one is not None for pair in numbers for one in pair)
-        documents = [row["doc_hash"] for row in own]
-        before, after = zip(*numbers, strict=True) if measured else ((), ())
-        binary = measured and {*before, *after} <= WINS
+        before, after = _aggregate(sft["results"][task].get(name)), _aggregate(value)
+        found = paired_scores(
+            [row["sft"] for row in own],
+            [row["policy"] for row in own],
+            [row["doc_hash"] for row in own],
+            (before, after),
+            spec.confidence,
+        )
         yield TaskScore(
             task=task,
             metric=metric,
             filter=filter_,
             higher_is_better=policy["higher_is_better"].get(task, {}).get(metric),
             documents=int(policy["results"][task]["sample_len"]),
-            sft=float(sft["results"][task][name]),
-            policy=float(value),
-            comparison=compare(after, before, documents, spec.confidence) if binary else None,
-            difference=clustered_mean([b - a for a, b in zip(before, after, strict=True)], documents, spec.confidence)
-            if measured
-            else None,
+            asked=_digest(own) if own else "",
+            sft=before,
+            policy=after,
+            comparison=found.comparison,
+            difference=found.difference,
+            perplexity=found.perplexity,
         )
+
+
+def _digest(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Of what was asked, in no order: 64 hex digits."""
+    content = sorted([str(row[name]) for name in HASHES] for row in rows)
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _aggregate(value: Any) -> float:
+    """What lm-eval says of all documents; NaN where that is no number."""
+    number = scored(value)
+    return number if isinstance(number, float) else math.nan
