@@ -17,7 +17,7 @@ from dpo_assets.checks.evidence.ledger_file import LedgerFile
 from dpo_assets.errors import ConfigError
 from dpo_assets.publishing.commit import CHAMPION
 from dpo_assets_tests.hub_server import HubServer
-from dpo_assets_tests.pipelines import failed_checks, failures, metadata
+from dpo_assets_tests.pipelines import demo_recipe, failed_checks, failures, metadata
 from dpo_assets_tests.test_lineage import Shelf
 from dpo_assets_tests.test_promotion import WHY, first_release, ledger_of, refresh, roll_back, two_releases
 from dpo_assets_tests.test_published_model import REPO, checked, hub, release, sending, shelf
@@ -116,6 +116,11 @@ def test_a_hold_says_what_is_known_of_the_hub_and_a_silent_one_makes_no_run_red(
     touched = release(shelf, sending(hub))
     assert touched.success, failures(touched)
     assert f"README.md of it changed on main of {REPO}" in failed_checks(touched)["release_verified"]["what to change"]
+    del hub.repos["models", REPO]
+    moved = release(shelf, demo_recipe(publishing=sending(hub)["publishing"] | {"repo_id": "org/new-name"}))
+    assert moved.success, failures(moved)
+    told = failed_checks(moved)["release_verified"]["what to change"]
+    assert f"released to {REPO}, and publishing.repo_id is org/new-name, which gets the next release; {REPO} is" in told
 
 
 def test_the_check_executed_by_itself_is_green_after_a_rollback(shelf: Shelf, hub: HubServer) -> None:

@@ -261,8 +261,8 @@ def test_a_ledger_that_lost_a_release_is_refused_by_what_the_hub_holds(shelf: Sh
     """Everything beside it was lost too, as with a store that was put back from a backup."""
     first_release(shelf, hub)
     file = LedgerFile.of(shelf.tree.root)
-    file.path.unlink()
-    file.head_path.unlink()
+    for lost in (file.path, file.head_path, file.copy_path):
+        lost.unlink()
     [said] = failures(release(shelf, sending(hub)))
     assert "the ledger of promotions has lost lines: it holds 0" in said
     shutil.rmtree(shelf.tree.root / "promotion")

@@ -17,12 +17,14 @@ def left_out(step: Step, held: str, ledger: Ledger) -> Events:
 
     Raises:
         GateError: what stays live by the ledger is not what the Hub hands out: a release or a rollback was stopped on
-            its way, or somebody moved the tag.
+            its way, or somebody moved the tag. In a repository that the recipe left for another it is a warning: the
+            next release goes to the other one.
     """
     live = ledger.live
     assert live is not None, "without a champion a hold is an error"
     now, fix = _served(step, live), "see the check promotion_verdict of `promotion`"
-    if now.instead:
+    moved = live.repo_id != step.recipe.publishing.repo_id
+    if now.instead and not moved:
         said = f"nothing was released: {held}. But {now.instead}"
         band, source = f"main and tag `champion` at release {live.release}, {live.commit}", "docs/design.md, promotion"
         raise GateError(CHECK, said, value=said, band=band, source=source, fix=_send_again(step, live))
@@ -30,8 +32,9 @@ def left_out(step: Step, held: str, ledger: Ledger) -> Events:
         fix = f"{', '.join(now.changed)} of it changed on main of {live.repo_id}. {_send_again(step, live)}; or {fix}"
     if now.unknown:
         fix = f"whether it is at {live.repo_id} is not known: {now.unknown}; {fix}"
-    if live.repo_id != step.recipe.publishing.repo_id:
-        fix = f"it is live at {live.repo_id}, and nothing of it at {step.recipe.publishing.repo_id} yet; {fix}"
+    if moved:
+        where = f"it was released to {live.repo_id}, and publishing.repo_id is {step.recipe.publishing.repo_id}"
+        fix = f"{where}, which gets the next release; {f'{now.instead}; ' if now.instead else ''}{fix}"
     verdict = Verdict(
         CHECK,
         "warn",
@@ -40,7 +43,7 @@ def left_out(step: Step, held: str, ledger: Ledger) -> Events:
         "docs/design.md, promotion",
         scrub(fix),
     )
-    step.context.log.warning(f"`published_model` is left out. {held}")
+    step.context.log.warning(f"`published_model` is left out. {held}. {verdict.fix}")
     if any(check.name == verdict.check for check in step.context.selected_asset_check_keys):
         yield step.check_result("published_model", step.judged(verdict))
 
