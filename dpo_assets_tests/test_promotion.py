@@ -27,7 +27,7 @@ from dpo_assets.checks.evidence.ledger_file import LedgerFile
 from dpo_assets.publishing.commit import CHAMPION
 from dpo_assets.secret_shapes import MASK
 from dpo_assets_tests.hub_server import HubServer
-from dpo_assets_tests.pipelines import failed_checks, failures, metadata
+from dpo_assets_tests.pipelines import demo_recipe, failed_checks, failures, metadata
 from dpo_assets_tests.samples import evaluation_report, scored_pairs
 from dpo_assets_tests.test_lineage import Shelf
 from dpo_assets_tests.test_published_model import REPO, SCORES, fill, hub, release, sending, shelf, trying
@@ -142,7 +142,7 @@ def test_a_hold_with_a_champion_leaves_it_live_and_the_run_green(shelf: Shelf, h
     assert "release 1 stays live" in str(checks["release_verified"].description)
     skipped = [event.step_key for event in result.all_events if event.event_type == dg.DagsterEventType.STEP_SKIPPED]
     assert skipped == ["announcement"]
-    assert hub.requests == []
+    assert hub.changes == []
     assert ledger_of(shelf).champion == first
 
 
@@ -275,8 +275,8 @@ def test_a_ledger_that_lost_a_release_is_refused_by_what_the_hub_holds(shelf: Sh
     """Everything beside it was lost too, as with a store that was put back from a backup."""
     first_release(shelf, hub)
     file = LedgerFile.of(shelf.tree.root)
-    file.path.unlink()
-    file.head_path.unlink()
+    for lost in (file.path, file.head_path, file.copy_path):
+        lost.unlink()
     [said] = failures(release(shelf, sending(hub)))
     assert "the ledger of promotions has lost lines: it holds 0" in said
     shutil.rmtree(shelf.tree.root / "promotion")
@@ -401,10 +401,13 @@ def test_a_rollback_that_cannot_be_leaves_the_champion_and_says_why(shelf: Shelf
     assert "there is no release before release 1, which is live" in refused()
     refresh(shelf, "better", right=0.9, frozen="equal")
     assert release(shelf, sending(hub)).success
-    assert "`to: 7` is no release of this pipeline. To go back to, by number, tag or commit: 1: content-" in refused(
-        "7"
-    )
-    assert "release 2 is live already" in refused("2")
+    unknown = refused("7")
+    assert "`to: 7` is no release of this pipeline. To send again, by number, tag or commit: 1: content-" in unknown
+    assert ", live" in unknown
+    elsewhere = refused(recipe=demo_recipe(publishing=sending(hub)["publishing"] | {"repo_id": "org/new-name"}))
+    assert f"release 1 was made for {REPO}, which its card names, and publishing.repo_id is org/new-name" in elsewhere
+    assert f"set publishing.repo_id to {REPO}" in elsewhere
+    assert list(hub.repos) == [("models", REPO)]
     assert "at least 10 characters" in refused(reason="oops")
     assert "publishing.dry_run is true" in refused(recipe=trying(hub))
     hub.fail_next("GET", "/api/models", silent=True, times=9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -52,9 +53,10 @@ def materialise(step: Step) -> Events:
         previews = PreviewsFile.of(step.tree.root)
         candidate = candidate_of(step, inputs["eval_scores"], previews.read())
         decided: list[Decided] = []
+        heads = kept_heads(step.tree)  # Before the ledger: a line that is written in between is not lost.
 
         def decide(ledger: Ledger) -> Ledger:
-            ledger.refuse_lost(kept_heads(step.tree))
+            ledger.refuse_lost(heads)
             after, line = candidate.decide(ledger, override, datetime.now(UTC).isoformat(timespec="seconds"))
             decided.append(line)
             return after
@@ -114,8 +116,9 @@ def read_ledger(tree: ArtifactTree) -> Ledger:
     Raises:
         ConfigError: it was changed, or lines of it are lost.
     """
+    heads = kept_heads(tree)  # First: a line that somebody writes in between is not lost.
     ledger = LedgerFile.of(tree.root).read()
-    ledger.refuse_lost(kept_heads(tree))
+    ledger.refuse_lost(heads)
     return ledger
 
 
@@ -144,6 +147,7 @@ def _shown(outcome: PromotionOutcome, ledger: Ledger) -> dict[str, Any]:
     """Numbers that Dagster plots from run to run, and tables."""
     decided, budget = outcome.decided, ledger.budget()
     rows = [[what, how] for what, how in outcome.outlook]
+    waiting = [one for one in ledger.waiting if one.challenger != decided.challenger]
     return {
         "verdict": decided.decision,
         "verdict_reason": decided.reason,
@@ -153,9 +157,16 @@ def _shown(outcome: PromotionOutcome, ledger: Ledger) -> dict[str, Any]:
         "error_spent": budget.spent,
         "level": budget.level if decided.level is None else decided.level,
         "fresh_prompts": outcome.fresh_prompts,
+        **({"never_released": dg.MetadataValue.md(waiting_table(waiting))} if waiting else {}),
         "outlook": dg.MetadataValue.md(table(["before this decision", "how it stands"], rows)),
         "history": dg.MetadataValue.md(history_table(ledger)),
     }
+
+
+def waiting_table(waiting: Sequence[Decided]) -> str:
+    """Challengers that were promoted, and whose release never came to its end, before another was made."""
+    rows = [[str(one.number), one.at, one.decision, one.challenger[:12], one.reason] for one in waiting]
+    return table(["line", "at", "decision", "challenger, never released", "why"], rows)
 
 
 def history_table(ledger: Ledger) -> str:

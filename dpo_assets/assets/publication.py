@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from dpo_assets.artifact import Artifact, write_json
+from dpo_assets.artifact import Artifact, ArtifactTree, write_json
 from dpo_assets.assets.step import Step
-from dpo_assets.checks.evidence.ledger import Ledger
+from dpo_assets.checks.evidence.ledger_file import LedgerFile
 from dpo_assets.errors import ConfigError, GateError
 from dpo_assets.planning.licence import Licence
 from dpo_assets.publishing.access import check_access
@@ -46,14 +46,18 @@ def access_ahead(step: Step, licence: Licence | None) -> dict[str, str]:
     return {"release_access": said}
 
 
-def refuse_unknown(head: Head, publishing: PublishingSection, ledger: Ledger) -> None:
+def refuse_unknown(head: Head, publishing: PublishingSection, tree: ArtifactTree) -> None:
     """A release of this pipeline whose decision its ledger does not know: the ledger there was another one.
+
+    The ledger is read after the head: one read before would not know a release that was made in between.
 
     Raises:
         PublishRefused: with the way out.
+        ConfigError: the ledger does not hold.
     """
     if head.earlier is None or not head.earlier.ledger or publishing.adopt == publishing.repo_id:
         return
+    ledger = LedgerFile.of(tree.root).read()
     try:
         ledger.refuse_lost({head.earlier.ledger: f"{publishing.repo_id} at {head.commit}"})
     except ConfigError as error:
@@ -69,7 +73,6 @@ class Publication:
     step: Step
     artifact: Artifact
     files: Mapping[str, FileRecord]
-    ledger: Ledger
 
     @property
     def operations_file(self) -> Path:
@@ -117,7 +120,7 @@ class Publication:
         )
 
     def _accept(self, head: Head) -> None:
-        refuse_unknown(head, self.step.recipe.publishing, self.ledger)
+        refuse_unknown(head, self.step.recipe.publishing, self.step.tree)
 
     def _unasked(self, why: str) -> ReleasePlan:
         plan = replace(first_release(self.files, f"as for an empty repository: {why}"), asked=False)

@@ -14,6 +14,7 @@ from dpo_assets.artifact import Artifact, read_kept, read_object, rewrite_json, 
 from dpo_assets.assets.base_model import known_licence, read_facts, refuse_adapter_alone, refuse_unlicensed
 from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.lineage import Inputs, Read
+from dpo_assets.assets.live import CHECK, left_out, not_served
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.promotion import SNAPSHOT, read_ledger
 from dpo_assets.assets.publication import RELEASE, Publication
@@ -36,7 +37,7 @@ from dpo_assets.publishing.plan import MADE_BY, FileRecord, ReleasePlan, Release
 from dpo_assets.publishing.trace import Trace
 from dpo_assets.report.tables import table
 
-CHECK, FILES = "release_verified", "files.json"
+FILES = "files.json"
 SHOWN = 50  # Files of others that the page of the asset names.
 
 
@@ -45,6 +46,14 @@ def materialise(step: Step) -> Events:
 
     What is held while a champion is live is left out: nothing is made, and the champion stays.
     """
+    if step.recipe.publishing.dry_run or step.only_checks:
+        yield from _materialised(step, sends=False)
+        return
+    with LedgerFile.of(step.tree.root).going_live(step.context.run_id, step.context.log.warning):
+        yield from _materialised(step, sends=True)
+
+
+def _materialised(step: Step, *, sends: bool) -> Events:
     publishing = step.recipe.publishing
     refuse_overtaken(step)
     sends = not publishing.dry_run and not step.only_checks
@@ -55,7 +64,7 @@ def materialise(step: Step) -> Events:
     if sends:
         refuse_unlicensed(step.recipe, inputs["base_model"])
         if (held := held_back(outcome, ledger)) is not None:
-            yield from _left_out(step, held)
+            yield from left_out(step, held, ledger)
             return
 
     standing = standing_of(step, inputs, outcome)
@@ -88,14 +97,14 @@ def materialise(step: Step) -> Events:
         "standing": asdict(standing),
     }
     artifact, reused = step.build("published_model", config, inputs, make)
-    publication = Publication(step, artifact, read_kept(artifact, FILES, ReleaseRecord).files, ledger)
+    publication = Publication(step, artifact, read_kept(artifact, FILES, ReleaseRecord).files)
     release = publication.send() if sends else None
     if release:
         ledger = went_live(step, artifact, outcome, release)
     plan, refused = (release.plan, "") if release else publication.plan()
     known = "" if release else _of_the_hub(step, plan, refused)
     if not (release or refused):
-        refused = _what_speaks_against(step, artifact, plan)
+        refused = _what_speaks_against(step, artifact, plan, ledger)
     yield from step.result(
         "published_model",
         artifact,
@@ -146,7 +155,7 @@ def _of_the_hub(step: Step, plan: ReleasePlan, refused: str) -> str:
     return "" if plan.changes else f"{step.recipe.publishing.repo_id} holds them"
 
 
-def _what_speaks_against(step: Step, artifact: Artifact, plan: ReleasePlan) -> str:
+def _what_speaks_against(step: Step, artifact: Artifact, plan: ReleasePlan, ledger: Ledger) -> str:
     """What was seen on the Hub and is no good, beside a refusal; empty where there is nothing.
 
     It counts until the Hub is asked again: a look at the local folder alone mends nothing.
@@ -154,11 +163,8 @@ def _what_speaks_against(step: Step, artifact: Artifact, plan: ReleasePlan) -> s
     if not plan.asked:
         passed = (step.levels(artifact) or {}).get(CHECK, "pass") == "pass"
         return "" if passed else f"it failed this check when the Hub was asked, and now {plan.note}"
-    sent, _ = next(step.history("published_model", "commit"), (None, False))
-    if step.only_checks and sent is not None and plan.changes:
-        others = ", ".join(operation.path for operation in plan.changes)
-        return f"{step.recipe.publishing.repo_id} does not hold what was released as {sent}: {others}"
-    return ""
+    # By the ledger, not by what was materialised last: after a rollback an earlier release is live.
+    return not_served(step, ledger.live) if step.only_checks and ledger.live is not None else ""
 
 
 def verify(
@@ -232,21 +238,6 @@ def refuse_overtaken(step: Step) -> None:
                 f"this run was overtaken: run {other} has materialised another `{node}` since. Nothing was released, "
                 "and what is live is as it was; the release is that run's, or that of the next refresh."
             )
-
-
-def _left_out(step: Step, held: str) -> Events:
-    """No release, and a check that says so: Dagster skips what reads this asset, and the run is green."""
-    verdict = Verdict(
-        "release_verified",
-        "warn",
-        f"nothing was released: {held}",
-        "a release where the challenger is promoted",
-        "docs/design.md, promotion",
-        "see the check promotion_verdict of `promotion`",
-    )
-    step.context.log.warning(f"`published_model` is left out. {held}")
-    if any(check.name == verdict.check for check in step.context.selected_asset_check_keys):
-        yield step.check_result("published_model", step.judged(verdict))
 
 
 def went_live(step: Step, artifact: Artifact, outcome: PromotionOutcome, release: Release) -> Ledger:

@@ -1,4 +1,7 @@
-"""The rollback of a pipeline: an earlier release, as it was staged then, is published again and is the champion."""
+"""The rollback of a pipeline: a release, as it was staged then, is published again and is the champion.
+
+An earlier one; or the one that is live, where the Hub does not hold it any more.
+"""
 # No `from __future__ import annotations` here: Dagster reads the annotation of an op's `context` as a class.
 
 from collections.abc import Iterator
@@ -32,7 +35,9 @@ class RollbackConfig(dg.Config):
     """Where a rollback goes, and why."""
 
     to: str = Field(
-        default="", description="Number, tag or commit of an earlier release; empty: the one before what is live."
+        default="",
+        description="Number, tag or commit of a release; empty: the one before what is live. The one that is live is "
+        "sent again as it was.",
     )
     reason: str = Field(description="Why, in at least 10 characters. The ledger shows it.")
 
@@ -53,7 +58,8 @@ def rollback_job(pipeline: Pipeline) -> dg.JobDefinition:
         assert isinstance(hub, HubResource)
         tree = store.tree(context.instance, pipeline.name)
         try:
-            with shared(tree.root / IN_USE, context.log.info):
+            going_live = LedgerFile.of(tree.root).going_live(context.run_id, context.log.warning)
+            with shared(tree.root / IN_USE, context.log.info), going_live:
                 ledger = roll_back(pipeline, tree, hub, config.to.strip(), scrub(config.reason.strip()))
         except GateError as error:
             raise final(f"{error} {error.fix}") from None
@@ -94,12 +100,13 @@ def rollback_job(pipeline: Pipeline) -> dg.JobDefinition:
 
 
 def roll_back(pipeline: Pipeline, tree: ArtifactTree, hub: HubResource, to: str, reason: str) -> Ledger:
-    """Makes an earlier release live again, and returns the ledger that says so.
+    """Makes a release live again, and returns the ledger that says so. Whoever calls holds `LedgerFile.going_live`.
 
     A call that was stopped on the way is finished by the next one, without a second commit.
 
     Raises:
-        ConfigError: there is no such release, its artefact is gone, or the pipeline sends nothing.
+        ConfigError: there is no such release, its artefact is gone, it was made for another repository, or the pipeline
+            sends nothing.
         PublishError, GateError: as `publish`; the ledger is as it was.
     """
     publishing, again = pipeline.recipe.publishing, f"run the job {pipeline.name}_rollback again"
@@ -108,7 +115,13 @@ def roll_back(pipeline: Pipeline, tree: ArtifactTree, hub: HubResource, to: str,
     if len(reason) < REASON:
         raise ConfigError(f"a rollback needs a `reason` of at least {REASON} characters: the ledger shows it")
     ledger = read_ledger(tree)
-    target = ledger.earlier(to)
+    target = ledger.to_send_again(to)
+    if target.repo_id != publishing.repo_id:
+        raise ConfigError(
+            f"release {target.release} was made for {target.repo_id}, which its card names, and publishing.repo_id is "
+            f"{publishing.repo_id}. To go back to it set publishing.repo_id to {target.repo_id}; or name in `to` a "
+            f"release that was made for {publishing.repo_id}. {ledger.known_releases()}"
+        )
     artifact = _staged(tree, target)
     repository = hub.repository(publishing.repo_id, pipeline.name)
     release = publish(
@@ -121,13 +134,11 @@ def roll_back(pipeline: Pipeline, tree: ArtifactTree, hub: HubResource, to: str,
         token_variable=hub.token_variable,
         patience=repository.patience,
         pipeline=pipeline.name,
-        accept=lambda head: refuse_unknown(head, publishing, ledger),
+        accept=lambda head: refuse_unknown(head, publishing, tree),
         note=f" (rollback to release {target.release})",
         again=again,
     )
-    return LedgerFile.of(tree.root).extend(
-        lambda now: _with_line(now, ledger, target, release, publishing.repo_id or "", reason)
-    )
+    return LedgerFile.of(tree.root).extend(lambda now: _with_line(now, ledger, target, release, target.repo_id, reason))
 
 
 def _with_line(now: Ledger, before: Ledger, target: Released, release: Release, repo_id: str, reason: str) -> Ledger:

@@ -9,12 +9,13 @@ HISTORY = ("line", "at", "what", "challenger", "why")
 
 def history_rows(ledger: Ledger) -> list[tuple[str, str, str, str, str]]:
     """HISTORY of every line, newest first; the one by which a model is live is marked."""
-    rows = []
+    rows, waiting = [], ledger.waiting
     for line in reversed(ledger.lines):
         if isinstance(line, Decided):
             cost = "" if line.level is None else f", level {line.level:.2g}"
             by_hand = ", by override" if line.override else ""
-            what, why = f"{line.decision}{by_hand}{cost}", line.reason
+            waits = ", never released" if line in waiting else ""
+            what, why = f"{line.decision}{by_hand}{cost}{waits}", line.reason
         else:
             said = "release" if line.kind == "release" else "back to release"
             what = f"{said} {line.release}{', live' if line is ledger.live else ''}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,21 @@ def test_a_score_that_is_no_number_is_rejected_and_no_override_lifts_that(
         assert (line.decision, line.override, line.level) == ("reject", None, None)
         assert column in line.reason
         assert decided(ledger, one, WISH) == (ledger, line)
+
+
+def test_scores_made_anew_that_are_no_numbers_take_back_a_promotion_that_waits(
+    tmp_path: Path, champion: Ledger
+) -> None:
+    ledger, line = decided(champion, challenger(tmp_path))
+    assert ledger.may_release(line)
+    spoilt = challenger(tmp_path, inputs={"eval_scores": "made anew"})
+    nan = {**spoilt.pairs.columns, "policy_chosen": [float("nan")] * len(spoilt.pairs.prompts)}
+    one = replace(spoilt, pairs=replace(spoilt.pairs, columns=nan))
+    after, said = decided(ledger, one)
+    assert (said.decision, after.may_release(line), after.waiting) == ("reject", False, ())
+    assert decided(after, one) == (after, said)
+    gone_live = live(ledger, line, one.held_out)
+    assert decided(gone_live, one) == (gone_live, line), "what is live is taken back by a person"
 
 
 def test_a_champion_that_scores_no_numbers_is_no_fault_of_the_challenger(tmp_path: Path, champion: Ledger) -> None:

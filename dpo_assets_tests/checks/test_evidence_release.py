@@ -160,7 +160,9 @@ def test_the_same_release_again_is_no_other_line() -> None:
     assert (elsewhere.champion, len(elsewhere.releases)) == ("model 4", 3)
     assert [one.release for one in elsewhere.releases] == [1, 2, 2], "the same model elsewhere is the same release"
     assert elsewhere.release(2).repo_id == "org/other"
-    assert elsewhere.earlier().release == 1
+    assert elsewhere.live is not None
+    assert elsewhere.live.known == ledger.releases[-1].known != (), "what came since its decision is evidence still"
+    assert elsewhere.to_send_again().release == 1
 
 
 @pytest.mark.parametrize("number", [3, 4, 7])

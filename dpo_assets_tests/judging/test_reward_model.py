@@ -108,7 +108,9 @@ def test_a_trained_reward_model_scores_answers_and_is_held_against_people(shelf:
     told = json.loads((folder / "rewarded.json").read_text())
     assert [row["rewards"][0] > row["rewards"][1] for row in told] == [True] * PROMPTS
     kept = shelf.tree.root / "reward_model"
-    assert next(kept.glob("*/model/model.safetensors")).samefile(trained / "model.safetensors"), "linked, not copied"
+    copy = next(kept.glob("*/model/model.safetensors"))
+    assert not copy.samefile(trained / "model.safetensors"), "what the user changes later must not reach it"
+    assert copy.read_bytes() == (trained / "model.safetensors").read_bytes()
     again = materialize(declaring(trained), shelf.instance, ["reward_model_scores"])
     assert metadata(again, "reward_model_scores")["reused"].startswith("yes")
 

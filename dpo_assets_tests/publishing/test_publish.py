@@ -142,7 +142,7 @@ def test_a_champion_of_somebody_else_is_refused_before_anything_is_sent(
         with pytest.raises(PublishRefused, match=told):
             ask(api, new)
     with pytest.raises(PublishRefused, match=told):  # Before anything is trained for it.
-        check_access(HubRepository(api, REPO, "HF_TOKEN", PATIENCE), private=True, adopt=None)
+        check_access(HubRepository(api, REPO, "HF_TOKEN", PATIENCE), private=True, adopt=None, licence=None)
     assert hub.changes == []
     adopted = send(api, new, adopt=REPO)
     assert repo.tags[CHAMPION] == adopted.commit == adopted.champion

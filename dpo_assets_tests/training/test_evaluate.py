@@ -349,14 +349,14 @@ def test_the_kl_of_the_release_is_the_log_ratio_of_its_own_answers(
     evaluation: EvaluateMaker, dataset: Path, model_folder: Path, sft_adapter: Path, chat: ChatFormat, tmp_path: Path
 ) -> None:
     """Sampled by the merged model, here the built-in one, and scored by its plain forward and by its start's."""
-    spec = evaluation(tmp_path / "out", sampled_answers=3, max_new_tokens=8, generations=1)
+    spec = evaluation(tmp_path / "out", sampled_answers=4, max_new_tokens=8, generations=1)
     _, report, _ = scored(spec)
     plain = load_base(model_folder, spec.plan).eval()
     start = attach_adapter(load_base(model_folder, spec.plan), spec.plan, sft_adapter, seed=0, dropout=0.0).eval()
     rows = load_asked(dataset, "eval", tmp_path / "scratch", ["prompt_id"])
-    prompts = [ids for _, ids in first_asked(rows, chat, 3, spec.plan.max_length - 8, by="prompt_id")]
+    prompts = [ids for _, ids in first_asked(rows, chat, 4, spec.plan.max_length - 8, by="prompt_id")]
     answers = own_answers(prompts, generate(plain, prompts, chat, 8, seed=spec.plan.dpo.seed))
-    assert len(answers) == 3
+    assert len(answers) == 4
     ratios = []
     for group in answers:
         row = torch.tensor([[*group.prompt, *group.completions[0]]])

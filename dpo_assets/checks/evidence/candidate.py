@@ -150,6 +150,10 @@ class Candidate:
     def held_out(self) -> frozenset[str]:
         return frozenset(self.pairs.conversations)
 
+    def faults(self) -> dict[str, str]:
+        """The hard guards that failed, by name."""
+        return {**self.failures, **self.pairs.faults()}
+
     def evidence(self, ledger: Ledger) -> Evidence:
         """What a decision by this ledger may look at.
 
@@ -157,7 +161,7 @@ class Candidate:
         Where nothing is live, the bar is the policy's own start: chance by implicit reward, and no loss by
         log-probability.
         """
-        failures = {**self.failures, **self.pairs.faults()}
+        failures = self.faults()
         fresh = ledger.fresh(self.held_out)
         new, look = self.pairs.of(fresh), self.previews.number(self.name, fresh)
         if self.opponent is None:
@@ -168,7 +172,8 @@ class Candidate:
     def decide(self, ledger: Ledger, override: Override | None, at: str) -> tuple[Ledger, Decided]:
         """The ledger with the decision on this challenger in it, and that decision.
 
-        One that is there stays: these scores were looked at, or its challenger may be released by it, or is live. It
+        Where a hard guard fails, that is what is decided, whatever was before, but on what is live. Otherwise one that
+        is there stays: these scores were looked at, or its challenger may be released by it, or is live. It
         is decided again, without another look, where an override says otherwise, and where its model went live and was
         taken back since.
 
@@ -182,7 +187,8 @@ class Candidate:
                 f"{_shown(needed)}; materialise `eval_scores` again."
             )
         prior = self._prior(ledger)
-        if prior is None or (prior.decision == "insufficient_evidence" and prior.override is None):
+        spoilt = self.name != ledger.champion and bool(self.faults())
+        if spoilt or prior is None or (prior.decision == "insufficient_evidence" and prior.override is None):
             return self._judged(ledger, override, at, prior)
         if self.name == ledger.champion:
             if override is not None and override.decision == "hold":

@@ -203,35 +203,43 @@ class Ledger(BaseModel):
         """The release of that number, as it was sent last; there must be one."""
         return next(one for one in reversed(self.releases) if one.release == number)
 
-    def earlier(self, to: str = "") -> Released:
-        """The release to go back to: by its number, its tag or its commit; empty: the one before what is live.
+    def to_send_again(self, to: str = "") -> Released:
+        """The release of that number, tag or commit; empty: the one before what is live.
+
+        What is live can be named too: the Hub may have lost it, or hold the half of another release.
 
         Raises:
-            ConfigError: there is none, or it is live.
+            ConfigError: there is none.
         """
         if self.live is None:
             raise ConfigError("nothing of this pipeline is live, so there is nothing to go back from")
         latest = {one.release: one for one in self.releases}
-        others = [one for number, one in sorted(latest.items()) if one.challenger != self.live.challenger]
         if not to:
-            before = [one for one in others if one.release < self.live.release]
-            if not before:
+            others = [number for number, one in latest.items() if one.challenger != self.live.challenger]
+            before = max((number for number in others if number < self.live.release), default=None)
+            if before is None:
                 raise ConfigError(
-                    f"there is no release before release {self.live.release}, which is live. {self._known(others)}"
+                    f"there is no release before release {self.live.release}, which is live. {self.known_releases()}"
                 )
-            return before[-1]
+            return latest[before]
         found = [one for one in latest.values() if to in (str(one.release), one.tag)]
         if not found and len(to) >= SHORTEST_COMMIT:
-            found = [one for one in self.releases if one.commit.startswith(to)][-1:]
+            sent = [line for line in self.lines if not isinstance(line, Decided) and line.commit.startswith(to)]
+            found = [latest[line.release] for line in sent[-1:]]
         if not found:
-            raise ConfigError(f"`to: {to}` is no release of this pipeline. {self._known(others)}")
-        if found[0].challenger == self.live.challenger:
-            raise ConfigError(f"release {found[0].release} is live already. {self._known(others)}")
+            raise ConfigError(f"`to: {to}` is no release of this pipeline. {self.known_releases()}")
         return found[0]
 
-    def _known(self, releases: Iterable[Released]) -> str:
-        told = "; ".join(f"{one.release}: {one.tag}, commit {one.commit[:12]}, {one.at}" for one in releases)
-        return f"To go back to, by number, tag or commit: {told or 'none'}"
+    def known_releases(self) -> str:
+        """What can be named to be sent again, for a message."""
+        live = self.live.release if self.live is not None else None
+        latest = {one.release: one for one in self.releases}
+        told = "; ".join(
+            f"{number}: {one.tag}, commit {one.commit[:12]} of {one.repo_id}, {one.at}"
+            + (", live" if number == live else "")
+            for number, one in sorted(latest.items())
+        )
+        return f"To send again, by number, tag or commit: {told}"
 
     def number_of(self, decided: Decided) -> int:
         """The number of the release by a decision, whether it was made or would be the next one. The same model sent
@@ -247,6 +255,12 @@ class Ledger(BaseModel):
         decided = self.lines[self.release(self.live.release).decision - 1]
         assert isinstance(decided, Decided), "a release names a decision"
         return decided
+
+    @property
+    def waiting(self) -> tuple[Decided, ...]:
+        """Decisions that may go live by `may_release`, and never did."""
+        done = {one.decision for one in self.releases}
+        return tuple(one for one in self.decisions if one.number not in done and self.may_release(one))
 
     def may_release(self, decided: Decided) -> bool:
         """Whether what was decided may go live now: it is the last word on its challenger, and nothing went live since
@@ -295,9 +309,13 @@ class Ledger(BaseModel):
     ) -> Ledger:
         """A ledger in which what was decided is live. One that says so already stays as it is.
 
+        A release that is sent again keeps the cut that it was decided with: `known` are the held-out prompts of now,
+        and those that came since are evidence still.
+
         Raises:
             ValueError: the decision does not carry a release, or not any more.
         """
+        first = next((one for one in self.releases if one.decision == decided.number), None)
         line = Released(
             number=len(self.lines) + 1,
             before=self.head,
@@ -309,7 +327,7 @@ class Ledger(BaseModel):
             commit=commit,
             tag=tag,
             artefact=artefact,
-            known=tuple(sorted(known)),
+            known=first.known if first is not None else tuple(sorted(known)),
             decision=decided.number,
         )
         where = {"challenger", "repo_id", "commit", "artefact"}
@@ -318,7 +336,8 @@ class Ledger(BaseModel):
         return self.append(line)
 
     def rolled_back(self, to: Released, *, at: str, repo_id: str, commit: str, reason: str) -> Ledger:
-        """A ledger in which an earlier release is live again, with the cut that it had.
+        """A ledger in which a release is live again, with the cut that it had. It may be the one that is live: what was
+        decided before, and is not released, lapses then as after every other rollback.
 
         Raises:
             ValueError: `to` is no release of this ledger, or the reason is too short to be one.
@@ -349,9 +368,10 @@ class Ledger(BaseModel):
         if lost:
             raise ConfigError(
                 f"the ledger of promotions has lost lines: it holds {len(self.lines)}, and not all that were there "
-                f"when {', '.join(sorted(lost))} was written. Put ledger/promotions.jsonl back from a backup, or from "
-                "the newest `ledger.jsonl` among the artefacts of `promotion`; without these lines, error that was "
-                "spent would be spent again, and a model that is live would be forgotten"
+                f"when {', '.join(sorted(lost))} was written. Put ledger/promotions.jsonl back from "
+                "ledger/promotions.bak.jsonl, the copy that is kept beside it, where that holds these lines, and else "
+                "the whole folder from a backup; without these lines, error that was spent would be spent again, and "
+                "a model that is live would be forgotten"
             )
 
     @property
@@ -370,4 +390,4 @@ class Ledger(BaseModel):
             return cls(lines=tuple(_LINE.validate_json(line) for line in text.split("\n") if line))
         except ValidationError as error:
             told = "; ".join(str(one["msg"]) for one in error.errors())
-            raise ConfigError(f"the ledger of promotions does not hold: {told}; restore it from a copy") from error
+            raise ConfigError(f"the ledger of promotions does not hold: {told}") from error

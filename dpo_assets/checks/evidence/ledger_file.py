@@ -1,9 +1,11 @@
-"""The file of a ledger: one writer at a time, whole lines or none, and its head kept beside it."""
+"""The file of a ledger: one writer at a time, whole lines or none, and beside it its head and a second copy."""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dpo_assets.checks.evidence.ledger import FIRST, Ledger
 from dpo_assets.errors import ConfigError
+from dpo_assets.locks import Say, exclusive
 
 FOLDER, NAME = "ledger", "promotions.jsonl"
 
@@ -27,11 +30,12 @@ class Head(BaseModel):
 
 @dataclass(frozen=True)
 class LedgerFile:
-    """`promotions.jsonl`, and `promotions.head` with the digest of the last line that was written.
+    """`promotions.jsonl`, `promotions.bak.jsonl` with the same lines, and `promotions.head` with the last one's digest.
 
     A line counts once its end of line is there. Whoever is killed while writing leaves a part without one, which no
     decision and no release stands on yet: readers pass it over, and the next writer puts it aside. Lines that are lost
-    at the end are found by the head, which is written after them.
+    at the end are found by the head, which is written after them; the copy is written before the head, so that it holds
+    every line that the head names.
     """
 
     path: Path
@@ -46,15 +50,39 @@ class LedgerFile:
         return self.path.with_suffix(".head")
 
     @property
+    def copy_path(self) -> Path:
+        """The same lines once more, for whoever lost the ledger."""
+        return self.path.with_suffix(f".bak{self.path.suffix}")
+
+    @property
+    def lock_path(self) -> Path:
+        """The lock of `going_live`."""
+        return self.path.with_name("release.lock")
+
+    @property
     def torn_path(self) -> Path:
         """What was cut off from half-written ends, one after the other."""
         return self.path.with_suffix(".torn")
+
+    @contextmanager
+    def going_live(self, run: str, say: Say) -> Iterator[None]:
+        """Held by whoever makes a release live, from reading the ledger to the line that says so.
+
+        In between the Hub is written to, and two that do so by turns leave there what the ledger does not say. Whoever
+        waits says for whom. Decisions are written meanwhile all the same.
+
+        Args:
+            run: who holds it, for those who wait.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(self.lock_path, run, say):
+            yield
 
     def read(self) -> Ledger:
         """The ledger as it is now; empty where none was begun.
 
         Raises:
-            ConfigError: it was changed, or lines at its end are lost.
+            ConfigError: it was changed, or lines at its end are lost; with the copy to put back.
         """
         return self._read()[0]
 
@@ -75,32 +103,47 @@ class LedgerFile:
                     self._set_aside(torn)
                 added = "".join(f"{line.text}\n" for line in after.lines[len(before.lines) :])
                 self._append(added.encode())
-                self._keep(after)
+                self._replace(self.copy_path, after.text)
+                self._replace(self.head_path, Head(lines=len(after.lines), digest=after.head).model_dump_json())
             return after
 
     def _read(self) -> tuple[Ledger, bytes]:
         """The ledger, and what is left of a line whose writer did not finish."""
         whole, end, torn = (self.path.read_bytes() if self.path.exists() else b"").rpartition(b"\n")
-        ledger = Ledger.of_text((whole + end).decode("utf-8", errors="replace"))
-        head = self._head()
+        try:
+            ledger = Ledger.of_text((whole + end).decode("utf-8", errors="replace"))
+        except ConfigError as error:
+            raise ConfigError(f"{self.path}: {error}. {self._way_out()}") from error
+        head, kept_in = self._head()
         written = ledger.lines[head.lines - 1].digest if 0 < head.lines <= len(ledger.lines) else FIRST
         if written != head.digest:
             raise ConfigError(
-                f"{self.path} has lost lines: it holds {len(ledger.lines)}, and {self.head_path.name} beside it names "
-                f"line {head.lines} as {head.digest[:12]}. Put it back from a backup, or from the newest "
-                "`ledger.jsonl` among the artefacts of `promotion`"
+                f"{self.path} has lost lines: it holds {len(ledger.lines)}, and {kept_in.name} beside it names "
+                f"line {head.lines} as {head.digest[:12]}. {self._way_out()}"
             )
         return ledger, torn
 
-    def _head(self) -> Head:
+    def _way_out(self) -> str:
+        if self.copy_path.exists():
+            return f"Put it back from the copy beside it: cp {self.copy_path} {self.path}"
+        return "Put the folder back from a backup"
+
+    def _head(self) -> tuple[Head, Path]:
+        """The last line that was written, and by which file that is known: where the head is gone, by the copy."""
         if not self.head_path.exists():
-            return Head(lines=0, digest=FIRST)
+            return self._head_of_copy(), self.copy_path
         try:
-            return Head.model_validate_json(self.head_path.read_bytes())
+            return Head.model_validate_json(self.head_path.read_bytes()), self.head_path
         except ValidationError:
             raise ConfigError(
-                f"{self.head_path} cannot be read; put it back from a backup, or delete it if {self.path} is whole"
+                f"{self.head_path} cannot be read. Delete it: {self.copy_path.name} beside it knows the last line too"
+                if self.copy_path.exists()
+                else f"{self.head_path} cannot be read; put it back from a backup, or delete it if {self.path} is whole"
             ) from None
+
+    def _head_of_copy(self) -> Head:
+        lines = self.copy_path.read_bytes().split(b"\n")[:-1] if self.copy_path.exists() else []
+        return Head(lines=len(lines), digest=hashlib.sha256(lines[-1]).hexdigest() if lines else FIRST)
 
     def _append(self, data: bytes) -> None:
         made = not self.path.exists()
@@ -114,13 +157,14 @@ class LedgerFile:
         if made:
             _sync(self.path.parent)
 
-    def _keep(self, ledger: Ledger) -> None:
-        partial = self.head_path.with_suffix(f".head.tmp-{os.getpid()}")
+    def _replace(self, path: Path, text: str) -> None:
+        """Writes a file beside the ledger, whole or not at all."""
+        partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
         with partial.open("w", encoding="utf-8") as handle:
-            handle.write(Head(lines=len(ledger.lines), digest=ledger.head).model_dump_json())
+            handle.write(text)
             handle.flush()
             os.fsync(handle.fileno())
-        partial.replace(self.head_path)
+        partial.replace(path)
         _sync(self.path.parent)
 
     def _set_aside(self, torn: bytes) -> None:
