@@ -106,7 +106,7 @@ def test_scores_made_anew_that_are_no_numbers_take_back_a_promotion_that_waits(
     ledger, line = decided(champion, challenger(tmp_path))
     assert ledger.may_release(line)
     spoilt = challenger(tmp_path, inputs={"eval_scores": "made anew"})
-    nan = {**spoilt.pairs.columns, "policy_chosen": [float("nan")] * len(spoilt.pairs.prompts)}
+    nan = {**spoilt.pairs.columns, "policy_chosen": [float("nan")] * len(spoilt.pairs.conversations)}
     one = replace(spoilt, pairs=replace(spoilt.pairs, columns=nan))
     after, said = decided(ledger, one)
     assert (said.decision, after.may_release(line), after.waiting) == ("reject", False, ())
