@@ -220,7 +220,7 @@ def test_scores_and_a_card_of_another_split_are_refused_until_the_model_is_made_
         ("learning-rate", "learning_rate_band", "0.001", []),
         ("beta", "beta_for_loss", "0.1", []),
         ("data", "quarantine_rate", "0.3", []),
-        ("reference", "reference_is_start", "4.", ["dpo"]),
+        ("reference", "reference_is_start", "2.", ["dpo"]),
     ],
 )
 def test_a_run_broken_on_purpose_goes_red_and_says_why(

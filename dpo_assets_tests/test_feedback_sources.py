@@ -12,6 +12,7 @@ import pytest
 
 from dpo_assets import build_dpo_defs
 from dpo_assets.errors import ConfigError
+from dpo_assets_tests.automation.test_sensor import asked, said, tick
 from dpo_assets_tests.pipelines import demo_recipe, failures, materialize, metadata
 
 TO_DATASET = ["base_model", "raw_preferences", "quarantined_preferences", "dpo_dataset"]
@@ -63,21 +64,18 @@ def test_a_vote_that_was_turned_round_in_its_table_replaces_the_earlier_one(tmp_
 
 def test_the_sensor_sees_new_rows_of_a_table(tmp_path: Path) -> None:
     path = tmp_path / "feedback.db"
-    sensor = build_dpo_defs("bot", sql_recipe(path)).get_repository_def().get_sensor_def("bot_new_feedback")
-
-    def tick(cursor: str | None) -> Any:
-        return sensor(dg.build_sensor_context(cursor=cursor))
-
-    missing = tick(None)
-    assert isinstance(missing, dg.SkipReason)
-    assert "there is no SQLite file" in str(missing.skip_message)
-    add(path, range(3), "2026-01-01")
-    first = tick(None)
-    assert len(first.run_requests) == 1
-    assert isinstance(tick(first.cursor), dg.SkipReason)
-    add(path, range(3, 4), "2026-01-01")
-    second = tick(first.cursor)
-    assert [request.run_key for request in second.run_requests] != [request.run_key for request in first.run_requests]
+    recipe = sql_recipe(path)
+    with dg.DagsterInstance.ephemeral(str(tmp_path)) as instance:
+        missing = tick(instance, recipe)
+        assert not asked(missing)
+        assert "there is no SQLite file" in said(missing)
+        add(path, range(3), "2026-01-01")
+        first = tick(instance, recipe)
+        add(path, range(3, 4), "2026-01-01")
+        second = tick(instance, recipe, first.cursor)
+        keys = [[request.run_key for request in asked(found)] for found in (first, second)]
+        assert [len(found) for found in keys] == [1, 1]
+        assert keys[0] != keys[1]
 
 
 def test_a_format_that_does_not_exist_is_refused_when_the_pipeline_is_loaded(tmp_path: Path) -> None:

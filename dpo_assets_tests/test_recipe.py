@@ -408,6 +408,9 @@ def test_the_values_of_whoever_declares_nothing_are_these() -> None:
             "threads": 1,
             "pool": "gpu",
             "timeout_minutes": 1440.0,
+            "silent_minutes": 30.0,
+            "checkpoint_share": 0.02,
+            "checkpoint_seconds": 60.0,
         },
     }
 

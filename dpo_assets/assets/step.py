@@ -270,9 +270,9 @@ def guarded(step: Step, node: str, events: Events) -> Events:
     """
     root, say = step.tree.root, step.context.log.info
     try:
+        refuse_closed(root)
         if not step.only_checks:
             await_turn(step.context, step.tree)
-        refuse_closed(root)
         sweep(root, say)
         share_hashes(root / HASHED / f"{step.context.run_id}.jsonl")
         # Whoever deletes what is not needed any more waits for those who read.

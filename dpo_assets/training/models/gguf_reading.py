@@ -213,11 +213,12 @@ def _load(path: Path, merged: PreTrainedModel) -> tuple[PreTrainedModel, list[st
     how: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.float32, "local_files_only": True}
     how["output_loading_info"] = True
     try:
-        loaded, told = type(merged).from_pretrained(path.parent, config=copy.deepcopy(merged.config), **how)
+        own = copy.deepcopy(merged.config)
+        loaded, told = type(merged).from_pretrained(path.parent, config=own, trust_remote_code=False, **how)
     except NotImplementedError:  # Mistral's models are Llama's to llama.cpp.
         from transformers import AutoModelForCausalLM
 
-        loaded, told = AutoModelForCausalLM.from_pretrained(path.parent, **how)
+        loaded, told = AutoModelForCausalLM.from_pretrained(path.parent, trust_remote_code=False, **how)
     model: PreTrainedModel = loaded.eval()
     return model, sorted(told["missing_keys"])
 
