@@ -580,9 +580,9 @@ def test_own_and_documented_names_are_not(line: str) -> None:
 @pytest.mark.parametrize(
     ("cls", "overridden"),
     [
-        (PackedDPOTrainer, {"_prepare_dataset"}),
+        (PackedDPOTrainer, {"_load_from_checkpoint", "_prepare_dataset"}),
         (ClassicDPOTrainer, {"_compute_loss"}),
-        (PackedSFTTrainer, set()),
+        (PackedSFTTrainer, {"_load_from_checkpoint"}),
     ],
 )
 def test_subclasses_override_what_is_listed_and_nothing_by_accident(cls: type[Any], overridden: set[str]) -> None:
