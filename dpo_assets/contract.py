@@ -237,22 +237,12 @@ class ChampionSpec(BaseModel):
     same_start: bool = Field(description="Whether its start is the challenger's own, which is then scored once.")
 
 
-class EvaluateSpec(PlannedSpec):
-    """Held-out scores of the SFT policy, of the release, and of the champion with its own start, by the plan's
-    `scoring`."""
+class ReleaseSpec(PlannedSpec):
+    """A stage that compares the release with the SFT policy that it started from, by the plan's `scoring`."""
 
-    dataset: Path
     sft_adapter: Path | None
     policy: Path = Field(description="Folder of the merged model.")
     adapter: Path | None = Field(default=None, description="The DPO adapter, for a merged model that does not fit.")
-    champion: ChampionSpec | None = Field(default=None, description="None: nothing is live yet.")
-    sampled_answers: int = Field(default=0, description="Answers of the policy's own that its KL from SFT is of.")
-    corpus: Path | None = Field(default=None, description="File of neutral texts (`checks.neutral`); None: not asked.")
-    score_cache: Path | None = Field(default=None, description="Where scores are kept from one time to the next.")
-    confidence: float
-    generations: int
-    max_new_tokens: int
-    min_pairs: int
 
     @model_validator(mode="after")
     def _adapter_is_there_to_be_scored(self) -> Self:
@@ -261,9 +251,30 @@ class EvaluateSpec(PlannedSpec):
         return self
 
     @property
+    def compared(self) -> tuple[tuple[str, Path, Path | None], tuple[str, Path, Path | None]]:
+        """(what it is, model folder, adapter) of SFT, and of what is scored as the release."""
+        merged = self.plan.scoring.subject == "merged"
+        release = (self.policy, None) if merged else (self.base_model, self.adapter)
+        return ("SFT", self.base_model, self.sft_adapter), ("policy", *release)
+
+    @property
     def working_plan(self) -> TrainingPlan:
         """That of the release: training may have had larger forwards."""
         return self.plan.at_release()
+
+
+class EvaluateSpec(ReleaseSpec):
+    """Held-out scores of the SFT policy, of the release, and of the champion with its own start."""
+
+    dataset: Path
+    champion: ChampionSpec | None = Field(default=None, description="None: nothing is live yet.")
+    sampled_answers: int = Field(default=0, description="Answers of the policy's own that its KL from SFT is of.")
+    corpus: Path | None = Field(default=None, description="File of neutral texts (`checks.neutral`); None: not asked.")
+    score_cache: Path | None = Field(default=None, description="Where scores are kept from one time to the next.")
+    confidence: float
+    generations: int
+    max_new_tokens: int
+    min_pairs: int
 
 
 class GgufSpec(Spec):
@@ -292,32 +303,6 @@ class RewardSpec(PlannedSpec):
     max_length: int
     confidence: float
     name: str = Field(description="What the report calls the reward model.")
-
-
-class ReleaseSpec(PlannedSpec):
-    """A stage that compares the release with the SFT policy that it started from, by the plan's `scoring`."""
-
-    sft_adapter: Path | None
-    policy: Path = Field(description="Folder of the merged model.")
-    adapter: Path | None = Field(default=None, description="The DPO adapter, for a merged model that does not fit.")
-
-    @model_validator(mode="after")
-    def _adapter_is_there_to_be_scored(self) -> Self:
-        if self.plan.scoring.subject == "adapter" and self.adapter is None:
-            raise ValueError("the plan scores the adapter on its quantised base, and no `adapter` is given")
-        return self
-
-    @property
-    def compared(self) -> tuple[tuple[str, Path, Path | None], tuple[str, Path, Path | None]]:
-        """(what it is, model folder, adapter) of SFT, and of what is scored as the release."""
-        merged = self.plan.scoring.subject == "merged"
-        release = (self.policy, None) if merged else (self.base_model, self.adapter)
-        return ("SFT", self.base_model, self.sft_adapter), ("policy", *release)
-
-    @property
-    def working_plan(self) -> TrainingPlan:
-        """That of the release: training may have had larger forwards."""
-        return self.plan.at_release()
 
 
 class BenchmarkFile(BaseModel):
