@@ -49,6 +49,11 @@ class Retained:
     freed: int
 
     @property
+    def also(self) -> str:
+        """What is said beside the number of artefacts."""
+        return f" and {len(self.aside)} folders of checkpoints or damaged models" if self.aside else ""
+
+    @property
     def rows(self) -> list[tuple[str, str, int, str]]:
         """Kind, name, bytes and reason of all that goes."""
         artefacts = [(one.kind, one.fingerprint[:12], one.size, why) for one, why in self.choice.gone.items()]
@@ -150,11 +155,15 @@ def retention_job(pipeline: Pipeline) -> dg.JobDefinition:
             raise final(str(error)) from None
         did = "deleted" if config.delete else "would be deleted"
         count = found.deleted if config.delete else len(found.choice.gone)
-        context.log.info(f"{count} artefacts {did}; {len(found.choice.kept)} are kept; {gib(found.freed)} freed")
+        context.log.info(
+            f"{count} artefacts{found.also} {did}; {len(found.choice.kept)} are kept; {gib(found.freed)} freed"
+        )
         return dg.Output(
             count,
             metadata={
-                did: dg.MetadataValue.md(table(["kind", "artefact", "bytes", "why"], [list(row) for row in found.rows])),
+                did: dg.MetadataValue.md(
+                    table(["kind", "artefact", "bytes", "why"], [list(row) for row in found.rows])
+                ),
                 "bytes freed": found.freed,
                 "kept": len(found.choice.kept),
             },

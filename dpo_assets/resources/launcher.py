@@ -40,8 +40,8 @@ from dpo_assets.errors import (
     StageSilent,
     StageTimeout,
 )
-from dpo_assets.machine import MemoryKills, memory_bytes
 from dpo_assets.locks import TEMPORARY, scratch_folder
+from dpo_assets.machine import MemoryKills, memory_bytes
 from dpo_assets.planning.storage import stage_bytes
 from dpo_assets.publishing.secrets import is_secret, scrub, scrub_all
 from dpo_assets.resources.environment import planned_gpu, worker_environment

@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from dpo_assets.disk import is_full
 from dpo_assets.hashing import file_sha256
 from dpo_assets.training.packages import versions
 
@@ -87,6 +88,17 @@ class Parts:
         except OSError:
             self.failed += 1
         return None
+
+    @contextmanager
+    def forgotten_on_a_full_disk(self) -> Iterator[None]:
+        """What is kept goes where the disk is full: a try that ends for it leaves nothing that takes room."""
+        try:
+            yield
+        except OSError as error:
+            if is_full(error):
+                for path in self.folder.iterdir() if self.folder else ():
+                    path.unlink(missing_ok=True)
+            raise
 
     @property
     def told(self) -> str:

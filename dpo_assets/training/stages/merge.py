@@ -56,7 +56,10 @@ def run(spec: MergeSpec, reporter: Reporter) -> None:
         merge = merge_in_memory(spec, folder, reporter)
     if merge is not None:
         parts = Parts(spec.parts, {"inputs": spec.inputs, "method": method})
-        stream_merge(merge, folder, on_file=on_file, keep=lambda path, write: parts.file(path, write, name=path.name))
+        with parts.forgotten_on_a_full_disk():
+            stream_merge(
+                merge, folder, on_file=on_file, keep=lambda path, write: parts.file(path, write, name=path.name)
+            )
         if parts.told:
             reporter.log(f"merge: {parts.told}")
     # Tensors in a layout of their own are read by the config that was saved with them.

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from dpo_assets.training.resuming.folder import MARKER, REJECTED, Checkpoint, CheckpointFolder, Reached
 from dpo_assets.training.resuming.pace import AGAIN, PARTS, Pace, most_again
+from dpo_assets_tests.machines import disk_of, make_room
 from dpo_assets_tests.training.conftest import Log
 
 IDENTITY = {"fingerprint": "f" * 32, "training settings": "1e-5"}
@@ -102,6 +103,26 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_earlier_ones(two:
     with pytest.raises(OSError, match="No space left"):
         two.write(9, full)
     assert sorted(path.name for path in two.folder.iterdir()) == ["step-000000003", "step-000000007"]
+
+
+def test_a_file_system_that_fills_up_at_a_checkpoint_keeps_those_before_it(tmp_path: Path) -> None:
+    """A real one, of 64 KiB; and once there is room, the next one is written."""
+    with disk_of(tmp_path / "disk", 64) as disk:
+        made = CheckpointFolder(disk / "sft" / ("f" * 32), IDENTITY, "sft")
+        made.write(3, files)
+
+        def large(folder: Path) -> None:
+            files(folder)
+            (folder / "more.safetensors").write_bytes(bytes(100_000))
+
+        with pytest.raises(OSError, match="No space left on device"):
+            made.write(7, large)
+        assert [path.name for path in made.folder.iterdir()] == ["step-000000003"]
+        found = CheckpointFolder(made.folder, IDENTITY, "sft").newest(Log())
+        assert found is not None
+        assert found.step == 3
+        make_room(disk, 400)
+        assert made.write(7, large).step == 7
 
 
 def test_the_last_two_are_kept_and_the_marker_is_written_last(two: CheckpointFolder) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from dpo_assets.contract import EvaluateSpec, MergeSpec
+from dpo_assets.contract import DISK_FULL_EXIT, EvaluateSpec, MergeSpec
 from dpo_assets.training.resuming.parts import Parts
+from dpo_assets_tests.machines import disk_of, make_room
 from dpo_assets_tests.training.bases import sharded
 from dpo_assets_tests.training.conftest import PlanMaker
 from dpo_assets_tests.training.resuming.workers import Workers
@@ -168,6 +169,23 @@ def test_a_merge_that_is_killed_goes_on_after_the_last_whole_file(
     whole = worker.run("merge", merging(""), work)
     assert whole.status == 0, whole.said
     assert resumed == made(out)
+
+
+def test_a_merge_that_finds_the_disk_full_leaves_nothing_on_it_and_is_whole_once_there_is_room(
+    merging: Callable[[str], MergeSpec], worker: Workers, tmp_path: Path
+) -> None:
+    """A file system of 700 KiB, with room for some of the files and not for all."""
+    with disk_of(tmp_path / "disk", 700) as disk:
+        places = {"output_dir": disk / "out", "parts": disk / "parts"}
+        spec = merging("").model_copy(update=places)
+        full = worker.run("merge", spec, tmp_path / "work")
+        assert full.status == DISK_FULL_EXIT, full.said
+        assert not (disk / "out" / "manifest.json").exists()
+        assert not list((disk / "parts").glob("*"))
+        make_room(disk, 4000)
+        last = worker.run("merge", spec, tmp_path / "work")
+        assert last.status == 0, last.said
+        assert sum(name.endswith(".safetensors") for name in made(disk / "out")) > 3
 
 
 @pytest.fixture
