@@ -279,12 +279,12 @@ def test_a_plan_says_what_will_be_written_and_counts_nothing_twice() -> None:
     assert needs == {
         "sft_checkpoint": 4 * 2**30,
         "dpo_adapter": 4 * 2**30,
-        "checkpoints": 2 * 12 * 2**30,
+        "checkpoints": 3 * 12 * 2**30,
         "merged_model": 3 * 2**30,
         "published_model": 0,
     }
     assert written(made, 10**9, "merged")["merged_model"] == 2 * 10**9, "of a quantised base"
     assert still_to_write(needs, []) == sum(needs.values()) + BESIDE
-    assert still_to_write(needs, ["sft_checkpoint"]) == (4 + 24 + 3) * 2**30 + BESIDE
+    assert still_to_write(needs, ["sft_checkpoint"]) == (4 + 36 + 3) * 2**30 + BESIDE
     assert still_to_write(needs, ["sft_checkpoint", "dpo_adapter"]) == 3 * 2**30 + BESIDE
     assert still_to_write(needs, ["sft_checkpoint", "dpo_adapter", "merged_model"]) == 0
