@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ class Bench:
     max_new_tokens: int
     seed: int  # Of the answers that are drawn.
     reporter: Reporter
-    parts: Parts
+    parts: Parts = field(default_factory=lambda: Parts(None, {}))
     kept: Path | None = None  # The file of scores from earlier times.
 
     def measure(self, subjects: Sequence[Subject]) -> tuple[Settled, list[Measured]]:
@@ -190,7 +190,8 @@ class _Asked:
             made: Answers = self._part(answer, answered=batch, longest=longest, seed=seed, batch=next(number))
             return made
 
-        return generate(self.model, prompts, chat, longest, seed=seed, keep=keep)
+        said: Answers = generate(self.model, prompts, chat, longest, seed=seed, keep=keep)
+        return said
 
     def _part(self, make: Callable[[], Any], **facts: Any) -> Any:
         subject, plan = self.subject, self.bench.plan
