@@ -18,8 +18,10 @@ def disk_of(folder: Path, kib: int) -> Iterator[Path]:
     """A file system of its own in `folder`; the test is skipped where none may be mounted."""
     folder.mkdir()
     _mount(folder, f"size={kib}k")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 def make_room(folder: Path, kib: int) -> None:
@@ -53,9 +55,15 @@ def memory_of(mib: int) -> Iterator[Path]:
         with suppress(OSError):
             folder.rmdir()
         pytest.skip(f"no control group of its own can be made here: {why}")
-    yield folder
+    try:
+        yield folder
+    finally:
+        _remove(folder)
+
+
+def _remove(group: Path) -> None:
     for _ in range(100):  # The kernel lets it go a moment after its last process.
         with suppress(OSError):
-            folder.rmdir()
+            group.rmdir()
             return
         time.sleep(0.05)

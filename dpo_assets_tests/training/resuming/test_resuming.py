@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from dpo_assets.errors import GateError, Preempted
 from dpo_assets.recipe import ChecksSection
 from dpo_assets.training.guard.collapse import CollapseGuard
 from dpo_assets.training.resuming.callback import Checkpoints
-from dpo_assets.training.resuming.folder import REJECTED
+from dpo_assets.training.resuming.folder import REJECTED, CheckpointFolder
 from dpo_assets.training.snapshot import Snapshot
 from dpo_assets.training.stages import dpo, sft
 from dpo_assets.training.trainers import packed
@@ -153,6 +154,30 @@ def test_nothing_that_is_not_finite_is_kept_to_go_on_from(
     with pytest.raises(GateError, match="the run diverged"):
         sft.run(spec_of("sft", "spoiled", checkpoints="kept"), Log())
     assert max(path.name for path in (tmp_path / "kept").glob("step-*")) < "step-000000005"
+
+
+@pytest.mark.parametrize(("share", "waits"), [(0.5, True), (1e-6, False)])
+def test_no_step_begins_that_a_kill_would_cost_beside_another_as_long_as_the_share_pays_for_the_wait(
+    spec_of: Callable[..., TrainSpec], monkeypatch: pytest.MonkeyPatch, share: float, waits: bool
+) -> None:
+    """Nine steps, so a kill may cost one; a disk that takes its time."""
+    at_risk: list[int] = []
+    written, begins = CheckpointFolder.write, Checkpoints.on_step_begin
+
+    def slowly(self: CheckpointFolder, *told: Any) -> Any:
+        time.sleep(0.03)
+        return written(self, *told)
+
+    def on_step_begin(self: Checkpoints, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        at_risk.append(state.global_step - self._kept_step)
+        begins(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(CheckpointFolder, "write", slowly)
+    monkeypatch.setattr(Checkpoints, "on_step_begin", on_step_begin)
+    spec = spec_of("sft", "made", checkpoints="kept")
+    assert spec.checkpoints is not None
+    sft.run(spec.model_copy(update={"checkpoints": spec.checkpoints.model_copy(update={"share": share})}), Log())
+    assert (at_risk == [0] * STEPS) is waits, at_risk
 
 
 def test_a_disk_that_is_full_costs_the_checkpoints_and_not_the_training(
