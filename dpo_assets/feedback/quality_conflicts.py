@@ -53,7 +53,9 @@ def contradictions_in(pairs: pl.DataFrame) -> dict[str, Any]:
     import polars as pl
 
     sides = {f"alike_{side}": [alike(answer) for answer in pairs[side].to_list()] for side in ("chosen", "rejected")}
-    made = pairs.with_row_index("row_number").select("row_number", "pair_id", prompt_a=pl.col("prompt_id").rank("dense"), prompt_b=0)
+    made = pairs.with_row_index("row_number").select(
+        "row_number", "pair_id", prompt_a=pl.col("prompt_id").rank("dense"), prompt_b=0
+    )
     judged = made.with_columns(pl.Series(name, values, dtype=pl.UInt64) for name, values in sides.items())
     return contradictions(judged.sort("pair_id"), lambda rows: pairs[rows["row_number"].to_list()])
 

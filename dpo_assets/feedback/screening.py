@@ -270,9 +270,9 @@ class Screening:
         if self.policy.near_duplicates == "keep" or live.height < 2:
             return live
         # The place in the order of ids: a near duplicate of an earlier pair is the one that goes.
-        rank = live.select(pl.struct(PAIR_ID).rank("ordinal")).to_series().cast(pl.UInt32) - 1
+        rank = live.select(pl.arg_sort_by(*PAIR_ID).arg_sort()).to_series()
         names = live.select("b", "n")
-        pairs = candidates((self._band(names, column) for column in BAND_COLUMNS), rank)
+        pairs = candidates((self.pool.of(names, [column])[column] for column in BAND_COLUMNS), rank)
         least = self.policy.near_duplicate_similarity
         ids = live.select(PAIR_ID)
         known = self.compared.of(ids[pairs["n"]], ids[pairs["other"]])
@@ -307,9 +307,6 @@ class Screening:
         wanted = names.with_row_index("g")[rows]
         taken = self.pool.take(wanted, RENDERED).join(wanted, on=["b", "n"], how="left")
         return {row["g"]: row for row in taken.select("g", *RENDERED).iter_rows(named=True)}
-
-    def _band(self, names: pl.DataFrame, column: str) -> pl.Series:
-        return names.join(self.pool.keys([column]), on=["b", "n"], how="left", maintain_order="left")[column]
 
     def _cap(self, live: pl.DataFrame) -> pl.DataFrame:
         import polars as pl

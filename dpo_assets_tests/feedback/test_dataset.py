@@ -212,7 +212,10 @@ def test_a_token_that_moves_to_the_next_column_is_another_content() -> None:
     pairs = pairs_frame([pair(0)])
     ids = [([1, 2], [3], [4]), ([1], [2, 3], [4]), ([1], [2], [3, 4])]
     columns = [column.name for column in TOKEN_COLUMNS]
-    tables = [pairs.with_columns(pl.Series(c, [i], dtype=pl.List(pl.Int32)) for c, i in zip(columns, one, strict=True)) for one in ids]
+    tables = [
+        pairs.with_columns(pl.Series(c, [i], dtype=pl.List(pl.Int32)) for c, i in zip(columns, one, strict=True))
+        for one in ids
+    ]
     assert len({facts_frame(table, MAX_LENGTH, 0)["content_a"].item() for table in tables}) == 3
 
 
