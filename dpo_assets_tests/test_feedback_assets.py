@@ -12,6 +12,7 @@ import dagster as dg
 import polars as pl
 import pytest
 
+from dpo_assets.feedback.dataset import SPLITS, read_split
 from dpo_assets_tests.pipelines import DATA, failures, materialize, metadata, trl_feedback, trl_recipe
 
 
@@ -92,7 +93,7 @@ def test_the_quarantine_is_shown_over_runs_and_a_rule_takes_rows_out_of_it(histo
     ]
     assert after["trend"].splitlines()[0].count("|") == 4
     folder = Path(str(metadata(second, "dpo_dataset")["path"]))
-    pairs = pl.concat([pl.read_parquet(folder / f"{side}.parquet") for side in ("train", "eval")])
+    pairs = pl.concat([read_split(folder, side) for side in SPLITS])
     assert pairs.filter(pl.col("flags").str.contains("released:template_marks")).height == 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ class Store:
 
 def cut(pairs: Sequence[Pair], at: Sequence[int]) -> list[Sequence[Pair]]:
     ends = [0, *at, len(pairs)]
-    return [pairs[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    return [pairs[a:b] for a, b in pairwise(ends)]
 
 
 def test_how_feedback_was_cut_into_batches_changes_nothing_of_a_dataset(tmp_path: Path) -> None:
