@@ -45,7 +45,7 @@ def fitted_pairs(step: Step, inputs: Inputs, sets: tuple[str, ...]) -> list[Arti
     missing = {one: batch for one, batch in zip(prints, batches, strict=True) if one not in found}
     if missing:
         found |= _made(step, inputs.only("base_model"), rules, missing)
-    fitted = [found[one] for one in dict.fromkeys(prints)]
+    fitted = [found[one] for one in prints]  # Two files of one name and content are two batches: no row is lost.
     _refuse_template(step, fitted)
     return fitted
 

@@ -159,6 +159,16 @@ def test_it_holds_what_the_rules_leave_of_the_pairs_in_memory(tmp_path: Path) ->
     assert report["rows_in"] == report["accepted"] + report["quarantined"] + report["duplicates"]
 
 
+def test_a_batch_that_came_twice_is_counted_twice(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    batch = store.fit(feedback())
+    once, twice = (store.dataset([batch] * times).json("report.json") for times in (1, 2))
+    assert twice["rows_in"] == 2 * once["rows_in"]
+    for report in (once, twice):
+        assert report["rows_in"] == report["accepted"] + report["quarantined"] + report["duplicates"]
+    assert twice["accepted"] == once["accepted"]
+
+
 def test_what_an_earlier_dataset_found_out_is_taken_up_and_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
