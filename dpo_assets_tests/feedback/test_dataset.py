@@ -15,7 +15,16 @@ from dpo_assets.artifact import STORED, Artifact, ArtifactTree, write_json
 from dpo_assets.errors import CorruptArtifact
 from dpo_assets.feedback import screening
 from dpo_assets.feedback.batches import Batch, write_batch
-from dpo_assets.feedback.dataset import SPLITS, has_split, parts_of, read_split, split_columns, split_rows
+from dpo_assets.feedback.dataset import (
+    SPLITS,
+    has_split,
+    parts_of,
+    read_split,
+    split_columns,
+    split_file,
+    split_parts,
+    split_rows,
+)
 from dpo_assets.feedback.facts import facts_frame
 from dpo_assets.feedback.fitted import FITTED_KIND, RowRules, Sieved, write_fitted
 from dpo_assets.feedback.pair import PAIR_COLUMNS, TOKEN_COLUMNS, Pair, token_schema
@@ -240,6 +249,13 @@ def test_columns_and_the_first_pairs_of_a_split_are_read_alone(tmp_path: Path) -
         assert has_split(made.path, side)
         some = read_split(made.path, side, ["row", "prompt_ids"], first=7)
         assert some.equals(whole.head(7).select("row", "prompt_ids"))
+        for first in (None, 25):
+            parts = list(split_parts(made.path, side, first=first, size=10))
+            assert max(part.height for part in parts) == 10
+            assert pl.concat(parts).equals(whole if first is None else whole.head(first))
+        with split_file(made.path, side, ["pair_id", "chosen_ids"], tmp_path) as table:
+            assert pl.read_parquet(table).equals(whole.select("pair_id", "chosen_ids"))
+        assert not table.exists()
     assert not has_split(tmp_path, "train")
     assert split_rows(tmp_path, "train") == 0
 
