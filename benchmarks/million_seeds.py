@@ -170,7 +170,7 @@ def seed(home: Path, rows: int) -> None:
             seeds.write_fitted(made, pairs, keys)
             fitted[made] = (pairs[:0], keys[:0])
 
-    library.run_jobs = jobs_done  # type: ignore[assignment]
+    vars(library)["run_jobs"] = jobs_done
     [file] = files_of(recipe.feedback.sources)
     batches = library.read_into(tree, file, options).batches
     for batch, made in zip(batches, fitted, strict=True):

@@ -18,6 +18,7 @@ A folder may also hold a split as one table, `train.parquet` or `eval.parquet`: 
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -127,20 +128,25 @@ def read_split(
     """
     import polars as pl
 
-    if _whole(dataset, split).is_file():
-        return pl.read_parquet(_whole(dataset, split), columns=list(columns) if columns else None, n_rows=first)
     return pl.concat(split_parts(dataset, split, columns, first))
 
 
 def split_parts(
     dataset: Path, split: Split, columns: Sequence[str] | None = None, first: int | None = None, size: int = PART
 ) -> Iterator[pl.DataFrame]:
-    """What `read_split` reads of a dataset, `size` pairs at a time, and a table without rows before them.
+    """What `read_split` reads, `size` pairs at a time, and a table without rows before them.
 
     Batches are in the order of ids too, so each is read once from its beginning to its end.
     """
     import polars as pl
 
+    if _whole(dataset, split).is_file():
+        wanted, table = list(columns) if columns else None, _whole(dataset, split)
+        yield pl.read_parquet(table, columns=wanted, n_rows=0)
+        for start in range(0, min(split_rows(dataset, split), first if first is not None else sys.maxsize), size):
+            rows = pl.scan_parquet(table).slice(start, size if first is None else min(size, first - start))
+            yield (rows.select(wanted) if wanted else rows).collect()
+        return
     parts = parts_of(dataset)
     rows = pl.read_parquet(dataset / ROWS, columns=["held_out", "note"])
     places = pl.read_parquet(dataset / PLACES).hstack(rows).filter(pl.col("held_out") == (split == "eval"))

@@ -189,7 +189,7 @@ class Selection:
         names = (["together"], ["group_id"], PROMPT_ID)
         rows = self.facts.drop("held_out").hstack(pl.read_parquet(folder / ROWS, columns=["held_out"]))
         train, held = (rows.filter(pl.col("held_out") == (split == "eval")) for split in SPLITS)
-        return max(train.select(name).unique().join(held, on=name, how="semi").height for name in names)
+        return max(int(train.select(name).unique().join(held, on=name, how="semi").height) for name in names)
 
     def _quality(self, max_length: int, context: int, markers: Markers) -> dict[str, Any]:
         import polars as pl

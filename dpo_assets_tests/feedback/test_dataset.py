@@ -256,6 +256,12 @@ def test_columns_and_the_first_pairs_of_a_split_are_read_alone(tmp_path: Path) -
         with split_file(made.path, side, ["pair_id", "chosen_ids"], tmp_path) as table:
             assert pl.read_parquet(table).equals(whole.select("pair_id", "chosen_ids"))
         assert not table.exists()
+        whole.write_parquet(tmp_path / f"{side}.parquet")
+        assert read_split(tmp_path, side).equals(whole)
+        by_hand = list(split_parts(tmp_path, side, ["row", "pair_id"], first=25, size=10))
+        assert [part.height for part in by_hand] == [0, 10, 10, 5]
+        assert pl.concat(by_hand).equals(whole.head(25).select("row", "pair_id"))
+        (tmp_path / f"{side}.parquet").unlink()
     assert not has_split(tmp_path, "train")
     assert split_rows(tmp_path, "train") == 0
 
