@@ -51,7 +51,7 @@ def main() -> int:
         for who, logps in by_model.items():
             print(f"{name}, {who}: {Largest.of(logps, exact[OURS][who], tokens)}")
     ratios = [[p - s for p, s in zip(by["policy"], by["sft"], strict=True)] for by in (rounded[OURS], exact[OURS])]
-    print(f"{OURS}, log-ratio: {Largest.of(*ratios, tokens)}")
+    print(f"{OURS}, log-ratio: {Largest.of(ratios[0], ratios[1], tokens)}")
     return 0
 
 
