@@ -2,8 +2,8 @@
 
 On each pair the two differ with a chance; who wins then is drawn with a chance of the conversation's own, so that pairs
 of one conversation agree: `agreement` is the intra-class correlation of the wins, 0 (independent) to 1 (one answer a
-conversation). A pipeline counts conversations, whose turns agree, and has two metrics on the same pairs; here the second
-is the first's on half the conversations and drawn anew on the others, so their differences have a correlation of
+conversation). A pipeline counts conversations, whose turns agree, and has two metrics on the same pairs; here the
+second is the first's on half the conversations and drawn anew on the others, so their differences have a correlation of
 `CORRELATION`.
 """
 

@@ -47,7 +47,11 @@ class ChampionScores(Report):
     logp_accuracy: Proportion
     reward_against: Comparison = Field(description="Implicit-reward accuracy, policy less champion, on the same pairs.")
     logp_against: Comparison = Field(description="Accuracy by log-probability per token, policy less champion.")
-    neutral_ratio: float | None = Field(default=None, description="Of neutral perplexities, it over its own start.")
+    reward_accuracy_per_token: Proportion | None = Field(default=None, description="None: of an earlier version.")
+    margin: MeanScore | None = Field(default=None, description="Mean margin in nats; None: of an earlier version.")
+    kl: Divergence | NotMeasured | None = Field(default=None, description="KL(champion || its start), as the policy's.")
+    neutral: Perplexity | NotMeasured | None = Field(default=None, description="Of neutral texts, by its start and it.")
+    chosen: Perplexity | None = Field(default=None, description="Of chosen answers, by its start (`sft`) and by it.")
     left_out: dict[str, int] = Field(
         default={}, description="Held-out pairs that it could not be asked, by reason: neither side is scored on them."
     )
@@ -56,6 +60,7 @@ class ChampionScores(Report):
 # How a share of held-out pairs is called wherever it is shown, by the field of EvaluationReport that holds it.
 SHARES = {
     "implicit_reward_accuracy": "policy, implicit reward against SFT",
+    "reward_accuracy_per_token": "policy, implicit reward against SFT, per token",
     "logp_accuracy_policy": "policy, log-probability per token",
     "logp_accuracy_sft": "SFT, log-probability per token",
     "pick_the_longer": "baseline: pick the longer answer",
@@ -71,6 +76,7 @@ class EvaluationReport(Report):
     pairs: int
     prompts: int
     implicit_reward_accuracy: Proportion
+    reward_accuracy_per_token: Proportion | None = Field(default=None, description="None: of an earlier version.")
     logp_accuracy_sft: Proportion
     logp_accuracy_policy: Proportion
     pick_the_longer: Proportion
@@ -109,4 +115,5 @@ class EvaluationReport(Report):
     @property
     def shares(self) -> tuple[tuple[str, Proportion], ...]:
         """Each share of held-out pairs with its name, in the order in which they are shown."""
-        return tuple((label, getattr(self, name)) for name, label in SHARES.items())
+        each = ((label, getattr(self, name)) for name, label in SHARES.items())
+        return tuple((label, share) for label, share in each if share is not None)

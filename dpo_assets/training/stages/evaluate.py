@@ -68,7 +68,8 @@ def run(spec: EvaluateSpec, reporter: Reporter) -> None:
             **{who: AnswerHealth.model_validate(generation_health(said)) for who, said in answered.items()}
         ),
         opponent=Opponent(spec.champion.name, asked.left_out) if spec.champion else None,
-        kl=_kl(measured[POLICY], measured[SFT]),
+        kl=_kl(POLICY, SFT, measured),
+        kl_of_champion=_kl(CHAMPION, START, measured) if spec.champion else None,
         neutral=_neutral(SFT, POLICY, subjects, measured, spec.confidence),
         neutral_of_champion=_neutral(START, CHAMPION, subjects, measured, spec.confidence) if spec.champion else None,
     )
@@ -118,17 +119,19 @@ def _asked(spec: EvaluateSpec, plan: TrainingPlan, reporter: Reporter) -> _Asked
         texts=as_groups(texts, chat, fits),
         sampled=[ids for _, ids in found[: spec.sampled_answers]],
     )
-    prompts = [row for row, _ in answered]
-    theirs = ours if champion is None else champion.reading(rows["pair_id"], prompts, texts, fits)
+    prompts, theirs = [row for row, _ in answered], ours
+    if champion is not None:
+        drawn = [row for row, _ in found[: spec.sampled_answers] if champion.leaves_room(row, spec.max_new_tokens)]
+        theirs = champion.reading(rows["pair_id"], prompts, texts, fits, drawn)
     return _Asked(rows, prompts, ours, theirs, {} if champion is None else champion.left_out)
 
 
-def _kl(policy: Measured, sft: Measured) -> Divergence | NotMeasured:
-    """KL(policy || SFT) on what the policy says itself."""
-    if not policy.drawn:
+def _kl(policy: str, start: str, measured: Mapping[str, Measured]) -> Divergence | NotMeasured:
+    """KL(policy || its start) on what the policy says itself."""
+    own, who = measured[policy], CALLED[policy]
+    if not own.drawn:
         return NotMeasured(not_measured="no answers were sampled, or no held-out prompt leaves room for one")
-    who = CALLED[POLICY]
-    return per_token(log_ratios(policy.drawn, policy.heard[who], sft.heard[who]))
+    return per_token(log_ratios(own.drawn, own.heard[who], measured[start].heard[who]))
 
 
 def _neutral(
@@ -183,16 +186,20 @@ def _subjects(spec: EvaluateSpec, asked: _Asked) -> dict[str, Subject]:
         known = {"base": digests.get("base_model", ""), "adapter": digests.get("dpo_adapter", "")}
         return Subject(CALLED[who], base, adapter, reading, known)
 
-    # What the policy draws, SFT scores after it.
+    # What a policy draws, its start scores after it.
     policy = released(POLICY, spec.base_model, spec.adapter, spec.policy, ours, spec.inputs)
     sft = start(SFT, spec.base_model, spec.sft_adapter, ours, spec.inputs)
     hears = (policy.name,) if ours.sampled else ()
-    found = {POLICY: replace(policy, draws=bool(hears), hears=hears), SFT: replace(sft, hears=hears)}
-    if champion is not None:
-        base, own = champion.base_model, champion.inputs
-        found[CHAMPION] = released(CHAMPION, base, champion.adapter, champion.policy, theirs, own)
-        if not champion.same_start:
-            found[START] = start(START, base, champion.sft_adapter, theirs, own)
+    found = {POLICY: replace(policy, draws=bool(hears), hears=hears)}
+    if champion is None:
+        return found | {SFT: replace(sft, hears=hears)}
+    base, own = champion.base_model, champion.inputs
+    live = released(CHAMPION, base, champion.adapter, champion.policy, theirs, own)
+    heard = (live.name,) if theirs.sampled else ()
+    found[CHAMPION] = replace(live, draws=bool(heard), hears=heard)
+    found[SFT] = replace(sft, hears=(*hears, *heard) if champion.same_start else hears)
+    if not champion.same_start:
+        found[START] = replace(start(START, base, champion.sft_adapter, theirs, own), hears=heard)
     return found
 
 

@@ -40,8 +40,8 @@ def score_logits(logits: Tensor, target: Tensor, grad: Tensor | None) -> LogitSc
         )  # fmt: skip
         logps, entropy, mean = scores
         return LogitScores(logps, entropy, mean, top1)
-    # Not `log_softmax`, which on a CPU adds up a vocabulary one by one in fp32: of 49,152 logits that is 7e-6 nats off in
-    # one direction, 2e-3 over an answer of 250 tokens (benchmarks/RESULTS.md). `sum` adds pairwise.
+    # Not `log_softmax`, which on a CPU adds up a vocabulary one by one in fp32: of 49,152 logits that is 7e-6 nats off
+    # in one direction, 2e-3 over an answer of 250 tokens (benchmarks/RESULTS.md). `sum` adds pairwise.
     shifted = logits - logits.amax(-1, keepdim=True)
     weights = shifted.exp()
     total = weights.sum(-1).double()
