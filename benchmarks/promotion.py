@@ -304,7 +304,7 @@ def other_coverage(trials: int) -> Iterator[list[str]]:
     usual = (((1, 1), 0.0), ((1, 10), 0.3), ((1, 10), 1.0))
     kinds = [Pairs(count, *sizes, agreement) for count in (50, 100, 200, 600) for sizes, agreement in usual]
     for pairs in (*kinds, *(replace(LONG, conversations=count) for count in (50, 100, 200, 600))):
-        rng = np.random.default_rng([5, *_seeds(pairs)])
+        rng, lengths = np.random.default_rng([5, *_seeds(pairs)]), np.random.default_rng([9, *_seeds(pairs)])
         margins, compared, ratios = [], [], []
         for _ in range(trials):
             names = np.repeat(np.arange(pairs.conversations), pairs.sizes(rng, 1)[0])
@@ -313,7 +313,7 @@ def other_coverage(trials: int) -> Iterator[list[str]]:
             margins.append(_holds(clustered_mean(mixed.tolist(), names.tolist()), 2.0))
             found = compare(*_five_points_better(rng, pairs, names), names.tolist(), draws=FEW_DRAWS)
             compared.append(found.low <= 0.05 <= found.high)
-            tokens = rng.geometric(1 / 50, len(names)) + 4.0
+            tokens = lengths.geometric(1 / 50, len(names)) + 4.0
             ratio = clustered_ratio((mixed * np.sqrt(tokens)).tolist(), tokens.tolist(), names.tolist())
             ratios.append(_holds(ratio, 2.0 * ROOT_OVER_TOKENS))
         yield [str(pairs), told(of(margins)), told(of(compared)), told(of(ratios))]
