@@ -7,7 +7,7 @@ from typing import Any
 
 from dpo_assets.checks.evidence.measured import Comparison
 from dpo_assets.checks.evidence.power import EFFECT, POWER, Reach, one_sided, reach_of_comparison, reach_of_score
-from dpo_assets.checks.reports import Divergence, EvaluationReport, NotMeasured, Perplexity
+from dpo_assets.checks.reports import Divergence, EvaluationReport, InstructionsFollowed, NotMeasured, Perplexity
 from dpo_assets.checks.statistics import Proportion, percent
 from dpo_assets.report.tables import table
 
@@ -137,6 +137,37 @@ def parts_table(report: EvaluationReport) -> str:
     header = ["part", "pairs", "implicit reward", "log-probability per token, policy less SFT"]
     header += ["champion, implicit reward", "implicit reward, policy less champion"]
     return table(header, rows) if rows else "one source, and one margin or none"
+
+
+def instructions_table(report: EvaluationReport) -> str:
+    """Instructions that each model followed, with the least difference that so many find, and each by itself."""
+    part, level = report.instructions, one_sided(report.confidence)
+    if not isinstance(part, InstructionsFollowed):
+        return "not measured" + (f": {part.not_measured}" if part else "")
+    scores: list[tuple[str, Proportion | Comparison | None]] = [
+        ("SFT", part.sft),
+        ("policy", part.policy),
+        ("champion", part.champion),
+        ("policy less SFT, paired", part.against_sft),
+        ("policy less champion, paired", part.against_champion),
+    ]
+    rows = [
+        [
+            label,
+            f"{one.value:.3f}" if isinstance(one, Proportion) else f"{one.difference:+.3f}",
+            _ends(one.low, one.high, ".3f" if isinstance(one, Proportion) else "+.3f"),
+            str(one.n),
+            *_found(reach_of_score(one, level) if isinstance(one, Proportion) else reach_of_comparison(one, level)),
+        ]
+        for label, one in scores
+        if one is not None
+    ]
+    interval, least = f"{percent(report.confidence)} interval", f"found: {POWER:.0%} of the time"
+    header = ["instructions followed", "share", interval, "n", least, f"{100 * EFFECT:.0f} points found"]
+    each = [
+        [name, *("-" if met is None else "yes" if met else "no" for met in by)] for name, *by in part.by_instruction
+    ]
+    return f"{table(header, rows)}\n\n{table(['instruction', *SIDES.values()], each)}"
 
 
 def answers_table(answers: Sequence[Mapping[str, Any]]) -> str:

@@ -16,8 +16,17 @@ from transformers import GenerationConfig
 
 from dpo_assets.artifact import VOLATILE
 from dpo_assets.checks.evidence.candidate import ScoredPairs
+from dpo_assets.checks.instructions import INSTRUCTIONS
 from dpo_assets.checks.neutral import read_texts
-from dpo_assets.checks.reports import AnswerHealth, Divergence, EvaluationReport, GreedyAnswers, NotMeasured, Perplexity
+from dpo_assets.checks.reports import (
+    AnswerHealth,
+    Divergence,
+    EvaluationReport,
+    GreedyAnswers,
+    InstructionsFollowed,
+    NotMeasured,
+    Perplexity,
+)
 from dpo_assets.checks.statistics import wilson
 from dpo_assets.contract import ChampionSpec, EvaluateSpec, TemplateSettings
 from dpo_assets.errors import ConfigError
@@ -379,6 +388,19 @@ def test_a_release_whose_kl_nobody_asked_for_says_so(evaluation: EvaluateMaker, 
     _, report, _ = scored(evaluation(tmp_path / "out", generations=0))
     assert isinstance(report.kl, NotMeasured)
     assert isinstance(report.neutral, NotMeasured)
+    assert isinstance(report.instructions, NotMeasured)
+
+
+def test_instructions_are_answered_greedily_as_a_user_asks_them(
+    evaluation: EvaluateMaker, model_folder: Path, chat: ChatFormat, tmp_path: Path
+) -> None:
+    spec = evaluation(tmp_path / "out", generations=1, instructions=2)
+    scored(spec)
+    told = json.loads((spec.output_dir / "instructions.json").read_text(encoding="utf-8"))
+    prompts = [chat.prompt_ids([{"role": "user", "content": one.prompt}]) for one in INSTRUCTIONS[:2]]
+    said = generate(load_base(model_folder, spec.plan).eval(), prompts, chat, spec.max_new_tokens)
+    assert [row["policy"] for row in told] == [answer["text"] for answer in said]
+    assert len(json.loads((spec.output_dir / "generations.json").read_text(encoding="utf-8"))) == 1
 
 
 # --- the champion, scored again on the pairs of now ---------------------------------------------------------------
@@ -391,7 +413,7 @@ def test_the_champion_is_scored_on_the_same_pairs_against_its_own_start(
     on_base = plan_for(scoring=Scoring(subject="adapter"))
     spec = evaluation(
         tmp_path / "out", plan=on_base, sft_adapter=None, adapter=sft_adapter, policy=tmp_path / "gone",
-        champion=champion(model_folder, sft_adapter, policy=tmp_path / "gone"), sampled_answers=3,
+        champion=champion(model_folder, sft_adapter, policy=tmp_path / "gone"), sampled_answers=3, instructions=2,
     )  # fmt: skip
     table, report, _ = scored(spec)
     for column in ("chosen", "rejected"):
@@ -413,6 +435,15 @@ def test_the_champion_is_scored_on_the_same_pairs_against_its_own_start(
     assert all(set(row) == {"prompt", "sft", "policy", "champion"} for row in said)
     assert [row["champion"] for row in said] == [row["policy"] for row in said]
     assert report.generation.champion == report.generation.policy
+    told = json.loads((spec.output_dir / "instructions.json").read_text(encoding="utf-8"))
+    assert [(row["name"], row["champion"]) for row in told] == [(one["name"], one["policy"]) for one in told]
+    assert isinstance(report.instructions, InstructionsFollowed)
+    asked = {one.name: one for one in INSTRUCTIONS}
+    assert report.instructions.by_instruction == tuple(
+        (row["name"], *(asked[row["name"]].followed_by(row[who]) for who in ("sft", "policy", "champion")))
+        for row in told
+    )
+    assert (len(told), report.instructions.policy.n) == (2, 2)
 
 
 def test_a_start_that_both_share_is_scored_once(

@@ -40,6 +40,20 @@ class GreedyAnswers(Report):
     champion: AnswerHealth | None = None
 
 
+class InstructionsFollowed(Report):
+    """Shares of the package's own instructions (`checks.instructions`) that greedy answers followed, and what differs.
+
+    `by_instruction` holds of each its name and whether SFT, policy and champion followed it. No champion: None.
+    """
+
+    sft: Proportion
+    policy: Proportion
+    champion: Proportion | None = None
+    against_sft: Comparison = Field(description="Policy less SFT, paired by instruction.")
+    against_champion: Comparison | None = None
+    by_instruction: tuple[tuple[str, bool, bool, bool | None], ...]
+
+
 class ChampionScores(Report):
     """The champion on the same held-out pairs, its implicit reward measured against its own start."""
 
@@ -107,6 +121,9 @@ class EvaluationReport(Report):
     )
     neutral: Perplexity | NotMeasured | None = Field(
         default=None, description="Of texts that no feedback is about; None: of an earlier version."
+    )
+    instructions: InstructionsFollowed | NotMeasured | None = Field(
+        default=None, description="Of instructions about the form of an answer; None: of an earlier version."
     )
     chosen: Perplexity | None = Field(
         default=None, description="Of the chosen answers, with an interval over conversations."

@@ -29,7 +29,8 @@ PART = 1024  # Fewest pairs that are scored and kept together: in 16 bit small p
 class Reading:
     """What a tokenizer with its chat template makes of all that is asked.
 
-    Held-out `pairs`, `prompts` to be answered greedily, neutral `texts`, and prompts to be answered at temperature 1.
+    Held-out `pairs`, `prompts` to be answered greedily, neutral `texts`, prompts to be answered at temperature 1, and
+    `instructions` to be followed.
     """
 
     chat: ChatFormat
@@ -37,6 +38,7 @@ class Reading:
     prompts: list[list[int]]
     texts: Sequence[Group] = ()
     sampled: Sequence[list[int]] = ()
+    instructions: Sequence[list[int]] = ()
 
 
 def as_groups(texts: Sequence[str], chat: ChatFormat, longest: int) -> list[Group]:
@@ -73,7 +75,8 @@ class Measured:
     """What a subject said: summed log-probabilities in nats, and answers.
 
     `logps` has (chosen, rejected) a pair, `texts` one a neutral text, `heard` one an answer that was drawn, by who drew
-    it. `known` counts the pairs whose scores were kept from an earlier time.
+    it. `instructed` are the answers to instructions. `known` counts the pairs whose scores were kept from an earlier
+    time.
     """
 
     logps: Scores
@@ -81,6 +84,7 @@ class Measured:
     drawn: list[Group]
     heard: dict[str, list[float]]
     answers: list[dict[str, Any]]
+    instructed: list[dict[str, Any]]
     known: int
 
 
@@ -141,8 +145,10 @@ class Bench:
             own = self._draw(model, subject) if subject.draws else []
             drawn[who] = own
             heard = {one: score_groups(model, drawn[one], plan.token_budget)[0] for one in subject.hears}
-            answers = generate(model, subject.reading.prompts, subject.reading.chat, self.max_new_tokens)
-        return settled, Measured(logps, of_texts, own, heard, answers, known)
+            asked = [*subject.reading.prompts, *subject.reading.instructions]
+            answers = generate(model, asked, subject.reading.chat, self.max_new_tokens)
+        greedy = len(subject.reading.prompts)
+        return settled, Measured(logps, of_texts, own, heard, answers[:greedy], answers[greedy:], known)
 
     def _draw(self, model: Any, subject: Subject) -> list[Group]:
         reading = subject.reading

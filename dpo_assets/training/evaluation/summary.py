@@ -20,6 +20,7 @@ from dpo_assets.checks.reports import (
     Divergence,
     EvaluationReport,
     GreedyAnswers,
+    InstructionsFollowed,
     NotMeasured,
     Perplexity,
 )
@@ -49,6 +50,7 @@ def summarise(
     neutral: Perplexity | NotMeasured | None = None,
     kl_of_champion: Divergence | NotMeasured | None = None,
     neutral_of_champion: Perplexity | NotMeasured | None = None,
+    instructions: InstructionsFollowed | NotMeasured | None = None,
 ) -> EvaluationReport:
     """Scores with intervals over conversations, from the per-pair table: pairs of one are no independent evidence."""
     chosen_ratio = (table["policy_chosen"] - table["sft_chosen"]) / table["chosen_tokens"]
@@ -125,6 +127,7 @@ def summarise(
         champion_scores=champion,
         kl=kl,
         neutral=neutral,
+        instructions=instructions,
         chosen=perplexities(
             table["chosen_tokens"].to_list(),
             table["sft_chosen"].to_list(),

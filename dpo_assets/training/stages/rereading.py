@@ -39,6 +39,7 @@ class Reread:
         texts: Sequence[str],
         longest: int,
         sampled: Sequence[Mapping[str, Any]],
+        instructions: Sequence[Mapping[str, Any]],
     ) -> Reading:
         """The same pairs, prompts of the same rows, and texts of at most `longest` tokens, in the same order."""
         return Reading(
@@ -47,6 +48,7 @@ class Reread:
             [self.prompt_ids(row) for row in asked],
             as_groups(texts, self.chat, min(longest, self.longest)),
             [self.prompt_ids(row) for row in sampled],
+            [self.prompt_ids(row) for row in instructions],
         )
 
     def leaves_room(self, row: Mapping[str, Any], tokens: int) -> bool:
