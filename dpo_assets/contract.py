@@ -278,6 +278,7 @@ class EvaluateSpec(ReleaseSpec):
     champion: ChampionSpec | None = Field(default=None, description="None: nothing is live yet.")
     sampled_answers: int = Field(default=0, description="Answers of the policy's own that its KL from SFT is of.")
     corpus: Path | None = Field(default=None, description="File of neutral texts (`checks.neutral`); None: not asked.")
+    instructions: int = Field(default=0, description="How many of `checks.instructions` are asked.")
     score_cache: Path | None = Field(default=None, description="Where scores are kept from one time to the next.")
     confidence: float
     generations: int

@@ -19,9 +19,10 @@ from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.evaluation import champion_scored, divergence_in_training, released_kl
 from dpo_assets.checks.evidence.candidate import ScoredPairs
 from dpo_assets.checks.evidence.clusters import COUNTED_BY
+from dpo_assets.checks.instructions import digest, instructions_followed
 from dpo_assets.checks.neutral import NEUTRAL, neutral_perplexity, read_texts
 from dpo_assets.checks.promotion import Learned, Margins, evaluation_verdicts
-from dpo_assets.checks.reports import DpoReport, EvaluationReport, HeldOutPairs
+from dpo_assets.checks.reports import Divergence, DpoReport, EvaluationReport, HeldOutPairs
 from dpo_assets.contract import ChampionSpec, EvaluateSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.trained import seen_pairs
@@ -29,7 +30,14 @@ from dpo_assets.hashing import file_sha256
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.precision import QUANTISED
 from dpo_assets.report.score_plots import score_plots
-from dpo_assets.report.scores import answers_table, parts_table, perplexity_table, scores_table
+from dpo_assets.report.scores import (
+    answers_table,
+    distance_table,
+    instructions_table,
+    parts_table,
+    perplexity_table,
+    scores_table,
+)
 
 SCORES = "scores.parquet"
 
@@ -49,6 +57,7 @@ def materialise(step: Step) -> Events:
     kl = None if merged and plan.precision in QUANTISED else divergence_in_training(adapter)
     sampled = 0 if kl else evaluation.sampled_answers
     settings = evaluation.model_dump(include={"confidence", "generations", "max_new_tokens"})
+    settings["instructions"] = digest(evaluation.instructions)
     config: dict[str, object] = {"evaluation": settings, "sampled_answers": sampled, "counted_by": COUNTED_BY}
     config["corpus"] = file_sha256(corpus) if corpus.is_file() else ""
     if champion is not None:
@@ -74,7 +83,9 @@ def materialise(step: Step) -> Events:
                 corpus=corpus,
                 sampled_answers=sampled,
                 score_cache=step.tree.root / "cache" / "reference.sqlite",
-                **evaluation.model_dump(include={"confidence", "generations", "max_new_tokens", "min_pairs"}),
+                **evaluation.model_dump(
+                    include={"confidence", "generations", "max_new_tokens", "min_pairs", "instructions"}
+                ),
             ),
         )
 
@@ -95,6 +106,7 @@ def materialise(step: Step) -> Events:
             released_kl(report, kl, step.bands),
             neutral_perplexity(report, step.bands),
             champion_scored(report),
+            instructions_followed(report),
         ],
         {
             "scored": report.scored or "not recorded: these scores are of an earlier version",
@@ -110,6 +122,8 @@ def materialise(step: Step) -> Events:
             "scores": dg.MetadataValue.md(scores_table(report)),
             **{title: dg.MetadataValue.md(plot) for title, plot in _plots(step, artifact).items()},
             "perplexity": dg.MetadataValue.md(perplexity_table(report)),
+            "distance": dg.MetadataValue.md(distance_table(report, kl, _kl_of_champion(step, report) if kl else None)),
+            "instructions": dg.MetadataValue.md(instructions_table(report)),
             "parts": dg.MetadataValue.md(parts_table(report)),
             "answers": dg.MetadataValue.md(answers_table(artifact.json("generations.json"))),
         },
@@ -119,6 +133,15 @@ def materialise(step: Step) -> Events:
 def _plots(step: Step, scores: Artifact) -> dict[str, str]:
     """Of the pairs one by one; none where only checks are evaluated, whose page has no plots."""
     return {} if step.only_checks else score_plots(ScoredPairs.read(scores.path / SCORES))
+
+
+def _kl_of_champion(step: Step, report: EvaluationReport) -> Divergence | None:
+    """As its training measured it, where the policy's was measured so too; None where it is not there to be asked."""
+    if report.champion is None:
+        return None
+    with suppress(ConfigError):
+        return divergence_in_training(_dpo_report(find_champion(step.tree, report.champion).adapter))
+    return None
 
 
 def _dpo_report(adapter: Artifact) -> DpoReport | None:

@@ -104,6 +104,12 @@ CHECKS: tuple[CheckInfo, ...] = (
     CheckInfo("neutral_perplexity", "eval_scores", "Texts that no feedback is about stayed as likely as before."),
     CheckInfo("champion_scored", "eval_scores", "The champion was asked every held-out pair.", blocking=False),
     CheckInfo(
+        "instructions_followed",
+        "eval_scores",
+        "The policy follows instructions about form as SFT does.",
+        blocking=False,
+    ),
+    CheckInfo(
         "judge_health", "judged_answers", "The judge answers, agrees with itself and with people.", blocking=False
     ),
     CheckInfo("judged_better", "judged_answers", "The judge does not prefer the answers of SFT.", blocking=False),

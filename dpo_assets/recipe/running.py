@@ -61,6 +61,13 @@ class EvaluationSection(Section):
         ),
         examples=["./probes/plain.txt"],
     )
+    instructions: int = Field(
+        default=24,
+        ge=0,
+        le=24,
+        description="Instructions about the form of an answer (JSON, ten words, no comma, ...) that SFT, policy and "
+        "champion are given, and a program checks; 0 for a base that follows none.",
+    )
     judge: JudgeSection | None = Field(
         default=None, description="Compares those answers, in an asset of its own. None: nobody is asked."
     )

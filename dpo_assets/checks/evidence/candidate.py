@@ -94,10 +94,27 @@ class ScoredPairs:
         """1 where the log-ratio of a policy to its start is higher for the chosen answer; 0.5 for a tie."""
         return wins_of(self.reward_margins(policy, start))
 
+    def reward_wins_per_token(self, policy: str = "policy", start: str = "sft") -> list[float]:
+        """1 where the log-ratio of a policy to its start is higher per token for the chosen answer; 0.5 for a tie.
+
+        The difference is told in nats of an answer of the two's mean length, so that a tie is what it is elsewhere.
+        """
+        of = self.columns
+        ratios = [
+            [own - was for own, was in zip(of[f"{policy}_{answer}"], of[f"{start}_{answer}"], strict=True)]
+            for answer in ("chosen", "rejected")
+        ]
+        both = zip(*ratios, *self._tokens(policy), strict=True)
+        return wins_of([(c / long - r / short) * (long + short) / 2 for c, r, long, short in both])
+
+    def _tokens(self, model: str) -> tuple[Sequence[float], Sequence[float]]:
+        """Of both answers, as the model counts them."""
+        chosen, rejected = (self.columns.get(f"{model}_{name}", self.columns[name]) for name in TOKENS)
+        return chosen, rejected
+
     def logp_gaps(self, model: str = "policy") -> list[float]:
         """Log-probability per token of the model's own, of the chosen answer less the rejected one, in nats."""
-        of = self.columns
-        chosen_tokens, rejected_tokens = (of.get(f"{model}_{name}", of[name]) for name in TOKENS)
+        of, (chosen_tokens, rejected_tokens) = self.columns, self._tokens(model)
         both = zip(of[f"{model}_chosen"], chosen_tokens, of[f"{model}_rejected"], rejected_tokens, strict=True)
         return [chosen / long - rejected / short for chosen, long, rejected, short in both]
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import NormalDist
 
 from dpo_assets.checks.evidence.ledger import Decided, Decision, Ledger, Override, Primary
 from dpo_assets.checks.evidence.measured import Comparison
 from dpo_assets.checks.evidence.power import FEWEST_PROMPTS, can_decide
-from dpo_assets.checks.evidence.spending import share_of_look
+from dpo_assets.checks.evidence.spending import HIGHEST, share_of_look
 from dpo_assets.checks.statistics import holm
 
 TOLERANCE = 0.05  # Accuracy that a guard may be seen to lose, beside one standard error.
@@ -85,6 +86,20 @@ def measured_loss(error: float) -> float:
     Pairs whose error is not known, as of a single prompt, show no loss.
     """
     return TOLERANCE + (math.inf if math.isnan(error) else error)
+
+
+def held_from(error: float) -> float:
+    """The loss as measured from which `has_lost` holds, given its standard error: whichever of its two is less."""
+    return min(NormalDist().inv_cdf(1 - HIGHEST) * error, measured_loss(error))
+
+
+def chance_of_hold(loss: float, error: float) -> float:
+    """The chance that a guard holds a challenger that truly lost so much, by normal theory and by one metric.
+
+    With 100 pairs on 30 % of which two models differ the error is 0.055: of challengers that are five points worse it
+    holds 16 %, and one of two metrics does 25 % (benchmarks/RESULTS.md).
+    """
+    return NormalDist().cdf((loss - held_from(error)) / error) if error > 0 and math.isfinite(error) else math.nan
 
 
 def has_lost(guard: Comparison) -> bool:

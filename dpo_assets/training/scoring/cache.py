@@ -26,7 +26,7 @@ from dpo_assets.version import __version__
 Fact = str | int | float | bool | None
 Scores = list[tuple[float, float]]
 PARTS, LARGEST = 10, 4096  # In which scores are computed and kept: a tenth of the pairs, and never more than so many.
-SCORING = 3  # Of how a pair is scored: scores that were rounded in another way must not meet the policy's.
+SCORING = 4  # Of how a pair is scored: scores that were rounded in another way must not meet the policy's.
 
 
 def score_key(**facts: Fact) -> str:
