@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 import sqlite3
 import time
 from collections.abc import Sequence
@@ -17,11 +16,10 @@ from hypothesis import strategies as st
 
 from dpo_assets.assets.scorers_ahead import refuse_scorers
 from dpo_assets.checks.judged import judge_verdicts
-from dpo_assets.checks.statistics import wilson
+from dpo_assets.checks.statistics import Proportion, wilson
 from dpo_assets.errors import ConfigError, InfrastructureError
-from dpo_assets.judging.comparing import Comparison, Message, Outcome, compare, question, verdict
+from dpo_assets.judging.comparing import Message, compare, question, verdict
 from dpo_assets.judging.endpoint import ATTEMPTS, Endpoint
-from dpo_assets.judging.rates import SCORES, Tally, at_equal_length, corrected
 from dpo_assets.judging.replies import Remembered
 from dpo_assets_tests.judging.server import KEY, Answering, JudgeServer, by_merit, parts_of
 from dpo_assets_tests.samples import judged_answers, recipe
@@ -230,95 +228,6 @@ def test_a_judge_that_refuses_ends_the_plan_and_one_that_is_not_up_yet_does_not(
     assert "gave no answer" in refuse_scorers(evaluation)  # Nobody listens any more.
 
 
-# --- shares -----------------------------------------------------------------------------------------------------------
-
-
-def outcomes(*names: Outcome) -> list[Comparison]:
-    return [Comparison(name, False, ("", "")) for name in names]
-
-
-def test_a_share_counts_ties_half_and_leaves_out_what_has_no_verdict() -> None:
-    tally = Tally.of(outcomes("win", "win", "tie", "loss", "null"))
-    assert tally.share(0.95) == wilson(2.5, 4)
-    assert (tally.asked, tally.decided) == (5, 4)
-
-
-@settings(max_examples=60, deadline=None)
-@given(true=st.floats(0.05, 0.95), agreement=st.floats(0.7, 1.0))
-def test_a_judge_that_errs_is_corrected_to_the_true_share(true: float, agreement: float) -> None:
-    n = 10_000
-    seen = agreement * true + (1 - agreement) * (1 - true)
-    found = corrected(wilson(seen * n, n), wilson(agreement * n, n))
-    assert found.value == pytest.approx(true, abs=1e-6)
-    assert found.low <= true <= found.high
-
-
-def test_a_perfect_judge_is_not_corrected_and_one_that_tosses_coins_says_nothing() -> None:
-    share = wilson(60, 100)
-    assert corrected(share, wilson(1000, 1000)).value == pytest.approx(0.6)
-    for agreement in (wilson(55, 100), wilson(0, 0), wilson(20, 100)):
-        found = corrected(share, agreement)
-        assert math.isnan(found.value)
-        assert (found.low, found.high) == (0.0, 1.0)
-
-
-def test_the_corrected_interval_holds_the_true_share_as_often_as_it_says() -> None:
-    """A judge right on 80 %, 200 answers of which 55 % are better, 100 pairs of people: 400 repetitions."""
-    drawn, true, right = random.Random(0), 0.55, 0.8
-    held = 0
-    for _ in range(400):
-        better = [drawn.random() < true for _ in range(200)]
-        said = sum((drawn.random() < right) == b for b in better)
-        agreed = sum(drawn.random() < right for _ in range(100))
-        found = corrected(wilson(said, 200), wilson(agreed, 100))
-        held += found.low <= true <= found.high
-    assert 0.92 <= held / 400 <= 0.98
-
-
-def test_few_comparisons_are_never_certain() -> None:
-    for wins in (0, 16):
-        found = corrected(wilson(wins, 16), wilson(95, 100))
-        assert found.high - found.low > 0.1
-    assert corrected(wilson(0, 1), wilson(95, 100)).high > 0.5
-
-
-@settings(max_examples=40, deadline=None)
-@given(data=st.lists(st.tuples(st.sampled_from(sorted(SCORES)), st.integers(0, 500), st.integers(0, 500)), max_size=30))
-def test_a_share_at_equal_length_is_a_share_whatever_the_lengths(data: list[tuple[Outcome, int, int]]) -> None:
-    found = at_equal_length(outcomes(*(name for name, _, _ in data)), [(a, b) for _, a, b in data], 0.95)
-    assert math.isnan(found.value) if not data else 0.0 <= found.low <= found.value <= found.high <= 1.0
-
-
-def test_wins_that_go_with_length_are_no_wins_at_equal_length() -> None:
-    """A judge that prefers the longer answer in four of five pairs, and a policy that is longer in four of five."""
-    wins = outcomes(*["win"] * 32, *["loss"] * 8, *["win"] * 2, *["loss"] * 8)
-    longer = [(200, 100)] * 40 + [(100, 200)] * 10
-    assert Tally.of(wins).share(0.95).value == pytest.approx(0.68)
-    assert at_equal_length(wins, longer, 0.95).value == pytest.approx(0.5, abs=0.01)
-    alike = at_equal_length(wins, [(100 + n % 2, 101 - n % 2) for n in range(50)], 0.95)
-    assert alike.value == pytest.approx(0.68, abs=0.01)
-    assert math.isnan(at_equal_length(outcomes("null"), [(1, 2)], 0.95).value)
-
-
-def test_the_interval_at_equal_length_holds_the_true_share_as_often_as_it_says() -> None:
-    """60 prompts, a share of 0.6 at equal length, and a taste for length beside it: 120 repetitions."""
-    drawn, held = random.Random(2), 0
-    for _ in range(120):
-        differences = [drawn.gauss(20, 60) for _ in range(60)]
-        scale = math.sqrt(math.fsum(d * d for d in differences) / 60)
-        odds = [math.log(0.6 / 0.4) + math.tanh(d / scale) for d in differences]
-        won = outcomes(*("win" if drawn.random() < 1 / (1 + math.exp(-one)) else "loss" for one in odds))
-        found = at_equal_length(won, [(1000 + round(d), 1000) for d in differences], 0.95)
-        held += found.low <= 0.6 <= found.high
-    assert 0.9 <= held / 120 <= 0.99
-
-
-def test_wins_alone_are_not_certain_at_equal_length() -> None:
-    found = at_equal_length(outcomes(*["win"] * 8), [(10, 9)] * 8, 0.95)
-    assert found.low == pytest.approx(wilson(8, 8).low, abs=0.02)
-    assert at_equal_length(outcomes("win", "loss"), [(10, 9)] * 2, 0.95).low == 0.0
-
-
 # --- verdicts ---------------------------------------------------------------------------------------------------------
 
 
@@ -341,13 +250,14 @@ def test_a_judge_that_cannot_be_believed_is_told_by_what(changes: dict[str, obje
     assert fix in health.fix
 
 
-def test_the_corrected_share_decides_where_there_is_one() -> None:
-    worse, better = wilson(20, 100), wilson(80, 100)
-    nothing = corrected(worse, wilson(0, 0))
-    for share, true, passed in ((worse, better, True), (better, worse, False), (worse, nothing, False)):
+def test_only_a_share_that_is_corrected_by_people_is_evidence() -> None:
+    """A judge that may be a coin preferred the policy on 80 of 100 answers, and was told as if that meant something."""
+    worse, better, nothing = wilson(20, 100), wilson(80, 100), Proportion(math.nan, 0.0, 1.0, 100)
+    for share, true, passed in ((worse, better, True), (better, worse, False), (better, nothing, False)):
         _, verdict_ = judge_verdicts(judged_answers(share=share, corrected=true))
         assert verdict_.passed is passed
         assert bool(verdict_.fix) is not passed
+        assert ("no evidence" in verdict_.headline) is (true is nothing)
 
 
 class Counting:

@@ -200,13 +200,19 @@ def test_a_folder_is_looked_for_beside_the_recipe_and_a_model_of_the_hub_is_not(
 
 
 def test_ties_count_half_and_what_errs_is_corrected_by_what_people_chose() -> None:
-    pairs = [Rewarded((1.0, 0.0), (9, 5))] * 6 + [Rewarded((0.0, 0.0), (5, 5))] * 2 + [Rewarded((0.0, 1.0), (5, 9))] * 2
-    people = [Rewarded((1.0, 0.0), (5, 5))] * 80 + [Rewarded((0.0, 1.0), (5, 5))] * 20
-    found = summarise("r", [*pairs, Rewarded(None, (1, 1), TOO_LONG)], people, 0.95)
+    def each(rewards: tuple[float, float], lengths: tuple[int, int], numbers: range) -> list[Rewarded]:
+        return [Rewarded(rewards, lengths, f"{number}") for number in numbers]
+
+    pairs = [
+        *each((1.0, 0.0), (9, 5), range(6)), *each((0.0, 0.0), (5, 5), range(6, 8)),
+        *each((0.0, 1.0), (5, 9), range(8, 10)),
+    ]  # fmt: skip
+    people = each((1.0, 0.0), (5, 5), range(20, 100)) + each((0.0, 1.0), (5, 5), range(100, 120))
+    found = summarise("r", [*pairs, Rewarded(None, (1, 1), "10", TOO_LONG)], people, 0.95)
     assert (found.wins, found.ties, found.losses, found.left_out) == (6, 2, 2, {TOO_LONG: 1})
-    assert found.share == wilson(7, 10)
+    assert (found.share.value, found.share.n, found.share.clusters) == (0.7, 10, 10)
     assert found.difference.value == pytest.approx(0.4)
-    assert found.agreement == wilson(80, 100)
+    assert found.agreement.low == pytest.approx(wilson(80, 100).low)
     assert found.corrected.value == pytest.approx((0.7 + 0.8 - 1) / (2 * 0.8 - 1))
     assert found.share_at_equal_length == pytest.approx(0.5, abs=0.05)
 
