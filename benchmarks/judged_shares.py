@@ -1,11 +1,11 @@
-"""How often the intervals of a judge's shares hold the true share: as judged, corrected by people's pairs, at equal length.
+"""How often intervals of a judge's shares hold the true share: as judged, corrected by people's pairs, at equal length.
 
     python -m benchmarks.judged_shares [--scale 0.1] [--only corrected]
 
 A judge prefers the better of two answers with a skill of the conversation's own, whichever answer is better, and says
-"tie" with a chance, as one that is swayed by the order does. Whether the policy's answer is the better one is drawn with a
-chance of the conversation's own too. `alike` is the intra-class correlation of both. People's pairs are of the same
-conversations, as in a pipeline, or of others.
+"tie" with a chance, as one that is swayed by the order does. Whether the policy's answer is the better one is drawn
+with a chance of the conversation's own too. `alike` is the intra-class correlation of both. People's pairs are of the
+same conversations, as in a pipeline, or of others.
 """
 
 from __future__ import annotations

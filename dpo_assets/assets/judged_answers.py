@@ -19,8 +19,8 @@ from dpo_assets.checks.statistics import percent
 from dpo_assets.judging.comparing import Comparison, Judge, compare
 from dpo_assets.judging.pairs import AnswerPair, answers_of, human_pairs
 from dpo_assets.judging.rates import Tally, at_equal_length, share_of
-from dpo_assets.judging.shares import corrected
 from dpo_assets.judging.replies import Remembered
+from dpo_assets.judging.shares import corrected
 from dpo_assets.report.tables import table
 
 COMPARED = "compared.json"
@@ -83,6 +83,7 @@ def _told(pair: AnswerPair, one: Comparison) -> dict[str, Any]:
         "sft": pair.second,
         "outcome": one.outcome,
         "flipped": one.flipped,
+        "log_odds": one.log_odds,
         "replies": list(one.replies),
     }
 

@@ -29,7 +29,9 @@ def refuse_scorers(evaluation: EvaluationSection) -> str:
 
 def judge_endpoint(section: JudgeSection) -> Endpoint:
     """The judge that a recipe declares."""
-    return Endpoint(section.url, section.model, section.key_variable, section.max_tokens, section.timeout_seconds)
+    return Endpoint(
+        section.url, section.model, section.key_variable, section.max_tokens, section.timeout_seconds, section.verdict
+    )
 
 
 def refuse_reward_model(section: RewardModelSection) -> None:

@@ -65,8 +65,8 @@ def at_equal_length(
     """Win share at a length difference of zero: a logistic fit of the outcome on tanh of the standardised difference.
 
     The reduced form of AlpacaEval's length-controlled rate (Dubois et al., arXiv 2404.04475). Its interval is a
-    bootstrap of the whole fit over conversations, with a fixed seed. NaN between 0 and 1 without a verdict; too few bound
-    nothing.
+    bootstrap of the whole fit over conversations, with a fixed seed. NaN between 0 and 1 without a verdict; too few
+    bound nothing.
 
     Args:
         lengths: characters of the first and of the second answer of each comparison.

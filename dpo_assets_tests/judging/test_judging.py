@@ -14,14 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_assets.assets.scorers_ahead import refuse_scorers
+from dpo_assets.assets.scorers_ahead import judge_endpoint, refuse_scorers
 from dpo_assets.checks.judged import judge_verdicts
 from dpo_assets.checks.statistics import Proportion, wilson
 from dpo_assets.errors import ConfigError, InfrastructureError
-from dpo_assets.judging.comparing import Message, compare, question, verdict
+from dpo_assets.judging.comparing import Form, Message, Reply, compare, question, verdict
 from dpo_assets.judging.endpoint import ATTEMPTS, Endpoint
 from dpo_assets.judging.replies import Remembered
-from dpo_assets_tests.judging.server import KEY, Answering, JudgeServer, by_merit, parts_of
+from dpo_assets_tests.judging.server import KEY, Answering, Candidates, JudgeServer, by_merit, parts_of
 from dpo_assets_tests.samples import judged_answers, recipe
 
 ASKED: list[Message] = [{"role": "user", "content": "Which?"}]
@@ -33,12 +33,13 @@ class Told:
 
     identity = "told"
 
-    def __init__(self, answering: Answering) -> None:
-        self.answering, self.questions = answering, 0
+    def __init__(self, answering: Answering, form: Form = "text") -> None:
+        self.answering, self.form, self.questions = answering, form, 0
 
-    def reply(self, messages: Sequence[Message]) -> str:
+    def reply(self, messages: Sequence[Message]) -> Reply:
         self.questions += 1
-        return self.answering(list(messages))
+        said = self.answering(list(messages))
+        return Reply(said) if isinstance(said, str) else Reply(*said)
 
 
 def always(letter: str) -> Answering:
@@ -117,6 +118,85 @@ def test_a_question_is_asked_once_also_by_the_next_process_and_of_another_judge_
     assert other.questions == 2
 
 
+# --- a letter ---------------------------------------------------------------------------------------------------------
+
+
+def leaning(to_a: float, to_the_longer: float) -> Answering:
+    """A judge of letters that adds log-odds for the place and for the longer answer."""
+
+    def answer(messages: list[Message]) -> tuple[str, Candidates]:
+        first, second = map(len, parts_of(messages))
+        odds = to_a + to_the_longer * ((first > second) - (second > first))
+        return ("A" if odds > 0 else "B"), {"A": odds - 5, "B": -5.0}
+
+    return answer
+
+
+@pytest.mark.parametrize("to_a", [-30.0, -2.0, 0.0, 0.5, 30.0])
+@pytest.mark.parametrize(("merit", "outcome"), [(0.4, "win"), (-0.4, "loss"), (0.0, "tie")])
+def test_what_the_order_adds_to_the_log_odds_of_a_letter_goes_out(to_a: float, merit: float, outcome: str) -> None:
+    """By its letters alone such a judge says A to both orders, and every pair is a tie."""
+    found = compare(Told(leaning(to_a, merit), "letter"), ASKED, "the longer answer", "short")
+    assert found.outcome == outcome
+    assert found.log_odds == pytest.approx(merit)
+    assert found.flipped is (abs(to_a) > abs(merit))
+
+
+@pytest.mark.parametrize(
+    ("said", "verdict_"), [("A", "A"), (" B.", "B"), ('"A"', "A"), ("Answer A", None), ("Aye", None), ("", None)]
+)
+def test_a_letter_without_log_probabilities_is_read_as_text(said: str, verdict_: str | None) -> None:
+    assert verdict(said, "letter") == verdict_
+
+
+def lettered(server: JudgeServer) -> Endpoint:
+    return Endpoint(server.url, "small", VARIABLE, 64, 5.0, form="letter", wait_seconds=0.01)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "letters"),
+    [
+        ({"A": -0.5, "B": -1.5, "The": -3.0}, {"A": -0.5, "B": -1.5}),
+        ({"A": -1.0, " A": -1.0, "B": -2.0}, {"A": -1.0 + math.log(2), "B": -2.0}),
+        ({"A": -0.1, "The": -4.0}, {"A": -0.1, "B": -4.0}),  # B is no more likely than the least that was listed.
+    ],
+    ids=["both", "two tokens of one letter", "one is not listed"],
+)
+def test_letters_are_read_by_the_log_probabilities_of_the_first_token(
+    candidates: Candidates, letters: dict[str, float]
+) -> None:
+    with JudgeServer(lambda messages: ("A", candidates)) as server:
+        assert lettered(server).reply(ASKED).letters == pytest.approx(letters)
+    [asked] = server.requests
+    assert (asked["logprobs"], asked["top_logprobs"], asked["temperature"]) == (True, 20, 0)
+
+
+def test_a_first_token_that_is_no_letter_is_no_verdict() -> None:
+    with JudgeServer(lambda messages: ("Both", {"Both": -0.1, "a": -3.0})) as server:
+        assert compare(lettered(server), ASKED, "longer", "short").outcome == "null"
+
+
+def test_a_server_without_log_probabilities_is_said_ahead_and_read_by_its_letter() -> None:
+    with JudgeServer(lambda messages: "A") as server:
+        judge = lettered(server)
+        assert "gives no log-probabilities" in judge.refuse_ahead()
+        found = compare(judge, ASKED, "longer", "short")
+    assert (found.outcome, found.flipped, found.log_odds) == ("tie", True, None)
+    with JudgeServer(lambda messages: ("A", {"A": -0.1, "B": -2.0})) as server:
+        assert lettered(server).refuse_ahead() == ""
+
+
+def test_a_recipe_asks_for_a_letter_and_its_replies_are_others_than_texts() -> None:
+    asking = {"url": "http://localhost:1/v1", "model": "m"}
+    judges = []
+    for form in ("text", "letter"):
+        section = recipe(evaluation={"judge": {**asking, "verdict": form}}).evaluation.judge
+        assert section is not None
+        judges.append(judge_endpoint(section))
+    assert [judge.form for judge in judges] == ["text", "letter"]
+    assert judges[0].identity != judges[1].identity
+
+
 # --- the endpoint -----------------------------------------------------------------------------------------------------
 
 
@@ -136,7 +216,7 @@ def test_the_endpoint_speaks_the_protocol_and_sends_the_key_of_the_environment(m
 def test_what_passes_is_tried_again(faults: list[int]) -> None:
     with JudgeServer(always("A")) as server:
         server.faults = list(faults)
-        assert endpoint(server).reply(ASKED) == "[[A]]"
+        assert endpoint(server).reply(ASKED).text == "[[A]]"
     assert len(server.requests) == len(faults) + 1
 
 
@@ -148,7 +228,7 @@ def test_a_judge_that_asks_to_wait_is_left_alone_for_so_long_within_bounds(
     monkeypatch.setattr("dpo_assets.judging.endpoint.time.sleep", slept.append)  # Nobody waits five minutes here.
     with JudgeServer(always("A")) as server:
         server.faults, server.retry_after = [429, 503], asked
-        assert endpoint(server).reply(ASKED) == "[[A]]"
+        assert endpoint(server).reply(ASKED).text == "[[A]]"
     assert slept == waits
 
 
@@ -260,32 +340,36 @@ def test_only_a_share_that_is_corrected_by_people_is_evidence() -> None:
         assert ("no evidence" in verdict_.headline) is (true is nothing)
 
 
+SAID = Reply("A", {"A": -0.25, "B": -2.0})
+
+
 class Counting:
     """A judge of one answer, and how often it was asked."""
 
     identity = "counting"
+    form: Form = "text"
 
     def __init__(self) -> None:
         self.asked = 0
 
-    def reply(self, messages: object) -> str:
+    def reply(self, messages: object) -> Reply:
         self.asked += 1
-        return "A"
+        return SAID
 
 
 def test_kept_replies_that_were_damaged_are_dropped_or_set_aside_and_asked_for_again(tmp_path: Path) -> None:
     judge, path = Counting(), tmp_path / "judge.sqlite"
     asked = [{"role": "user", "content": "which?"}]
-    assert [Remembered(judge, path).reply(asked) for _ in range(2)] == ["A", "A"]
+    assert [Remembered(judge, path).reply(asked) for _ in range(2)] == [SAID, SAID]
     assert judge.asked == 1
     with closing(sqlite3.connect(path)) as db, db:
         db.execute("update kept set reply = 'B'")
     changed = Remembered(judge, path)
-    assert (changed.reply(asked), judge.asked, changed.dropped) == ("A", 2, 1)
+    assert (changed.reply(asked), judge.asked, changed.dropped) == (SAID, 2, 1)
     assert "1 kept replies were not what had been kept" in changed.damage
     path.write_bytes(b"no database at all, by far" * 200)
     anew = Remembered(judge, path)
-    assert (anew.reply(asked), judge.asked) == ("A", 3)
+    assert (anew.reply(asked), judge.asked) == (SAID, 3)
     assert anew.set_aside is not None
     assert anew.set_aside.exists()
     assert Remembered(judge, path).damage == ""
