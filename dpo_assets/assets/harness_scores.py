@@ -8,12 +8,10 @@ from pathlib import Path
 
 import dagster as dg
 
-from dpo_assets.assets.base_model import in_worker
-from dpo_assets.assets.dpo_plan import followed, read_plan
-from dpo_assets.assets.lineage import Read
+from dpo_assets.assets.compared_release import compared, release_spec
+from dpo_assets.assets.dpo_plan import read_plan
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.scorers_ahead import refuse_harness
-from dpo_assets.assets.sft_checkpoint import start_adapter
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.harness import harness_verdicts
 from dpo_assets.checks.reports import HarnessScores
@@ -45,15 +43,7 @@ def materialise(step: Step) -> Events:
             "harness",
             HarnessSpec(
                 kind="harness_scores",
-                output_dir=folder,
-                fingerprint=print_,
-                inputs=inputs.digests,
-                **in_worker(inputs["base_model"]),
-                threads=step.recipe.hardware.threads,
-                plan=plan,
-                sft_adapter=start_adapter(inputs["sft_checkpoint"]),
-                adapter=inputs["dpo_adapter"].path / "adapter",
-                policy=inputs["merged_model"].path / "model",
+                **release_spec(step, inputs, plan, folder, print_),
                 confidence=evaluation.confidence,
                 **settings.model_dump(),
             ),
@@ -129,13 +119,7 @@ NODE = Node(
     phase="release",
     kinds=frozenset({"pytorch"}),
     body=materialise,
-    reads=(
-        followed(harness_settings),
-        Read("merged_model"),
-        Read("dpo_adapter"),
-        Read("sft_checkpoint"),
-        Read("base_model"),
-    ),
+    reads=compared(harness_settings),
     recipe=("evaluation",),
     trains=True,
     wanted=lambda recipe: recipe.evaluation.harness is not None,
