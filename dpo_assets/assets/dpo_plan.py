@@ -44,7 +44,7 @@ def materialise(step: Step) -> Events:
     refuse_adapter_alone(step.recipe.publishing, base)
     refuse_unlicensed(step.recipe, base)
     rehearse(step, base)
-    if not step.only_checks and (silent := refuse_scorers(step.recipe.evaluation)):
+    if not step.only_checks and (silent := refuse_scorers(step.recipe.evaluation, step.hub)):
         step.context.log.warning(f"dpo_plan: {silent}; it is asked again once there are answers to compare")
     access = access_ahead(step, known_licence(step.recipe, base))
     recipe = apply_overrides(step.recipe, {name: step.config.get(name, {}) for name in OVERRIDABLE})

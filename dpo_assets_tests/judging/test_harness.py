@@ -29,6 +29,7 @@ from dpo_assets.contract import HarnessSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.judging.documents import paired_scores, scored
 from dpo_assets.recipe import resolve_paths
+from dpo_assets.resources.hub import HubResource
 from dpo_assets.training.batches.packing import Group
 from dpo_assets.training.models.chat_format import load_chat_format
 from dpo_assets.training.policy import load_scored
@@ -242,7 +243,7 @@ def test_a_missing_package_is_refused_before_training(monkeypatch: pytest.Monkey
     """Whether it is installed here is what differs from place to place, so the answer is given."""
     monkeypatch.setattr(scorers_ahead.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'dpo-assets\[lm-eval\]'"):
-        refuse_scorers(declared())
+        refuse_scorers(declared(), HubResource())
 
 
 def test_a_folder_of_tasks_that_is_not_there_is_refused_before_training(
@@ -250,9 +251,9 @@ def test_a_folder_of_tasks_that_is_not_there_is_refused_before_training(
 ) -> None:
     monkeypatch.setattr(scorers_ahead.importlib.util, "find_spec", lambda name: name)  # Here it may not be installed.
     with pytest.raises(ConfigError, match="there is no folder"):
-        refuse_scorers(declared(include_path=str(tmp_path / "gone")))
-    refuse_scorers(declared(include_path=str(tmp_path)))
-    refuse_scorers(declared())
+        refuse_scorers(declared(include_path=str(tmp_path / "gone")), HubResource())
+    refuse_scorers(declared(include_path=str(tmp_path)), HubResource())
+    refuse_scorers(declared(), HubResource())
 
 
 @pytest.mark.skipif(INSTALLED, reason="lm-eval is installed here, so no worker can lack it")

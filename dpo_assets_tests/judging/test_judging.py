@@ -21,6 +21,7 @@ from dpo_assets.errors import ConfigError, InfrastructureError
 from dpo_assets.judging.comparing import Form, Message, Reply, compare, question, verdict
 from dpo_assets.judging.endpoint import ATTEMPTS, Endpoint
 from dpo_assets.judging.replies import Remembered
+from dpo_assets.resources.hub import HubResource
 from dpo_assets_tests.judging.server import KEY, Answering, Candidates, JudgeServer, by_merit, parts_of
 from dpo_assets_tests.samples import judged_answers, recipe
 
@@ -297,15 +298,15 @@ def test_a_judge_that_refuses_ends_the_plan_and_one_that_is_not_up_yet_does_not(
     with JudgeServer(always("C")) as server:
         section = {"url": server.url, "model": "m", "key_variable": VARIABLE, "timeout_seconds": 5.0}
         evaluation = recipe(evaluation={"judge": section}).evaluation
-        assert refuse_scorers(evaluation) == ""
+        assert refuse_scorers(evaluation, HubResource()) == ""
         assert len(server.requests) == 1
         server.faults = [503]
-        assert "no answer in 1 attempts: status 503" in refuse_scorers(evaluation)
+        assert "no answer in 1 attempts: status 503" in refuse_scorers(evaluation, HubResource())
         server.faults = [status]
         with pytest.raises(ConfigError, match="the judge at"):
-            refuse_scorers(evaluation)
+            refuse_scorers(evaluation, HubResource())
         assert len(server.requests) == 3
-    assert "gave no answer" in refuse_scorers(evaluation)  # Nobody listens any more.
+    assert "gave no answer" in refuse_scorers(evaluation, HubResource())  # Nobody listens any more.
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------------------
