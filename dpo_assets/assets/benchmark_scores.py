@@ -38,7 +38,9 @@ def materialise(step: Step) -> Events:
             BenchmarkSpec(
                 kind="benchmark_scores",
                 **release_spec(step, inputs, plan, folder, print_),
-                benchmarks=tuple(BenchmarkFile.model_validate(one.model_dump()) for one in evaluation.benchmarks),
+                benchmarks=tuple(
+                    BenchmarkFile.model_validate(one.model_dump(exclude={"guards"})) for one in evaluation.benchmarks
+                ),
                 confidence=evaluation.confidence,
                 vocabulary=read_facts(inputs["base_model"]).vocabulary,
             ),

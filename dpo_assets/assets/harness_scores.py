@@ -45,7 +45,7 @@ def materialise(step: Step) -> Events:
                 kind="harness_scores",
                 **release_spec(step, inputs, plan, folder, print_),
                 confidence=evaluation.confidence,
-                **settings.model_dump(),
+                **settings.model_dump(exclude={"guards"}),
             ),
         )
 
