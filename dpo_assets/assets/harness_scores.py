@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-from collections.abc import Mapping
 from pathlib import Path
 
 import dagster as dg
 
 from dpo_assets.assets.compared_release import compared, release_spec
 from dpo_assets.assets.dpo_plan import read_plan
+from dpo_assets.assets.harness_tasks import harness_identity
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.scorers_ahead import refuse_harness
 from dpo_assets.assets.step import Events, Step
@@ -17,9 +16,7 @@ from dpo_assets.checks.harness import harness_verdicts
 from dpo_assets.checks.reports import HarnessScores
 from dpo_assets.checks.statistics import percent
 from dpo_assets.contract import HarnessSpec
-from dpo_assets.hashing import file_sha256
 from dpo_assets.planning.plan import TrainingPlan
-from dpo_assets.recipe import HarnessSection
 from dpo_assets.report.tables import table
 
 REUSED_WHILE = (
@@ -49,7 +46,7 @@ def materialise(step: Step) -> Events:
             ),
         )
 
-    config = {} if step.only_checks else {**_identity(settings), "confidence": evaluation.confidence}
+    config = {} if step.only_checks else {**harness_identity(settings), "confidence": evaluation.confidence}
     artifact, reused = step.build("harness_scores", config, inputs, make)
     report = HarnessScores.of(artifact)
     yield from step.result(
@@ -76,30 +73,6 @@ def scores_table(report: HarnessScores) -> str:
     ]
     interval = f"policy less SFT, paired, {percent(report.confidence)} interval"
     return table(["task", "metric", "filter", "documents", "SFT", "policy", interval], rows)
-
-
-def _identity(settings: HarnessSection) -> Mapping[str, object]:
-    """What decides a reuse: the tasks, by the content of their folder, and the version of lm-eval.
-
-    Not what running them leaves there (`__pycache__`), nor what an editor or Git keeps (names with a dot in front), nor
-    data outside of the folder: what was asked of it is told by the documents' hashes.
-    """
-    folder = Path(settings.include_path) if settings.include_path else None
-    files = (
-        sorted(path for path in folder.rglob("*") if _counts(path.relative_to(folder)) and path.is_file())
-        if folder
-        else []
-    )
-    return {
-        **settings.model_dump(include={"tasks", "limit", "num_fewshot", "apply_chat_template"}),
-        "files": [[path.relative_to(folder).as_posix(), file_sha256(path)] for path in files if folder],
-        "paired": "perplexities too, by content",  # By number alone before.
-        "lm_eval": importlib.metadata.version("lm_eval"),
-    }
-
-
-def _counts(path: Path) -> bool:
-    return not any(part == "__pycache__" or part.startswith(".") for part in path.parts)
 
 
 def harness_settings(plan: TrainingPlan) -> dict[str, object]:
