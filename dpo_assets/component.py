@@ -11,7 +11,7 @@ from typing import Any, Self
 import dagster as dg
 from pydantic import BaseModel, Field
 
-from dpo_assets.assets.graph import LINEAGE, steps
+from dpo_assets.assets.graph import lineage_of, steps
 from dpo_assets.assets.node import Node, column_schema
 from dpo_assets.assets.pipeline import Pipeline
 from dpo_assets.assets.retention import retention_job
@@ -150,6 +150,7 @@ class DpoPipeline(dg.Component, dg.Resolvable):
 
     def _assets(self, nodes: tuple[Node, ...]) -> dg.AssetsDefinition:
         recipe, main = self.pipeline.recipe, nodes[-1]
+        lineage = lineage_of(recipe)
         declare = dg.multi_asset(
             name=f"{self.pipeline.name}__{main.name}",
             specs=[self.get_asset_spec(node) for node in nodes],
@@ -170,13 +171,13 @@ class DpoPipeline(dg.Component, dg.Resolvable):
         if main.config is None:
 
             def plain(context: dg.AssetExecutionContext) -> Any:
-                yield from self.execute(Step(context, self.pipeline, main.name, LINEAGE), nodes)
+                yield from self.execute(Step(context, self.pipeline, main.name, lineage), nodes)
 
             return declare(plain)
         form: Any = main.config(recipe)
 
         def configured(context: dg.AssetExecutionContext, config: form) -> Any:  # type: ignore[valid-type]
-            yield from self.execute(Step(context, self.pipeline, main.name, LINEAGE, config.model_dump()), nodes)
+            yield from self.execute(Step(context, self.pipeline, main.name, lineage, config.model_dump()), nodes)
 
         return declare(configured)
 

@@ -22,7 +22,9 @@ from dpo_assets.hashing import file_sha256
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.recipe import TEMPLATE_DATE, ChecksSection, GgufType
 
-Stage = Literal["verify", "tokenize", "sft", "dpo", "merge", "evaluate", "reward", "benchmark", "harness", "gguf"]
+Stage = Literal[
+    "verify", "tokenize", "sft", "dpo", "merge", "evaluate", "reward", "benchmark", "harness", "tasks", "gguf"
+]
 # What the stages `verify` and `tokenize` write.
 VERIFIED = "verified.json"
 TOKENS, CHAT_FORMAT = "tokens.parquet", "chat_format.json"
@@ -31,6 +33,7 @@ GGUF_FOLDER, MODELFILE, GGUF_REHEARSED = "gguf", "Modelfile", "rehearsed.json"
 REWARDED = "rewarded.json"  # Of stage `reward`.
 ANSWERED, LEFT_OUT = "answers.parquet", "left_out.json"  # Of stage `benchmark`.
 SAMPLES = "samples.json"  # Of stage `harness`.
+LOOKED_UP = "looked_up.json"  # Of stage `tasks`.
 FAILURE_FILE = "failure.json"
 # Exit status of a worker that explains itself in FAILURE_FILE. Any other non-zero status is an infrastructure failure.
 EXPLAINED_EXIT = 65
@@ -329,6 +332,13 @@ class BenchmarkSpec(ReleaseSpec):
     benchmarks: tuple[BenchmarkFile, ...]
     confidence: float
     vocabulary: int = Field(default=0, description="Rows of the model's embedding; 0: not known.")
+
+
+class TasksSpec(Spec):
+    """Whether lm-evaluation-harness knows these tasks and has their documents; nothing is asked."""
+
+    tasks: tuple[str, ...]
+    include_path: Path | None
 
 
 class HarnessSpec(ReleaseSpec):

@@ -10,6 +10,7 @@ import dagster as dg
 from dpo_assets.artifact import Artifact
 from dpo_assets.assets.base_model import in_worker
 from dpo_assets.assets.champion import Champion, champion_of, find_champion
+from dpo_assets.assets.compared_release import release_spec
 from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.kept_models import training_set
 from dpo_assets.assets.lineage import Inputs, Read
@@ -68,17 +69,9 @@ def materialise(step: Step) -> Events:
             "evaluate",
             EvaluateSpec(
                 kind="eval_scores",
-                output_dir=folder,
-                fingerprint=print_,
-                inputs=inputs.digests,
-                **in_worker(inputs["base_model"]),
-                threads=step.recipe.hardware.threads,
+                **release_spec(step, inputs, plan, folder, print_),
                 dataset=inputs["dpo_dataset"].path,
-                plan=plan,
                 parts=step.tree.checkpoints("eval_scores", print_),
-                sft_adapter=start_adapter(inputs["sft_checkpoint"]),
-                adapter=inputs["dpo_adapter"].path / "adapter",
-                policy=inputs["merged_model"].path / "model",
                 champion=_to_score_again(champion, inputs) if champion else None,
                 corpus=corpus,
                 sampled_answers=sampled,

@@ -30,7 +30,13 @@ class JudgeSection(Section):
     human_pairs: int = Field(
         default=100, ge=0, description="Held-out pairs of people that it judges too, to measure its own errors by."
     )
-    max_tokens: int = Field(default=512, ge=1, description="Length limit of its replies.")
+    verdict: Literal["text", "letter"] = Field(
+        default="text",
+        description="`text`: it reasons and ends with its verdict; where the order of the answers decides, that is a "
+        "tie. `letter`: one letter, read by its log-probability in both orders where the server gives it (OpenAI, "
+        "vLLM, llama.cpp, Ollama): cheap, and what a small model without reasoning can do.",
+    )
+    max_tokens: int = Field(default=512, ge=1, description="Length limit of its replies in text.")
     timeout_seconds: float = Field(default=60.0, gt=0, description="Of each wait for it.")
 
 

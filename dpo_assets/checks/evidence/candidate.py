@@ -14,6 +14,7 @@ from dpo_assets.checks.evidence.measured import Comparison
 from dpo_assets.checks.evidence.paired import compare
 from dpo_assets.checks.evidence.previews import Previews
 from dpo_assets.checks.evidence.rules import Evidence, decided_by, judge
+from dpo_assets.checks.evidence.task_guards import TaskGuard
 from dpo_assets.errors import ConfigError
 
 REWARD = "implicit reward"  # Accuracy by the log-ratio to each model's own start.
@@ -152,6 +153,7 @@ class Candidate:
         opponent: the champion that was scored beside it; None: none was.
         inputs: digests by name of all that the decision stands on, that of the scores among them.
         fewest: conversations that a test needs.
+        tasks: metrics of tasks and benchmarks that guard, against the opponent.
         previews: what dry runs looked at so far, of this challenger and of others.
     """
 
@@ -161,6 +163,7 @@ class Candidate:
     pairs: ScoredPairs
     fewest: int
     failures: Mapping[str, str] = field(default_factory=dict)
+    tasks: Mapping[str, TaskGuard] = field(default_factory=dict)
     previews: Previews = field(default_factory=Previews)
 
     @property
@@ -182,9 +185,10 @@ class Candidate:
         fresh = ledger.fresh(self.held_out)
         new, look = self.pairs.of(fresh), self.previews.number(self.name, fresh)
         if self.opponent is None:
-            return Evidence({REWARD: new.against_chance()}, {LOGP: new.against_start()}, failures, self.fewest, look)
+            start = {LOGP: new.against_start()}
+            return Evidence({REWARD: new.against_chance()}, start, failures, self.tasks, self.fewest, look)
         known = self.pairs.of(self.held_out - fresh)
-        return Evidence(new.against_champion(), known.against_champion(), failures, self.fewest, look)
+        return Evidence(new.against_champion(), known.against_champion(), failures, self.tasks, self.fewest, look)
 
     def decide(self, ledger: Ledger, override: Override | None, at: str) -> tuple[Ledger, Decided]:
         """The ledger with the decision on this challenger in it, and that decision.
