@@ -223,6 +223,16 @@ class RefreshSection(Section):
     cool_down_minutes: float = Field(
         default=0.0, ge=0.0, description="The sensor asks for a refresh no sooner than this after the last one ended."
     )
+    gpu_hours: float | None = Field(
+        default=None,
+        gt=0.0,
+        description=(
+            "GPU hours that runs of this pipeline may use in `gpu_days` before the sensor asks for no more; feedback "
+            "then waits, however long, until older runs leave the period. A run counts whole, by its end, whoever "
+            "started it, so the last one may exceed the budget. Empty: no budget."
+        ),
+    )
+    gpu_days: float = Field(default=7.0, gt=0.0, description="The period of `gpu_hours`: the last so many days.")
     retries: int = Field(
         default=3,
         ge=0,
