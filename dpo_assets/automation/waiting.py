@@ -65,7 +65,7 @@ class Refresh:
 
 @dataclass(frozen=True)
 class GpuUse:
-    """GPU hours of a run of the pipeline, whoever started it. `ended` in seconds since the epoch; now, if it goes on."""
+    """GPU hours of a run of the pipeline, whoever started it. `ended`: seconds since the epoch; now, if it goes on."""
 
     ended: float
     hours: float
