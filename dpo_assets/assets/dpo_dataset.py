@@ -33,19 +33,20 @@ from dpo_assets.feedback.pair import (
     polars_schema,
     token_schema,
 )
-from dpo_assets.feedback.pool import parts_with_tokens, stored
+from dpo_assets.feedback.pool import Pool, parts_with_tokens, stored
 from dpo_assets.feedback.quality import QUALITY_VERSION, measure, token_stats
 from dpo_assets.feedback.quality_conflicts import contradictions
 from dpo_assets.feedback.quality_sources import source_report
 from dpo_assets.feedback.quality_tokens import Markers, read_markers
 from dpo_assets.feedback.rules import NOT_DAMAGE
 from dpo_assets.feedback.screening import Screening
-from dpo_assets.feedback.splits import fit_to_model, shared_prompts, split, unfit_template
+from dpo_assets.feedback.splits import fit_to_model, in_eval_split, shared_prompts, split, unfit_template
 from dpo_assets.feedback.trained import groups_digest
+from dpo_assets.feedback.window import LeftOut, Window, left_out, newest_day, today, window_of
 from dpo_assets.hashing import file_sha256
 from dpo_assets.planning.plan import DatasetStats
 from dpo_assets.recipe import FeedbackSection, Recipe
-from dpo_assets.report.feedback import released_table, source_views, trend_table
+from dpo_assets.report.feedback import released_table, source_views, trend_table, window_said
 from dpo_assets.report.quality import quality_views
 from dpo_assets.report.tables import counts_table, quarantine_table, sample_table
 
@@ -67,13 +68,17 @@ def materialise(step: Step) -> Events:
         kept_in_train = bound_by_models(step.tree, feedback.eval_fraction, feedback.seed)
     if kept_in_train:
         config |= {"kept_in_train": groups_digest(kept_in_train)}
+    window = None if step.only_checks else _window(step, raw)
+    if window is not None:
+        config |= {"window": window.identity()}
 
     def make(folder: Path, print_: str) -> None:
         batches = batches_of(step, raw)
         markers = read_markers(base.path / "model")
-        screening = Screening(
-            stored([batch.path for batch in batches]), feedback.cleaning, feedback.release, markers.texts
-        )
+        pool = stored([batch.path for batch in batches])
+        outside = _outside(pool, window, feedback, kept_in_train) if window is not None else None
+        names = outside.names if outside is not None else None
+        screening = Screening(pool, feedback.cleaning, feedback.release, markers.texts, names)
         screened = folder.parent / f"{folder.name}.screened.parquet"
         try:
             with PairWriter(screened) as writer:
@@ -85,7 +90,11 @@ def materialise(step: Step) -> Events:
                 ends = read_kept(tokens, CHAT_FORMAT, ChatFormatFacts).ends
                 markers = replace(markers, ends=markers.ends.union(ends))
             table = tokens.path / TOKENS if tokens is not None else None
-            _write(folder, step.recipe, batches, screening, screened, table, (context_length, markers), kept_in_train)
+            windowed = outside.report(window) if outside is not None and window is not None else None
+            _write(
+                folder, step.recipe, batches, screening, screened, table, (context_length, markers), kept_in_train,
+                windowed,
+            )  # fmt: skip
         finally:
             screened.unlink(missing_ok=True)
 
@@ -94,6 +103,8 @@ def materialise(step: Step) -> Events:
     kept = report.get("kept_in_train", 0)
     if kept:
         step.context.log.warning(f"{kept} {KEPT_IN_TRAIN}")
+    if said := window_said(report):
+        step.context.log.info(said)
     views = quality_views(report, step.bands)
     rejected = artifact.path / "quarantine.parquet"
     trend = _trend(step, report)
@@ -121,6 +132,7 @@ def materialise(step: Step) -> Events:
             "dagster/row_count": report["train_pairs"] + report["eval_pairs"],
             **{k: report[k] for k in ("rows_in", "accepted", "quarantined", "duplicates", "train_pairs", "eval_pairs")},
             **({"kept_in_train": f"{kept} {KEPT_IN_TRAIN}"} if kept else {}),
+            **({"window": said, "outside_window": report["outside_window"]} if said else {}),
             "longest_pair_tokens": report["longest_pair"],
             "answers_truncated": report["truncated_answers"],
             "flagged": dg.MetadataValue.md(counts_table("seen in texts", report["flagged"])),
@@ -129,6 +141,23 @@ def materialise(step: Step) -> Events:
             **{title: dg.MetadataValue.md(text) for view in views.values() for title, text in view.items()},
         },
     )
+
+
+def _window(step: Step, raw: Artifact) -> Window | None:
+    """The days that are trained on; None: all."""
+    if (section := step.recipe.feedback.window) is None:
+        return None
+    newest = None
+    if section.days is not None:
+        newest = newest_day(stored([batch.path for batch in batches_of(step, raw)]), today())
+    return window_of(section, newest)
+
+
+def _outside(pool: Pool, window: Window, feedback: FeedbackSection, kept_in_train: frozenset[str]) -> LeftOut:
+    def held_out(group: str) -> bool:
+        return in_eval_split(group, feedback.eval_fraction, feedback.seed) and group not in kept_in_train
+
+    return left_out(pool, window, held_out, today())
 
 
 REASONS, MOST_REASONS, RECENT = "dpo_assets/reasons", 30, 10
@@ -224,6 +253,7 @@ def _write(
     tokens: Path | None,
     model: tuple[int, Markers],
     kept_in_train: frozenset[str],
+    windowed: Mapping[str, Any] | None,
 ) -> None:
     """Both splits, part by part, the quarantine, and the report."""
     import polars as pl
@@ -265,6 +295,8 @@ def _write(
             "duplicates": screening.duplicates,
             "near_duplicates_dropped": screening.near_dropped,
             "quarantined": rows,
+            "outside_window": screening.left_out.height if screening.left_out is not None else 0,
+            "window": windowed,
             "reasons": dict(sorted(reasons.items())),
             "damaged": sum(count for reason, count in reasons.items() if reason not in NOT_DAMAGE),
             "train_pairs": train.rows,

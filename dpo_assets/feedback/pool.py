@@ -20,6 +20,10 @@ class PairBatch(Protocol):
 
     def keys(self, columns: Sequence[str]) -> pl.DataFrame: ...
 
+    def columns(self, columns: Sequence[str]) -> pl.DataFrame:
+        """These columns of every pair, in the order of its rows."""
+        ...
+
     def take(self, rows: Sequence[int], columns: Sequence[str] | None = None) -> pl.DataFrame:
         """These rows, given in ascending order; of them these columns, or all."""
         ...
@@ -33,6 +37,9 @@ class LoadedBatch:
 
     def keys(self, columns: Sequence[str]) -> pl.DataFrame:
         return self._keys.select(columns)
+
+    def columns(self, columns: Sequence[str]) -> pl.DataFrame:
+        return self._pairs.select(columns)
 
     def take(self, rows: Sequence[int], columns: Sequence[str] | None = None) -> pl.DataFrame:
         return (self._pairs.select(columns) if columns else self._pairs)[list(rows)]
@@ -53,6 +60,11 @@ class StoredBatch:
         import polars as pl
 
         return pl.read_parquet(self._folder / KEYS, columns=list(columns))
+
+    def columns(self, columns: Sequence[str]) -> pl.DataFrame:
+        import polars as pl
+
+        return pl.read_parquet(self._folder / PAIRS, columns=list(columns)).select(columns)
 
     def take(self, rows: Sequence[int], columns: Sequence[str] | None = None) -> pl.DataFrame:
         import numpy as np

@@ -85,12 +85,14 @@ class Screening:
         policy: of the recipe.
         release: of the recipe.
         marks: special tokens of the base model.
+        left_out: pairs that are passed over as if they were not there, by `b` and `n`.
     """
 
     pool: Pool
     policy: CleaningSection = DEFAULT_CLEANING
     release: Sequence[ReleaseRule] = ()
     marks: Sequence[str] = ()
+    left_out: pl.DataFrame | None = None
     duplicates: int = 0
     near_dropped: int = 0
     released: Counter[int] = field(default_factory=Counter)  # Rows by number of the rule.
@@ -105,6 +107,8 @@ class Screening:
 
     def _screened(self) -> pl.DataFrame:
         live = self.pool.keys([*PAIR_ID, *FLIPPED_ID, *PROMPT_ID])
+        if self.left_out is not None:
+            live = live.join(self.left_out, on=["b", "n"], how="anti", maintain_order="left")
         live = self._content(live)
         live = self._duplicates(live)
         live = self._conflicts(live).drop(FLIPPED_ID)

@@ -113,7 +113,7 @@ A language model aligned to human preferences by direct preference optimisation 
 
 ## Training data
 {data["rows_in"]} feedback rows: {data["accepted"]} accepted ({data["train_pairs"]} train,
-{data["eval_pairs"]} held out), {data["quarantined"]} quarantined ({reasons}), {data["duplicates"]} duplicates.
+{data["eval_pairs"]} held out), {data["quarantined"]} quarantined ({reasons}), {data["duplicates"]} duplicates{_outside(data)}.
 Dataset digest `{facts.dataset_digest}`.
 
 ## Procedure
@@ -320,3 +320,8 @@ def _licence(facts: CardFacts) -> str:
         f"The base is under {in_markdown(facts.licence.shown)}, stated by the {facts.licence.stated_by}. This release "
         f"is made from its weights and inherits its terms{f'; their texts are here: {texts}' if texts else ''}."
     )
+
+
+def _outside(data: Mapping[str, Any]) -> str:
+    outside = data.get("outside_window", 0)
+    return f", {outside} outside of the days that were trained on" if outside else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -221,6 +222,29 @@ class CleaningSection(Section):
     )
 
 
+class WindowSection(Section):
+    """Which pairs are trained on, by the day (UTC) on which the preference was given. What is held out stays."""
+
+    days: int | None = Field(
+        default=None,
+        ge=1,
+        description="The last so many days, counted back from the newest dated pair: nothing changes while no feedback "
+        "comes.",
+    )
+    since: date | None = Field(
+        default=None, description="From this day on. With `days` too, the later start counts.", examples=["2026-01-01"]
+    )
+    undated: Literal["keep", "leave_out"] = Field(
+        default="keep", description="What is done with pairs whose source says no date; they are counted either way."
+    )
+
+    @model_validator(mode="after")
+    def _has_a_start(self) -> WindowSection:
+        if self.days is None and self.since is None:
+            raise ValueError("a window needs `days` or `since`; leave `window` out to train on all pairs.")
+        return self
+
+
 class ReleaseRule(Section):
     """Rows that are taken out of quarantine, and why."""
 
@@ -287,6 +311,9 @@ class FeedbackSection(Section):
         default=0,
         ge=0,
         description="Seed of the train/eval split. With another one, what a kept model was trained on stays in train.",
+    )
+    window: WindowSection | None = Field(
+        default=None, description="Days that are trained on. Empty: all. Older pairs are counted, and not in quarantine."
     )
     cleaning: CleaningSection = Field(default_factory=CleaningSection, description="What is done about unfit pairs.")
     release: list[ReleaseRule] = Field(default=[], description="What is taken out of quarantine, by rule.")
