@@ -16,12 +16,14 @@ import dagster as dg
 
 from dpo_assets.artifact import Artifact, fingerprint, read_kept, write_json
 from dpo_assets.assets.base_model import in_worker, read_facts
+from dpo_assets.assets.by_day import ByDay
 from dpo_assets.assets.kept_models import bound_by_models
 from dpo_assets.assets.lineage import Inputs, Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.raw_preferences import batches_of
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.dataset import KEPT_IN_TRAIN, dataset_verdicts
+from dpo_assets.checks.drift import CHECK, drift_of
 from dpo_assets.contract import CHAT_FORMAT, TOKENS, ChatFormatFacts, TokenizeSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.batches import COUNTS, QUARANTINE, PairWriter
@@ -40,12 +42,12 @@ from dpo_assets.feedback.quality_sources import source_report
 from dpo_assets.feedback.quality_tokens import Markers, read_markers
 from dpo_assets.feedback.rules import NOT_DAMAGE
 from dpo_assets.feedback.screening import Screening
-from dpo_assets.feedback.splits import fit_to_model, in_eval_split, shared_prompts, split, unfit_template
+from dpo_assets.feedback.splits import fit_to_model, shared_prompts, split, unfit_template
 from dpo_assets.feedback.trained import groups_digest
-from dpo_assets.feedback.window import LeftOut, Window, left_out, newest_day, today, window_of
 from dpo_assets.hashing import file_sha256
 from dpo_assets.planning.plan import DatasetStats
 from dpo_assets.recipe import FeedbackSection, Recipe
+from dpo_assets.report.drift import drift_views
 from dpo_assets.report.feedback import released_table, source_views, trend_table, window_said
 from dpo_assets.report.quality import quality_views
 from dpo_assets.report.tables import counts_table, quarantine_table, sample_table
@@ -68,17 +70,19 @@ def materialise(step: Step) -> Events:
         kept_in_train = bound_by_models(step.tree, feedback.eval_fraction, feedback.seed)
     if kept_in_train:
         config |= {"kept_in_train": groups_digest(kept_in_train)}
-    window = None if step.only_checks else _window(step, raw)
-    if window is not None:
-        config |= {"window": window.identity()}
+
+    def pool() -> Pool:
+        return stored([batch.path for batch in batches_of(step, raw)])
+
+    days = ByDay.of(feedback, step.bands, pool)
+    config |= days.identity()
 
     def make(folder: Path, print_: str) -> None:
         batches = batches_of(step, raw)
         markers = read_markers(base.path / "model")
-        pool = stored([batch.path for batch in batches])
-        outside = _outside(pool, window, feedback, kept_in_train) if window is not None else None
-        names = outside.names if outside is not None else None
-        screening = Screening(pool, feedback.cleaning, feedback.release, markers.texts, names)
+        read = pool()
+        outside, told = days.look(read, feedback, kept_in_train)
+        screening = Screening(read, feedback.cleaning, feedback.release, markers.texts, outside)
         screened = folder.parent / f"{folder.name}.screened.parquet"
         try:
             with PairWriter(screened) as writer:
@@ -90,11 +94,8 @@ def materialise(step: Step) -> Events:
                 ends = read_kept(tokens, CHAT_FORMAT, ChatFormatFacts).ends
                 markers = replace(markers, ends=markers.ends.union(ends))
             table = tokens.path / TOKENS if tokens is not None else None
-            windowed = outside.report(window) if outside is not None and window is not None else None
-            _write(
-                folder, step.recipe, batches, screening, screened, table, (context_length, markers), kept_in_train,
-                windowed,
-            )  # fmt: skip
+            model = (context_length, markers)
+            _write(folder, step.recipe, batches, screening, screened, table, model, kept_in_train, told)
         finally:
             screened.unlink(missing_ok=True)
 
@@ -106,6 +107,7 @@ def materialise(step: Step) -> Events:
     if said := window_said(report):
         step.context.log.info(said)
     views = quality_views(report, step.bands)
+    views[CHECK] = drift_views(drift_of(report), step.bands.limit(CHECK))
     rejected = artifact.path / "quarantine.parquet"
     trend = _trend(step, report)
     yield from step.result(
@@ -141,23 +143,6 @@ def materialise(step: Step) -> Events:
             **{title: dg.MetadataValue.md(text) for view in views.values() for title, text in view.items()},
         },
     )
-
-
-def _window(step: Step, raw: Artifact) -> Window | None:
-    """The days that are trained on; None: all."""
-    if (section := step.recipe.feedback.window) is None:
-        return None
-    newest = None
-    if section.days is not None:
-        newest = newest_day(stored([batch.path for batch in batches_of(step, raw)]), today())
-    return window_of(section, newest)
-
-
-def _outside(pool: Pool, window: Window, feedback: FeedbackSection, kept_in_train: frozenset[str]) -> LeftOut:
-    def held_out(group: str) -> bool:
-        return in_eval_split(group, feedback.eval_fraction, feedback.seed) and group not in kept_in_train
-
-    return left_out(pool, window, held_out, today())
 
 
 REASONS, MOST_REASONS, RECENT = "dpo_assets/reasons", 30, 10
@@ -253,9 +238,9 @@ def _write(
     tokens: Path | None,
     model: tuple[int, Markers],
     kept_in_train: frozenset[str],
-    windowed: Mapping[str, Any] | None,
+    dated: Mapping[str, Any],
 ) -> None:
-    """Both splits, part by part, the quarantine, and the report."""
+    """Both splits, part by part, the quarantine, and the report, which takes up what `dated` says of days."""
     import polars as pl
 
     feedback = recipe.feedback
@@ -295,8 +280,7 @@ def _write(
             "duplicates": screening.duplicates,
             "near_duplicates_dropped": screening.near_dropped,
             "quarantined": rows,
-            "outside_window": screening.left_out.height if screening.left_out is not None else 0,
-            "window": windowed,
+            **dated,
             "reasons": dict(sorted(reasons.items())),
             "damaged": sum(count for reason, count in reasons.items() if reason not in NOT_DAMAGE),
             "train_pairs": train.rows,

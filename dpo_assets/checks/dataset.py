@@ -7,6 +7,7 @@ from typing import Any
 
 from dpo_assets.checks.bands import Bands
 from dpo_assets.checks.dataset_quality import quality_verdicts
+from dpo_assets.checks.drift import feedback_drift
 from dpo_assets.checks.verdict import Level, Verdict
 from dpo_assets.feedback.rules import TEMPLATE_FAULTS
 from dpo_assets.recipe import FeedbackSection, Recipe
@@ -33,6 +34,7 @@ def dataset_verdicts(report: Mapping[str, Any], recipe: Recipe, bands: Bands) ->
         quarantine_rate(report, feedback),
         enough_pairs(report, feedback, bands),
         *quality_verdicts(report, recipe.dpo, bands),
+        feedback_drift(report, bands),
     ]
 
 
@@ -50,7 +52,7 @@ def every_pair_accounted_for(report: Mapping[str, Any]) -> Verdict:
         "error" if faults else "pass",
         f"{rows} in: {accepted} accepted, {report['quarantined']} quarantined, {report['duplicates']} duplicates"
         + (f", {outside} outside of the window" if outside else ""),
-        "pairs and rejected rows of raw_preferences = accepted + quarantined + duplicates, and what lies outside of the "
+        "pairs and rejected rows of raw_preferences = accepted + quarantined + duplicates, and pairs outside of the "
         "recipe's window, in the tables on disk",
         "nothing is lost (docs/design.md, rules)",
         f"materialise again, and report a bug if it stays: {'; '.join(faults)}" if faults else "",

@@ -51,9 +51,8 @@ def _models(pairs: pl.DataFrame) -> list[dict[str, Any]]:
     won: Counter[str] = Counter()
     lost: Counter[str] = Counter()
     for meta in some["meta"]:
-        value = json.loads(meta)
-        winner, loser = (_model(value, side) for side in ("chosen", "rejected"))
-        if winner and loser and winner != loser:
+        if (pair := answering_models(meta)) is not None:
+            winner, loser = pair
             won[winner] += 1
             lost[loser] += 1
     names = sorted(set(won) | set(lost), key=lambda name: (-(won[name] + lost[name]), name))[:MOST]
@@ -61,6 +60,15 @@ def _models(pairs: pl.DataFrame) -> list[dict[str, Any]]:
         {"name": name, "pairs": won[name] + lost[name], "win_rate": rounded(won[name] / (won[name] + lost[name]))}
         for name in names
     ]
+
+
+def answering_models(meta: str) -> tuple[str, str] | None:
+    """(the model that won, the one that lost) by a pair's `meta`; None where it does not say, or they are the same."""
+    if "model" not in meta:
+        return None
+    value = json.loads(meta)
+    winner, loser = (_model(value, side) for side in ("chosen", "rejected"))
+    return (winner, loser) if winner and loser and winner != loser else None
 
 
 def _model(meta: Any, side: str) -> str | None:

@@ -313,7 +313,13 @@ class FeedbackSection(Section):
         description="Seed of the train/eval split. With another one, what a kept model was trained on stays in train.",
     )
     window: WindowSection | None = Field(
-        default=None, description="Days that are trained on. Empty: all. Older pairs are counted, and not in quarantine."
+        default=None,
+        description="Days that are trained on; empty: all. Older pairs are counted, not in quarantine.",
+    )
+    drift_days: int = Field(
+        default=28,
+        ge=0,
+        description="The newest so many days are held against as many before them (`feedback_drift`); 0: they are not.",
     )
     cleaning: CleaningSection = Field(default_factory=CleaningSection, description="What is done about unfit pairs.")
     release: list[ReleaseRule] = Field(default=[], description="What is taken out of quarantine, by rule.")

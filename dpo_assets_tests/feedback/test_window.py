@@ -1,4 +1,4 @@
-"""A window of days: what it leaves out of training, what stays for its being held out, and that all of it is counted."""
+"""A window of days: what it leaves out of training, what stays since it is held out, and that all is counted."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def gone(found: LeftOut) -> list[tuple[int, int]]:
 
 
 def test_older_pairs_are_left_out_held_out_ones_stay_and_every_number_is_told() -> None:
-    pool = pool_of(["2026-11-01T00:00:00+00:00", "2026-10-31T23:59:59+00:00", None, "soon", "2030-01-01T00:00:00+00:00"])
+    pool = pool_of(["2026-11-01T00:00:00+00:00", "2026-10-31T23:59:59+00:00", None, "soon", "2030-01-01T00:00:00Z"])
     window = Window(date(2026, 11, 1), undated=True)
     found = left_out(pool, window, lambda _: False, NOW)
     assert gone(found) == [(0, 1)]
