@@ -18,11 +18,13 @@ from dpo_assets.assets.retention import retention_job
 from dpo_assets.assets.rollback import rollback_job
 from dpo_assets.assets.step import Events, Step, guarded
 from dpo_assets.automation import (
+    alerts_sensor,
     automation_condition,
     freshness_policy,
     new_feedback_sensor,
     refresh_job,
     refresh_schedule,
+    to_webhook,
 )
 from dpo_assets.checks.bands import default_bands
 from dpo_assets.checks.catalog import checks_of, severity_of, validate_severities
@@ -123,7 +125,7 @@ class DpoPipeline(dg.Component, dg.Resolvable):
             assets=[self._assets(nodes) for nodes in steps(self.pipeline.recipe)],
             jobs=[job, rollback_job(self.pipeline), retention_job(self.pipeline)],
             schedules=[refresh_schedule(self.pipeline, job)],
-            sensors=[new_feedback_sensor(self.pipeline, job)],
+            sensors=[new_feedback_sensor(self.pipeline, job), alerts_sensor(self.pipeline, self.alert)],
             resources={self.pipeline.resource_key(name): resource for name, resource in self.resources.items()},
         )
 
@@ -147,6 +149,14 @@ class DpoPipeline(dg.Component, dg.Resolvable):
     def execute(self, step: Step, nodes: tuple[Node, ...]) -> Events:
         """Runs one op, which makes `nodes`. Override it to wrap what happens; it must yield what it gets."""
         yield from guarded(step, nodes[-1].name, nodes[-1].body(step))
+
+    def alert(self, context: dg.SensorEvaluationContext, text: str) -> None:
+        """Hands on a text of the alerts sensor. Override it to send it another way; what it raises is tried again."""
+        variable = self.pipeline.recipe.refresh.alert_url_env
+        if variable is None:
+            context.log.warning(text)
+        else:
+            to_webhook(variable)(context, text)
 
     def _assets(self, nodes: tuple[Node, ...]) -> dg.AssetsDefinition:
         recipe, main = self.pipeline.recipe, nodes[-1]

@@ -13,6 +13,7 @@ from dpo_assets.assets.pipeline import Pipeline
 from dpo_assets.assets.raw_preferences import read_options
 from dpo_assets.assets.turn import is_lost
 from dpo_assets.assets.watched import last_read, look_at, shelf_of
+from dpo_assets.automation.alerts import Waiting, note_waiting
 from dpo_assets.automation.waiting import Cursor, GpuUse, Outcome, Refresh, Tick
 from dpo_assets.feedback.sources import Limits
 from dpo_assets.feedback.watching import SETTLE_SECONDS, Content, Look, Shelf, new_pairs
@@ -65,6 +66,8 @@ def new_feedback_sensor(pipeline: Pipeline, job: dg.UnresolvedAssetJobDefinition
         ).answer()
         if shelf != kept:
             shelf.keep(shelf_of(tree))
+        waits = answer.waits_since
+        note_waiting(tree, Waiting(since=waits, reason=scrub(answer.reason)) if waits is not None else None)
         reason = scrub("; ".join(filter(None, (answer.reason, damaged))))
         if not answer.asks:
             return dg.SensorResult(skip_reason=reason, cursor=answer.cursor.model_dump_json())

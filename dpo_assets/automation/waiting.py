@@ -73,12 +73,21 @@ class GpuUse:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a tick comes to. `reason` is what people read; `key` goes with the run that is asked for."""
+    """What a tick comes to.
+
+    Args:
+        asks: whether a refresh is asked for.
+        reason: what people read.
+        cursor: for the next tick.
+        key: goes with the run that is asked for.
+        waits_since: since when feedback has been held back (seconds since the epoch); None: nothing is.
+    """
 
     asks: bool
     reason: str
     cursor: Cursor
     key: str = ""
+    waits_since: float | None = None
 
 
 @dataclass(frozen=True)
@@ -134,7 +143,18 @@ class Tick:
                 f"{spent:.2f} of {budget:g} GPU hours of the last {self.settings.gpu_days:g} days are spent, "
                 f"{max(0.0, budget - spent):.2f} are left"
             )
-        return Answer(asks, "; ".join([reason, *asides]), cursor, self.key)
+        waits = None if asks or self._is_served(cursor) else cursor.changed_since
+        return Answer(asks, "; ".join([reason, *asides]), cursor, self.key, waits)
+
+    def _tried(self, cursor: Cursor) -> list[Refresh]:
+        """Refreshes for what the sources hold, newest first."""
+        return [one for one in self.refreshes if one.key == self.key and one.started >= cursor.since]
+
+    def _is_served(self, cursor: Cursor) -> bool:
+        """Whether a refresh is under way, or one ran for what they hold: some look otherwise after each reading."""
+        tried = self._tried(cursor)
+        done = bool(tried) and tried[0].outcome == "succeeded"
+        return done or any(one.outcome == "under way" for one in self.refreshes)
 
     def _cursor(self) -> Cursor:
         before = self.cursor
@@ -156,7 +176,7 @@ class Tick:
         settings = self.settings
         if under_way := [one for one in self.refreshes if one.outcome == "under way"]:
             return False, f"refresh {under_way[0].run_id} is under way; what it does not read is asked for afterwards"
-        tried = [one for one in self.refreshes if one.key == self.key and one.started >= cursor.since]
+        tried = self._tried(cursor)
         failed = [one for one in tried if one.outcome == "failed"]
         if not self.changed and not (tried and tried[0].outcome == "failed"):
             return False, f"nothing new in {len(self.looks)} source{'s' if len(self.looks) != 1 else ''}"

@@ -44,7 +44,17 @@ def _link(url: str) -> str:
     return url
 
 
+def _variable(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise hidden_fault(
+            "the name of an environment variable is meant (letters, digits and `_`), not its value: export the value "
+            "under a name, and write that here. If this is a URL with a password or a key, it stands in this file now"
+        )
+    return name
+
+
 # What a field of the recipe takes. A fault never repeats the value.
 ServiceAddress = Annotated[str, AfterValidator(_service)]
 LocalPath = Annotated[str, AfterValidator(_local)]
+VariableName = Annotated[str, AfterValidator(_variable)]
 PublicLink = Annotated[str, AfterValidator(_link)]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from dpo_assets.recipe.address import LocalPath
+from dpo_assets.recipe.address import LocalPath, VariableName
 from dpo_assets.recipe.model import is_commit
 from dpo_assets.secret_shapes import MASK, without_url_secrets
 from dpo_assets.section import Section, hidden_fault
@@ -23,7 +23,7 @@ class SqlSource(Section):
         description="An SQLite file, relative to the folder of the YAML file.",
         examples=["./feedback.db"],
     )
-    url_env: str | None = Field(
+    url_env: VariableName | None = Field(
         default=None,
         description="Environment variable with the URL (`postgresql://user:password@host/db` or `sqlite:///file.db`).",
         examples=["FEEDBACK_DATABASE_URL"],
@@ -43,18 +43,7 @@ class SqlSource(Section):
         ),
     )
 
-    # Not by `pattern` or after the model: both would repeat the value, and people write the URL itself here.
-    @field_validator("url_env")
-    @classmethod
-    def _names_a_variable(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
-            raise hidden_fault(
-                "`url_env` is the name of an environment variable (letters, digits and `_`), not the URL: export "
-                "FEEDBACK_DATABASE_URL=..., and write FEEDBACK_DATABASE_URL here. If it is a URL with a password, it "
-                "stands in this file now."
-            )
-        return value
-
+    # Not after the model: that would repeat the value.
     @field_validator("database")
     @classmethod
     def _is_a_file(cls, value: str | None) -> str | None:

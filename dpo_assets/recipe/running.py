@@ -8,7 +8,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import Field, field_validator, model_validator
 
-from dpo_assets.recipe.address import LocalPath, ServiceAddress
+from dpo_assets.recipe.address import LocalPath, ServiceAddress, VariableName
 from dpo_assets.recipe.scorers import BenchmarkSection, HarnessSection, RewardModelSection
 from dpo_assets.section import Section
 
@@ -240,6 +240,18 @@ class RefreshSection(Section):
             "How often the sensor asks again for a refresh that failed, after pauses of 10 minutes, 20, 40 and so on. "
             "Changed feedback counts anew. One that a person cancelled is not asked for again."
         ),
+    )
+    alert_url_env: VariableName | None = Field(
+        default=None,
+        description=(
+            "Environment variable with the address of an incoming webhook (Slack, Mattermost and others take "
+            '`{"text": ...}`). The sensor `<name>_alerts`, once it is started, tells it of gates that hold, runs that '
+            "failed and feedback that waits. Empty: they stand in the sensor's log."
+        ),
+        examples=["SLACK_WEBHOOK_URL"],
+    )
+    alert_wait_hours: float = Field(
+        default=24.0, gt=0.0, description="Feedback that waits for longer is told, once, with what it waits for."
     )
     fresh_hours: float | None = Field(
         default=None,
