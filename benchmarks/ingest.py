@@ -186,7 +186,7 @@ def tokenize(pairs: Path, tokenizer: Path, tree: ArtifactTree) -> Path:
             inputs=inputs,
             base_model=tokenizer,
             pairs=pairs,
-            known=earlier.path / TOKENS if earlier else None,
+            known=(earlier.path / TOKENS,) if earlier else (),
         )
         path = tree.root / "tokenize.json"
         path.write_text(spec.model_dump_json())

@@ -94,8 +94,10 @@ class TokenizeSpec(Spec):
 
     pairs: Path
     vocabulary: int = Field(default=0, description="Rows of the model's embedding; 0: not known.")
-    known: Path | None = Field(
-        default=None, description="Token ids by the same tokenizer: pairs that stand in it are not tokenized again."
+    known: tuple[Path, ...] = Field(
+        default=(),
+        description="Tables of token ids by the same tokenizer, each in the order of pair ids: what stands in one is "
+        "not tokenized again.",
     )
 
 
@@ -294,7 +296,7 @@ class RewardSpec(PlannedSpec):
 
     Attributes:
         answers: JSON, a list of `prompt` (messages), `sft` and `policy` (texts), one of each prompt.
-        people: Parquet with `pair_id`, `prompt_id`, `prompt`, `chosen` and `rejected`.
+        people: the dataset whose held-out pairs people ranked.
     """
 
     answers: Path

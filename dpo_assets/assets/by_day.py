@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import TYPE_CHECKING, Any, Self
 
+from dpo_assets.artifact import Artifact
 from dpo_assets.checks.bands import Bands, Limit
 from dpo_assets.checks.drift import CHECK, DRIFT
 from dpo_assets.checks.evidence.drift import drift_report
-from dpo_assets.feedback.dated import dated_pairs
-from dpo_assets.feedback.pool import Pool
-from dpo_assets.feedback.splits import in_eval_split
+from dpo_assets.feedback.batches import PAIR_ID
+from dpo_assets.feedback.dated import NUMBERS, dated_pairs
+from dpo_assets.feedback.pool import Pool, stored
+from dpo_assets.feedback.splits import sides
 from dpo_assets.feedback.window import Window, left_out, newest_day, today, window_of
 from dpo_assets.recipe import FeedbackSection
 
@@ -30,11 +32,12 @@ class ByDay:
     now: date
 
     @classmethod
-    def of(cls, feedback: FeedbackSection, bands: Bands, pool: Callable[[], Pool]) -> Self:
-        """Of a recipe and the pairs that were read, which are looked at only where the window needs their days."""
+    def of(cls, feedback: FeedbackSection, bands: Bands, fitted: Sequence[Artifact]) -> Self:
+        """Of a recipe and the batches of its pairs; without batches, of no feedback."""
         now, window = today(), None
         if (section := feedback.window) is not None:
-            window = window_of(section, newest_day(pool(), now) if section.days is not None else None)
+            days = _pool(fitted).keys(["day"])["day"] if fitted and section.days is not None else None
+            window = window_of(section, newest_day(days, now) if days is not None else None)
         return cls(window, feedback.drift_days, bands.limit(CHECK), now)
 
     def identity(self) -> dict[str, Any]:
@@ -43,20 +46,23 @@ class ByDay:
         return compared | ({"window": self.window.identity()} if self.window is not None else {})
 
     def look(
-        self, pool: Pool, feedback: FeedbackSection, kept_in_train: Collection[str]
+        self, fitted: Sequence[Artifact], feedback: FeedbackSection, kept_in_train: Collection[str]
     ) -> tuple[pl.DataFrame | None, Mapping[str, Any]]:
         """(pairs outside of the window, None where there is none; what the dataset's report says of days)."""
-        dated = dated_pairs(pool, self.drift_days, self.now) if self.drift_days else None
-        compared = dated and drift_report(dated, int(self.drift["conversations"]), self.drift["confidence"])
-        told = {"window": None, "outside_window": 0, DRIFT: compared and compared.model_dump(mode="json")}
+        pool, compared = _pool(fitted), None
+        if self.drift_days:
+            dated = dated_pairs(pool.keys([*PAIR_ID, *NUMBERS]), self.drift_days, self.now)
+            report = drift_report(dated, int(self.drift["conversations"]), self.drift["confidence"])
+            compared = report.model_dump(mode="json")
+        told = {"window": None, "outside_window": 0, DRIFT: compared}
         if self.window is None:
             return None, told
+        facts = pool.keys(["day", "source", "group_id", "draw", "together"])
+        facts = facts.with_columns(sides(facts, feedback.eval_fraction, kept_in_train))
+        outside = left_out(facts, self.window, self.now)
+        told |= {"window": outside.report(self.window), "outside_window": outside.names.height}
+        return outside.names, told
 
-        def held_out(group: str) -> bool:
-            return in_eval_split(group, feedback.eval_fraction, feedback.seed) and group not in kept_in_train
 
-        outside = left_out(pool, self.window, held_out, self.now)
-        return outside.names, told | {
-            "window": outside.report(self.window),
-            "outside_window": outside.names.height,
-        }
+def _pool(fitted: Sequence[Artifact]) -> Pool:
+    return stored([one.path for one in fitted])

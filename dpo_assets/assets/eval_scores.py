@@ -152,7 +152,7 @@ def _seen(step: Step, inputs: Inputs, scores: Artifact, report: EvaluationReport
             champion = find_champion(step.tree, report.champion)
             models += [champion.adapter, champion.start]
     sets = dict(found for model in models if (found := training_set(step.tree, model)))
-    return seen_pairs(scores.path / SCORES, inputs["dpo_dataset"].path / "eval.parquet", sets.values())
+    return seen_pairs(scores.path / SCORES, inputs["dpo_dataset"].path, sets.values())
 
 
 def _digests(champion: Champion) -> dict[str, str]:

@@ -37,7 +37,7 @@ def materialise(step: Step) -> Events:
     def make(folder: Path, _: str) -> None:
         judge = Remembered(endpoint, step.tree.root / REPLIES)
         answers = answers_of(inputs["eval_scores"].json("generations.json"))
-        people = human_pairs(inputs["dpo_dataset"].path / "eval.parquet", settings.human_pairs)
+        people = human_pairs(inputs["dpo_dataset"].path, settings.human_pairs)
         compared = _compared(judge, answers, step, "answers of the policy")
         by_people = _compared(judge, people, step, "pairs of people")
         step.context.log.info(f"judged_answers: {judge.asked} questions, the others were answered before")

@@ -45,7 +45,7 @@ def materialise(step: Step) -> Events:
                 threads=step.recipe.hardware.threads,
                 plan=plan,
                 answers=inputs["eval_scores"].path / "generations.json",
-                people=inputs["dpo_dataset"].path / "eval.parquet",
+                people=inputs["dpo_dataset"].path,
                 human_pairs=section.human_pairs,
                 max_length=section.max_length,
                 confidence=confidence,

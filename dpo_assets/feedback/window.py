@@ -6,12 +6,10 @@ is held against it. The window comes before every rule between rows: an old pair
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from dpo_assets.feedback.pool import Pool
 from dpo_assets.recipe import WindowSection
 
 if TYPE_CHECKING:
@@ -38,44 +36,40 @@ class LeftOut:
 
     Args:
         names: `b` and `n` of those pairs.
-        by_reason: their number: `older` than the window, or `undated`.
+        older, undated: their number: before the window, or without a date.
         held_out: pairs outside of the window that stay, because they are held out.
-        undated: pairs without a date, by source, taken or not.
+        without_date: pairs without a date, by source, taken or not.
         future: pairs that are dated more than a day ahead of now; they are taken.
     """
 
     names: pl.DataFrame
-    by_reason: dict[str, int]
+    older: int
+    undated: int
     held_out: int
-    undated: dict[str, int]
+    without_date: dict[str, int]
     future: int
 
     def report(self, window: Window) -> dict[str, Any]:
         """For the dataset's report."""
-        told = {"held_out": self.held_out, "undated_by_source": self.undated, "future": self.future}
-        return {**window.identity(), **self.by_reason, **told}
-
-
-def day_of(column: str = "created_at") -> pl.Expr:
-    """The day, in UTC, of a column of times as readers give them; null where it is none."""
-    import polars as pl
-
-    return pl.col(column).str.slice(0, 10).str.to_date("%Y-%m-%d", strict=False)
+        return {
+            **window.identity(),
+            "older": self.older,
+            "left_out_undated": self.undated,
+            "held_out": self.held_out,
+            "without_date": self.without_date,
+            "future": self.future,
+        }
 
 
 def today() -> date:
     return datetime.now(UTC).date()
 
 
-def newest_day(pool: Pool, now: date) -> date | None:
-    """The latest day on which a preference was given, as far as it is not in the future; None: none is dated."""
-    import polars as pl
-
-    found: Iterable[date | None] = (
-        batch.columns(["created_at"]).select(day_of()).filter(pl.col("created_at") <= now + AHEAD).to_series().max()
-        for batch in pool.batches
-    )
-    return max((day for day in found if day is not None), default=None)
+def newest_day(days: pl.Series, now: date) -> date | None:
+    """The latest of the days on which preferences were given that is not in the future; None: there is none."""
+    newest = days.filter(days <= now + AHEAD).max()
+    assert newest is None or isinstance(newest, date)
+    return newest
 
 
 def window_of(section: WindowSection, newest: date | None) -> Window:
@@ -87,33 +81,24 @@ def window_of(section: WindowSection, newest: date | None) -> Window:
     return Window(max(starts, default=date.min), section.undated == "keep")
 
 
-def left_out(pool: Pool, window: Window, held_out: Callable[[str], bool], now: date) -> LeftOut:
-    """The pairs of a pool that the window leaves out.
+def left_out(pairs: pl.DataFrame, window: Window, now: date) -> LeftOut:
+    """The pairs that the window leaves out.
 
     Args:
-        held_out: whether a group is held out, by its `group_id`.
+        pairs: `b`, `n`, `day`, `source` and `held_out` (its side of the split) of each.
         now: today, in UTC.
     """
     import polars as pl
 
-    parts, undated, future, kept = [], [], 0, 0
-    for b, batch in enumerate(pool.batches):
-        pairs = batch.columns(["created_at", "group_id", "source"]).with_columns(day=day_of()).with_row_index("n")
-        future += pairs.filter(pl.col("day") > now + AHEAD).height
-        undated.append(pairs.filter(pl.col("day").is_null())["source"])
-        old = pl.col("day") < window.start
-        outside = pairs.filter(old.fill_null(not window.undated))
-        stays = pl.Series([held_out(group) for group in outside["group_id"]], dtype=pl.Boolean)
-        kept += int(stays.sum())
-        out = outside.filter(~stays).select("n", older=pl.col("day").is_not_null())
-        parts.append(out.with_columns(b=pl.lit(b, dtype=pl.UInt32)))
-    gone = pl.concat(parts)
-    older = int(gone["older"].sum())
-    sources = pl.concat(undated).value_counts(sort=False).sort("source")
+    outside = pairs.filter((pl.col("day") < window.start).fill_null(not window.undated))
+    gone = outside.filter(~pl.col("held_out"))
+    sources = pairs.filter(pl.col("day").is_null())["source"].value_counts(sort=False).sort("source")
+    undated = gone["day"].null_count()
     return LeftOut(
-        gone.select("b", "n"),
-        {"older": older, "undated": gone.height - older},
-        kept,
-        dict(sources.iter_rows()),
-        future,
+        names=gone.select("b", "n"),
+        older=gone.height - undated,
+        undated=undated,
+        held_out=outside.height - gone.height,
+        without_date=dict(sources.iter_rows()),
+        future=pairs.filter(pl.col("day") > now + AHEAD).height,
     )

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 from dpo_assets.artifact import Artifact, ArtifactTree
 from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.batches import INDEX, PAIRS
+from dpo_assets.feedback.dataset import Split, read_split
 from dpo_assets.feedback.library import BATCH_KIND, PAIRED_KIND
 
 if TYPE_CHECKING:
     import polars as pl
 
 PUBLISHED, DATASET, RAW = "published_model", "dpo_dataset", "raw_preferences"
-SPLITS = {"trained on": "train.parquet", "held out": "eval.parquet"}
+USES: dict[str, Split] = {"trained on": "train", "held out": "eval"}
 COLUMNS = ("pair_id", "source", "row", "line", "row_hash")
 NAMED_BY = ("pair_id", "row_hash", "row", "source")  # What a row may be asked for by; a source names all its rows.
 
@@ -45,7 +46,7 @@ class TracedRelease:
 
     @cached_property
     def rows(self) -> pl.DataFrame:
-        """Every pair of its datasets once a use: COLUMNS, and `use`, one of SPLITS."""
+        """Every pair of its datasets once a use: COLUMNS, and `use`, one of USES."""
         return rows_of(self.datasets.values())
 
     def touched_by(self, name: str) -> pl.DataFrame:
@@ -56,14 +57,14 @@ class TracedRelease:
 
 
 def rows_of(datasets: Iterable[Artifact]) -> pl.DataFrame:
-    """Every pair of some datasets once a use: COLUMNS, and `use`, one of SPLITS."""
+    """Every pair of some datasets once a use: COLUMNS, and `use`, one of USES."""
     import polars as pl
 
     empty = pl.DataFrame(schema={name: pl.Int64 if name == "line" else pl.String for name in (*COLUMNS, "use")})
     parts = [
-        pl.read_parquet(dataset.path / file, columns=list(COLUMNS)).with_columns(use=pl.lit(use))
+        read_split(dataset.path, split, COLUMNS).with_columns(use=pl.lit(use))
         for dataset in datasets
-        for use, file in SPLITS.items()
+        for use, split in USES.items()
     ]
     return pl.concat([empty, *parts], how="vertical_relaxed").unique(maintain_order=True)
 

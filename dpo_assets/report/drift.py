@@ -45,7 +45,7 @@ def _plot(windows: Sequence[WindowScore]) -> str:
     oldest_first = list(reversed(windows))
     panels: tuple[tuple[str, Callable[[WindowScore], MeanScore], Callable[[float], float]], ...] = (
         ("the longer answer won", lambda w: w.longer_won, float),
-        ("letters of chosen answers", lambda w: w.letters, math.exp),
+        ("tokens of chosen answers", lambda w: w.length, math.exp),
         ("mean margin", lambda w: w.margin, float),
     )
     for axes, (title, score, shown) in zip(figure.subplots(1, len(panels)), panels, strict=True):

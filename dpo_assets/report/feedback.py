@@ -43,9 +43,9 @@ def window_said(report: Mapping[str, Any]) -> str:
     told = report.get("window")
     if not told:
         return ""
-    undated = told["undated_by_source"]
+    undated = told["without_date"]
     where = f" ({', '.join(f'{name} {count}' for name, count in undated.items())})" if undated else ""
-    what = f"{told['undated']} were left out" if told["undated"] else "they are trained on"
+    what = f"{told['left_out_undated']} were left out" if told["left_out_undated"] else "they are trained on"
     return (
         f"trained on from {told['start']} (UTC) on: {told['older']} older pairs were left out; {told['held_out']} stay "
         f"because they are held out, so that models are judged by the same pairs as before. "

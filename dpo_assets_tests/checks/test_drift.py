@@ -9,6 +9,7 @@ from datetime import date, timedelta
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 
 from dpo_assets.checks.bands import default_bands
@@ -16,9 +17,11 @@ from dpo_assets.checks.drift import feedback_drift
 from dpo_assets.checks.evidence.drift import DriftReport, difference_of_means, drift_report
 from dpo_assets.checks.verdict import Verdict
 from dpo_assets.errors import ConfigError
+from dpo_assets.feedback.batches import PAIR_ID, keys_frame
 from dpo_assets.feedback.dated import WINDOWS, DatedPairs, dated_pairs
+from dpo_assets.feedback.facts import day_of
 from dpo_assets.feedback.pair import Pair
-from dpo_assets.feedback.pool import LoadedBatch, Pool
+from dpo_assets.feedback.quality_sources import models
 from dpo_assets.feedback.tables import pairs_frame
 from dpo_assets.recipe import BandOverride
 from dpo_assets.report.drift import drift_views
@@ -35,7 +38,19 @@ def dated(number: int, ago: int, chosen: int = 10, rejected: int = 10, **changes
 
 
 def read(pairs: list[Pair]) -> DatedPairs:
-    return dated_pairs(Pool([LoadedBatch(pairs_frame(pairs[::2])), LoadedBatch(pairs_frame(pairs[1::2]))]), DAYS, NOW)
+    """Letters stand for tokens."""
+    table = pairs_frame(pairs)
+    lengths = {
+        f"{side}_tokens": pl.Series([len(answer[0]["content"]) for answer in table[side].to_list()], dtype=pl.UInt32)
+        for side in ("chosen", "rejected")
+    }
+    won = [models(meta) for meta in table["meta"]]
+    facts = table.select("group_id", "source", "user", "margin", day=day_of()).with_columns(
+        **lengths,
+        winner=pl.Series([one for one, _ in won], dtype=pl.String),
+        loser=pl.Series([other for _, other in won], dtype=pl.String),
+    )
+    return dated_pairs(keys_frame(table).select(PAIR_ID).hstack(facts), DAYS, NOW)
 
 
 def judged(pairs: list[Pair], **numbers: float) -> tuple[Verdict, DriftReport]:
@@ -69,7 +84,7 @@ def nothing(_: int) -> dict[str, Any]:
 
 MOVED: dict[str, tuple[Changes, Changes]] = {
     "all, longer won": (lambda _: {"rejected": 20}, nothing),
-    "all, letters": (lambda _: {"chosen": 15, "rejected": 15}, nothing),
+    "all, length": (lambda _: {"chosen": 15, "rejected": 15}, nothing),
     "all, margin": (lambda k: {"margin": 3.0 + k % 2}, nothing),
     "source new.jsonl, share of pairs": (
         lambda k: {"source": "new.jsonl" if k % 2 else "old.jsonl"},
@@ -105,7 +120,7 @@ def test_feedback_that_goes_on_as_it_was_is_no_drift_and_its_numbers_are_shown()
     assert verdict.value == "0 of 3 measures moved"
     assert "2026-11-18 to 2026-11-27: 80 pairs in 80 conversations against 2026-11-08 to 2026-11-17" in verdict.note
     views = drift_views(report, default_bands().limit("feedback_drift"))
-    assert "| all | letters |" in views["newest window against the one before"]
+    assert "| all | length |" in views["newest window against the one before"]
     assert views["feedback by window"].startswith("![feedback by window](data:image/png;base64,")
 
 

@@ -127,7 +127,7 @@ def test_a_reward_does_not_depend_on_the_rows_beside_it_nor_on_the_padding(train
 
 def test_what_has_no_reward_is_counted_with_the_reason_and_not_cut(trained: Path, tmp_path: Path, shelf: Shelf) -> None:
     fill(shelf, better=4, of_plan=ON_CPU)
-    answers, people = shelf.now["eval_scores"].path / "generations.json", shelf.now["dpo_dataset"].path / "eval.parquet"
+    answers, people = shelf.now["eval_scores"].path / "generations.json", shelf.now["dpo_dataset"].path
     reward.run(spec(trained, tmp_path / "out", answers, people, max_length=28), Log())
     found = RewardModelScores.model_validate_json((tmp_path / "out" / "report.json").read_text())
     assert found.left_out == {TOO_LONG: 4}

@@ -30,9 +30,9 @@ from dpo_assets.feedback.dated import DatedPairs
 if TYPE_CHECKING:
     import polars as pl
 
-# Shares of pairs in which the longer answer won, of all pairs, and of a model's pairs that it won; letters of chosen
+# Shares of pairs in which the longer answer won, of all pairs, and of a model's pairs that it won; tokens of chosen
 # answers; the feedback's own margin, in standard deviations of the window before.
-Measure = Literal["longer won", "share of pairs", "win rate", "letters", "margin"]
+Measure = Literal["longer won", "share of pairs", "win rate", "length", "margin"]
 SHARES: tuple[Measure, ...] = ("longer won", "share of pairs", "win rate")
 MOST = 10  # Sources, users and models that are looked at, the largest.
 ALL = "all"
@@ -42,8 +42,8 @@ ALL = "all"
 class Shift:
     """One measure of one part of the feedback, now and before.
 
-    `now` and `before` are shares, geometric means of letters, or mean margins. `difference` with its ends is of shares,
-    of logarithms of letters, or of margins in standard deviations. `p` is two-sided, after Holm over all shifts. Ends
+    `now` and `before` are shares, geometric means of tokens, or mean margins. `difference` with its ends is of shares,
+    of logarithms of tokens, or of margins in standard deviations. `p` is two-sided, after Holm over all shifts. Ends
     and p are None where conversations are too few.
     """
 
@@ -63,7 +63,7 @@ class Shift:
         return f"{self.part}, {self.measure}: {self._shown(self.difference)}{ends}"
 
     def _shown(self, value: float) -> str:
-        return f"x{math.exp(value):.3g}" if self.measure == "letters" else f"{value:+.3g}"
+        return f"x{math.exp(value):.3g}" if self.measure == "length" else f"{value:+.3g}"
 
     @property
     def shown(self) -> str:
@@ -79,7 +79,7 @@ class WindowScore(Report):
     pairs: int
     conversations: int
     longer_won: MeanScore
-    letters: MeanScore  # Mean of the logarithms of chosen answers' letters.
+    length: MeanScore  # Mean of the logarithms of chosen answers' tokens.
     margin: MeanScore
 
 
@@ -133,18 +133,18 @@ def _score(dated: DatedPairs, window: int) -> WindowScore:
         pairs=dated.counts[window],
         conversations=rows["group_id"].n_unique(),
         longer_won=clustered_mean(_longer_won(rows), rows["group_id"].to_list()),
-        letters=clustered_mean(_letters(rows), rows["group_id"].to_list()),
+        length=clustered_mean(_lengths(rows), rows["group_id"].to_list()),
         margin=clustered_mean(rated["margin"].to_list(), rated["group_id"].to_list()),
     )
 
 
 def _longer_won(rows: pl.DataFrame) -> list[float]:
-    signs = np.sign(rows["chosen"].to_numpy() - rows["rejected"].to_numpy())
+    signs = np.sign(rows["chosen_tokens"].cast(int).to_numpy() - rows["rejected_tokens"].cast(int).to_numpy())
     return [float(share) for share in (signs + 1) / 2]
 
 
-def _letters(rows: pl.DataFrame) -> list[float]:
-    return [float(value) for value in np.log(np.maximum(1, rows["chosen"].to_numpy()))]
+def _lengths(rows: pl.DataFrame) -> list[float]:
+    return [float(value) for value in np.log(np.maximum(1, rows["chosen_tokens"].to_numpy()))]
 
 
 Sample = tuple[list[float], list[str]]  # Values, and the conversation of each.
@@ -158,9 +158,9 @@ def _measures(now: pl.DataFrame, before: pl.DataFrame) -> Iterator[tuple[str, Me
         return [str(group) for group in rows["group_id"]]
 
     def values(rows: pl.DataFrame, measure: Measure) -> Sample:
-        return (_longer_won(rows) if measure == "longer won" else _letters(rows)), groups(rows)
+        return (_longer_won(rows) if measure == "longer won" else _lengths(rows)), groups(rows)
 
-    for measure in ("longer won", "letters"):
+    for measure in ("longer won", "length"):
         yield ALL, measure, values(now, measure), values(before, measure)  # type: ignore[arg-type]
     rated = [rows.drop_nulls("margin") for rows in (now, before)]
     if all(rows.height > 1 for rows in rated) and (scale := float(np.std(rated[1]["margin"].to_numpy(), ddof=1))):
@@ -193,7 +193,7 @@ def _largest(now: pl.DataFrame, before: pl.DataFrame, *columns: str) -> list[str
 def _shift(part: str, measure: Measure, now: Sample, before: Sample, fewest: int, confidence: float) -> Shift:
     difference, ends, p = difference_of_means(now, before, fewest, confidence)
     means = [float(np.mean(values)) if values else math.nan for values, _ in (now, before)]
-    if measure == "letters":
+    if measure == "length":
         means = [math.exp(mean) for mean in means]
     low, high = ends or (None, None)
     return Shift(

@@ -20,6 +20,7 @@ from dpo_assets.checks.neutral import perplexities, read_texts
 from dpo_assets.checks.reports import AnswerHealth, Divergence, GreedyAnswers, NotMeasured, Perplexity
 from dpo_assets.contract import EvaluateSpec
 from dpo_assets.errors import ConfigError
+from dpo_assets.feedback.dataset import read_split
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.batches.data import dpo_group, first_asked, load_asked
 from dpo_assets.training.evaluation.subjects import Bench, Measured, Reading, Subject, as_groups
@@ -150,7 +151,7 @@ def _read_by_the_champion(spec: EvaluateSpec, reporter: Reporter) -> Reread | No
     champion = spec.champion
     if champion is None or (champion.base_model, champion.template) == (spec.base_model, spec.template):
         return None
-    pairs = pl.read_parquet(spec.dataset / "eval.parquet")
+    pairs = read_split(spec.dataset, "eval")
     theirs = reread(pairs, champion.base_model, champion.template, spec.plan.max_length)
     why = ", ".join(f"{count} {reason}" for reason, count in theirs.left_out.items())
     if why:
