@@ -11,7 +11,7 @@ from typing import Any, Self
 import dagster as dg
 from pydantic import BaseModel, Field
 
-from dpo_assets.assets.graph import LINEAGE, steps
+from dpo_assets.assets.graph import LINEAGE, nodes_of, steps
 from dpo_assets.assets.node import Node, column_schema
 from dpo_assets.assets.pipeline import Pipeline
 from dpo_assets.assets.retention import retention_job
@@ -136,7 +136,7 @@ class DpoPipeline(dg.Component, dg.Resolvable):
             metadata["dagster/column_schema"] = column_schema(node.columns)
         return dg.AssetSpec(
             key=self.pipeline.key(node.name),
-            deps=[self.pipeline.key(read.node) for read in node.reads],
+            deps=self._before(node),
             description=node.description,
             group_name=f"{self.pipeline.name}_{node.phase}",
             kinds=set(node.kinds),
@@ -175,6 +175,7 @@ class DpoPipeline(dg.Component, dg.Resolvable):
             ],
             required_resource_keys={self.pipeline.resource_key(name) for name in RESOURCES},
             pool=recipe.hardware.pool if main.trains else None,
+            partitions_def=main.partitions(recipe),
             can_subset=True,  # So that a check can be executed by itself: nothing is trained for it.
         )
         if main.config is None:
@@ -189,6 +190,16 @@ class DpoPipeline(dg.Component, dg.Resolvable):
             yield from self.execute(Step(context, self.pipeline, main.name, LINEAGE, config.model_dump()), nodes)
 
         return declare(configured)
+
+    def _before(self, node: Node) -> list[dg.AssetDep]:
+        """What comes before a node in the graph; of a partitioned one all partitions."""
+        recipe = self.pipeline.recipe
+        there = {one.name: one.partitions(recipe) is not None for one in nodes_of(recipe)}
+        names = [*(read.node for read in node.reads), *(name for name in node.follows if name in there)]
+        return [
+            dg.AssetDep(self.pipeline.key(name), partition_mapping=dg.AllPartitionMapping() if there[name] else None)
+            for name in names
+        ]
 
     def _code_version(self, node: Node) -> str:
         config = self.pipeline.recipe.model_dump(mode="json", include=set(node.recipe))

@@ -9,6 +9,7 @@ from dpo_assets.assets import (
     dpo_dataset,
     dpo_plan,
     eval_scores,
+    feedback_by_day,
     gguf_model,
     harness_scores,
     judged_answers,
@@ -38,6 +39,7 @@ NODES: tuple[Node, ...] = (
 )
 # Of pipelines whose recipe asks for them.
 OPTIONAL: tuple[Node, ...] = (
+    feedback_by_day.NODE,
     judged_answers.NODE,
     reward_model_scores.NODE,
     benchmark_scores.NODE,

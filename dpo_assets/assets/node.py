@@ -22,7 +22,8 @@ class Node:
 
     `reads` is all that the body may ask for, what its artefact's manifest records, and what Dagster's graph shows.
     `recipe` names the sections that decide its result: its code version covers them. `wanted` says whether a pipeline
-    has it.
+    has it, and `partitions` its partitions. `follows` names nodes that come before it in the graph, and whose artefacts
+    it does not ask for.
     """
 
     name: str
@@ -37,6 +38,8 @@ class Node:
     config: Callable[[Recipe], type[dg.Config]] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     wanted: Callable[[Recipe], bool] = lambda recipe: True
+    partitions: Callable[[Recipe], dg.PartitionsDefinition[str] | None] = lambda recipe: None
+    follows: tuple[str, ...] = ()
 
 
 def column_schema(columns: Sequence[Column]) -> dg.TableSchema:

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from dpo_assets.recipe.address import LocalPath, VariableName
+from dpo_assets.recipe import dated
+from dpo_assets.recipe.address import LocalPath, TimeZone, VariableName
 from dpo_assets.recipe.model import is_commit
 from dpo_assets.secret_shapes import MASK, without_url_secrets
 from dpo_assets.section import Section, hidden_fault
@@ -75,7 +76,8 @@ class FeedbackSource(Section):
         description=(
             "File or glob (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`; all but the last also with `.gz` or `.zst` "
             "behind), relative to the folder of the YAML file, or a URL such as `s3://bucket/feedback/*.jsonl.gz` "
-            "(its query is never shown; credentials belong into the environment); `builtin:oasst` is a real sample."
+            "(its query is never shown; credentials belong into the environment); `builtin:oasst` is a real sample. "
+            "`{day}` in it, or `{day:%Y/%m/%d}`, stands for every day, and makes the source one of `feedback.days`."
         ),
         examples=["feedback/*.jsonl", "builtin:oasst"],
     )
@@ -159,9 +161,25 @@ class FeedbackSource(Section):
                 f"the dataset `{self.hub}` needs `revision`: the 40-digit commit sha from its page (a branch such as "
                 "`main` can change under you)."
             )
+        if self.is_dated and (fault := dated.fault_of(str(self.path))):
+            raise ValueError(f"`path`: {fault}")
+        if self.is_dated and str(self.path).lower().startswith(("http://", "https://")):
+            raise ValueError("`path`: days of a web address cannot be listed; use a file system such as `s3://`.")
         if self.hub is None and (self.revision is not None or self.files):
             raise ValueError("`revision` and `files` belong to `hub`; name files on disk in `path`.")
         return self
+
+    @property
+    def is_dated(self) -> bool:
+        """Whether its files lie by day."""
+        return dated.names_a_day(self.path)
+
+    def pattern(self, day: date | None = None) -> str:
+        """`path` with the files of one day, or of every day, in place of the day."""
+        path = str(self.path)
+        if not self.is_dated:
+            return path
+        return dated.of_every_day(path) if day is None else dated.of_day(path, day)
 
     @property
     def shown(self) -> str:
@@ -232,6 +250,13 @@ class WindowSection(Section):
         if self.days is None and self.since is None:
             raise ValueError("a window needs `days` or `since`; leave `window` out to train on all pairs.")
         return self
+
+
+class DaysSection(Section):
+    """Sources whose path names a day, as daily partitions of the asset `feedback_by_day`."""
+
+    start: date = Field(description="The first day that is a partition. Earlier ones are read all the same.")
+    time_zone: TimeZone = Field(default="UTC", description="Time zone in which a day ends, by its IANA name.")
 
 
 class ReleaseRule(Section):
@@ -305,6 +330,11 @@ class FeedbackSection(Section):
         default=None,
         description="Days that are trained on; empty: all. Older pairs are counted, not in quarantine.",
     )
+    days: DaysSection | None = Field(
+        default=None,
+        description="Makes the days of sources with `{day}` in their path daily partitions, which can be read again. "
+        "Empty: there are none.",
+    )
     drift_days: int = Field(
         default=28,
         ge=0,
@@ -312,6 +342,12 @@ class FeedbackSection(Section):
     )
     cleaning: CleaningSection = Field(default_factory=CleaningSection, description="What is done about unfit pairs.")
     release: list[ReleaseRule] = Field(default=[], description="What is taken out of quarantine, by rule.")
+
+    @model_validator(mode="after")
+    def _days_have_sources(self) -> FeedbackSection:
+        if self.days is not None and not any(source.is_dated for source in self.sources):
+            raise ValueError("`days` needs a source whose path names the day, as in `feedback/{day}/*.jsonl`.")
+        return self
 
 
 def _has_credentials(path: str) -> bool:

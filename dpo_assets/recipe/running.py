@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from typing import Literal
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import Field, field_validator, model_validator
 
-from dpo_assets.recipe.address import LocalPath, ServiceAddress, VariableName
+from dpo_assets.recipe.address import LocalPath, ServiceAddress, TimeZone, VariableName
 from dpo_assets.recipe.scorers import BenchmarkSection, HarnessSection, RewardModelSection
 from dpo_assets.section import Section
 
@@ -204,7 +203,7 @@ class RefreshSection(Section):
     """When the pipeline runs by itself. Schedule and sensor exist, and are stopped until someone starts them."""
 
     schedule: str = Field(default="0 3 * * *", description="Cron expression of the refresh job.")
-    time_zone: str = Field(
+    time_zone: TimeZone = Field(
         default="UTC", description="Time zone of `schedule`, by its IANA name.", examples=["Europe/Vienna"]
     )
     sensor_interval_seconds: int = Field(default=60, ge=30, description="How often new feedback is looked for.")
@@ -276,15 +275,6 @@ class RefreshSection(Section):
             "Kubernetes)."
         ),
     )
-
-    @field_validator("time_zone")
-    @classmethod
-    def _is_a_time_zone(cls, name: str) -> str:
-        try:
-            ZoneInfo(name)
-        except (ZoneInfoNotFoundError, ValueError, OSError):
-            raise ValueError(f"there is no time zone `{name}`; IANA names are meant, such as `Europe/Vienna`") from None
-        return name
 
 
 class RetentionSection(Section):
