@@ -121,10 +121,11 @@ class DpoPipeline(dg.Component, dg.Resolvable):
     def build_defs(self, context: dg.ComponentLoadContext | None = None) -> dg.Definitions:
         """All definitions of the instance. Every name in them starts with the instance's name."""
         job = refresh_job(self.pipeline)
+        schedule = refresh_schedule(self.pipeline, job)  # First: it says what is wrong with a cron expression.
         return dg.Definitions(
             assets=[self._assets(nodes) for nodes in steps(self.pipeline.recipe)],
             jobs=[job, rollback_job(self.pipeline), retention_job(self.pipeline)],
-            schedules=[refresh_schedule(self.pipeline, job)],
+            schedules=[schedule],
             sensors=[new_feedback_sensor(self.pipeline, job), alerts_sensor(self.pipeline, self.alert)],
             resources={self.pipeline.resource_key(name): resource for name, resource in self.resources.items()},
         )

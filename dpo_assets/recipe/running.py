@@ -254,7 +254,7 @@ class RefreshSection(Section):
     )
     fresh_hours: float | None = Field(
         default=None,
-        gt=0.0,
+        ge=0.05,  # Dagster takes no window below a minute, and the warning comes at three quarters.
         description=(
             "Dagster shows `dpo_dataset` and `published_model` as overdue when they were not materialised for so "
             "long, and warns from three quarters of it on. Empty: they have no freshness policy."
