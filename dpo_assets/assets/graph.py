@@ -9,6 +9,7 @@ from dpo_assets.assets import (
     dpo_dataset,
     dpo_plan,
     eval_scores,
+    feedback_by_day,
     gguf_model,
     harness_scores,
     judged_answers,
@@ -39,6 +40,7 @@ NODES: tuple[Node, ...] = (
 DECIDING = 2  # Of these, the last ones, which may read what a recipe asks for.
 # Of pipelines whose recipe asks for them.
 OPTIONAL: tuple[Node, ...] = (
+    feedback_by_day.NODE,
     judged_answers.NODE,
     reward_model_scores.NODE,
     benchmark_scores.NODE,

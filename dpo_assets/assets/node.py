@@ -21,8 +21,9 @@ class Node:
     """One asset. Nodes with the same body are materialised together by it.
 
     `reads` is all that the body may ask for, what its artefact's manifest records, and what Dagster's graph shows;
-    `also` what it reads beside, where a recipe asks for that. `recipe` names the sections that decide its result: its
-    code version covers them. `wanted` says whether a pipeline has it.
+    `also` what it reads beside, where a recipe asks for that. `follows` names nodes that come before it in the graph,
+    and whose artefacts it does not ask for. `recipe` names the sections that decide its result: its code version covers
+    them. `wanted` says whether a pipeline has it, and `partitions` its partitions.
     """
 
     name: str
@@ -37,6 +38,8 @@ class Node:
     config: Callable[[Recipe], type[dg.Config]] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     wanted: Callable[[Recipe], bool] = lambda recipe: True
+    partitions: Callable[[Recipe], dg.PartitionsDefinition[str] | None] = lambda recipe: None
+    follows: tuple[str, ...] = ()
     also: Callable[[Recipe], tuple[Read, ...]] = lambda recipe: ()
 
     def of(self, recipe: Recipe) -> Node:

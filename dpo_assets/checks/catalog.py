@@ -62,6 +62,7 @@ CHECKS: tuple[CheckInfo, ...] = (
     CheckInfo("label_conflicts", "dpo_dataset", "Preferences on the same prompt do not contradict each other."),
     CheckInfo("degenerate_chosen", "dpo_dataset", "Chosen answers say something, end, and do not repeat themselves."),
     CheckInfo("too_easy", "dpo_dataset", "Form alone does not tell chosen from rejected answers.", blocking=False),
+    CheckInfo("feedback_drift", "dpo_dataset", "The newest feedback is like the feedback before it.", blocking=False),
     CheckInfo("learning_rate_band", "dpo_plan", "The DPO learning rate lies where published runs survived."),
     CheckInfo("training_dose", "dpo_plan", "Learning rate, epochs and batch do not add up to too much for each pair."),
     CheckInfo("dpo_rate_against_sft", "dpo_plan", "The DPO learning rate is not copied from SFT."),

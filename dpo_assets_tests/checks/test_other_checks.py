@@ -70,6 +70,7 @@ from dpo_assets_tests.samples import (
     coverage,
     dataset_report,
     dpo_report,
+    drifted,
     evaluation_report,
     gguf_report,
     harness_scores,
@@ -171,6 +172,8 @@ def test_a_verdict_passes_only_without_a_warning_and_says_its_value_and_band() -
         ("every_pair_accounted_for", {"rows_in": 1201}, "error"),
         ("every_pair_accounted_for", {"quarantined": 69}, "error"),
         ("every_pair_accounted_for", {"duplicates": 11}, "error"),
+        ("every_pair_accounted_for", {"outside_window": 1}, "error"),
+        ("every_pair_accounted_for", {"outside_window": 1, "rows_in": 1201}, "pass"),
         ("every_pair_accounted_for", {"train_pairs": 999}, "error"),
         ("schema", {}, "pass"),
         ("schema", {"reasons": {"schema": 1}}, "error"),
@@ -595,6 +598,7 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
             truncation={"share": 0.2}, distance={"median": 0.1}, lengths={"ratio": 3.0}, degenerate={"others": 1120},
             contradictions={"pairs": 600}, surface={"auc": 0.99},
         ),
+        drift=drifted(),
     )  # fmt: skip
     bad_sft = SFT | {"finite": False, "held_out_nll_after": 9.0, "ends_with_eos": 0.0}
     bad_dpo = DPO | {
