@@ -14,8 +14,8 @@ from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.lineage import Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.out_of_memory import memory_record
+from dpo_assets.assets.refreshing import start_adapter
 from dpo_assets.assets.resuming import resume_record
-from dpo_assets.assets.sft_checkpoint import start_adapter
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.aftermath import aftermath_verdicts, collapse_verdict
 from dpo_assets.checks.bands import Bands

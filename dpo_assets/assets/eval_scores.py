@@ -14,7 +14,7 @@ from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.kept_models import training_set
 from dpo_assets.assets.lineage import Inputs, Read
 from dpo_assets.assets.node import Node
-from dpo_assets.assets.sft_checkpoint import start_adapter
+from dpo_assets.assets.refreshing import start_adapter
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.evaluation import champion_scored, divergence_in_training, released_kl
 from dpo_assets.checks.evidence.candidate import ScoredPairs

@@ -12,8 +12,8 @@ from dpo_assets.assets.base_model import in_worker
 from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.lineage import Read
 from dpo_assets.assets.node import Node
+from dpo_assets.assets.refreshing import start_adapter
 from dpo_assets.assets.scorers_ahead import refuse_harness
-from dpo_assets.assets.sft_checkpoint import start_adapter
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.harness import harness_verdicts
 from dpo_assets.checks.reports import HarnessScores

@@ -21,8 +21,8 @@ class Node:
     """One asset. Nodes with the same body are materialised together by it.
 
     `reads` is all that the body may ask for, what its artefact's manifest records, and what Dagster's graph shows.
-    `recipe` names the sections that decide its result: its code version covers them. `wanted` says whether a pipeline
-    has it.
+    `recipe` names the sections, or fields (`section.field`), that decide its result: its code version covers them.
+    `wanted` says whether a pipeline has it.
     """
 
     name: str

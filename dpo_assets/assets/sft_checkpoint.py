@@ -12,12 +12,15 @@ from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.lineage import Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.out_of_memory import memory_record
+from dpo_assets.assets.refreshing import kept
 from dpo_assets.assets.resuming import resume_record
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.reports import AdoptedBase, read_sft
 from dpo_assets.checks.training import sft_verdicts
 from dpo_assets.contract import TrainSpec
+from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.planning.refresh import SftData
 from dpo_assets.report.plots import line_plot
 
 
@@ -28,6 +31,8 @@ def materialise(step: Step) -> Events:
     adopted = plan.sft.strategy == "adopt"
     if adopted:  # It depends on nothing that was trained, so a new dataset must not make it new.
         inputs = inputs.only("dpo_plan", "base_model")
+    else:
+        inputs = inputs.using("dpo_dataset", _trained_on(step, plan.refresh.sft, inputs["dpo_dataset"]))
 
     def make(folder: Path, print_: str) -> None:
         if adopted:
@@ -59,14 +64,26 @@ def materialise(step: Step) -> Events:
     }
     metadata |= memory_record(artifact) | resume_record(artifact)
     if not adopted:
+        metadata |= {"trained_on_pairs": plan.refresh.sft.pairs, "pairs_newer_than_it": plan.refresh.sft.newer}
         metadata["loss"] = dg.MetadataValue.md(line_plot(artifact.path / "metrics.jsonl", {"loss": "loss"}, "SFT loss"))
     yield from step.result("sft_checkpoint", artifact, reused, sft_verdicts(report, step.bands), metadata)
 
 
-def start_adapter(checkpoint: Artifact) -> Path | None:
-    """The SFT adapter, or None when the base was adopted."""
-    folder = checkpoint.path / "adapter"
-    return folder if folder.is_dir() else None
+def _trained_on(step: Step, data: SftData, now: Artifact) -> Artifact:
+    """The dataset that the plan chose: that of now, or an earlier one.
+
+    Raises:
+        ConfigError: it is not in the store any more.
+    """
+    if step.only_checks or data.dataset in ("", now.digest):
+        return now
+    found = kept(step.tree, "dpo_dataset", data.dataset)
+    if found is None:
+        raise ConfigError(
+            f"the `dpo_dataset` ({data.dataset[:12]}) that SFT was trained on is gone from {step.tree.root} since the "
+            "plan was made; materialise `dpo_plan` again, and SFT is trained on the pairs of now."
+        )
+    return found
 
 
 def sft_settings(plan: TrainingPlan) -> dict[str, object]:
@@ -80,7 +97,7 @@ NODE = Node(
     phase="training",
     kinds=frozenset({"pytorch", "huggingface"}),
     body=materialise,
-    reads=(followed(sft_settings), Read("dpo_dataset"), Read("base_model")),
+    reads=(followed(sft_settings), Read("dpo_dataset", chosen_by="dpo_plan"), Read("base_model")),
     recipe=("lora", "sft"),
     trains=True,
 )

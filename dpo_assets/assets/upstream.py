@@ -37,7 +37,7 @@ class Upstream:
     def _past_its_gates(self, read: Read, own: Artifact | None) -> Artifact:
         """The artefact to read; `own` is the one whose checks are evaluated again, if that is what is done."""
         found = self.made.artifact(read.node)
-        recorded = own.manifest.inputs.get(read.node) if own is not None else None
+        recorded = own.manifest.inputs.get(read.node) if own is not None and not read.chosen_by else None
         if recorded is not None and read.part(found) != recorded:
             found = self._kept(read, recorded)
         if failed := closed_gates(found, self.made.pipeline.recipe.checks.severity):

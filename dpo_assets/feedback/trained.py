@@ -24,6 +24,13 @@ def write_trained_groups(dataset: Path, model: Path) -> None:
     groups.unique().sort("group_id").write_parquet(model / TRAINED_GROUPS)
 
 
+def training_pairs(dataset: Path) -> pl.Series:
+    """Ids of the pairs in the train split of a dataset."""
+    import polars as pl
+
+    return pl.read_parquet(dataset / TRAIN_SPLIT, columns=["pair_id"])["pair_id"]
+
+
 def trained_groups(table: Path) -> pl.Series:
     """The groups that stand in the column `group_id` of a Parquet file, each once."""
     import polars as pl
