@@ -148,26 +148,23 @@ class Lineage:
             if artifact is None:
                 stale = bool(reads) or name in touched
             else:
-                stale = any(
-                    read.chosen_by in again
-                    if read.chosen_by
-                    else self._outdated(artifact, read, read.node in again, latest(read.node))
-                    for read in reads
-                )
+                stale = any(self._outdated(artifact, read, again, latest(read.node)) for read in reads)
             if stale:
                 again.append(name)
             if reads:
                 touched.add(name)
         return again
 
-    def _outdated(self, artifact: Artifact, read: Read, made_again: bool, latest: Artifact | None) -> bool:
+    def _outdated(self, artifact: Artifact, read: Read, again: Sequence[str], latest: Artifact | None) -> bool:
         recorded = artifact.manifest.inputs.get(read.node)
         if recorded is None:
             return False
-        if made_again and read.part is whole:
+        if read.node in again and read.part is whole:
             return True
-        # Settings: those of a plan that is made again for other pairs are the same ones.
-        return latest is not None and read.part(latest) != recorded
+        # Settings: those of a plan that is made again for other pairs are the same ones. What it will choose is not
+        # known, but that it leaves what was made of the latest.
+        other = latest is not None and read.part(latest) != recorded
+        return other and (not read.chosen_by or read.chosen_by in again)
 
     def _before(self, node: str) -> list[str]:
         """Everything further up the chain, in the order of the graph."""
