@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,6 +23,7 @@ from dpo_assets.assets.scorers_ahead import refuse_scorers
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.config import plan_verdicts
 from dpo_assets.checks.coverage import coverage_table
+from dpo_assets.checks.verdict import Verdict
 from dpo_assets.planning.matrices import read_matrices
 from dpo_assets.planning.model_folder import read_description
 from dpo_assets.planning.offers import installed_here
@@ -68,7 +70,7 @@ def materialise(step: Step) -> Events:
         "dpo_plan",
         artifact,
         reused,
-        plan_verdicts(plan, step.bands),
+        [_with_reason(verdict, start.why) for verdict in plan_verdicts(plan, step.bands)],
         {
             "precision": plan.precision,
             "precision_reason": plan.precision_reason,
@@ -96,6 +98,11 @@ def materialise(step: Step) -> Events:
             **access,
         },
     )
+
+
+def _with_reason(verdict: Verdict, why: str) -> Verdict:
+    """`refresh_policy` with the reason. It is none of the plan's: an equal run later has another, and the same plan."""
+    return replace(verdict, note=why) if verdict.check == "refresh_policy" else verdict
 
 
 def _shape(base: Artifact) -> ModelShape:

@@ -17,7 +17,7 @@ from dpo_assets.assets.lineage import Inputs
 from dpo_assets.assets.step import Step
 from dpo_assets.checks.evidence.ledger_file import LedgerFile
 from dpo_assets.errors import ConfigError
-from dpo_assets.feedback.trained import training_pairs
+from dpo_assets.feedback.trained import training_pairs, write_training_set
 from dpo_assets.planning.plan import TrainingPlan, settings_digest
 from dpo_assets.planning.refresh import (
     Ancestor,
@@ -25,9 +25,11 @@ from dpo_assets.planning.refresh import (
     ChosenStart,
     EarlierSft,
     Moved,
+    Refresh,
     SftData,
     choose_sft,
     choose_start,
+    trained_pairs,
 )
 from dpo_assets.version import __version__
 
@@ -57,6 +59,45 @@ def ancestors(tree: ArtifactTree, adapter: Artifact) -> Iterator[Artifact]:
         yield found
         before = found.manifest.inputs.get("dpo_adapter")
         found = kept(tree, "dpo_adapter", before) if before is not None else None
+
+
+def gone_on_from(tree: ArtifactTree, refresh: Refresh) -> Artifact | None:
+    """The adapter of the release that training goes on from; None: it starts from SFT.
+
+    Raises:
+        ConfigError: it is not in the store any more.
+    """
+    if refresh.whole:
+        return None
+    found = kept(tree, "dpo_adapter", refresh.adapter)
+    if found is None:
+        raise ConfigError(
+            f"the `dpo_adapter` ({refresh.adapter[:12]}) of the release that this run goes on from is gone from "
+            f"{tree.root} since the plan was made; materialise `dpo_plan` again."
+        )
+    return found
+
+
+def training_set(step: Step, plan: TrainingPlan, inputs: Inputs) -> Artifact:
+    """The pairs that DPO trains on where these are not all: what is new since a release, and a draw of the rest.
+
+    Raises:
+        ConfigError: the dataset of that release is not in the store any more.
+    """
+    refresh, dataset = plan.refresh, inputs["dpo_dataset"]
+
+    def make(folder: Path, _: str) -> None:
+        then = kept(step.tree, "dpo_dataset", refresh.since)
+        if then is None:
+            raise ConfigError(
+                f"the `dpo_dataset` ({refresh.since[:12]}) of the release that this run goes on from is gone from "
+                f"{step.tree.root} since the plan was made; materialise `dpo_plan` again."
+            )
+        now, before = training_pairs(dataset.path), training_pairs(then.path)
+        write_training_set(dataset.path, trained_pairs(now, before, refresh, plan.dpo.seed), folder)
+
+    config = {**refresh.settings(), "seed": plan.dpo.seed}
+    return step.build("training_set", config, inputs.only("dpo_dataset"), make)[0]
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,22 @@ def training_pairs(dataset: Path) -> pl.Series:
     return pl.read_parquet(dataset / TRAIN_SPLIT, columns=["pair_id"])["pair_id"]
 
 
+def write_training_set(dataset: Path, pairs: pl.Series, folder: Path) -> None:
+    """The pairs of these ids in the train split of a dataset as a train split of their own, part by part."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    wanted = pa.array(pairs.to_list(), pa.string())
+    with (
+        pq.ParquetFile(dataset / TRAIN_SPLIT) as source,
+        pq.ParquetWriter(folder / TRAIN_SPLIT, source.schema_arrow) as writer,
+    ):
+        for batch in source.iter_batches():
+            ids = batch.column("pair_id").cast(pa.string())
+            writer.write_batch(batch.filter(pc.is_in(ids, value_set=wanted)))
+
+
 def trained_groups(table: Path) -> pl.Series:
     """The groups that stand in the column `group_id` of a Parquet file, each once."""
     import polars as pl

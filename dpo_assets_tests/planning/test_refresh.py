@@ -1,4 +1,4 @@
-"""Where a refresh starts, and on which pairs: the rules, held by properties over sets of pairs and chains of releases."""
+"""Where a refresh starts, and on which pairs: the rules, held by properties of pairs and chains of releases."""
 
 from __future__ import annotations
 
