@@ -7,7 +7,7 @@ from pathlib import Path
 
 import dagster as dg
 
-from dpo_assets.artifact import Artifact
+from dpo_assets.artifact import VOLATILE, Artifact
 from dpo_assets.assets.base_model import in_worker
 from dpo_assets.assets.champion import Champion, champion_of, find_champion
 from dpo_assets.assets.dpo_plan import followed, read_plan
@@ -103,6 +103,7 @@ def materialise(step: Step) -> Events:
             "champion": report.champion or "none yet: it is held against its own start",
             "held_out_pairs": report.pairs,
             "held_out_prompts": report.prompts,
+            **_from_cache(artifact),
             "accuracy": report.implicit_reward_accuracy.value,
             "chosen_shift_nats_per_token": report.chosen_shift_nats_per_token,
             "rejected_shift_nats_per_token": report.rejected_shift_nats_per_token,
@@ -118,6 +119,11 @@ def materialise(step: Step) -> Events:
 def _plots(step: Step, scores: Artifact) -> dict[str, str]:
     """Of the pairs one by one; none where only checks are evaluated, whose page has no plots."""
     return {} if step.only_checks else score_plots(ScoredPairs.read(scores.path / SCORES))
+
+
+def _from_cache(scores: Artifact) -> dict[str, int]:
+    """Of each model, the pairs whose scores an earlier run had taken."""
+    return {name: count for name, count in scores.json(VOLATILE).items() if name.endswith("_pairs_from_cache")}
 
 
 def _dpo_report(adapter: Artifact) -> DpoReport | None:
