@@ -126,7 +126,7 @@ def test_a_refresh_costs_what_is_new_and_goes_on_from_the_release_while_that_kee
     third = pipeline.run(PLANNED, policy="continue")
     assert pipeline.plan(third).refresh.policy == "full"
     assert pipeline.plan(third).refresh.sft.dataset == third["dpo_dataset"]["digest"]
-    assert "1 are gone" in third["dpo_plan"]["sft_start"]
+    assert "and 1 gone" in third["dpo_plan"]["sft_start"]
 
 
 def trained_prompts(shown: Mapping[str, Mapping[str, Any]]) -> set[str]:

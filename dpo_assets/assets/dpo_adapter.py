@@ -86,7 +86,7 @@ def materialise(step: Step) -> Events:
         verdicts,
         {
             **report.model_dump(mode="json", exclude=PARTS),
-            "policy": plan.refresh.policy,
+            "refresh_policy": plan.refresh.policy,
             "generation": plan.refresh.generation,
             "trained_on_pairs": plan.train_pairs,
             **memory_record(artifact),

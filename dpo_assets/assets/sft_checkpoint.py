@@ -28,11 +28,11 @@ def materialise(step: Step) -> Events:
     """Trains the SFT adapter, or adopts the base as it is."""
     inputs = step.inputs()
     plan = read_plan(inputs["dpo_plan"])
-    adopted = plan.sft.strategy == "adopt"
+    adopted, now = plan.sft.strategy == "adopt", inputs["dpo_dataset"]
     if adopted:  # It depends on nothing that was trained, so a new dataset must not make it new.
         inputs = inputs.only("dpo_plan", "base_model")
     else:
-        inputs = inputs.using("dpo_dataset", _trained_on(step, plan.refresh.sft, inputs["dpo_dataset"]))
+        inputs = inputs.using("dpo_dataset", _trained_on(step, plan.refresh.sft, now))
 
     def make(folder: Path, print_: str) -> None:
         if adopted:
@@ -64,9 +64,20 @@ def materialise(step: Step) -> Events:
     }
     metadata |= memory_record(artifact) | resume_record(artifact)
     if not adopted:
-        metadata |= {"trained_on_pairs": plan.refresh.sft.pairs, "pairs_newer_than_it": plan.refresh.sft.newer}
+        metadata |= _data(plan.refresh.sft, now, step.recipe.refresh.renew_sft_after)
         metadata["loss"] = dg.MetadataValue.md(line_plot(artifact.path / "metrics.jsonl", {"loss": "loss"}, "SFT loss"))
     yield from step.result("sft_checkpoint", artifact, reused, sft_verdicts(report, step.bands), metadata)
+
+
+def _data(data: SftData, now: Artifact, limit: float) -> dict[str, str | int]:
+    """What SFT was trained on, and how far the data moved since."""
+    said = "all training pairs of now"
+    if data.dataset not in ("", now.digest):
+        said = (
+            f"the dataset {data.dataset[:12]}, an earlier one: SFT is taken up until more than {limit:.0%} of the "
+            "training pairs are newer than it, or one of its own is gone"
+        )
+    return {"trained_on": said, "trained_on_pairs": data.pairs, "pairs_newer_than_it": data.newer}
 
 
 def _trained_on(step: Step, data: SftData, now: Artifact) -> Artifact:

@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 Policy = Literal["full", "replay", "continue"]
+MOST_SFT = 5  # Earlier checkpoints that are looked at: for each its dataset is read.
 
 
 class SftData(BaseModel):
@@ -79,7 +81,7 @@ class Moved:
         return not self.gone and self.share <= limit
 
     def told(self) -> str:
-        return f"{self.new} of {self.pairs} training pairs are new since, {self.gone} are gone"
+        return f"{self.new} of {self.pairs} training pairs are new since, and {self.gone} gone"
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def choose_sft(earlier: Iterable[EarlierSft], dataset: str, pairs: int, limit: f
         limit: largest share of these that a checkpoint may lack.
     """
     passed = ""
-    for one in earlier:
+    for one in islice(earlier, MOST_SFT):
         if one.moved.allows_sft(limit):
             data = SftData(dataset=one.dataset, pairs=one.pairs, newer=one.moved.new)
             return ChosenSft(data, one.checkpoint, f"SFT is taken up: {one.moved.told()} ({_rule(limit)})")
