@@ -122,7 +122,7 @@ class Reading(DpoPipeline):
         yield
 
 
-CHECKS_OF_THE_ADAPTER = "checks_of_the_adapter"
+CHECKS_OF_THE_ADAPTER, CHECKS_OF_SFT = "checks_of_the_adapter", "checks_of_sft"
 
 
 @cache
@@ -130,8 +130,10 @@ def readers() -> tuple[Reading, dg.Definitions]:
     """The pipeline with a job for each asset by itself, and one for checks alone."""
     pipeline = Reading("demo", parse_recipe(demo_recipe()))
     jobs = [dg.define_asset_job(name, selection=dg.AssetSelection.assets(["demo", name])) for name in ORDER]
-    check = dg.AssetCheckKey(dg.AssetKey(["demo", "dpo_adapter"]), "collapse")
-    jobs.append(dg.define_asset_job(CHECKS_OF_THE_ADAPTER, selection=dg.AssetSelection.checks(check)))
+    alone = {CHECKS_OF_THE_ADAPTER: ("dpo_adapter", "collapse"), CHECKS_OF_SFT: ("sft_checkpoint", "eos_kept")}
+    for name, (node, check) in alone.items():
+        key = dg.AssetCheckKey(dg.AssetKey(["demo", node]), check)
+        jobs.append(dg.define_asset_job(name, selection=dg.AssetSelection.checks(key)))
     return pipeline, dg.Definitions.merge(pipeline.build_defs(), dg.Definitions(jobs=jobs))
 
 
@@ -387,6 +389,18 @@ def test_checks_are_evaluated_again_beside_what_their_artefact_was_made_from(she
     assert {node: artifact.digest for node, artifact in found.items()} == {
         read.node: made_from[read.node].digest for read in LINEAGE.reads("dpo_adapter")
     }
+
+
+def test_checks_of_sft_are_evaluated_again_while_it_is_taken_up_and_after_it_was_renewed(shelf: Shelf) -> None:
+    earlier = shelf.now["dpo_dataset"]
+    shelf.make("dpo_dataset", "more pairs")
+    chosen_by = shelf.make("dpo_plan", trained_on=earlier.digest)
+    assert reads(shelf, CHECKS_OF_SFT)["dpo_plan"].digest == chosen_by.digest
+    shelf.make("dpo_dataset", "even more pairs")
+    shelf.make("dpo_plan", "SFT will be renewed")
+    found = reads(shelf, CHECKS_OF_SFT)
+    assert found["dpo_plan"].digest == chosen_by.digest
+    assert found["dpo_dataset"].digest == chosen_by.manifest.inputs["dpo_dataset"], "what that plan read"
 
 
 def test_checks_of_what_is_no_longer_kept_say_what_to_materialise(shelf: Shelf) -> None:

@@ -52,8 +52,10 @@ def materialise(step: Step) -> Events:
     access = access_ahead(step, known_licence(step.recipe, base))
     recipe = apply_overrides(step.recipe, {name: step.config.get(name, {}) for name in OVERRIDABLE})
     plan = make_plan(recipe, _shape(base), dataset_stats(dataset), step.gpu.detect(), installed_here())
-    sft, start = Refreshing(step, plan, inputs).chosen()
-    plan = plan.refreshed(start.refresh)
+    trains_from = sft_start = ""  # Of a plan that was made before, only the run that made it knew why.
+    if not step.only_checks:
+        sft, start = Refreshing(step, plan, inputs).chosen()
+        plan, trains_from, sft_start = plan.refreshed(start.refresh), start.why, sft.why
 
     def make(folder: Path, _: str) -> None:
         write_json(folder / PLAN, plan.model_dump(mode="json"))
@@ -64,13 +66,13 @@ def materialise(step: Step) -> Events:
     needed = 0 if step.only_checks else refuse_without_room(step, plan, {**inputs, "dpo_plan": artifact})
     plan = read_plan(artifact)  # Where checks are evaluated again, the plan is the one that was made then.
     step.context.log.info(f"precision: {plan.precision_reason}")
-    for said in (sft.why, start.why):
+    for said in filter(None, (sft_start, trains_from)):
         step.context.log.info(said)
     yield from step.result(
         "dpo_plan",
         artifact,
         reused,
-        [_with_reason(verdict, start.why) for verdict in plan_verdicts(plan, step.bands)],
+        [_with_reason(verdict, trains_from) for verdict in plan_verdicts(plan, step.bands)],
         {
             "precision": plan.precision,
             "precision_reason": plan.precision_reason,
@@ -84,9 +86,9 @@ def materialise(step: Step) -> Events:
             "token_budget": plan.token_budget,
             "memory_gib": round(plan.memory_gib, 2),
             "disk_gib_to_write": round(needed / 2**30, 2),
-            "trains_from": start.why,
+            "trains_from": trains_from,
             "generation": plan.refresh.generation,
-            "sft_start": sft.why,
+            "sft_start": sft_start,
             "dpo_pairs": plan.train_pairs,
             "sft_steps": plan.sft_steps,
             "dpo_steps": plan.dpo_steps,
