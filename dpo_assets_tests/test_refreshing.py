@@ -1,10 +1,11 @@
-"""A refresh through Dagster, with real workers: what is taken up, what is trained on, and from where."""
+"""A refresh through Dagster, with the real stages: what is taken up, what is trained on, and from where."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import dagster as dg
@@ -14,12 +15,27 @@ from dpo_assets.artifact import VOLATILE, ArtifactTree
 from dpo_assets.assets.dpo_plan import read_plan
 from dpo_assets.checks.evidence.ledger import Decided, Ledger, Primary
 from dpo_assets.checks.evidence.ledger_file import LedgerFile
+from dpo_assets.contract import Spec, Stage
 from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.resources.launcher import TrainingLauncher
+from dpo_assets.training.__main__ import main
 from dpo_assets_tests.pipelines import failures, materialize, metadata, trl_feedback, trl_recipe
 
 AT = "2026-11-27T00:00:00+00:00"
 PLANNED = ("base_model", "raw_preferences", "quarantined_preferences", "dpo_dataset", "dpo_plan")
 SCORED = (*PLANNED, "sft_checkpoint", "dpo_adapter", "merged_model", "eval_scores")
+
+
+class InThisProcess(TrainingLauncher):
+    """The worker's own main, without a process for each of ten stages, which would import torch ten times."""
+
+    def run(
+        self, context: dg.AssetExecutionContext, stage: Stage, spec: Spec, timeout_seconds: float, silent_seconds: float
+    ) -> None:
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "spec.json"
+            path.write_text(spec.model_dump_json(), encoding="utf-8")
+            assert main([stage, "--spec", str(path)]) == 0, list(Path(folder).iterdir())
 
 
 class Pipeline:
@@ -37,7 +53,8 @@ class Pipeline:
 
     def run(self, assets: tuple[str, ...], **refresh: Any) -> dict[str, dict[str, Any]]:
         """What each asset showed."""
-        result = materialize({**self.recipe, "refresh": refresh}, self.instance, assets)
+        recipe = {**self.recipe, "refresh": refresh}
+        result = materialize(recipe, self.instance, assets, resources={"launcher": InThisProcess()})
         assert result.success, failures(result)
         return {asset: metadata(result, asset) for asset in assets}
 
