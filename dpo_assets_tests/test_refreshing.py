@@ -110,7 +110,7 @@ def test_a_refresh_costs_what_is_new_and_goes_on_from_the_release_while_that_kee
     assert len(new) + len(held) == 10
     assert min(len(new), len(held)) > 1
     tokens = timings({"path": next(pipeline.tree.listed("tokens")).path})
-    assert (tokens["pairs"], tokens["pairs_from_cache"]) == (70, 60), "ten pairs were tokenized"
+    assert tokens["pairs"] - tokens["pairs_from_cache"] == 10
     assert second["sft_checkpoint"]["reused"] != "no"
     assert second["sft_checkpoint"]["digest"] == first["sft_checkpoint"]["digest"]
     assert second["sft_checkpoint"]["pairs_newer_than_it"] == len(new)
