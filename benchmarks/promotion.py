@@ -17,7 +17,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from statistics import NormalDist
 
@@ -45,8 +45,6 @@ from dpo_assets.checks.evidence.power import EFFECT, FEWEST_PROMPTS, detectable,
 from dpo_assets.checks.evidence.rules import TOLERANCE, Evidence, by_evidence
 from dpo_assets.checks.evidence.spending import ALPHA, HIGHEST, budget_after, share_of_look
 from dpo_assets.checks.statistics import Proportion, wilson
-from dpo_assets.judging.comparing import Outcome
-from dpo_assets.judging.rates import at_equal_length, corrected
 from dpo_assets.report.tables import table
 
 LONG_FEW, LONG = Pairs(60, 1, 3, 0.5, long=0.05), Pairs(200, 1, 3, 0.5, long=0.05)
@@ -333,36 +331,6 @@ def _root_over_tokens() -> float:
 ROOT_OVER_TOKENS = _root_over_tokens()
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What a simulated judge says of two answers."""
-
-    outcome: Outcome
-
-
-def judge_coverage(trials: int) -> Iterator[list[str]]:
-    """Of what a judge's verdicts are told as: its share, that at equal length, and the share that people would prefer.
-
-    Verdicts follow length too: at equal length the first answer wins with the share that is told.
-    """
-    for answers, people, agreement in ((50, 100, 0.8), (100, 100, 0.8), (200, 200, 0.8), (200, 200, 0.7)):
-        rng = np.random.default_rng([8, answers, people, int(100 * agreement)])
-        plain, alike, corrections = [], [], []
-        for _ in range(trials):
-            won = float(rng.binomial(answers, 0.6))
-            plain.append(_within(wilson(won, answers), 0.6))
-            lengths = rng.normal(0.0, 100.0, answers)
-            chance = 1 / (1 + np.exp(-(math.log(0.6 / 0.4) + np.tanh(lengths / 100.0))))
-            verdicts = [Verdict("win" if won else "loss") for won in rng.random(answers) < chance]
-            alike.append(_within(at_equal_length(verdicts, [(int(one), 0) for one in lengths], 0.95), 0.6))
-            seen = wilson(float(rng.binomial(answers, 0.6 * agreement + 0.4 * (1 - agreement))), answers)
-            found = corrected(seen, wilson(float(rng.binomial(people, agreement)), people))
-            if not math.isnan(found.value):
-                corrections.append(_within(found, 0.6))
-        each = [told(of(one)) for one in (plain, alike, corrections)]
-        yield [f"{answers} answers, {people} pairs of people, agreement {agreement:g}", *each]
-
-
 def _within(found: Proportion, true: float) -> bool:
     return found.low <= true <= found.high
 
@@ -425,12 +393,7 @@ def tables(scale: float) -> dict[str, Callable[[], str]]:
         told = f"Dry runs of policies that are no better, {PREVIEWED}, {many:,} trials ({fewer:,} histories)"
         return f"{told}: promoted.\n\n{table(header, list(previews_table(many, fewer, refreshes)))}"
 
-    def judges() -> str:
-        header = ["", "share", "at equal length", "corrected"]
-        told = f"Coverage of the 95 % intervals of a judge's shares, {fewer // 2:,} trials a cell"
-        return f"{told}.\n\n{table(header, list(judge_coverage(fewer // 2)))}"
-
-    return {f.__name__: f for f in (single, histories, previews, power, guards, shares, means, judges)}
+    return {f.__name__: f for f in (single, histories, previews, power, guards, shares, means)}
 
 
 def main() -> None:

@@ -4,7 +4,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -204,7 +204,7 @@ class DpoPipeline(dg.Component, dg.Resolvable):
         ]
 
     def _code_version(self, node: Node) -> str:
-        config = self.pipeline.recipe.model_dump(mode="json", include=set(node.recipe))
+        config = _parts_of(self.pipeline.recipe.model_dump(mode="json"), node.recipe)
         return f"{__version__}+{hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]}"
 
     def _default_resources(self) -> dict[str, dg.ConfigurableResource[Any]]:
@@ -215,6 +215,12 @@ class DpoPipeline(dg.Component, dg.Resolvable):
             "hub": HubResource(endpoint=recipe.publishing.endpoint),
             "launcher": LocalLauncher(),
         }
+
+
+def _parts_of(recipe: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Sections by their names, and fields by `section.field`."""
+    parts = {name: name.partition(".") for name in names}
+    return {name: recipe[section][field] if field else recipe[section] for name, (section, _, field) in parts.items()}
 
 
 def build_dpo_defs(

@@ -209,7 +209,19 @@ class TrainSpec(PlannedSpec):
     base_digest: str = ""
     tokenizer_digest: str = ""
     guard: GuardSpec | None = Field(default=None, description="For stage `dpo`; without one nothing is probed.")
+    goes_on_from: Path | None = Field(
+        default=None,
+        description="Adapter of a release that DPO goes on from; the reference is `start_adapter`. None: that, too.",
+    )
+    training_set: Path | None = Field(
+        default=None, description="Folder with the train split that DPO trains on; None: all of that in `dataset`."
+    )
     checkpoints: CheckpointSpec | None = Field(default=None, description="None: a try that is ended is lost.")
+
+    @property
+    def train_folder(self) -> Path:
+        """Where the pairs that are trained on lie. Held-out pairs, and those for the record, lie in `dataset`."""
+        return self.training_set or self.dataset
 
     @property
     def largest_forward(self) -> int:

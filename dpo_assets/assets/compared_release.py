@@ -9,7 +9,7 @@ from typing import Any
 from dpo_assets.assets.base_model import in_worker
 from dpo_assets.assets.dpo_plan import followed
 from dpo_assets.assets.lineage import Inputs, Read
-from dpo_assets.assets.sft_checkpoint import start_adapter
+from dpo_assets.assets.refreshing import start_adapter
 from dpo_assets.assets.step import Step
 from dpo_assets.planning.plan import TrainingPlan
 

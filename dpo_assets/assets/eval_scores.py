@@ -7,7 +7,7 @@ from pathlib import Path
 
 import dagster as dg
 
-from dpo_assets.artifact import Artifact
+from dpo_assets.artifact import VOLATILE, Artifact
 from dpo_assets.assets.base_model import in_worker
 from dpo_assets.assets.champion import Champion, champion_of, find_champion
 from dpo_assets.assets.compared_release import release_spec
@@ -15,7 +15,7 @@ from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.kept_models import training_set
 from dpo_assets.assets.lineage import Inputs, Read
 from dpo_assets.assets.node import Node
-from dpo_assets.assets.sft_checkpoint import start_adapter
+from dpo_assets.assets.refreshing import start_adapter
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.evaluation import champion_scored, divergence_in_training, released_kl
 from dpo_assets.checks.evidence.candidate import ScoredPairs
@@ -109,6 +109,7 @@ def materialise(step: Step) -> Events:
             "champion": report.champion or "none yet: it is held against its own start",
             "held_out_pairs": report.pairs,
             "held_out_prompts": report.prompts,
+            **_from_cache(artifact),
             "accuracy": report.implicit_reward_accuracy.value,
             "chosen_shift_nats_per_token": report.chosen_shift_nats_per_token,
             "rejected_shift_nats_per_token": report.rejected_shift_nats_per_token,
@@ -135,6 +136,11 @@ def _kl_of_champion(step: Step, report: EvaluationReport) -> Divergence | None:
     with suppress(ConfigError):
         return divergence_in_training(_dpo_report(find_champion(step.tree, report.champion).adapter))
     return None
+
+
+def _from_cache(scores: Artifact) -> dict[str, int]:
+    """Of each model, the pairs whose scores an earlier run had taken."""
+    return {name: count for name, count in scores.json(VOLATILE).items() if name.endswith("_pairs_from_cache")}
 
 
 def _dpo_report(adapter: Artifact) -> DpoReport | None:

@@ -22,8 +22,8 @@ class Node:
 
     `reads` is all that the body may ask for, what its artefact's manifest records, and what Dagster's graph shows;
     `also` what it reads beside, where a recipe asks for that. `follows` names nodes that come before it in the graph,
-    and whose artefacts it does not ask for. `recipe` names the sections that decide its result: its code version covers
-    them. `wanted` says whether a pipeline has it, and `partitions` its partitions.
+    and whose artefacts it does not ask for. `recipe` names the sections, or fields (`section.field`), that decide its
+    result: its code version covers them. `wanted` says whether a pipeline has it, and `partitions` its partitions.
     """
 
     name: str

@@ -73,6 +73,7 @@ CHECKS: tuple[CheckInfo, ...] = (
     CheckInfo("lora_scale", "dpo_plan", "The adapter's scale and rank suit the learning rate.", blocking=False),
     CheckInfo("lora_coverage", "dpo_plan", "Every matrix of the decoder layers gets an adapter.", blocking=False),
     CheckInfo("memory_fits", "dpo_plan", "The estimated peak fits the device."),
+    CheckInfo("refresh_policy", "dpo_plan", "DPO does not go on from releases with new pairs alone.", blocking=False),
     CheckInfo("sft_finite", "sft_checkpoint", "Every logged value of the SFT run is finite."),
     CheckInfo("sft_learned", "sft_checkpoint", "The loss on held-out chosen answers fell.", blocking=False),
     CheckInfo("eos_kept", "sft_checkpoint", "Training answers end with the end-of-turn token, so the model can stop."),
