@@ -32,11 +32,13 @@ from benchmarks.soak.inbox import Inbox
 from benchmarks.soak.location import NAME, pipeline
 from benchmarks.soak.refreshing import CONFIG, by_daemon
 from benchmarks.soak.rounds import REPO, Round, Soak, summary
-from benchmarks.soak.warm import COLD, warm_workers
+from benchmarks.soak.warm import COLD, Warm, warm_workers
+from dpo_assets.resources.artifacts import ArtifactStore
 from dpo_assets_tests.hub_server import HubServer
 from dpo_assets_tests.pipelines import demo_recipe
 
 FIRST_PAIRS = 160
+RECIPE = "recipe.json"
 PATIENCE = 600.0
 
 
@@ -72,32 +74,38 @@ def a_home(kept: Path | None) -> Iterator[Path]:
         yield home
 
 
+def surroundings(home: Path, warm: Warm, token: str = "") -> dict[str, str]:
+    """The environment of daemon, code server and runs. The recipe must be written by then."""
+    return os.environ | {
+        "DAGSTER_HOME": str(home),
+        "SOAK_RECIPE": str(home / RECIPE),
+        "SOAK_PYTHON": warm.python,
+        "TMPDIR": str(home / "tmp"),
+        "HF_TOKEN": token,
+        "HF_HUB_DISABLE_XET": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
 def soak(home: Path, refreshes: int, seed: int, cold: int) -> tuple[list[Round], Inbox]:
     """All rounds, each told as it ends."""
     inbox = Inbox(home / "inbox", random.Random(seed))
     inbox.begin(FIRST_PAIRS)
     told: list[Round] = []
-    with HubServer() as hub, warm_workers(home) as warm:
-        written = home / "recipe.json"
-        written.write_text(json.dumps(recipe(home, dry_run=False, repo_id=REPO, endpoint=hub.endpoint)))
-        environment = os.environ | {
-            "DAGSTER_HOME": str(home),
-            "SOAK_RECIPE": str(written),
-            "SOAK_PYTHON": warm.python,
-            "TMPDIR": str(home / "tmp"),
-            "HF_TOKEN": hub.token,
-            "HF_HUB_DISABLE_XET": "1",
-            "OMP_NUM_THREADS": "1",
-        }
-        component = pipeline(written, warm.python)
-        with dg.DagsterInstance.from_config(str(home)) as instance:
-            tree = component.resources["artifacts"].tree(instance, NAME)  # type: ignore[attr-defined]
-            with by_daemon(home, environment, instance, PATIENCE) as refreshing:
-                running = Soak(inbox, refreshing, instance, component.pipeline, tree, home, hub, warm.pid)
-                for one in running.rounds(refreshes):
-                    told.append(one)
-                    print(json.dumps(asdict(one)), flush=True)
-                    (home / COLD).touch() if cold and (one.number + 1) % cold == 0 else (home / COLD).unlink(True)
+    with HubServer() as hub, warm_workers(home) as warm, dg.DagsterInstance.from_config(str(home)) as instance:
+        values = recipe(home, dry_run=False, repo_id=REPO, endpoint=hub.endpoint)
+        (home / RECIPE).write_text(json.dumps(values), encoding="utf-8")
+        component = pipeline(home / RECIPE, warm.python)
+        tree = ArtifactStore().tree(instance, NAME)
+        with by_daemon(home, surroundings(home, warm, hub.token), instance, PATIENCE) as refreshing:
+            running = Soak(inbox, refreshing, instance, component.pipeline, tree, home, hub, warm.pid)
+            for one in running.rounds(refreshes):
+                told.append(one)
+                print(json.dumps(asdict(one)), flush=True)
+                if cold and (one.number + 1) % cold == 0:
+                    (home / COLD).touch()
+                else:
+                    (home / COLD).unlink(missing_ok=True)
     return told, inbox
 
 

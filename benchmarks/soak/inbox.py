@@ -71,7 +71,7 @@ class Inbox:
 
     def begin(self, pairs: int) -> None:
         """The first file."""
-        self._write(self._name("first"), [self._fresh() for _ in range(pairs)])
+        self._write(self._name("first"), self._some_fresh(pairs))
 
     def change(self) -> str:
         """Changes the folder in one of the ways in which feedback changes, and returns its name."""

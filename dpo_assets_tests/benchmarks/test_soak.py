@@ -14,7 +14,7 @@ import dagster as dg
 import pytest
 from filelock import FileLock
 
-from benchmarks.soak.__main__ import FIRST_PAIRS, a_home, recipe
+from benchmarks.soak.__main__ import FIRST_PAIRS, RECIPE, a_home, recipe
 from benchmarks.soak.audit import Refreshed, models_beyond, strangers, wrong_leftovers, wrong_promotions, wrong_rows
 from benchmarks.soak.inbox import Expected, Inbox
 from benchmarks.soak.location import NAME, pipeline
@@ -24,6 +24,7 @@ from benchmarks.soak.warm import Warm, warm_workers
 from dpo_assets.artifact import ArtifactTree
 from dpo_assets.checks.evidence.ledger import FIRST, Decided, Ledger
 from dpo_assets.recipe import RetentionSection
+from dpo_assets.resources.artifacts import ArtifactStore
 from dpo_assets_tests.pipelines import DATA
 
 REFRESHES, SEED = 20, 3
@@ -47,10 +48,10 @@ def soaked() -> Iterator[Soaked]:
         patched.setattr("tempfile.tempdir", str(home / "tmp"))
         inbox = Inbox(home / "inbox", random.Random(SEED))
         inbox.begin(FIRST_PAIRS)
-        (home / "recipe.json").write_text(json.dumps(recipe(home)), encoding="utf-8")
-        component = pipeline(home / "recipe.json", warm.python)
+        (home / RECIPE).write_text(json.dumps(recipe(home)), encoding="utf-8")
+        component = pipeline(home / RECIPE, warm.python)
         with dg.DagsterInstance.from_config(str(home)) as instance:
-            tree = component.resources["artifacts"].tree(instance, NAME)
+            tree = ArtifactStore().tree(instance, NAME)
             refreshing = InProcess(instance, component, DATA)
             soak = Soak(inbox, refreshing, instance, component.pipeline, tree, home, None, warm.pid, late=0.0)
             rounds = list(soak.rounds(REFRESHES))
