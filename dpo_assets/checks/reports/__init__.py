@@ -1,0 +1,83 @@
+"""What the worker measured, as the checks judge it. A stage writes one of these; its asset reads it back."""
+
+from dpo_assets.checks.reports.base import (
+    FILE,
+    NotMeasured,
+    Report,
+)
+from dpo_assets.checks.reports.evaluation import (
+    SHARES,
+    ChampionScores,
+    EvaluationReport,
+    GreedyAnswers,
+    Perplexity,
+)
+from dpo_assets.checks.reports.judged import (
+    BenchmarkScore,
+    BenchmarkScores,
+    HarnessScores,
+    JudgedAnswers,
+    RewardModelScores,
+    SubsetScore,
+    TaskScore,
+)
+from dpo_assets.checks.reports.release import (
+    Carried,
+    GgufNames,
+    GgufReport,
+    GgufWeights,
+    MergeReport,
+)
+from dpo_assets.checks.reports.training import (
+    AdapterNorm,
+    AdoptedBase,
+    Aftermath,
+    AnswerHealth,
+    Capability,
+    Divergence,
+    DpoReport,
+    HeldOutPairs,
+    SampledAnswers,
+    SftOutcome,
+    SftReport,
+    Stop,
+    read_metrics,
+    read_sft,
+)
+
+__all__ = [
+    "FILE",
+    "SHARES",
+    "AdapterNorm",
+    "AdoptedBase",
+    "Aftermath",
+    "AnswerHealth",
+    "BenchmarkScore",
+    "BenchmarkScores",
+    "Capability",
+    "Carried",
+    "ChampionScores",
+    "Divergence",
+    "DpoReport",
+    "EvaluationReport",
+    "GgufNames",
+    "GgufReport",
+    "GgufWeights",
+    "GreedyAnswers",
+    "HarnessScores",
+    "HeldOutPairs",
+    "JudgedAnswers",
+    "MergeReport",
+    "NotMeasured",
+    "Perplexity",
+    "Report",
+    "RewardModelScores",
+    "SampledAnswers",
+    "SftOutcome",
+    "SftReport",
+    "Stop",
+    "SubsetScore",
+    "TaskScore",
+    "read_metrics",
+    "read_sft",
+]
