@@ -6,8 +6,10 @@ Each function returns what is wrong, a sentence each; nothing found is an empty 
 from __future__ import annotations
 
 import os
+import sqlite3
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +18,11 @@ import dagster as dg
 import psutil
 
 from benchmarks.soak.inbox import Expected, Pair
+from dpo_assets import score_file
 from dpo_assets.artifact import READING, Artifact, ArtifactTree, is_fingerprint
+from dpo_assets.assets.kept_models import SPLITS, TRAINED_KINDS
 from dpo_assets.assets.materialisations import FINGERPRINT
+from dpo_assets.assets.retention import SCORED
 from dpo_assets.checks.evidence.ledger import Ledger, Released
 from dpo_assets.checks.evidence.spending import ALPHA
 from dpo_assets.feedback.batches import INDEX
@@ -167,6 +172,14 @@ def models_beyond(tree: ArtifactTree, rules: RetentionSection, releases: int) ->
         count, limit = sum(1 for _ in tree.listed(kind)), most if kind in LAST else 2 * most
         if count > limit:
             yield f"{count} of {kind} are kept; the rules name {limit} at most"
+    scores, splits = tree.root / score_file.FILE, list((tree.root / SPLITS).glob("*.json"))
+    if len(splits) > (models := sum(1 for kind in TRAINED_KINDS for _ in tree.listed(kind))):
+        yield f"splits of {len(splits)} training sets are remembered, and {models} models are there"
+    if scores.exists():
+        with closing(sqlite3.connect(scores)) as db:
+            [(scored,)] = db.execute("select count(distinct key) from scores")
+        if scored > SCORED * rules.keep_models:
+            yield f"scores of {scored} models are kept, and of the last {SCORED * rules.keep_models} they may be"
 
 
 def wrong_promotions(ledger: Ledger, hub: Any, repo_id: str, alpha: float = ALPHA) -> Iterator[str]:
