@@ -37,7 +37,7 @@ from dpo_assets.resources.artifacts import ArtifactStore
 from dpo_assets_tests.hub_server import HubServer
 from dpo_assets_tests.pipelines import demo_recipe
 
-FIRST_PAIRS = 160
+FIRST_PAIRS = 120
 RECIPE = "recipe.json"
 PATIENCE = 600.0
 

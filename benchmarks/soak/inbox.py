@@ -67,7 +67,7 @@ class Inbox:
     written: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
     red: str = ""
-    mend: Callable[[], None] | None = None  # Takes back what closed a gate.
+    mend: Callable[[], object] | None = None  # Takes back what closed a gate.
 
     def begin(self, pairs: int) -> None:
         """The first file."""
@@ -114,14 +114,14 @@ class Inbox:
     # Ways to change
 
     def _new(self) -> None:
-        self._write(self._name("new"), self._some_fresh(12))
+        self._write(self._name("new"), self._some_fresh(16))
 
     def _late(self) -> None:
         name = self.chance.choice(list(self.files))
-        self._write(name, [*self.files[name], *self._some_fresh(12)])
+        self._write(name, [*self.files[name], *self._some_fresh(16)])
 
     def _duplicate(self) -> None:
-        self._write(self._name("duplicate"), [*self._some_sound(4), *self._some_fresh(10)])
+        self._write(self._name("duplicate"), [*self._some_sound(4), *self._some_fresh(14)])
 
     def _withdrawn(self) -> None:
         """People take their words back: single rows go, from several files; every file stays."""
@@ -134,7 +134,7 @@ class Inbox:
 
     def _flipped(self) -> None:
         turned = [Row.of((p, r, c)) for p, c, r in (row.pair for row in self._some_sound(2) if row.pair is not None)]
-        self._write(self._name("flipped"), [*turned, *self._some_fresh(10)])
+        self._write(self._name("flipped"), [*turned, *self._some_fresh(14)])
 
     def _broken(self) -> None:
         number = self.made
@@ -145,7 +145,7 @@ class Inbox:
             json.dumps({"prompt": f"Nothing said {number}", "chosen": " ", "rejected": "It was so."}),
             json.dumps([number]),
         )
-        rows = [*(Row(text, None) for text in self.chance.sample(kinds, 2)), *self._some_fresh(12)]
+        rows = [*(Row(text, None) for text in self.chance.sample(kinds, 2)), *self._some_fresh(16)]
         self.chance.shuffle(rows)
         self._write(self._name("broken"), rows)
 
@@ -158,7 +158,7 @@ class Inbox:
         """A file of which nothing is a preference."""
         name = self._name("unreadable")
         self._write(name, [Row(json.dumps({"of": "something", "else": n}), None) for n in range(5)])
-        self.red, self.mend = "every_file_read", lambda: self._take_away(name) and None
+        self.red, self.mend = "every_file_read", lambda: self._take_away(name)
 
     def _lost(self) -> None:
         """A whole file is gone; somebody puts it back."""

@@ -73,6 +73,7 @@ class Soak:
     retention: int = 10
     chance: random.Random = field(default_factory=lambda: random.Random(7))
     _ahead: str = ""  # A change that was made while the last run was under way.
+    _retained_at: int = 0
 
     def rounds(self, count: int) -> Iterator[Round]:
         """Refreshes so often, after a first one on what the folder held at the start."""
@@ -91,8 +92,9 @@ class Soak:
         wrong = [*wrong_rows(refreshed, expected), *self._wrong_run(refreshed, expected.red, change)]
         if not self._ahead:  # Otherwise the next run may be at work by now.
             wrong += self._wrong_now()
-        if number and number % self.retention == 0 and not self._ahead:
-            wrong += self._retained()
+            if number - self._retained_at >= self.retention:
+                self._retained_at = number
+                wrong += self._retained()
         shown = refreshed.metadata.get("promotion", {})
         return Round(
             number,
