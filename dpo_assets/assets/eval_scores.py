@@ -7,6 +7,7 @@ from pathlib import Path
 
 import dagster as dg
 
+from dpo_assets import score_file
 from dpo_assets.artifact import VOLATILE, Artifact
 from dpo_assets.assets.base_model import in_worker
 from dpo_assets.assets.champion import Champion, champion_of, find_champion
@@ -75,7 +76,7 @@ def materialise(step: Step) -> Events:
                 champion=_to_score_again(champion, inputs) if champion else None,
                 corpus=corpus,
                 sampled_answers=sampled,
-                score_cache=step.tree.root / "cache" / "reference.sqlite",
+                score_cache=step.tree.root / score_file.FILE,
                 **evaluation.model_dump(
                     include={"confidence", "generations", "max_new_tokens", "min_pairs", "instructions"}
                 ),
