@@ -110,7 +110,7 @@ def materialise(step: Step) -> Events:
             "champion": report.champion or "none yet: it is held against its own start",
             "held_out_pairs": report.pairs,
             "held_out_prompts": report.prompts,
-            **_from_cache(artifact),
+            **({} if step.only_checks else _from_cache(artifact)),
             "accuracy": report.implicit_reward_accuracy.value,
             "chosen_shift_nats_per_token": report.chosen_shift_nats_per_token,
             "rejected_shift_nats_per_token": report.rejected_shift_nats_per_token,

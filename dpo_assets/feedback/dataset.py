@@ -165,6 +165,7 @@ def split_file(dataset: Path, split: Split, columns: Sequence[str], scratch: Pat
     if _whole(dataset, split).is_file():
         yield _whole(dataset, split)
         return
+    scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         table = _whole(Path(folder), split)
         write_split(Path(folder), split, split_parts(dataset, split, columns))
@@ -185,7 +186,8 @@ def write_split(folder: Path, split: Split, parts: Iterable[pl.DataFrame]) -> No
         for part in parts:
             rows = part.to_arrow(compat_level=pl.CompatLevel.oldest())
             writer = writer or stack.enter_context(pq.ParquetWriter(_whole(folder, split), rows.schema))
-            writer.write_table(rows)
+            if rows.num_rows:  # A group without rows makes `datasets` read no rows at a time.
+                writer.write_table(rows)
 
 
 def split_digest(dataset: Path, split: Split) -> str:
