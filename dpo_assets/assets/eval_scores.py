@@ -62,6 +62,7 @@ def materialise(step: Step) -> Events:
                 kind="eval_scores",
                 **release_spec(step, inputs, plan, folder, print_),
                 dataset=inputs["dpo_dataset"].path,
+                parts=step.tree.checkpoints("eval_scores", print_),
                 champion=_to_score_again(champion, inputs) if champion else None,
                 corpus=corpus,
                 sampled_answers=sampled,
