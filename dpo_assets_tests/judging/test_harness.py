@@ -252,14 +252,14 @@ def test_tasks_are_looked_up_with_their_documents_before_training(
     out.mkdir()
     asked = TasksSpec(
         output_dir=out, fingerprint="f" * 32, inputs={}, base_model=STORIES, include_path=folder,
-        tasks=("chioce" if broken == "name" else "choice", "both"),
+        tasks=("chioce" if broken == "name" else "choice", "rolling"),
     )  # fmt: skip
     if said:
         with pytest.raises(ConfigError, match=said):
             tasks_stage.run(asked, Log())
     else:
         tasks_stage.run(asked, Log())
-        assert json.loads((out / LOOKED_UP).read_text())["tasks"] == ["choice", "both"]
+        assert json.loads((out / LOOKED_UP).read_text())["tasks"] == ["choice", "rolling"]
 
 
 # --- everywhere -------------------------------------------------------------------------------------------------------
