@@ -75,8 +75,9 @@ def scored(found: dict[str, Artifact], rows: Sequence[dict[str, Any]], dtype: to
     print(f"\n{str(dtype).removeprefix('torch.')}, beside this scorer, nats an answer")
     own = [p - s for p, s in zip(ours["policy"], ours["sft"], strict=True)]
     print(f"RewardBench, log-ratio: {Largest.of(own, ratios, tokens)}")
-    for who, logps in told.items():
-        print(f"lm-eval, {who}: {Largest.of(ours[who], logps, tokens)}")
+    for who, (asked, logps) in told.items():
+        own, long = score_groups(models[who], asked, BUDGET)
+        print(f"lm-eval, {who}: {Largest.of(own, logps, long)}")
     return {OURS: ours, THEIRS: theirs}
 
 
@@ -113,14 +114,12 @@ class Largest:
     token: float = 0.0
 
     @classmethod
-    def of(cls, ours: Sequence[float], theirs: Sequence[float | None], tokens: Sequence[int]) -> Self:
-        """Answers that were not scored are passed over."""
+    def of(cls, ours: Sequence[float], theirs: Sequence[float], tokens: Sequence[int]) -> Self:
         found = cls()
         for one, other, long in zip(ours, theirs, tokens, strict=True):
-            if other is not None:
-                found.answers += 1
-                found.answer = max(found.answer, abs(one - other))
-                found.token = max(found.token, abs(one - other) / long)
+            found.answers += 1
+            found.answer = max(found.answer, abs(one - other))
+            found.token = max(found.token, abs(one - other) / long)
         return found
 
     def __str__(self) -> str:
@@ -151,23 +150,26 @@ def reward_bench(models: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list
     return found
 
 
-def harness(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> list[float | None]:
-    """Log-likelihoods; None where the text of a row reads back as other tokens."""
+def harness(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> tuple[list[Group], list[float]]:
+    """Log-likelihoods, and what they are of: lm-eval counts white space that ends a context as the answer's.
+
+    Rows whose text reads back as other tokens are not asked.
+    """
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
     lm = HFLM(pretrained=model, tokenizer=tokenizer, device="cpu", batch_size=1, add_bos_token=False)
     asked: list[Any] = []
-    places: list[int] = []
-    for number, (row, side) in enumerate((row, side) for row in rows for side in SIDES):
-        context, answer = (tokenizer.decode(row[name]) for name in ("prompt_ids", f"{side}_ids"))
-        whole = tokenizer(context + answer, add_special_tokens=False).input_ids
-        alone = tokenizer(context, add_special_tokens=False).input_ids
-        if alone == row["prompt_ids"] and whole == row["prompt_ids"] + row[f"{side}_ids"]:
-            asked.append(Instance("loglikelihood", {}, (context, answer), len(asked)))
-            places.append(number)
-    said = dict(zip(places, (logp for logp, _ in lm.loglikelihood(asked, disable_tqdm=True)), strict=True))
-    return [said.get(number) for number in range(2 * len(rows))]
+    groups: list[Group] = []
+    for row in rows:
+        for side in SIDES:
+            ids = [*row["prompt_ids"], *row[f"{side}_ids"]]
+            context, answer = (tokenizer.decode(row[name]) for name in ("prompt_ids", f"{side}_ids"))
+            given = tokenizer(context.rstrip(), add_special_tokens=False).input_ids
+            if tokenizer(context + answer, add_special_tokens=False).input_ids == ids and ids[: len(given)] == given:
+                asked.append(Instance("loglikelihood", {}, (context, answer), len(asked)))
+                groups.append(Group(given, (ids[len(given) :],)))
+    return groups, [logp for logp, _ in lm.loglikelihood(asked, disable_tqdm=True)]
 
 
 if __name__ == "__main__":
