@@ -1,17 +1,17 @@
 """What a refresh of a few new pairs costs beside very many old ones, from the sensor's tick to the plan.
 
-    python -m benchmarks.million [--rows 10000 100000 1000000] [--new 1000] [--work FOLDER] [--made-tokens]
+    python -m benchmarks.million [--rows 10000 100000 1000000] [--new 1000] [--work FOLDER] [--seeded]
 
 For each number of rows: a first run of everything up to `dpo_plan`, then a file with `--new` rows beside the old one,
 the sensor's tick, and the run that it asks for; then as many rows at the end of the old file, and the same again.
 Each run is a process of its own (`dagster job execute`, steps in processes too), as a daemon starts it. Prints one JSON
 object: wall seconds of tick, run and each step, processor seconds of the run (which say more where the machine does
-other work), and the highest sum of proportional memory (PSS) of the run's processes
-while the step ran, measured every 200 ms.
+other work), and the highest sum of proportional memory (PSS) of the run's processes while the step ran, measured every
+200 ms.
 
-Rows are those of `benchmarks.ingest`, about 1 KB each. `--made-tokens`: the first run's token ids are not the
-tokenizer's but made of the texts' bytes, one of every four: a million pairs are tokenized in ten minutes, and no
-refresh does that again. The refreshes that are measured tokenize their new rows as always.
+Rows are those of `benchmarks.ingest`, about 1 KB each. `--seeded`: what the first run finds in the store, in place of
+reading and tokenizing a million rows for a quarter of an hour (`benchmarks.million_seeds`). The refreshes that are
+measured do everything themselves, on what the first run left.
 """
 
 from __future__ import annotations
@@ -27,24 +27,17 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
-import numpy as np
-import polars as pl
 
 from benchmarks.ingest import write_rows
-from dpo_assets.artifact import write_json
 from dpo_assets.assets.pipeline import Pipeline
 from dpo_assets.automation import new_feedback_sensor, refresh_job
-from dpo_assets.contract import CHAT_FORMAT, TOKENS, ChatFormatFacts, Spec, Stage, TokenizeSpec
 from dpo_assets.demo.run import INSTANCE_CONFIG
-from dpo_assets.feedback.pair import token_schema
 from dpo_assets.recipe import parse_recipe
 from dpo_assets.resources.artifacts import ArtifactStore
-from dpo_assets.resources.launcher import LocalLauncher
 from dpo_assets_tests.pipelines import demo_recipe
 
 NAME = "many"
@@ -53,46 +46,11 @@ LOCATION = """\
 import json
 import dagster as dg
 from dpo_assets import build_dpo_defs
-from benchmarks.million import ByteTokens
 job = dg.define_asset_job("to_plan", selection=dg.AssetSelection.assets(*([{name!r}, one] for one in {steps!r})))
 defs = dg.Definitions.merge(
-    build_dpo_defs({name!r}, json.load(open({recipe!r})), resources={resources}), dg.Definitions(jobs=[job])
+    build_dpo_defs({name!r}, json.load(open({recipe!r}))), dg.Definitions(jobs=[job])
 )
 """
-
-
-class ByteTokens(LocalLauncher):
-    """Token ids made of the texts' bytes, one of every four, in the time that it takes to write them."""
-
-    def run(
-        self, context: dg.AssetExecutionContext, stage: Stage, spec: Spec, timeout_seconds: float, silent_seconds: float
-    ) -> None:
-        if not isinstance(spec, TokenizeSpec):
-            super().run(context, stage, spec, timeout_seconds, silent_seconds)
-            return
-        import pyarrow.parquet as pq
-
-        with pq.ParquetFile(spec.pairs) as file, ExitStack() as stack:
-            writer: Any = None
-            for rows in file.iter_batches(1 << 14, columns=["pair_id", "prompt", "chosen", "rejected"]):
-                made = byte_tokens(pl.DataFrame(rows)).to_arrow(compat_level=pl.CompatLevel.oldest())
-                writer = writer or stack.enter_context(pq.ParquetWriter(spec.output_dir / TOKENS, made.schema))
-                writer.write_table(made)
-        write_json(spec.output_dir / CHAT_FORMAT, ChatFormatFacts(ends=(END,)).model_dump(mode="json"))
-
-
-END = 2  # stories260K's end of a sequence.
-
-
-def byte_tokens(pairs: pl.DataFrame) -> pl.DataFrame:
-    """A table as the stage `tokenize` writes it; answers end with END."""
-    columns: dict[str, Any] = {"pair_id": pairs["pair_id"]}
-    for side in ("prompt", "chosen", "rejected"):
-        texts = pairs[side].list.last().struct.field("content")
-        cut = texts.str.encode("hex").to_list()
-        ids = [np.frombuffer(bytes.fromhex(one), dtype=np.uint8)[::4].astype(np.int32) + 3 for one in cut]
-        columns[f"{side}_ids"] = [one if side == "prompt" else np.append(one, END) for one in ids]
-    return pl.DataFrame(columns | {"template_fault": [None] * pairs.height}, schema=token_schema())
 
 
 def tick_of(home: Path) -> None:
@@ -196,14 +154,13 @@ def tick(home: Path) -> float:
     return round(float(said["seconds"]), 2)
 
 
-def of_rows(rows: int, new: int, base: Path, made_tokens: bool) -> dict[str, Any]:
+def of_rows(rows: int, new: int, base: Path, seeded: bool) -> dict[str, Any]:
     """First run and both refreshes beside so many old rows."""
     home = base / f"home-{rows}"
     shutil.rmtree(home, ignore_errors=True)
     feedback = home / "feedback"
     feedback.mkdir(parents=True)
     (home / "dagster.yaml").write_text(INSTANCE_CONFIG, encoding="utf-8")
-    write_rows(feedback / "old.jsonl", rows)
     recipe = demo_recipe(
         feedback={
             "sources": [{"path": str(feedback / "*.jsonl"), "format": "trl"}],
@@ -213,12 +170,15 @@ def of_rows(rows: int, new: int, base: Path, made_tokens: bool) -> dict[str, Any
         }
     )
     (home / "recipe.json").write_text(json.dumps(recipe), encoding="utf-8")
-    location, first = home / "location.py", home / "first.py"
+    location = home / "location.py"
     said = {"name": NAME, "recipe": str(home / "recipe.json"), "steps": STEPS}
-    location.write_text(LOCATION.format(**said, resources="{}"), encoding="utf-8")
-    resources = '{"launcher": ByteTokens()}' if made_tokens else "{}"
-    first.write_text(LOCATION.format(**said, resources=resources), encoding="utf-8")
-    row: dict[str, Any] = {"rows": rows, "first": run(home, first)}
+    location.write_text(LOCATION.format(**said), encoding="utf-8")
+    if seeded:
+        command = [sys.executable, "-m", "benchmarks.million_seeds", "--home", str(home), "--rows", str(rows)]
+        measured(command, home)
+    else:
+        write_rows(feedback / "old.jsonl", rows)
+    row: dict[str, Any] = {"rows": rows, "first": run(home, location)}
     print(json.dumps(row), file=sys.stderr)
     write_rows(feedback / "new.jsonl", new, start=10_000_000)
     time.sleep(6)  # The sensor lets a file settle.
@@ -240,7 +200,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--new", type=int, default=1000)
     parser.add_argument("--work", type=Path)
-    parser.add_argument("--made-tokens", action="store_true")
+    parser.add_argument("--seeded", action="store_true")
     parser.add_argument("--tick", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.tick:
@@ -248,11 +208,11 @@ def main() -> None:
         return
     base = given.work or Path(tempfile.mkdtemp(prefix="million-"))
     try:
-        found = [of_rows(rows, given.new, base, given.made_tokens) for rows in given.rows]
+        found = [of_rows(rows, given.new, base, given.seeded) for rows in given.rows]
     finally:
         if given.work is None:
             shutil.rmtree(base, ignore_errors=True)
-    report: dict[str, Any] = {"new": given.new, "made_tokens": given.made_tokens, "rows": found}
+    report: dict[str, Any] = {"new": given.new, "seeded": given.seeded, "rows": found}
     for way in ("new_file", "appended"):
         for what in ("seconds", "cpu"):
             whole = [one[way]["tick"] + one[way][what] for one in found]

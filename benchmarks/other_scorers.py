@@ -27,6 +27,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_assets.artifact import Artifact
+from dpo_assets.feedback.dataset import read_split
 from dpo_assets.publishing.trace import Trace
 
 IGNORED, SIDES = -100, ("chosen", "rejected")
@@ -56,9 +57,7 @@ def newest(store: Path, kind: str) -> Artifact:
 def pairs(found: dict[str, Artifact], most: int) -> list[dict[str, Any]]:
     """Token ids of each scored pair, and what `eval_scores` wrote of it."""
     scores = pl.read_parquet(found["eval_scores"].path / "scores.parquet")
-    ids = pl.read_parquet(
-        found["dpo_dataset"].path / "eval.parquet", columns=["pair_id", "prompt_ids", "chosen_ids", "rejected_ids"]
-    )
+    ids = read_split(found["dpo_dataset"].path, "eval", ["pair_id", "prompt_ids", "chosen_ids", "rejected_ids"])
     found_rows: list[dict[str, Any]] = scores.join(ids, on="pair_id").head(most).to_dicts()
     for row in found_rows:  # As far as they were scored: a row ends at max_length.
         for side in SIDES:

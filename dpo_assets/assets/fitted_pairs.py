@@ -40,12 +40,12 @@ def fitted_pairs(step: Step, inputs: Inputs, sets: tuple[str, ...]) -> list[Arti
     raw, base = inputs["raw_preferences"], inputs["base_model"]
     rules = RowRules(step.recipe.feedback, read_markers(base.path / "model").texts, sets)
     batches = batches_of(step, raw)
-    prints = [fingerprint(FITTED_KIND, rules.identity(), _inputs(batch, base)) for batch in batches]
+    prints = [fingerprint(FITTED_KIND, rules.identity(), inputs_of(batch, base)) for batch in batches]
     found = {one: made for one in dict.fromkeys(prints) if (made := step.tree.find(FITTED_KIND, one)) is not None}
     missing = {one: batch for one, batch in zip(prints, batches, strict=True) if one not in found}
     if missing:
         found |= _made(step, inputs.only("base_model"), rules, missing)
-    fitted = [found[one] for one in dict.fromkeys(prints)]
+    fitted = [found[one] for one in prints]  # Two files of one name and content are two batches: no row is lost.
     _refuse_template(step, fitted)
     return fitted
 
@@ -66,7 +66,8 @@ def earlier_dataset(tree: ArtifactTree, base: Artifact) -> Artifact | None:
     return None
 
 
-def _inputs(batch: Artifact, base: Artifact) -> dict[str, str]:
+def inputs_of(batch: Artifact, base: Artifact) -> dict[str, str]:
+    """What a fitted batch is made from, as its manifest keeps it."""
     return {batch.manifest.kind: batch.digest, "base_model": base.digest}
 
 
@@ -88,7 +89,7 @@ def _made(step: Step, base: Inputs, rules: RowRules, missing: dict[str, Artifact
         for one, (rows, count) in sieved.items():
             parts = parts_with_tokens(screened, tokens.path / TOKENS if tokens else None, start, count)
             build = partial(_write, rules=rules, rows=rows, parts=parts, tokens=tokens)
-            made[one], _ = step.tree.find_or_build(FITTED_KIND, one, build, _inputs(missing[one], base["base_model"]))
+            made[one], _ = step.tree.find_or_build(FITTED_KIND, one, build, inputs_of(missing[one], base["base_model"]))
             start += count
     return made
 

@@ -18,9 +18,10 @@ A folder may also hold a split as one table, `train.parquet` or `eval.parquet`: 
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,7 +30,7 @@ from dpo_assets.artifact import STORED, Artifact, write_json
 from dpo_assets.errors import CorruptArtifact
 from dpo_assets.feedback.batches import PAIR_ID, PAIRS, PARQUET
 from dpo_assets.feedback.facts import CONTENT
-from dpo_assets.feedback.pool import StoredBatch
+from dpo_assets.feedback.pool import PART, StoredBatch
 from dpo_assets.hashing import file_sha256, known_sha256
 
 if TYPE_CHECKING:
@@ -127,25 +128,54 @@ def read_split(
     """
     import polars as pl
 
+    return pl.concat(split_parts(dataset, split, columns, first))
+
+
+def split_parts(
+    dataset: Path, split: Split, columns: Sequence[str] | None = None, first: int | None = None, size: int = PART
+) -> Iterator[pl.DataFrame]:
+    """What `read_split` reads, `size` pairs at a time, and a table without rows before them.
+
+    Batches are in the order of ids too, so each is read once from its beginning to its end.
+    """
+    import polars as pl
+
     if _whole(dataset, split).is_file():
-        return pl.read_parquet(_whole(dataset, split), columns=list(columns) if columns else None, n_rows=first)
+        wanted, table = list(columns) if columns else None, _whole(dataset, split)
+        yield pl.read_parquet(table, columns=wanted, n_rows=0)
+        for start in range(0, min(split_rows(dataset, split), first if first is not None else sys.maxsize), size):
+            rows = pl.scan_parquet(table).slice(start, size if first is None else min(size, first - start))
+            yield (rows.select(wanted) if wanted else rows).collect()
+        return
+    parts = parts_of(dataset)
     rows = pl.read_parquet(dataset / ROWS, columns=["held_out", "note"])
     places = pl.read_parquet(dataset / PLACES).hstack(rows).filter(pl.col("held_out") == (split == "eval"))
-    places = places.drop("held_out").with_row_index("at")
-    places = places if first is None else places.head(first)
-    taken = pl.concat([*_taken(dataset, places, columns), _nothing(dataset, columns)], how="vertical")
-    return taken.sort("at").drop("at")
+    places = places.drop("held_out").with_row_index("at").slice(0, first)
+    batches = {b: StoredBatch(_verified(dataset, parts[b])) for b in places["b"].unique().sort()}
+    yield StoredBatch(parts[0].folder(dataset)).take([], columns)
+    for start in range(0, places.height, size):
+        wanted = places.slice(start, size)
+        taken = [_taken(batches[b], rows, columns) for (b,), rows in wanted.partition_by("b", as_dict=True).items()]
+        yield pl.concat(taken).sort("at").drop("at")
 
 
 @contextmanager
 def split_file(dataset: Path, split: Split, columns: Sequence[str], scratch: Path) -> Iterator[Path]:
     """A table of a split for who reads files: in `scratch` for as long as the context lasts, if it is not there."""
+    import polars as pl
+    import pyarrow.parquet as pq
+
     if _whole(dataset, split).is_file():
         yield _whole(dataset, split)
         return
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         table = Path(folder) / f"{split}.parquet"
-        read_split(dataset, split, columns).write_parquet(table)
+        with ExitStack() as stack:
+            writer: Any = None
+            for part in split_parts(dataset, split, columns):
+                rows = part.to_arrow(compat_level=pl.CompatLevel.oldest())
+                writer = writer or stack.enter_context(pq.ParquetWriter(table, rows.schema))
+                writer.write_table(rows)
         yield table
 
 
@@ -154,25 +184,16 @@ def split_digest(dataset: Path, split: Split) -> str:
     return file_sha256(_whole(dataset, split) if _whole(dataset, split).is_file() else dataset / ROWS)
 
 
-def _taken(dataset: Path, places: pl.DataFrame, columns: Sequence[str] | None) -> Iterator[pl.DataFrame]:
-    """The pairs of some places, batch by batch, with their place `at` in the order of ids."""
+def _taken(batch: StoredBatch, places: pl.DataFrame, columns: Sequence[str] | None) -> pl.DataFrame:
+    """The pairs of some places of one batch, with their place `at` in the order of ids."""
     import polars as pl
 
-    parts = parts_of(dataset)
-    for (b,), wanted in sorted(places.partition_by("b", as_dict=True).items()):
-        ordered = wanted.sort("n")
-        pairs = StoredBatch(_verified(dataset, parts[b])).take(ordered["n"].to_list(), columns)
-        if "flags" in pairs.columns and ordered["note"].null_count() < ordered.height:
-            flags = pl.concat_list(pl.col("flags").replace("", None), "note").list.drop_nulls().list.join(",")
-            pairs = pairs.with_columns(ordered["note"]).with_columns(flags.alias("flags")).drop("note")
-        yield pairs.with_columns(ordered["at"])
-
-
-def _nothing(dataset: Path, columns: Sequence[str] | None) -> pl.DataFrame:
-    import polars as pl
-
-    empty = StoredBatch(parts_of(dataset)[0].folder(dataset)).take([], columns)
-    return empty.with_columns(at=pl.lit(0, dtype=pl.UInt32))
+    ordered = places.sort("n")
+    pairs = batch.take(ordered["n"].to_list(), columns)
+    if "flags" in pairs.columns and ordered["note"].null_count() < ordered.height:
+        flags = pl.concat_list(pl.col("flags").replace("", None), "note").list.drop_nulls().list.join(",")
+        pairs = pairs.with_columns(ordered["note"]).with_columns(flags.alias("flags")).drop("note")
+    return pairs.with_columns(ordered["at"])
 
 
 def _verified(dataset: Path, part: Part) -> Path:

@@ -176,12 +176,16 @@ class Selection:
         }
 
     def _leaked(self, folder: Path) -> int:
-        """Opening messages that stand on both sides of what was written."""
+        """Prompts that stand on both sides of what was written, by the opening message, or by whatever else tells them.
+
+        The split goes by the first of these; a fault of it shows in the others, which ingestion made.
+        """
         import polars as pl
 
-        rows = pl.read_parquet(folder / ROWS, columns=["held_out"]).hstack(self.facts.select("together"))
-        both = [rows.filter(pl.col("held_out") == (split == "eval")).select("together").unique() for split in SPLITS]
-        return int(both[0].join(both[1], on="together", how="semi").height)
+        names = (["together"], ["group_id"], PROMPT_ID)
+        rows = self.facts.drop("held_out").hstack(pl.read_parquet(folder / ROWS, columns=["held_out"]))
+        train, held = (rows.filter(pl.col("held_out") == (split == "eval")) for split in SPLITS)
+        return max(int(train.select(name).unique().join(held, on=name, how="semi").height) for name in names)
 
     def _quality(self, max_length: int, context: int, markers: Markers) -> dict[str, Any]:
         import polars as pl

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,16 @@ from dpo_assets.artifact import STORED, Artifact, ArtifactTree, write_json
 from dpo_assets.errors import CorruptArtifact
 from dpo_assets.feedback import screening
 from dpo_assets.feedback.batches import Batch, write_batch
-from dpo_assets.feedback.dataset import SPLITS, has_split, parts_of, read_split, split_columns, split_rows
+from dpo_assets.feedback.dataset import (
+    SPLITS,
+    has_split,
+    parts_of,
+    read_split,
+    split_columns,
+    split_file,
+    split_parts,
+    split_rows,
+)
 from dpo_assets.feedback.facts import facts_frame
 from dpo_assets.feedback.fitted import FITTED_KIND, RowRules, Sieved, write_fitted
 from dpo_assets.feedback.pair import PAIR_COLUMNS, TOKEN_COLUMNS, Pair, token_schema
@@ -117,7 +127,7 @@ class Store:
 
 def cut(pairs: Sequence[Pair], at: Sequence[int]) -> list[Sequence[Pair]]:
     ends = [0, *at, len(pairs)]
-    return [pairs[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    return [pairs[a:b] for a, b in pairwise(ends)]
 
 
 def test_how_feedback_was_cut_into_batches_changes_nothing_of_a_dataset(tmp_path: Path) -> None:
@@ -156,6 +166,16 @@ def test_it_holds_what_the_rules_leave_of_the_pairs_in_memory(tmp_path: Path) ->
     told = [*screened.quarantine.iter_rows(), *(tuple(row.values()) for row in unfit)]
     assert sorted(rejected.iter_rows()) == sorted(told)
     assert report["rows_in"] == report["accepted"] + report["quarantined"] + report["duplicates"]
+
+
+def test_a_batch_that_came_twice_is_counted_twice(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    batch = store.fit(feedback())
+    once, twice = (store.dataset([batch] * times).json("report.json") for times in (1, 2))
+    assert twice["rows_in"] == 2 * once["rows_in"]
+    for report in (once, twice):
+        assert report["rows_in"] == report["accepted"] + report["quarantined"] + report["duplicates"]
+    assert twice["accepted"] == once["accepted"]
 
 
 def test_what_an_earlier_dataset_found_out_is_taken_up_and_changes_nothing(
@@ -200,7 +220,7 @@ def test_a_change_of_any_column_or_token_is_another_dataset(tmp_path: Path) -> N
             "integer": pl.col(column.name) + 1,
             "number": pl.col(column.name).fill_null(0.0) + 1.0,
             "messages": pl.col(column.name).list.concat(pl.col("rejected")),
-            "tokens": pl.col(column.name).list.concat(pl.lit([1], dtype=pl.List(pl.Int32))),
+            "tokens": pl.col(column.name).list.eval(pl.element() + 1),
         }[column.kind]
         if column.name == "meta":
             changed = pl.lit('{"other": 1}')
@@ -229,6 +249,19 @@ def test_columns_and_the_first_pairs_of_a_split_are_read_alone(tmp_path: Path) -
         assert has_split(made.path, side)
         some = read_split(made.path, side, ["row", "prompt_ids"], first=7)
         assert some.equals(whole.head(7).select("row", "prompt_ids"))
+        for first in (None, 25):
+            parts = list(split_parts(made.path, side, first=first, size=10))
+            assert max(part.height for part in parts) == 10
+            assert pl.concat(parts).equals(whole if first is None else whole.head(first))
+        with split_file(made.path, side, ["pair_id", "chosen_ids"], tmp_path) as table:
+            assert pl.read_parquet(table).equals(whole.select("pair_id", "chosen_ids"))
+        assert not table.exists()
+        whole.write_parquet(tmp_path / f"{side}.parquet")
+        assert read_split(tmp_path, side).equals(whole)
+        by_hand = list(split_parts(tmp_path, side, ["row", "pair_id"], first=25, size=10))
+        assert [part.height for part in by_hand] == [0, 10, 10, 5]
+        assert pl.concat(by_hand).equals(whole.head(25).select("row", "pair_id"))
+        (tmp_path / f"{side}.parquet").unlink()
     assert not has_split(tmp_path, "train")
     assert split_rows(tmp_path, "train") == 0
 
