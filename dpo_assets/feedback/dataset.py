@@ -168,6 +168,7 @@ def split_file(dataset: Path, split: Split, columns: Sequence[str], scratch: Pat
     if _whole(dataset, split).is_file():
         yield _whole(dataset, split)
         return
+    scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         table = Path(folder) / f"{split}.parquet"
         with ExitStack() as stack:
