@@ -77,7 +77,8 @@ def window_of(section: WindowSection, newest: date | None) -> Window:
     asked. Of `days` and `since` the later start counts."""
     starts = [section.since] if section.since is not None else []
     if section.days is not None and newest is not None:
-        starts.append(newest - timedelta(days=section.days - 1))
+        first = newest.toordinal() - section.days + 1
+        starts.append(date.fromordinal(max(1, first - (first - 1) % section.step_days)))
     return Window(max(starts, default=date.min), section.undated == "keep")
 
 

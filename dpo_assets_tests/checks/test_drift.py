@@ -124,6 +124,22 @@ def test_feedback_that_goes_on_as_it_was_is_no_drift_and_its_numbers_are_shown()
     assert views["feedback by window"].startswith("![feedback by window](data:image/png;base64,")
 
 
+def test_a_measure_is_judged_as_one_of_several() -> None:
+    """By Holm: of three measures the least likely one has three times its own p."""
+    pairs = two_windows(lambda k: {"rejected": 12 if k % 3 else 10}, nothing)
+    _, report = judged(pairs)
+    rows = read(pairs).rows
+    samples = []
+    for window in (rows.filter(window=0), rows.filter(window=1)):
+        longer = (window["chosen_tokens"].cast(int) - window["rejected_tokens"].cast(int)).sign() / 2
+        samples.append((longer.to_list(), window["group_id"].to_list()))
+    _, _, alone = difference_of_means(*samples, fewest=30, confidence=0.95)
+    told = {shift.measure: shift.p for shift in report.shifts}
+    assert alone is not None
+    assert told["longer won"] == pytest.approx(3 * alone)
+    assert told["longer won"] == min(p for p in told.values() if p is not None)
+
+
 def test_too_few_conversations_show_nothing_however_many_pairs_they_have() -> None:
     turned = [dated(k % 20, k % DAYS, rejected=20, row=f"r{k}", chosen=5 + k) for k in range(100)]
     verdict, report = judged([*turned, *(dated(k, DAYS + k % DAYS) for k in range(100))])

@@ -253,7 +253,7 @@ def test_columns_and_the_first_pairs_of_a_split_are_read_alone(tmp_path: Path) -
             parts = list(split_parts(made.path, side, first=first, size=10))
             assert max(part.height for part in parts) == 10
             assert pl.concat(parts).equals(whole if first is None else whole.head(first))
-        with split_file(made.path, side, ["pair_id", "chosen_ids"], tmp_path) as table:
+        with split_file(made.path, side, ["pair_id", "chosen_ids"], tmp_path / "not" / "yet") as table:
             assert pl.read_parquet(table).equals(whole.select("pair_id", "chosen_ids"))
         assert not table.exists()
         whole.write_parquet(tmp_path / f"{side}.parquet")

@@ -72,6 +72,10 @@ def test_the_last_days_count_back_from_the_newest_pair_that_is_not_in_the_future
     assert window_of(WindowSection(days=1), newest).start == newest
     assert window_of(WindowSection(days=3, since=date(2026, 11, 21)), newest).start == date(2026, 11, 21)
     assert window_of(WindowSection(days=3, since=date(2026, 1, 1)), newest).start == date(2026, 11, 20)
+    # By the week: the same Monday for each day of a week.
+    weeks = [window_of(WindowSection(days=10, step_days=7), NOW + timedelta(days=n)).start for n in range(-4, 5)]
+    assert weeks == [date(2026, 11, 9)] * 2 + [date(2026, 11, 16)] * 7
+    assert window_of(WindowSection(days=10**6), newest).start == date.min
     # Nothing is dated: nothing is older.
     assert gone(left_out(days_of([None, None]), window_of(WindowSection(days=3), None), NOW)) == []
 
