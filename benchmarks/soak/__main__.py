@@ -44,7 +44,7 @@ PATIENCE = 600.0
 
 def recipe(home: Path, **publishing: Any) -> dict[str, Any]:
     """The demo's recipe on the folder: every stage, with few and short answers. Its feedback is made of few words, so
-    pairs that say nearly the same are kept."""
+    pairs that say nearly the same are kept; and that rows are lost holds a run, where by default it warns."""
     return demo_recipe(
         feedback={
             "sources": [{"path": str(home / "inbox" / "*.jsonl"), "format": "trl"}],
@@ -56,7 +56,13 @@ def recipe(home: Path, **publishing: Any) -> dict[str, Any]:
         sft={"epochs": 0.5, "batch_size": 16},
         dpo={"epochs": 0.5, "batch_size": 16},
         evaluation={"generations": 4, "max_new_tokens": 16, "sampled_answers": 4},
-        checks={"probe_prompts": 2, "probe_tokens": 16, "sampled_answers": 4, "held_out_pairs": 16},
+        checks={
+            "probe_prompts": 2,
+            "probe_tokens": 16,
+            "sampled_answers": 4,
+            "held_out_pairs": 16,
+            "severity": {"feedback_volume": "error"},
+        },
         retention={"keep_models": 3, "keep_days": 0, "keep_releases": 2},
         publishing=publishing,
     )

@@ -91,7 +91,7 @@ class Inbox:
             "broken": (4, self._broken),
             "renamed": (1, self._renamed),
             "unreadable": (1, self._unreadable),
-            "lost": (1, self._lost),
+            "lost": (1 if len(self.files) > 1 else 0, self._lost),  # Without a file there is nothing to ask for.
         }
         name = self.chance.choices(list(ways), [weight for weight, _ in ways.values()])[0]
         ways[name][1]()
