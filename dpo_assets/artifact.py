@@ -215,8 +215,8 @@ def read_kept(artifact: Artifact, name: str, model: type[ModelT]) -> ModelT:
 class ArtifactTree:
     """The artefacts of one pipeline: `root/<kind>/<fingerprint>`.
 
-    `_rejected/` keeps what failed verification, for a person to look at; nothing is deleted but the scratch
-    directories of writers that died.
+    `_rejected/` keeps what failed verification, for a person to look at, until retention finds it old; nothing else is
+    deleted here but the scratch directories of writers that died.
 
     Attributes:
         warn: is told of each artefact that was set aside, and why: it will be made again, or is missed; and of whom a
@@ -333,6 +333,8 @@ class ArtifactTree:
         target = self.root / REJECTED / f"{directory.parent.name}-{directory.name}-{os.urandom(4).hex()}"
         target.parent.mkdir(parents=True, exist_ok=True)
         directory.rename(target)
+        with suppress(OSError):
+            os.utime(target)  # Retention counts its age from here on.
         note = {"kind": directory.parent.name, "fingerprint": directory.name, "aside": str(target), "why": str(why)}
         # On a full disk what is damaged is out of the way without a note.
         with suppress(OSError), (self.root / NOTES).open("a", encoding="utf-8") as notes:

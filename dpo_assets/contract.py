@@ -180,6 +180,10 @@ class GuardSpec(BaseModel):
         return self.model_dump(mode="json", include=kept)
 
 
+# Of stages whose work falls into parts of equal standing.
+OF_PARTS = "Folder of the stage's own, outside its output, for what a try that is ended has made; None: it is lost."
+
+
 class CheckpointSpec(BaseModel):
     """Where a training stage keeps what its next try goes on from, and how much that may cost."""
 
@@ -225,6 +229,7 @@ class TrainSpec(PlannedSpec):
 class MergeSpec(PlannedSpec):
     """Base + adapter as one model, and the proof that it is the same policy."""
 
+    parts: Path | None = Field(default=None, description=OF_PARTS)
     adapter: Path
     dataset: Path
     probe_pairs: int = 32
@@ -279,6 +284,7 @@ class EvaluateSpec(ReleaseSpec):
     """Held-out scores of the SFT policy, of the release, and of the champion with its own start."""
 
     dataset: Path
+    parts: Path | None = Field(default=None, description=OF_PARTS)
     champion: ChampionSpec | None = Field(default=None, description="None: nothing is live yet.")
     sampled_answers: int = Field(default=0, description="Answers of the policy's own that its KL from SFT is of.")
     corpus: Path | None = Field(default=None, description="File of neutral texts (`checks.neutral`); None: not asked.")

@@ -51,6 +51,18 @@ def text_of(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
+def test_every_test_that_is_named_for_a_fault_exists() -> None:
+    text = text_of(DOCS / "reliability.md")
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", text)
+    assert len(named) > 60
+    missing = []
+    for file, name in named:
+        path = PACKAGE.parent / "dpo_assets_tests" / file
+        if not path.is_file() or f"def {name}(" not in text_of(path):
+            missing.append(f"{file}::{name}")
+    assert missing == []
+
+
 def test_every_check_and_every_band_stands_in_the_document() -> None:
     text, bands = text_of(DOCS / "checks.md"), default_bands()
     assert [

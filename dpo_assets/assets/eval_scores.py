@@ -66,6 +66,7 @@ def materialise(step: Step) -> Events:
                 threads=step.recipe.hardware.threads,
                 dataset=inputs["dpo_dataset"].path,
                 plan=plan,
+                parts=step.tree.checkpoints("eval_scores", print_),
                 sft_adapter=start_adapter(inputs["sft_checkpoint"]),
                 adapter=inputs["dpo_adapter"].path / "adapter",
                 policy=inputs["merged_model"].path / "model",

@@ -26,6 +26,7 @@ from dpo_assets.training.evaluation.subjects import Bench, Measured, Reading, Su
 from dpo_assets.training.evaluation.summary import Opponent, summarise
 from dpo_assets.training.models.chat_format import load_chat_format
 from dpo_assets.training.reporting import Reporter
+from dpo_assets.training.resuming.parts import Parts
 from dpo_assets.training.scoring.divergence import log_ratios, per_token
 from dpo_assets.training.scoring.generation import generation_health
 from dpo_assets.training.stages.rereading import Reread, reread
@@ -42,9 +43,12 @@ def run(spec: EvaluateSpec, reporter: Reporter) -> None:
     reporter.log(f"evaluate: the policy is the {spec.plan.scored}: {plan.scoring.reason}")
     asked = _asked(spec, plan, reporter)
     subjects = _subjects(spec, asked)
-    bench = Bench(plan, spec.max_new_tokens, plan.dpo.seed, reporter, spec.score_cache)
+    parts = Parts(spec.parts, {"inputs": spec.inputs})
+    bench = Bench(plan, spec.max_new_tokens, plan.dpo.seed, reporter, parts, spec.score_cache)
     settled, results = bench.measure(list(subjects.values()))
     measured = dict(zip(subjects, results, strict=True))
+    if parts.told:
+        reporter.log(f"evaluate: {parts.told}")
     if spec.champion is not None and spec.champion.same_start:
         measured[START] = measured[SFT]
 
