@@ -176,7 +176,8 @@ def split_file(dataset: Path, split: Split, columns: Sequence[str], scratch: Pat
             for part in split_parts(dataset, split, columns):
                 rows = part.to_arrow(compat_level=pl.CompatLevel.oldest())
                 writer = writer or stack.enter_context(pq.ParquetWriter(table, rows.schema))
-                writer.write_table(rows)
+                if part.height:  # `datasets` reads no file whose first row group is empty.
+                    writer.write_table(rows)
         yield table
 
 
