@@ -241,7 +241,7 @@ class WindowSection(Section):
     step_days: int = Field(
         default=1,
         ge=1,
-        description="The first day of `days` moves in steps of so many (7: Mondays), and lies up to a step earlier: pairs "
+        description="The first day of `days` moves in steps of so many (7: Mondays), up to a step earlier: pairs "
         "then leave training by the week, and what was trained on them is not made anew at each refresh.",
     )
     since: date | None = Field(
