@@ -4,14 +4,14 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import dagster as dg
 from pydantic import BaseModel, Field
 
-from dpo_assets.assets.graph import LINEAGE, nodes_of, steps
+from dpo_assets.assets.graph import lineage_of, nodes_of, steps
 from dpo_assets.assets.node import Node, column_schema
 from dpo_assets.assets.pipeline import Pipeline
 from dpo_assets.assets.retention import retention_job
@@ -161,6 +161,7 @@ class DpoPipeline(dg.Component, dg.Resolvable):
 
     def _assets(self, nodes: tuple[Node, ...]) -> dg.AssetsDefinition:
         recipe, main = self.pipeline.recipe, nodes[-1]
+        lineage = lineage_of(recipe)
         declare = dg.multi_asset(
             name=f"{self.pipeline.name}__{main.name}",
             specs=[self.get_asset_spec(node) for node in nodes],
@@ -182,13 +183,13 @@ class DpoPipeline(dg.Component, dg.Resolvable):
         if main.config is None:
 
             def plain(context: dg.AssetExecutionContext) -> Any:
-                yield from self.execute(Step(context, self.pipeline, main.name, LINEAGE), nodes)
+                yield from self.execute(Step(context, self.pipeline, main.name, lineage), nodes)
 
             return declare(plain)
         form: Any = main.config(recipe)
 
         def configured(context: dg.AssetExecutionContext, config: form) -> Any:  # type: ignore[valid-type]
-            yield from self.execute(Step(context, self.pipeline, main.name, LINEAGE, config.model_dump()), nodes)
+            yield from self.execute(Step(context, self.pipeline, main.name, lineage, config.model_dump()), nodes)
 
         return declare(configured)
 
@@ -203,7 +204,7 @@ class DpoPipeline(dg.Component, dg.Resolvable):
         ]
 
     def _code_version(self, node: Node) -> str:
-        config = self.pipeline.recipe.model_dump(mode="json", include=set(node.recipe))
+        config = _parts_of(self.pipeline.recipe.model_dump(mode="json"), node.recipe)
         return f"{__version__}+{hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]}"
 
     def _default_resources(self) -> dict[str, dg.ConfigurableResource[Any]]:
@@ -214,6 +215,12 @@ class DpoPipeline(dg.Component, dg.Resolvable):
             "hub": HubResource(endpoint=recipe.publishing.endpoint),
             "launcher": LocalLauncher(),
         }
+
+
+def _parts_of(recipe: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Sections by their names, and fields by `section.field`."""
+    parts = {name: name.partition(".") for name in names}
+    return {name: recipe[section][field] if field else recipe[section] for name, (section, _, field) in parts.items()}
 
 
 def build_dpo_defs(

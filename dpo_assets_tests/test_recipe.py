@@ -398,6 +398,10 @@ def test_the_values_of_whoever_declares_nothing_are_these() -> None:
             "gguf": None,
         },
         "refresh": {
+            "policy": "full",
+            "replay_ratio": 1.0,
+            "most_continued": 3,
+            "renew_sft_after": 0.2,
             "schedule": "0 3 * * *",
             "time_zone": "UTC",
             "sensor_interval_seconds": 60,

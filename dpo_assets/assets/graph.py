@@ -37,6 +37,7 @@ NODES: tuple[Node, ...] = (
     promotion.NODE,
     published_model.NODE,
 )
+DECIDING = 2  # Of these, the last ones, which may read what a recipe asks for.
 # Of pipelines whose recipe asks for them.
 OPTIONAL: tuple[Node, ...] = (
     feedback_by_day.NODE,
@@ -50,8 +51,14 @@ LINEAGE = Lineage({node.name: node.reads for node in (*NODES, *OPTIONAL)})
 
 
 def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
-    """The nodes of a pipeline."""
-    return (*NODES, *(node for node in OPTIONAL if node.wanted(recipe)))
+    """The nodes of a pipeline, each behind what it reads."""
+    wanted = (node for node in OPTIONAL if node.wanted(recipe))
+    return tuple(node.of(recipe) for node in (*NODES[:-DECIDING], *wanted, *NODES[-DECIDING:]))
+
+
+def lineage_of(recipe: Recipe) -> Lineage:
+    """Which node of a pipeline reads which."""
+    return Lineage({node.name: node.reads for node in nodes_of(recipe)})
 
 
 def steps(recipe: Recipe) -> list[tuple[Node, ...]]:

@@ -241,8 +241,8 @@ class WindowSection(Section):
     step_days: int = Field(
         default=1,
         ge=1,
-        description="The first day of `days` moves in steps of so many (7: Mondays), and lies up to a step earlier: "
-        "pairs then leave training by the week, and what was trained on them is not made anew at each refresh.",
+        description="The first day of `days` moves in steps of so many (7: Mondays), up to a step earlier: pairs "
+        "then leave training by the week, and what was trained on them is not made anew at each refresh.",
     )
     since: date | None = Field(
         default=None, description="From this day on. With `days` too, the later start counts.", examples=["2026-01-01"]

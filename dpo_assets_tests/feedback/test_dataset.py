@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 
 from dpo_assets.artifact import STORED, Artifact, ArtifactTree, write_json
@@ -255,6 +256,7 @@ def test_columns_and_the_first_pairs_of_a_split_are_read_alone(tmp_path: Path) -
             assert pl.concat(parts).equals(whole if first is None else whole.head(first))
         with split_file(made.path, side, ["pair_id", "chosen_ids"], tmp_path / "not" / "yet") as table:
             assert pl.read_parquet(table).equals(whole.select("pair_id", "chosen_ids"))
+            assert pq.read_metadata(table).row_group(0).num_rows == whole.height
         assert not table.exists()
         whole.write_parquet(tmp_path / f"{side}.parquet")
         assert read_split(tmp_path, side).equals(whole)
