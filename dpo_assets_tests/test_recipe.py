@@ -383,6 +383,7 @@ def test_the_values_of_whoever_declares_nothing_are_these() -> None:
             "max_new_tokens": 64,
             "sampled_answers": 32,
             "corpus": None,
+            "instructions": 24,
             "judge": None,
             "reward_model": None,
             "benchmarks": [],
