@@ -31,6 +31,8 @@ Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is Non
 MANIFEST = "manifest.json"
 # Timings differ between runs of equal inputs, so they stay outside the digest; their bytes are still in the manifest.
 VOLATILE = "timings.json"
+# Nor does how rows lie in files say what they are: a file beside it does, with the digest of each row.
+STORED = "stored/"
 READING = "_reading"  # What is read of feedback, before anybody knows whether it is kept.
 REJECTED, NOTES = "_rejected", "rejected.jsonl"
 
@@ -55,8 +57,9 @@ class Manifest(BaseModel):
 
     @property
     def digest(self) -> str:
-        """sha256 over (path, sha256, size) of every non-volatile file, in path order."""
-        rows = [[p, e.sha256, e.size] for p, e in sorted(self.files.items()) if p != VOLATILE]
+        """sha256 over (path, sha256, size) of every file that says what the artefact is, in path order."""
+        said = (one for one in sorted(self.files.items()) if one[0] != VOLATILE and not one[0].startswith(STORED))
+        rows = [[p, e.sha256, e.size] for p, e in said]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
@@ -322,7 +325,8 @@ class ArtifactTree:
             return Artifact(final, made), False
 
     def checkpoints(self, kind: str, fingerprint: str) -> Path:
-        """Where a stage that makes the artefact keeps its checkpoints: not in the folder that goes when it fails."""
+        """Where a stage that makes the artefact keeps its checkpoints, or its parts: not in the folder that goes when
+        it fails."""
         return self.root / "checkpoints" / kind / self.directory(kind, fingerprint).name
 
     def forget_checkpoints(self, kind: str, fingerprint: str) -> None:

@@ -16,6 +16,7 @@ from dpo_assets.assets.dpo_plan import read_plan
 from dpo_assets.checks.evidence.ledger import Decided, Ledger, Primary
 from dpo_assets.checks.evidence.ledger_file import LedgerFile
 from dpo_assets.contract import Spec, Stage
+from dpo_assets.feedback.dataset import Split, read_split
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.resources.launcher import TrainingLauncher
 from dpo_assets.training.__main__ import main
@@ -82,8 +83,8 @@ class Pipeline:
         return read_plan(made)
 
 
-def ids(shown: Mapping[str, Mapping[str, Any]], side: str) -> set[str]:
-    return set(pl.read_parquet(Path(shown["dpo_dataset"]["path"]) / f"{side}.parquet")["pair_id"])
+def ids(shown: Mapping[str, Mapping[str, Any]], side: Split) -> set[str]:
+    return set(read_split(Path(shown["dpo_dataset"]["path"]), side)["pair_id"])
 
 
 def timings(shown: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,5 +148,5 @@ def test_a_refresh_costs_what_is_new_and_goes_on_from_the_release_while_that_kee
 
 
 def trained_prompts(shown: Mapping[str, Mapping[str, Any]]) -> set[str]:
-    table = pl.read_parquet(Path(shown["dpo_dataset"]["path"]) / "train.parquet")
+    table = read_split(Path(shown["dpo_dataset"]["path"]), "train")
     return {prompt[-1]["content"] for prompt in table["prompt"]}

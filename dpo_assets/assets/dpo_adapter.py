@@ -8,6 +8,7 @@ from pathlib import Path
 
 import dagster as dg
 
+from dpo_assets import score_file
 from dpo_assets.artifact import VOLATILE, Artifact
 from dpo_assets.assets.base_model import in_worker
 from dpo_assets.assets.dpo_plan import followed, read_plan
@@ -62,7 +63,7 @@ def materialise(step: Step) -> Events:
                 plan=plan,
                 checkpoints=step.checkpoints("dpo_adapter", print_),
                 start_adapter=start_adapter(inputs["sft_checkpoint"]),
-                reference_cache=step.tree.root / "cache" / "reference.sqlite",
+                reference_cache=step.tree.root / score_file.FILE,
                 base_digest=base.digest,
                 tokenizer_digest=tokenizer_digest(base),
                 guard=guard,

@@ -14,6 +14,7 @@ from dpo_assets.artifact import Artifact, read_kept, write_json
 from dpo_assets.assets.base_model import known_licence, read_facts, refuse_adapter_alone, refuse_unlicensed
 from dpo_assets.assets.dpo_dataset import dataset_stats
 from dpo_assets.assets.gguf_model import rehearse
+from dpo_assets.assets.harness_tasks import look_up_tasks
 from dpo_assets.assets.lineage import Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.publication import access_ahead
@@ -47,8 +48,9 @@ def materialise(step: Step) -> Events:
     refuse_adapter_alone(step.recipe.publishing, base)
     refuse_unlicensed(step.recipe, base)
     rehearse(step, base)
-    if not step.only_checks and (silent := refuse_scorers(step.recipe.evaluation)):
+    if not step.only_checks and (silent := refuse_scorers(step.recipe.evaluation, step.hub)):
         step.context.log.warning(f"dpo_plan: {silent}; it is asked again once there are answers to compare")
+    look_up_tasks(step, base)
     access = access_ahead(step, known_licence(step.recipe, base))
     recipe = apply_overrides(step.recipe, {name: step.config.get(name, {}) for name in OVERRIDABLE})
     plan = make_plan(recipe, _shape(base), dataset_stats(dataset), step.gpu.detect(), installed_here())

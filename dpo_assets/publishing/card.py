@@ -98,6 +98,7 @@ def render_card(facts: CardFacts) -> str:
     plan, data = facts.plan, facts.dataset
     reasons = ", ".join(f"{in_markdown(reason)}: {count}" for reason, count in data["reasons"].items()) or "none"
     versions = ", ".join(f"{name} {version}" for name, version in sorted(facts.versions.items()))
+    outside = f", {count} outside of the days trained on" if (count := data.get("outside_window", 0)) else ""
     return f"""---
 {front_matter(facts)}
 ---
@@ -112,7 +113,7 @@ A language model aligned to human preferences by direct preference optimisation 
 
 ## Training data
 {data["rows_in"]} feedback rows: {data["accepted"]} accepted ({data["train_pairs"]} train,
-{data["eval_pairs"]} held out), {data["quarantined"]} quarantined ({reasons}), {data["duplicates"]} duplicates.
+{data["eval_pairs"]} held out), {data["quarantined"]} quarantined ({reasons}), {data["duplicates"]} duplicates{outside}.
 Dataset digest `{facts.dataset_digest}`.
 
 ## Procedure

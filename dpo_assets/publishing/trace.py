@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from dpo_assets.artifact import Artifact, ArtifactTree
 from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.batches import INDEX, PAIRS
+from dpo_assets.feedback.dataset import Split, read_split
 from dpo_assets.feedback.library import BATCH_KIND, PAIRED_KIND
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 PUBLISHED, DATASET, RAW = "published_model", "dpo_dataset", "raw_preferences"
 TRAINED_ON = "trained on"
-SPLITS = {TRAINED_ON: "train.parquet", "held out": "eval.parquet"}
+USES: dict[str, Split] = {TRAINED_ON: "train", "held out": "eval"}
 COLUMNS = ("pair_id", "source", "row", "line", "row_hash")
 NAMED_BY = ("pair_id", "row_hash", "row", "source")  # What a row may be asked for by; a source names all its rows.
 
@@ -49,7 +50,7 @@ class TracedRelease:
 
     @cached_property
     def rows(self) -> pl.DataFrame:
-        """Every pair of its datasets once a use: COLUMNS, and `use`, one of SPLITS."""
+        """Every pair of its datasets once a use: COLUMNS, and `use`, one of USES."""
         return rows_of(self.datasets, self.own)
 
     def touched_by(self, name: str) -> pl.DataFrame:
@@ -60,7 +61,7 @@ class TracedRelease:
 
 
 def rows_of(datasets: Mapping[str, Artifact], own: str) -> pl.DataFrame:
-    """Every pair of some datasets once a use: COLUMNS, and `use`, one of SPLITS.
+    """Every pair of some datasets once a use: COLUMNS, and `use`, one of USES.
 
     Held-out pairs are those of the dataset `own` alone: what an earlier model was once looked at with is in no weight.
     """
@@ -68,9 +69,9 @@ def rows_of(datasets: Mapping[str, Artifact], own: str) -> pl.DataFrame:
 
     empty = pl.DataFrame(schema={name: pl.Int64 if name == "line" else pl.String for name in (*COLUMNS, "use")})
     parts = [
-        pl.read_parquet(dataset.path / file, columns=list(COLUMNS)).with_columns(use=pl.lit(use))
+        read_split(dataset.path, split, COLUMNS).with_columns(use=pl.lit(use))
         for digest, dataset in datasets.items()
-        for use, file in SPLITS.items()
+        for use, split in USES.items()
         if digest == own or use == TRAINED_ON
     ]
     return pl.concat([empty, *parts], how="vertical_relaxed").unique(maintain_order=True)

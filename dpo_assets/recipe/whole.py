@@ -72,6 +72,7 @@ class Recipe(Section):
     def secret_variables(self) -> frozenset[str]:
         """Environment variables that it names as the place of a secret."""
         named = [s.sql.url_env for s in self.feedback.sources if s.sql is not None and s.sql.url_env]
+        named += [self.refresh.alert_url_env] if self.refresh.alert_url_env else []
         return frozenset([*named, *([self.evaluation.judge.key_variable] if self.evaluation.judge else [])])
 
 

@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from dpo_assets.contract import CheckpointSpec, TrainSpec
 from dpo_assets.errors import ConfigError, Preempted
+from dpo_assets.feedback.dataset import split_digest
 from dpo_assets.hashing import file_sha256
 from dpo_assets.training.guard.finite import check_trained
 from dpo_assets.training.packages import versions
@@ -49,7 +50,7 @@ def identity_of(stage: Literal["sft", "dpo"], spec: TrainSpec, kernels: str) -> 
         "stage": stage,
         "fingerprint": spec.fingerprint,
         "inputs": _digest(spec.inputs),
-        "data": spec.inputs.get("dpo_dataset") or file_sha256(spec.dataset / "train.parquet"),
+        "data": spec.inputs.get("dpo_dataset") or split_digest(spec.dataset, "train"),
         "training settings": _digest(settings),
         "steps": str(plan.sft_steps if stage == "sft" else plan.dpo_steps),
         "start adapter": file_sha256(start) if start and start.is_file() else "none",

@@ -17,6 +17,7 @@ from dpo_assets.checks.reports import Aftermath, DpoReport, Stop
 from dpo_assets.checks.tasks import read_tasks
 from dpo_assets.contract import GuardSpec, TrainSpec
 from dpo_assets.errors import ConfigError
+from dpo_assets.feedback.dataset import has_split
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.batches.data import dpo_group, load_asked, load_conversations, load_split
 from dpo_assets.training.engines import unsloth
@@ -180,7 +181,7 @@ def go_on(trainer: PackedDPOTrainer | ClassicDPOTrainer, policy: Policy, release
 
 def held_out_rows(spec: TrainSpec) -> Any:
     """The held-out split with its token ids, prompts, and ids of both, or None where the dataset has none."""
-    if not (spec.dataset / "eval.parquet").is_file():
+    if not has_split(spec.dataset, "eval"):
         return None
     return load_asked(spec.dataset, "eval", spec.scratch, [COUNTED_BY])
 
