@@ -325,7 +325,8 @@ class ArtifactTree:
             return Artifact(final, made), False
 
     def checkpoints(self, kind: str, fingerprint: str) -> Path:
-        """Where a stage that makes the artefact keeps its checkpoints: not in the folder that goes when it fails."""
+        """Where a stage that makes the artefact keeps its checkpoints, or its parts: not in the folder that goes when
+        it fails."""
         return self.root / "checkpoints" / kind / self.directory(kind, fingerprint).name
 
     def forget_checkpoints(self, kind: str, fingerprint: str) -> None:

@@ -64,9 +64,14 @@ class MemoryKills:
     def __init__(self, process: int, root: Path = Path("/")) -> None:
         self._process, self._root = process, root
         self._before: dict[Path, int] = {}  # Kills when a group was first seen.
+        self._named: list[str] = []
 
     def look(self) -> None:
         """Notes the groups that the process is in; once it has ended nobody can say."""
+        named = _lines(self._root / "proc" / str(self._process) / "cgroup")
+        if named == self._named:
+            return
+        self._named = named
         for folder in _groups("memory", self._root, str(self._process)):
             if folder not in self._before:
                 self._before[folder] = _kills(folder)

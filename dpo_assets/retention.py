@@ -27,6 +27,7 @@ MAY_GO = (
     "reward_model",
     "tokens",
     "sft_checkpoint",
+    "training_set",
     "dpo_adapter",
     "merged_model",
     "gguf_model",

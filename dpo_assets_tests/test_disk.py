@@ -254,7 +254,7 @@ def test_a_run_without_room_for_its_model_ends_at_the_plan(
     with instance_after(short_recipe(), DATA, homes, tmp_path / "home") as opened:
         monkeypatch.setattr(disk, "free_bytes", lambda folder: BESIDE)
         result = materialize(short_recipe(), opened, ["dpo_plan"])
-        assert "training, merge and release, with their checkpoints, needs about 1" in failures(result)[0]
+        assert "training, merge and release, with their checkpoints, needs about 2" in failures(result)[0]
         monkeypatch.setattr(disk, "free_bytes", lambda folder: 2 * BESIDE)
         again = materialize(short_recipe(), opened, ["dpo_plan"])
         assert again.success

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from dpo_assets.artifact import ArtifactTree, fingerprint, write_json
 from dpo_assets.assets import kept_models
-from dpo_assets.assets.kept_models import bound_by_models
+from dpo_assets.assets.kept_models import bound_by_models, forget_splits
 from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.dataset import read_split
 from dpo_assets.feedback.splits import in_eval_split
@@ -140,3 +141,18 @@ def test_a_damaged_list_of_groups_is_worked_out_again(tree: ArtifactTree, damage
     known.write_text(changed[damage])
     assert bound_by_models(tree, 0.3, 0) == drawn(40, 0.3, 0)
     assert known.read_text() == text
+
+
+def test_what_was_worked_out_for_a_model_goes_once_the_model_is_gone(tmp_path: Path) -> None:
+    tree, paths = ArtifactTree(tmp_path), []
+    for n in range(2):
+        dataset = tmp_path / "datasets" / str(n)
+        dataset.mkdir(parents=True)
+        pl.DataFrame({"group_id": [f"{n:032x}"]}).write_parquet(dataset / "train.parquet")
+        paths.append(train_on(tree, {"path": str(dataset), "digest": str(n)}))
+    bound = bound_by_models(tree, 0.99, 0)
+    assert forget_splits(tree) == 0
+    shutil.rmtree(paths[0])
+    assert forget_splits(tree) == 1
+    [kept] = (tmp_path / kept_models.SPLITS).glob("*.json")
+    assert set(json.loads(kept.read_text(encoding="utf-8"))["groups"]) == bound_by_models(tree, 0.99, 0) < bound

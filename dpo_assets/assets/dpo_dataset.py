@@ -16,6 +16,7 @@ import dagster as dg
 
 from dpo_assets.artifact import Artifact, read_kept, write_json
 from dpo_assets.assets.base_model import read_facts
+from dpo_assets.assets.by_day import ByDay
 from dpo_assets.assets.fitted_pairs import earlier_dataset, fitted_pairs, whole_markers
 from dpo_assets.assets.kept_models import bound_by_models
 from dpo_assets.assets.lineage import Read
@@ -23,6 +24,7 @@ from dpo_assets.assets.node import Node
 from dpo_assets.assets.raw_preferences import batches_of
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.dataset import KEPT_IN_TRAIN, dataset_verdicts
+from dpo_assets.checks.drift import CHECK, drift_of
 from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.batches import QUARANTINE
 from dpo_assets.feedback.dataset import read_split
@@ -34,7 +36,8 @@ from dpo_assets.feedback.trained import groups_digest
 from dpo_assets.hashing import file_sha256
 from dpo_assets.planning.plan import DatasetStats
 from dpo_assets.recipe import FeedbackSection
-from dpo_assets.report.feedback import released_table, source_views, trend_table
+from dpo_assets.report.drift import drift_views
+from dpo_assets.report.feedback import released_table, source_views, trend_table, window_said
 from dpo_assets.report.quality import quality_views
 from dpo_assets.report.tables import ROWS, SHOWN, counts_table, quarantine_table, sample_of
 
@@ -61,22 +64,29 @@ def materialise(step: Step) -> Events:
     if kept_in_train:
         config |= {"kept_in_train": groups_digest(kept_in_train)}
 
+    days = ByDay.of(feedback, step.bands, fitted)
+    config |= days.identity()
+
     def make(folder: Path, print_: str) -> None:
         found = Found()
         if earlier := earlier_dataset(step.tree, base):
             found = Found.in_dataset(earlier.path, feedback.cleaning.near_duplicate_similarity)
-        selection = Selection(fitted, feedback, kept_in_train, found)
+        outside, told = days.look(fitted, feedback, kept_in_train)
+        selection = Selection(fitted, feedback, kept_in_train, found, outside)
         batches = batches_of(step, raw)
         selection.write(folder, batches)
         markers = whole_markers(base, fitted)
-        write_json(folder / "report.json", selection.report(folder, batches, context_length, markers))
+        write_json(folder / "report.json", {**selection.report(folder, batches, context_length, markers), **told})
 
     artifact, reused = step.build("dpo_dataset", config, inputs, make)
     report = artifact.json("report.json")
     kept = report.get("kept_in_train", 0)
     if kept:
         step.context.log.warning(f"{kept} {KEPT_IN_TRAIN}")
+    if said := window_said(report):
+        step.context.log.info(said)
     views = quality_views(report, step.bands)
+    views[CHECK] = drift_views(drift_of(report), step.bands.limit(CHECK))
     rejected = artifact.path / QUARANTINE
     trend = _trend(step, report)
     yield from step.result(
@@ -103,6 +113,7 @@ def materialise(step: Step) -> Events:
             "dagster/row_count": report["train_pairs"] + report["eval_pairs"],
             **{k: report[k] for k in ("rows_in", "accepted", "quarantined", "duplicates", "train_pairs", "eval_pairs")},
             **({"kept_in_train": f"{kept} {KEPT_IN_TRAIN}"} if kept else {}),
+            **({"window": said, "outside_window": report["outside_window"]} if said else {}),
             "longest_pair_tokens": report["longest_pair"],
             "answers_truncated": report["truncated_answers"],
             "flagged": dg.MetadataValue.md(counts_table("seen in texts", report["flagged"])),

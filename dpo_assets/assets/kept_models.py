@@ -12,6 +12,7 @@ from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.trained import TRAIN_SPLIT, TRAINED_GROUPS, bound_to_train, groups_digest, trained_groups
 
 TRAINED_KINDS = ("sft_checkpoint", "dpo_adapter")
+SPLITS = Path("cache") / "splits"
 
 
 def bound_by_models(tree: ArtifactTree, fraction: float, seed: int) -> frozenset[str]:
@@ -20,9 +21,24 @@ def bound_by_models(tree: ArtifactTree, fraction: float, seed: int) -> frozenset
     Raises:
         ConfigError: where a model is kept whose training pairs nobody can name any more.
     """
-    sets = [found for kind in TRAINED_KINDS for model in tree.listed(kind) if (found := training_set(tree, model))]
     # Many models share one training set: by digest, each is looked at once.
-    return frozenset().union(*(_bound(tree, *one, fraction, seed) for one in dict(sets).items()))
+    return frozenset().union(*(_bound(tree, *one, fraction, seed) for one in _training_sets(tree).items()))
+
+
+def forget_splits(tree: ArtifactTree) -> int:
+    """Deletes what was worked out for models that are gone, and returns how many files that were."""
+    try:
+        needed = _training_sets(tree)
+    except ConfigError:  # Of a model that the next dataset will complain about.
+        return 0
+    gone = [path for path in (tree.root / SPLITS).glob("*.json") if path.name.partition("-")[0] not in needed]
+    for path in gone:
+        path.unlink(missing_ok=True)
+    return len(gone)
+
+
+def _training_sets(tree: ArtifactTree) -> dict[str, Path]:
+    return dict(found for kind in TRAINED_KINDS for model in tree.listed(kind) if (found := training_set(tree, model)))
 
 
 def training_set(tree: ArtifactTree, model: Artifact) -> tuple[str, Path] | None:
@@ -52,7 +68,7 @@ def _bound(tree: ArtifactTree, digest: str, table: Path, fraction: float, seed: 
 
     What is not what was kept is worked out again: a group that is missing here could be held out.
     """
-    known = tree.root / "cache" / "splits" / f"{digest}-{fraction!r}-{seed}.json"
+    known = tree.root / SPLITS / f"{digest}-{fraction!r}-{seed}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):
         kept = json.loads(known.read_text(encoding="utf-8"))
         if kept["digest"] == groups_digest(kept["groups"]):

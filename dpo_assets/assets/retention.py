@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import dagster as dg
 from pydantic import Field
 
+from dpo_assets import score_file
 from dpo_assets.artifact import ArtifactTree, is_fingerprint
 from dpo_assets.assets.graph import nodes_of
+from dpo_assets.assets.kept_models import forget_splits
 from dpo_assets.assets.materialisations import FINGERPRINT
 from dpo_assets.assets.pipeline import Pipeline
 from dpo_assets.assets.promotion import read_ledger
@@ -19,10 +21,12 @@ from dpo_assets.disk import gib
 from dpo_assets.errors import DpoAssetsError, InfrastructureError
 from dpo_assets.locks import IN_USE, if_nobodys
 from dpo_assets.publishing.secrets import scrub
+from dpo_assets.recipe import RetentionSection
 from dpo_assets.report.tables import table
 from dpo_assets.resources.artifacts import ArtifactStore
-from dpo_assets.retention import Aside, Choice, Needed, choose, delete, delete_aside, frees, old_aside, stored
+from dpo_assets.retention import DAY, Aside, Choice, Needed, choose, delete, delete_aside, frees, old_aside, stored
 
+SCORED = 4  # Models that a refresh scores pairs by: the reference, and what is evaluated.
 RECENT = 100  # Materialisations of a node that are looked at for runs that are not finished.
 UNFINISHED = [
     dg.DagsterRunStatus.QUEUED,
@@ -86,7 +90,17 @@ def retain(
         freed = frees(tree.root, list(choice.gone))
         deleted = sum(1 for _ in delete(tree.root, choice.gone, say))
         freed += delete_aside(tree.root, aside, say)
+        _forget(tree, rules, say)
     return Retained(choice, aside, deleted, freed)
+
+
+def _forget(tree: ArtifactTree, rules: RetentionSection, say: Callable[[str], None]) -> None:
+    """What is remembered of models that are gone, beside their artefacts."""
+    splits = forget_splits(tree)
+    since = time.time() - rules.keep_days * DAY
+    scores = score_file.forget(tree.root / score_file.FILE, SCORED * rules.keep_models, since)
+    if splits or scores:
+        say(f"forgot {scores} kept scores and the splits of {splits} training sets, of models that are gone")
 
 
 def _chosen(instance: dg.DagsterInstance, pipeline: Pipeline, tree: ArtifactTree) -> Choice:

@@ -162,23 +162,32 @@ def split_parts(
 @contextmanager
 def split_file(dataset: Path, split: Split, columns: Sequence[str], scratch: Path) -> Iterator[Path]:
     """A table of a split for who reads files: in `scratch` for as long as the context lasts, if it is not there."""
-    import polars as pl
-    import pyarrow.parquet as pq
-
     if _whole(dataset, split).is_file():
         yield _whole(dataset, split)
         return
     scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        table = Path(folder) / f"{split}.parquet"
-        with ExitStack() as stack:
-            writer: Any = None
-            for part in split_parts(dataset, split, columns):
-                rows = part.to_arrow(compat_level=pl.CompatLevel.oldest())
-                writer = writer or stack.enter_context(pq.ParquetWriter(table, rows.schema))
-                if part.height:  # `datasets` reads no file whose first row group is empty.
-                    writer.write_table(rows)
+        table = _whole(Path(folder), split)
+        write_split(Path(folder), split, split_parts(dataset, split, columns))
         yield table
+
+
+def write_split(folder: Path, split: Split, parts: Iterable[pl.DataFrame]) -> None:
+    """Writes a split as one table.
+
+    Args:
+        parts: at least one, which may be without rows.
+    """
+    import polars as pl
+    import pyarrow.parquet as pq
+
+    with ExitStack() as stack:
+        writer: Any = None
+        for part in parts:
+            rows = part.to_arrow(compat_level=pl.CompatLevel.oldest())
+            writer = writer or stack.enter_context(pq.ParquetWriter(_whole(folder, split), rows.schema))
+            if rows.num_rows:  # A group without rows makes `datasets` read no rows at a time.
+                writer.write_table(rows)
 
 
 def split_digest(dataset: Path, split: Split) -> str:

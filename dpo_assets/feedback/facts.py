@@ -37,6 +37,7 @@ def fact_schema() -> pl.Schema:
     | `together` | number of the opening message: the same for pairs of one side |
     | `prompt_tokens`, `chosen_tokens`, `rejected_tokens`, `same_cut` | `quality.sizes` |
     | `alike_chosen`, `alike_rejected` | what the answers say (`quality_conflicts.alike`) |
+    | `day` | when the preference was given, in UTC; null where nothing, or no date, was said |
     | `label_kind`, `user`, `margin`, `winner`, `loser` | who gave the preference and who won (`quality_sources`) |
     """
     import polars as pl
@@ -51,6 +52,7 @@ def fact_schema() -> pl.Schema:
             "same_cut": pl.Boolean(),
             "alike_chosen": pl.UInt64(),
             "alike_rejected": pl.UInt64(),
+            "day": pl.Date(),
             "label_kind": pl.String(),
             "user": pl.String(),
             "margin": pl.Float64(),
@@ -75,11 +77,19 @@ def facts_frame(pairs: pl.DataFrame, max_length: int, seed: int) -> pl.DataFrame
         **sizes(pairs, max_length).to_dict(),
         "alike_chosen": [alike(answer) for answer in pairs["chosen"].to_list()],
         "alike_rejected": [alike(answer) for answer in pairs["rejected"].to_list()],
+        "day": pairs.select(day_of()).to_series(),
         **{name: pairs[name] for name in ("label_kind", "user", "margin")},
         "winner": [winner for winner, _ in named],
         "loser": [loser for _, loser in named],
     }
     return pl.DataFrame({name: pl.Series(name, made[name], dtype=kind) for name, kind in fact_schema().items()})
+
+
+def day_of() -> pl.Expr:
+    """The day, in UTC, of `created_at` as readers give it; null where it is no date."""
+    import polars as pl
+
+    return pl.col("created_at").str.slice(0, 10).str.to_date("%Y-%m-%d", strict=False)
 
 
 def _contents(pairs: pl.DataFrame) -> NDArray[np.uint64]:

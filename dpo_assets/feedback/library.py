@@ -24,7 +24,7 @@ from dpo_assets.locks import LOCK, exclusive
 
 BATCH_KIND, PLAN_KIND, PAIRED_KIND = "raw_batches", "raw_files", "paired_answers"
 SPANS = "spans.json"
-READ_VERSION = 7  # Of what ingestion makes of a row: another version reads every file again.
+READ_VERSION = 8  # Of what ingestion makes of a row: another version reads every file again.
 
 
 @dataclass(frozen=True)

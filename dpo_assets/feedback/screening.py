@@ -88,6 +88,7 @@ class Screening:
         rules: those that look at one row alone, or those that hold rows against each other, which then stand for
             themselves: a row that is refused for itself is held against none.
         compared: what is known of pairs that were held against each other before; is added to.
+        left_out: pairs that are passed over as if they were not there, by `b` and `n`.
     """
 
     pool: Pool
@@ -96,6 +97,7 @@ class Screening:
     marks: Sequence[str] = ()
     rules: Literal["all", "of a row", "across rows"] = "all"
     compared: Compared = field(default_factory=Compared)
+    left_out: pl.DataFrame | None = None
     duplicates: int = 0
     near_dropped: int = 0
     released: Counter[int] = field(default_factory=Counter)  # Rows by number of the rule.
@@ -110,6 +112,8 @@ class Screening:
 
     def _screened(self) -> pl.DataFrame:
         live = self.pool.keys([*PAIR_ID, *FLIPPED_ID, *PROMPT_ID])
+        if self.left_out is not None:
+            live = live.join(self.left_out, on=["b", "n"], how="anti", maintain_order="left")
         if self.rules == "of a row":
             return self._overlap(self._content(live)).drop(FLIPPED_ID, PROMPT_ID)
         if self.rules == "all":

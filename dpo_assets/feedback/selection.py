@@ -28,7 +28,7 @@ from dpo_assets.feedback.quality_tokens import Markers
 from dpo_assets.feedback.rules import NOT_DAMAGE
 from dpo_assets.feedback.scan import RENDERED
 from dpo_assets.feedback.screening import Screening
-from dpo_assets.feedback.splits import held_out
+from dpo_assets.feedback.splits import sides
 from dpo_assets.feedback.tables import quarantine_record
 from dpo_assets.recipe import FeedbackSection
 
@@ -72,6 +72,7 @@ class Selection:
         feedback: of the recipe.
         kept_in_train: groups that must not be held out.
         earlier: what is known.
+        left_out: pairs that are passed over as if they were not there, by `b` and `n`.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Selection:
         feedback: FeedbackSection,
         kept_in_train: Collection[str] = (),
         earlier: Found = Found(),
+        left_out: pl.DataFrame | None = None,
     ) -> None:
         self._fitted, self._feedback, self._kept_in_train, self._earlier = fitted, feedback, kept_in_train, earlier
         self._pool = stored([one.path for one in fitted])
@@ -89,22 +91,16 @@ class Selection:
             feedback.release,
             rules="across rows",
             compared=Compared(earlier.compared),
+            left_out=left_out,
         )
         self._counts = [one.json(COUNTS) for one in fitted]
 
     @cached_property
     def facts(self) -> pl.DataFrame:
         """A row a pair, in the order of ids: its place, id, prompt, source, facts, side (`held_out`) and `note`."""
-        import polars as pl
-
         kept = self._screening.kept
         facts = self._pool.of(kept, [*PROMPT_ID, "source", *fact_schema()])
-        # As `splits.in_eval_split` draws: a division by a power of two is exact.
-        drawn = facts["draw"].cast(pl.Float64) / 2.0**64 < self._feedback.eval_fraction
-        if self._kept_in_train:
-            drawn = drawn & ~facts["group_id"].is_in(list(self._kept_in_train))
-        sides = held_out(drawn, facts["together"]).alias("held_out")
-        made = kept.hstack(facts).with_columns(sides)
+        made = kept.hstack(facts).with_columns(sides(facts, self._feedback.eval_fraction, self._kept_in_train))
         return made.join(self._screening.notes, on=["b", "n"], how="left", maintain_order="left")
 
     def write(self, folder: Path, read: Sequence[Artifact]) -> None:
@@ -159,8 +155,8 @@ class Selection:
             flagged.update(one["flagged"])
             released.update({int(n): count for n, count in one["released"].items()})
         facts, max_length = self.facts, self._feedback.max_length
-        sides = sides_of(folder)
-        if sides.pop("twice"):
+        written_sides = sides_of(folder)
+        if written_sides.pop("twice"):
             raise RuntimeError("two rows of the dataset have one id")
         return {
             "rows_in": sum(one["pairs"] for one in counted) + rejected,
@@ -169,7 +165,7 @@ class Selection:
             "quarantined": written.filter(pl.col("line") > 0).height,
             "reasons": dict(sorted(reasons.items())),
             "damaged": sum(count for reason, count in reasons.items() if reason not in NOT_DAMAGE),
-            **sides,
+            **written_sides,
             "kept_in_train": facts.filter(pl.col("group_id").is_in(list(self._kept_in_train))).height,
             "leaked_prompts": self._leaked(folder),
             "flagged": dict(sorted(flagged.items())),

@@ -122,6 +122,17 @@ def held_out(drawn: pl.Series, together: pl.Series) -> pl.Series:
     return table.select(pl.col("drawn").all().over("together")).to_series()
 
 
+def sides(facts: pl.DataFrame, fraction: float, kept_in_train: Collection[str] = ()) -> pl.Series:
+    """Which pairs are held out, by their `draw`, `group_id` and `together`. Groups of `kept_in_train` never are."""
+    import polars as pl
+
+    # As `in_eval_split` draws: a division by a power of two is exact.
+    drawn = facts["draw"].cast(pl.Float64) / 2.0**64 < fraction
+    if kept_in_train:
+        drawn = drawn & ~facts["group_id"].is_in(list(kept_in_train))
+    return held_out(drawn, facts["together"]).alias("held_out")
+
+
 def split(
     pairs: pl.DataFrame, fraction: float, seed: int, kept_in_train: Collection[str] = ()
 ) -> tuple[pl.DataFrame, pl.DataFrame]:

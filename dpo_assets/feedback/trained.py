@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpo_assets.feedback.dataset import read_split
+from dpo_assets.feedback.dataset import read_split, split_parts, write_split
 from dpo_assets.feedback.splits import in_eval_split
 
 if TYPE_CHECKING:
@@ -21,6 +21,19 @@ def write_trained_groups(dataset: Path, model: Path) -> None:
     """Keeps with a model the groups of the train split that it was trained on."""
     groups = read_split(dataset, "train", ["group_id"])
     groups.unique().sort("group_id").write_parquet(model / TRAINED_GROUPS)
+
+
+def training_pairs(dataset: Path) -> pl.Series:
+    """Ids of the pairs in the train split of a dataset."""
+    return read_split(dataset, "train", ["pair_id"])["pair_id"]
+
+
+def write_training_set(dataset: Path, pairs: pl.Series, folder: Path) -> None:
+    """The pairs of these ids in the train split of a dataset as a train split of their own, part by part."""
+    import polars as pl
+
+    wanted = pl.DataFrame({"pair_id": pairs})
+    write_split(folder, "train", (part.join(wanted, "pair_id", "semi") for part in split_parts(dataset, "train")))
 
 
 def trained_groups(table: Path) -> pl.Series:

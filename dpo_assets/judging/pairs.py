@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_assets.feedback.dataset import read_split
-from dpo_assets.feedback.pair import LabelKind
+from dpo_assets.feedback.pair import LabelKind, prompt_ids
 from dpo_assets.judging.comparing import Message
 
 BY_A_MODEL: LabelKind = "judge_rating"
@@ -26,6 +26,11 @@ class AnswerPair:
     def lengths(self) -> tuple[int, int]:
         """Of the two answers, in characters."""
         return len(self.first), len(self.second)
+
+    @property
+    def opening(self) -> str:
+        """What the conversation is known by: the `group_id` of its pairs."""
+        return prompt_ids([{"role": m["role"], "content": m["content"]} for m in self.conversation])[1]
 
     @property
     def asked(self) -> str:

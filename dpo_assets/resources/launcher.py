@@ -46,6 +46,7 @@ from dpo_assets.planning.storage import stage_bytes
 from dpo_assets.publishing.secrets import is_secret, scrub, scrub_all
 from dpo_assets.resources.environment import planned_gpu, worker_environment
 from dpo_assets.resources.gpu_lock import gpu_held
+from dpo_assets.resources.gpu_time import gpu_timed
 from dpo_assets.resources.messages import ScrubbedMessageReader
 from dpo_assets.resources.nvml import VISIBLE
 
@@ -154,6 +155,7 @@ class LocalLauncher(TrainingLauncher):
             # Its temporary files lie in this run's scratch folder, so they go also when it is killed.
             environment = {**worker_environment(spec, self.environment), "TMPDIR": str(work)}
             held.enter_context(gpu_held(environment[VISIBLE], context.log))
+            held.enter_context(gpu_timed(context, environment[VISIBLE]))
             process = self._start(command, {**environment, **session.get_bootstrap_env_vars()}, output)
             context.log.info(f"started worker stage `{stage}`, process group {process.pid}")
             if isinstance(spec, PlannedSpec) and (shown := environment[VISIBLE]) not in ("", planned_gpu(spec.plan)):

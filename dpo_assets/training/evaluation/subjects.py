@@ -30,7 +30,8 @@ PART = 1024  # Fewest pairs that are scored and kept together: in 16 bit small p
 class Reading:
     """What a tokenizer with its chat template makes of all that is asked.
 
-    Held-out `pairs`, `prompts` to be answered greedily, neutral `texts`, and prompts to be answered at temperature 1.
+    Held-out `pairs`, `prompts` to be answered greedily, neutral `texts`, prompts to be answered at temperature 1, and
+    `instructions` to be followed.
     """
 
     chat: ChatFormat
@@ -38,6 +39,7 @@ class Reading:
     prompts: list[list[int]]
     texts: Sequence[Group] = ()
     sampled: Sequence[list[int]] = ()
+    instructions: Sequence[list[int]] = ()
 
 
 def as_groups(texts: Sequence[str], chat: ChatFormat, longest: int) -> list[Group]:
@@ -74,7 +76,8 @@ class Measured:
     """What a subject said: summed log-probabilities in nats, and answers.
 
     `logps` has (chosen, rejected) a pair, `texts` one a neutral text, `heard` one an answer that was drawn, by who drew
-    it. `known` counts the pairs whose scores were kept from an earlier time.
+    it. `instructed` are the answers to instructions. `known` counts the pairs whose scores were kept from an earlier
+    time.
     """
 
     logps: Scores
@@ -82,6 +85,7 @@ class Measured:
     drawn: list[Group]
     heard: dict[str, list[float]]
     answers: list[dict[str, Any]]
+    instructed: list[dict[str, Any]]
     known: int
 
 
@@ -148,8 +152,10 @@ class Bench:
             own = own_answers(subject.reading.sampled, asked.draw()) if subject.draws else []
             drawn[who] = own
             heard = {one: asked.scores(drawn[one]) for one in subject.hears}
-            answers = asked.answers(subject.reading.prompts)
-        return settled, Measured(logps, of_texts, own, heard, answers, known)
+            greedy = subject.reading.prompts
+            answers = asked.answers([*greedy, *subject.reading.instructions])
+        said, instructed = answers[: len(greedy)], answers[len(greedy) :]
+        return settled, Measured(logps, of_texts, own, heard, said, instructed, known)
 
     def _cache(self, subject: Subject, kernels: str) -> ScoreCache | None:
         if self.kept is None or not subject.digests or not all(subject.digests.values()):

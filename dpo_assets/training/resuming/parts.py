@@ -34,7 +34,7 @@ class Parts:
 
     def __init__(self, folder: Path | None, identity: Mapping[str, Any]) -> None:
         self.folder = folder
-        self._identity = {"packages": versions(), **identity}
+        self._identity = {"versions": versions(), **identity}
         self.taken, self.dropped, self.failed = 0, 0, 0
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -75,10 +75,12 @@ class Parts:
         note = kept.with_suffix(".json")
         if kept.exists() and note.exists():
             if _read(note).get("sha256") == file_sha256(kept):
-                os.link(kept, target)
-                self.taken += 1
-                return None
-            self._drop(kept, note)
+                with suppress(OSError):  # Where there are as many names as a file may have, it is written again.
+                    os.link(kept, target)
+                    self.taken += 1
+                    return None
+            else:
+                self._drop(kept, note)
         write(target)
         try:
             sha256 = file_sha256(target)
@@ -111,7 +113,7 @@ class Parts:
         return "; ".join(said)
 
     def _key(self, facts: Mapping[str, Any]) -> str:
-        return _digest({**self._identity, **facts})[:32]
+        return _digest([self._identity, facts])[:32]
 
     def _drop(self, *paths: Path) -> None:
         self.dropped += 1

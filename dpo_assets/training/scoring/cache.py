@@ -11,12 +11,14 @@ import hashlib
 import json
 import math
 import sqlite3
+import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
 import torch
 
+from dpo_assets import score_file
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.sqlite_file import prepare_sound
 from dpo_assets.training.batches.packing import Group
@@ -26,7 +28,7 @@ from dpo_assets.version import __version__
 Fact = str | int | float | bool | None
 Scores = list[tuple[float, float]]
 PARTS, LARGEST = 10, 4096  # In which scores are computed and kept: a tenth of the pairs, and never more than so many.
-SCORING = 3  # Of how a pair is scored: scores that were rounded in another way must not meet the policy's.
+SCORING = 4  # Of how a pair is scored: scores that were rounded in another way must not meet the policy's.
 
 
 def score_key(**facts: Fact) -> str:
@@ -74,19 +76,11 @@ class ScoreCache:
         self.set_aside = prepare_sound(path, self._prepare)  # Where a damaged file went.
 
     def _prepare(self) -> None:
-        self._create()
+        score_file.use(self.path, self.key, time.time())
         self._known()
 
-    def _create(self) -> None:
-        with closing(sqlite3.connect(self.path, timeout=60)) as db, db:
-            db.execute(
-                "create table if not exists scores (key text, pair text, chosen real, rejected real, digest text, "
-                "primary key (key, pair)) without rowid"
-            )
-            db.execute("drop table if exists reference")  # Of earlier versions, without digests.
-
     def _known(self) -> list[tuple[str, float, float, str]]:
-        with closing(sqlite3.connect(self.path, timeout=60)) as db:
+        with closing(sqlite3.connect(self.path, timeout=score_file.PATIENCE)) as db:
             asked = "select pair, chosen, rejected, digest from scores where key = ?"
             return db.execute(asked, (self.key,)).fetchall()
 
@@ -100,12 +94,12 @@ class ScoreCache:
                 known[pair] = chosen, rejected
         if wrong:
             self.dropped += len(wrong)
-            with closing(sqlite3.connect(self.path, timeout=60)) as db, db:
+            with closing(sqlite3.connect(self.path, timeout=score_file.PATIENCE)) as db, db:
                 db.executemany("delete from scores where key = ? and pair = ?", [(self.key, pair) for pair in wrong])
         return {pair: known[pair] for pair in pairs if pair in known}
 
     def put(self, scores: dict[str, tuple[float, float]]) -> None:
-        with closing(sqlite3.connect(self.path, timeout=60)) as db, db:
+        with closing(sqlite3.connect(self.path, timeout=score_file.PATIENCE)) as db, db:
             rows = [(self.key, pair, *both, self._digest(pair, *both)) for pair, both in scores.items()]
             db.executemany("insert or replace into scores values (?, ?, ?, ?, ?)", rows)
 

@@ -68,7 +68,8 @@ def run(spec: TokenizeSpec, reporter: Reporter) -> None:
             reporter.log(Progress(stage="tokenize", done=done, total=total).line())
     write_json(spec.output_dir / CHAT_FORMAT, ChatFormatFacts(ends=tuple(sorted(chat.ends))).model_dump(mode="json"))
     reporter.log(f"tokenize: {reused} of {total} pairs were tokenized before")
-    write_json(spec.output_dir / VOLATILE, {"seconds": time.perf_counter() - started})
+    kept = {"pairs": total, "pairs_from_cache": reused}
+    write_json(spec.output_dir / VOLATILE, {"seconds": time.perf_counter() - started, **kept})
 
 
 def _parts(path: Path) -> Iterator[pl.DataFrame]:

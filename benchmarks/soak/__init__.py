@@ -1,0 +1,1 @@
+"""Refresh after refresh of one pipeline by its sensor, with all that feedback does, and what each leaves behind."""
