@@ -97,7 +97,7 @@ def write_rows(path: Path, rows: int, start: int = 0) -> None:
 
 
 def ours(source: Path, work: Path, tokenizer: Path | None) -> dict[str, Any]:
-    """Raw file to train and eval Parquet, by the functions that the assets call, artefacts included."""
+    """Raw file to train and eval Parquet, by the functions behind the assets, artefacts included."""
     import polars as pl
 
     from dpo_assets.artifact import fingerprint
@@ -186,7 +186,7 @@ def tokenize(pairs: Path, tokenizer: Path, tree: ArtifactTree) -> Path:
             inputs=inputs,
             base_model=tokenizer,
             pairs=pairs,
-            known=earlier.path / TOKENS if earlier else None,
+            known=(earlier.path / TOKENS,) if earlier else (),
         )
         path = tree.root / "tokenize.json"
         path.write_text(spec.model_dump_json())

@@ -3,8 +3,8 @@
     python -m benchmarks.kills --kills 20
 
 Runs the demo up to its adapter once, in a folder of its own, and keeps the specs that its workers were given. Then each
-of the stages is started anew, killed with SIGKILL after a random step, started again, and its adapter, metric log and
-report are compared with the first run's byte by byte.
+of the stages is started anew, killed with SIGKILL at a random moment after a random step, or before the first, started
+again, and its adapter, metric log and report are compared with the first run's byte by byte.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Trained:
     spec: TrainSpec
     artefact: Path
     steps: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,16 @@ def trained(work: Path, recipe: Mapping[str, Any]) -> list[Trained]:
         spec = TrainSpec.model_validate_json((specs / f"{stage}.json").read_bytes())
         artefact = spec.output_dir.with_name(spec.fingerprint)
         assert artefact.parent.name == node
-        found.append(Trained(stage, spec, artefact, json.loads((artefact / "report.json").read_bytes())["steps"]))
+        steps, seconds = (
+            json.loads((artefact / file).read_bytes())[name]
+            for file, name in (("report.json", "steps"), ("timings.json", "seconds"))
+        )
+        found.append(Trained(stage, spec, artefact, steps, seconds))
     return found
 
 
-def killed(one: Trained, at: int, work: Path) -> Killed:
-    """Starts a stage, kills it when `at` steps are done, and lets another process finish it."""
+def killed(one: Trained, at: int, later: float, work: Path) -> Killed:
+    """Starts a stage, kills it `later` seconds after `at` steps are done, and lets another process finish it."""
     assert one.spec.checkpoints is not None
     kept = work / "checkpoints"
     checkpoints = one.spec.checkpoints.model_copy(update={"folder": kept})
@@ -94,6 +99,7 @@ def killed(one: Trained, at: int, work: Path) -> Killed:
     deadline = time.monotonic() + PATIENCE
     while _reached(kept) < at and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
+    time.sleep(later)
     process.kill()
     process.wait()
     done = _reached(kept)
@@ -136,7 +142,8 @@ def main() -> None:
             one = stages[number % len(stages)]
             work = Path(folder) / f"kill-{number}"
             work.mkdir()
-            result = killed(one, chosen.randint(1, one.steps), work)
+            later = chosen.uniform(0.0, one.seconds / one.steps)  # Longer than a step: loading is in it.
+            result = killed(one, chosen.randint(0, one.steps), later, work)
             results.append((one, result))
             print(
                 f"{one.stage}: killed after step {result.at} of {one.steps}, "
@@ -145,8 +152,12 @@ def main() -> None:
                 flush=True,
             )
     worst = max(result.again / one.steps for one, result in results)
+    held = max(result.share_writing for _, result in results)
     equal = sum(result.equal for _, result in results)
-    print(f"{equal} of {len(results)} bit-equal; at most {100 * worst:.1f} % of a stage's steps done twice")
+    print(
+        f"{equal} of {len(results)} bit-equal; at most {100 * worst:.1f} % of a stage's steps done twice, and "
+        f"{100 * held:.1f} % of its time spent on checkpoints"
+    )
     if equal < len(results):
         raise SystemExit(1)
 

@@ -4,9 +4,10 @@
     python -m benchmarks.promotion --scale 0.1
     python -m benchmarks.promotion --only power guards
 
-`benchmarks.simulated` draws. Decisions are those of `rules.by_evidence`: two metrics are primaries, and guards on known
-prompts. The end of an interval, which decides whether something is worse beyond chance, is Student's at every size,
-where a pipeline draws it up to 400 prompts; the exact test is worked out near its level alone. All seeds are fixed.
+`benchmarks.simulated` draws. Decisions are those of `rules.by_evidence`: two metrics are primaries, guards are on known
+conversations, and looks of dry runs share a level. The end of an interval, which decides whether something is worse
+beyond chance, is Student's at every size, where a pipeline draws it up to 400 conversations; the exact test is worked
+out near its level alone. All seeds are fixed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from statistics import NormalDist
 
@@ -36,15 +38,18 @@ from benchmarks.simulated import (
     judged,
     knowing,
 )
-from dpo_assets.checks.evidence.clusters import clustered_mean, clustered_share
+from dpo_assets.checks.evidence.clusters import clustered_mean, clustered_ratio, clustered_share
+from dpo_assets.checks.evidence.measured import MeanScore
 from dpo_assets.checks.evidence.paired import compare
 from dpo_assets.checks.evidence.power import EFFECT, FEWEST_PROMPTS, detectable, power_at
 from dpo_assets.checks.evidence.rules import TOLERANCE, Evidence, by_evidence
-from dpo_assets.checks.evidence.spending import ALPHA, HIGHEST, budget_after
+from dpo_assets.checks.evidence.spending import ALPHA, HIGHEST, budget_after, share_of_look
 from dpo_assets.checks.statistics import Proportion, wilson
 from dpo_assets.report.tables import table
 
-KNOWN = 400  # Prompts that guard the histories, one pair each.
+LONG_FEW, LONG = Pairs(60, 1, 3, 0.5, long=0.05), Pairs(200, 1, 3, 0.5, long=0.05)
+PREVIEWED = Pairs(200, 1, 5, 0.3)
+KNOWN = 400  # Conversations that guard the histories, one pair each.
 FEW_DRAWS = 2_000  # Of the bootstrap, here: its ends move by less than what a thousand trials resolve.
 
 
@@ -61,7 +66,15 @@ def of(found: Sequence[bool] | NDArray[np.bool_]) -> Proportion:
 
 def single_decisions(trials: int) -> Iterator[list[str]]:
     """A challenger no better than its champion, and a policy no better than its start, each judged once."""
-    cases = (Pairs(50), Pairs(400), Pairs(60, 10, 10, 1.0), Pairs(100, 1, 10, 0.3), Pairs(400, 1, 10, 1.0))
+    cases = (
+        Pairs(50),
+        Pairs(400),
+        Pairs(60, 10, 10, 1.0),
+        Pairs(100, 1, 10, 0.3),
+        Pairs(400, 1, 10, 1.0),
+        LONG_FEW,
+        LONG,
+    )
     for number, pairs in enumerate(cases):
         rng = np.random.default_rng([1, number])
         fresh = drawn(rng, pairs, trials)
@@ -70,13 +83,13 @@ def single_decisions(trials: int) -> Iterator[list[str]]:
         guarded = judged(fresh, levels, knowing(rng, 100, 0.0)).promoted
         sizes = pairs.sizes(rng, trials)
         won = rng.binomial(sizes, chances(rng, 0.5, pairs.agreement, sizes.shape))
-        by_start = [_first(wins, of_prompt, rng, pairs) for wins, of_prompt in zip(won, sizes, strict=True)]
+        by_start = [_first(wins, of_conversation, rng, pairs) for wins, of_conversation in zip(won, sizes, strict=True)]
         as_before = [wilson(float(wins.sum()), int(n.sum())).low > 0.5 for wins, n in zip(won, sizes, strict=True)]
         yield [str(pairs), told(of(alone)), told(of(guarded)), told(of(by_start)), told(of(as_before))]
 
 
 def _first(won: Ints, sizes: Ints, rng: np.random.Generator, pairs: Pairs) -> bool:
-    """Whether a policy is published first: wins against one half, guarded by its start on the same prompts."""
+    """Whether a policy is published first: wins against one half, guarded by its start on the same conversations."""
     reward = Metrics((2 * won - sizes)[None, None], sizes[None])
     if reward.z()[0, 0] < NormalDist().inv_cdf(1 - budget_after([]).level) - NEAR:
         return False
@@ -95,14 +108,14 @@ def steady(pairs: Pairs) -> Refresh:
 
 
 def drifting(rng: np.random.Generator, histories: int, refresh: int) -> Metrics:
-    """Prompts grow in number and size, pairs of one agree more, and policies differ less, from refresh to refresh."""
+    """Refresh by refresh conversations grow in number and size, their pairs agree more, and policies differ less."""
     part = refresh / 200
     pairs = Pairs(50 + int(100 * part), 1, 1 + int(9 * part), 0.9 * part)
     return drawn(rng, pairs, histories, differ=0.5 - 0.4 * part)
 
 
 class Trickle:
-    """10 to 40 new prompts a refresh: too few to look at, so they wait until there are 50."""
+    """10 to 40 new conversations a refresh: too few to look at, so they wait until there are 50."""
 
     def __init__(self) -> None:
         self.waiting: list[Metrics] = []
@@ -118,7 +131,7 @@ class Trickle:
 
 
 class SameSet:
-    """Every refresh on the same 200 prompts, each challenger much like the one before: not what the rules allow."""
+    """Every refresh on the same 200 conversations, challengers much like each other: not what the rules allow."""
 
     def __init__(self) -> None:
         self.latent: Floats | None = None
@@ -137,8 +150,8 @@ def history(
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_], Proportion]:
     """Histories with a false promotion, under the budget and at 2.5 % each; and how many better challengers were found.
 
-    `better` of the refreshes, drawn for each history, are ten points better on fresh prompts and five on the known ones
-    that guard every refresh, and promoting these is no error.
+    `better` of the refreshes, drawn for each history, are ten points better on fresh conversations and five on the
+    known ones that guard every refresh, and promoting these is no error.
     """
     rng = np.random.default_rng([2, seed])
     budgeted, unbudgeted = np.zeros(histories, dtype=bool), np.zeros(histories, dtype=bool)
@@ -177,25 +190,60 @@ def histories_table(histories: int, refreshes: int) -> Iterator[list[str]]:
         ("drifting: size, agreement, share that differs", drifting, 0.0),
         ("one refresh in ten is ten points better; 200 x 1 to 5", steady(Pairs(200, 1, 5, 0.3)), 0.1),
         ("against the rules: one set of 200, challengers correlated 0.9", SameSet(), 0.0),
+        ("few very long: 60 x 1 to 3 and 5 % of 30, agreement 0.5", steady(LONG_FEW), 0.0),
     )
     for number, (name, refresh_of, better) in enumerate(cases):
         budgeted, unbudgeted, hits = history(refresh_of, number, histories, refreshes, better)
         yield [name, told(of(budgeted)), told(of(unbudgeted)), told(hits) if hits.n else "-"]
 
 
+# ------------------------------------------------------------------------------------------------------------- previews
+
+
+def previewed(
+    rng: np.random.Generator, trials: int, refreshes: int, policies: int, *, shared: bool = True
+) -> NDArray[np.bool_]:
+    """Trials with a false promotion where each refresh has dry runs of several policies on the same fresh
+    conversations, and the first that passes is sent; where none does, the last one.
+
+    Policies are drawn independently of each other, which finds most. `shared`: look k has its share of the level.
+    """
+    ever = np.zeros(trials, dtype=bool)
+    found: list[tuple[bool, ...]] = [()] * trials
+    for _ in range(refreshes):
+        level_of = {past: budget_after(past).level for past in set(found)}
+        levels, passed = np.array([level_of[past] for past in found]), np.zeros(trials, dtype=bool)
+        for look in range(1, policies + 1):
+            left = np.flatnonzero(~passed)
+            at = levels[left] * (share_of_look(look) if shared else 1.0)
+            passed[left] = judged(drawn(rng, PREVIEWED, len(left)), at, knowing(rng, KNOWN, 0.0)).promoted
+        found = [(*past, bool(success)) for past, success in zip(found, passed, strict=True)]
+        ever |= passed
+    return ever
+
+
+def previews_table(trials: int, histories: int, refreshes: int) -> Iterator[list[str]]:
+    for policies in (1, 5, 20):
+        rng = np.random.default_rng([7, policies])
+        once, each = (previewed(rng, trials, 1, policies, shared=shared) for shared in (True, False))
+        long = told(of(previewed(rng, histories, refreshes, policies))) if policies == 5 else "-"
+        yield [str(policies), told(of(once)), told(of(each)), long]
+
+
 # --------------------------------------------------------------------------------------------------------------- power
 
 
 def power_table(trials: int) -> Iterator[list[str]]:
-    """A challenger that is ten points better by both metrics, at the first test and at the tenth, without known prompts
-    and with 100 on which it is as good as the champion. "By formula" is what a page says: one metric, no guard."""
+    """A challenger that is ten points better by both metrics, at the first test and at the tenth, without known
+    conversations and with 100 on which it is as good as the champion. "By formula" is what a page says: one metric, no
+    guard."""
     levels = (budget_after([]).level, budget_after([False] * 9).level)
-    cases = (Pairs(50), Pairs(200), Pairs(400), Pairs(150, 1, 5, 0.3), Pairs(400, 1, 5, 0.3), Pairs(800))
+    cases = (Pairs(50), Pairs(200), Pairs(400), Pairs(150, 1, 5, 0.3), Pairs(400, 1, 5, 0.3), Pairs(800), LONG)
     for number, pairs in enumerate(cases):
         rng = np.random.default_rng([3, number])
         fresh = drawn(rng, pairs, trials, EFFECT)
         error = float(fresh.differences()[0].std())
-        cells = [str(pairs), f"{pairs.prompts * (pairs.fewest + pairs.most) / 2:.0f}"]
+        cells = [str(pairs), f"{pairs.expected:.0f}"]
         for level in levels:
             at = np.full(trials, level)
             cells += [told(of(judged(fresh, at).promoted))]
@@ -205,16 +253,16 @@ def power_table(trials: int) -> Iterator[list[str]]:
 
 
 def guards_table(trials: int) -> Iterator[list[str]]:
-    """A challenger that is ten points better on 400 fresh prompts: how often known prompts hold it."""
+    """A challenger that is ten points better on 400 fresh conversations: how often known conversations hold it."""
     rng = np.random.default_rng(6)
     levels = np.full(trials, budget_after([]).level)
-    for prompts in (10, 50, 100, 400):
+    for conversations in (10, 50, 100, 400):
         for effect in (-EFFECT, -EFFECT / 2, 0.0, EFFECT / 2):
-            fresh, known = drawn(rng, Pairs(400), trials, EFFECT), drawn(rng, Pairs(prompts), trials, effect)
+            fresh, known = drawn(rng, Pairs(400), trials, EFFECT), drawn(rng, Pairs(conversations), trials, effect)
             found = judged(fresh, levels, known.of)
             seen = known.differences().min(axis=0) < -TOLERANCE
             points = f"{100 * effect:+.0f}" if effect else "0"
-            yield [str(prompts), points, told(of(found.held)), told(of(found.promoted)), told(of(seen))]
+            yield [str(conversations), points, told(of(found.held)), told(of(found.promoted)), told(of(seen))]
 
 
 # ------------------------------------------------------------------------------------------------------------ coverage
@@ -222,45 +270,73 @@ def guards_table(trials: int) -> Iterator[list[str]]:
 
 def share_coverage(trials: int) -> Iterator[list[str]]:
     """Of the interval of an accuracy, and of the one that takes pairs for independent."""
-    for prompts in (50, 100, 400):
-        for sizes, agreement in (((1, 1), 0.0), ((1, 10), 0.0), ((1, 10), 0.3), ((1, 10), 1.0), ((10, 10), 1.0)):
-            pairs, cells = Pairs(prompts, *sizes, agreement), []
-            for share in (0.5, 0.65, 0.8, 0.9):
-                rng = np.random.default_rng([4, prompts, *sizes, int(10 * agreement), int(100 * share)])
-                drawn = [_wins(rng, pairs, share) for _ in range(trials)]
-                scores = [clustered_share(wins, names) for wins, names in drawn]
-                cells.append(of([score.low <= share <= score.high for score in scores]))
-                if share == 0.65:
-                    plain = [wilson(sum(wins), len(wins)) for wins, _ in drawn]
-                    before = of([score.low <= share <= score.high for score in plain])
-            yield [str(pairs), *(f"{100 * cell.value:.1f} %" for cell in cells), f"{100 * before.value:.1f} %"]
+    usual = (((1, 1), 0.0), ((1, 10), 0.0), ((1, 10), 0.3), ((1, 10), 1.0), ((10, 10), 1.0))
+    kinds = [Pairs(count, *sizes, agreement) for count in (50, 100, 400) for sizes, agreement in usual]
+    for pairs in (*kinds, *(replace(LONG, conversations=count) for count in (50, 100, 400))):
+        cells = []
+        for share in (0.5, 0.65, 0.8, 0.9):
+            rng = np.random.default_rng([4, *_seeds(pairs), int(100 * share)])
+            drawn = [_wins(rng, pairs, share) for _ in range(trials)]
+            scores = [clustered_share(wins, names) for wins, names in drawn]
+            cells.append(of([score.low <= share <= score.high for score in scores]))
+            if share == 0.65:
+                plain = [wilson(sum(wins), len(wins)) for wins, _ in drawn]
+                before = of([score.low <= share <= score.high for score in plain])
+        yield [str(pairs), *(f"{100 * cell.value:.1f} %" for cell in cells), f"{100 * before.value:.1f} %"]
+
+
+def _seeds(pairs: Pairs) -> list[int]:
+    long = [int(100 * pairs.long)] if pairs.long else []
+    return [pairs.conversations, pairs.fewest, pairs.most, int(10 * pairs.agreement), *long]
 
 
 def _wins(rng: np.random.Generator, pairs: Pairs, share: float) -> tuple[list[float], list[int]]:
-    names = np.repeat(np.arange(pairs.prompts), pairs.sizes(rng, 1)[0])
-    chance = chances(rng, share, pairs.agreement, (pairs.prompts,))[names]
+    names = np.repeat(np.arange(pairs.conversations), pairs.sizes(rng, 1)[0])
+    chance = chances(rng, share, pairs.agreement, (pairs.conversations,))[names]
     return (rng.random(len(names)) < chance).astype(float).tolist(), names.tolist()
 
 
 def other_coverage(trials: int) -> Iterator[list[str]]:
-    """Of the mean margin (skewed, heavy tails, a part of the prompt's own), and of a paired difference."""
-    for prompts in (50, 100, 200, 600):
-        for sizes, agreement in (((1, 1), 0.0), ((1, 10), 0.3), ((1, 10), 1.0)):
-            pairs = Pairs(prompts, *sizes, agreement)
-            rng = np.random.default_rng([5, prompts, *sizes, int(10 * agreement)])
-            margins, compared = [], []
-            for _ in range(trials):
-                names = np.repeat(np.arange(prompts), pairs.sizes(rng, 1)[0])
-                own, shared = rng.gamma(4.0, 0.5, len(names)), rng.gamma(4.0, 0.5, prompts)[names]
-                mean = clustered_mean((own * (1 - agreement) + shared * agreement).tolist(), names.tolist())
-                margins.append(mean.low is not None and mean.high is not None and mean.low <= 2.0 <= mean.high)
-                found = compare(*_five_points_better(rng, pairs, names), names.tolist(), draws=FEW_DRAWS)
-                compared.append(found.low <= 0.05 <= found.high)
-            yield [str(pairs), told(of(margins)), told(of(compared))]
+    """Of the mean margin (skewed, heavy tails, a part of the conversation's own), of a paired difference, and of a
+    ratio of sums as a perplexity's or a KL's is: nats lost over tokens, where long answers lose less a token."""
+    usual = (((1, 1), 0.0), ((1, 10), 0.3), ((1, 10), 1.0))
+    kinds = [Pairs(count, *sizes, agreement) for count in (50, 100, 200, 600) for sizes, agreement in usual]
+    for pairs in (*kinds, *(replace(LONG, conversations=count) for count in (50, 100, 200, 600))):
+        rng, lengths = np.random.default_rng([5, *_seeds(pairs)]), np.random.default_rng([9, *_seeds(pairs)])
+        margins, compared, ratios = [], [], []
+        for _ in range(trials):
+            names = np.repeat(np.arange(pairs.conversations), pairs.sizes(rng, 1)[0])
+            own, shared = rng.gamma(4.0, 0.5, len(names)), rng.gamma(4.0, 0.5, pairs.conversations)[names]
+            mixed = own * (1 - pairs.agreement) + shared * pairs.agreement
+            margins.append(_holds(clustered_mean(mixed.tolist(), names.tolist()), 2.0))
+            found = compare(*_five_points_better(rng, pairs, names), names.tolist(), draws=FEW_DRAWS)
+            compared.append(found.low <= 0.05 <= found.high)
+            tokens = lengths.geometric(1 / 50, len(names)) + 4.0
+            ratio = clustered_ratio((mixed * np.sqrt(tokens)).tolist(), tokens.tolist(), names.tolist())
+            ratios.append(_holds(ratio, 2.0 * ROOT_OVER_TOKENS))
+        yield [str(pairs), told(of(margins)), told(of(compared)), told(of(ratios))]
+
+
+def _holds(found: MeanScore, true: float) -> bool:
+    return found.low is not None and found.high is not None and found.low <= true <= found.high
+
+
+def _root_over_tokens() -> float:
+    """E sqrt(tokens) / E tokens of the lengths above."""
+    lengths = np.arange(1, 5_000)
+    chance = (1 - 1 / 50) ** (lengths - 1) / 50
+    return float((chance * np.sqrt(lengths + 4)).sum() / (chance * (lengths + 4)).sum())
+
+
+ROOT_OVER_TOKENS = _root_over_tokens()
+
+
+def _within(found: Proportion, true: float) -> bool:
+    return found.low <= true <= found.high
 
 
 def _five_points_better(rng: np.random.Generator, pairs: Pairs, names: Ints) -> tuple[list[float], list[float]]:
-    chance = chances(rng, 0.5 + 0.05 / DIFFER / 2, pairs.agreement, (pairs.prompts,))[names]
+    chance = chances(rng, 0.5 + 0.05 / DIFFER / 2, pairs.agreement, (pairs.conversations,))[names]
     won = (rng.random(len(names)) < chance).astype(float)
     differ, agreed = rng.random(len(names)) < DIFFER, (rng.random(len(names)) < 0.6).astype(float)
     return np.where(differ, won, agreed).tolist(), np.where(differ, 1 - won, agreed).tolist()
@@ -272,7 +348,7 @@ def tables(scale: float) -> dict[str, Callable[[], str]]:
     refreshes, differ = 200, f"differing on {100 * DIFFER:.0f} % of pairs"
 
     def single() -> str:
-        header = ["prompts x pairs", "against the champion", "and 100 known prompts", "against its start"]
+        header = ["conversations x pairs", "against the champion", "and 100 known conversations", "against its start"]
         shown = table([*header, "against its start, pairs independent"], list(single_decisions(many)))
         return f"One decision, {many:,} trials: promoted although no better (95 % interval). Limit: 2.5 %.\n\n{shown}"
 
@@ -282,33 +358,42 @@ def tables(scale: float) -> dict[str, Callable[[], str]]:
         return f"{told}\n\n{table(header, list(histories_table(fewer, refreshes)))}"
 
     def power() -> str:
-        each = ["promoted, no known prompts", "promoted, 100 known", "by formula", "found with 80 %, points"]
-        header = ["prompts x pairs", "pairs", *(f"test {k}: {one}" for k in (1, 10) for one in each)]
+        each = ["promoted, no known conversations", "promoted, 100 known", "by formula", "found with 80 %, points"]
+        header = ["conversations x pairs", "pairs", *(f"test {k}: {one}" for k in (1, 10) for one in each)]
         told = f"Ten points better, {differ}, {fewer:,} trials: promoted, and by formula."
         return f"{told}\n\n{table(header, list(power_table(fewer)))}"
 
     def guards() -> str:
         header = [
-            "known prompts",
+            "known conversations",
             "better on them, points",
             "held by the guards",
             "promoted",
             "measured below -5 points",
         ]
-        told = f"Ten points better on 400 fresh prompts, {differ}, {fewer:,} trials: held by guards."
+        told = f"Ten points better on 400 fresh conversations, {differ}, {fewer:,} trials: held by guards."
         return f"{told}\n\n{table(header, list(guards_table(fewer)))}"
 
     def shares() -> str:
-        header = ["prompts x pairs", *(f"share {share}" for share in (0.5, 0.65, 0.8, 0.9)), "0.65, pairs independent"]
+        header = [
+            "conversations x pairs",
+            *(f"share {share}" for share in (0.5, 0.65, 0.8, 0.9)),
+            "0.65, pairs independent",
+        ]
         shown = table(header, list(share_coverage(many // 2)))
         return f"Coverage of the 95 % interval of an accuracy, {many // 2:,} trials a cell.\n\n{shown}"
 
     def means() -> str:
-        shown = table(["prompts x pairs", "mean margin", "paired difference"], list(other_coverage(fewer)))
-        told = "Coverage of the 95 % interval of the mean margin and of a paired difference"
-        return f"{told}, {fewer:,} trials a cell.\n\n{shown}"
+        header = ["conversations x pairs", "mean margin", "paired difference", "ratio of sums"]
+        told = "Coverage of the 95 % interval of the mean margin, of a paired difference, and of nats over tokens"
+        return f"{told}, {fewer:,} trials a cell.\n\n{table(header, list(other_coverage(fewer)))}"
 
-    return {f.__name__: f for f in (single, histories, power, guards, shares, means)}
+    def previews() -> str:
+        header = ["policies looked at", "looks share the level", "each look has all of it", f"{refreshes} refreshes"]
+        told = f"Dry runs of policies that are no better, {PREVIEWED}, {many:,} trials ({fewer:,} histories)"
+        return f"{told}: promoted.\n\n{table(header, list(previews_table(many, fewer, refreshes)))}"
+
+    return {f.__name__: f for f in (single, histories, previews, power, guards, shares, means)}
 
 
 def main() -> None:

@@ -46,6 +46,7 @@ from dpo_assets.publishing.loading import QUESTION
 from dpo_assets.training.batches.packing import Group
 from dpo_assets.training.evaluation.subjects import Bench, Reading, Subject
 from dpo_assets.training.models.chat_format import load_chat_format
+from dpo_assets.training.resuming.parts import Parts
 from dpo_assets.training.stages.tokenize import PairTokenizer
 from dpo_assets_tests.hub_server import HubServer
 from dpo_assets_tests.pipelines import failures, materialize, metadata, short_recipe
@@ -252,7 +253,7 @@ def by_the_engine(model: Path, adapter: Path | None, base: Path, plan: TrainingP
         raise SystemExit(f"the pipeline itself would not ask this: {faults}")
     groups = [Group(row["prompt_ids"], (row["chosen_ids"], row["rejected_ids"])) for row in rows]
     prompts = [chat.prompt_ids(question.messages) for question in QUESTIONS]
-    bench = Bench(plan, TOKENS, 0, Log())
+    bench = Bench(plan, TOKENS, 0, Log(), Parts(None, {}))
     _, [measured] = bench.measure([Subject("release", model, adapter, Reading(chat, groups, prompts), {})])
     texts = chat.texts([question.messages for question in QUESTIONS], answer_follows=True)
     return [

@@ -1,9 +1,10 @@
 """Two policies of known skill on simulated held-out pairs, and how the promotion rules decide on them.
 
-On each pair the two differ with a chance; who wins then is drawn with a chance of the prompt's own, so that pairs of
-one prompt agree: `agreement` is the intra-class correlation of the wins, 0 (independent) to 1 (one answer a prompt). A
-pipeline has two metrics on the same pairs; here the second is the first's on half the prompts and drawn anew on the
-others, so their differences have a correlation of `CORRELATION`.
+On each pair the two differ with a chance; who wins then is drawn with a chance of the conversation's own, so that pairs
+of one conversation agree: `agreement` is the intra-class correlation of the wins, 0 (independent) to 1 (one answer a
+conversation). A pipeline counts conversations, whose turns agree, and has two metrics on the same pairs; here the
+second is the first's on half the conversations and drawn anew on the others, so their differences have a correlation of
+`CORRELATION`.
 """
 
 from __future__ import annotations
@@ -24,30 +25,44 @@ from dpo_assets.checks.evidence.rules import Evidence, by_evidence
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 DIFFER = 0.3  # Share of pairs on which two policies of one lineage differ.
-CORRELATION = 0.5  # Of the two metrics' differences between those policies, prompt by prompt.
+CORRELATION = 0.5  # Of the two metrics' differences between those policies, conversation by conversation.
 NEAR = 0.6  # Standard errors below the level from which the exact test is worked out.
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Held-out pairs: how many prompts, the fewest and most pairs of one, and how far these agree."""
+    """Held-out pairs: how many conversations, the fewest and most pairs of one, and how far these agree.
 
-    prompts: int
+    `long` is the share of conversations with ten times `most` pairs: feedback has a few very long ones.
+    """
+
+    conversations: int
     fewest: int = 1
     most: int = 1
     agreement: float = 0.0
+    long: float = 0.0
 
     def __str__(self) -> str:
         sizes = f"{self.fewest}" if self.fewest == self.most else f"{self.fewest} to {self.most}"
-        return f"{self.prompts} x {sizes}, agreement {self.agreement:g}"
+        sizes += f" and {100 * self.long:g} % of {10 * self.most}" if self.long else ""
+        return f"{self.conversations} x {sizes}, agreement {self.agreement:g}"
+
+    @property
+    def expected(self) -> float:
+        """Pairs in all."""
+        usual = (self.fewest + self.most) / 2
+        return self.conversations * (usual + self.long * (10 * self.most - usual))
 
     def sizes(self, rng: np.random.Generator, trials: int) -> Ints:
-        """(trials, prompts)"""
-        return rng.integers(self.fewest, self.most, (trials, self.prompts), endpoint=True)
+        """(trials, conversations)"""
+        usual = rng.integers(self.fewest, self.most, (trials, self.conversations), endpoint=True)
+        if not self.long:
+            return usual
+        return np.where(rng.random(usual.shape) < self.long, 10 * self.most, usual)
 
 
 def chances(rng: np.random.Generator, mean: float | Floats, agreement: float, shape: tuple[int, ...]) -> Floats:
-    """A chance for each prompt, with that mean, whose draws have that intra-class correlation."""
+    """A chance for each conversation, with that mean, whose draws have that intra-class correlation."""
     if agreement <= 0:
         return np.full(shape, mean)
     if agreement >= 1:
@@ -61,8 +76,9 @@ class Metrics:
     """Two metrics of trials on the same pairs.
 
     Attributes:
-        sums: challenger's less champion's wins within each prompt, doubled as the test counts: (2, trials, prompts)
-        sizes: pairs of each prompt: (trials, prompts)
+        sums: challenger's less champion's wins within each conversation, doubled as the test counts:
+            (2, trials, conversations)
+        sizes: pairs of each conversation: (trials, conversations)
     """
 
     sums: Ints
@@ -104,13 +120,13 @@ def drawn(
 
 
 def apart(rng: np.random.Generator, sizes: Ints, agreement: float, effect: float | Floats, differ: float) -> Ints:
-    """One metric's doubled differences of wins: (trials, prompts)."""
+    """One metric's doubled differences of wins: (trials, conversations)."""
     discordant = rng.binomial(sizes, differ)
     won = rng.binomial(discordant, chances(rng, 0.5 + effect / differ / 2, agreement, discordant.shape))
     return np.asarray(2 * (2 * won - discordant))
 
 
-Known = Callable[[Ints], Metrics]  # The known prompts of the trials that are asked for.
+Known = Callable[[Ints], Metrics]  # The known conversations of the trials that are asked for.
 
 
 @dataclass(frozen=True)
@@ -140,5 +156,5 @@ def judged(fresh: Metrics, levels: Floats, known: Known | None = None) -> Judged
     return Judged(*found)
 
 
-def knowing(rng: np.random.Generator, prompts: int, effect: float) -> Known:
-    return lambda asked: drawn(rng, Pairs(prompts), len(asked), effect)
+def knowing(rng: np.random.Generator, conversations: int, effect: float) -> Known:
+    return lambda asked: drawn(rng, Pairs(conversations), len(asked), effect)

@@ -31,6 +31,8 @@ Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is Non
 MANIFEST = "manifest.json"
 # Timings differ between runs of equal inputs, so they stay outside the digest; their bytes are still in the manifest.
 VOLATILE = "timings.json"
+# Nor does how rows lie in files say what they are: a file beside it does, with the digest of each row.
+STORED = "stored/"
 READING = "_reading"  # What is read of feedback, before anybody knows whether it is kept.
 REJECTED, NOTES = "_rejected", "rejected.jsonl"
 
@@ -55,8 +57,9 @@ class Manifest(BaseModel):
 
     @property
     def digest(self) -> str:
-        """sha256 over (path, sha256, size) of every non-volatile file, in path order."""
-        rows = [[p, e.sha256, e.size] for p, e in sorted(self.files.items()) if p != VOLATILE]
+        """sha256 over (path, sha256, size) of every file that says what the artefact is, in path order."""
+        said = (one for one in sorted(self.files.items()) if one[0] != VOLATILE and not one[0].startswith(STORED))
+        rows = [[p, e.sha256, e.size] for p, e in said]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
@@ -215,8 +218,8 @@ def read_kept(artifact: Artifact, name: str, model: type[ModelT]) -> ModelT:
 class ArtifactTree:
     """The artefacts of one pipeline: `root/<kind>/<fingerprint>`.
 
-    `_rejected/` keeps what failed verification, for a person to look at; nothing is deleted but the scratch
-    directories of writers that died.
+    `_rejected/` keeps what failed verification, for a person to look at, until retention finds it old; nothing else is
+    deleted here but the scratch directories of writers that died.
 
     Attributes:
         warn: is told of each artefact that was set aside, and why: it will be made again, or is missed; and of whom a
@@ -322,7 +325,8 @@ class ArtifactTree:
             return Artifact(final, made), False
 
     def checkpoints(self, kind: str, fingerprint: str) -> Path:
-        """Where a stage that makes the artefact keeps its checkpoints: not in the folder that goes when it fails."""
+        """Where a stage that makes the artefact keeps its checkpoints, or its parts: not in the folder that goes when
+        it fails."""
         return self.root / "checkpoints" / kind / self.directory(kind, fingerprint).name
 
     def forget_checkpoints(self, kind: str, fingerprint: str) -> None:
@@ -333,6 +337,8 @@ class ArtifactTree:
         target = self.root / REJECTED / f"{directory.parent.name}-{directory.name}-{os.urandom(4).hex()}"
         target.parent.mkdir(parents=True, exist_ok=True)
         directory.rename(target)
+        with suppress(OSError):
+            os.utime(target)  # Retention counts its age from here on.
         note = {"kind": directory.parent.name, "fingerprint": directory.name, "aside": str(target), "why": str(why)}
         # On a full disk what is damaged is out of the way without a note.
         with suppress(OSError), (self.root / NOTES).open("a", encoding="utf-8") as notes:

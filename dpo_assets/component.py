@@ -4,25 +4,27 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import dagster as dg
 from pydantic import BaseModel, Field
 
-from dpo_assets.assets.graph import LINEAGE, steps
+from dpo_assets.assets.graph import lineage_of, nodes_of, steps
 from dpo_assets.assets.node import Node, column_schema
 from dpo_assets.assets.pipeline import Pipeline
 from dpo_assets.assets.retention import retention_job
 from dpo_assets.assets.rollback import rollback_job
 from dpo_assets.assets.step import Events, Step, guarded
 from dpo_assets.automation import (
+    alerts_sensor,
     automation_condition,
     freshness_policy,
     new_feedback_sensor,
     refresh_job,
     refresh_schedule,
+    to_webhook,
 )
 from dpo_assets.checks.bands import default_bands
 from dpo_assets.checks.catalog import checks_of, severity_of, validate_severities
@@ -119,11 +121,12 @@ class DpoPipeline(dg.Component, dg.Resolvable):
     def build_defs(self, context: dg.ComponentLoadContext | None = None) -> dg.Definitions:
         """All definitions of the instance. Every name in them starts with the instance's name."""
         job = refresh_job(self.pipeline)
+        schedule = refresh_schedule(self.pipeline, job)  # First: it says what is wrong with a cron expression.
         return dg.Definitions(
             assets=[self._assets(nodes) for nodes in steps(self.pipeline.recipe)],
             jobs=[job, rollback_job(self.pipeline), retention_job(self.pipeline)],
-            schedules=[refresh_schedule(self.pipeline, job)],
-            sensors=[new_feedback_sensor(self.pipeline, job)],
+            schedules=[schedule],
+            sensors=[new_feedback_sensor(self.pipeline, job), alerts_sensor(self.pipeline, self.alert)],
             resources={self.pipeline.resource_key(name): resource for name, resource in self.resources.items()},
         )
 
@@ -134,7 +137,7 @@ class DpoPipeline(dg.Component, dg.Resolvable):
             metadata["dagster/column_schema"] = column_schema(node.columns)
         return dg.AssetSpec(
             key=self.pipeline.key(node.name),
-            deps=[self.pipeline.key(read.node) for read in node.reads],
+            deps=self._before(node),
             description=node.description,
             group_name=f"{self.pipeline.name}_{node.phase}",
             kinds=set(node.kinds),
@@ -148,8 +151,17 @@ class DpoPipeline(dg.Component, dg.Resolvable):
         """Runs one op, which makes `nodes`. Override it to wrap what happens; it must yield what it gets."""
         yield from guarded(step, nodes[-1].name, nodes[-1].body(step))
 
+    def alert(self, context: dg.SensorEvaluationContext, text: str) -> None:
+        """Hands on a text of the alerts sensor. Override it to send it another way; what it raises is tried again."""
+        variable = self.pipeline.recipe.refresh.alert_url_env
+        if variable is None:
+            context.log.warning(text)
+        else:
+            to_webhook(variable)(context, text)
+
     def _assets(self, nodes: tuple[Node, ...]) -> dg.AssetsDefinition:
         recipe, main = self.pipeline.recipe, nodes[-1]
+        lineage = lineage_of(recipe)
         declare = dg.multi_asset(
             name=f"{self.pipeline.name}__{main.name}",
             specs=[self.get_asset_spec(node) for node in nodes],
@@ -165,23 +177,34 @@ class DpoPipeline(dg.Component, dg.Resolvable):
             ],
             required_resource_keys={self.pipeline.resource_key(name) for name in RESOURCES},
             pool=recipe.hardware.pool if main.trains else None,
+            partitions_def=main.partitions(recipe),
             can_subset=True,  # So that a check can be executed by itself: nothing is trained for it.
         )
         if main.config is None:
 
             def plain(context: dg.AssetExecutionContext) -> Any:
-                yield from self.execute(Step(context, self.pipeline, main.name, LINEAGE), nodes)
+                yield from self.execute(Step(context, self.pipeline, main.name, lineage), nodes)
 
             return declare(plain)
         form: Any = main.config(recipe)
 
         def configured(context: dg.AssetExecutionContext, config: form) -> Any:  # type: ignore[valid-type]
-            yield from self.execute(Step(context, self.pipeline, main.name, LINEAGE, config.model_dump()), nodes)
+            yield from self.execute(Step(context, self.pipeline, main.name, lineage, config.model_dump()), nodes)
 
         return declare(configured)
 
+    def _before(self, node: Node) -> list[dg.AssetDep]:
+        """What comes before a node in the graph; of a partitioned one all partitions."""
+        recipe = self.pipeline.recipe
+        there = {one.name: one.partitions(recipe) is not None for one in nodes_of(recipe)}
+        names = [*(read.node for read in node.reads), *(name for name in node.follows if name in there)]
+        return [
+            dg.AssetDep(self.pipeline.key(name), partition_mapping=dg.AllPartitionMapping() if there[name] else None)
+            for name in names
+        ]
+
     def _code_version(self, node: Node) -> str:
-        config = self.pipeline.recipe.model_dump(mode="json", include=set(node.recipe))
+        config = _parts_of(self.pipeline.recipe.model_dump(mode="json"), node.recipe)
         return f"{__version__}+{hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]}"
 
     def _default_resources(self) -> dict[str, dg.ConfigurableResource[Any]]:
@@ -192,6 +215,12 @@ class DpoPipeline(dg.Component, dg.Resolvable):
             "hub": HubResource(endpoint=recipe.publishing.endpoint),
             "launcher": LocalLauncher(),
         }
+
+
+def _parts_of(recipe: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Sections by their names, and fields by `section.field`."""
+    parts = {name: name.partition(".") for name in names}
+    return {name: recipe[section][field] if field else recipe[section] for name, (section, _, field) in parts.items()}
 
 
 def build_dpo_defs(

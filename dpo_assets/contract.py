@@ -22,7 +22,9 @@ from dpo_assets.hashing import file_sha256
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.recipe import TEMPLATE_DATE, ChecksSection, GgufType
 
-Stage = Literal["verify", "tokenize", "sft", "dpo", "merge", "evaluate", "reward", "benchmark", "harness", "gguf"]
+Stage = Literal[
+    "verify", "tokenize", "sft", "dpo", "merge", "evaluate", "reward", "benchmark", "harness", "tasks", "gguf"
+]
 # What the stages `verify` and `tokenize` write.
 VERIFIED = "verified.json"
 TOKENS, CHAT_FORMAT = "tokens.parquet", "chat_format.json"
@@ -31,6 +33,7 @@ GGUF_FOLDER, MODELFILE, GGUF_REHEARSED = "gguf", "Modelfile", "rehearsed.json"
 REWARDED = "rewarded.json"  # Of stage `reward`.
 ANSWERED, LEFT_OUT = "answers.parquet", "left_out.json"  # Of stage `benchmark`.
 SAMPLES = "samples.json"  # Of stage `harness`.
+LOOKED_UP = "looked_up.json"  # Of stage `tasks`.
 FAILURE_FILE = "failure.json"
 # Exit status of a worker that explains itself in FAILURE_FILE. Any other non-zero status is an infrastructure failure.
 EXPLAINED_EXIT = 65
@@ -94,8 +97,10 @@ class TokenizeSpec(Spec):
 
     pairs: Path
     vocabulary: int = Field(default=0, description="Rows of the model's embedding; 0: not known.")
-    known: Path | None = Field(
-        default=None, description="Token ids by the same tokenizer: pairs that stand in it are not tokenized again."
+    known: tuple[Path, ...] = Field(
+        default=(),
+        description="Tables of token ids by the same tokenizer, each in the order of pair ids: what stands in one is "
+        "not tokenized again.",
     )
 
 
@@ -180,6 +185,10 @@ class GuardSpec(BaseModel):
         return self.model_dump(mode="json", include=kept)
 
 
+# Of stages whose work falls into parts of equal standing.
+OF_PARTS = "Folder of the stage's own, outside its output, for what a try that is ended has made; None: it is lost."
+
+
 class CheckpointSpec(BaseModel):
     """Where a training stage keeps what its next try goes on from, and how much that may cost."""
 
@@ -200,7 +209,19 @@ class TrainSpec(PlannedSpec):
     base_digest: str = ""
     tokenizer_digest: str = ""
     guard: GuardSpec | None = Field(default=None, description="For stage `dpo`; without one nothing is probed.")
+    goes_on_from: Path | None = Field(
+        default=None,
+        description="Adapter of a release that DPO goes on from; the reference is `start_adapter`. None: that, too.",
+    )
+    training_set: Path | None = Field(
+        default=None, description="Folder with the train split that DPO trains on; None: all of that in `dataset`."
+    )
     checkpoints: CheckpointSpec | None = Field(default=None, description="None: a try that is ended is lost.")
+
+    @property
+    def train_folder(self) -> Path:
+        """Where the pairs that are trained on lie. Held-out pairs, and those for the record, lie in `dataset`."""
+        return self.training_set or self.dataset
 
     @property
     def largest_forward(self) -> int:
@@ -213,6 +234,7 @@ class TrainSpec(PlannedSpec):
 class MergeSpec(PlannedSpec):
     """Base + adapter as one model, and the proof that it is the same policy."""
 
+    parts: Path | None = Field(default=None, description=OF_PARTS)
     adapter: Path
     dataset: Path
     probe_pairs: int = 32
@@ -267,9 +289,11 @@ class EvaluateSpec(ReleaseSpec):
     """Held-out scores of the SFT policy, of the release, and of the champion with its own start."""
 
     dataset: Path
+    parts: Path | None = Field(default=None, description=OF_PARTS)
     champion: ChampionSpec | None = Field(default=None, description="None: nothing is live yet.")
     sampled_answers: int = Field(default=0, description="Answers of the policy's own that its KL from SFT is of.")
     corpus: Path | None = Field(default=None, description="File of neutral texts (`checks.neutral`); None: not asked.")
+    instructions: int = Field(default=0, description="How many of `checks.instructions` are asked.")
     score_cache: Path | None = Field(default=None, description="Where scores are kept from one time to the next.")
     confidence: float
     generations: int
@@ -294,7 +318,7 @@ class RewardSpec(PlannedSpec):
 
     Attributes:
         answers: JSON, a list of `prompt` (messages), `sft` and `policy` (texts), one of each prompt.
-        people: Parquet with `pair_id`, `prompt_id`, `prompt`, `chosen` and `rejected`.
+        people: the dataset whose held-out pairs people ranked.
     """
 
     answers: Path
@@ -320,6 +344,13 @@ class BenchmarkSpec(ReleaseSpec):
     benchmarks: tuple[BenchmarkFile, ...]
     confidence: float
     vocabulary: int = Field(default=0, description="Rows of the model's embedding; 0: not known.")
+
+
+class TasksSpec(Spec):
+    """Whether lm-evaluation-harness knows these tasks and has their documents; nothing is asked."""
+
+    tasks: tuple[str, ...]
+    include_path: Path | None
 
 
 class HarnessSpec(ReleaseSpec):

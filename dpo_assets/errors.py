@@ -15,6 +15,10 @@ class FeedbackError(ConfigError):
     """No usable feedback could be read."""
 
 
+class NoFile(FeedbackError):
+    """A source names no file: of a day that may be sound."""
+
+
 class InfrastructureError(DpoAssetsError):
     """Something outside the recipe failed: a worker was killed, the Hub did not answer. Worth another try."""
 

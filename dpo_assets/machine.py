@@ -50,6 +50,47 @@ def cpus(root: Path = Path("/")) -> int:
     return max(1, allowed)
 
 
+class MemoryKills:
+    """Whether the kernel kills what runs in the control groups of a process, because they may use no more memory.
+
+    The kernel ends a process by SIGKILL as anybody does, but counts it: in `memory.events` of version 2, in
+    `memory.oom_control` of version 1.
+
+    Args:
+        process: its number.
+        root: where `proc` and `sys` lie.
+    """
+
+    def __init__(self, process: int, root: Path = Path("/")) -> None:
+        self._process, self._root = process, root
+        self._before: dict[Path, int] = {}  # Kills when a group was first seen.
+        self._named: list[str] = []
+
+    def look(self) -> None:
+        """Notes the groups that the process is in; once it has ended nobody can say."""
+        named = _lines(self._root / "proc" / str(self._process) / "cgroup")
+        if named == self._named:
+            return
+        self._named = named
+        for folder in _groups("memory", self._root, str(self._process)):
+            if folder not in self._before:
+                self._before[folder] = _kills(folder)
+
+    @property
+    def happened(self) -> bool:
+        """Whether there was one since the process was first seen in its groups."""
+        return any(_kills(folder) > before for folder, before in self._before.items())
+
+
+def _kills(group: Path) -> int:
+    for name in ("memory.events", "memory.oom_control"):
+        for line in _lines(group / name):
+            word, _, count = line.partition(" ")
+            if word == "oom_kill" and count.isdigit():
+                return int(count)
+    return 0
+
+
 def _numbers(path: Path) -> list[int]:
     """The numbers of a file; none where it is not there, and none for `max`."""
     try:
@@ -59,9 +100,9 @@ def _numbers(path: Path) -> list[int]:
         return []
 
 
-def _groups(controller: str, root: Path) -> Iterator[Path]:
-    """Folders of the groups of this process that may limit `controller`, from its own to the topmost in sight."""
-    mine = _own_groups(root)
+def _groups(controller: str, root: Path, process: str = "self") -> Iterator[Path]:
+    """Folders of the groups of a process that may limit `controller`, from its own to the topmost in sight."""
+    mine = _own_groups(root, process)
     for line in _lines(root / "proc/self/mountinfo"):
         before, _, after = line.partition(" - ")
         fields, described = before.split(), after.split()
@@ -78,10 +119,10 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
         yield from (group for group in (folder, *folder.parents) if group.is_relative_to(top))
 
 
-def _own_groups(root: Path) -> dict[str, str]:
-    """Controller -> path of this process's group, of version 1; of version 2 the controller is empty."""
+def _own_groups(root: Path, process: str) -> dict[str, str]:
+    """Controller -> path of the process's group, of version 1; of version 2 the controller is empty."""
     groups = {}
-    for line in _lines(root / "proc/self/cgroup"):
+    for line in _lines(root / "proc" / process / "cgroup"):
         _, _, rest = line.partition(":")
         controllers, separator, path = rest.partition(":")
         if separator:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from dpo_assets.artifact import MANIFEST, ArtifactTree, remove
+from dpo_assets.artifact import MANIFEST, REJECTED, ArtifactTree, remove
 from dpo_assets.disk import gib, size_of
 from dpo_assets.leftovers import TRASH
 from dpo_assets.locks import LOCK, OWNER, if_nobodys
@@ -27,6 +27,7 @@ MAY_GO = (
     "reward_model",
     "tokens",
     "sft_checkpoint",
+    "training_set",
     "dpo_adapter",
     "merged_model",
     "gguf_model",
@@ -139,12 +140,35 @@ def _reason(one: Stored, rules: RetentionSection, now: float) -> str:
     )
 
 
-def old_checkpoints(root: Path, rules: RetentionSection, now: float) -> list[Path]:
-    """Folders of checkpoints that no try has written to for longer than anything is kept."""
+@dataclass(frozen=True)
+class Aside:
+    """A folder of the store that is no artefact, in whose place it lies (`kind`), its bytes, and why it goes."""
+
+    path: Path
+    kind: str
+    size: int
+    why: str
+
+
+def old_aside(root: Path, rules: RetentionSection, now: float) -> list[Aside]:
+    """What goes by age alone: checkpoints and parts that no try went on from, and models that were found damaged.
+
+    Of damaged feedback and datasets nothing goes.
+    """
+
+    def old(when: float) -> bool:
+        return now - when > rules.keep_days * DAY
+
+    written = f"no try has written to it for {rules.keep_days:g} days"
+    rejected = f"it was damaged, and set aside more than {rules.keep_days:g} days ago"
     return [
-        folder
+        Aside(folder, folder.parent.relative_to(root).as_posix(), size_of(folder), written)
         for folder in sorted((root / CHECKPOINTS).glob("*/*"))
-        if folder.is_dir() and now - max(map(_modified, (folder, *folder.rglob("*")))) > rules.keep_days * DAY
+        if folder.is_dir() and old(max(map(_modified, (folder, *folder.rglob("*")))))
+    ] + [
+        Aside(folder, REJECTED, size_of(folder), rejected)
+        for folder in sorted((root / REJECTED).glob("*"))
+        if folder.name.rsplit("-", 2)[0] in MAY_GO and old(_modified(folder))
     ]
 
 
@@ -181,16 +205,13 @@ def delete(root: Path, gone: Mapping[Stored, str], say: Callable[[str], None]) -
         yield one
 
 
-def delete_checkpoints(root: Path, folders: Sequence[Path], rules: RetentionSection, say: Callable[[str], None]) -> int:
-    """Deletes checkpoints that nobody went on from, and returns their bytes."""
-    total = 0
-    for folder in folders:
-        size, why = size_of(folder), f"no try has written to it for {rules.keep_days:g} days"
-        _write_down(root, f"{CHECKPOINTS}/{folder.parent.name}", folder.name, size, why)
-        _take_out(root, folder)
-        say(f"deleted checkpoints of {folder.parent.name} {folder.name} ({gib(size)}): {why}")
-        total += size
-    return total
+def delete_aside(root: Path, folders: Sequence[Aside], say: Callable[[str], None]) -> int:
+    """Deletes them as `delete` does, and returns their bytes."""
+    for one in folders:
+        _write_down(root, one.kind, one.path.name, one.size, one.why)
+        _take_out(root, one.path)
+        say(f"deleted {one.kind}/{one.path.name} ({gib(one.size)}): {one.why}")
+    return sum(one.size for one in folders)
 
 
 def _write_down(root: Path, kind: str, name: str, size: int, why: str) -> None:

@@ -112,7 +112,23 @@ def dataset_report(**changes: Any) -> dict[str, Any]:
         "leaked_prompts": 0,
         "identical_after_truncation": 0,
         "quality": quality(),
+        "drift": None,
     } | changes
+
+
+def drifted() -> dict[str, Any]:
+    """Windows of which the newest prefers the shorter answer."""
+    return {
+        "days": 28,
+        "undated": 0,
+        "windows": [],
+        "shifts": [
+            {
+                "part": "all", "measure": "longer won", "now": 0.2, "before": 0.6, "pairs": [90, 90],
+                "conversations": [90, 90], "difference": -0.4, "low": -0.53, "high": -0.27, "p": 1e-6,
+            }
+        ],
+    }  # fmt: skip
 
 
 def quality(**changes: Any) -> dict[str, Any]:

@@ -51,6 +51,18 @@ def text_of(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
+def test_every_test_that_is_named_for_a_fault_exists() -> None:
+    text = text_of(DOCS / "reliability.md")
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", text)
+    assert len(named) > 60
+    missing = []
+    for file, name in named:
+        path = PACKAGE.parent / "dpo_assets_tests" / file
+        if not path.is_file() or f"def {name}(" not in text_of(path):
+            missing.append(f"{file}::{name}")
+    assert missing == []
+
+
 def test_every_check_and_every_band_stands_in_the_document() -> None:
     text, bands = text_of(DOCS / "checks.md"), default_bands()
     assert [
@@ -280,10 +292,11 @@ def said_by(typed: str, folder: Path) -> str:
     return found.stdout + found.stderr
 
 
-def test_every_job_that_the_readme_names_is_one_of_a_pipeline() -> None:
-    jobs = {job.name for job in build_dpo_defs("my_bot", demo_recipe()).jobs or []}
+def test_every_job_and_sensor_that_the_readme_names_is_one_of_a_pipeline() -> None:
+    defs = build_dpo_defs("my_bot", demo_recipe())
+    jobs, sensors = ({one.name for one in found or []} for found in (defs.jobs, defs.sensors))
     named = set(re.findall(r"`(my_bot_\w+)`|(?:-j|--job) (\w+)", text_of(README)))
-    assert {one or other for one, other in named} == jobs
+    assert {one or other for one, other in named} - sensors == jobs
 
 
 @pytest.mark.parametrize("location", ["shop.definitions", "dpo_assets.definitions"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ import dagster as dg
 import polars as pl
 import pytest
 
+from dpo_assets.feedback.batches import PAIRS
+from dpo_assets.feedback.dataset import SPLITS, parts_of, read_split
 from dpo_assets_tests.pipelines import DATA, failures, materialize, metadata, trl_feedback, trl_recipe
 
 
@@ -27,11 +30,14 @@ RELEASE = [{"reason": "template_marks", "source": "votes*", "note": NOTE}]
 
 @dataclass(frozen=True)
 class History:
-    """Two runs of one pipeline: before the second came a new file, and a rule that releases rows."""
+    """Three runs of one pipeline: before the second came a new file, and a rule that releases rows; before the third a
+    batch that the dataset chose from was damaged, and another was gone."""
 
     first: dg.ExecuteInProcessResult
     second: dg.ExecuteInProcessResult
     log_of_second: list[str]
+    third: dg.ExecuteInProcessResult
+    whole: dict[Path, bytes]  # The tables of the batches that the second run fitted.
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +64,14 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[History]:
         row = {"prompt": "What is new?", "chosen": "One pair, on Tuesday.", "rejected": "Nothing at all."}
         (folder / "tuesday.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
         second = materialize(trl_recipe(source, release=RELEASE), instance, DATA)
-        yield History(first, second, [event.message for event in instance.all_logs(second.run_id)])
+        log = [event.message for event in instance.all_logs(second.run_id)]
+        dataset = Path(str(metadata(second, "dpo_dataset")["path"]))
+        whole = {path: path.read_bytes() for part in parts_of(dataset) if (path := part.folder(dataset) / PAIRS)}
+        damaged, gone, *_ = whole
+        damaged.write_bytes(damaged.read_bytes()[:-9] + b"otherwise")
+        shutil.rmtree(gone.parent)
+        third = materialize(trl_recipe(source, release=RELEASE), instance, DATA)
+        yield History(first, second, log, third, whole)
 
 
 def test_the_first_run_counts_every_row_once(history: History) -> None:
@@ -92,7 +105,7 @@ def test_the_quarantine_is_shown_over_runs_and_a_rule_takes_rows_out_of_it(histo
     ]
     assert after["trend"].splitlines()[0].count("|") == 4
     folder = Path(str(metadata(second, "dpo_dataset")["path"]))
-    pairs = pl.concat([pl.read_parquet(folder / f"{side}.parquet") for side in ("train", "eval")])
+    pairs = pl.concat([read_split(folder, side) for side in SPLITS])
     assert pairs.filter(pl.col("flags").str.contains("released:template_marks")).height == 1
 
 
@@ -101,6 +114,15 @@ def test_a_refresh_tokenizes_new_pairs_only(history: History) -> None:
     assert any("152 of 154 pairs were tokenized before" in message for message in history.log_of_second), (
         history.log_of_second
     )
+
+
+def test_a_batch_of_the_dataset_that_is_damaged_or_gone_is_made_again_and_is_the_same(history: History) -> None:
+    third = history.third
+    assert third.success, failures(third)
+    assert len(history.whole) > 2
+    assert {path: path.read_bytes() for path in history.whole} == history.whole
+    assert "was there" in metadata(third, "dpo_dataset")["reused"]
+    assert metadata(third, "dpo_dataset")["digest"] == metadata(history.second, "dpo_dataset")["digest"]
 
 
 def test_an_evaluation_set_that_is_not_there_is_named(instance: dg.DagsterInstance, tmp_path: Path) -> None:

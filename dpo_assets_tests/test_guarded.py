@@ -224,7 +224,7 @@ def test_what_recipe_and_resources_name_as_secret_is_masked(
 
 def test_a_sensor_that_cannot_read_says_so_without_a_secret(instance: dg.DagsterInstance) -> None:
     recipe = demo_recipe(feedback={"sources": [{"path": f"memory://{SECRET}/votes.jsonl", "format": "trl"}]})
-    (sensor,) = build_dpo_defs("bot", recipe).sensors or ()
+    sensor = build_dpo_defs("bot", recipe).resolve_sensor_def("bot_new_feedback")
     with dg.build_sensor_context(instance, resources={"bot_artifacts": ArtifactStore()}) as context:
         said = sensor.evaluate_tick(context)
     assert "[secret]/votes.jsonl` matches no file" in str(said.skip_message)

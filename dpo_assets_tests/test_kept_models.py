@@ -15,6 +15,7 @@ from dpo_assets.artifact import ArtifactTree, fingerprint, write_json
 from dpo_assets.assets import kept_models
 from dpo_assets.assets.kept_models import bound_by_models, forget_splits
 from dpo_assets.errors import ConfigError
+from dpo_assets.feedback.dataset import read_split
 from dpo_assets.feedback.splits import in_eval_split
 from dpo_assets.feedback.trained import TRAINED_GROUPS, write_trained_groups
 from dpo_assets_tests.pipelines import failures, materialize, metadata, trl_feedback, trl_recipe
@@ -31,7 +32,7 @@ def train_on(tree: ArtifactTree, dataset: dict[str, Any], kind: str = "dpo_adapt
 
 
 def groups(dataset: dict[str, Any], side: str) -> set[str]:
-    return set(pl.read_parquet(Path(dataset["path"]) / f"{side}.parquet")["group_id"])
+    return set(read_split(Path(dataset["path"]), "eval" if side == "eval" else "train", ["group_id"])["group_id"])
 
 
 def test_a_new_seed_and_fraction_hold_out_nothing_that_a_kept_model_was_trained_on(

@@ -30,12 +30,15 @@ from dpo_assets.contract import (
     TrainSpec,
     parse_progress,
 )
-from dpo_assets.errors import ConfigError, DiskFull, GateError, Preempted, StageSilent, StageTimeout
+from dpo_assets.errors import ConfigError, DiskFull, GateError, OutOfMemory, Preempted, StageSilent, StageTimeout
 from dpo_assets.planning.precision import Device
 from dpo_assets.resources.environment import OFFLINE, worker_environment
+from dpo_assets.resources.launcher import WorkerDied, _out_of_host_memory
 from dpo_assets.training.models.devices import refuse_other_devices
+from dpo_assets_tests.machines import memory_of
 from dpo_assets_tests.pipelines import DATA, failures, instance_after, materialize, metadata, short_recipe
 from dpo_assets_tests.planning.cases import TINY, planned
+from dpo_assets_tests.samples import plan
 
 TO_SFT = ["dpo_plan", "sft_checkpoint"]
 PATIENCE = 60.0
@@ -463,6 +466,39 @@ def test_a_worker_that_somebody_else_told_to_end_is_no_fault_of_the_stage(
     assert isinstance(ran.error, Preempted)
     assert "was told to end (SIGTERM), not by this run" in str(ran.error)
     assert "after step 7 of 9" in str(ran.error)
+
+
+def test_a_worker_that_the_kernel_kills_for_want_of_memory_is_told_from_one_that_somebody_killed(
+    instance: dg.DagsterInstance, tmp_path: Path
+) -> None:
+    """By a real kill of a real control group."""
+    with memory_of(100) as group:
+        enters = f"open({str(group / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))\ntime.sleep(0.5)\n"
+        ran = launch(instance, tmp_path, enters + "print('begun', flush=True)\nbytearray(300 * 2**20)\n")
+    assert isinstance(ran.error, WorkerDied), ran.error
+    assert "stage `tokenize`: the kernel killed it, because no more than" in str(ran.error)
+    assert "begun" in str(ran.error)
+    other = launch(instance, tmp_path, "import signal\ntime.sleep(0.5)\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    assert "was ended by SIGKILL" in str(other.error)
+
+
+def test_a_stage_on_the_cpu_that_the_kernel_kills_for_want_of_memory_is_tried_with_smaller_forwards(
+    tmp_path: Path,
+) -> None:
+    """On a GPU they are computed in another memory."""
+    values = {
+        "output_dir": tmp_path,
+        "fingerprint": "f" * 32,
+        "inputs": {},
+        "base_model": tmp_path,
+        "dataset": tmp_path,
+    }
+    errors = [
+        _out_of_host_memory("sft", TrainSpec(**values, plan=plan().model_copy(update={"device": device})), "")
+        for device in ("cpu", "cuda")
+    ]
+    assert [type(error) for error in errors] == [OutOfMemory, WorkerDied]
+    assert all("the kernel killed it" in str(error) for error in errors)
 
 
 def test_an_interpreter_that_is_not_there_is_a_fault_of_configuration(

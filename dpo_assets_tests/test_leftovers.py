@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from dpo_assets.artifact import READING, ArtifactTree
+from dpo_assets.artifact import READING, ArtifactTree, open_artifact
 from dpo_assets.leftovers import TRASH, UNLOCKED_SECONDS, sweep
 from dpo_assets.locks import LOCK, OWN_LOCK, OWNER, shared
+from dpo_assets_tests.pipelines import DATA, failures, instance_after, materialize, metadata, short_recipe
 
 KIND, PRINT = "dpo_dataset", "0" * 32
 
@@ -177,3 +179,42 @@ def test_temporary_folders_of_which_nobody_can_say_whose_they_are_stay(tmp_path:
     (folder / OWN_LOCK).write_text("")
     sweep(tmp_path)
     assert not folder.exists()
+
+
+RUN = """
+import os, signal, sys, threading, time
+from pathlib import Path
+import dagster as dg
+from dpo_assets_tests.pipelines import materialize, short_recipe
+
+def hunt():
+    while not list(Path(sys.argv[2]).glob("*.tmp-*/*.parquet")):
+        time.sleep(0.0005)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+threading.Thread(target=hunt, daemon=True).start()
+with dg.DagsterInstance.from_config(sys.argv[1]) as instance:
+    materialize(short_recipe(), instance, ["dpo_dataset"])
+"""
+
+
+def test_a_run_that_is_killed_while_it_writes_the_dataset_leaves_none_and_the_next_one_makes_the_same(
+    homes: Path, tmp_path: Path
+) -> None:
+    with instance_after(short_recipe(), DATA, homes, tmp_path / "home") as instance:
+        store = Path(instance.storage_directory()) / "dpo_assets" / "demo" / KIND
+        (made,) = (path.parent for path in store.glob("*/manifest.json"))
+        digest = open_artifact(made).digest
+        shutil.rmtree(made)
+        home = Path(instance.root_directory)
+        (home / "dagster.yaml").touch()
+        killed = subprocess.run(
+            [sys.executable, "-c", RUN, str(home), str(store)], capture_output=True, text=True, check=False
+        )
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert list(store.glob(f"{made.name}.tmp-*"))
+        assert not made.exists()
+        again = materialize(short_recipe(), instance, ["dpo_dataset"])
+        assert again.success, failures(again)
+        assert open_artifact(made).digest == digest == metadata(again, "dpo_dataset")["digest"]
+        assert not list(store.glob("*.tmp-*"))

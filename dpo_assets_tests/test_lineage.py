@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_assets.artifact import Artifact, ArtifactTree, FileEntry, Manifest, fingerprint, write_json
+from dpo_assets.artifact import MANIFEST, Artifact, ArtifactTree, FileEntry, Manifest, fingerprint, write_json
 from dpo_assets.assets.dpo_plan import PLAN
 from dpo_assets.assets.eval_scores import SCORES
 from dpo_assets.assets.gates import closed_gates
@@ -33,6 +33,7 @@ from dpo_assets.assets.step import Events, Step, guarded
 from dpo_assets.checks.verdict import Verdict
 from dpo_assets.component import DpoPipeline, build_dpo_defs
 from dpo_assets.feedback.trained import TRAINED_GROUPS
+from dpo_assets.planning.refresh import Refresh, SftData
 from dpo_assets.recipe import parse_recipe
 from dpo_assets.resources.artifacts import ArtifactStore
 from dpo_assets_tests.pipelines import demo_recipe, failures
@@ -62,19 +63,25 @@ class Shelf:
         leave_out: tuple[str, ...] = (),
         also: Callable[[Path], None] = lambda _: None,
         shown: Mapping[str, Any] = {},
+        trained_on: str = "",
         **of_plan: Any,
     ) -> Artifact:
-        """An artefact made from what stands on the shelf now, but for what it was not made from."""
+        """An artefact made from what stands on the shelf now, but for what it was not made from.
+
+        `trained_on`: digest of the dataset that SFT trains on by this plan; default: the one on the shelf.
+        """
         read = [read for read in LINEAGE.reads(node) if read.node not in leave_out]
         inputs = {one.node: one.part(self.now[one.node]) for one in read}
 
         def fill(folder: Path) -> None:
             write_json(folder / "content.json", [content, inputs if node == "dpo_plan" else ""])
             if node == "dpo_plan":
-                write_json(folder / PLAN, plan(**of_plan).model_dump(mode="json"))
+                sft = SftData(dataset=trained_on or self.now["dpo_dataset"].digest)
+                made = plan(**{"refresh": Refresh(sft=sft), **of_plan})
+                write_json(folder / PLAN, made.model_dump(mode="json"))
             also(folder)
 
-        print_ = fingerprint(node, [content, repr(of_plan)], inputs)
+        print_ = fingerprint(node, [content, trained_on, repr(of_plan)], inputs)
         artifact, _ = self.tree.find_or_build(node, print_, fill, inputs)
         self.now[node] = artifact
         write_json(gates_of(artifact), {})
@@ -115,7 +122,7 @@ class Reading(DpoPipeline):
         yield
 
 
-CHECKS_OF_THE_ADAPTER = "checks_of_the_adapter"
+CHECKS_OF_THE_ADAPTER, CHECKS_OF_SFT = "checks_of_the_adapter", "checks_of_sft"
 
 
 @cache
@@ -123,8 +130,10 @@ def readers() -> tuple[Reading, dg.Definitions]:
     """The pipeline with a job for each asset by itself, and one for checks alone."""
     pipeline = Reading("demo", parse_recipe(demo_recipe()))
     jobs = [dg.define_asset_job(name, selection=dg.AssetSelection.assets(["demo", name])) for name in ORDER]
-    check = dg.AssetCheckKey(dg.AssetKey(["demo", "dpo_adapter"]), "collapse")
-    jobs.append(dg.define_asset_job(CHECKS_OF_THE_ADAPTER, selection=dg.AssetSelection.checks(check)))
+    alone = {CHECKS_OF_THE_ADAPTER: ("dpo_adapter", "collapse"), CHECKS_OF_SFT: ("sft_checkpoint", "eos_kept")}
+    for name, (node, check) in alone.items():
+        key = dg.AssetCheckKey(dg.AssetKey(["demo", node]), check)
+        jobs.append(dg.define_asset_job(name, selection=dg.AssetSelection.checks(key)))
     return pipeline, dg.Definitions.merge(pipeline.build_defs(), dg.Definitions(jobs=jobs))
 
 
@@ -159,7 +168,7 @@ def test_scores_of_a_model_on_pairs_of_another_split_are_refused_with_what_to_ma
     said = refused(shelf, "eval_scores")
     assert said == (
         "what `demo/eval_scores` reads was not made from one another. `demo/dpo_plan`, `demo/merged_model`, "
-        "`demo/dpo_adapter`, `demo/sft_checkpoint`: made from another `demo/dpo_dataset` than is there now. "
+        "`demo/dpo_adapter`: made from another `demo/dpo_dataset` than is there now. "
         "Materialise again, in this order: demo/dpo_plan, demo/sft_checkpoint, demo/dpo_adapter, demo/merged_model. "
         "Or, to keep what was made, give `demo/dpo_dataset` its earlier settings and inputs back and materialise that: "
         "it is reused, unless a model was trained on another split since: its pairs stay in train, which makes another "
@@ -220,7 +229,32 @@ def test_scores_that_an_earlier_step_took_of_a_mixed_chain_are_not_released(shel
     assert to_make_again(said) == ["sft_checkpoint", "dpo_adapter", "merged_model", "eval_scores", "promotion"]
     assert shelf.make("dpo_dataset").digest == first.digest
     said = refused(shelf, "published_model")
-    assert to_make_again(said) == ["dpo_plan", "eval_scores", "promotion"]
+    # What SFT trains on is known only once the plan is made again; what is as it was is reused then.
+    trained = ["sft_checkpoint", "dpo_adapter", "merged_model"]
+    assert to_make_again(said) == ["dpo_plan", *trained, "eval_scores", "promotion"]
+
+
+def test_a_checkpoint_of_an_earlier_dataset_stands_beside_a_later_one_where_the_plan_chose_it(shelf: Shelf) -> None:
+    earlier = shelf.now["dpo_dataset"].digest
+    shelf.make("dpo_dataset", "more pairs")
+    shelf.make("dpo_plan", trained_on=earlier)
+    assert "made from another `demo/dpo_dataset`" in refused(shelf, "merged_model"), "the adapter is of all pairs"
+    for node in ("dpo_adapter", "merged_model", "eval_scores", "promotion"):
+        shelf.make(node)
+    for reader in ("dpo_adapter", "eval_scores", "published_model"):
+        assert reads(shelf, reader)
+    shelf.make("dpo_plan", "SFT is renewed")
+    said = refused(shelf, "eval_scores")
+    assert "`demo/sft_checkpoint`: made from another `demo/dpo_plan` than is there now" in said
+    assert to_make_again(said) == ["sft_checkpoint", "dpo_adapter", "merged_model"]
+
+
+def test_an_adapter_that_went_on_from_an_earlier_one_is_no_mix_of_two(shelf: Shelf) -> None:
+    went_on = shelf.tree.directory("dpo_adapter", shelf.now["dpo_adapter"].fingerprint)
+    manifest = Manifest.model_validate_json((went_on / MANIFEST).read_bytes())
+    inputs = manifest.inputs | {"dpo_adapter": "digest of an earlier one"}
+    (went_on / MANIFEST).write_text(manifest.model_copy(update={"inputs": inputs}).model_dump_json(), encoding="utf-8")
+    assert reads(shelf, "published_model")
 
 
 def test_giving_the_dataset_its_settings_back_mends_it(shelf: Shelf) -> None:
@@ -305,7 +339,7 @@ def test_a_mix_behind_what_a_step_reads_is_found_through_the_store(shelf: Shelf)
     for node in ("dpo_plan", "dpo_adapter", "merged_model", "eval_scores"):
         shelf.make(node)
     said = refused(shelf, "published_model")
-    assert "`demo/sft_checkpoint`: made from another `demo/dpo_dataset`" in said
+    assert "`demo/sft_checkpoint`: made from another `demo/dpo_plan`" in said
     assert to_make_again(said) == ["sft_checkpoint", "dpo_adapter", "merged_model", "eval_scores", "promotion"]
 
 
@@ -355,6 +389,18 @@ def test_checks_are_evaluated_again_beside_what_their_artefact_was_made_from(she
     assert {node: artifact.digest for node, artifact in found.items()} == {
         read.node: made_from[read.node].digest for read in LINEAGE.reads("dpo_adapter")
     }
+
+
+def test_checks_of_sft_are_evaluated_again_while_it_is_taken_up_and_after_it_was_renewed(shelf: Shelf) -> None:
+    earlier = shelf.now["dpo_dataset"]
+    shelf.make("dpo_dataset", "more pairs")
+    chosen_by = shelf.make("dpo_plan", trained_on=earlier.digest)
+    assert reads(shelf, CHECKS_OF_SFT)["dpo_plan"].digest == chosen_by.digest
+    shelf.make("dpo_dataset", "even more pairs")
+    shelf.make("dpo_plan", "SFT will be renewed")
+    found = reads(shelf, CHECKS_OF_SFT)
+    assert found["dpo_plan"].digest == chosen_by.digest
+    assert found["dpo_dataset"].digest == chosen_by.manifest.inputs["dpo_dataset"], "what that plan read"
 
 
 def test_checks_of_what_is_no_longer_kept_say_what_to_materialise(shelf: Shelf) -> None:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_assets.machine import cpus, memory_bytes
+from dpo_assets.machine import MemoryKills, cpus, memory_bytes
 from dpo_assets.planning import cards
 
 MIB = 2**20
@@ -115,3 +115,25 @@ def test_files_of_another_form_limit_nothing(tmp_path_factory: pytest.TempPathFa
 def test_the_cpu_is_planned_with_what_its_group_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cards, "memory_bytes", lambda: 1900 * MIB)
     assert cards.this_cpu().memory_gib == 1.75
+
+
+@pytest.mark.parametrize(
+    ("groups", "mounts", "file"),
+    [("0::/job\n", V2, "job/memory.events"), ("4:memory:/job\n", V1, "memory/job/memory.oom_control")],
+    ids=["v2", "v1"],
+)
+def test_a_kill_for_want_of_memory_is_counted_once_the_group_was_seen(
+    tmp_path: Path, groups: str, mounts: str, file: str
+) -> None:
+    root = machine(tmp_path, groups, mounts, {file: "oom 4\noom_kill 3\noom_group_kill 0"})
+    counts = root / "sys/fs/cgroup" / file
+    (root / "proc/4711").mkdir()
+    (root / "proc/4711/cgroup").write_text(groups, encoding="utf-8")
+    kills = MemoryKills(4711, root)
+    kills.look()
+    assert not kills.happened, "of others, before"
+    counts.write_text("oom 5\noom_kill 4\n", encoding="utf-8")
+    kills.look()
+    assert kills.happened
+    counts.unlink()
+    assert not kills.happened

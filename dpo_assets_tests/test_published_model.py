@@ -22,7 +22,7 @@ from dpo_assets.assets.eval_scores import SCORES
 from dpo_assets.checks.reports import EvaluationReport
 from dpo_assets.errors import ConfigError
 from dpo_assets.planning.model_card import front_matter
-from dpo_assets.publishing.trace import COLUMNS, SPLITS
+from dpo_assets.publishing.trace import COLUMNS, USES
 from dpo_assets.recipe import PublishingSection
 from dpo_assets.report.tables import table
 from dpo_assets.resources.artifacts import ArtifactStore
@@ -62,8 +62,8 @@ def fill(shelf: Shelf, scores: EvaluationReport, licensed: bool = True, **of_pla
             (folder / "model" / "model.safetensors").write_bytes(bytes(range(256)))
 
         if node == "dpo_dataset":
-            for file in SPLITS.values():
-                pl.DataFrame(schema=dict.fromkeys(COLUMNS, pl.String)).write_parquet(folder / file)
+            for split in USES.values():
+                pl.DataFrame(schema=dict.fromkeys(COLUMNS, pl.String)).write_parquet(folder / f"{split}.parquet")
         if node == "eval_scores":
             scored_pairs(scores.implicit_reward_accuracy.value).write_parquet(folder / SCORES)
 

@@ -16,8 +16,7 @@ import polars as pl
 import pytest
 
 from dpo_assets import build_dpo_defs
-from dpo_assets.assets import dpo_dataset
-from dpo_assets.feedback import batches, reading
+from dpo_assets.feedback import batches, fitted, reading, selection
 from dpo_assets.recipe import Severity
 from dpo_assets_tests.feedback.exported import EXPORTS
 from dpo_assets_tests.pipelines import (
@@ -263,24 +262,23 @@ def test_a_row_that_does_not_reach_its_table_turns_the_account_red(
 def test_a_pair_that_is_lost_before_the_split_and_a_prompt_on_both_sides_turn_the_dataset_red(
     instance: dg.DagsterInstance, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fit, split = dpo_dataset.fit_to_model, dpo_dataset.split
+    rows = [{"prompt": "Which one?", "chosen": f"The one with {n}.", "rejected": "None."} for n in range(9)]
+    (folder / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    fit = fitted.fit_to_model
 
     def losing(*given: Any) -> Any:
         fitting, faults = fit(*given)
         return fitting[:-2], faults
 
-    def leaking(*given: Any) -> Any:
-        train, held_out = split(*given)
-        # By its ids it is another prompt: what the split keeps apart is the text.
-        leaked = train[:1].with_columns(pair_id=pl.lit("0" * 32), prompt_id=pl.lit("0" * 32), group_id=pl.lit("0" * 32))
-        return train, pl.concat([held_out, leaked])
+    def leaking(drawn: pl.Series, together: pl.Series) -> pl.Series:
+        return pl.Series([n % 2 == 0 for n in range(drawn.len())])
 
-    monkeypatch.setattr(dpo_dataset, "fit_to_model", losing)
-    monkeypatch.setattr(dpo_dataset, "split", leaking)
+    monkeypatch.setattr(fitted, "fit_to_model", losing)
+    monkeypatch.setattr(selection, "held_out", leaking)
     result = materialize(trl_recipe(folder / "*.jsonl"), instance, DATA)
     gates = failed_checks(result)
-    # Both files begin with the same 23 pairs: duplicates.
-    assert gates["every_pair_accounted_for"]["what to change"].endswith("100 rows came in, 99 are accounted for")
+    # Two pairs of each file are lost.
+    assert gates["every_pair_accounted_for"]["what to change"].endswith("109 rows came in, 103 are accounted for")
     assert gates["split_leak"]["value"] == 1
 
 

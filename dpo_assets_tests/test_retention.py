@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_assets import build_dpo_defs
-from dpo_assets.artifact import ArtifactTree, open_artifact, write_json
+from dpo_assets.artifact import REJECTED, ArtifactTree, open_artifact, write_json
 from dpo_assets.assets.materialisations import FINGERPRINT
 from dpo_assets.assets.pipeline import Pipeline
 from dpo_assets.assets.retention import Retained, of_ledger, retain
@@ -312,8 +312,41 @@ def test_checkpoints_that_nobody_went_on_from_go_by_age(shelf: Shelf) -> None:
         os.utime(path, (0, 0))
     found, said = call(shelf)
     assert (old.exists(), new.exists()) == (False, True)
-    assert any("deleted checkpoints of dpo" in one for one in said)
+    assert any("deleted checkpoints/dpo/111" in one for one in said)
     assert found.freed >= 10
+
+
+def test_damaged_models_that_were_set_aside_go_by_age_and_damaged_feedback_never(shelf: Shelf) -> None:
+    """Their age counts from when they were set aside: a model of long ago may have been found damaged today."""
+    generations(shelf, 1)
+    found = {}
+    for kind, days in (("merged_model", 0.0), ("published_model", 90.0), ("dpo_dataset", 90.0)):
+        made = shelf.make(kind, "damaged", also=heavy)
+        os.utime(made.path, (0, 0))
+        (made.path / "weights").write_bytes(b"x")
+        assert shelf.tree.find(kind, made.fingerprint) is None
+        (found[kind],) = (shelf.tree.root / REJECTED).glob(f"{kind}-*")
+        when = found[kind].stat().st_mtime - days * DAY
+        os.utime(found[kind], (when, when))
+    shown, _ = call(shelf, really=False, keep_days=30)
+    [row] = [row for row in shown.rows if row[0] == REJECTED]
+    assert "set aside more than 30 days ago" in row[3]
+    assert all(folder.exists() for folder in found.values())
+    gone, said = call(shelf, keep_days=30)
+    assert {kind for kind, folder in found.items() if not folder.exists()} == {"published_model"}
+    assert any(f"deleted {REJECTED}/published_model" in one for one in said)
+    assert gone.freed == shown.freed > 0
+    assert json.loads((shelf.tree.root / "retention.jsonl").read_text().splitlines()[-1])["kind"] == REJECTED
+
+
+def test_a_model_made_under_a_clock_that_was_ahead_stays_and_nobody_else_goes_for_it(shelf: Shelf) -> None:
+    made = generations(shelf, 3)
+    ahead = time.time() + 400 * DAY
+    for path in (made[0]["merged_model"].path / "manifest.json", gates_of(made[0]["merged_model"])):
+        os.utime(path, (ahead, ahead))
+    call(shelf)
+    assert "merged_model" in there(shelf, made[0])
+    assert there(shelf, made[2]) == MODELS
 
 
 def test_an_empty_ledger_needs_nothing() -> None:

@@ -95,8 +95,8 @@ def write_dataset(fault: str, seed: int, model: Path, folder: Path) -> None:
     from dpo_assets.artifact import write_json
     from dpo_assets.contract import TokenizeSpec
     from dpo_assets.feedback.ingest import read_file
-    from dpo_assets.feedback.quality import measure, token_stats
-    from dpo_assets.feedback.quality_conflicts import contradictions
+    from dpo_assets.feedback.quality import SAMPLE, measure, sizes, token_stats
+    from dpo_assets.feedback.quality_conflicts import contradictions_in
     from dpo_assets.feedback.quality_tokens import read_markers
     from dpo_assets.feedback.readers import ReadOptions
     from dpo_assets.feedback.rules import NOT_DAMAGE
@@ -130,7 +130,9 @@ def write_dataset(fault: str, seed: int, model: Path, folder: Path) -> None:
         names = {"chosen": "rejected", "rejected": "chosen", "chosen_ids": "rejected_ids", "rejected_ids": "chosen_ids"}
         swapped = accepted.filter(~held_out).rename(names).select(accepted.columns)
         accepted = pl.concat([swapped, accepted.filter(held_out)])
-    quality = measure(accepted, tokens, MAX_LENGTH, CONTEXT, read_markers(model))
+    sized, every = sizes(accepted, MAX_LENGTH), sizes(tokens, MAX_LENGTH)
+    first = accepted.sort("pair_id").head(SAMPLE)
+    quality = measure(sized, first, every, MAX_LENGTH, CONTEXT, read_markers(model))
     train, held = split(accepted, EVAL_FRACTION, seed)
     reasons = Counter([*screened.quarantine["reason"], *(row["reason"] for row in faults)])
     report: dict[str, Any] = {
@@ -139,8 +141,8 @@ def write_dataset(fault: str, seed: int, model: Path, folder: Path) -> None:
         "damaged": sum(count for reason, count in reasons.items() if reason not in NOT_DAMAGE),
         "train_pairs": train.height, "eval_pairs": held.height,
         "leaked_prompts": len(set(train["prompt_id"]) & set(held["prompt_id"])),
-        **token_stats(accepted, MAX_LENGTH),
-        "quality": quality | {"contradictions": contradictions(screened.pairs)},
+        **token_stats(sized, MAX_LENGTH),
+        "quality": quality | {"contradictions": contradictions_in(screened.pairs)},
     }  # fmt: skip
     if fault == LEAKED:
         chosen = sorted(random.Random(seed).sample(range(train.height), train.height - held.height))

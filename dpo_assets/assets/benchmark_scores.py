@@ -8,12 +8,12 @@ from pathlib import Path
 import dagster as dg
 
 from dpo_assets.artifact import Artifact
-from dpo_assets.assets.base_model import in_worker, read_facts
-from dpo_assets.assets.dpo_plan import followed, read_plan
+from dpo_assets.assets.base_model import read_facts
+from dpo_assets.assets.compared_release import compared, release_spec
+from dpo_assets.assets.dpo_plan import read_plan
 from dpo_assets.assets.kept_models import training_set
-from dpo_assets.assets.lineage import Inputs, Read
+from dpo_assets.assets.lineage import Inputs
 from dpo_assets.assets.node import Node
-from dpo_assets.assets.sft_checkpoint import start_adapter
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.benchmarks import benchmark_verdicts
 from dpo_assets.checks.reports import BenchmarkScore, BenchmarkScores
@@ -37,16 +37,10 @@ def materialise(step: Step) -> Events:
             "benchmark",
             BenchmarkSpec(
                 kind="benchmark_scores",
-                output_dir=folder,
-                fingerprint=print_,
-                inputs=inputs.digests,
-                **in_worker(inputs["base_model"]),
-                threads=step.recipe.hardware.threads,
-                plan=plan,
-                sft_adapter=start_adapter(inputs["sft_checkpoint"]),
-                adapter=inputs["dpo_adapter"].path / "adapter",
-                policy=inputs["merged_model"].path / "model",
-                benchmarks=tuple(BenchmarkFile.model_validate(one.model_dump()) for one in evaluation.benchmarks),
+                **release_spec(step, inputs, plan, folder, print_),
+                benchmarks=tuple(
+                    BenchmarkFile.model_validate(one.model_dump(exclude={"guards"})) for one in evaluation.benchmarks
+                ),
                 confidence=evaluation.confidence,
                 vocabulary=read_facts(inputs["base_model"]).vocabulary,
             ),
@@ -133,13 +127,7 @@ NODE = Node(
     phase="release",
     kinds=frozenset({"pytorch"}),
     body=materialise,
-    reads=(
-        followed(benchmark_settings),
-        Read("merged_model"),
-        Read("dpo_adapter"),
-        Read("sft_checkpoint"),
-        Read("base_model"),
-    ),
+    reads=compared(benchmark_settings),
     recipe=("evaluation",),
     trains=True,
     wanted=lambda recipe: bool(recipe.evaluation.benchmarks),

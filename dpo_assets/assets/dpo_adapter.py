@@ -15,8 +15,8 @@ from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.lineage import Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.out_of_memory import memory_record
+from dpo_assets.assets.refreshing import ADAPTER, gone_on_from, start_adapter, training_set
 from dpo_assets.assets.resuming import resume_record
-from dpo_assets.assets.sft_checkpoint import start_adapter
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.aftermath import aftermath_verdicts, collapse_verdict
 from dpo_assets.checks.bands import Bands
@@ -41,11 +41,15 @@ def materialise(step: Step) -> Events:
     inputs = step.inputs()
     plan = read_plan(inputs["dpo_plan"])
     base = inputs["base_model"]
+    release = None if step.only_checks else gone_on_from(step.tree, plan.refresh)
+    if release is not None:
+        inputs = inputs.using("dpo_adapter", release)
     guard = GuardSpec.of(plan, step.bands, step.recipe.checks)
     if guard.tasks is not None and not step.only_checks:
         read_tasks(guard.tasks)  # A damaged probe must end here, not after the training.
 
     def make(folder: Path, print_: str) -> None:
+        pairs = training_set(step, plan, inputs) if release is not None else None
         step.launch(
             "dpo",
             TrainSpec(
@@ -63,6 +67,8 @@ def materialise(step: Step) -> Events:
                 base_digest=base.digest,
                 tokenizer_digest=tokenizer_digest(base),
                 guard=guard,
+                goes_on_from=release.path / ADAPTER if release is not None else None,
+                training_set=pairs.path if pairs is not None else None,
             ),
         )
 
@@ -81,6 +87,9 @@ def materialise(step: Step) -> Events:
         verdicts,
         {
             **report.model_dump(mode="json", exclude=PARTS),
+            "refresh_policy": plan.refresh.policy,
+            "generation": plan.refresh.generation,
+            "trained_on_pairs": plan.train_pairs,
             **memory_record(artifact),
             **resume_record(artifact),
             "reference_pairs_from_cache": artifact.json(VOLATILE)["reference_pairs_from_cache"],

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,23 +14,28 @@ from dpo_assets.artifact import Artifact, read_kept, write_json
 from dpo_assets.assets.base_model import known_licence, read_facts, refuse_adapter_alone, refuse_unlicensed
 from dpo_assets.assets.dpo_dataset import dataset_stats
 from dpo_assets.assets.gguf_model import rehearse
+from dpo_assets.assets.harness_tasks import look_up_tasks
 from dpo_assets.assets.lineage import Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.publication import access_ahead
+from dpo_assets.assets.refreshing import Refreshing
 from dpo_assets.assets.room import refuse_without_room
 from dpo_assets.assets.scorers_ahead import refuse_scorers
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.config import plan_verdicts
 from dpo_assets.checks.coverage import coverage_table
+from dpo_assets.checks.verdict import Verdict
 from dpo_assets.planning.matrices import read_matrices
 from dpo_assets.planning.model_folder import read_description
 from dpo_assets.planning.offers import installed_here
-from dpo_assets.planning.plan import ModelShape, TrainingPlan, make_plan
+from dpo_assets.planning.plan import ModelShape, TrainingPlan, make_plan, settings_digest
 from dpo_assets.recipe import OVERRIDABLE, Recipe, apply_overrides
 from dpo_assets.report.tables import table
 from dpo_assets.section import Section
 
 PLAN = "plan.json"
+# Of the recipe's `refresh`, what decides a plan: not when it is made.
+POLICY = ("refresh.policy", "refresh.replay_ratio", "refresh.most_continued", "refresh.renew_sft_after")
 
 
 def materialise(step: Step) -> Events:
@@ -44,11 +48,16 @@ def materialise(step: Step) -> Events:
     refuse_adapter_alone(step.recipe.publishing, base)
     refuse_unlicensed(step.recipe, base)
     rehearse(step, base)
-    if not step.only_checks and (silent := refuse_scorers(step.recipe.evaluation)):
+    if not step.only_checks and (silent := refuse_scorers(step.recipe.evaluation, step.hub)):
         step.context.log.warning(f"dpo_plan: {silent}; it is asked again once there are answers to compare")
+    look_up_tasks(step, base)
     access = access_ahead(step, known_licence(step.recipe, base))
     recipe = apply_overrides(step.recipe, {name: step.config.get(name, {}) for name in OVERRIDABLE})
     plan = make_plan(recipe, _shape(base), dataset_stats(dataset), step.gpu.detect(), installed_here())
+    trains_from = sft_start = ""  # Of a plan that was made before, only the run that made it knew why.
+    if not step.only_checks:
+        sft, start = Refreshing(step, plan, inputs).chosen()
+        plan, trains_from, sft_start = plan.refreshed(start.refresh), start.why, sft.why
 
     def make(folder: Path, _: str) -> None:
         write_json(folder / PLAN, plan.model_dump(mode="json"))
@@ -59,11 +68,13 @@ def materialise(step: Step) -> Events:
     needed = 0 if step.only_checks else refuse_without_room(step, plan, {**inputs, "dpo_plan": artifact})
     plan = read_plan(artifact)  # Where checks are evaluated again, the plan is the one that was made then.
     step.context.log.info(f"precision: {plan.precision_reason}")
+    for said in filter(None, (sft_start, trains_from)):
+        step.context.log.info(said)
     yield from step.result(
         "dpo_plan",
         artifact,
         reused,
-        plan_verdicts(plan, step.bands),
+        [_with_reason(verdict, trains_from) for verdict in plan_verdicts(plan, step.bands)],
         {
             "precision": plan.precision,
             "precision_reason": plan.precision_reason,
@@ -77,6 +88,10 @@ def materialise(step: Step) -> Events:
             "token_budget": plan.token_budget,
             "memory_gib": round(plan.memory_gib, 2),
             "disk_gib_to_write": round(needed / 2**30, 2),
+            "trains_from": trains_from,
+            "generation": plan.refresh.generation,
+            "sft_start": sft_start,
+            "dpo_pairs": plan.train_pairs,
             "sft_steps": plan.sft_steps,
             "dpo_steps": plan.dpo_steps,
             "learning_rate": plan.dpo.learning_rate,
@@ -87,6 +102,11 @@ def materialise(step: Step) -> Events:
             **access,
         },
     )
+
+
+def _with_reason(verdict: Verdict, why: str) -> Verdict:
+    """`refresh_policy` with the reason. It is none of the plan's: an equal run later has another, and the same plan."""
+    return replace(verdict, note=why) if verdict.check == "refresh_policy" else verdict
 
 
 def _shape(base: Artifact) -> ModelShape:
@@ -109,7 +129,7 @@ def followed(settings: Callable[[TrainingPlan], dict[str, object]]) -> Read:
     """The plan, read for some of its settings: with the same ones, a plan that differs elsewhere changes nothing."""
 
     def part(plan: Artifact) -> str:
-        return hashlib.sha256(json.dumps(settings(read_plan(plan)), sort_keys=True).encode()).hexdigest()
+        return settings_digest(settings(read_plan(plan)))
 
     return Read("dpo_plan", part)
 
@@ -165,6 +185,6 @@ NODE = Node(
     kinds=frozenset({"json"}),
     body=materialise,
     reads=(Read("dpo_dataset"), Read("base_model")),
-    recipe=("lora", "sft", "dpo", "hardware"),
+    recipe=("lora", "sft", "dpo", "hardware", *POLICY),
     config=override_config,
 )

@@ -8,21 +8,23 @@ from pathlib import Path
 import dagster as dg
 
 from dpo_assets import score_file
-from dpo_assets.artifact import Artifact
+from dpo_assets.artifact import VOLATILE, Artifact
 from dpo_assets.assets.base_model import in_worker
 from dpo_assets.assets.champion import Champion, champion_of, find_champion
+from dpo_assets.assets.compared_release import release_spec
 from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.kept_models import training_set
 from dpo_assets.assets.lineage import Inputs, Read
 from dpo_assets.assets.node import Node
-from dpo_assets.assets.sft_checkpoint import start_adapter
+from dpo_assets.assets.refreshing import start_adapter
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.evaluation import champion_scored, divergence_in_training, released_kl
 from dpo_assets.checks.evidence.candidate import ScoredPairs
 from dpo_assets.checks.evidence.clusters import COUNTED_BY
+from dpo_assets.checks.instructions import digest, instructions_followed
 from dpo_assets.checks.neutral import NEUTRAL, neutral_perplexity, read_texts
 from dpo_assets.checks.promotion import Learned, Margins, evaluation_verdicts
-from dpo_assets.checks.reports import DpoReport, EvaluationReport, HeldOutPairs
+from dpo_assets.checks.reports import Divergence, DpoReport, EvaluationReport, HeldOutPairs
 from dpo_assets.contract import ChampionSpec, EvaluateSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.trained import seen_pairs
@@ -30,7 +32,14 @@ from dpo_assets.hashing import file_sha256
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.precision import QUANTISED
 from dpo_assets.report.score_plots import score_plots
-from dpo_assets.report.scores import answers_table, parts_table, perplexity_table, scores_table
+from dpo_assets.report.scores import (
+    answers_table,
+    distance_table,
+    instructions_table,
+    parts_table,
+    perplexity_table,
+    scores_table,
+)
 
 SCORES = "scores.parquet"
 
@@ -50,6 +59,7 @@ def materialise(step: Step) -> Events:
     kl = None if merged and plan.precision in QUANTISED else divergence_in_training(adapter)
     sampled = 0 if kl else evaluation.sampled_answers
     settings = evaluation.model_dump(include={"confidence", "generations", "max_new_tokens"})
+    settings["instructions"] = digest(evaluation.instructions)
     config: dict[str, object] = {"evaluation": settings, "sampled_answers": sampled, "counted_by": COUNTED_BY}
     config["corpus"] = file_sha256(corpus) if corpus.is_file() else ""
     if champion is not None:
@@ -60,21 +70,16 @@ def materialise(step: Step) -> Events:
             "evaluate",
             EvaluateSpec(
                 kind="eval_scores",
-                output_dir=folder,
-                fingerprint=print_,
-                inputs=inputs.digests,
-                **in_worker(inputs["base_model"]),
-                threads=step.recipe.hardware.threads,
+                **release_spec(step, inputs, plan, folder, print_),
                 dataset=inputs["dpo_dataset"].path,
-                plan=plan,
-                sft_adapter=start_adapter(inputs["sft_checkpoint"]),
-                adapter=inputs["dpo_adapter"].path / "adapter",
-                policy=inputs["merged_model"].path / "model",
+                parts=step.tree.checkpoints("eval_scores", print_),
                 champion=_to_score_again(champion, inputs) if champion else None,
                 corpus=corpus,
                 sampled_answers=sampled,
                 score_cache=step.tree.root / score_file.FILE,
-                **evaluation.model_dump(include={"confidence", "generations", "max_new_tokens", "min_pairs"}),
+                **evaluation.model_dump(
+                    include={"confidence", "generations", "max_new_tokens", "min_pairs", "instructions"}
+                ),
             ),
         )
 
@@ -95,6 +100,7 @@ def materialise(step: Step) -> Events:
             released_kl(report, kl, step.bands),
             neutral_perplexity(report, step.bands),
             champion_scored(report),
+            instructions_followed(report),
         ],
         {
             "scored": report.scored or "not recorded: these scores are of an earlier version",
@@ -104,12 +110,15 @@ def materialise(step: Step) -> Events:
             "champion": report.champion or "none yet: it is held against its own start",
             "held_out_pairs": report.pairs,
             "held_out_prompts": report.prompts,
+            **({} if step.only_checks else _from_cache(artifact)),
             "accuracy": report.implicit_reward_accuracy.value,
             "chosen_shift_nats_per_token": report.chosen_shift_nats_per_token,
             "rejected_shift_nats_per_token": report.rejected_shift_nats_per_token,
             "scores": dg.MetadataValue.md(scores_table(report)),
             **{title: dg.MetadataValue.md(plot) for title, plot in _plots(step, artifact).items()},
             "perplexity": dg.MetadataValue.md(perplexity_table(report)),
+            "distance": dg.MetadataValue.md(distance_table(report, kl, _kl_of_champion(step, report) if kl else None)),
+            "instructions": dg.MetadataValue.md(instructions_table(report)),
             "parts": dg.MetadataValue.md(parts_table(report)),
             "answers": dg.MetadataValue.md(answers_table(artifact.json("generations.json"))),
         },
@@ -119,6 +128,20 @@ def materialise(step: Step) -> Events:
 def _plots(step: Step, scores: Artifact) -> dict[str, str]:
     """Of the pairs one by one; none where only checks are evaluated, whose page has no plots."""
     return {} if step.only_checks else score_plots(ScoredPairs.read(scores.path / SCORES))
+
+
+def _kl_of_champion(step: Step, report: EvaluationReport) -> Divergence | None:
+    """As its training measured it, where the policy's was measured so too; None where it is not there to be asked."""
+    if report.champion is None:
+        return None
+    with suppress(ConfigError):
+        return divergence_in_training(_dpo_report(find_champion(step.tree, report.champion).adapter))
+    return None
+
+
+def _from_cache(scores: Artifact) -> dict[str, int]:
+    """Of each model, the pairs whose scores an earlier run had taken."""
+    return {name: count for name, count in scores.json(VOLATILE).items() if name.endswith("_pairs_from_cache")}
 
 
 def _dpo_report(adapter: Artifact) -> DpoReport | None:
@@ -153,7 +176,7 @@ def _seen(step: Step, inputs: Inputs, scores: Artifact, report: EvaluationReport
             champion = find_champion(step.tree, report.champion)
             models += [champion.adapter, champion.start]
     sets = dict(found for model in models if (found := training_set(step.tree, model)))
-    return seen_pairs(scores.path / SCORES, inputs["dpo_dataset"].path / "eval.parquet", sets.values())
+    return seen_pairs(scores.path / SCORES, inputs["dpo_dataset"].path, sets.values())
 
 
 def _digests(champion: Champion) -> dict[str, str]:

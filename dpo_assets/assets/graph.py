@@ -9,6 +9,7 @@ from dpo_assets.assets import (
     dpo_dataset,
     dpo_plan,
     eval_scores,
+    feedback_by_day,
     gguf_model,
     harness_scores,
     judged_answers,
@@ -36,8 +37,10 @@ NODES: tuple[Node, ...] = (
     promotion.NODE,
     published_model.NODE,
 )
+DECIDING = 2  # Of these, the last ones, which may read what a recipe asks for.
 # Of pipelines whose recipe asks for them.
 OPTIONAL: tuple[Node, ...] = (
+    feedback_by_day.NODE,
     judged_answers.NODE,
     reward_model_scores.NODE,
     benchmark_scores.NODE,
@@ -48,8 +51,14 @@ LINEAGE = Lineage({node.name: node.reads for node in (*NODES, *OPTIONAL)})
 
 
 def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
-    """The nodes of a pipeline."""
-    return (*NODES, *(node for node in OPTIONAL if node.wanted(recipe)))
+    """The nodes of a pipeline, each behind what it reads."""
+    wanted = (node for node in OPTIONAL if node.wanted(recipe))
+    return tuple(node.of(recipe) for node in (*NODES[:-DECIDING], *wanted, *NODES[-DECIDING:]))
+
+
+def lineage_of(recipe: Recipe) -> Lineage:
+    """Which node of a pipeline reads which."""
+    return Lineage({node.name: node.reads for node in nodes_of(recipe)})
 
 
 def steps(recipe: Recipe) -> list[tuple[Node, ...]]:

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-from collections.abc import Mapping
 from pathlib import Path
 
 import dagster as dg
 
-from dpo_assets.assets.base_model import in_worker
-from dpo_assets.assets.dpo_plan import followed, read_plan
-from dpo_assets.assets.lineage import Read
+from dpo_assets.assets.compared_release import compared, release_spec
+from dpo_assets.assets.dpo_plan import read_plan
+from dpo_assets.assets.harness_tasks import harness_identity
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.scorers_ahead import refuse_harness
-from dpo_assets.assets.sft_checkpoint import start_adapter
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.harness import harness_verdicts
 from dpo_assets.checks.reports import HarnessScores
 from dpo_assets.checks.statistics import percent
 from dpo_assets.contract import HarnessSpec
-from dpo_assets.hashing import file_sha256
 from dpo_assets.planning.plan import TrainingPlan
-from dpo_assets.recipe import HarnessSection
 from dpo_assets.report.tables import table
 
 REUSED_WHILE = (
@@ -45,21 +40,13 @@ def materialise(step: Step) -> Events:
             "harness",
             HarnessSpec(
                 kind="harness_scores",
-                output_dir=folder,
-                fingerprint=print_,
-                inputs=inputs.digests,
-                **in_worker(inputs["base_model"]),
-                threads=step.recipe.hardware.threads,
-                plan=plan,
-                sft_adapter=start_adapter(inputs["sft_checkpoint"]),
-                adapter=inputs["dpo_adapter"].path / "adapter",
-                policy=inputs["merged_model"].path / "model",
+                **release_spec(step, inputs, plan, folder, print_),
                 confidence=evaluation.confidence,
-                **settings.model_dump(),
+                **settings.model_dump(exclude={"guards"}),
             ),
         )
 
-    config = {} if step.only_checks else {**_identity(settings), "confidence": evaluation.confidence}
+    config = {} if step.only_checks else {**harness_identity(settings), "confidence": evaluation.confidence}
     artifact, reused = step.build("harness_scores", config, inputs, make)
     report = HarnessScores.of(artifact)
     yield from step.result(
@@ -88,30 +75,6 @@ def scores_table(report: HarnessScores) -> str:
     return table(["task", "metric", "filter", "documents", "SFT", "policy", interval], rows)
 
 
-def _identity(settings: HarnessSection) -> Mapping[str, object]:
-    """What decides a reuse: the tasks, by the content of their folder, and the version of lm-eval.
-
-    Not what running them leaves there (`__pycache__`), nor what an editor or Git keeps (names with a dot in front), nor
-    data outside of the folder: what was asked of it is told by the documents' hashes.
-    """
-    folder = Path(settings.include_path) if settings.include_path else None
-    files = (
-        sorted(path for path in folder.rglob("*") if _counts(path.relative_to(folder)) and path.is_file())
-        if folder
-        else []
-    )
-    return {
-        **settings.model_dump(include={"tasks", "limit", "num_fewshot", "apply_chat_template"}),
-        "files": [[path.relative_to(folder).as_posix(), file_sha256(path)] for path in files if folder],
-        "paired": "perplexities too, by content",  # By number alone before.
-        "lm_eval": importlib.metadata.version("lm_eval"),
-    }
-
-
-def _counts(path: Path) -> bool:
-    return not any(part == "__pycache__" or part.startswith(".") for part in path.parts)
-
-
 def harness_settings(plan: TrainingPlan) -> dict[str, object]:
     """What scores depend on, beside the models: which of them is scored, and in which numbers."""
     release = plan.at_release()
@@ -129,13 +92,7 @@ NODE = Node(
     phase="release",
     kinds=frozenset({"pytorch"}),
     body=materialise,
-    reads=(
-        followed(harness_settings),
-        Read("merged_model"),
-        Read("dpo_adapter"),
-        Read("sft_checkpoint"),
-        Read("base_model"),
-    ),
+    reads=compared(harness_settings),
     recipe=("evaluation",),
     trains=True,
     wanted=lambda recipe: recipe.evaluation.harness is not None,

@@ -18,13 +18,15 @@ from dpo_assets.checks.reports import JudgedAnswers
 from dpo_assets.checks.statistics import percent
 from dpo_assets.judging.comparing import Comparison, Judge, compare
 from dpo_assets.judging.pairs import AnswerPair, answers_of, human_pairs
-from dpo_assets.judging.rates import Tally, at_equal_length, corrected
+from dpo_assets.judging.rates import Tally, at_equal_length, share_of
 from dpo_assets.judging.replies import Remembered
+from dpo_assets.judging.shares import corrected
 from dpo_assets.report.tables import table
 
 COMPARED = "compared.json"
 REPLIES = Path("cache") / "judge.sqlite"
 SHOWN = 20
+Asked = tuple[Sequence[AnswerPair], Sequence[Comparison]]
 
 
 def materialise(step: Step) -> Events:
@@ -37,13 +39,13 @@ def materialise(step: Step) -> Events:
     def make(folder: Path, _: str) -> None:
         judge = Remembered(endpoint, step.tree.root / REPLIES)
         answers = answers_of(inputs["eval_scores"].json("generations.json"))
-        people = human_pairs(inputs["dpo_dataset"].path / "eval.parquet", settings.human_pairs)
+        people = human_pairs(inputs["dpo_dataset"].path, settings.human_pairs)
         compared = _compared(judge, answers, step, "answers of the policy")
         by_people = _compared(judge, people, step, "pairs of people")
         step.context.log.info(f"judged_answers: {judge.asked} questions, the others were answered before")
         if judge.damage:
             step.context.log.warning(f"judged_answers: {judge.damage}; the judge was asked again")
-        _report(endpoint.identity, answers, compared, by_people, confidence).write(folder)
+        _report(endpoint.identity, (answers, compared), (people, by_people), confidence).write(folder)
         write_json(folder / COMPARED, [_told(pair, one) for pair, one in zip(answers, compared, strict=True)])
 
     config = {"judge": endpoint.identity, "human_pairs": settings.human_pairs, "confidence": confidence}
@@ -81,6 +83,7 @@ def _told(pair: AnswerPair, one: Comparison) -> dict[str, Any]:
         "sft": pair.second,
         "outcome": one.outcome,
         "flipped": one.flipped,
+        "log_odds": one.log_odds,
         "replies": list(one.replies),
     }
 
@@ -94,12 +97,11 @@ def _compared(judge: Judge, pairs: Sequence[AnswerPair], step: Step, what: str) 
     return found
 
 
-def _report(
-    judge: str, answers: list[AnswerPair], compared: list[Comparison], people: list[Comparison], confidence: float
-) -> JudgedAnswers:
-    tally, by_people = Tally.of(compared), Tally.of(people)
-    share, agreement = tally.share(confidence), by_people.share(confidence)
-    alike = at_equal_length(compared, [pair.lengths for pair in answers], confidence)
+def _report(judge: str, answers: Asked, people: Asked, confidence: float) -> JudgedAnswers:
+    (pairs, compared), (_, of_people) = answers, people
+    tally, by_people = Tally.of(compared), Tally.of(of_people)
+    share, agreement = (share_of(found, [pair.opening for pair in of], confidence) for of, found in (answers, people))
+    alike = at_equal_length(compared, [pair.lengths for pair in pairs], [pair.opening for pair in pairs], confidence)
     return JudgedAnswers(
         judge=judge,
         confidence=confidence,
@@ -108,13 +110,13 @@ def _report(
         losses=tally.losses,
         nulls=tally.nulls,
         flipped=tally.flipped + by_people.flipped,
-        share=share,
+        share=share.proportion(confidence),
         share_at_equal_length=alike.value,
         interval_at_equal_length=(alike.low, alike.high),
         human_pairs=by_people.asked,
         human_nulls=by_people.nulls,
-        agreement=agreement,
-        corrected=corrected(share, agreement),
+        agreement=agreement.proportion(confidence),
+        corrected=corrected(share, agreement, confidence),
     )
 
 

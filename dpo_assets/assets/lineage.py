@@ -23,10 +23,14 @@ class Read:
 
     `part` is the digest of what it takes from it. A training stage follows the settings of a plan: a plan with other
     steps or another memory estimate, and the same settings, makes no other adapter.
+
+    `chosen_by` names a node, read as well, that says which artefact of this one is read, an earlier one maybe: what was
+    made from it may stand beside a later one for as long as the choice is the same.
     """
 
     node: str
     part: Callable[[Artifact], str] = whole
+    chosen_by: str = ""
 
 
 class Inputs(Mapping[str, Artifact]):
@@ -55,6 +59,11 @@ class Inputs(Mapping[str, Artifact]):
         """Some of them: what a result is made from where it does not depend on all that its step reads."""
         kept = {node: self[node] for node in nodes}
         return Inputs(self._reader, kept, {node: self.digests[node] for node in nodes})
+
+    def using(self, node: str, artifact: Artifact) -> Inputs:
+        """The same with this artefact of a node, read as a whole: one that was chosen, or gone on from."""
+        artifacts, digests = self._artifacts | {node: artifact}, self.digests | {node: whole(artifact)}
+        return Inputs(self._reader, artifacts, digests)
 
 
 @dataclass(frozen=True)
@@ -101,6 +110,8 @@ class Lineage:
             reader, artifact = waiting.pop(0)
             for node, recorded in artifact.manifest.inputs.items():
                 read = self.read(reader, node)
+                if read.chosen_by or node == reader:
+                    continue  # By what is compared anyway; or an earlier one of its own kind, that it went on from.
                 if node in walked:
                     same = read.part(walked[node]) == recorded
                 elif read.part is not whole:
@@ -118,7 +129,7 @@ class Lineage:
         return all(
             self.read(reader, node).part(others[node]) == recorded
             for node, recorded in artifact.manifest.inputs.items()
-            if node in others
+            if node in others and node != reader and not self.read(reader, node).chosen_by
         )
 
     def to_make_again(
@@ -137,21 +148,23 @@ class Lineage:
             if artifact is None:
                 stale = bool(reads) or name in touched
             else:
-                stale = any(self._outdated(artifact, read, read.node in again, latest(read.node)) for read in reads)
+                stale = any(self._outdated(artifact, read, again, latest(read.node)) for read in reads)
             if stale:
                 again.append(name)
             if reads:
                 touched.add(name)
         return again
 
-    def _outdated(self, artifact: Artifact, read: Read, made_again: bool, latest: Artifact | None) -> bool:
+    def _outdated(self, artifact: Artifact, read: Read, again: Sequence[str], latest: Artifact | None) -> bool:
         recorded = artifact.manifest.inputs.get(read.node)
         if recorded is None:
             return False
-        if made_again and read.part is whole:
+        if read.node in again and read.part is whole:
             return True
-        # Settings: those of a plan that is made again for other pairs are the same ones.
-        return latest is not None and read.part(latest) != recorded
+        # Settings: those of a plan that is made again for other pairs are the same ones. What it will choose is not
+        # known, but that it leaves what was made of the latest.
+        other = latest is not None and read.part(latest) != recorded
+        return other and (not read.chosen_by or read.chosen_by in again)
 
     def _before(self, node: str) -> list[str]:
         """Everything further up the chain, in the order of the graph."""

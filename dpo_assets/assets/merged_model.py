@@ -33,6 +33,7 @@ def materialise(step: Step) -> Events:
                 adapter=inputs["dpo_adapter"].path / "adapter",
                 dataset=inputs["dpo_dataset"].path,
                 plan=plan,
+                parts=step.tree.checkpoints("merged_model", print_),
             ),
         )
 

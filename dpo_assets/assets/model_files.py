@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,6 +59,55 @@ def download(api: HfApi, source: str, revision: str | None, target: Path, token_
         ConfigError: there is no such model or revision, or it may not be seen.
         InfrastructureError: the Hub did not answer.
     """
+    with _told_by_the_hub(source, revision, token_variable):
+        there = _download_companions(api, source, revision, target)
+        weights = _loaded_weights(source, there, target)
+        if weights:
+            _fetch(api, source, revision, target, weights)
+    shutil.rmtree(target / ".cache", ignore_errors=True)
+    return sorted(name for name in there if name.endswith(".safetensors") and name not in weights)
+
+
+def look_at(api: HfApi, source: str, revision: str | None, target: Path, token_variable: str) -> list[str]:
+    """One pinned revision without its weights: what `is_kept` names.
+
+    Returns:
+        the safetensors files that a model would be loaded from; empty: there are none.
+
+    Raises:
+        ConfigError: as `download`.
+        InfrastructureError: the Hub did not answer.
+    """
+    with _told_by_the_hub(source, revision, token_variable):
+        return _loaded_weights(source, _download_companions(api, source, revision, target), target)
+
+
+def _download_companions(api: HfApi, source: str, revision: str | None, target: Path) -> set[str]:
+    """All files that go with the weights. Returns the names at the root of the repository."""
+    listed = api.list_repo_files(source, revision=revision)
+    _fetch(api, source, revision, target, [name for name in listed if is_kept(name)])
+    return {name for name in listed if "/" not in name}
+
+
+def _loaded_weights(source: str, there: Collection[str], target: Path) -> list[str]:
+    """The files that a model is loaded from: the single one, or those that the index names."""
+    if SINGLE in there:
+        (target / INDEX).unlink(missing_ok=True)  # Of the copy in parts, which stays behind.
+        return [SINGLE]
+    weights = [path.name for path in weight_files(target)] if (target / INDEX).is_file() else []
+    if missing := [name for name in weights if name not in there]:
+        raise ConfigError(f"{source}: {INDEX} names {', '.join(missing)}, but the repository lacks it")
+    return weights
+
+
+def _fetch(api: HfApi, source: str, revision: str | None, target: Path, names: Sequence[str]) -> None:
+    # As they are called: `[` in a name is none of a pattern.
+    api.snapshot_download(source, revision=revision, local_dir=target, allow_patterns=[escape(name) for name in names])
+
+
+@contextmanager
+def _told_by_the_hub(source: str, revision: str | None, token_variable: str) -> Iterator[None]:
+    """What the client raises, in the words of a recipe."""
     from httpx import HTTPError
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -66,25 +116,8 @@ def download(api: HfApi, source: str, revision: str | None, target: Path, token_
         RevisionNotFoundError,
     )
 
-    def fetch(names: Sequence[str]) -> None:
-        # As they are called: `[` in a name is none of a pattern.
-        allowed = [escape(name) for name in names]
-        api.snapshot_download(source, revision=revision, local_dir=target, allow_patterns=allowed)
-
     try:
-        listed = api.list_repo_files(source, revision=revision)
-        there = {name for name in listed if "/" not in name}
-        fetch([name for name in listed if is_kept(name)])
-        weights = [SINGLE] if SINGLE in there else []
-        if weights:
-            # Of the copy in parts, which stays behind.
-            (target / INDEX).unlink(missing_ok=True)
-        elif (target / INDEX).is_file():
-            weights = [path.name for path in weight_files(target)]
-        if missing := [name for name in weights if name not in there]:
-            raise ConfigError(f"{source}: {INDEX} names {', '.join(missing)}, but the repository lacks it")
-        if weights:
-            fetch(weights)
+        yield
     except RevisionNotFoundError:
         raise ConfigError(f"{source} has no revision {revision}; copy the sha from its page") from None
     except GatedRepoError:
@@ -93,5 +126,3 @@ def download(api: HfApi, source: str, revision: str | None, target: Path, token_
         raise ConfigError(f"the Hub has no model {source}, or the token in {token_variable} may not see it") from None
     except (HfHubHTTPError, HTTPError) as error:
         raise InfrastructureError(f"{source} could not be downloaded: {scrub(str(error))}") from None
-    shutil.rmtree(target / ".cache", ignore_errors=True)
-    return sorted(name for name in there if name.endswith(".safetensors") and name not in weights)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import dagster as dg
@@ -20,9 +20,10 @@ Phase = Literal["data", "training", "release"]
 class Node:
     """One asset. Nodes with the same body are materialised together by it.
 
-    `reads` is all that the body may ask for, what its artefact's manifest records, and what Dagster's graph shows.
-    `recipe` names the sections that decide its result: its code version covers them. `wanted` says whether a pipeline
-    has it.
+    `reads` is all that the body may ask for, what its artefact's manifest records, and what Dagster's graph shows;
+    `also` what it reads beside, where a recipe asks for that. `follows` names nodes that come before it in the graph,
+    and whose artefacts it does not ask for. `recipe` names the sections, or fields (`section.field`), that decide its
+    result: its code version covers them. `wanted` says whether a pipeline has it, and `partitions` its partitions.
     """
 
     name: str
@@ -37,6 +38,13 @@ class Node:
     config: Callable[[Recipe], type[dg.Config]] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     wanted: Callable[[Recipe], bool] = lambda recipe: True
+    partitions: Callable[[Recipe], dg.PartitionsDefinition[str] | None] = lambda recipe: None
+    follows: tuple[str, ...] = ()
+    also: Callable[[Recipe], tuple[Read, ...]] = lambda recipe: ()
+
+    def of(self, recipe: Recipe) -> Node:
+        """As a pipeline of that recipe has it."""
+        return replace(self, reads=(*self.reads, *self.also(recipe)))
 
 
 def column_schema(columns: Sequence[Column]) -> dg.TableSchema:

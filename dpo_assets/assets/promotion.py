@@ -15,7 +15,7 @@ from pydantic import Field
 
 from dpo_assets.artifact import Artifact, ArtifactTree, write_json
 from dpo_assets.assets.eval_scores import SCORES as SCORES_FILE
-from dpo_assets.assets.lineage import Read
+from dpo_assets.assets.lineage import Inputs, Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.evidence.candidate import Candidate, ScoredPairs
@@ -23,8 +23,10 @@ from dpo_assets.checks.evidence.ledger import FIRST, SCORES, Decided, Ledger
 from dpo_assets.checks.evidence.ledger_file import LedgerFile
 from dpo_assets.checks.evidence.outlook import Outlook
 from dpo_assets.checks.evidence.previews import Previews, PreviewsFile
+from dpo_assets.checks.evidence.task_guards import TaskGuard
 from dpo_assets.checks.promotion import OUTCOME, PromotionOutcome, override_of, promotion_verdict
 from dpo_assets.checks.reports import EvaluationReport
+from dpo_assets.judging.guards import benchmark_guards, harness_guards
 from dpo_assets.publishing.secrets import scrub
 from dpo_assets.recipe import Recipe
 from dpo_assets.report.history import HISTORY, history_rows
@@ -51,7 +53,7 @@ def materialise(step: Step) -> Events:
     else:
         override = override_of(str(step.config.get("override", "")), scrub(str(step.config.get("reason", ""))))
         previews = PreviewsFile.of(step.tree.root)
-        candidate = candidate_of(step, inputs["eval_scores"], previews.read())
+        candidate = candidate_of(step, inputs, previews.read())
         decided: list[Decided] = []
         heads = kept_heads(step.tree)  # Before the ledger: a line that is written in between is not lost.
 
@@ -93,21 +95,55 @@ def materialise(step: Step) -> Events:
     )
 
 
-def candidate_of(step: Step, scores: Artifact, previews: Previews) -> Candidate:
+def candidate_of(step: Step, inputs: Inputs, previews: Previews) -> Candidate:
     """The challenger that an evaluation scored.
 
     Raises:
         ConfigError: the scores are of an earlier version.
     """
-    recorded = scores.manifest.inputs
+    scores = inputs["eval_scores"]
+    recorded, opponent = scores.manifest.inputs, EvaluationReport.of(scores).champion
+    guarding = {read.node: inputs[read.node].digest for read in guarding_reads(step.recipe)}
     return Candidate(
         name=recorded["merged_model"],
-        opponent=EvaluationReport.of(scores).champion,
-        inputs={**recorded, SCORES: scores.digest},
+        opponent=opponent,
+        inputs={**recorded, **guarding, SCORES: scores.digest},
         pairs=ScoredPairs.read(scores.path / SCORES_FILE),
         fewest=step.recipe.evaluation.min_pairs,
+        tasks=_task_guards(step, inputs, opponent),
         previews=previews,
     )
+
+
+def guarding_reads(recipe: Recipe) -> tuple[Read, ...]:
+    """The scores of tasks and benchmarks that the recipe makes guards."""
+    evaluation = recipe.evaluation
+    asked = {
+        "harness_scores": evaluation.harness is not None and evaluation.harness.guards,
+        "benchmark_scores": any(one.guards for one in evaluation.benchmarks),
+    }
+    return tuple(Read(node) for node, wanted in asked.items() if wanted)
+
+
+def _task_guards(step: Step, inputs: Inputs, opponent: str | None) -> dict[str, TaskGuard]:
+    """Those scores against the opponent's own, item by item."""
+    evaluation, guards = step.recipe.evaluation, dict[str, TaskGuard]()
+    for read in guarding_reads(step.recipe):
+        theirs = None if opponent is None else _scores_of(step.tree, read.node, opponent)
+        if read.node == "harness_scores":
+            guards |= harness_guards(inputs[read.node], theirs, first=opponent is None)
+        elif opponent is not None:  # A benchmark has no score of a start: rewards are against it.
+            names = [one.name for one in evaluation.benchmarks if one.guards]
+            guards |= benchmark_guards(inputs[read.node], theirs, names, evaluation.confidence)
+    return guards
+
+
+def _scores_of(tree: ArtifactTree, node: str, model: str) -> Artifact | None:
+    """The newest scores of a merged model, whole; None: there are none in the store."""
+    for told in tree.listed(node):
+        if told.manifest.inputs.get("merged_model") == model and (found := tree.find(node, told.path.name)) is not None:
+            return found
+    return None
 
 
 def read_ledger(tree: ArtifactTree) -> Ledger:
@@ -186,6 +222,7 @@ NODE = Node(
     kinds=frozenset({"json"}),
     body=materialise,
     reads=(Read("eval_scores"),),
+    also=guarding_reads,
     recipe=("evaluation", "publishing"),
     config=_config,
 )

@@ -241,6 +241,7 @@ NODE = Node(
     kinds=frozenset({"parquet", "polars"}),
     body=materialise,
     recipe=("feedback",),
+    follows=("feedback_by_day",),
     columns=PAIR_COLUMNS,
     config=read_config,
 )

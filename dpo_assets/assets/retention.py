@@ -2,7 +2,7 @@
 # No `from __future__ import annotations` here: Dagster reads the annotation of an op's `context` as a class.
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import dagster as dg
@@ -24,7 +24,7 @@ from dpo_assets.publishing.secrets import scrub
 from dpo_assets.recipe import RetentionSection
 from dpo_assets.report.tables import table
 from dpo_assets.resources.artifacts import ArtifactStore
-from dpo_assets.retention import DAY, Choice, Needed, choose, delete, delete_checkpoints, frees, old_checkpoints, stored
+from dpo_assets.retention import DAY, Aside, Choice, Needed, choose, delete, delete_aside, frees, old_aside, stored
 
 SCORED = 4  # Models that a refresh scores pairs by: the reference, and what is evaluated.
 RECENT = 100  # Materialisations of a node that are looked at for runs that are not finished.
@@ -45,16 +45,23 @@ class RetentionConfig(dg.Config):
 
 @dataclass(frozen=True)
 class Retained:
-    """What a call chose, what it deleted, and the bytes that this frees, or would."""
+    """What a call chose, what goes beside artefacts, what it deleted, and the bytes that this frees, or would."""
 
     choice: Choice
+    aside: Sequence[Aside]
     deleted: int
     freed: int
 
     @property
-    def rows(self) -> list[list[object]]:
-        """Kind, fingerprint, bytes and reason of all that goes."""
-        return [[one.kind, one.fingerprint[:12], one.size, why] for one, why in self.choice.gone.items()]
+    def also(self) -> str:
+        """What is said beside the number of artefacts."""
+        return f" and {len(self.aside)} folders of checkpoints or damaged models" if self.aside else ""
+
+    @property
+    def rows(self) -> list[tuple[str, str, int, str]]:
+        """Kind, name, bytes and reason of all that goes."""
+        artefacts = [(one.kind, one.fingerprint[:12], one.size, why) for one, why in self.choice.gone.items()]
+        return artefacts + [(one.kind, one.path.name, one.size, one.why) for one in self.aside]
 
 
 def retain(
@@ -70,8 +77,8 @@ def retain(
     """
     rules = pipeline.recipe.retention
     if not really:
-        choice = _chosen(instance, pipeline, tree)
-        return Retained(choice, 0, frees(tree.root, list(choice.gone)))
+        choice, aside = _chosen(instance, pipeline, tree), old_aside(tree.root, rules, time.time())
+        return Retained(choice, aside, 0, frees(tree.root, list(choice.gone)) + sum(one.size for one in aside))
     tree.root.mkdir(parents=True, exist_ok=True)
     with if_nobodys(tree.root / IN_USE) as free:
         if not free:
@@ -79,11 +86,12 @@ def retain(
                 f"a run is at work in {tree.root}: nothing was deleted. Call it again afterwards."
             )
         choice = _chosen(instance, pipeline, tree)
+        aside = old_aside(tree.root, rules, time.time())
         freed = frees(tree.root, list(choice.gone))
         deleted = sum(1 for _ in delete(tree.root, choice.gone, say))
-        freed += delete_checkpoints(tree.root, old_checkpoints(tree.root, rules, time.time()), rules, say)
+        freed += delete_aside(tree.root, aside, say)
         _forget(tree, rules, say)
-    return Retained(choice, deleted, freed)
+    return Retained(choice, aside, deleted, freed)
 
 
 def _forget(tree: ArtifactTree, rules: RetentionSection, say: Callable[[str], None]) -> None:
@@ -161,11 +169,15 @@ def retention_job(pipeline: Pipeline) -> dg.JobDefinition:
             raise final(str(error)) from None
         did = "deleted" if config.delete else "would be deleted"
         count = found.deleted if config.delete else len(found.choice.gone)
-        context.log.info(f"{count} artefacts {did}; {len(found.choice.kept)} are kept; {gib(found.freed)} freed")
+        context.log.info(
+            f"{count} artefacts{found.also} {did}; {len(found.choice.kept)} are kept; {gib(found.freed)} freed"
+        )
         return dg.Output(
             count,
             metadata={
-                did: dg.MetadataValue.md(table(["kind", "artefact", "bytes", "why"], found.rows)),
+                did: dg.MetadataValue.md(
+                    table(["kind", "artefact", "bytes", "why"], [list(row) for row in found.rows])
+                ),
                 "bytes freed": found.freed,
                 "kept": len(found.choice.kept),
             },

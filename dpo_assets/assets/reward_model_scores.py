@@ -11,7 +11,6 @@ from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.lineage import Inputs, Read
 from dpo_assets.assets.model_files import download, take_over, told_files
 from dpo_assets.assets.node import Node
-from dpo_assets.assets.scorers_ahead import refuse_reward_model
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.judged import reward_model_verdicts
 from dpo_assets.checks.reports import RewardModelScores
@@ -45,7 +44,7 @@ def materialise(step: Step) -> Events:
                 threads=step.recipe.hardware.threads,
                 plan=plan,
                 answers=inputs["eval_scores"].path / "generations.json",
-                people=inputs["dpo_dataset"].path / "eval.parquet",
+                people=inputs["dpo_dataset"].path,
                 human_pairs=section.human_pairs,
                 max_length=section.max_length,
                 confidence=confidence,
@@ -94,7 +93,7 @@ def _reward_model(step: Step, section: RewardModelSection) -> Artifact:
     hub = looks_like_hub_id(section.source)
     identity: dict[str, object] = section.model_dump(include={"source", "revision"})
     if not hub:
-        refuse_reward_model(section)
+        refuse_as_reward_model(Path(section.source))
         identity |= {"held": "as copies", "files": told_files(Path(section.source))}  # Linked before.
 
     def make(folder: Path, _: str) -> None:

@@ -38,7 +38,11 @@ def _made(step: Step, found: Mapping[str, Artifact]) -> list[str]:
         reads = {read.node: read for read in step.lineage.reads(node)}
         for told in step.tree.listed(node):
             inputs = told.manifest.inputs
-            same = all(reads[name].part(known[name]) == digest for name, digest in inputs.items() if name in reads)
+            same = all(
+                reads[name].chosen_by or reads[name].part(known[name]) == digest
+                for name, digest in inputs.items()
+                if name in reads
+            )
             if inputs and same and told.manifest.versions.get("dpo_assets") == __version__:
                 known[node] = told
                 break

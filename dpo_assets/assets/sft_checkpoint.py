@@ -12,12 +12,15 @@ from dpo_assets.assets.dpo_plan import followed, read_plan
 from dpo_assets.assets.lineage import Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.out_of_memory import memory_record
+from dpo_assets.assets.refreshing import kept
 from dpo_assets.assets.resuming import resume_record
 from dpo_assets.assets.step import Events, Step
 from dpo_assets.checks.reports import AdoptedBase, read_sft
 from dpo_assets.checks.training import sft_verdicts
 from dpo_assets.contract import TrainSpec
+from dpo_assets.errors import ConfigError
 from dpo_assets.planning.plan import TrainingPlan
+from dpo_assets.planning.refresh import SftData
 from dpo_assets.report.plots import line_plot
 
 
@@ -25,9 +28,11 @@ def materialise(step: Step) -> Events:
     """Trains the SFT adapter, or adopts the base as it is."""
     inputs = step.inputs()
     plan = read_plan(inputs["dpo_plan"])
-    adopted = plan.sft.strategy == "adopt"
+    adopted, now = plan.sft.strategy == "adopt", inputs["dpo_dataset"]
     if adopted:  # It depends on nothing that was trained, so a new dataset must not make it new.
         inputs = inputs.only("dpo_plan", "base_model")
+    else:
+        inputs = inputs.using("dpo_dataset", _trained_on(step, plan.refresh.sft, now))
 
     def make(folder: Path, print_: str) -> None:
         if adopted:
@@ -59,14 +64,37 @@ def materialise(step: Step) -> Events:
     }
     metadata |= memory_record(artifact) | resume_record(artifact)
     if not adopted:
+        metadata |= _data(plan.refresh.sft, now, step.recipe.refresh.renew_sft_after)
         metadata["loss"] = dg.MetadataValue.md(line_plot(artifact.path / "metrics.jsonl", {"loss": "loss"}, "SFT loss"))
     yield from step.result("sft_checkpoint", artifact, reused, sft_verdicts(report, step.bands), metadata)
 
 
-def start_adapter(checkpoint: Artifact) -> Path | None:
-    """The SFT adapter, or None when the base was adopted."""
-    folder = checkpoint.path / "adapter"
-    return folder if folder.is_dir() else None
+def _data(data: SftData, now: Artifact, limit: float) -> dict[str, str | int]:
+    """What SFT was trained on, and how far the data moved since."""
+    said = "all training pairs of now"
+    if data.dataset not in ("", now.digest):
+        said = (
+            f"the dataset {data.dataset[:12]}, an earlier one: SFT is taken up until more than {limit:.0%} of the "
+            "training pairs are newer than it, or one of its own is gone"
+        )
+    return {"trained_on": said, "trained_on_pairs": data.pairs, "pairs_newer_than_it": data.newer}
+
+
+def _trained_on(step: Step, data: SftData, now: Artifact) -> Artifact:
+    """The dataset that the plan chose: that of now, or an earlier one.
+
+    Raises:
+        ConfigError: it is not in the store any more.
+    """
+    if step.only_checks or data.dataset in ("", now.digest):
+        return now
+    found = kept(step.tree, "dpo_dataset", data.dataset)
+    if found is None:
+        raise ConfigError(
+            f"the `dpo_dataset` ({data.dataset[:12]}) that SFT was trained on is gone from {step.tree.root} since the "
+            "plan was made; materialise `dpo_plan` again, and SFT is trained on the pairs of now."
+        )
+    return found
 
 
 def sft_settings(plan: TrainingPlan) -> dict[str, object]:
@@ -80,7 +108,7 @@ NODE = Node(
     phase="training",
     kinds=frozenset({"pytorch", "huggingface"}),
     body=materialise,
-    reads=(followed(sft_settings), Read("dpo_dataset"), Read("base_model")),
+    reads=(followed(sft_settings), Read("dpo_dataset", chosen_by="dpo_plan"), Read("base_model")),
     recipe=("lora", "sft"),
     trains=True,
 )

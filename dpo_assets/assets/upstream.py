@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -29,15 +29,24 @@ class Upstream:
         """What `Step.inputs` promises; with `only_checks`, what the node's latest artefact was made from."""
         reads = self.lineage.reads(self.node)
         own = self.made.artifact(self.node) if only_checks and reads else None
-        found = {read.node: self._past_its_gates(read, own) for read in reads}
+        found: dict[str, Artifact] = {}
+        for read in reads:
+            found[read.node] = self._past_its_gates(read, self._recorded(read, own, found) if own else None)
         if conflicts := self.lineage.conflicts(found, self._with_digest):
             raise ConfigError(self._mixed(conflicts))
         return self.lineage.inputs(self.node, found)
 
-    def _past_its_gates(self, read: Read, own: Artifact | None) -> Artifact:
-        """The artefact to read; `own` is the one whose checks are evaluated again, if that is what is done."""
+    def _recorded(self, read: Read, own: Artifact, found: Mapping[str, Artifact]) -> str | None:
+        """The digest of what the artefact whose checks are evaluated again was made from, as far as it is told.
+
+        Where another node chose what was read, it is what that one read itself: the choice is part of it.
+        """
+        by = found[read.chosen_by] if read.chosen_by else own
+        return by.manifest.inputs.get(read.node)
+
+    def _past_its_gates(self, read: Read, recorded: str | None) -> Artifact:
+        """The artefact to read: the one of the digest `recorded`, if one is told, or else that of this run."""
         found = self.made.artifact(read.node)
-        recorded = own.manifest.inputs.get(read.node) if own is not None else None
         if recorded is not None and read.part(found) != recorded:
             found = self._kept(read, recorded)
         if failed := closed_gates(found, self.made.pipeline.recipe.checks.severity):

@@ -38,4 +38,8 @@ def automation_condition(node: Node, recipe: Recipe) -> dg.AutomationCondition[A
         return dg.AutomationCondition.on_cron(refresh.schedule, refresh.time_zone) & behind_gates
     # By its label: in 1.13 conditions without fields equal each other, and `replace` would take any for this one.
     new_content = dg.AutomationCondition.data_version_changed() & ~dg.AutomationCondition.executed_with_root_target()
-    return dg.AutomationCondition.eager().replace("newly_updated_without_root", new_content) & behind_gates
+    eager = dg.AutomationCondition.eager().replace("newly_updated_without_root", new_content)
+    if node.follows:  # Days that were never read by themselves hold nobody up: what they hold is read all the same.
+        missing = dg.AutomationCondition.missing()
+        eager = eager.replace("any_deps_missing", missing & ~missing)
+    return eager & behind_gates

@@ -16,10 +16,12 @@ def refresh_name(pipeline: Pipeline) -> str:
 
 def refresh_job(pipeline: Pipeline) -> dg.UnresolvedAssetJobDefinition:
     """Everything from feedback to release; what is unchanged is reused."""
+    # A job with a partitioned asset in it can only be started for a partition, and reading goes on without that one.
+    nodes = [node for node in nodes_of(pipeline.recipe) if node.partitions(pipeline.recipe) is None]
     in_process = pipeline.recipe.refresh.executor == "in_process"
     return dg.define_asset_job(
         refresh_name(pipeline),
-        selection=dg.AssetSelection.assets(*(pipeline.key(node.name) for node in nodes_of(pipeline.recipe))),
+        selection=dg.AssetSelection.assets(*(pipeline.key(node.name) for node in nodes)),
         description=f"Feedback to release for `{pipeline.name}`. Unchanged inputs are reused, not trained again.",
         executor_def=dg.in_process_executor if in_process else None,
     )

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 
 import dagster as dg
 
+from dpo_assets.artifact import ArtifactTree
 from dpo_assets.assets.pipeline import Pipeline
 from dpo_assets.assets.raw_preferences import read_options
 from dpo_assets.assets.turn import is_lost
 from dpo_assets.assets.watched import last_read, look_at, shelf_of
-from dpo_assets.automation.waiting import Cursor, Outcome, Refresh, Tick
+from dpo_assets.automation.alerts import Waiting, note_waiting
+from dpo_assets.automation.waiting import Cursor, GpuUse, Outcome, Refresh, Tick
 from dpo_assets.feedback.sources import Limits
 from dpo_assets.feedback.watching import SETTLE_SECONDS, Content, Look, Shelf, new_pairs
 from dpo_assets.publishing.secrets import scrub
 from dpo_assets.resources.artifacts import ArtifactStore
+from dpo_assets.resources.gpu_time import GPU_OF, gpu_seconds
 
 FEEDBACK, WHY = "dpo_assets/feedback", "dpo_assets/asked_for"  # Tags of a run that the sensor asked for.
 RECENT = 25  # Runs of the refresh job that a tick looks at.
@@ -58,9 +62,12 @@ def new_feedback_sensor(pipeline: Pipeline, job: dg.UnresolvedAssetJobDefinition
             refreshes=list(_refreshes(context.instance, job.name, pipeline, store)),
             settings=recipe.refresh,
             count=count,
+            gpu=list(_gpu_use(context.instance, pipeline, tree, now)) if recipe.refresh.gpu_hours is not None else (),
         ).answer()
         if shelf != kept:
             shelf.keep(shelf_of(tree))
+        waits = answer.waits_since
+        note_waiting(tree, Waiting(since=waits, reason=scrub(answer.reason)) if waits is not None else None)
         reason = scrub("; ".join(filter(None, (answer.reason, damaged))))
         if not answer.asks:
             return dg.SensorResult(skip_reason=reason, cursor=answer.cursor.model_dump_json())
@@ -91,3 +98,13 @@ def _refreshes(
         started = record.create_timestamp.timestamp()
         ended = None if outcome == "under way" else (record.end_time or record.update_timestamp.timestamp())
         yield Refresh(run.run_id, outcome, started, ended, run.tags.get(FEEDBACK, ""))
+
+
+def _gpu_use(instance: dg.DagsterInstance, pipeline: Pipeline, tree: ArtifactTree, now: float) -> Iterator[GpuUse]:
+    """What runs of the pipeline used of GPUs in the period of its budget, whoever started them."""
+    since = datetime.fromtimestamp(now, UTC) - timedelta(days=pipeline.recipe.refresh.gpu_days)
+    for record in instance.get_run_records(dg.RunsFilter(tags={GPU_OF: pipeline.name}, updated_after=since)):
+        run = record.dagster_run
+        over = run.is_finished or is_lost(tree, run.run_id)
+        ended = (record.end_time or record.update_timestamp.timestamp()) if over else now
+        yield GpuUse(ended, gpu_seconds(run.tags, ended) / 3600)

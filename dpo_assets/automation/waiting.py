@@ -64,13 +64,30 @@ class Refresh:
 
 
 @dataclass(frozen=True)
+class GpuUse:
+    """GPU hours of a run of the pipeline, whoever started it. `ended`: seconds since the epoch; now, if it goes on."""
+
+    ended: float
+    hours: float
+
+
+@dataclass(frozen=True)
 class Answer:
-    """What a tick comes to. `reason` is what people read; `key` goes with the run that is asked for."""
+    """What a tick comes to.
+
+    Args:
+        asks: whether a refresh is asked for.
+        reason: what people read.
+        cursor: for the next tick.
+        key: goes with the run that is asked for.
+        waits_since: since when feedback has been held back (seconds since the epoch); None: nothing is.
+    """
 
     asks: bool
     reason: str
     cursor: Cursor
     key: str = ""
+    waits_since: float | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +102,7 @@ class Tick:
         refreshes: runs of the refresh job, newest first.
         settings: of the recipe.
         count: new pairs of a source that changed; None where nothing tells. Asked only where it decides.
+        gpu: what runs used; needed where there is a budget.
     """
 
     now: float
@@ -94,6 +112,7 @@ class Tick:
     refreshes: Sequence[Refresh]
     settings: RefreshSection
     count: Callable[[Look, Content | None], int | None] = field(repr=False)
+    gpu: Sequence[GpuUse] = ()
 
     @property
     def changed(self) -> list[Look]:
@@ -118,7 +137,24 @@ class Tick:
             for look in self.looks
             if look.blind
         ]
-        return Answer(asks, "; ".join([reason, *asides]), cursor, self.key)
+        if (budget := self.settings.gpu_hours) is not None:
+            spent = sum(use.hours for use in self._used())
+            asides.append(
+                f"{spent:.2f} of {budget:g} GPU hours of the last {self.settings.gpu_days:g} days are spent, "
+                f"{max(0.0, budget - spent):.2f} are left"
+            )
+        waits = None if asks or self._is_served(cursor) else cursor.changed_since
+        return Answer(asks, "; ".join([reason, *asides]), cursor, self.key, waits)
+
+    def _tried(self, cursor: Cursor) -> list[Refresh]:
+        """Refreshes for what the sources hold, newest first."""
+        return [one for one in self.refreshes if one.key == self.key and one.started >= cursor.since]
+
+    def _is_served(self, cursor: Cursor) -> bool:
+        """Whether a refresh is under way, or one ran for what they hold: some look otherwise after each reading."""
+        tried = self._tried(cursor)
+        done = bool(tried) and tried[0].outcome == "succeeded"
+        return done or any(one.outcome == "under way" for one in self.refreshes)
 
     def _cursor(self) -> Cursor:
         before = self.cursor
@@ -140,7 +176,7 @@ class Tick:
         settings = self.settings
         if under_way := [one for one in self.refreshes if one.outcome == "under way"]:
             return False, f"refresh {under_way[0].run_id} is under way; what it does not read is asked for afterwards"
-        tried = [one for one in self.refreshes if one.key == self.key and one.started >= cursor.since]
+        tried = self._tried(cursor)
         failed = [one for one in tried if one.outcome == "failed"]
         if not self.changed and not (tried and tried[0].outcome == "failed"):
             return False, f"nothing new in {len(self.looks)} source{'s' if len(self.looks) != 1 else ''}"
@@ -158,6 +194,8 @@ class Tick:
         last = max((one.ended for one in self.refreshes if one.ended is not None), default=0.0)
         if (until := last + settings.cool_down_minutes * 60) > self.now and not failed:
             return False, f"feedback waits: no refresh before {_at(until)} (refresh.cool_down_minutes)"
+        if (until := self._spent_until()) > self.now:
+            return False, f"feedback waits: no refresh before {_at(until)} (refresh.gpu_hours)"
         if failed:
             return True, f"refresh {failed[0].run_id} failed; attempt {len(failed) + 1} of {settings.retries + 1}"
         return self._enough(cursor)
@@ -166,6 +204,21 @@ class Tick:
         if not failed:
             return 0.0
         return (failed[0].ended or failed[0].started) + RETRY_MINUTES * 60 * 2.0 ** (len(failed) - 1)
+
+    def _used(self) -> list[GpuUse]:
+        """What counts now, the oldest first."""
+        period = self.settings.gpu_days * 86_400
+        return sorted((use for use in self.gpu if use.ended > self.now - period), key=lambda use: use.ended)
+
+    def _spent_until(self) -> float:
+        """When enough of what was used has left the period for a refresh to be asked for; 0: it may be now."""
+        budget, used = self.settings.gpu_hours, self._used()
+        spent, until = sum(use.hours for use in used), 0.0
+        for use in used:
+            if budget is None or spent < budget:
+                break
+            spent, until = spent - use.hours, use.ended + self.settings.gpu_days * 86_400
+        return until
 
     def _enough(self, cursor: Cursor) -> tuple[bool, str]:
         names = ", ".join(f"`{look.name}`" for look in self.changed)

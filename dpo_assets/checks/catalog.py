@@ -62,6 +62,7 @@ CHECKS: tuple[CheckInfo, ...] = (
     CheckInfo("label_conflicts", "dpo_dataset", "Preferences on the same prompt do not contradict each other."),
     CheckInfo("degenerate_chosen", "dpo_dataset", "Chosen answers say something, end, and do not repeat themselves."),
     CheckInfo("too_easy", "dpo_dataset", "Form alone does not tell chosen from rejected answers.", blocking=False),
+    CheckInfo("feedback_drift", "dpo_dataset", "The newest feedback is like the feedback before it.", blocking=False),
     CheckInfo("learning_rate_band", "dpo_plan", "The DPO learning rate lies where published runs survived."),
     CheckInfo("training_dose", "dpo_plan", "Learning rate, epochs and batch do not add up to too much for each pair."),
     CheckInfo("dpo_rate_against_sft", "dpo_plan", "The DPO learning rate is not copied from SFT."),
@@ -72,6 +73,7 @@ CHECKS: tuple[CheckInfo, ...] = (
     CheckInfo("lora_scale", "dpo_plan", "The adapter's scale and rank suit the learning rate.", blocking=False),
     CheckInfo("lora_coverage", "dpo_plan", "Every matrix of the decoder layers gets an adapter.", blocking=False),
     CheckInfo("memory_fits", "dpo_plan", "The estimated peak fits the device."),
+    CheckInfo("refresh_policy", "dpo_plan", "DPO does not go on from releases with new pairs alone.", blocking=False),
     CheckInfo("sft_finite", "sft_checkpoint", "Every logged value of the SFT run is finite."),
     CheckInfo("sft_learned", "sft_checkpoint", "The loss on held-out chosen answers fell.", blocking=False),
     CheckInfo("eos_kept", "sft_checkpoint", "Training answers end with the end-of-turn token, so the model can stop."),
@@ -103,6 +105,12 @@ CHECKS: tuple[CheckInfo, ...] = (
     CheckInfo("released_kl", "eval_scores", "The release's own answers stay near SFT (KL per token)."),
     CheckInfo("neutral_perplexity", "eval_scores", "Texts that no feedback is about stayed as likely as before."),
     CheckInfo("champion_scored", "eval_scores", "The champion was asked every held-out pair.", blocking=False),
+    CheckInfo(
+        "instructions_followed",
+        "eval_scores",
+        "The policy follows instructions about form as SFT does.",
+        blocking=False,
+    ),
     CheckInfo(
         "judge_health", "judged_answers", "The judge answers, agrees with itself and with people.", blocking=False
     ),

@@ -12,6 +12,7 @@ from dpo_assets.checks.catalog import checks_of
 from dpo_assets.checks.configuration import Configuration
 from dpo_assets.checks.coverage import lora_coverage
 from dpo_assets.checks.rates import dpo_rate_against_sft, learning_rate_band, training_dose
+from dpo_assets.checks.refresh import refresh_policy
 from dpo_assets.checks.verdict import Level, Verdict, worst
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.schedule import warmup_steps
@@ -32,13 +33,15 @@ def verdicts(configuration: Configuration, bands: Bands) -> list[Verdict]:
 
 
 def plan_verdicts(plan: TrainingPlan, bands: Bands, *, pairs_known: bool = True) -> list[Verdict]:
-    """All checks of `dpo_plan`. Without `pairs_known` the number of steps is supposed, and not judged."""
+    """All checks of `dpo_plan`. Without `pairs_known` the number of steps is supposed, and not judged; nor is what DPO
+    starts from, which a store says."""
     configuration = Configuration.of_plan(plan, pairs_known=pairs_known)
     found = [
         *verdicts(configuration, bands),
         loss_supported(plan),
         lora_coverage(plan.coverage, plan.lora.rank, bands),
         memory_fits(plan),
+        *([refresh_policy(plan)] if pairs_known else []),
     ]
     order = [check.name for check in checks_of("dpo_plan")]
     return sorted(found, key=lambda verdict: order.index(verdict.check))

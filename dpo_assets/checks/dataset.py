@@ -7,6 +7,7 @@ from typing import Any
 
 from dpo_assets.checks.bands import Bands
 from dpo_assets.checks.dataset_quality import quality_verdicts
+from dpo_assets.checks.drift import feedback_drift
 from dpo_assets.checks.verdict import Level, Verdict
 from dpo_assets.feedback.rules import TEMPLATE_FAULTS
 from dpo_assets.recipe import FeedbackSection, Recipe
@@ -33,6 +34,7 @@ def dataset_verdicts(report: Mapping[str, Any], recipe: Recipe, bands: Bands) ->
         quarantine_rate(report, feedback),
         enough_pairs(report, feedback, bands),
         *quality_verdicts(report, recipe.dpo, bands),
+        feedback_drift(report, bands),
     ]
 
 
@@ -40,15 +42,18 @@ def every_pair_accounted_for(report: Mapping[str, Any]) -> Verdict:
     """What ingestion counted against what lies in the tables of the dataset, and those against what was written."""
     rows, accepted = report["rows_in"], report["accepted"]
     train, held_out = report["train_pairs"], report["eval_pairs"]
-    kept = accepted + report["quarantined"] + report["duplicates"]
+    outside = report.get("outside_window", 0)
+    kept = accepted + report["quarantined"] + report["duplicates"] + outside
     faults = [] if rows == kept else [f"{rows} rows came in, {kept} are accounted for"]
     if accepted != train + held_out:
         faults.append(f"{train} + {held_out} pairs were written, {accepted} lie in the tables")
     return Verdict(
         "every_pair_accounted_for",
         "error" if faults else "pass",
-        f"{rows} in: {accepted} accepted, {report['quarantined']} quarantined, {report['duplicates']} duplicates",
-        "pairs and rejected rows of raw_preferences = accepted + quarantined + duplicates, in the tables on disk",
+        f"{rows} in: {accepted} accepted, {report['quarantined']} quarantined, {report['duplicates']} duplicates"
+        + (f", {outside} outside of the window" if outside else ""),
+        "pairs and rejected rows of raw_preferences = accepted + quarantined + duplicates, and pairs outside of the "
+        "recipe's window, in the tables on disk",
         "nothing is lost (docs/design.md, rules)",
         f"materialise again, and report a bug if it stays: {'; '.join(faults)}" if faults else "",
     )
@@ -125,6 +130,8 @@ def enough_pairs(report: Mapping[str, Any], feedback: FeedbackSection, bands: Ba
     enough = train >= feedback.min_pairs and held_out >= MIN_EVAL_PAIRS
     level: Level = "error" if not enough else "warn" if train < few.warn else "pass"
     reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(report["reasons"].items())) or "none"
+    if outside := report.get("outside_window", 0):
+        reasons += f"; outside of feedback.window {outside}"
     ways = {
         "pass": "",
         "warn": f"collect feedback until {few.warn:g} pairs train; rows left out: {reasons}",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
+from dpo_assets.checks.evidence.power import FEWEST_PROMPTS
 from dpo_assets.checks.reports import JudgedAnswers, RewardModelScores
 from dpo_assets.checks.verdict import Verdict
 
+HEALTH = {"judged_better": "judge_health", "rewarded_better": "reward_model_health"}
 # A judge's own order decides 10 to 20 % of its verdicts as a rule (Zheng et al., arXiv 2306.05685).
 MOST_NULLS, MOST_FLIPPED, CHANCE = 0.05, 0.30, 0.5
-FEWEST_HUMAN_PAIRS = 20
 
 
 def judge_verdicts(report: JudgedAnswers) -> list[Verdict]:
@@ -28,7 +29,7 @@ def judge_health(report: JudgedAnswers) -> Verdict:
         faults.append(f"{nulls:.1%} of its replies hold no verdict: take a stronger model, or raise max_tokens")
     if flipped > MOST_FLIPPED:
         faults.append(f"{flipped:.1%} of its verdicts go with the order of the answers: take a stronger model")
-    if report.human_pairs < FEWEST_HUMAN_PAIRS:
+    if report.human_pairs < FEWEST_PROMPTS:
         faults.append(f"it was held against {report.human_pairs} pairs of people: raise human_pairs, or collect more")
     elif report.agreement.low <= CHANCE:
         faults.append(f"it agrees with people on {report.agreement}, which may be chance: take a stronger model")
@@ -36,7 +37,7 @@ def judge_health(report: JudgedAnswers) -> Verdict:
         "judge_health",
         "warn" if faults else "pass",
         f"no verdict {nulls:.1%}, by order {flipped:.1%}, agrees with people on {report.agreement}",
-        f"at most {MOST_NULLS:.0%} and {MOST_FLIPPED:.0%}; agreement beyond chance on {FEWEST_HUMAN_PAIRS} pairs",
+        f"at most {MOST_NULLS:.0%} and {MOST_FLIPPED:.0%}; agreement beyond chance on {FEWEST_PROMPTS} pairs",
         "both orders, ties where they disagree: arXiv 2306.05685, section 4",
         "; ".join(faults),
         report.judge,
@@ -68,7 +69,7 @@ def reward_model_health(report: RewardModelScores) -> Verdict:
             f"{share:.1%} of the pairs have no reward ({', '.join(reasons)}): raise max_length of "
             "evaluation.reward_model, or take a model whose chat template renders such conversations"
         )
-    if scored < FEWEST_HUMAN_PAIRS:
+    if scored < FEWEST_PROMPTS:
         faults.append(f"it was held against {scored} pairs of people: raise human_pairs, or collect more")
     elif report.agreement.low <= CHANCE:
         faults.append(f"it agrees with people on {report.agreement}, which may be chance: take another reward model")
@@ -76,7 +77,7 @@ def reward_model_health(report: RewardModelScores) -> Verdict:
         "reward_model_health",
         "warn" if faults else "pass",
         f"no reward {share:.1%}, agrees with people on {report.agreement}",
-        f"at most {MOST_NULLS:.0%}; agreement beyond chance on {FEWEST_HUMAN_PAIRS} pairs",
+        f"at most {MOST_NULLS:.0%}; agreement beyond chance on {FEWEST_PROMPTS} pairs",
         "a reward model measures what it was trained to: held against held-out pairs of these people",
         "; ".join(faults),
         report.model,
@@ -89,19 +90,23 @@ def rewarded_better(report: RewardModelScores) -> Verdict:
 
 
 def _better(check: str, report: JudgedAnswers | RewardModelScores, raw: str) -> Verdict:
-    share = report.share if math.isnan(report.corrected.value) else report.corrected
-    kind = raw if share is report.share else "corrected by its agreement with people"
-    worse = share.high < CHANCE or math.isnan(share.value)
+    """Of the corrected share alone: what a coin prefers is no evidence, and neither is what nobody was held against."""
+    share, nothing = report.corrected, math.isnan(report.corrected.value)
+    worse = share.high < CHANCE
+    shown = f"{share}, corrected by its agreement with people"
+    fix = "read the answers beside this check; lower dpo.learning_rate, or collect feedback on such prompts" * worse
+    if nothing:
+        shown = f"no evidence: its agreement with people is {report.agreement}"
+        fix = f"what may be a coin, or was held against too few pairs of people, shows nothing: see {HEALTH[check]}"
     alike = report.interval_at_equal_length
     ends = f" [{alike[0]:.3f}, {alike[1]:.3f}]" if alike else ""
     told = f"{report.wins} better, {report.ties} alike, {report.losses} worse"
-    way_out = "read the answers beside this check; lower dpo.learning_rate, or collect feedback on such prompts"
     return Verdict(
         check,
-        "warn" if worse else "pass",
-        f"{share}, {kind}",
+        "warn" if worse or nothing else "pass",
+        shown,
         f"the interval of the policy's share reaches {CHANCE:g}",
-        "Rogan & Gladen 1978; at equal length: arXiv 2404.04475",
-        way_out if worse else "",
-        f"{told}; at equal length {report.share_at_equal_length:.3f}{ends}",
+        "Rogan & Gladen 1978; intervals: benchmarks/RESULTS.md; at equal length: arXiv 2404.04475",
+        fix,
+        f"{told}: {report.share}, {raw}; at equal length {report.share_at_equal_length:.3f}{ends}",
     )

@@ -156,15 +156,16 @@ def _retention(args: argparse.Namespace) -> int:
         found = retain(instance, pipeline, tree, print, really=args.delete)
     console = open_console()
     if args.delete:
-        console.print(f"{found.deleted} artefacts deleted, {gib(found.freed)} freed.", markup=False)
+        console.print(f"{found.deleted} artefacts{found.also} deleted, {gib(found.freed)} freed.", markup=False)
         return 0
     grid = Table("kind", "artefact", "size", "why")
-    for one, why in found.choice.gone.items():
-        grid.add_row(one.kind, one.fingerprint[:12], gib(one.size), why)
+    for kind, name, size, why in found.rows:
+        grid.add_row(kind, name, gib(size), why)
     if grid.row_count:
         console.print(grid)
     console.print(
-        f"{grid.row_count} artefacts may go, {gib(found.freed)}; {len(found.choice.kept)} stay. --delete deletes them.",
+        f"{len(found.choice.gone)} artefacts{found.also} may go, {gib(found.freed)}; {len(found.choice.kept)} stay. "
+        "--delete deletes them.",
         markup=False,
     )
     return 0

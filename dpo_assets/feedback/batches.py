@@ -153,12 +153,12 @@ def write_pairs(pairs: pl.DataFrame, folder: Path, flipped: Sequence[str] | None
     write_table(keys[order], folder / KEYS)
 
 
-def write_table(frame: pl.DataFrame, path: Path) -> None:
-    """One Parquet file in row groups of ROW_GROUP. Equal tables give equal bytes."""
+def write_table(frame: pl.DataFrame, path: Path, row_group: int = ROW_GROUP) -> None:
+    """One Parquet file in row groups of that many rows. Equal tables give equal bytes."""
     import polars as pl
     import pyarrow.parquet as pq
 
-    pq.write_table(frame.to_arrow(compat_level=pl.CompatLevel.oldest()), path, row_group_size=ROW_GROUP, **PARQUET)
+    pq.write_table(frame.to_arrow(compat_level=pl.CompatLevel.oldest()), path, row_group_size=row_group, **PARQUET)
 
 
 PARQUET: dict[str, Any] = {"compression": "zstd", "compression_level": 1, "use_dictionary": ["source", "label_kind"]}
@@ -167,8 +167,9 @@ PARQUET: dict[str, Any] = {"compression": "zstd", "compression_level": 1, "use_d
 class PairWriter:
     """A Parquet file of pairs, written part by part. `rows` counts them."""
 
-    def __init__(self, path: Path, schema: pl.Schema | None = None) -> None:
+    def __init__(self, path: Path, schema: pl.Schema | None = None, row_group: int = SPLIT_GROUP) -> None:
         self.rows = 0
+        self._row_group = row_group
         self._path, self._schema = path, schema if schema is not None else polars_schema(PAIR_COLUMNS)
         self._writer: Any = None
 
@@ -182,7 +183,7 @@ class PairWriter:
         rows = part.select(list(self._schema)).cast(dict(self._schema)).to_arrow(compat_level=pl.CompatLevel.oldest())
         if self._writer is None:
             self._writer = pq.ParquetWriter(self._path, rows.schema, **PARQUET)
-        self._writer.write_table(rows, row_group_size=SPLIT_GROUP)
+        self._writer.write_table(rows, row_group_size=self._row_group)
         self.rows += part.height
 
     def __exit__(self, *_: object) -> None:

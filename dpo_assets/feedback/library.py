@@ -24,7 +24,7 @@ from dpo_assets.locks import LOCK, exclusive
 
 BATCH_KIND, PLAN_KIND, PAIRED_KIND = "raw_batches", "raw_files", "paired_answers"
 SPANS = "spans.json"
-READ_VERSION = 7  # Of what ingestion makes of a row: another version reads every file again.
+READ_VERSION = 8  # Of what ingestion makes of a row: another version reads every file again.
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _read_pass(
     def print_(part: int, of: int) -> str:
         return fingerprint(BATCH_KIND, {**file.identity(), **how, "part": part, "of": of}, {})
 
-    with _scratch(tree, print_(0, 1)) as scratch:
+    with scratch_of(tree, print_(0, 1)) as scratch:
         # Several are found by their plan; for one there is none.
         if (only := tree.find(BATCH_KIND, print_(0, 1))) is not None:
             return [only], 0
@@ -148,7 +148,7 @@ def _read_spans(
     tree: ArtifactTree, file: FeedbackFile, spans: Sequence[Span], options: ReadOptions, how: Mapping[str, Any]
 ) -> tuple[list[Artifact], int]:
     prints = [fingerprint(BATCH_KIND, {**_identity(file, span), **how}, {}) for span in spans]
-    with _scratch(tree, prints[0]) as scratch:
+    with scratch_of(tree, prints[0]) as scratch:
         found = {n: batch for n, one in enumerate(prints) if (batch := tree.find(BATCH_KIND, one)) is not None}
         missing = [n for n in range(len(spans)) if n not in found]
         read = _read(file, [Job(file, spans[n], options, scratch / str(n)) for n in missing])
@@ -158,7 +158,7 @@ def _read_spans(
 
 
 @contextmanager
-def _scratch(tree: ArtifactTree, name: str) -> Iterator[Path]:
+def scratch_of(tree: ArtifactTree, name: str) -> Iterator[Path]:
     """An empty folder for what is not yet known to be kept.
 
     Who reads the same file meanwhile waits, also on another machine, where a process may have the same number. The lock

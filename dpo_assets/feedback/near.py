@@ -232,6 +232,52 @@ def candidates(bands: Iterable[pl.Series], rank: pl.Series) -> pl.DataFrame:
     return pl.DataFrame({"n": row.gather(best["rank"]), "other": row.gather(best["first"])})
 
 
+class Compared:
+    """Pairs that were held against each other before, by their ids, which are their content: are they near?
+
+    Args:
+        known: a table (`compared_schema`) of an earlier run, by the same measure and the same least similarity.
+    """
+
+    def __init__(self, known: pl.DataFrame | None = None) -> None:
+        self._known = known
+        self._used: list[pl.DataFrame] = []
+        self._new: list[tuple[int, int, int, int, bool]] = []
+
+    def of(self, ones: pl.DataFrame, others: pl.DataFrame) -> pl.Series:
+        """`near`, row for row: whether two pairs are near, null where nobody knows. Both tables are of two numbers."""
+        import polars as pl
+
+        if self._known is None or ones.is_empty():
+            return pl.Series("near", [None] * ones.height, dtype=pl.Boolean)
+        names = list(compared_schema())
+        asked = pl.DataFrame([*ones.iter_columns(), *others.rename(lambda name: f"other_{name}").iter_columns()])
+        asked.columns = names[:4]
+        found = asked.join(self._known, on=names[:4], how="left", maintain_order="left")
+        self._used.append(found.drop_nulls())
+        return found["near"]
+
+    def add(self, one: tuple[int, ...], other: tuple[int, ...], near: bool) -> None:
+        self._new.append((one[0], one[1], other[0], other[1], near))
+
+    def table(self) -> pl.DataFrame:
+        """All that was asked for and is known by now, in an order of its own."""
+        import polars as pl
+
+        new = pl.DataFrame(self._new, schema=compared_schema(), orient="row")
+        names = list(compared_schema())
+        return pl.concat([new, *self._used]).unique(names[:4]).sort(names[:4])
+
+
+@cache
+def compared_schema() -> pl.Schema:
+    """Ids of two pairs, as two numbers each, and whether they are near duplicates."""
+    import polars as pl
+
+    ids = ("one_a", "one_b", "other_a", "other_b")
+    return pl.Schema({**dict.fromkeys(ids, pl.UInt64()), "near": pl.Boolean()})
+
+
 def similarity(one: dict[str, Any], other: dict[str, Any], at_least: float = 0.0) -> float:
     """The least, over prompt, chosen and rejected, of the shared share (Jaccard) of runs of three tokens.
 

@@ -255,8 +255,12 @@ def token_schema() -> pl.Schema:
 
 
 @cache
-def pandera_schema() -> pa.DataFrameSchema:
-    """The contract of accepted pairs. Built on first use: importing pandera costs more than a code location may."""
+def pandera_schema(alone: bool = False) -> pa.DataFrameSchema:
+    """The contract of accepted pairs. Built on first use: importing pandera costs more than a code location may.
+
+    Args:
+        alone: of each pair by itself: equal ones are for a rule of their own.
+    """
     import pandera.polars as pa
     import polars as pl
 
@@ -285,7 +289,7 @@ def pandera_schema() -> pa.DataFrameSchema:
     types = polars_schema(PAIR_COLUMNS)
     return pa.DataFrameSchema(
         {
-            c.name: pa.Column(types[c.name], checks.get(c.name, []), nullable=c.nullable, unique=c.unique)
+            c.name: pa.Column(types[c.name], checks.get(c.name, []), nullable=c.nullable, unique=c.unique and not alone)
             for c in PAIR_COLUMNS
         },
         strict=True,

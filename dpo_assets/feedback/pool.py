@@ -98,6 +98,15 @@ class Pool:
         ]
         return pl.concat(parts)
 
+    def of(self, names: pl.DataFrame, columns: Sequence[str]) -> pl.DataFrame:
+        """These key columns of the pairs that `names` (with `b` and `n`) names, row for row."""
+        import numpy as np
+
+        keys = self.keys(columns)
+        sizes = np.bincount(keys["b"].to_numpy(), minlength=len(self.batches))
+        starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)])[:-1]
+        return keys.select(list(columns))[starts[names["b"].to_numpy()] + names["n"].to_numpy()]
+
     def take(self, names: pl.DataFrame, columns: Sequence[str] | None = None) -> pl.DataFrame:
         """The pairs that `names` (with `b` and `n`) names, with these two, by batch and row; of them these columns."""
         import polars as pl
@@ -132,13 +141,21 @@ def stored(folders: Iterable[Path]) -> Pool:
     return Pool([StoredBatch(folder) for folder in folders])
 
 
-def parts_with_tokens(pairs: Path, tokens: Path | None) -> Iterator[tuple[pl.DataFrame, pl.DataFrame]]:
-    """Pairs of a file and their token ids, which another has in the same order, PART at a time; None: no pair."""
+def parts_with_tokens(
+    pairs: Path, tokens: Path | None, start: int = 0, count: int | None = None
+) -> Iterator[tuple[pl.DataFrame, pl.DataFrame]]:
+    """Pairs of a file and their token ids, which another has in the same order, PART at a time; None: no pair.
+
+    Args:
+        start: the first pair.
+        count: how many; None: all that follow.
+    """
     import polars as pl
 
     if tokens is None:
-        yield pl.read_parquet(pairs), pl.DataFrame(schema=token_schema())
+        yield pl.read_parquet(pairs, n_rows=0), pl.DataFrame(schema=token_schema())
         return
-    for start in range(0, pl.scan_parquet(pairs).select(pl.len()).collect().item(), PART):
-        one, ids = (pl.scan_parquet(path).slice(start, PART).collect() for path in (pairs, tokens))
+    stop = pl.scan_parquet(pairs).select(pl.len()).collect().item() if count is None else start + count
+    for at in range(start, stop, PART):
+        one, ids = (pl.scan_parquet(path).slice(at, min(PART, stop - at)).collect() for path in (pairs, tokens))
         yield one, ids

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 from dpo_assets.feedback.pair import fold
@@ -16,39 +17,80 @@ _ENDS = " .,;:!?…\"'“”‘’*_`"  # No sign of a number or of code: -1 is 
 Edge = tuple[str, str]
 
 
-def contradictions(pairs: pl.DataFrame) -> dict[str, Any]:
-    """Counts of screened pairs that stand in a circle of preferences, and a few of them.
+def contradictions(judged: pl.DataFrame, texts: Callable[[pl.DataFrame], pl.DataFrame]) -> dict[str, Any]:
+    """Counts of pairs that stand in a circle of preferences, and a few of them.
 
     Exact reversals are in quarantine already (reason `conflict`); these are the others: reversals between answers
     that differ only in case, white space, outer punctuation or emphasis, and circles of three answers or more. Only
     prompts with two pairs or more can show one; `compared` counts those prompts' pairs.
+
+    Args:
+        judged: a row a pair, in the order of ids: what tells its prompt (`prompt_a`, `prompt_b`) and its answers
+            (`alike_chosen`, `alike_rejected`) from others, and whatever names it.
+        texts: the pairs of a few of these rows.
     """
     import polars as pl
 
-    several = pairs.filter(pl.len().over("prompt_id") > 1).sort("pair_id")
-    prompts: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in several.select("prompt_id", "chosen", "rejected", "source", "line").iter_rows(named=True):
-        prompts[row["prompt_id"]].append(row)
-    found: list[dict[str, Any]] = []
-    for rows in prompts.values():
-        edges = [(_alike(row["chosen"]), _alike(row["rejected"])) for row in rows]
-        circle = in_circles(edges)
-        found += [row for row, edge in zip(rows, edges, strict=True) if edge in circle]
+    prompt = ["prompt_a", "prompt_b"]
+    several = judged.filter(pl.len().over(prompt) > 1)
+    found = in_circle(several)
+    shown = texts(found.head(EXAMPLES)).sort("pair_id")
     return {
         "compared": several.height,
-        "pairs": len(found),
+        "pairs": found.height,
         "examples": [
             {
                 "row": place(row),
                 **{side: row[side][-1]["content"][:SNIPPET] for side in ("chosen", "rejected")},
             }
-            for row in found[:EXAMPLES]
+            for row in shown.iter_rows(named=True)
         ],
     }
 
 
-def _alike(answer: Iterable[dict[str, str]]) -> str:
-    return "\n".join(fold(message["content"]).casefold().strip(_ENDS) for message in answer)
+def contradictions_in(pairs: pl.DataFrame) -> dict[str, Any]:
+    """`contradictions` of a table of pairs in memory."""
+    import polars as pl
+
+    sides = {f"alike_{side}": [alike(answer) for answer in pairs[side].to_list()] for side in ("chosen", "rejected")}
+    made = pairs.with_row_index("row_number").select(
+        "row_number", "pair_id", prompt_a=pl.col("prompt_id").rank("dense"), prompt_b=0
+    )
+    judged = made.with_columns(pl.Series(name, values, dtype=pl.UInt64) for name, values in sides.items())
+    return contradictions(judged.sort("pair_id"), lambda rows: pairs[rows["row_number"].to_list()])
+
+
+def in_circle(judged: pl.DataFrame) -> pl.DataFrame:
+    """The rows that stand in a circle with others of their prompt, in their order.
+
+    An answer that only wins or only loses stands in none: such pairs are taken out first, again and again, for all
+    prompts at once, and hardly any are left to walk through.
+    """
+    import polars as pl
+
+    prompt = ["prompt_a", "prompt_b"]
+    left = judged.filter(pl.col("alike_chosen") != pl.col("alike_rejected")).with_row_index("at")
+    before = -1
+    while left.height != before:
+        before = left.height
+        for winner, loser in (("alike_chosen", "alike_rejected"), ("alike_rejected", "alike_chosen")):
+            left = left.join(
+                left.select(*prompt, loser), left_on=[*prompt, winner], right_on=[*prompt, loser], how="semi"
+            )
+    rows: list[int] = []
+    edges: defaultdict[tuple[int, int], list[tuple[int, Edge]]] = defaultdict(list)
+    for a, b, at, chosen, rejected in left.select(*prompt, "at", "alike_chosen", "alike_rejected").iter_rows():
+        edges[a, b].append((at, (str(chosen), str(rejected))))
+    for some in edges.values():
+        circle = in_circles(edge for _, edge in some)
+        rows += [at for at, edge in some if edge in circle]
+    return left.filter(pl.col("at").is_in(sorted(rows))).sort("at").drop("at")
+
+
+def alike(answer: Iterable[dict[str, str]]) -> int:
+    """A number for what an answer says, whatever its case, white space, outer punctuation and emphasis."""
+    said = "\n".join(fold(message["content"]).casefold().strip(_ENDS) for message in answer)
+    return int.from_bytes(blake2b(said.encode(), digest_size=8).digest(), "big")
 
 
 def in_circles(edges: Iterable[Edge]) -> set[Edge]:

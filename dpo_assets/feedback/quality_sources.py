@@ -18,6 +18,9 @@ def source_report(accepted: pl.DataFrame) -> dict[str, Any]:
     """Pairs, mean margin and how often the longer answer won, by source, user and label kind; win rates of models.
 
     A user or a source whose preferences follow length alone, or that gives most of all pairs, is seen here.
+
+    Args:
+        accepted: `source` and `facts.FACTS` of accepted pairs.
     """
     return {
         "by_source": _by(accepted, "source"),
@@ -30,7 +33,7 @@ def source_report(accepted: pl.DataFrame) -> dict[str, Any]:
 def _by(pairs: pl.DataFrame, column: str) -> list[dict[str, Any]]:
     import polars as pl
 
-    longer = pl.col("chosen_ids").list.len().cast(pl.Int64) - pl.col("rejected_ids").list.len().cast(pl.Int64)
+    longer = pl.col("chosen_tokens").cast(pl.Int64) - pl.col("rejected_tokens").cast(pl.Int64)
     won = (longer > 0).cast(pl.Float64) + 0.5 * (longer == 0).cast(pl.Float64)
     rows = pairs.group_by(column).agg(pairs=pl.len(), longer_won=won.mean(), margin=pl.col("margin").mean())
     rows = rows.sort("pairs", column, descending=[True, False]).head(MOST)
@@ -47,20 +50,26 @@ def _by(pairs: pl.DataFrame, column: str) -> list[dict[str, Any]]:
 
 def _models(pairs: pl.DataFrame) -> list[dict[str, Any]]:
     """Win rates, where a source says which models answered."""
-    some = pairs.filter(pairs["meta"].str.contains("model", literal=True))
     won: Counter[str] = Counter()
     lost: Counter[str] = Counter()
-    for meta in some["meta"]:
-        value = json.loads(meta)
-        winner, loser = (_model(value, side) for side in ("chosen", "rejected"))
-        if winner and loser and winner != loser:
-            won[winner] += 1
-            lost[loser] += 1
+    some = pairs.filter(pairs["winner"].is_not_null())
+    for winner, loser, count in some.group_by("winner", "loser").len().iter_rows():
+        won[winner] += count
+        lost[loser] += count
     names = sorted(set(won) | set(lost), key=lambda name: (-(won[name] + lost[name]), name))[:MOST]
     return [
         {"name": name, "pairs": won[name] + lost[name], "win_rate": rounded(won[name] / (won[name] + lost[name]))}
         for name in names
     ]
+
+
+def models(meta: str) -> tuple[str | None, str | None]:
+    """(model that gave the chosen answer, model that gave the rejected one), where `meta` names two."""
+    if "model" not in meta:
+        return None, None
+    value = json.loads(meta)
+    winner, loser = (_model(value, side) for side in ("chosen", "rejected"))
+    return (winner, loser) if winner and loser and winner != loser else (None, None)
 
 
 def _model(meta: Any, side: str) -> str | None:

@@ -35,6 +35,7 @@ from dpo_assets.machine import cpus
 from dpo_assets.secret_shapes import masked, says_secret
 
 PROCESSES = 2
+UNCUT = 2**22  # A file of so few bytes is one batch: some thousand pairs.
 WORTH_A_PROCESS = 2 * BATCH_SIZE.size  # Below, starting one takes longer than reading.
 
 
@@ -81,7 +82,7 @@ def cut(file: FeedbackFile, most: BatchSize = BATCH_SIZE) -> list[Span] | None:
     Raises:
         FileRefused: its bytes are no text.
     """
-    if file.refused is not None or file.size <= most.size or format_named(file.format).open is not None:
+    if file.refused is not None or file.size <= min(most.size, UNCUT) or format_named(file.format).open is not None:
         return None
     return spans_of(file, most.size, most.rows)
 

@@ -12,12 +12,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dpo_assets.ahead import ahead
 from dpo_assets.feedback.batches import FLIPPED_ID, PAIR_ID, PROMPT_ID
 from dpo_assets.feedback.cleaner import Cleaner
-from dpo_assets.feedback.near import BAND_COLUMNS, candidates, similarity
+from dpo_assets.feedback.near import BAND_COLUMNS, Compared, candidates, similarity
 from dpo_assets.feedback.overlap import EvaluationSets, read_prompts
 from dpo_assets.feedback.pair import PAIR_COLUMNS, QUARANTINE_COLUMNS, Pair, pandera_schema, polars_schema
 from dpo_assets.feedback.pool import PART, LoadedBatch, Pool
@@ -85,12 +85,19 @@ class Screening:
         policy: of the recipe.
         release: of the recipe.
         marks: special tokens of the base model.
+        rules: those that look at one row alone, or those that hold rows against each other, which then stand for
+            themselves: a row that is refused for itself is held against none.
+        compared: what is known of pairs that were held against each other before; is added to.
+        left_out: pairs that are passed over as if they were not there, by `b` and `n`.
     """
 
     pool: Pool
     policy: CleaningSection = DEFAULT_CLEANING
     release: Sequence[ReleaseRule] = ()
     marks: Sequence[str] = ()
+    rules: Literal["all", "of a row", "across rows"] = "all"
+    compared: Compared = field(default_factory=Compared)
+    left_out: pl.DataFrame | None = None
     duplicates: int = 0
     near_dropped: int = 0
     released: Counter[int] = field(default_factory=Counter)  # Rows by number of the rule.
@@ -105,12 +112,43 @@ class Screening:
 
     def _screened(self) -> pl.DataFrame:
         live = self.pool.keys([*PAIR_ID, *FLIPPED_ID, *PROMPT_ID])
-        live = self._content(live)
+        if self.left_out is not None:
+            live = live.join(self.left_out, on=["b", "n"], how="anti", maintain_order="left")
+        if self.rules == "of a row":
+            return self._overlap(self._content(live)).drop(FLIPPED_ID, PROMPT_ID)
+        if self.rules == "all":
+            live = self._content(live)
         live = self._duplicates(live)
         live = self._conflicts(live).drop(FLIPPED_ID)
-        live = self._overlap(live)
+        if self.rules == "all":
+            live = self._overlap(live)
         live = self._near_duplicates(live)
         return self._cap(live).drop(PROMPT_ID)
+
+    @property
+    def kept(self) -> pl.DataFrame:
+        """`b`, `n` and PAIR_ID of the pairs that no rule refused, in the order of their ids."""
+        return self._live.sort(*PAIR_ID)
+
+    @property
+    def hits(self) -> pl.DataFrame:
+        """`b`, `n`, PAIR_ID, `reason` and `message` of those that one did."""
+        import polars as pl
+
+        schema = {"b": pl.UInt32, "n": pl.UInt32, **dict.fromkeys(PAIR_ID, pl.UInt64)}
+        named = [
+            hits.drop("fault").with_columns(reason=pl.lit(reason), message=pl.lit(message))
+            for hits, (reason, message) in zip(self._hits, self._reasons, strict=True)
+        ]
+        return pl.concat([pl.DataFrame(schema={**schema, "reason": pl.String, "message": pl.String}), *named])
+
+    @property
+    def notes(self) -> pl.DataFrame:
+        """`b`, `n` and `note` of the pairs that a rule of the recipe releases: what their flags have to say."""
+        import polars as pl
+
+        rows = [(b, n, ",".join(flags)) for (b, n), flags in sorted(self._flags.items())]
+        return pl.DataFrame(rows, schema={"b": pl.UInt32, "n": pl.UInt32, "note": pl.String}, orient="row")
 
     # One row's content
 
@@ -236,22 +274,26 @@ class Screening:
         if self.policy.near_duplicates == "keep" or live.height < 2:
             return live
         # The place in the order of ids: a near duplicate of an earlier pair is the one that goes.
-        rank = live.select(pl.struct(PAIR_ID).rank("ordinal")).to_series().cast(pl.UInt32) - 1
+        rank = live.select(pl.arg_sort_by(*PAIR_ID).arg_sort()).to_series()
         names = live.select("b", "n")
-        pairs = candidates((self._band(names, column) for column in BAND_COLUMNS), rank)
-        names = names.with_row_index("g")
+        pairs = candidates((self.pool.of(names, [column])[column] for column in BAND_COLUMNS), rank)
         least = self.policy.near_duplicate_similarity
+        ids = live.select(PAIR_ID)
+        known = self.compared.of(ids[pairs["n"]], ids[pairs["other"]])
         near: dict[int, int] = {}
         for start in range(0, pairs.height, COMPARED_AT_ONCE):
-            block = pairs.slice(start, COMPARED_AT_ONCE)
-            wanted = names.join(pl.concat([block.select(g="n"), block.select(g="other")]).unique(), on="g", how="semi")
-            taken = self.pool.take(wanted, RENDERED).join(wanted, on=["b", "n"], how="left")
-            texts = {r["g"]: r for r in taken.select("g", *RENDERED).iter_rows(named=True)}
-            for n, other in block.iter_rows():
+            block = pairs.slice(start, COMPARED_AT_ONCE).with_columns(known.slice(start, COMPARED_AT_ONCE))
+            fresh = block.filter(pl.col("near").is_null())
+            texts = self._texts(names, pl.concat([fresh["n"], fresh["other"]]).unique())
+            for n, other, is_near in block.iter_rows():
                 # What a near duplicate is near to must stay: a chain of small steps is not dropped as a whole.
-                if n in near or other in near or texts[n]["tools"] != texts[other]["tools"]:
+                if n in near or other in near:
                     continue
-                if similarity(texts[n], texts[other], least) >= least:
+                if is_near is None:
+                    one, two = texts[n], texts[other]
+                    is_near = one["tools"] == two["tools"] and similarity(one, two, least) >= least
+                    self.compared.add(ids.row(n), ids.row(other), is_near)
+                if is_near:
                     near[n] = other
         if not near:
             return live
@@ -264,8 +306,11 @@ class Screening:
         message = f"prompt and both answers say nearly what another pair says (similarity {least:g} or more)"
         return self._reject(live, hit, "near_duplicate", message)
 
-    def _band(self, names: pl.DataFrame, column: str) -> pl.Series:
-        return names.join(self.pool.keys([column]), on=["b", "n"], how="left", maintain_order="left")[column]
+    def _texts(self, names: pl.DataFrame, rows: pl.Series) -> dict[int, dict[str, Any]]:
+        """The texts of some rows of `names`."""
+        wanted = names.with_row_index("g")[rows]
+        taken = self.pool.take(wanted, RENDERED).join(wanted, on=["b", "n"], how="left")
+        return {row["g"]: row for row in taken.select("g", *RENDERED).iter_rows(named=True)}
 
     def _cap(self, live: pl.DataFrame) -> pl.DataFrame:
         import polars as pl
@@ -312,7 +357,7 @@ class Screening:
             for record in out.iter_rows(named=True):
                 self._faults.append(quarantine_record(record, *self._reasons[record["fault"]]))
             accepted = part.filter(pl.col("fault").is_null()).drop("fault")
-            table, faults = _apply_schema(self._with_flags(accepted))
+            table, faults = _apply_schema(self._with_flags(accepted), alone=self.rules == "of a row")
             self._faults += faults
             yield table, len(faults)
 
@@ -347,12 +392,12 @@ def _names(names: Iterable[tuple[int, int]]) -> pl.DataFrame:
     return pl.DataFrame(list(names), schema={"b": pl.UInt32, "n": pl.UInt32}, orient="row")
 
 
-def _apply_schema(table: pl.DataFrame) -> tuple[pl.DataFrame, list[dict[str, Any]]]:
+def _apply_schema(table: pl.DataFrame, alone: bool) -> tuple[pl.DataFrame, list[dict[str, Any]]]:
     """Rows that satisfy the pandera schema, and quarantine rows for those that do not."""
     from pandera.errors import SchemaErrors
 
     try:
-        pandera_schema().validate(table, lazy=True)
+        pandera_schema(alone).validate(table, lazy=True)
         return table, []
     except SchemaErrors as errors:
         cases = errors.failure_cases

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dpo_assets.feedback.pair import TEMPLATE_FAULT
@@ -36,7 +36,7 @@ def fit_to_model(
     """
     import polars as pl
 
-    joined = pairs.join(tokens, on="pair_id", how="left", validate="1:1", maintain_order="left")
+    joined = pairs.join(tokens, on="pair_id", how="left", validate="m:1", maintain_order="left")
     size = pl.col("prompt_ids").list.len().cast(pl.Int64)
     room = (max_length - size).clip(lower_bound=0)
     cut = [pl.col(f"{side}_ids").list.head(room) for side in ("chosen", "rejected")]
@@ -78,29 +78,59 @@ def _described(reason: str, said: str) -> str:
     }[reason]
 
 
-def unfit_template(faults: pl.Series) -> str | None:
+def unfit_template(faults: Mapping[str, int], pairs: int) -> str | None:
     """What the chat template does to nearly all pairs, or None: then it is the template that must change, not the data.
 
     Args:
-        faults: `template_fault` of every pair.
+        faults: how many pairs have each `template_fault`.
+        pairs: that were rendered.
     """
-    reasons = faults.str.splitn(":", 2).struct.field("field_0")
-    found = faults.filter(reasons.is_in(TEMPLATE_FAULTS).fill_null(False))
-    if not len(found) or len(found) < UNFIT_SHARE * len(faults):
+    found = {fault: count for fault, count in faults.items() if fault.partition(":")[0] in TEMPLATE_FAULTS}
+    total = sum(found.values())
+    if not total or total < UNFIT_SHARE * pairs:
         return None
-    counts = found.value_counts(sort=True).head(MOST_KINDS).iter_rows()
-    kinds = [f"{_described(fault.partition(':')[0], _said(fault))} ({count})" for fault, count in counts]
-    return f"{len(found)} of {len(faults)} pairs cannot be rendered: {'; '.join(kinds)}"
+    most = sorted(found.items(), key=lambda one: (-one[1], one[0]))[:MOST_KINDS]
+    kinds = [f"{_described(fault.partition(':')[0], _said(fault))} ({count})" for fault, count in most]
+    return f"{total} of {pairs} pairs cannot be rendered: {'; '.join(kinds)}"
 
 
 def _said(template_fault: str | None) -> str:
     return (template_fault or "").partition(": ")[2]
 
 
+def draw_of(group_id: str, seed: int) -> int:
+    """What is drawn for a group: a whole number below 2**64. Depends on the group alone, so a group stays as feedback
+    grows."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{group_id}".encode()).digest()[:8], "big")
+
+
 def in_eval_split(group_id: str, fraction: float, seed: int) -> bool:
-    """Whether a group is drawn to be held out. Depends on the group alone, so a group stays as feedback grows."""
-    draw = int.from_bytes(hashlib.sha256(f"{seed}:{group_id}".encode()).digest()[:8], "big") / 2**64
-    return draw < fraction
+    """Whether a group is drawn to be held out."""
+    return draw_of(group_id, seed) / 2**64 < fraction
+
+
+def held_out(drawn: pl.Series, together: pl.Series) -> pl.Series:
+    """Which pairs are held out: those of which all that stand together were drawn to be.
+
+    Args:
+        drawn: whether a pair's group was drawn to be held out, and may be.
+        together: pairs with equal values stay on one side.
+    """
+    import polars as pl
+
+    table = pl.DataFrame({"drawn": drawn, "together": together})
+    return table.select(pl.col("drawn").all().over("together")).to_series()
+
+
+def sides(facts: pl.DataFrame, fraction: float, kept_in_train: Collection[str] = ()) -> pl.Series:
+    """Which pairs are held out, by their `draw`, `group_id` and `together`. Groups of `kept_in_train` never are."""
+    import polars as pl
+
+    # As `in_eval_split` draws: a division by a power of two is exact.
+    drawn = facts["draw"].cast(pl.Float64) / 2.0**64 < fraction
+    if kept_in_train:
+        drawn = drawn & ~facts["group_id"].is_in(list(kept_in_train))
+    return held_out(drawn, facts["together"]).alias("held_out")
 
 
 def split(
@@ -113,10 +143,9 @@ def split(
     """
     import polars as pl
 
-    held_out = [in_eval_split(g, fraction, seed) and g not in kept_in_train for g in pairs["group_id"]]
-    mask = pl.Series("held_out", held_out, dtype=pl.Boolean)
-    together = pl.coalesce(_opening(), pl.col("group_id"))
-    ordered = pairs.with_columns(mask).with_columns(pl.col("held_out").all().over(together)).sort("pair_id")
+    drawn = [in_eval_split(g, fraction, seed) and g not in kept_in_train for g in pairs["group_id"]]
+    mask = held_out(pl.Series(drawn, dtype=pl.Boolean), pairs.select(together()).to_series())
+    ordered = pairs.with_columns(mask.alias("held_out")).sort("pair_id")
     train = ordered.filter(~pl.col("held_out")).drop("held_out")
     return train, ordered.filter(pl.col("held_out")).drop("held_out")
 
@@ -132,6 +161,13 @@ def shared_prompts(one: pl.DataFrame, other: pl.DataFrame) -> int:
 
 def _openings(pairs: pl.DataFrame) -> pl.DataFrame:
     return pairs.select(opening=_opening()).unique()
+
+
+def together() -> pl.Expr:
+    """What the pairs of one side share: their opening message; the group of a pair without one."""
+    import polars as pl
+
+    return pl.coalesce(_opening(), pl.col("group_id")).alias("together")
 
 
 def _opening() -> pl.Expr:

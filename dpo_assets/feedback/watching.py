@@ -204,7 +204,7 @@ def _local(
 ) -> Look:
     look = Look(source.shown)
     try:
-        found = list(local_files(str(source.path)))
+        found = list(local_files(source.pattern()))
     except DpoAssetsError as error:
         return replace(look, fault=str(error))
     files = [(path, root, source) for path, root in found if str(path) not in shelf.files]

@@ -1,4 +1,4 @@
-"""Comparisons to shares with intervals: raw, corrected for a judge's errors, and at equal length."""
+"""Comparisons counted, and their share of wins: as it is, and at equal length."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Protocol
 
 import numpy as np
 
-from dpo_assets.checks.evidence.clusters import FEWEST_FREEDOM, Floats
+from dpo_assets.checks.evidence.clusters import FEWEST_FREEDOM, Clusters, Floats
 from dpo_assets.checks.evidence.paired import SEED, expanded_tail
 from dpo_assets.checks.statistics import Proportion, wilson
 from dpo_assets.judging.comparing import Comparison, Outcome
+from dpo_assets.judging.shares import Share
 
 SCORES = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 RIDGE = 1e-3  # Of the logistic fit: without it a length that parts the outcomes has no finite slope.
@@ -48,80 +49,51 @@ class Tally:
     def asked(self) -> int:
         return self.wins + self.ties + self.losses + self.nulls
 
-    @property
-    def decided(self) -> int:
-        return self.asked - self.nulls
 
-    def share(self, confidence: float) -> Proportion:
-        """Of wins among the comparisons with a verdict, a tie counted half."""
-        return wilson(self.wins + 0.5 * self.ties, self.decided, confidence)
-
-
-def corrected(share: Proportion, agreement: Proportion) -> Proportion:
-    """The share that people would have preferred, from a judge's share and its agreement with people.
-
-    A judge that agrees with people with probability p, whichever answer is the better one (both orders are asked), sees
-    w = p t + (1 - p) (1 - t) of a true share t, so t = (w + p - 1) / (2 p - 1) (Rogan & Gladen 1978). How far the ends
-    of both intervals move it (dt/dw = 1 / (2 p - 1), dt/dp = (1 - 2 w) / (2 p - 1)^2) adds up as independent variances
-    do (Zou & Donner 2008): by the root of w (1 - w) / n alone 16 wins of 16 would be certain.
-
-    Args:
-        agreement: share of people's own pairs in which the judge preferred what they did, a tie counted half.
-
-    An approximation: in 80 settings (true share 0.3 to 0.95, agreement 0.62 to 0.9, 16 to 200 answers, 100 or 200 pairs
-    of people; 3,000 draws each) intervals at 95 % held the true share in 88.7 to 99.0 % of the draws that gave one, and
-    below 91.7 % only with an agreement of 0.62, where 3 of 10 gave none.
-
-    A judge whose agreement may be that of a coin says nothing: NaN, between 0 and 1.
-    """
-    nothing = Proportion(math.nan, 0.0, 1.0, share.n)
-    if not share.n or not agreement.n or agreement.low <= 0.5:
-        return nothing
-    w, p = share.value, agreement.value
-    slope = 2 * p - 1
-    by_share, by_agreement = 1 / slope, (1 - 2 * w) / slope**2
-
-    def reach(down: bool) -> float:
-        """How far the value reaches: by the ends of both that move it there, as they lie from their values."""
-        of_share = w - share.low if down else share.high - w
-        of_agreement = agreement.high - p if (by_agreement < 0) == down else p - agreement.low
-        return math.hypot(by_share * of_share, by_agreement * of_agreement)
-
-    value = (w + p - 1) / slope
-    low, high = (min(1.0, max(0.0, end)) for end in (value - reach(True), value + reach(False)))
-    return Proportion(min(1.0, max(0.0, value)), low, high, share.n)
+def share_of(comparisons: Sequence[Compared], conversations: Sequence[object], confidence: float) -> Share:
+    """Of wins among the comparisons with a verdict, a tie counted half."""
+    decided = [(SCORES[c.outcome], of) for c, of in zip(comparisons, conversations, strict=True) if c.outcome != "null"]
+    return Share.of([score for score, _ in decided], [of for _, of in decided], confidence)
 
 
 def at_equal_length(
-    comparisons: Sequence[Compared], lengths: Sequence[tuple[int, int]], confidence: float
+    comparisons: Sequence[Compared],
+    lengths: Sequence[tuple[int, int]],
+    conversations: Sequence[object],
+    confidence: float,
 ) -> Proportion:
     """Win share at a length difference of zero: a logistic fit of the outcome on tanh of the standardised difference.
 
     The reduced form of AlpacaEval's length-controlled rate (Dubois et al., arXiv 2404.04475). Its interval is a
-    bootstrap of the whole fit over prompts, with a fixed seed. NaN between 0 and 1 without a verdict; too few bound
-    nothing.
+    bootstrap of the whole fit over conversations, with a fixed seed. NaN between 0 and 1 without a verdict; too few
+    bound nothing.
 
     Args:
-        comparisons: one a prompt.
         lengths: characters of the first and of the second answer of each comparison.
+        conversations: which each comparison belongs to.
     """
     decided = [
-        (SCORES[c.outcome], float(a - b)) for c, (a, b) in zip(comparisons, lengths, strict=True) if c.outcome != "null"
+        (SCORES[c.outcome], float(a - b), of)
+        for c, (a, b), of in zip(comparisons, lengths, conversations, strict=True)
+        if c.outcome != "null"
     ]
     count = len(decided)
     if not decided:
         return Proportion(math.nan, 0.0, 1.0, 0)
-    outcomes, differences = (np.asarray(side) for side in zip(*decided, strict=True))
+    outcomes, differences = (np.asarray([row[column] for row in decided], dtype=float) for column in (0, 1))
+    clusters = Clusters.of([of for _, _, of in decided], count)
     share = float(_at_zero(outcomes, differences, np.ones((1, count)))[0])
-    if count - 1 < FEWEST_FREEDOM:
-        return Proportion(share, 0.0, 1.0, count)
-    drawn = np.random.default_rng(SEED).multinomial(count, np.full(count, 1 / count), size=DRAWS_OF_FITS)
-    tail = expanded_tail(count - 1, confidence)
-    low, high = np.quantile(_at_zero(outcomes, differences, drawn.astype(float)), [tail, 1 - tail])
+    if clusters.equivalent - 1 < FEWEST_FREEDOM:
+        return Proportion(share, 0.0, 1.0, count, clusters.count)
+    each = np.full(clusters.count, 1 / clusters.count)
+    drawn = np.random.default_rng(SEED).multinomial(clusters.count, each, size=DRAWS_OF_FITS).astype(float)
+    tail = expanded_tail(clusters.equivalent - 1, confidence)
+    low, high = np.quantile(_at_zero(outcomes, differences, drawn[:, clusters.codes]), [tail, 1 - tail])
     # Where all went one way, every draw does, and says nothing of how far others would go.
-    known = wilson(count * share, count, confidence) if len(set(outcomes.tolist())) == 1 else None
+    pairs = clusters.equivalent
+    known = wilson(pairs * share, pairs, confidence) if len(set(outcomes.tolist())) == 1 else None
     low, high = (float(low), float(high)) if known is None else (known.low, known.high)
-    return Proportion(share, min(share, low), max(share, high), count)
+    return Proportion(share, min(share, low), max(share, high), count, clusters.count)
 
 
 def _at_zero(outcomes: Floats, differences: Floats, weights: Floats) -> Floats:

@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dpo_assets.judging.comparing import Judge, Message
+from dpo_assets.judging.comparing import Form, Judge, Message, Reply
 from dpo_assets.sqlite_file import prepare_sound
 
 
@@ -52,17 +52,22 @@ class Remembered:
     def identity(self) -> str:
         return self.judge.identity
 
-    def reply(self, messages: Sequence[Message]) -> str:
-        key = hashlib.sha256(json.dumps([self.identity, list(messages)], sort_keys=True).encode()).hexdigest()
+    @property
+    def form(self) -> Form:
+        return self.judge.form
+
+    def reply(self, messages: Sequence[Message]) -> Reply:
+        asked = [self.identity, list(messages), "with letters"]  # Text alone was kept before.
+        key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
         with closing(sqlite3.connect(self.path, timeout=60)) as db:
             known = db.execute("select reply, digest from kept where question = ?", (key,)).fetchone()
         if known is not None and known[1] == _digest(key, known[0]):
-            return str(known[0])
+            return Reply.loads(known[0])
         self.dropped += known is not None
         reply = self.judge.reply(messages)
-        self.asked += 1
+        self.asked, kept = self.asked + 1, reply.dumps()
         with closing(sqlite3.connect(self.path, timeout=60)) as db, db:
-            db.execute("insert or replace into kept values (?, ?, ?)", (key, reply, _digest(key, reply)))
+            db.execute("insert or replace into kept values (?, ?, ?)", (key, kept, _digest(key, kept)))
         return reply
 
 

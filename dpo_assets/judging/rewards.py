@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from dpo_assets.checks.evidence.clusters import clustered_mean, wins_of
 from dpo_assets.checks.reports import RewardModelScores
-from dpo_assets.checks.statistics import Proportion, wilson
 from dpo_assets.judging.comparing import Outcome
-from dpo_assets.judging.rates import at_equal_length, corrected
+from dpo_assets.judging.rates import at_equal_length, share_of
+from dpo_assets.judging.shares import corrected
 
 TOO_LONG, REFUSED, NOT_FINITE = "too_long", "template_refused", "not_finite"
 OUTCOMES: dict[float, Outcome] = {1.0: "win", 0.5: "tie", 0.0: "loss"}
@@ -25,10 +25,12 @@ class Rewarded:
         rewards: of the first and of the second answer; None where one of them has none.
         why_none: the reason; empty where there are rewards.
         lengths: of the answers, in characters.
+        conversation: which the prompt belongs to.
     """
 
     rewards: tuple[float, float] | None
     lengths: tuple[int, int]
+    conversation: str
     why_none: str = ""
 
     @property
@@ -47,11 +49,12 @@ def summarise(
 ) -> RewardModelScores:
     """What a reward model says of the policy's answers (first of each pair), and of what people chose (first too).
 
-    Every pair is of a prompt of its own, so its intervals count prompts.
+    Its intervals count conversations.
     """
     outcomes = [one.outcome for one in answers]
-    share, agreement = _share(answers, confidence), _share(people, confidence)
-    alike = at_equal_length(answers, [one.lengths for one in answers], confidence)
+    share, agreement = (share_of(pairs, _conversations(pairs), confidence) for pairs in (answers, people))
+    alike = at_equal_length(answers, [one.lengths for one in answers], _conversations(answers), confidence)
+    scored = [one for one in answers if one.rewards]
     return RewardModelScores(
         model=model,
         confidence=confidence,
@@ -59,18 +62,16 @@ def summarise(
         ties=outcomes.count("tie"),
         losses=outcomes.count("loss"),
         left_out=Counter(one.why_none for one in answers if one.why_none),
-        share=share,
+        share=share.proportion(confidence),
         share_at_equal_length=alike.value,
         interval_at_equal_length=(alike.low, alike.high),
-        difference=clustered_mean([one.difference for one in answers if one.rewards], None, confidence),
+        difference=clustered_mean([one.difference for one in scored], _conversations(scored), confidence),
         human_pairs=len(people),
         human_left_out=Counter(one.why_none for one in people if one.why_none),
-        agreement=agreement,
-        corrected=corrected(share, agreement),
+        agreement=agreement.proportion(confidence),
+        corrected=corrected(share, agreement, confidence),
     )
 
 
-def _share(pairs: Sequence[Rewarded], confidence: float) -> Proportion:
-    """Of pairs whose first answer has the higher reward, ties counted half."""
-    wins = wins_of([one.difference for one in pairs if one.rewards])
-    return wilson(math.fsum(wins), len(wins), confidence)
+def _conversations(pairs: Sequence[Rewarded]) -> list[str]:
+    return [one.conversation for one in pairs]

@@ -204,32 +204,35 @@ def _is_weight(tensor: Stored) -> bool:
     return tensor.name.endswith(".weight")
 
 
-def refuse_as_reward_model(folder: Path) -> None:
+def refuse_as_reward_model(folder: Path, *, called: str = "", weighed: bool | None = None) -> None:
     """Whether a folder can be a reward model, by what its JSON files and names say.
+
+    Args:
+        called: what a message names it; empty: the folder.
+        weighed: whether it has safetensors weights, where the folder is all of a model but these; None: it is looked.
 
     Raises:
         ConfigError: it is not there, has no safetensors weights, more outputs than one, or no chat template.
     """
     if not folder.is_dir():
         raise ConfigError(f"evaluation.reward_model: there is no folder {folder}; a Hub id looks like `org/name`.")
-    config = read_object(folder / CONFIG, "a model folder needs it")
-    tokenizer = read_object(folder / TOKENIZER_CONFIG, "the tokenizer is missing")
+    name = called or str(folder)
+    config = read_object(folder / CONFIG, f"{name} needs it, as every model folder does")
+    tokenizer = read_object(folder / TOKENIZER_CONFIG, f"the tokenizer of {name} is missing")
     kinds = [str(kind) for kind in config.get("architectures") or []]
     if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
         raise ConfigError(
-            f"evaluation.reward_model: {folder} holds {', '.join(kinds) or 'no named architecture'}, and a reward "
+            f"evaluation.reward_model: {name} holds {', '.join(kinds) or 'no named architecture'}, and a reward "
             "model is a sequence classifier (`...ForSequenceClassification`), as TRL's RewardTrainer saves it"
         )
     outputs = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
     if outputs != 1:
-        raise ConfigError(
-            f"evaluation.reward_model: {folder} has {outputs} outputs (`id2label`), a reward model has one"
-        )
-    if not read_weights(folder).names:
-        raise ConfigError(f"evaluation.reward_model: {folder} holds no safetensors weights; save it once more as those")
+        raise ConfigError(f"evaluation.reward_model: {name} has {outputs} outputs (`id2label`), a reward model has one")
+    if not (read_weights(folder).names if weighed is None else weighed):
+        raise ConfigError(f"evaluation.reward_model: {name} holds no safetensors weights; save it once more as those")
     if not _templates(folder, tokenizer):
         raise ConfigError(
-            f"evaluation.reward_model: {folder} has no chat template; put the one that it was trained with there, as "
+            f"evaluation.reward_model: {name} has no chat template; put the one that it was trained with there, as "
             f"{TEMPLATE}"
         )
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
@@ -12,13 +15,14 @@ from dpo_assets.planning.dataset import DatasetStats
 from dpo_assets.planning.decision import decide, what_would_fit
 from dpo_assets.planning.offers import BUILT_IN, EngineOffer
 from dpo_assets.planning.precision import QUANTISED, Compute, Device, Half, Precision, compute_format
+from dpo_assets.planning.refresh import Refresh
 from dpo_assets.planning.schedule import warmup_steps
 from dpo_assets.planning.scoring import Scoring, choose_scoring
 from dpo_assets.planning.shape import Kernels, ModelShape, Part
 from dpo_assets.planning.targets import LoraCoverage, planned_coverage, resolve_targets
 from dpo_assets.recipe import DpoSection, LoraSection, Recipe, SftSection, Speedup
 
-__all__ = ["DatasetStats", "Kernels", "ModelShape", "TrainingPlan", "make_plan", "steps_of"]
+__all__ = ["DatasetStats", "Kernels", "ModelShape", "TrainingPlan", "make_plan", "settings_digest", "steps_of"]
 
 
 class TrainingPlan(BaseModel):
@@ -54,7 +58,7 @@ class TrainingPlan(BaseModel):
     would_fit: list[str] = Field(default=[], description="Where it does not fit: single changes that would.")
     parameters: int
     max_length: int
-    train_pairs: int
+    train_pairs: int = Field(description="Pairs that DPO trains on.")
     eval_pairs: int
     sft_steps: int
     dpo_steps: int
@@ -62,6 +66,7 @@ class TrainingPlan(BaseModel):
     coverage: LoraCoverage = Field(default=LoraCoverage(), description="What of the layers the adapter will change.")
     sft: SftSection
     dpo: DpoSection
+    refresh: Refresh = Field(default=Refresh(), description="What DPO starts from, and which pairs are trained on.")
 
     @property
     def compute(self) -> Compute:
@@ -88,16 +93,33 @@ class TrainingPlan(BaseModel):
         `trainer`, `router_balance` and `reference_strategy`, and by the memory of a forward `micro_batch_size` and
         `batch_size`. No other does, which is why a new rate, beta or loss keeps the SFT checkpoint.
         """
-        return self._identity("sft")
+        return self.sft_part_on(self.refresh.sft.dataset)
+
+    def sft_part_on(self, dataset: str) -> dict[str, object]:
+        """The same for a checkpoint that is trained on the dataset of this digest."""
+        return {**self._identity("sft"), "dataset": dataset}
 
     def dpo_part(self) -> dict[str, object]:
         """What the DPO adapter depends on, beside its inputs."""
-        return self._identity("dpo")
+        return {**self._identity("dpo"), "refresh": self.refresh.settings()}
 
     def _identity(self, section: Literal["sft", "dpo"]) -> dict[str, object]:
         """What any training depends on, and the section of the stage. `half` counts where layers compute in it."""
         keys = {"device", "precision", "kernels", "speedups", "max_length", "lora", section}
         return self.model_dump(include=keys) | {"compute": self.compute}
+
+    def refreshed(self, refresh: Refresh) -> TrainingPlan:
+        """The same plan from another start, with the steps that its pairs make."""
+        sft, dpo = refresh.sft, self.train_pairs if refresh.whole else refresh.new + refresh.sampled
+        adopted = self.sft.strategy == "adopt"
+        return self.model_copy(
+            update={
+                "refresh": refresh,
+                "train_pairs": dpo,
+                "sft_steps": 0 if adopted else steps_of(sft.pairs, self.sft.batch_size, self.sft.epochs),
+                "dpo_steps": steps_of(dpo, self.dpo.batch_size, self.dpo.epochs),
+            }
+        )
 
     def at_release(self) -> TrainingPlan:
         """The plan by which the release is scored: merged weights in what their layers compute in, never quantised.
@@ -156,6 +178,11 @@ class TrainingPlan(BaseModel):
         budget = min(self.token_budget, offer.token_budget)
         changed = {"recomputed_layers": offer.recomputed_layers or 0, "reference_budget": budget}
         return self.model_copy(update=changed | {"token_budget": budget})
+
+
+def settings_digest(settings: Mapping[str, object]) -> str:
+    """sha256 of a part of a plan, which an artefact keeps of the plan that it was made by."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def steps_of(pairs: int, batch: int, epochs: float) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dpo_assets.planning.plan import TrainingPlan
 
 GIB = 2**30
-KEPT_CHECKPOINTS = 2  # The newest that is whole, and the one that is being written.
+KEPT_CHECKPOINTS = 3  # The last two, and the one that is being written.
 BESIDE = 16 * 2**20  # Bytes of reports, tables, tokenizer files and logs of a run, on top of its weights.
 
 

@@ -19,7 +19,6 @@ from dpo_assets.publishing.loading import load_snippet, serve_line
 from dpo_assets.publishing.trace import Withdrawn
 from dpo_assets.untrusted import in_code, in_markdown
 
-GENERATIONS = 1  # Releases that a policy's start goes back to: each is trained from the base, never from a release.
 OUTCOMES: dict[Level, str] = {"pass": "passed", "warn": "warned", "error": "failed"}
 
 
@@ -90,7 +89,7 @@ class CardFacts:
 def card_settings(plan: TrainingPlan) -> dict[str, object]:
     """What a card says of a plan: with the same of it, a plan for another device or with other memory is no other
     release."""
-    told = {"precision", "max_length", "dpo_steps", "sft", "dpo", "lora"}
+    told = {"precision", "max_length", "dpo_steps", "sft", "dpo", "lora", "refresh"}
     return {**plan.model_dump(mode="json", include=told), "compute": plan.compute}
 
 
@@ -99,6 +98,7 @@ def render_card(facts: CardFacts) -> str:
     plan, data = facts.plan, facts.dataset
     reasons = ", ".join(f"{in_markdown(reason)}: {count}" for reason, count in data["reasons"].items()) or "none"
     versions = ", ".join(f"{name} {version}" for name, version in sorted(facts.versions.items()))
+    outside = f", {count} outside of the days trained on" if (count := data.get("outside_window", 0)) else ""
     return f"""---
 {front_matter(facts)}
 ---
@@ -113,11 +113,11 @@ A language model aligned to human preferences by direct preference optimisation 
 
 ## Training data
 {data["rows_in"]} feedback rows: {data["accepted"]} accepted ({data["train_pairs"]} train,
-{data["eval_pairs"]} held out), {data["quarantined"]} quarantined ({reasons}), {data["duplicates"]} duplicates.
+{data["eval_pairs"]} held out), {data["quarantined"]} quarantined ({reasons}), {data["duplicates"]} duplicates{outside}.
 Dataset digest `{facts.dataset_digest}`.
 
 ## Procedure
-SFT: {plan.sft.strategy}. DPO: loss {" + ".join(plan.dpo.losses)}, beta {plan.dpo.beta:g}, learning rate
+SFT: {_sft(facts)}. DPO: loss {" + ".join(plan.dpo.losses)}, beta {plan.dpo.beta:g}, learning rate
 {plan.dpo.learning_rate:g} ({plan.dpo.schedule}, warm-up {plan.dpo.warmup_ratio:g}), {plan.dpo_steps} steps of
 {plan.dpo.batch_size} pairs, {plan.dpo.epochs:g} epochs, LoRA rank {plan.lora.rank} alpha {plan.lora.alpha},
 max length {plan.max_length} tokens, seed {plan.dpo.seed}.
@@ -285,10 +285,33 @@ def _standing(facts: CardFacts) -> str:
     told.append(f"Decided: {facts.decision}; {level}. All decisions so far spent {spent}.")
     if one.override:
         told.append(f"A person decided, and not the rules: {in_markdown(one.override)}.")
-    told.append(f"Generation depth: {GENERATIONS}. It was trained from the base, not from an earlier release.")
+    told.append(_generation(facts))
     if one.replaces:
         told.append(_withdrawn(one.withdrawn))
     return "\n".join(told)
+
+
+def _generation(facts: CardFacts) -> str:
+    """How many trainings on preferences lie behind the policy, and on what the last one was."""
+    refresh = facts.plan.refresh
+    depth = f"Generation depth: {refresh.generation}. "
+    if refresh.whole:
+        return depth + "It was trained from SFT on all training pairs, not from an earlier release."
+    return (
+        depth + f"It went on from an earlier release (`{refresh.policy}`): {refresh.new} new pairs and "
+        f"{refresh.sampled} of the earlier ones; the reference stayed SFT."
+    )
+
+
+def _sft(facts: CardFacts) -> str:
+    """What SFT was, and what it was trained on where that is not the dataset of this release."""
+    sft, strategy = facts.plan.refresh.sft, facts.plan.sft.strategy
+    if strategy == "adopt" or sft.dataset in ("", facts.dataset_digest):
+        return strategy
+    return (
+        f"{strategy}, on the {sft.pairs} training pairs of the dataset `{sft.dataset}`, an earlier one: {sft.newer} of "
+        "those of now are newer, and none was withdrawn"
+    )
 
 
 def _withdrawn(found: Withdrawn | None) -> str:

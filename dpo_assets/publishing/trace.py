@@ -6,7 +6,7 @@ and a dataset keeps, with every pair, the file and the row that it was read from
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING
 from dpo_assets.artifact import Artifact, ArtifactTree
 from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.batches import INDEX, PAIRS
+from dpo_assets.feedback.dataset import Split, read_split
 from dpo_assets.feedback.library import BATCH_KIND, PAIRED_KIND
 
 if TYPE_CHECKING:
     import polars as pl
 
 PUBLISHED, DATASET, RAW = "published_model", "dpo_dataset", "raw_preferences"
-SPLITS = {"trained on": "train.parquet", "held out": "eval.parquet"}
+TRAINED_ON = "trained on"
+USES: dict[str, Split] = {TRAINED_ON: "train", "held out": "eval"}
 COLUMNS = ("pair_id", "source", "row", "line", "row_hash")
 NAMED_BY = ("pair_id", "row_hash", "row", "source")  # What a row may be asked for by; a source names all its rows.
 
@@ -32,11 +34,14 @@ class TracedRelease:
 
     Attributes:
         datasets: by digest.
+        own: digest of the one that the release itself is of; the others are of its SFT checkpoint, or of a release
+            that it went on from.
         gone: digests of datasets that are not in the store any more, so that their rows cannot be named.
     """
 
     artifact: Artifact
     datasets: Mapping[str, Artifact]
+    own: str
     gone: tuple[str, ...]
 
     @property
@@ -45,8 +50,8 @@ class TracedRelease:
 
     @cached_property
     def rows(self) -> pl.DataFrame:
-        """Every pair of its datasets once a use: COLUMNS, and `use`, one of SPLITS."""
-        return rows_of(self.datasets.values())
+        """Every pair of its datasets once a use: COLUMNS, and `use`, one of USES."""
+        return rows_of(self.datasets, self.own)
 
     def touched_by(self, name: str) -> pl.DataFrame:
         """Its rows of that pair id, row hash, row or source."""
@@ -55,15 +60,19 @@ class TracedRelease:
         return self.rows.filter(pl.any_horizontal(pl.col(column) == name for column in NAMED_BY))
 
 
-def rows_of(datasets: Iterable[Artifact]) -> pl.DataFrame:
-    """Every pair of some datasets once a use: COLUMNS, and `use`, one of SPLITS."""
+def rows_of(datasets: Mapping[str, Artifact], own: str) -> pl.DataFrame:
+    """Every pair of some datasets once a use: COLUMNS, and `use`, one of USES.
+
+    Held-out pairs are those of the dataset `own` alone: what an earlier model was once looked at with is in no weight.
+    """
     import polars as pl
 
     empty = pl.DataFrame(schema={name: pl.Int64 if name == "line" else pl.String for name in (*COLUMNS, "use")})
     parts = [
-        pl.read_parquet(dataset.path / file, columns=list(COLUMNS)).with_columns(use=pl.lit(use))
-        for dataset in datasets
-        for use, file in SPLITS.items()
+        read_split(dataset.path, split, COLUMNS).with_columns(use=pl.lit(use))
+        for digest, dataset in datasets.items()
+        for use, split in USES.items()
+        if digest == own or use == TRAINED_ON
     ]
     return pl.concat([empty, *parts], how="vertical_relaxed").unique(maintain_order=True)
 
@@ -136,15 +145,17 @@ class Trace:
         earlier = next((one for one in self.releases if one.name == before), None)
         if earlier is None or earlier.gone:
             return None
-        now = [self._by_digest[digest] for digest in dict.fromkeys(self._behind(inputs)) if digest in self._by_digest]
-        missing = earlier.rows.unique("pair_id").filter(~pl.col("pair_id").is_in(rows_of(now)["pair_id"].implode()))
+        behind = dict.fromkeys(self._behind(inputs))
+        now = {digest: self._by_digest[digest] for digest in behind if digest in self._by_digest}
+        there = rows_of(now, inputs.get(DATASET, ""))["pair_id"]
+        missing = earlier.rows.unique("pair_id").filter(~pl.col("pair_id").is_in(there.implode()))
         if not missing.height:
             return Withdrawn()
         newest = self._by_digest.get(inputs.get(DATASET, ""))
-        there = self.in_feedback(missing, newest.manifest.inputs.get(RAW, "") if newest is not None else "")
-        if there is None:
+        still = self.in_feedback(missing, newest.manifest.inputs.get(RAW, "") if newest is not None else "")
+        if still is None:
             return Withdrawn(unknown=missing.height)
-        return Withdrawn(gone=missing.height - int(there.sum()), left_out=int(there.sum()))
+        return Withdrawn(gone=missing.height - int(still.sum()), left_out=int(still.sum()))
 
     def withdrawn_since(self, name: str) -> int | None:
         """Pairs behind the staged release of that fingerprint whose rows the feedback that was read last has no more.
@@ -201,11 +212,12 @@ class Trace:
     def _traced(self, release: Artifact) -> TracedRelease:
         digests = dict.fromkeys(self._behind(release.manifest.inputs))
         there = {digest: self._by_digest[digest] for digest in digests if digest in self._by_digest}
-        return TracedRelease(release, there, tuple(digest for digest in digests if digest not in there))
+        gone = tuple(digest for digest in digests if digest not in there)
+        return TracedRelease(release, there, next(iter(digests), ""), gone)
 
     def _behind(self, inputs: Mapping[str, str]) -> Iterator[str]:
-        """Digests of datasets behind what was made from `inputs`: an SFT checkpoint may be of an earlier one than the
-        adapter is."""
+        """Digests of datasets behind what was made from `inputs`, its own before others: an SFT checkpoint may be of
+        an earlier one than the adapter is, and so is a release that it went on from."""
         waiting, seen = list(inputs.items()), set[str]()
         while waiting:
             kind, digest = waiting.pop(0)

@@ -12,6 +12,7 @@ from dpo_assets.recipe.feedback import (
     FeedbackSource,
     ReleaseRule,
     SqlSource,
+    WindowSection,
 )
 from dpo_assets.recipe.model import BUILTIN, TEMPLATE_DATE, BaseModelSection, looks_like_hub_id
 from dpo_assets.recipe.running import (
@@ -75,6 +76,7 @@ __all__ = [
     "SftSection",
     "Speedup",
     "SqlSource",
+    "WindowSection",
     "apply_overrides",
     "holds_more_than_a_place",
     "is_url",

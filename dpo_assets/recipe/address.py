@@ -1,9 +1,13 @@
-"""Addresses and files that a recipe names. No secret can be in them: they reach artefacts, cards, caches and logs."""
+"""Addresses, files, variables and time zones that a recipe names.
+
+No secret can be in them: they reach artefacts, cards, caches and logs.
+"""
 
 from __future__ import annotations
 
 import re
 from typing import Annotated
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import AfterValidator
 
@@ -44,7 +48,26 @@ def _link(url: str) -> str:
     return url
 
 
+def _variable(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise hidden_fault(
+            "the name of an environment variable is meant (letters, digits and `_`), not its value: export the value "
+            "under a name, and write that here. If this is a URL with a password or a key, it stands in this file now"
+        )
+    return name
+
+
+def _time_zone(name: str) -> str:
+    try:
+        ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        raise ValueError(f"there is no time zone `{name}`; IANA names are meant, such as `Europe/Vienna`") from None
+    return name
+
+
 # What a field of the recipe takes. A fault never repeats the value.
 ServiceAddress = Annotated[str, AfterValidator(_service)]
 LocalPath = Annotated[str, AfterValidator(_local)]
+TimeZone = Annotated[str, AfterValidator(_time_zone)]
+VariableName = Annotated[str, AfterValidator(_variable)]
 PublicLink = Annotated[str, AfterValidator(_link)]

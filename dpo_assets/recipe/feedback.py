@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from dpo_assets.recipe.address import LocalPath
+from dpo_assets.recipe import dated
+from dpo_assets.recipe.address import LocalPath, TimeZone, VariableName
 from dpo_assets.recipe.model import is_commit
 from dpo_assets.secret_shapes import MASK, without_url_secrets
 from dpo_assets.section import Section, hidden_fault
@@ -22,7 +24,7 @@ class SqlSource(Section):
         description="An SQLite file, relative to the folder of the YAML file.",
         examples=["./feedback.db"],
     )
-    url_env: str | None = Field(
+    url_env: VariableName | None = Field(
         default=None,
         description="Environment variable with the URL (`postgresql://user:password@host/db` or `sqlite:///file.db`).",
         examples=["FEEDBACK_DATABASE_URL"],
@@ -42,18 +44,7 @@ class SqlSource(Section):
         ),
     )
 
-    # Not by `pattern` or after the model: both would repeat the value, and people write the URL itself here.
-    @field_validator("url_env")
-    @classmethod
-    def _names_a_variable(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
-            raise hidden_fault(
-                "`url_env` is the name of an environment variable (letters, digits and `_`), not the URL: export "
-                "FEEDBACK_DATABASE_URL=..., and write FEEDBACK_DATABASE_URL here. If it is a URL with a password, it "
-                "stands in this file now."
-            )
-        return value
-
+    # Not after the model: that would repeat the value.
     @field_validator("database")
     @classmethod
     def _is_a_file(cls, value: str | None) -> str | None:
@@ -85,7 +76,8 @@ class FeedbackSource(Section):
         description=(
             "File or glob (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`; all but the last also with `.gz` or `.zst` "
             "behind), relative to the folder of the YAML file, or a URL such as `s3://bucket/feedback/*.jsonl.gz` "
-            "(its query is never shown; credentials belong into the environment); `builtin:oasst` is a real sample."
+            "(its query is never shown; credentials belong into the environment); `builtin:oasst` is a real sample. "
+            "`{day}` in it, or `{day:%Y/%m/%d}`, stands for every day, and makes the source one of `feedback.days`."
         ),
         examples=["feedback/*.jsonl", "builtin:oasst"],
     )
@@ -169,9 +161,25 @@ class FeedbackSource(Section):
                 f"the dataset `{self.hub}` needs `revision`: the 40-digit commit sha from its page (a branch such as "
                 "`main` can change under you)."
             )
+        if self.is_dated and (fault := dated.fault_of(str(self.path))):
+            raise ValueError(f"`path`: {fault}")
+        if self.is_dated and str(self.path).lower().startswith(("http://", "https://")):
+            raise ValueError("`path`: days of a web address cannot be listed; use a file system such as `s3://`.")
         if self.hub is None and (self.revision is not None or self.files):
             raise ValueError("`revision` and `files` belong to `hub`; name files on disk in `path`.")
         return self
+
+    @property
+    def is_dated(self) -> bool:
+        """Whether its files lie by day."""
+        return dated.names_a_day(self.path)
+
+    def pattern(self, day: date | None = None) -> str:
+        """`path` with the files of one day, or of every day, in place of the day."""
+        path = str(self.path)
+        if not self.is_dated:
+            return path
+        return dated.of_every_day(path) if day is None else dated.of_day(path, day)
 
     @property
     def shown(self) -> str:
@@ -219,6 +227,42 @@ class CleaningSection(Section):
         description="Files of prompts that models are judged by (JSONL or lines); pairs that ask them are set aside.",
         examples=[["evaluation/mt_bench.jsonl"]],
     )
+
+
+class WindowSection(Section):
+    """Which pairs are trained on, by the day (UTC) on which the preference was given. What is held out stays."""
+
+    days: int | None = Field(
+        default=None,
+        ge=1,
+        description="The last so many days, counted back from the newest dated pair: nothing changes while no feedback "
+        "comes.",
+    )
+    step_days: int = Field(
+        default=1,
+        ge=1,
+        description="The first day of `days` moves in steps of so many (7: Mondays), up to a step earlier: pairs "
+        "then leave training by the week, and what was trained on them is not made anew at each refresh.",
+    )
+    since: date | None = Field(
+        default=None, description="From this day on. With `days` too, the later start counts.", examples=["2026-01-01"]
+    )
+    undated: Literal["keep", "leave_out"] = Field(
+        default="keep", description="What is done with pairs whose source says no date; they are counted either way."
+    )
+
+    @model_validator(mode="after")
+    def _has_a_start(self) -> WindowSection:
+        if self.days is None and self.since is None:
+            raise ValueError("a window needs `days` or `since`; leave `window` out to train on all pairs.")
+        return self
+
+
+class DaysSection(Section):
+    """Sources whose path names a day, as daily partitions of the asset `feedback_by_day`."""
+
+    start: date = Field(description="The first day that is a partition. Earlier ones are read all the same.")
+    time_zone: TimeZone = Field(default="UTC", description="Time zone in which a day ends, by its IANA name.")
 
 
 class ReleaseRule(Section):
@@ -288,8 +332,28 @@ class FeedbackSection(Section):
         ge=0,
         description="Seed of the train/eval split. With another one, what a kept model was trained on stays in train.",
     )
+    window: WindowSection | None = Field(
+        default=None,
+        description="Days that are trained on; empty: all. Older pairs are counted, not in quarantine.",
+    )
+    days: DaysSection | None = Field(
+        default=None,
+        description="Makes the days of sources with `{day}` in their path daily partitions, which can be read again. "
+        "Empty: there are none.",
+    )
+    drift_days: int = Field(
+        default=28,
+        ge=0,
+        description="The newest so many days are held against as many before them (`feedback_drift`); 0: they are not.",
+    )
     cleaning: CleaningSection = Field(default_factory=CleaningSection, description="What is done about unfit pairs.")
     release: list[ReleaseRule] = Field(default=[], description="What is taken out of quarantine, by rule.")
+
+    @model_validator(mode="after")
+    def _days_have_sources(self) -> FeedbackSection:
+        if self.days is not None and not any(source.is_dated for source in self.sources):
+            raise ValueError("`days` needs a source whose path names the day, as in `feedback/{day}/*.jsonl`.")
+        return self
 
 
 def _has_credentials(path: str) -> bool:

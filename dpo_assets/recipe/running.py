@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from typing import Literal
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import Field, field_validator, model_validator
 
-from dpo_assets.recipe.address import LocalPath, ServiceAddress
+from dpo_assets.recipe.address import LocalPath, ServiceAddress, TimeZone, VariableName
 from dpo_assets.recipe.scorers import BenchmarkSection, HarnessSection, RewardModelSection
 from dpo_assets.section import Section
 
@@ -30,7 +29,13 @@ class JudgeSection(Section):
     human_pairs: int = Field(
         default=100, ge=0, description="Held-out pairs of people that it judges too, to measure its own errors by."
     )
-    max_tokens: int = Field(default=512, ge=1, description="Length limit of its replies.")
+    verdict: Literal["text", "letter"] = Field(
+        default="text",
+        description="`text`: it reasons and ends with its verdict; where the order of the answers decides, that is a "
+        "tie. `letter`: one letter, read by its log-probability in both orders where the server gives it (OpenAI, "
+        "vLLM, llama.cpp, Ollama): cheap, and what a small model without reasoning can do.",
+    )
+    max_tokens: int = Field(default=512, ge=1, description="Length limit of its replies in text.")
     timeout_seconds: float = Field(default=60.0, gt=0, description="Of each wait for it.")
 
 
@@ -60,6 +65,13 @@ class EvaluationSection(Section):
             "`text` in each row, or text with a blank line between texts. Empty: 60 paragraphs of the package."
         ),
         examples=["./probes/plain.txt"],
+    )
+    instructions: int = Field(
+        default=24,
+        ge=0,
+        le=24,
+        description="Instructions about the form of an answer (JSON, ten words, no comma, ...) that SFT, policy and "
+        "champion are given, and a program checks; 0 for a base that follows none.",
     )
     judge: JudgeSection | None = Field(
         default=None, description="Compares those answers, in an asset of its own. None: nobody is asked."
@@ -201,10 +213,38 @@ class ChecksSection(Section):
 
 
 class RefreshSection(Section):
-    """When the pipeline runs by itself. Schedule and sensor exist, and are stopped until someone starts them."""
+    """What a refresh trains from, and when the pipeline runs by itself.
 
+    Schedule and sensor exist, and are stopped until someone starts them.
+    """
+
+    policy: Literal["full", "replay", "continue"] = Field(
+        default="full",
+        description=(
+            "Where DPO starts. `full`: from SFT, on all pairs. `replay`: from the release that is live, on what is new "
+            "and a draw of the rest; `continue`: on what is new alone. Training on and on from one's own releases "
+            "amplifies traits that a new start does not have (arXiv 2605.01130). The reference stays SFT. Where no "
+            "release can be gone on from, or a pair that it was trained on is gone, the run is `full` and says so."
+        ),
+    )
+    replay_ratio: float = Field(
+        default=1.0, ge=0.0, description="For `replay`: earlier pairs, drawn uniformly, for each new one."
+    )
+    most_continued: int = Field(
+        default=3, ge=1, description="For `continue`: releases in a row that may go on; the next one is `full`."
+    )
+    renew_sft_after: float = Field(
+        default=0.2,
+        ge=0.0,
+        lt=1.0,
+        description=(
+            "SFT is trained again once more than this share of the training pairs is newer than it, and always when a "
+            "pair that it was trained on is gone. Until then it is taken up, and so are the reference scores of all "
+            "pairs that are not new. 0: with every new pair."
+        ),
+    )
     schedule: str = Field(default="0 3 * * *", description="Cron expression of the refresh job.")
-    time_zone: str = Field(
+    time_zone: TimeZone = Field(
         default="UTC", description="Time zone of `schedule`, by its IANA name.", examples=["Europe/Vienna"]
     )
     sensor_interval_seconds: int = Field(default=60, ge=30, description="How often new feedback is looked for.")
@@ -223,6 +263,16 @@ class RefreshSection(Section):
     cool_down_minutes: float = Field(
         default=0.0, ge=0.0, description="The sensor asks for a refresh no sooner than this after the last one ended."
     )
+    gpu_hours: float | None = Field(
+        default=None,
+        gt=0.0,
+        description=(
+            "GPU hours that runs of this pipeline may use in `gpu_days` before the sensor asks for no more; feedback "
+            "then waits, however long, until older runs leave the period. A run counts whole, by its end, whoever "
+            "started it, so the last one may exceed the budget. Empty: no budget."
+        ),
+    )
+    gpu_days: float = Field(default=7.0, gt=0.0, description="The period of `gpu_hours`: the last so many days.")
     retries: int = Field(
         default=3,
         ge=0,
@@ -231,9 +281,21 @@ class RefreshSection(Section):
             "Changed feedback counts anew. One that a person cancelled is not asked for again."
         ),
     )
+    alert_url_env: VariableName | None = Field(
+        default=None,
+        description=(
+            "Environment variable with the address of an incoming webhook (Slack, Mattermost and others take "
+            '`{"text": ...}`). The sensor `<name>_alerts`, once it is started, tells it of gates that hold, runs that '
+            "failed and feedback that waits. Empty: they stand in the sensor's log."
+        ),
+        examples=["SLACK_WEBHOOK_URL"],
+    )
+    alert_wait_hours: float = Field(
+        default=24.0, gt=0.0, description="Feedback that waits for longer is told, once, with what it waits for."
+    )
     fresh_hours: float | None = Field(
         default=None,
-        gt=0.0,
+        ge=0.05,  # Dagster takes no window below a minute, and the warning comes at three quarters.
         description=(
             "Dagster shows `dpo_dataset` and `published_model` as overdue when they were not materialised for so "
             "long, and warns from three quarters of it on. Empty: they have no freshness policy."
@@ -254,15 +316,6 @@ class RefreshSection(Section):
             "Kubernetes)."
         ),
     )
-
-    @field_validator("time_zone")
-    @classmethod
-    def _is_a_time_zone(cls, name: str) -> str:
-        try:
-            ZoneInfo(name)
-        except (ZoneInfoNotFoundError, ValueError, OSError):
-            raise ValueError(f"there is no time zone `{name}`; IANA names are meant, such as `Europe/Vienna`") from None
-        return name
 
 
 class RetentionSection(Section):

@@ -50,6 +50,10 @@ class BenchmarkSection(Section):
         description="`rewardbench`: one chosen and one rejected answer a row. `rewardbench2`: lists of them, best of "
         "four and Ties. `auto`: by the first row.",
     )
+    guards: bool = Field(
+        default=False,
+        description="A share of right rows that fell beyond chance against the champion's holds a promotion.",
+    )
 
 
 class HarnessSection(Section):
@@ -72,3 +76,8 @@ class HarnessSection(Section):
         description="Ask in the base's chat template. Off, as lm-eval's own default is: published scores are so.",
     )
     batch_size: int = Field(default=8, ge=1, description="Requests of one forward.")
+    guards: bool = Field(
+        default=False,
+        description="A metric that fell beyond chance, document by document, against the champion's (before the first "
+        "release against SFT's) holds a promotion.",
+    )

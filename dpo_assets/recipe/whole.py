@@ -48,16 +48,31 @@ class Recipe(Section):
                 "dpo.reference_strategy `merged` joins two adapters into one, which those of lora.target_parameters "
                 "cannot be; use `cached`, which measures against the same reference."
             )
+        if self.refresh.policy != "full":
+            self._can_go_on_from_a_release()
         if self.hardware.device == "cpu" and self.hardware.precision not in ("auto", "fp32"):
             raise ValueError(
                 f"hardware.precision `{self.hardware.precision}` needs a GPU; with `device: cpu` use `fp32` or `auto`."
             )
         return self
 
+    def _can_go_on_from_a_release(self) -> None:
+        if self.dpo.trainer == "trl":
+            raise ValueError(
+                f"refresh.policy `{self.refresh.policy}` goes on from a release, measured against SFT; `dpo.trainer: "
+                "trl` is measured against its start. Use `packed`, or `refresh.policy: full`."
+            )
+        if self.dpo.reference_strategy == "merged":
+            raise ValueError(
+                f"refresh.policy `{self.refresh.policy}` goes on with a release's adapter, for which "
+                "dpo.reference_strategy `merged` has no place: SFT is part of its base. Use `cached`."
+            )
+
     @property
     def secret_variables(self) -> frozenset[str]:
         """Environment variables that it names as the place of a secret."""
         named = [s.sql.url_env for s in self.feedback.sources if s.sql is not None and s.sql.url_env]
+        named += [self.refresh.alert_url_env] if self.refresh.alert_url_env else []
         return frozenset([*named, *([self.evaluation.judge.key_variable] if self.evaluation.judge else [])])
 
 

@@ -38,5 +38,22 @@ def source_views(report: Mapping[str, Any]) -> dict[str, str]:
     return views
 
 
+def window_said(report: Mapping[str, Any]) -> str:
+    """What a window of days left out of a dataset, in a sentence; empty where there is none."""
+    told = report.get("window")
+    if not told:
+        return ""
+    undated = told["without_date"]
+    where = f" ({', '.join(f'{name} {count}' for name, count in undated.items())})" if undated else ""
+    what = f"{told['left_out_undated']} were left out" if told["left_out_undated"] else "they are trained on"
+    return (
+        f"trained on from {told['start']} (UTC) on: {told['older']} older pairs were left out; {told['held_out']} stay "
+        f"because they are held out, so that models are judged by the same pairs as before. "
+        f"{sum(undated.values())} pairs have no date{where}"
+        + (f", {what}" if undated else "")
+        + (f"; {told['future']} are dated in the future" if told["future"] else "")
+    )
+
+
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"

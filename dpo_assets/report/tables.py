@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dpo_assets.untrusted import in_cell
+
+if TYPE_CHECKING:
+    import polars as pl
 
 ROWS, CELL = 5, 160
 
@@ -29,15 +32,22 @@ def counts_table(name: str, counts: Mapping[str, int]) -> str:
     return table([name, "rows"], rows) if rows else "none"
 
 
+SHOWN = ("prompt", "chosen", "rejected")
+
+
 def sample_table(path: Path) -> str:
-    """The first pairs of a table: last user message and both answers."""
+    """The first pairs of a table in a file, see `sample_of`."""
     import polars as pl
 
-    pairs = pl.read_parquet(path, columns=["prompt", "chosen", "rejected"], n_rows=ROWS)
+    return sample_of(pl.read_parquet(path, columns=list(SHOWN), n_rows=ROWS))
+
+
+def sample_of(pairs: pl.DataFrame) -> str:
+    """The first pairs of a table: last user message and both answers."""
     # Pairs as read may still hold an empty conversation; screening comes later.
     rows = [
-        [row[name][-1]["content"] if row[name] else "" for name in ("prompt", "chosen", "rejected")]
-        for row in pairs.iter_rows(named=True)
+        [row[name][-1]["content"] if row[name] else "" for name in SHOWN]
+        for row in pairs.head(ROWS).iter_rows(named=True)
     ]
     return table(["prompt (last message)", "chosen", "rejected"], rows)
 

@@ -41,10 +41,12 @@ from dpo_assets.errors import (
     StageTimeout,
 )
 from dpo_assets.locks import TEMPORARY, scratch_folder
+from dpo_assets.machine import MemoryKills, memory_bytes
 from dpo_assets.planning.storage import stage_bytes
 from dpo_assets.publishing.secrets import is_secret, scrub, scrub_all
 from dpo_assets.resources.environment import planned_gpu, worker_environment
 from dpo_assets.resources.gpu_lock import gpu_held
+from dpo_assets.resources.gpu_time import gpu_timed
 from dpo_assets.resources.messages import ScrubbedMessageReader
 from dpo_assets.resources.nvml import VISIBLE
 
@@ -112,6 +114,8 @@ class LocalLauncher(TrainingLauncher):
                 raise StageTimeout(_out_of_time(stage, timeout_seconds, output))
             if status == DISK_FULL_EXIT:
                 raise DiskFull(_out_of_room(stage, spec))
+            if status is OUT_OF_HOST_MEMORY:
+                raise _out_of_host_memory(stage, spec, output)
             if status is Overdue.SIGN_OF_LIFE:
                 raise StageSilent(_silent(stage, silent_seconds, output))
             if status == PREEMPTED_EXIT:
@@ -128,7 +132,7 @@ class LocalLauncher(TrainingLauncher):
         work: Path,
         log: Path,
         patience: tuple[float, float],
-    ) -> int | Overdue:
+    ) -> int | Overdue | OutOfHostMemory:
         """Exit status of the worker, negative for a signal; or for what it was ended."""
         command = [
             self.python,
@@ -151,6 +155,7 @@ class LocalLauncher(TrainingLauncher):
             # Its temporary files lie in this run's scratch folder, so they go also when it is killed.
             environment = {**worker_environment(spec, self.environment), "TMPDIR": str(work)}
             held.enter_context(gpu_held(environment[VISIBLE], context.log))
+            held.enter_context(gpu_timed(context, environment[VISIBLE]))
             process = self._start(command, {**environment, **session.get_bootstrap_env_vars()}, output)
             context.log.info(f"started worker stage `{stage}`, process group {process.pid}")
             if isinstance(spec, PlannedSpec) and (shown := environment[VISIBLE]) not in ("", planned_gpu(spec.plan)):
@@ -209,12 +214,22 @@ class Overdue(Enum):
     SIGN_OF_LIFE = "a sign of progress"
 
 
+class OutOfHostMemory(Enum):
+    """How the kernel ended a worker."""
+
+    KILLED = "its control groups may use no more memory"
+
+
+OUT_OF_HOST_MEMORY = OutOfHostMemory.KILLED
+
+
 def _wait(
     process: subprocess.Popen[bytes], heartbeat: Path, timeout_seconds: float, silent_seconds: float
-) -> int | Overdue:
-    deadline = time.monotonic() + timeout_seconds
+) -> int | Overdue | OutOfHostMemory:
+    deadline, kills = time.monotonic() + timeout_seconds, MemoryKills(process.pid)
     silent, seen, before = 0.0, 0, time.monotonic()
     while (status := process.poll()) is None:
+        kills.look()
         now = time.monotonic()
         if now > deadline:
             return Overdue.TIME
@@ -227,7 +242,7 @@ def _wait(
         if silent > silent_seconds:
             return Overdue.SIGN_OF_LIFE
         time.sleep(0.1)
-    return status
+    return OUT_OF_HOST_MEMORY if status == -signal.SIGKILL and kills.happened else status
 
 
 def _changed(path: Path) -> int:
@@ -260,6 +275,14 @@ def _out_of_room(stage: Stage, spec: Spec) -> str:
     needed = stage_bytes(stage, spec.plan, size_of(spec.base_model)) if isinstance(spec, PlannedSpec) else 0
     said = full(spec.output_dir, needed, f"stage `{stage}`")
     return f"{said} It had written {gib(size_of(spec.output_dir))}, which is removed. It is not tried again."
+
+
+def _out_of_host_memory(stage: Stage, spec: Spec, output: str) -> DpoAssetsError:
+    """Smaller forwards help where they are computed in that memory; elsewhere another try may find more of it."""
+    said = f"the kernel killed it, because no more than {gib(memory_bytes())} of memory may be used here"
+    if isinstance(spec, PlannedSpec) and spec.plan.device == "cpu":
+        return OutOfMemory(f"{said}.")
+    return WorkerDied(f"stage `{stage}`: {said}. Nothing half-written is kept. {_tail(output)}")
 
 
 def _silent(stage: str, silent_seconds: float, output: str) -> str:

@@ -48,6 +48,7 @@ from dpo_assets.contract import (
     RewardSpec,
     Spec,
     Stage,
+    TasksSpec,
     TokenizeSpec,
     TrainSpec,
     VerifySpec,
@@ -71,6 +72,7 @@ SPECS: dict[Stage, type[Spec]] = {
     "reward": RewardSpec,
     "benchmark": BenchmarkSpec,
     "harness": HarnessSpec,
+    "tasks": TasksSpec,
 }
 
 

@@ -32,10 +32,17 @@ def test_the_schedule_has_the_hours_of_the_recipes_time_zone() -> None:
     assert schedule().execution_timezone == "UTC"
 
 
+@pytest.mark.parametrize("automation", ["off", "cron"])
 @pytest.mark.parametrize("cron", ["", "at three", "61 * * * *", "0 3 * *"])
-def test_what_is_no_cron_expression_is_refused_with_its_field(cron: str) -> None:
+def test_what_is_no_cron_expression_is_refused_with_its_field(cron: str, automation: str) -> None:
     with pytest.raises(ConfigError, match=r"refresh\.schedule: `.*` is no cron expression"):
-        schedule(schedule=cron)
+        schedule(schedule=cron, automation=automation)
+
+
+def test_an_asset_may_become_as_old_as_dagster_can_watch_and_no_younger() -> None:
+    assert specs(fresh_hours=0.05)["dpo_dataset"].freshness_policy is not None
+    with pytest.raises(ConfigError, match=r"refresh\.fresh_hours"):
+        specs(fresh_hours=0.04)
 
 
 @pytest.mark.parametrize("zone", ["Mars/Olympus", "", "../etc/passwd"])

@@ -15,6 +15,7 @@ from dpo_assets.automation import new_feedback_sensor, refresh_job
 from dpo_assets.automation.sensor import FEEDBACK
 from dpo_assets.recipe import parse_recipe
 from dpo_assets.resources.artifacts import ArtifactStore
+from dpo_assets.resources.gpu_time import GPU_OF
 from dpo_assets_tests.pipelines import materialize, trl_feedback, trl_recipe
 
 
@@ -118,3 +119,24 @@ def test_missing_feedback_is_a_skip_with_the_reason_and_others_go_on(
     there = settled(trl_feedback(tmp_path / "a.jsonl", pairs=5))
     recipe["feedback"]["sources"].append({"path": str(there), "format": "trl"})
     assert asked(tick(instance, recipe, result.cursor))
+
+
+def test_runs_that_spent_the_gpu_budget_hold_new_feedback(instance: dg.DagsterInstance, tmp_path: Path) -> None:
+    recipe = trl_recipe(settled(trl_feedback(tmp_path / "a.jsonl", pairs=5)))
+    recipe["refresh"] = {"gpu_hours": 2.0, "gpu_days": 1.0}
+    job = dg.GraphDefinition("by_hand").to_job()
+
+    def used(pipeline: str, seconds: float, status: dg.DagsterRunStatus) -> None:
+        tags = {GPU_OF: pipeline, "dpo_assets/gpu_seconds.demo__dpo_adapter": f"{seconds:.1f}"}
+        instance.create_run_for_job(job, status=status, tags=tags)
+
+    used("another", 9e6, dg.DagsterRunStatus.SUCCESS)
+    used("demo", 3600, dg.DagsterRunStatus.FAILURE)
+    half = tick(instance, recipe)
+    [request] = asked(half)
+    assert "1.00 of 2 GPU hours of the last 1 days are spent, 1.00 are left" in request.tags["dpo_assets/asked_for"]
+    used("demo", 3601, dg.DagsterRunStatus.STARTED)  # By hand, and under way.
+    spent = tick(instance, recipe, half.cursor)
+    assert not asked(spent)
+    assert "feedback waits: no refresh before" in said(spent)
+    assert asked(tick(instance, recipe | {"refresh": {"gpu_hours": 2.1, "gpu_days": 1.0}}, half.cursor))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_assets.automation.waiting import Answer, Cursor, Outcome, Refresh, Tick
+from dpo_assets.automation.waiting import Answer, Cursor, GpuUse, Outcome, Refresh, Tick
 from dpo_assets.feedback.watching import Content, Look
 from dpo_assets.recipe.running import RefreshSection
 
@@ -29,11 +29,12 @@ def tick(
     cursor: Cursor | None = None,
     now: float = NOW,
     new: int | None = 5,
+    gpu: Sequence[GpuUse] = (),
     **settings: Any,
 ) -> Answer:
     settings = {"min_new_pairs": 0, **settings}
     looks = looks or [look()]
-    return Tick(now, cursor, looks, read or {}, refreshes, RefreshSection(**settings), lambda *_: new).answer()
+    return Tick(now, cursor, looks, read or {}, refreshes, RefreshSection(**settings), lambda *_: new, gpu).answer()
 
 
 def refresh(key: str, outcome: Outcome, ended: float = NOW, run_id: str = "run") -> Refresh:
@@ -177,3 +178,42 @@ def test_a_cursor_comes_back_as_it_was() -> None:
 @pytest.mark.parametrize("text", ['{"version": 2, "key": "a", "since": "yesterday"}', '{"version": 2'])
 def test_half_a_cursor_is_none(text: str) -> None:
     assert Cursor.of(text)[0] is None
+
+
+def test_a_spent_gpu_budget_holds_feedback_until_enough_of_it_left_the_period_and_ticks_say_what_is_left() -> None:
+    used = [GpuUse(NOW - 6 * 24 * HOUR, 3.0), GpuUse(NOW - 8 * 24 * HOUR, 50.0), GpuUse(NOW - 24 * HOUR, 2.5)]
+    budget: dict[str, Any] = {"gpu_hours": 5.0, "max_wait_hours": 1.0}
+    held = tick(gpu=used, **budget)
+    assert not held.asks
+    assert "no refresh before 2027-01-16 08:00 UTC (refresh.gpu_hours)" in held.reason
+    assert "5.50 of 5 GPU hours of the last 7 days are spent, 0.00 are left" in held.reason
+    # No wait is so long that it would go over the budget, and a failed refresh is no exception.
+    late = NOW + 24 * HOUR - 1
+    waited = tick(gpu=used, cursor=held.cursor, now=late, min_new_pairs=9, **budget)
+    failed = [refresh(held.key, "failed")]
+    assert not waited.asks
+    assert not tick(gpu=used, cursor=held.cursor, refreshes=failed, now=late, **budget).asks
+    free = tick(gpu=used, cursor=held.cursor, now=NOW + 24 * HOUR, **budget)
+    assert free.asks
+    assert "2.50 of 5 GPU hours of the last 7 days are spent, 2.50 are left" in free.reason
+    unlimited = tick(gpu=used)
+    assert unlimited.asks
+    assert "GPU" not in unlimited.reason
+
+
+@given(st.lists(st.tuples(st.floats(0, 20), st.floats(0, 10)), max_size=8), st.floats(0.1, 30), st.floats(0.5, 14))
+def test_the_time_that_a_spent_budget_names_is_the_first_at_which_it_is_not_spent(
+    runs: list[tuple[float, float]], budget: float, days: float
+) -> None:
+    used = [GpuUse(NOW - ago * 24 * HOUR, hours) for ago, hours in runs]
+
+    def spent(at: float) -> float:
+        return sum(use.hours for use in used if use.ended > at - days * 24 * HOUR)
+
+    asked = tick(gpu=used, gpu_hours=budget, gpu_days=days)
+    assert asked.asks == (spent(NOW) < budget)
+    if not asked.asks:
+        ends = sorted(at for use in used if (at := use.ended + days * 24 * HOUR) > NOW)
+        first = next(at for at in ends if spent(at) < budget - 1e-9)
+        assert tick(gpu=used, now=first + 1e-3, gpu_hours=budget + 1e-9, gpu_days=days).asks
+        assert not tick(gpu=used, now=first - 1e-3, gpu_hours=budget - 1e-6, gpu_days=days).asks

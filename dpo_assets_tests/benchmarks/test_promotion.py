@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.promotion import Trickle, history, steady
+from benchmarks.promotion import Trickle, history, previewed, steady
 from benchmarks.simulated import CORRELATION, DIFFER, Metrics, Pairs, chances, drawn, judged, knowing
 from dpo_assets.checks.evidence.measured import Comparison
 from dpo_assets.checks.evidence.paired import DRAWN_UP_TO, compare
@@ -16,13 +16,15 @@ from dpo_assets_tests.checks.test_evidence_release import AFTER_FIRST
 
 
 def compared(metrics: Metrics, metric: int, trial: int) -> Comparison:
-    """By the pairs themselves: all that a prompt's sum does not tell are pairs on which both are right."""
+    """By the pairs themselves: all that a conversation's sum does not tell are pairs on which both are right."""
     wins: list[tuple[float, float, int]] = []
-    for prompt, (doubled, size) in enumerate(zip(metrics.sums[metric, trial], metrics.sizes[trial], strict=True)):
+    for conversation, (doubled, size) in enumerate(zip(metrics.sums[metric, trial], metrics.sizes[trial], strict=True)):
         apart = abs(int(doubled)) // 2
-        wins += [(float(doubled > 0), float(doubled < 0), prompt)] * apart + [(1.0, 1.0, prompt)] * (int(size) - apart)
-    challenger, champion, prompts = zip(*wins, strict=True)
-    return compare(challenger, champion, prompts, draws=20)
+        wins += [(float(doubled > 0), float(doubled < 0), conversation)] * apart + [(1.0, 1.0, conversation)] * (
+            int(size) - apart
+        )
+    challenger, champion, conversations = zip(*wins, strict=True)
+    return compare(challenger, champion, conversations, draws=20)
 
 
 @pytest.mark.parametrize("effect", [0.0, 0.08])
@@ -55,18 +57,18 @@ def test_the_second_metric_goes_with_the_first_as_far_as_is_said() -> None:
     assert np.corrcoef(sums[0].ravel(), sums[1].ravel())[0, 1] == pytest.approx(CORRELATION, abs=0.01)
 
 
-@pytest.mark.parametrize("prompts", [50, 100, 400])
-def test_known_prompts_seldom_hold_who_is_better_on_fresh_ones_and_as_good_on_them(prompts: int) -> None:
-    """Two guards at half a correlation: 42 % of challengers were held at 50 prompts, when 5 points as measured held."""
+@pytest.mark.parametrize("conversations", [50, 100, 400])
+def test_known_conversations_seldom_hold_who_is_better_on_fresh_ones_and_as_good_on_them(conversations: int) -> None:
+    """Two guards at half a correlation: at 50 conversations 42 % were held, when 5 points as measured held."""
     rng, trials = np.random.default_rng(17), 300
     fresh = drawn(rng, Pairs(400), trials, 0.1)
     levels = np.full(trials, budget_after([]).level)
-    assert judged(fresh, levels, knowing(rng, prompts, 0.0)).held.mean() <= 0.15
-    assert judged(fresh, levels, knowing(rng, prompts, 0.05)).held.mean() <= 0.05
+    assert judged(fresh, levels, knowing(rng, conversations, 0.0)).held.mean() <= 0.15
+    assert judged(fresh, levels, knowing(rng, conversations, 0.05)).held.mean() <= 0.05
     assert judged(fresh, levels, knowing(rng, 400, -0.1)).held.mean() >= 0.8
 
 
-def test_pairs_of_a_prompt_agree_as_far_as_is_said() -> None:
+def test_pairs_of_a_conversation_agree_as_far_as_is_said() -> None:
     rng = np.random.default_rng(12)
     for agreement in (0.0, 0.3, 1.0):
         chance = chances(rng, 0.6, agreement, (20_000,))
@@ -81,7 +83,7 @@ def test_a_challenger_is_better_by_what_is_said() -> None:
     assert (metrics.sums != 0).mean() == pytest.approx(DIFFER, abs=0.01)
 
 
-def test_prompts_that_trickle_in_wait_until_they_are_enough() -> None:
+def test_conversations_that_trickle_in_wait_until_they_are_enough() -> None:
     trickle, rng = Trickle(), np.random.default_rng(14)
     looked = [found.sizes.shape[1] for refresh in range(20) if (found := trickle(rng, 3, refresh)) is not None]
     assert 0 < len(looked) < 20
@@ -92,3 +94,19 @@ def test_the_budget_holds_where_two_and_a_half_percent_each_do_not() -> None:
     budgeted, unbudgeted, _ = history(steady(Pairs(60, 1, 5, 0.5)), 0, histories=150, refreshes=40)
     assert budgeted.mean() <= 0.08
     assert unbudgeted.mean() >= 0.4
+
+
+def test_dry_runs_of_policies_that_are_no_better_find_one_where_looks_do_not_share_the_level() -> None:
+    once, each = (
+        previewed(np.random.default_rng(18), 600, 1, policies=20, shared=shared).mean() for shared in (True, False)
+    )
+    assert once <= 0.025
+    assert each >= 0.1
+
+
+def test_a_few_conversations_are_very_long_where_that_is_said() -> None:
+    pairs = Pairs(400, 1, 3, 0.5, long=0.05)
+    sizes = pairs.sizes(np.random.default_rng(19), 200)
+    assert (sizes == 30).mean() == pytest.approx(0.05, abs=0.005)
+    assert sizes[sizes != 30].max() == 3
+    assert sizes.sum(axis=1).mean() == pytest.approx(pairs.expected, rel=0.01)

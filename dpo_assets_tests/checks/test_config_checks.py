@@ -23,9 +23,11 @@ from dpo_assets.checks.config import (
 )
 from dpo_assets.checks.configuration import Configuration
 from dpo_assets.checks.rates import learning_rate_band, training_dose
+from dpo_assets.checks.refresh import refresh_policy
 from dpo_assets.checks.verdict import Verdict
 from dpo_assets.planning.plan import DatasetStats, make_plan
 from dpo_assets.planning.precision import Device
+from dpo_assets.planning.refresh import Refresh
 from dpo_assets.planning.sizes import find_model
 from dpo_assets.recipe import DpoSection, LoraSection
 from dpo_assets_tests.pipelines import PACKAGE
@@ -466,7 +468,7 @@ FAILING: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("check", [check.name for check in checks_of("dpo_plan")])
+@pytest.mark.parametrize("check", [check.name for check in checks_of("dpo_plan") if check.name != "refresh_policy"])
 def test_a_recipe_can_fail_each_check_of_the_plan(check: str) -> None:
     pairs = DatasetStats(train_pairs=1000, eval_pairs=120, max_length=1024, longest_pair=2048, mean_pair=1024.0)
     device = Device("cuda", "GeForce RTX 3060 12 GB", 11.7, (8, 6))
@@ -477,6 +479,17 @@ def test_a_recipe_can_fail_each_check_of_the_plan(check: str) -> None:
 
     expected, sections = FAILING[check]
     assert (level(), level(**sections)) == ("pass", expected)
+
+
+def test_going_on_with_new_pairs_alone_is_warned_of_and_every_start_tells_its_generation() -> None:
+    full = refresh_policy(plan())
+    assert (full.level, full.value) == ("pass", "full, generation 1: all pairs")
+    replay = refresh_policy(plan(refresh=Refresh(policy="replay", generation=2, new=8, sampled=8)))
+    assert (replay.level, replay.value) == ("pass", "replay, generation 2: 8 new pairs and 8 earlier ones")
+    alone = refresh_policy(plan(refresh=Refresh(policy="continue", generation=3, new=8)))
+    assert (alone.level, alone.value) == ("warn", "continue, generation 3: 8 new pairs and 0 earlier ones")
+    assert "2605.01130" in alone.source
+    assert "`full`" in alone.fix
 
 
 # The bands themselves

@@ -172,6 +172,7 @@ def test_what_people_prefer_in_published_sets_never_blocks_by_itself() -> None:
         "length_bias",
         "too_easy",
         "answers_truncated",
+        "feedback_drift",
     }
 
 

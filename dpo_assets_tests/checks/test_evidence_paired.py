@@ -293,10 +293,14 @@ def test_the_champion_stands_beside_the_policy_with_the_paired_differences() -> 
 def test_what_is_forgotten_of_a_source_stands_in_the_table_of_parts() -> None:
     challenger, champion, names = drawn(5, 60, -0.2)
     part = SliceScore(
-        "source", "tickets|2026.csv", clustered_share(challenger, names), compare(challenger, champion, names)
-    )
+        "source", "tickets|2026.csv", clustered_share(challenger, names), compare(challenger, champion, names),
+        clustered_share(champion, names), compare(challenger, champion, names),
+    )  # fmt: skip
     shown = parts_table(evaluation_report(slices=(part,))).splitlines()
     assert f"{part.against_sft.difference:+.3f}" in shown[2]
     assert part.against_sft.high < 0
     assert f"{part.reward.n} in 60 conversations" in shown[2]
+    assert part.champion is not None
+    assert shown[2].count(f"{part.against_sft.difference:+.3f}") == 2, "against the champion too"
+    assert f"| {part.champion.value:.3f} " in shown[2]
     assert parts_table(evaluation_report()) == "one source, and one margin or none"

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -22,7 +23,7 @@ from dpo_assets.checks.evidence.measured import Comparison
 from dpo_assets.checks.evidence.outlook import Outlook
 from dpo_assets.checks.evidence.paired import compare
 from dpo_assets.checks.evidence.power import FEWEST_PROMPTS
-from dpo_assets.checks.evidence.rules import TOLERANCE, Evidence, Outcome, decided_by, judge
+from dpo_assets.checks.evidence.rules import TOLERANCE, Evidence, Outcome, chance_of_hold, decided_by, has_lost, judge
 from dpo_assets.checks.evidence.spending import ALPHA, EXPONENT, HIGHEST, ZETA, Budget, budget_after, share
 from dpo_assets.errors import ConfigError
 
@@ -526,6 +527,13 @@ def test_the_screen_says_which_loss_the_known_prompts_would_find() -> None:
     told = dict(Outlook.of(AFTER_FIRST, 60, BETTER, guard=replace(ALIKE, error=0.03)).rows())[row]
     # 0.03 * (1.960 + 0.842); 0.05 + 0.03
     assert told == "8.4 points, on 400 pairs in 200 conversations; more than 8.0 points as measured hold a release too"
+    often = "loss on known conversations, how often who lost it is held"
+    seen = [
+        dict(Outlook.of(AFTER_FIRST, 60, BETTER, guard=replace(ALIKE, error=error)).rows())[often]
+        for error in (0.03, 0.055)
+    ]
+    # (0.05 - 0.0588) / 0.03 and (0.1 - 0.0588) / 0.03; of 100 pairs that differ on 30 % the error is 0.055.
+    assert seen == ["5 points worse: 38%, 10 points worse: 92%", "5 points worse: 16%, 10 points worse: 46%"]
     same = dict(Outlook.of(AFTER_FIRST, 60, BETTER, guard=replace(ALIKE, error=0.0)).rows())[row]
     assert same == "not known: on 400 pairs in 200 conversations the two never differ"
     assert row not in dict(Outlook.of(AFTER_FIRST, 60, BETTER).rows())
@@ -537,3 +545,14 @@ def test_the_screen_says_which_loss_the_known_prompts_would_find() -> None:
     first = dict(Outlook.of(Ledger(), 60, BETTER, guard=ALIKE).rows())
     assert row not in first
     assert first["loss against its start, found with 80% power"].startswith("8.4 points")
+
+
+@pytest.mark.parametrize(("loss", "error"), [(0.05, 0.03), (0.05, 0.055), (0.1, 0.055), (0.1, 0.1), (0.0, 0.055)])
+def test_a_guard_holds_who_lost_as_often_as_the_screen_says(loss: float, error: float) -> None:
+    """Both rules of a guard: beyond chance, and more than five points and an error as measured."""
+    measured = np.random.default_rng(20).normal(-loss, error, 4_000)
+    held = [
+        has_lost(replace(ALIKE, difference=one, low=one - 1.96 * error, high=one + 1.96 * error, error=error))
+        for one in measured.tolist()
+    ]
+    assert np.mean(held) == pytest.approx(chance_of_hold(loss, error), abs=0.025)

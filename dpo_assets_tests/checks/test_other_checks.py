@@ -28,6 +28,7 @@ from dpo_assets.checks.evidence.ledger import Override
 from dpo_assets.checks.evidence.paired import compare
 from dpo_assets.checks.gguf import gguf_verdicts
 from dpo_assets.checks.harness import harness_verdicts
+from dpo_assets.checks.instructions import instructions_followed, summarised
 from dpo_assets.checks.judged import judge_verdicts, reward_model_verdicts
 from dpo_assets.checks.judged_text import judged_text_kept
 from dpo_assets.checks.neutral import neutral_perplexity
@@ -69,6 +70,7 @@ from dpo_assets_tests.samples import (
     coverage,
     dataset_report,
     dpo_report,
+    drifted,
     evaluation_report,
     gguf_report,
     harness_scores,
@@ -170,6 +172,8 @@ def test_a_verdict_passes_only_without_a_warning_and_says_its_value_and_band() -
         ("every_pair_accounted_for", {"rows_in": 1201}, "error"),
         ("every_pair_accounted_for", {"quarantined": 69}, "error"),
         ("every_pair_accounted_for", {"duplicates": 11}, "error"),
+        ("every_pair_accounted_for", {"outside_window": 1}, "error"),
+        ("every_pair_accounted_for", {"outside_window": 1, "rows_in": 1201}, "pass"),
         ("every_pair_accounted_for", {"train_pairs": 999}, "error"),
         ("schema", {}, "pass"),
         ("schema", {"reasons": {"schema": 1}}, "error"),
@@ -560,6 +564,12 @@ def test_training_measured_a_kl_only_where_its_report_has_one() -> None:
     assert [divergence_in_training(one) for one in (None, unasked, dpo_report(answers=None))] == [None] * 3
 
 
+def instructions(policy: list[bool]) -> dict[str, Any]:
+    """Of 24 instructions, all of which SFT followed."""
+    names = [str(n) for n in range(len(policy))]
+    return summarised(names, [True] * len(policy), policy, None, 0.95).model_dump(mode="json")
+
+
 def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
     """Every verdict of every asset, of values that pass or of values that fail."""
     artifact, operations = released(folder)
@@ -580,6 +590,7 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
         neutral=neutral(2.0),
         champion="c" * 64,
         champion_scores=champion_scores(left_out={"template_refused": 3}),
+        instructions=instructions([False] * 24),
     )
     bad_dataset = dataset_report(
         damaged=1200, reasons={"schema": 1}, leaked_prompts=1, identical_after_truncation=1, train_pairs=0,
@@ -587,6 +598,7 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
             truncation={"share": 0.2}, distance={"median": 0.1}, lengths={"ratio": 3.0}, degenerate={"others": 1120},
             contradictions={"pairs": 600}, surface={"auc": 0.99},
         ),
+        drift=drifted(),
     )  # fmt: skip
     bad_sft = SFT | {"finite": False, "held_out_nll_after": 9.0, "ends_with_eos": 0.0}
     bad_dpo = DPO | {
@@ -634,6 +646,7 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
             released_kl(bad_scores if fail else evaluation_report(), None, BANDS),
             neutral_perplexity(bad_scores if fail else evaluation_report(), BANDS),
             champion_scored(bad_scores if fail else evaluation_report()),
+            instructions_followed(bad_scores if fail else evaluation_report(instructions=instructions([True] * 24))),
         ],
         "judged_answers": judge_verdicts(
             judged_answers(nulls=50, share=score(0.2, 0.1, 0.3), corrected=score(0.1, 0.0, 0.2))

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from dpo_assets.feedback.library import FileBatches, pair_into, read_into
 from dpo_assets.feedback.pair import JudgedAnswer
 from dpo_assets.feedback.readers import READERS, Format, Place, ReadOptions, Row, RowFault
 from dpo_assets.feedback.sniff import looked_at_again
-from dpo_assets.feedback.sources import FeedbackFile, FileRefused, files_of
+from dpo_assets.feedback.sources import FeedbackFile, FileRefused, Span, files_of
 from dpo_assets.recipe import FeedbackSource
 from dpo_assets_tests.feedback.exported import COMPANIONS, EXPORTS
 from dpo_assets_tests.samples import assistant, user
@@ -159,6 +160,26 @@ def test_a_file_that_is_refused_behind_its_first_batch_leaves_none(
     assert pl.read_parquet(batch.path / QUARANTINE)["reason"].to_list() == ["truncated_file"]
     assert len(list((tree.root / "raw_batches").glob("*/"))) == 1
     assert not [one for one in (tree.root / "_reading").iterdir() if one.is_dir()]
+
+
+def test_a_file_that_grows_row_by_row_is_read_a_few_times_over_and_not_once_for_each_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dpo_assets.feedback.sources.rows.FINEST", 200)  # Spans of 12,800, 1,600 and 200 bytes.
+    path, most = write(tmp_path / "a.jsonl", range(200)), BatchSize(2**15, 12_800)
+    known: set[Span] = set()
+    read = 0
+    for rows in range(201, 401):
+        with path.open("ab") as handle:
+            handle.write(line(rows) + b"\n")
+        spans = reading.cut(found(path), most) or []
+        read += sum(span.stop - span.start for span in spans if span not in known) if known else 0
+        known.update(spans)
+        assert (spans[0].start, spans[-1].stop) == (0, path.stat().st_size)
+        assert all(a.stop == b.start and a.end == b.line for a, b in pairwise(spans))
+        assert len(spans) <= path.stat().st_size // 12_800 + 16
+    # Each byte once for each size, and the rows of the tail.
+    assert read < 6 * path.stat().st_size / 2
 
 
 def test_a_span_holds_no_more_rows_than_a_batch_may(tmp_path: Path) -> None:

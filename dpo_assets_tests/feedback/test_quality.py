@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dpo_assets.feedback import quality
 from dpo_assets.feedback.ingest import read_file
 from dpo_assets.feedback.pair import token_schema
-from dpo_assets.feedback.quality import distances, lengths, measure, token_stats, truncation, with_cut_answers
+from dpo_assets.feedback.quality import distances, lengths, sizes, token_stats, truncation, with_cut_answers
 from dpo_assets.feedback.quality_numbers import EXAMPLES, SNIPPET, paired_auc
 from dpo_assets.feedback.quality_text import answer_texts, degenerate, loop_share, surface
 from dpo_assets.feedback.quality_tokens import TEMPLATE_MARKS, Markers, read_markers
@@ -128,8 +128,8 @@ def test_the_auc_of_a_difference_is_the_chance_that_it_exceeds_a_swapped_one(val
 
 
 def test_lengths_are_what_training_sees_and_ties_count_half() -> None:
-    cut = with_cut_answers(pairs_of([([1] * 8, [1] * 4), ([1] * 4, [2] * 4), ([1] * 90, [2] * 8)]), 3 + 8)
-    measured = lengths(cut)
+    pairs = pairs_of([([1] * 8, [1] * 4), ([1] * 4, [2] * 4), ([1] * 90, [2] * 8)])
+    measured = lengths(sizes(pairs, 3 + 8), 3 + 8)
     assert (measured["chosen_mean"], measured["rejected_mean"]) == (pytest.approx(20 / 3), pytest.approx(16 / 3))
     assert measured["ratio"] == pytest.approx(1.25)
     assert measured["chosen_longer"] == pytest.approx((1 + 0.5 + 0.5) / 3, abs=1e-6)
@@ -143,7 +143,7 @@ def test_lengths_are_what_training_sees_and_ties_count_half() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(ids, ids), min_size=1, max_size=8), st.integers(1, 12))
 def test_token_statistics_are_those_of_cut_answers(answers: list[tuple[list[int], list[int]]], room: int) -> None:
-    stats = token_stats(pairs_of(answers), 3 + room)
+    stats = token_stats(sizes(pairs_of(answers), 3 + room), 3 + room)
     totals = [3 + len(chosen[:room]) + len(rejected[:room]) for chosen, rejected in answers]
     assert stats["longest_pair"] == max(totals)
     assert stats["mean_pair"] == pytest.approx(sum(totals) / len(totals))
@@ -158,7 +158,8 @@ def test_the_length_that_is_named_holds_the_share_of_answers_it_says(
     answers: list[tuple[int, int]], max_length: int
 ) -> None:
     tokens = pairs_of([([1] * a, [2] * b) for a, b in answers])
-    measured = truncation(with_cut_answers(tokens, max_length), tokens, 100)
+    sized = sizes(tokens, max_length)
+    measured = truncation(sized, sized, max_length, 100)
     for percentile in ("90", "95", "99", "100"):
         room = measured["needed"][percentile] - 3
         lost = sum(n > room for answer in answers for n in answer) / (2 * len(answers))
@@ -366,6 +367,13 @@ def oasst() -> tuple[pl.DataFrame, pl.DataFrame]:
     return fit_to_model(pairs, table, 400)[0], table
 
 
+def measure(accepted: pl.DataFrame, tokens: pl.DataFrame, max_length: int, context: int, markers: Markers) -> Any:
+    """All measures of tables in memory."""
+    first = accepted.sort("pair_id").head(quality.SAMPLE)
+    sized, every = sizes(accepted, max_length), sizes(tokens, max_length)
+    return quality.measure(sized, first, every, max_length, context, markers)
+
+
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 1000))
 def test_no_order_of_rows_changes_a_measure(oasst: tuple[pl.DataFrame, pl.DataFrame], seed: int) -> None:
@@ -390,7 +398,7 @@ def test_without_pairs_nothing_is_measured_and_nothing_fails(oasst: tuple[pl.Dat
     assert measured["distance"]["median"] is None
     assert measured["lengths"]["ratio"] is None
     assert measured["truncation"] == {"share": None, "context": 512, "needed": {}}
-    assert token_stats(accepted[:0], 400)["longest_pair"] == 0
+    assert token_stats(sizes(accepted[:0], 400), 400)["longest_pair"] == 0
 
 
 def test_of_very_many_pairs_a_sample_is_read_and_lengths_are_of_all(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_assets.feedback.quality_conflicts import contradictions, in_circles
+from dpo_assets.feedback.quality_conflicts import contradictions_in, in_circles
 from dpo_assets.feedback.tables import pairs_frame
 from dpo_assets_tests.samples import assistant, pair, user
 
@@ -53,29 +53,29 @@ def test_a_long_chain_of_preferences_is_no_circle_and_closing_it_makes_one() -> 
     ids=["end", "case", "space", "bold"],
 )
 def test_a_reversal_in_other_clothes_contradicts(again: tuple[str, str]) -> None:
-    assert contradictions(judged(("Yes", "No"), again))["pairs"] == 2
+    assert contradictions_in(judged(("Yes", "No"), again))["pairs"] == 2
 
 
 @pytest.mark.parametrize("other", ["x - 1", "x", "X + 1 = y", "x + 1 - -", "(x + 1)", "x + 1%"])
 def test_other_signs_and_other_answers_do_not(other: str) -> None:
-    assert contradictions(judged(("x + 1", "y"), ("y", other), (other, "z")))["pairs"] == 0
+    assert contradictions_in(judged(("x + 1", "y"), ("y", other), (other, "z")))["pairs"] == 0
 
 
 def test_a_circle_of_three_contradicts_and_a_ranking_does_not() -> None:
-    assert contradictions(judged(("a", "b"), ("b", "c"), ("c", "a"), ("a", "d")))["pairs"] == 3
-    ranking = contradictions(judged(("a", "b"), ("b", "c"), ("a", "c")))
+    assert contradictions_in(judged(("a", "b"), ("b", "c"), ("c", "a"), ("a", "d")))["pairs"] == 3
+    ranking = contradictions_in(judged(("a", "b"), ("b", "c"), ("a", "c")))
     assert (ranking["pairs"], ranking["compared"]) == (0, 3)
 
 
 def test_preferences_on_other_prompts_do_not_contradict() -> None:
-    found = contradictions(judged(("a", "b"), ("b", "a"), prompts=2))
+    found = contradictions_in(judged(("a", "b"), ("b", "a"), prompts=2))
     assert (found["pairs"], found["compared"]) == (0, 0)
 
 
 def test_contradicting_pairs_are_shown_in_an_order_of_their_own() -> None:
     table = judged(*[("a", "b"), ("b.", "a")] * 10)
     table = table.with_columns(pair_id=pl.Series([f"{n:032x}" for n in range(20)]))
-    found, mixed = contradictions(table), contradictions(table[::-1])
+    found, mixed = contradictions_in(table), contradictions_in(table[::-1])
     assert found == mixed
     assert found["pairs"] == 20
     assert len(found["examples"]) == 5

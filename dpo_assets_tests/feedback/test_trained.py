@@ -66,10 +66,10 @@ def test_scores_of_another_split_count_the_pairs_that_were_trained_on(tmp_path: 
     record = tmp_path / TRAINED_GROUPS
     trained = set(pl.read_parquet(first / "train.parquet")["group_id"])
     assert set(trained_groups(record)) == trained
-    assert seen_pairs(first / "eval.parquet", first / "eval.parquet", [record]) == 0
+    assert seen_pairs(first / "eval.parquet", first, [record]) == 0
     expected = sum(group in trained for group in pl.read_parquet(other / "eval.parquet")["group_id"])
     assert 0 < expected < pl.read_parquet(other / "eval.parquet").height
-    assert seen_pairs(other / "eval.parquet", other / "eval.parquet", [record, record]) == expected
+    assert seen_pairs(other / "eval.parquet", other, [record, record]) == expected
 
 
 def test_a_scored_pair_that_the_dataset_does_not_hold_out_counts_as_seen(tmp_path: Path) -> None:
@@ -77,8 +77,8 @@ def test_a_scored_pair_that_the_dataset_does_not_hold_out_counts_as_seen(tmp_pat
     write_trained_groups(first, tmp_path)
     scored = pl.DataFrame({"pair_id": ["0" * 32]})
     scored.write_parquet(tmp_path / "scores.parquet")
-    assert seen_pairs(tmp_path / "scores.parquet", first / "eval.parquet", [tmp_path / TRAINED_GROUPS]) == 1
-    assert seen_pairs(first / "eval.parquet", first / "eval.parquet", []) == 0
+    assert seen_pairs(tmp_path / "scores.parquet", first, [tmp_path / TRAINED_GROUPS]) == 1
+    assert seen_pairs(first / "eval.parquet", first, []) == 0
 
 
 def test_another_cleaning_keeps_the_groups_by_which_a_model_knows_what_it_was_trained_on() -> None:

@@ -9,7 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Self
 
-Answering = Callable[[list[dict[str, str]]], str]
+Candidates = dict[str, float]  # First tokens with their log-probabilities.
+Answering = Callable[[list[dict[str, str]]], str | tuple[str, Candidates]]
 KEY = "sk-judge-0123456789abcdef"  # Made up; shaped like a key, so that what leaks it is found.
 
 
@@ -39,8 +40,7 @@ class JudgeServer:
                 status = fault or (200 if allowed and self.path == "/v1/chat/completions" else 404 if allowed else 401)
                 said: dict[str, Any] = {"error": f"status {status} for {self.headers.get('Authorization')}"}
                 if status == 200:
-                    message = {"role": "assistant", "content": outer.answering(body["messages"])}
-                    said = {"choices": [{"message": message}]}
+                    said = {"choices": [outer._choice(body)]}
                 text = json.dumps(said).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(text)))
@@ -54,6 +54,17 @@ class JudgeServer:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+
+    def _choice(self, body: dict[str, Any]) -> dict[str, Any]:
+        """As OpenAI, vLLM and llama.cpp write one; `logprobs` where they are asked for and there are any."""
+        answered = self.answering(body["messages"])
+        text, candidates = answered if isinstance(answered, tuple) else (answered, None)
+        choice: dict[str, Any] = {"index": 0, "message": {"role": "assistant", "content": text}}
+        if candidates is not None and body.get("logprobs"):
+            best = sorted(candidates.items(), key=lambda one: -one[1])[: body["top_logprobs"]]
+            top = [{"token": token, "logprob": nats, "bytes": list(token.encode())} for token, nats in best]
+            choice["logprobs"] = {"content": [{**top[0], "top_logprobs": top}]}
+        return choice
 
     @property
     def url(self) -> str:

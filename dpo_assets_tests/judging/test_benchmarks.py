@@ -29,6 +29,7 @@ from dpo_assets.feedback.trained import TRAINED_GROUPS
 from dpo_assets.judging.questions import LeftOut, Question, read_questions
 from dpo_assets.judging.rewardbench import SECTIONS, Answered, credit, summarise, ties_score, weighted
 from dpo_assets.recipe import parse_recipe, resolve_paths
+from dpo_assets.resources.hub import HubResource
 from dpo_assets.training.batches.packing import Group
 from dpo_assets.training.models.chat_format import load_chat_format
 from dpo_assets.training.stages import benchmark
@@ -171,7 +172,7 @@ def test_a_file_of_which_nothing_can_be_asked_is_refused_before_training(
     if text is not None:
         path.write_text(text)
     with pytest.raises(ConfigError, match=said):
-        refuse_scorers(recipe(evaluation={"benchmarks": [{"name": "b", "path": str(path)}]}).evaluation)
+        refuse_scorers(recipe(evaluation={"benchmarks": [{"name": "b", "path": str(path)}]}).evaluation, HubResource())
 
 
 def test_benchmarks_have_names_of_their_own_and_lie_beside_the_recipe() -> None:

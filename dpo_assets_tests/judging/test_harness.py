@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dpo_assets.assets import harness_scores as module
+from dpo_assets.assets import harness_tasks as module
 from dpo_assets.assets import scorers_ahead
 from dpo_assets.assets.scorers_ahead import refuse_scorers
 from dpo_assets.checks.evidence.clusters import clustered_mean
@@ -25,16 +25,18 @@ from dpo_assets.checks.evidence.paired import compare
 from dpo_assets.checks.harness import harness_verdicts
 from dpo_assets.checks.neutral import perplexities
 from dpo_assets.checks.reports import HarnessScores
-from dpo_assets.contract import HarnessSpec
+from dpo_assets.contract import LOOKED_UP, HarnessSpec, TasksSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.judging.documents import paired_scores, scored
 from dpo_assets.recipe import resolve_paths
+from dpo_assets.resources.hub import HubResource
 from dpo_assets.training.batches.packing import Group
 from dpo_assets.training.models.chat_format import load_chat_format
 from dpo_assets.training.policy import load_scored
 from dpo_assets.training.scoring.logprobs import score_groups
 from dpo_assets.training.scoring.proof import settle_engine
 from dpo_assets.training.stages import harness
+from dpo_assets.training.stages import tasks as tasks_stage
 from dpo_assets_tests.pipelines import STORIES, demo_recipe, failures, materialize, metadata
 from dpo_assets_tests.samples import harness_scores, plan, recipe
 from dpo_assets_tests.test_lineage import ORDER, Shelf
@@ -231,6 +233,35 @@ def test_a_pipeline_runs_its_tasks_in_the_worker(tasks: Path, other: Path, tmp_p
         assert metadata(materialize(declared, instance, ["harness_scores"]), "harness_scores")["reused"] != "no"
 
 
+@really
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [("", ""), ("name", "there is no task chioce"), ("data", "lm-eval cannot run choice.*no network")],
+    ids=["whole", "a typing error", "no dataset"],
+)
+def test_tasks_are_looked_up_with_their_documents_before_training(
+    broken: str, said: str, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A typing error in a task's name was found after the training."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "tasks"
+    shutil.copytree(tasks, folder)
+    if broken == "data":
+        (folder / "rows.jsonl").unlink()
+    out = tmp_path / "out"
+    out.mkdir()
+    asked = TasksSpec(
+        output_dir=out, fingerprint="f" * 32, inputs={}, base_model=STORIES, include_path=folder,
+        tasks=("chioce" if broken == "name" else "choice", "rolling"),
+    )  # fmt: skip
+    if said:
+        with pytest.raises(ConfigError, match=said):
+            tasks_stage.run(asked, Log())
+    else:
+        tasks_stage.run(asked, Log())
+        assert json.loads((out / LOOKED_UP).read_text())["tasks"] == ["choice", "rolling"]
+
+
 # --- everywhere -------------------------------------------------------------------------------------------------------
 
 
@@ -242,7 +273,7 @@ def test_a_missing_package_is_refused_before_training(monkeypatch: pytest.Monkey
     """Whether it is installed here is what differs from place to place, so the answer is given."""
     monkeypatch.setattr(scorers_ahead.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'dpo-assets\[lm-eval\]'"):
-        refuse_scorers(declared())
+        refuse_scorers(declared(), HubResource())
 
 
 def test_a_folder_of_tasks_that_is_not_there_is_refused_before_training(
@@ -250,9 +281,9 @@ def test_a_folder_of_tasks_that_is_not_there_is_refused_before_training(
 ) -> None:
     monkeypatch.setattr(scorers_ahead.importlib.util, "find_spec", lambda name: name)  # Here it may not be installed.
     with pytest.raises(ConfigError, match="there is no folder"):
-        refuse_scorers(declared(include_path=str(tmp_path / "gone")))
-    refuse_scorers(declared(include_path=str(tmp_path)))
-    refuse_scorers(declared())
+        refuse_scorers(declared(include_path=str(tmp_path / "gone")), HubResource())
+    refuse_scorers(declared(include_path=str(tmp_path)), HubResource())
+    refuse_scorers(declared(), HubResource())
 
 
 @pytest.mark.skipif(INSTALLED, reason="lm-eval is installed here, so no worker can lack it")
@@ -417,10 +448,10 @@ def test_what_running_tasks_leaves_in_their_folder_is_no_other_task(
     monkeypatch.setattr(module.importlib.metadata, "version", lambda name: "0.4.13")  # It may not be installed here.
     (tmp_path / "task.yaml").write_text("task: one\n")
     section = declared(include_path=str(tmp_path)).harness
-    before = module._identity(section)
+    before = module.harness_identity(section)
     for name in ("__pycache__/utils.cpython-311.pyc", ".git/index", "more/.ipynb_checkpoints/task.yaml"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_bytes(b"left")
-    assert module._identity(section) == before
+    assert module.harness_identity(section) == before
     (tmp_path / "more" / "utils.py").write_text("def f(): ...\n")
-    assert module._identity(section) != before
+    assert module.harness_identity(section) != before

@@ -24,7 +24,7 @@ from dpo_assets_tests.pipelines import STORIES, demo_recipe, failed_checks, fail
 from dpo_assets_tests.samples import dataset_report, evaluation_report
 from dpo_assets_tests.test_lineage import ORDER, Shelf
 
-PROMPTS, PAIRS = 6, 30
+PROMPTS, PAIRS = 6, 60
 
 
 def fill(shelf: Shelf, better: int = PROMPTS, of_plan: dict[str, Any] = {}) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 import sqlite3
 import time
 from collections.abc import Sequence
@@ -15,15 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_assets.assets.scorers_ahead import refuse_scorers
+from dpo_assets.assets.scorers_ahead import judge_endpoint, refuse_scorers
 from dpo_assets.checks.judged import judge_verdicts
-from dpo_assets.checks.statistics import wilson
+from dpo_assets.checks.statistics import Proportion, wilson
 from dpo_assets.errors import ConfigError, InfrastructureError
-from dpo_assets.judging.comparing import Comparison, Message, Outcome, compare, question, verdict
+from dpo_assets.judging.comparing import Form, Message, Reply, compare, question, verdict
 from dpo_assets.judging.endpoint import ATTEMPTS, Endpoint
-from dpo_assets.judging.rates import SCORES, Tally, at_equal_length, corrected
 from dpo_assets.judging.replies import Remembered
-from dpo_assets_tests.judging.server import KEY, Answering, JudgeServer, by_merit, parts_of
+from dpo_assets.resources.hub import HubResource
+from dpo_assets_tests.judging.server import KEY, Answering, Candidates, JudgeServer, by_merit, parts_of
 from dpo_assets_tests.samples import judged_answers, recipe
 
 ASKED: list[Message] = [{"role": "user", "content": "Which?"}]
@@ -35,12 +34,13 @@ class Told:
 
     identity = "told"
 
-    def __init__(self, answering: Answering) -> None:
-        self.answering, self.questions = answering, 0
+    def __init__(self, answering: Answering, form: Form = "text") -> None:
+        self.answering, self.form, self.questions = answering, form, 0
 
-    def reply(self, messages: Sequence[Message]) -> str:
+    def reply(self, messages: Sequence[Message]) -> Reply:
         self.questions += 1
-        return self.answering(list(messages))
+        said = self.answering(list(messages))
+        return Reply(said) if isinstance(said, str) else Reply(*said)
 
 
 def always(letter: str) -> Answering:
@@ -119,6 +119,85 @@ def test_a_question_is_asked_once_also_by_the_next_process_and_of_another_judge_
     assert other.questions == 2
 
 
+# --- a letter ---------------------------------------------------------------------------------------------------------
+
+
+def leaning(to_a: float, to_the_longer: float) -> Answering:
+    """A judge of letters that adds log-odds for the place and for the longer answer."""
+
+    def answer(messages: list[Message]) -> tuple[str, Candidates]:
+        first, second = map(len, parts_of(messages))
+        odds = to_a + to_the_longer * ((first > second) - (second > first))
+        return ("A" if odds > 0 else "B"), {"A": odds - 5, "B": -5.0}
+
+    return answer
+
+
+@pytest.mark.parametrize("to_a", [-30.0, -2.0, 0.0, 0.5, 30.0])
+@pytest.mark.parametrize(("merit", "outcome"), [(0.4, "win"), (-0.4, "loss"), (0.0, "tie")])
+def test_what_the_order_adds_to_the_log_odds_of_a_letter_goes_out(to_a: float, merit: float, outcome: str) -> None:
+    """By its letters alone such a judge says A to both orders, and every pair is a tie."""
+    found = compare(Told(leaning(to_a, merit), "letter"), ASKED, "the longer answer", "short")
+    assert found.outcome == outcome
+    assert found.log_odds == pytest.approx(merit)
+    assert found.flipped is (abs(to_a) > abs(merit))
+
+
+@pytest.mark.parametrize(
+    ("said", "verdict_"), [("A", "A"), (" B.", "B"), ('"A"', "A"), ("Answer A", None), ("Aye", None), ("", None)]
+)
+def test_a_letter_without_log_probabilities_is_read_as_text(said: str, verdict_: str | None) -> None:
+    assert verdict(said, "letter") == verdict_
+
+
+def lettered(server: JudgeServer) -> Endpoint:
+    return Endpoint(server.url, "small", VARIABLE, 64, 5.0, form="letter", wait_seconds=0.01)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "letters"),
+    [
+        ({"A": -0.5, "B": -1.5, "The": -3.0}, {"A": -0.5, "B": -1.5}),
+        ({"A": -1.0, " A": -1.0, "B": -2.0}, {"A": -1.0 + math.log(2), "B": -2.0}),
+        ({"A": -0.1, "The": -4.0}, {"A": -0.1, "B": -4.0}),  # B is no more likely than the least that was listed.
+    ],
+    ids=["both", "two tokens of one letter", "one is not listed"],
+)
+def test_letters_are_read_by_the_log_probabilities_of_the_first_token(
+    candidates: Candidates, letters: dict[str, float]
+) -> None:
+    with JudgeServer(lambda messages: ("A", candidates)) as server:
+        assert lettered(server).reply(ASKED).letters == pytest.approx(letters)
+    [asked] = server.requests
+    assert (asked["logprobs"], asked["top_logprobs"], asked["temperature"]) == (True, 20, 0)
+
+
+def test_a_first_token_that_is_no_letter_is_no_verdict() -> None:
+    with JudgeServer(lambda messages: ("Both", {"Both": -0.1, "a": -3.0})) as server:
+        assert compare(lettered(server), ASKED, "longer", "short").outcome == "null"
+
+
+def test_a_server_without_log_probabilities_is_said_ahead_and_read_by_its_letter() -> None:
+    with JudgeServer(lambda messages: "A") as server:
+        judge = lettered(server)
+        assert "gives no log-probabilities" in judge.refuse_ahead()
+        found = compare(judge, ASKED, "longer", "short")
+    assert (found.outcome, found.flipped, found.log_odds) == ("tie", True, None)
+    with JudgeServer(lambda messages: ("A", {"A": -0.1, "B": -2.0})) as server:
+        assert lettered(server).refuse_ahead() == ""
+
+
+def test_a_recipe_asks_for_a_letter_and_its_replies_are_others_than_texts() -> None:
+    asking = {"url": "http://localhost:1/v1", "model": "m"}
+    judges = []
+    for form in ("text", "letter"):
+        section = recipe(evaluation={"judge": {**asking, "verdict": form}}).evaluation.judge
+        assert section is not None
+        judges.append(judge_endpoint(section))
+    assert [judge.form for judge in judges] == ["text", "letter"]
+    assert judges[0].identity != judges[1].identity
+
+
 # --- the endpoint -----------------------------------------------------------------------------------------------------
 
 
@@ -138,7 +217,7 @@ def test_the_endpoint_speaks_the_protocol_and_sends_the_key_of_the_environment(m
 def test_what_passes_is_tried_again(faults: list[int]) -> None:
     with JudgeServer(always("A")) as server:
         server.faults = list(faults)
-        assert endpoint(server).reply(ASKED) == "[[A]]"
+        assert endpoint(server).reply(ASKED).text == "[[A]]"
     assert len(server.requests) == len(faults) + 1
 
 
@@ -150,7 +229,7 @@ def test_a_judge_that_asks_to_wait_is_left_alone_for_so_long_within_bounds(
     monkeypatch.setattr("dpo_assets.judging.endpoint.time.sleep", slept.append)  # Nobody waits five minutes here.
     with JudgeServer(always("A")) as server:
         server.faults, server.retry_after = [429, 503], asked
-        assert endpoint(server).reply(ASKED) == "[[A]]"
+        assert endpoint(server).reply(ASKED).text == "[[A]]"
     assert slept == waits
 
 
@@ -219,104 +298,15 @@ def test_a_judge_that_refuses_ends_the_plan_and_one_that_is_not_up_yet_does_not(
     with JudgeServer(always("C")) as server:
         section = {"url": server.url, "model": "m", "key_variable": VARIABLE, "timeout_seconds": 5.0}
         evaluation = recipe(evaluation={"judge": section}).evaluation
-        assert refuse_scorers(evaluation) == ""
+        assert refuse_scorers(evaluation, HubResource()) == ""
         assert len(server.requests) == 1
         server.faults = [503]
-        assert "no answer in 1 attempts: status 503" in refuse_scorers(evaluation)
+        assert "no answer in 1 attempts: status 503" in refuse_scorers(evaluation, HubResource())
         server.faults = [status]
         with pytest.raises(ConfigError, match="the judge at"):
-            refuse_scorers(evaluation)
+            refuse_scorers(evaluation, HubResource())
         assert len(server.requests) == 3
-    assert "gave no answer" in refuse_scorers(evaluation)  # Nobody listens any more.
-
-
-# --- shares -----------------------------------------------------------------------------------------------------------
-
-
-def outcomes(*names: Outcome) -> list[Comparison]:
-    return [Comparison(name, False, ("", "")) for name in names]
-
-
-def test_a_share_counts_ties_half_and_leaves_out_what_has_no_verdict() -> None:
-    tally = Tally.of(outcomes("win", "win", "tie", "loss", "null"))
-    assert tally.share(0.95) == wilson(2.5, 4)
-    assert (tally.asked, tally.decided) == (5, 4)
-
-
-@settings(max_examples=60, deadline=None)
-@given(true=st.floats(0.05, 0.95), agreement=st.floats(0.7, 1.0))
-def test_a_judge_that_errs_is_corrected_to_the_true_share(true: float, agreement: float) -> None:
-    n = 10_000
-    seen = agreement * true + (1 - agreement) * (1 - true)
-    found = corrected(wilson(seen * n, n), wilson(agreement * n, n))
-    assert found.value == pytest.approx(true, abs=1e-6)
-    assert found.low <= true <= found.high
-
-
-def test_a_perfect_judge_is_not_corrected_and_one_that_tosses_coins_says_nothing() -> None:
-    share = wilson(60, 100)
-    assert corrected(share, wilson(1000, 1000)).value == pytest.approx(0.6)
-    for agreement in (wilson(55, 100), wilson(0, 0), wilson(20, 100)):
-        found = corrected(share, agreement)
-        assert math.isnan(found.value)
-        assert (found.low, found.high) == (0.0, 1.0)
-
-
-def test_the_corrected_interval_holds_the_true_share_as_often_as_it_says() -> None:
-    """A judge right on 80 %, 200 answers of which 55 % are better, 100 pairs of people: 400 repetitions."""
-    drawn, true, right = random.Random(0), 0.55, 0.8
-    held = 0
-    for _ in range(400):
-        better = [drawn.random() < true for _ in range(200)]
-        said = sum((drawn.random() < right) == b for b in better)
-        agreed = sum(drawn.random() < right for _ in range(100))
-        found = corrected(wilson(said, 200), wilson(agreed, 100))
-        held += found.low <= true <= found.high
-    assert 0.92 <= held / 400 <= 0.98
-
-
-def test_few_comparisons_are_never_certain() -> None:
-    for wins in (0, 16):
-        found = corrected(wilson(wins, 16), wilson(95, 100))
-        assert found.high - found.low > 0.1
-    assert corrected(wilson(0, 1), wilson(95, 100)).high > 0.5
-
-
-@settings(max_examples=40, deadline=None)
-@given(data=st.lists(st.tuples(st.sampled_from(sorted(SCORES)), st.integers(0, 500), st.integers(0, 500)), max_size=30))
-def test_a_share_at_equal_length_is_a_share_whatever_the_lengths(data: list[tuple[Outcome, int, int]]) -> None:
-    found = at_equal_length(outcomes(*(name for name, _, _ in data)), [(a, b) for _, a, b in data], 0.95)
-    assert math.isnan(found.value) if not data else 0.0 <= found.low <= found.value <= found.high <= 1.0
-
-
-def test_wins_that_go_with_length_are_no_wins_at_equal_length() -> None:
-    """A judge that prefers the longer answer in four of five pairs, and a policy that is longer in four of five."""
-    wins = outcomes(*["win"] * 32, *["loss"] * 8, *["win"] * 2, *["loss"] * 8)
-    longer = [(200, 100)] * 40 + [(100, 200)] * 10
-    assert Tally.of(wins).share(0.95).value == pytest.approx(0.68)
-    assert at_equal_length(wins, longer, 0.95).value == pytest.approx(0.5, abs=0.01)
-    alike = at_equal_length(wins, [(100 + n % 2, 101 - n % 2) for n in range(50)], 0.95)
-    assert alike.value == pytest.approx(0.68, abs=0.01)
-    assert math.isnan(at_equal_length(outcomes("null"), [(1, 2)], 0.95).value)
-
-
-def test_the_interval_at_equal_length_holds_the_true_share_as_often_as_it_says() -> None:
-    """60 prompts, a share of 0.6 at equal length, and a taste for length beside it: 120 repetitions."""
-    drawn, held = random.Random(2), 0
-    for _ in range(120):
-        differences = [drawn.gauss(20, 60) for _ in range(60)]
-        scale = math.sqrt(math.fsum(d * d for d in differences) / 60)
-        odds = [math.log(0.6 / 0.4) + math.tanh(d / scale) for d in differences]
-        won = outcomes(*("win" if drawn.random() < 1 / (1 + math.exp(-one)) else "loss" for one in odds))
-        found = at_equal_length(won, [(1000 + round(d), 1000) for d in differences], 0.95)
-        held += found.low <= 0.6 <= found.high
-    assert 0.9 <= held / 120 <= 0.99
-
-
-def test_wins_alone_are_not_certain_at_equal_length() -> None:
-    found = at_equal_length(outcomes(*["win"] * 8), [(10, 9)] * 8, 0.95)
-    assert found.low == pytest.approx(wilson(8, 8).low, abs=0.02)
-    assert at_equal_length(outcomes("win", "loss"), [(10, 9)] * 2, 0.95).low == 0.0
+    assert "gave no answer" in refuse_scorers(evaluation, HubResource())  # Nobody listens any more.
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------------------
@@ -341,41 +331,46 @@ def test_a_judge_that_cannot_be_believed_is_told_by_what(changes: dict[str, obje
     assert fix in health.fix
 
 
-def test_the_corrected_share_decides_where_there_is_one() -> None:
-    worse, better = wilson(20, 100), wilson(80, 100)
-    nothing = corrected(worse, wilson(0, 0))
-    for share, true, passed in ((worse, better, True), (better, worse, False), (worse, nothing, False)):
+def test_only_a_share_that_is_corrected_by_people_is_evidence() -> None:
+    """A judge that may be a coin preferred the policy on 80 of 100 answers, and was told as if that meant something."""
+    worse, better, nothing = wilson(20, 100), wilson(80, 100), Proportion(math.nan, 0.0, 1.0, 100)
+    for share, true, passed in ((worse, better, True), (better, worse, False), (better, nothing, False)):
         _, verdict_ = judge_verdicts(judged_answers(share=share, corrected=true))
         assert verdict_.passed is passed
         assert bool(verdict_.fix) is not passed
+        assert ("no evidence" in verdict_.headline) is (true is nothing)
+
+
+SAID = Reply("A", {"A": -0.25, "B": -2.0})
 
 
 class Counting:
     """A judge of one answer, and how often it was asked."""
 
     identity = "counting"
+    form: Form = "text"
 
     def __init__(self) -> None:
         self.asked = 0
 
-    def reply(self, messages: object) -> str:
+    def reply(self, messages: object) -> Reply:
         self.asked += 1
-        return "A"
+        return SAID
 
 
 def test_kept_replies_that_were_damaged_are_dropped_or_set_aside_and_asked_for_again(tmp_path: Path) -> None:
     judge, path = Counting(), tmp_path / "judge.sqlite"
     asked = [{"role": "user", "content": "which?"}]
-    assert [Remembered(judge, path).reply(asked) for _ in range(2)] == ["A", "A"]
+    assert [Remembered(judge, path).reply(asked) for _ in range(2)] == [SAID, SAID]
     assert judge.asked == 1
     with closing(sqlite3.connect(path)) as db, db:
         db.execute("update kept set reply = 'B'")
     changed = Remembered(judge, path)
-    assert (changed.reply(asked), judge.asked, changed.dropped) == ("A", 2, 1)
+    assert (changed.reply(asked), judge.asked, changed.dropped) == (SAID, 2, 1)
     assert "1 kept replies were not what had been kept" in changed.damage
     path.write_bytes(b"no database at all, by far" * 200)
     anew = Remembered(judge, path)
-    assert (anew.reply(asked), judge.asked) == ("A", 3)
+    assert (anew.reply(asked), judge.asked) == (SAID, 3)
     assert anew.set_aside is not None
     assert anew.set_aside.exists()
     assert Remembered(judge, path).damage == ""

@@ -19,5 +19,5 @@ def test_only_what_people_ranked_is_held_against_a_judge_and_one_pair_a_prompt(t
         for n, kind in enumerate([*kinds, "judge_rating"])
     ]  # fmt: skip
     pl.DataFrame(rows[::-1]).write_parquet(tmp_path / "eval.parquet")
-    assert [pair.asked for pair in human_pairs(tmp_path / "eval.parquet", 9)] == ["1?", "2?"]
-    assert [(pair.first, pair.second) for pair in human_pairs(tmp_path / "eval.parquet", 1)] == [("yes", "no")]
+    assert [pair.asked for pair in human_pairs(tmp_path, 9)] == ["1?", "2?"]
+    assert [(pair.first, pair.second) for pair in human_pairs(tmp_path, 1)] == [("yes", "no")]

@@ -11,6 +11,7 @@ from typing import Any
 import dagster as dg
 import pytest
 import torch
+from huggingface_hub import CommitOperationAdd, HfApi
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -23,10 +24,12 @@ from dpo_assets.errors import ConfigError
 from dpo_assets.judging.rewards import TOO_LONG, Rewarded, summarise
 from dpo_assets.planning.model_folder import refuse_as_reward_model
 from dpo_assets.recipe import parse_recipe, resolve_paths
+from dpo_assets.resources.hub import HubResource
 from dpo_assets.training.models.chat_format import load_chat_format
 from dpo_assets.training.models.reward_model import load_reward_model
 from dpo_assets.training.scoring.rewards import rewards
 from dpo_assets.training.stages import reward
+from dpo_assets_tests.hub_server import HubServer
 from dpo_assets_tests.judging.test_judged_answers import PAIRS, PROMPTS, fill
 from dpo_assets_tests.pipelines import STORIES, demo_recipe, failed_checks, failures, materialize, metadata
 from dpo_assets_tests.samples import SHA, plan, recipe, reward_model_scores
@@ -127,7 +130,7 @@ def test_a_reward_does_not_depend_on_the_rows_beside_it_nor_on_the_padding(train
 
 def test_what_has_no_reward_is_counted_with_the_reason_and_not_cut(trained: Path, tmp_path: Path, shelf: Shelf) -> None:
     fill(shelf, better=4, of_plan=ON_CPU)
-    answers, people = shelf.now["eval_scores"].path / "generations.json", shelf.now["dpo_dataset"].path / "eval.parquet"
+    answers, people = shelf.now["eval_scores"].path / "generations.json", shelf.now["dpo_dataset"].path
     reward.run(spec(trained, tmp_path / "out", answers, people, max_length=28), Log())
     found = RewardModelScores.model_validate_json((tmp_path / "out" / "report.json").read_text())
     assert found.left_out == {TOO_LONG: 4}
@@ -165,7 +168,7 @@ def test_a_folder_that_is_no_reward_model_is_refused_before_training(
     (folder / "config.json").write_text(json.dumps(config))
     evaluation = recipe(evaluation={"reward_model": {"source": str(folder)}}).evaluation
     with pytest.raises(ConfigError, match=said):
-        refuse_scorers(evaluation)
+        refuse_scorers(evaluation, HubResource())
 
 
 def test_a_reward_model_without_safetensors_or_template_or_folder_is_refused(trained: Path, tmp_path: Path) -> None:
@@ -184,6 +187,46 @@ def test_a_reward_model_without_safetensors_or_template_or_folder_is_refused(tra
         refuse_as_reward_model(folder)
 
 
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ("", ""),
+        ("config.json", r"org/judge holds LlamaForCausalLM"),
+        ("model.safetensors", r"org/judge holds no safetensors weights"),
+        ("token", r"no model org/judge, or the token in MY_HUB_LOGIN may not see it"),
+        ("revision", r"org/judge has no revision"),
+        ("silent", ""),
+    ],
+)
+def test_a_reward_model_of_the_hub_is_looked_at_before_training_without_its_weights(
+    trained: Path, broken: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A typing error in its name, or a model of another kind, was found after the training."""
+    files = {path.name: path.read_bytes() for path in trained.iterdir() if path.is_file()}
+    if broken == "config.json":
+        files[broken] = json.dumps(json.loads(files[broken]) | {"architectures": ["LlamaForCausalLM"]}).encode()
+    if broken == "model.safetensors":
+        files["pytorch_model.bin"] = files.pop(broken)
+    with HubServer(token="hf_test") as hub:
+        api = HfApi(endpoint=hub.endpoint, token=hub.token)
+        api.create_repo("org/judge", private=True)
+        adding = [CommitOperationAdd(name, data) for name, data in files.items()]
+        commit = api.create_commit("org/judge", operations=adding, commit_message="a reward model")
+        monkeypatch.setenv("MY_HUB_LOGIN", "" if broken == "token" else "hf_test")
+        resource = HubResource(endpoint=hub.endpoint, token_variable="MY_HUB_LOGIN")
+        source = {"source": "org/judge", "revision": SHA if broken == "revision" else commit.oid}
+        evaluation = recipe(evaluation={"reward_model": source}).evaluation
+        asked = len(hub.requests)
+        if said:
+            with pytest.raises(ConfigError, match=said):
+                refuse_scorers(evaluation, resource)
+        elif not broken:
+            assert refuse_scorers(evaluation, resource) == ""
+            assert not any("model.safetensors" in request.path for request in hub.requests[asked:])
+    if broken == "silent":
+        assert "could not be downloaded" in refuse_scorers(evaluation, resource)  # Nobody listens any more.
+
+
 def test_a_reward_model_of_the_hub_is_named_by_a_commit() -> None:
     with pytest.raises(ConfigError, match=r"evaluation\.reward_model.*needs `revision`"):
         parse_recipe(demo_recipe(evaluation={"reward_model": {"source": "org/model", "revision": "main"}}))
@@ -200,13 +243,19 @@ def test_a_folder_is_looked_for_beside_the_recipe_and_a_model_of_the_hub_is_not(
 
 
 def test_ties_count_half_and_what_errs_is_corrected_by_what_people_chose() -> None:
-    pairs = [Rewarded((1.0, 0.0), (9, 5))] * 6 + [Rewarded((0.0, 0.0), (5, 5))] * 2 + [Rewarded((0.0, 1.0), (5, 9))] * 2
-    people = [Rewarded((1.0, 0.0), (5, 5))] * 80 + [Rewarded((0.0, 1.0), (5, 5))] * 20
-    found = summarise("r", [*pairs, Rewarded(None, (1, 1), TOO_LONG)], people, 0.95)
+    def each(rewards: tuple[float, float], lengths: tuple[int, int], numbers: range) -> list[Rewarded]:
+        return [Rewarded(rewards, lengths, f"{number}") for number in numbers]
+
+    pairs = [
+        *each((1.0, 0.0), (9, 5), range(6)), *each((0.0, 0.0), (5, 5), range(6, 8)),
+        *each((0.0, 1.0), (5, 9), range(8, 10)),
+    ]  # fmt: skip
+    people = each((1.0, 0.0), (5, 5), range(20, 100)) + each((0.0, 1.0), (5, 5), range(100, 120))
+    found = summarise("r", [*pairs, Rewarded(None, (1, 1), "10", TOO_LONG)], people, 0.95)
     assert (found.wins, found.ties, found.losses, found.left_out) == (6, 2, 2, {TOO_LONG: 1})
-    assert found.share == wilson(7, 10)
+    assert (found.share.value, found.share.n, found.share.clusters) == (0.7, 10, 10)
     assert found.difference.value == pytest.approx(0.4)
-    assert found.agreement == wilson(80, 100)
+    assert found.agreement.low == pytest.approx(wilson(80, 100).low)
     assert found.corrected.value == pytest.approx((0.7 + 0.8 - 1) / (2 * 0.8 - 1))
     assert found.share_at_equal_length == pytest.approx(0.5, abs=0.05)
 

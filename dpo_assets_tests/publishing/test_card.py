@@ -19,6 +19,7 @@ from pydantic import BaseModel
 
 from dpo_assets.planning.licence import Licence
 from dpo_assets.planning.model_card import front_matter
+from dpo_assets.planning.refresh import Refresh, SftData
 from dpo_assets.publishing.card import CardFacts, Standing, card_settings, render_card
 from dpo_assets.publishing.loading import gguf_upload_line, llama_server_line, load_snippet, ollama_line, serve_line
 from dpo_assets.publishing.trace import Withdrawn
@@ -334,6 +335,25 @@ def test_the_level_of_the_intervals_is_shown_as_it_is() -> None:
     assert "99.5% interval" in render_card(facts(scores=evaluation_report(confidence=0.995)))
 
 
+def test_a_card_tells_what_sft_and_dpo_were_trained_on_and_the_generation() -> None:
+    def card(refresh: Refresh) -> str:
+        known = facts()
+        changed = known.plan.model_copy(update={"refresh": refresh})
+        assert card_settings(changed) != card_settings(known.plan)
+        return " ".join(render_card(dataclasses.replace(known, plan=changed)).split())
+
+    sft = SftData(dataset="d0", pairs=90, newer=7)
+    told = card(Refresh(policy="replay", generation=3, adapter="a", new=7, sampled=9, sft=sft))
+    assert (
+        "Generation depth: 3. It went on from an earlier release (`replay`): 7 new pairs and 9 of the earlier" in told
+    )
+    assert (
+        "SFT: train, on the 90 training pairs of the dataset `d0`, an earlier one: 7 of those of now are newer" in told
+    )
+    own = SftData(dataset=facts().dataset_digest, pairs=97)
+    assert "SFT: train. DPO:" in card(Refresh(sft=own))
+
+
 def test_a_card_says_where_its_release_stands_in_the_pipeline() -> None:
     def told(**changes: Any) -> str:
         card = render_card(facts(standing=dataclasses.replace(SECOND, **changes)))
@@ -342,8 +362,8 @@ def test_a_card_says_where_its_release_stands_in_the_pipeline() -> None:
     assert told() == (
         "Release 2 of the pipeline `bot`. It replaces release 1 (content-1, commit c1). Decided: first_publication; "
         "one-sided test at a level of 0.72 %. All decisions so far spent 2.19 % of 5 % error. Generation depth: "
-        "1. It was trained from the base, not from an earlier release. Of the feedback rows behind that release, 3 "
-        "were withdrawn since, and 4 are still in the feedback and were left out."
+        "1. It was trained from SFT on all training pairs, not from an earlier release. Of the feedback rows behind "
+        "that release, 3 were withdrawn since, and 4 are still in the feedback and were left out."
     )
     first = told(number=1, replaces="", withdrawn=None, level=None, preview=True)
     assert "Release 1 of the pipeline `bot`, as a preview. It is the first. Decided" in first

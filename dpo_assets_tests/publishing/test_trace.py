@@ -87,6 +87,31 @@ def test_a_release_goes_back_to_every_row_of_its_dataset_and_of_its_sft_checkpoi
     assert found.gone == ()
 
 
+def test_what_an_earlier_sft_checkpoint_was_looked_at_with_is_behind_no_release(store: Store) -> None:
+    """It is in no weight; a row that was withdrawn from the held-out ones counts as withdrawn."""
+    raw = feedback(store, "a1", "a2", "a3")
+    earlier = store.dataset(["a1"], ["a2", "b1"], raw)
+    sft = store.add("sft_checkpoint", {"dpo_dataset": earlier})
+    first = store.released(earlier, sft)
+    now = store.dataset(["a1", "a3"], ["a2"], raw)
+    second = store.released(now, sft)
+    trace = Trace.of(store.tree.root)
+    assert used(trace.release(second.fingerprint).rows) == {
+        ("a1", "trained on"), ("a3", "trained on"), ("a2", "held out")
+    }  # fmt: skip
+    inputs = {"sft_checkpoint": sft.digest, "dpo_dataset": now.digest}
+    assert trace.withdrawn(first.fingerprint, inputs) == Withdrawn(gone=1)
+
+
+def test_a_release_goes_back_to_what_the_release_that_it_went_on_from_was_trained_on(store: Store) -> None:
+    earlier, now = store.dataset(["a1"], ["a2"]), store.dataset(["a1", "a3"], ["a2"])
+    before = store.add("dpo_adapter", {"dpo_dataset": earlier})
+    adapter = store.add("dpo_adapter", {"dpo_adapter": before, "dpo_dataset": now})
+    release = store.add("published_model", {"dpo_adapter": adapter})
+    found = Trace.of(store.tree.root).release(release.fingerprint)
+    assert (set(found.datasets), found.own) == ({earlier.digest, now.digest}, now.digest)
+
+
 @pytest.mark.parametrize("name", ["pair-a1", "hash-a1", "a1"])
 def test_a_row_is_found_in_every_release_that_it_touched_and_in_no_other(store: Store, name: str) -> None:
     first, second = store.released(store.dataset(["a1", "b1"], ["a2"])), store.released(store.dataset(["b1"], ["a1"]))

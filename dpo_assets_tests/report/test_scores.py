@@ -13,8 +13,9 @@ import pytest
 from matplotlib.image import imread
 
 from dpo_assets.checks.evidence.candidate import ScoredPairs
+from dpo_assets.checks.reports import Divergence
 from dpo_assets.report.score_plots import POINTS, drawable, rank_correlation, score_plots
-from dpo_assets.report.scores import answers_table, perplexity_table
+from dpo_assets.report.scores import answers_table, distance_table, perplexity_table
 from dpo_assets_tests.samples import champion_scores, evaluation_report, neutral, scored_pairs
 
 TITLES = ["margins", "displacement", "length against margin"]
@@ -98,14 +99,19 @@ def test_answers_of_sft_policy_and_champion_stand_side_by_side() -> None:
     assert answers_table([]).splitlines()[0] == "| prompt (last message) | SFT | policy | champion |"
 
 
-def test_the_champions_ratio_stands_beside_the_policys() -> None:
-    shown = perplexity_table(
-        evaluation_report(champion="c" * 64, champion_scores=champion_scores(neutral_ratio=1.07), chosen=neutral(1.3))
-    ).splitlines()
+def test_the_champions_perplexities_and_its_kl_stand_beside_the_policys() -> None:
+    theirs = champion_scores(neutral=neutral(1.07), chosen=neutral(1.2), kl={"per_token": 0.3})
+    report = evaluation_report(champion="c" * 64, champion_scores=theirs, chosen=neutral(1.3))
+    shown = perplexity_table(report).splitlines()
     assert [cell.strip() for cell in shown[2].split("|")[1:-1]] == [
-        "neutral texts", "60 of 3000 tokens", "20", "20.4", "1.020", r"\[1.000, 1.040\]", "1.070",
+        "neutral texts", "policy", "60 of 3000 tokens", "20", "20.4", "1.020", r"\[1.000, 1.040\]",
     ]  # fmt: skip
-    assert shown[3].startswith("| chosen answers | 60 of 3000 tokens | 20 | 26 | 1.300 |")
-    assert shown[3].endswith("| - |")
+    assert shown[3].startswith("| neutral texts | champion | 60 of 3000 tokens | 20 | 21.4 | 1.070 |")
+    assert shown[4].startswith("| chosen answers | policy | 60 of 3000 tokens | 20 | 26 | 1.300 |")
+    assert shown[5].startswith("| chosen answers | champion | 60 of 3000 tokens | 20 | 24 | 1.200 |")
+    kl = distance_table(report, None, None).splitlines()[2]
+    assert kl.endswith(r"| 0.0200 \[0.0100, 0.0300\] | 0.3000 - |")
+    in_training = distance_table(report, Divergence(per_token=0.5), Divergence(per_token=0.6)).splitlines()[2]
+    assert in_training.endswith("| 0.5000 - | 0.6000 - |")
     unasked = evaluation_report(neutral={"not_measured": "no neutral texts were asked"})
     assert perplexity_table(unasked) == "not measured"

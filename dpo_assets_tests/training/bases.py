@@ -11,6 +11,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 TEXT = ["Hello, how are you doing?", "def f(x):\n    return x", "  two  spaces\n\n", "the quick brown fox"] * 20
 
@@ -30,6 +31,15 @@ def retensor(folder: Path, change: Callable[[dict[str, Tensor]], Mapping[str, Te
     """The base's tensors changed, in its one file."""
     path = folder / "model.safetensors"
     save_file(dict(change(load_file(path))), path, {"format": "pt"})
+
+
+def sharded(folder: Path, target: Path, size: str) -> Path:
+    """A base in files of at most `size`."""
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(target, max_shard_size=size)
+    for path in folder.iterdir():
+        if path.suffix != ".safetensors":
+            shutil.copyfile(path, target / path.name)
+    return target
 
 
 def byte_level(folder: Path, marks: tuple[str, ...] = ("<s>", "</s>"), **config: Any) -> Path:

@@ -15,8 +15,18 @@ import torch
 from transformers import GenerationConfig
 
 from dpo_assets.artifact import VOLATILE
+from dpo_assets.checks.evidence.candidate import ScoredPairs
+from dpo_assets.checks.instructions import INSTRUCTIONS
 from dpo_assets.checks.neutral import read_texts
-from dpo_assets.checks.reports import AnswerHealth, Divergence, EvaluationReport, GreedyAnswers, NotMeasured, Perplexity
+from dpo_assets.checks.reports import (
+    AnswerHealth,
+    Divergence,
+    EvaluationReport,
+    GreedyAnswers,
+    InstructionsFollowed,
+    NotMeasured,
+    Perplexity,
+)
 from dpo_assets.checks.statistics import wilson
 from dpo_assets.contract import ChampionSpec, EvaluateSpec, TemplateSettings
 from dpo_assets.errors import ConfigError
@@ -339,7 +349,8 @@ def test_neutral_texts_are_scored_as_the_plain_forward_scores_them(
     assert (report.neutral.texts, report.neutral.tokens) == (2, sum(len(row) - 1 for row in rows))
     # The champion's merged model and its start are the same built-in one here.
     assert report.champion_scores is not None
-    assert report.champion_scores.neutral_ratio == 1.0
+    assert isinstance(report.champion_scores.neutral, Perplexity)
+    assert report.champion_scores.neutral.ratio == 1.0
 
 
 # --- how far the release went -------------------------------------------------------------------------------------
@@ -377,6 +388,19 @@ def test_a_release_whose_kl_nobody_asked_for_says_so(evaluation: EvaluateMaker, 
     _, report, _ = scored(evaluation(tmp_path / "out", generations=0))
     assert isinstance(report.kl, NotMeasured)
     assert isinstance(report.neutral, NotMeasured)
+    assert isinstance(report.instructions, NotMeasured)
+
+
+def test_instructions_are_answered_greedily_as_a_user_asks_them(
+    evaluation: EvaluateMaker, model_folder: Path, chat: ChatFormat, tmp_path: Path
+) -> None:
+    spec = evaluation(tmp_path / "out", generations=1, instructions=2)
+    scored(spec)
+    told = json.loads((spec.output_dir / "instructions.json").read_text(encoding="utf-8"))
+    prompts = [chat.prompt_ids([{"role": "user", "content": one.prompt}]) for one in INSTRUCTIONS[:2]]
+    said = generate(load_base(model_folder, spec.plan).eval(), prompts, chat, spec.max_new_tokens)
+    assert [row["policy"] for row in told] == [answer["text"] for answer in said]
+    assert len(json.loads((spec.output_dir / "generations.json").read_text(encoding="utf-8"))) == 1
 
 
 # --- the champion, scored again on the pairs of now ---------------------------------------------------------------
@@ -389,7 +413,7 @@ def test_the_champion_is_scored_on_the_same_pairs_against_its_own_start(
     on_base = plan_for(scoring=Scoring(subject="adapter"))
     spec = evaluation(
         tmp_path / "out", plan=on_base, sft_adapter=None, adapter=sft_adapter, policy=tmp_path / "gone",
-        champion=champion(model_folder, sft_adapter, policy=tmp_path / "gone"),
+        champion=champion(model_folder, sft_adapter, policy=tmp_path / "gone"), sampled_answers=3, instructions=2,
     )  # fmt: skip
     table, report, _ = scored(spec)
     for column in ("chosen", "rejected"):
@@ -402,26 +426,42 @@ def test_the_champion_is_scored_on_the_same_pairs_against_its_own_start(
     assert theirs is not None
     assert theirs.implicit_reward_accuracy == report.implicit_reward_accuracy
     assert theirs.logp_accuracy == report.logp_accuracy_policy
+    assert isinstance(report.kl, Divergence)
+    assert report.kl.per_token > 0.05
+    assert (theirs.kl, theirs.chosen, theirs.margin) == (report.kl, report.chosen, report.margin)
+    assert theirs.reward_accuracy_per_token == report.reward_accuracy_per_token
     assert (theirs.reward_against.difference, theirs.reward_against.discordant, theirs.left_out) == (0.0, 0, {})
     said = json.loads((spec.output_dir / "generations.json").read_text(encoding="utf-8"))
     assert all(set(row) == {"prompt", "sft", "policy", "champion"} for row in said)
     assert [row["champion"] for row in said] == [row["policy"] for row in said]
     assert report.generation.champion == report.generation.policy
+    told = json.loads((spec.output_dir / "instructions.json").read_text(encoding="utf-8"))
+    assert [(row["name"], row["champion"]) for row in told] == [(one["name"], one["policy"]) for one in told]
+    assert isinstance(report.instructions, InstructionsFollowed)
+    asked = {one.name: one for one in INSTRUCTIONS}
+    assert report.instructions.by_instruction == tuple(
+        (row["name"], *(asked[row["name"]].followed_by(row[who]) for who in ("sft", "policy", "champion")))
+        for row in told
+    )
+    assert (len(told), report.instructions.policy.n) == (2, 2)
 
 
 def test_a_start_that_both_share_is_scored_once(
     evaluation: EvaluateMaker, model_folder: Path, sft_adapter: Path, tmp_path: Path
 ) -> None:
     shared = champion(model_folder, sft_adapter, sft_adapter=sft_adapter, same_start=True)
-    table, report, log = scored(evaluation(tmp_path / "out", champion=shared))
+    table, report, log = scored(evaluation(tmp_path / "out", champion=shared, sampled_answers=3))
     assert table["champion_start_chosen"].to_list() == table["sft_chosen"].to_list()
     done = [line for line in log.messages if line.startswith("[progress]")]
     assert done == [
         "[progress] evaluate 1/3 policy done",
-        "[progress] evaluate 2/3 SFT done",
-        "[progress] evaluate 3/3 champion done",
+        "[progress] evaluate 2/3 champion done",
+        "[progress] evaluate 3/3 SFT done",
     ]
     assert report.champion_scores is not None
+    # It heard both: policy and champion are the built-in model here, so they say the same with the same seed.
+    assert isinstance(report.kl, Divergence)
+    assert report.champion_scores.kl == report.kl
 
 
 def test_scores_of_pairs_scored_before_are_read_and_only_new_pairs_are_computed(
@@ -512,7 +552,7 @@ def test_the_champion_is_held_against_its_own_start_and_its_own_tokens() -> None
     """By the policy's start, or by its count of tokens, the champion would rank other pairs well."""
     table = pl.DataFrame(
         {
-            "group_id": list("abcd"), "source": ["x"] * 4, "margin": [None] * 4,
+            "group_id": list("abcd"), "source": ["x", "x", "y", "y"], "margin": [None] * 4,
             "sft_chosen": [-9.0, -9.0, -9.0, -9.0], "sft_rejected": [-9.0, -9.0, -9.0, -9.0],
             "policy_chosen": [-8.0, -8.0, -8.0, -9.5], "policy_rejected": [-9.0, -9.0, -9.0, -9.0],
             "chosen_tokens": [4] * 4, "rejected_tokens": [4] * 4,
@@ -532,6 +572,23 @@ def test_the_champion_is_held_against_its_own_start_and_its_own_tokens() -> None
     assert (said.logp_accuracy_policy.value, held.logp_accuracy.value) == (0.75, 0.0)
     assert (held.reward_against.difference, held.reward_against.discordant) == (0.5, 4)
     assert (held.logp_against.difference, held.left_out) == (0.75, {"template_refused": 2})
+    parts = [(part.name, part.champion, part.against_champion) for part in said.slices]
+    shown = [(name, own and own.value, less and (less.difference, less.discordant)) for name, own, less in parts]
+    assert shown == [("x", 0.0, (1.0, 2)), ("y", 0.5, (0.0, 2))]
+    assert held.chosen is not None
+    assert held.chosen.tokens == 8, "of its own tokens, two an answer"
+    assert held.chosen.ratio == pytest.approx(math.exp((32 - 27) / 8))
+
+
+def test_a_reward_by_token_is_no_reward_for_length() -> None:
+    """Every answer gained a nat a token, so whichever is longer gained more; by token the two are alike."""
+    table = {
+        "sft_chosen": [-40.0, -10.0, -10.0], "policy_chosen": [-20.0, -5.0, -4.0], "chosen_tokens": [20, 5, 5],
+        "sft_rejected": [-10.0, -40.0, -40.0], "policy_rejected": [-5.0, -20.0, -20.0], "rejected_tokens": [5, 20, 20],
+    }  # fmt: skip
+    pairs = ScoredPairs(list("abc"), {name: [float(x) for x in values] for name, values in table.items()})
+    assert pairs.reward_wins() == [1.0, 0.0, 0.0]
+    assert pairs.reward_wins_per_token() == [0.5, 0.5, 1.0]
 
 
 def test_a_champion_that_can_be_asked_nothing_stops_the_evaluation_by_name(

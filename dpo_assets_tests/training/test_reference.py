@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,35 @@ def test_new_pairs_only_are_scored_and_every_score_keeps_its_place(tmp_path: Pat
     assert scorer.asked == [pair(0), pair(2), pair(4)]
     assert reused == 2
     assert scores == Scorer()([pair(n) for n in range(5)])
+
+
+def test_what_is_left_of_a_pass_that_was_killed_falls_into_the_parts_that_the_whole_would_have_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A forward rounds by what else is in it."""
+    monkeypatch.setattr(cached, "LARGEST", 8)
+    parts: list[list[Group]] = []
+
+    def killed_after(count: int) -> Callable[[Sequence[Group]], Scores]:
+        def score(part: Sequence[Group]) -> Scores:
+            if count == len(parts):
+                raise KeyboardInterrupt
+            parts.append(list(part))
+            return Scorer()(part)
+
+        return score
+
+    for pairs, tenth in ((25, 3), (200, 8)):
+        groups = [pair(n) for n in range(pairs)]
+        kept_scores(groups, None, killed_after(10**6))
+        whole, parts[:] = list(parts), []
+        cache = ScoreCache(tmp_path / f"{pairs}.sqlite", "key")
+        with pytest.raises(KeyboardInterrupt):
+            kept_scores(groups, cache, killed_after(4))
+        kept_scores(groups, cache, killed_after(10**6))
+        assert parts == whole
+        assert len(whole[0]) == tenth
+        parts.clear()
 
 
 def test_a_pair_that_stands_twice_gets_its_score_in_both_places(tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def made_of(pairs: pl.DataFrame, model_folder: Path, folder: Path, known: Path |
     pairs.write_parquet(folder / "pairs.parquet")
     common: dict[str, Any] = {"output_dir": folder, "fingerprint": "f" * 32, "inputs": {}, "base_model": model_folder}
     log = Log()
-    tokenize.run(TokenizeSpec(**common, pairs=folder / "pairs.parquet", known=known), log)
+    tokenize.run(TokenizeSpec(**common, pairs=folder / "pairs.parquet", known=() if known is None else (known,)), log)
     return folder / TOKENS, log.lines[-1]
 
 

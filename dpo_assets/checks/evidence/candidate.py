@@ -14,6 +14,7 @@ from dpo_assets.checks.evidence.measured import Comparison
 from dpo_assets.checks.evidence.paired import compare
 from dpo_assets.checks.evidence.previews import Previews
 from dpo_assets.checks.evidence.rules import Evidence, decided_by, judge
+from dpo_assets.checks.evidence.task_guards import TaskGuard
 from dpo_assets.errors import ConfigError
 
 REWARD = "implicit reward"  # Accuracy by the log-ratio to each model's own start.
@@ -94,10 +95,27 @@ class ScoredPairs:
         """1 where the log-ratio of a policy to its start is higher for the chosen answer; 0.5 for a tie."""
         return wins_of(self.reward_margins(policy, start))
 
+    def reward_wins_per_token(self, policy: str = "policy", start: str = "sft") -> list[float]:
+        """1 where the log-ratio of a policy to its start is higher per token for the chosen answer; 0.5 for a tie.
+
+        The difference is told in nats of an answer of the two's mean length, so that a tie is what it is elsewhere.
+        """
+        of = self.columns
+        ratios = [
+            [own - was for own, was in zip(of[f"{policy}_{answer}"], of[f"{start}_{answer}"], strict=True)]
+            for answer in ("chosen", "rejected")
+        ]
+        both = zip(*ratios, *self._tokens(policy), strict=True)
+        return wins_of([(c / long - r / short) * (long + short) / 2 for c, r, long, short in both])
+
+    def _tokens(self, model: str) -> tuple[Sequence[float], Sequence[float]]:
+        """Of both answers, as the model counts them."""
+        chosen, rejected = (self.columns.get(f"{model}_{name}", self.columns[name]) for name in TOKENS)
+        return chosen, rejected
+
     def logp_gaps(self, model: str = "policy") -> list[float]:
         """Log-probability per token of the model's own, of the chosen answer less the rejected one, in nats."""
-        of = self.columns
-        chosen_tokens, rejected_tokens = (of.get(f"{model}_{name}", of[name]) for name in TOKENS)
+        of, (chosen_tokens, rejected_tokens) = self.columns, self._tokens(model)
         both = zip(of[f"{model}_chosen"], chosen_tokens, of[f"{model}_rejected"], rejected_tokens, strict=True)
         return [chosen / long - rejected / short for chosen, long, rejected, short in both]
 
@@ -135,6 +153,7 @@ class Candidate:
         opponent: the champion that was scored beside it; None: none was.
         inputs: digests by name of all that the decision stands on, that of the scores among them.
         fewest: conversations that a test needs.
+        tasks: metrics of tasks and benchmarks that guard, against the opponent.
         previews: what dry runs looked at so far, of this challenger and of others.
     """
 
@@ -144,6 +163,7 @@ class Candidate:
     pairs: ScoredPairs
     fewest: int
     failures: Mapping[str, str] = field(default_factory=dict)
+    tasks: Mapping[str, TaskGuard] = field(default_factory=dict)
     previews: Previews = field(default_factory=Previews)
 
     @property
@@ -165,9 +185,10 @@ class Candidate:
         fresh = ledger.fresh(self.held_out)
         new, look = self.pairs.of(fresh), self.previews.number(self.name, fresh)
         if self.opponent is None:
-            return Evidence({REWARD: new.against_chance()}, {LOGP: new.against_start()}, failures, self.fewest, look)
+            start = {LOGP: new.against_start()}
+            return Evidence({REWARD: new.against_chance()}, start, failures, self.tasks, self.fewest, look)
         known = self.pairs.of(self.held_out - fresh)
-        return Evidence(new.against_champion(), known.against_champion(), failures, self.fewest, look)
+        return Evidence(new.against_champion(), known.against_champion(), failures, self.tasks, self.fewest, look)
 
     def decide(self, ledger: Ledger, override: Override | None, at: str) -> tuple[Ledger, Decided]:
         """The ledger with the decision on this challenger in it, and that decision.

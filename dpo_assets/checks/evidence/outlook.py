@@ -9,7 +9,7 @@ from typing import Self
 from dpo_assets.checks.evidence.ledger import Ledger
 from dpo_assets.checks.evidence.measured import Comparison
 from dpo_assets.checks.evidence.power import EFFECT, FEWEST_PROMPTS, POWER, Reach, can_decide, reach_of_comparison
-from dpo_assets.checks.evidence.rules import measured_loss
+from dpo_assets.checks.evidence.rules import chance_of_hold, measured_loss
 from dpo_assets.checks.evidence.spending import ALPHA, HIGHEST, Budget, share_of_look
 
 
@@ -75,15 +75,22 @@ class Outlook:
                 (f"power for {100 * EFFECT:.0f} points", f"{self.reach.power:.0%}"),
                 (f"would show {100 * EFFECT:.0f} points", shown),
             ]
-        return rows if self.guard is None else [*rows, self._guarded(self.guard)]
+        return rows if self.guard is None else [*rows, *self._guarded(self.guard)]
 
-    def _guarded(self, guard: Comparison) -> tuple[str, str]:
+    def _guarded(self, guard: Comparison) -> list[tuple[str, str]]:
+        """What a guard would find, and how often it holds who lost: it misses most losses that are small."""
         what = "loss against its start" if self.first else "loss on known conversations"
         if not guard.n:
-            return what, "nothing guards: no conversation that was known before is left in the feedback"
+            return [(what, "nothing guards: no conversation that was known before is left in the feedback")]
         found, told = f"{what}, found with {POWER:.0%} power", f"{guard.n} pairs in {guard.clusters} conversations"
         least = reach_of_comparison(guard, HIGHEST).detectable
         if not math.isfinite(least):
-            return found, f"not known: on {told} the two never differ"
+            return [(found, f"not known: on {told} the two never differ")]
         holds = f"more than {100 * measured_loss(guard.error):.1f} points as measured hold a release too"
-        return found, f"{100 * least:.1f} points, on {told}; {holds}"
+        often = [
+            f"{100 * loss:.0f} points worse: {chance_of_hold(loss, guard.error):.0%}" for loss in (EFFECT / 2, EFFECT)
+        ]
+        return [
+            (found, f"{100 * least:.1f} points, on {told}; {holds}"),
+            (f"{what}, how often who lost it is held", ", ".join(often)),
+        ]

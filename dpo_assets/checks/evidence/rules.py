@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import NormalDist
 
 from dpo_assets.checks.evidence.ledger import Decided, Decision, Ledger, Override, Primary
 from dpo_assets.checks.evidence.measured import Comparison
 from dpo_assets.checks.evidence.power import FEWEST_PROMPTS, can_decide
-from dpo_assets.checks.evidence.spending import share_of_look
+from dpo_assets.checks.evidence.spending import HIGHEST, share_of_look
+from dpo_assets.checks.evidence.task_guards import TaskGuard, fallen
 from dpo_assets.checks.statistics import holm
 
 TOLERANCE = 0.05  # Accuracy that a guard may be seen to lose, beside one standard error.
@@ -24,6 +26,7 @@ class Evidence:
             better on one of them after Holm, and worse on none.
         guards: what must not have got worse, by name: the same comparisons on the frozen set; where nothing is live,
             challenger against its own start on the fresh conversations. One without a pair guards nothing.
+        tasks: metrics of tasks and benchmarks that a recipe made guards, by name, with the same opponent.
         failures: hard guards that failed, by name, with their reasons (weights not finite, secret found, no licence).
         fewest: conversations that each primary needs; never less than `FEWEST_PROMPTS`.
         look: number of this look at the primaries' conversations, where dry runs looked at them (`Previews.number`).
@@ -32,6 +35,7 @@ class Evidence:
     primaries: Mapping[str, Comparison]
     guards: Mapping[str, Comparison] = field(default_factory=dict)
     failures: Mapping[str, str] = field(default_factory=dict)
+    tasks: Mapping[str, TaskGuard] = field(default_factory=dict)
     fewest: int = FEWEST_PROMPTS
     look: int = 0
 
@@ -62,8 +66,8 @@ def judge(evidence: Evidence, ledger: Ledger, override: Override | None = None) 
     1. A hard guard failed: `reject`. No override lifts it.
     2. Fewer fresh conversations than the floor: `insufficient_evidence`. Nothing is looked at, so nothing is spent.
     3. A primary is worse beyond chance: `reject`.
-    4. A guard lost (`has_lost`): `hold`. That no such loss can be ruled out is no reason to hold: it takes some hundred
-       pairs more than the primaries need, and these carry the error.
+    4. A guard lost (`has_lost`), or a task (`fallen`): `hold`. That no such loss can be ruled out is no reason to hold:
+       it takes some hundred pairs more than the primaries need, and these carry the error.
     5. A primary is better at the level of this test, after Holm: `promote`, or `first_publication` without a champion.
     6. Else `hold`: what is live stays.
 
@@ -85,6 +89,20 @@ def measured_loss(error: float) -> float:
     Pairs whose error is not known, as of a single prompt, show no loss.
     """
     return TOLERANCE + (math.inf if math.isnan(error) else error)
+
+
+def held_from(error: float) -> float:
+    """The loss as measured from which `has_lost` holds, given its standard error: whichever of its two is less."""
+    return min(NormalDist().inv_cdf(1 - HIGHEST) * error, measured_loss(error))
+
+
+def chance_of_hold(loss: float, error: float) -> float:
+    """The chance that a guard holds a challenger that truly lost so much, by normal theory and by one metric.
+
+    With 100 pairs on 30 % of which two models differ the error is 0.055: of challengers that are five points worse it
+    holds 16 %, and one of two metrics does 25 % (benchmarks/RESULTS.md).
+    """
+    return NormalDist().cdf((loss - held_from(error)) / error) if error > 0 and math.isfinite(error) else math.nan
 
 
 def has_lost(guard: Comparison) -> bool:
@@ -117,6 +135,14 @@ def by_evidence(evidence: Evidence, level: float, *, first: bool) -> Outcome:
     if lost:
         than = "its start" if first else "the champion on known conversations"
         return Outcome("hold", f"worse than {than}: {_shown(evidence.guards, lost)}", level, adjusted)
+    if down := fallen(evidence.tasks):
+        told = "; ".join(f"{name} {evidence.tasks[name].shown}" for name in down)
+        return Outcome(
+            "hold", f"worse than {'its start' if first else 'the champion'} on tasks: {told}", level, adjusted
+        )
+    if evidence.tasks:
+        tested = sum(one.tested for one in evidence.tasks.values())
+        shown += f"; {tested} of {len(evidence.tasks)} guarding metrics compared, none fell"
     if adjusted[best] <= level:
         return Outcome("first_publication" if first else "promote", f"better: {shown}", level, adjusted, found=True)
     return Outcome("hold", f"this may be chance: {shown}", level, adjusted)

@@ -17,12 +17,18 @@ MOST_SOURCES = 12  # The largest; all others are one part.
 
 @dataclass(frozen=True)
 class SliceScore:
-    """Implicit-reward accuracy of a part, and its accuracy by log-probability against that of SFT."""
+    """Implicit-reward accuracy of a part, and its accuracy by log-probability against that of SFT.
+
+    `champion` is the champion's implicit-reward accuracy, `against_champion` the policy's less that; None: none was
+    scored.
+    """
 
     by: By
     name: str
     reward: Proportion
     against_sft: Comparison
+    champion: Proportion | None = None
+    against_champion: Comparison | None = None
 
 
 @dataclass(frozen=True)

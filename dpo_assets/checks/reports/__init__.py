@@ -10,6 +10,7 @@ from dpo_assets.checks.reports.evaluation import (
     ChampionScores,
     EvaluationReport,
     GreedyAnswers,
+    InstructionsFollowed,
     Perplexity,
 )
 from dpo_assets.checks.reports.judged import (
@@ -66,6 +67,7 @@ __all__ = [
     "GreedyAnswers",
     "HarnessScores",
     "HeldOutPairs",
+    "InstructionsFollowed",
     "JudgedAnswers",
     "MergeReport",
     "NotMeasured",

@@ -40,6 +40,20 @@ class GreedyAnswers(Report):
     champion: AnswerHealth | None = None
 
 
+class InstructionsFollowed(Report):
+    """Shares of the package's own instructions (`checks.instructions`) that greedy answers followed, and what differs.
+
+    `by_instruction` holds of each its name and whether SFT, policy and champion followed it. No champion: None.
+    """
+
+    sft: Proportion
+    policy: Proportion
+    champion: Proportion | None = None
+    against_sft: Comparison = Field(description="Policy less SFT, paired by instruction.")
+    against_champion: Comparison | None = None
+    by_instruction: tuple[tuple[str, bool, bool, bool | None], ...]
+
+
 class ChampionScores(Report):
     """The champion on the same held-out pairs, its implicit reward measured against its own start."""
 
@@ -47,7 +61,11 @@ class ChampionScores(Report):
     logp_accuracy: Proportion
     reward_against: Comparison = Field(description="Implicit-reward accuracy, policy less champion, on the same pairs.")
     logp_against: Comparison = Field(description="Accuracy by log-probability per token, policy less champion.")
-    neutral_ratio: float | None = Field(default=None, description="Of neutral perplexities, it over its own start.")
+    reward_accuracy_per_token: Proportion | None = Field(default=None, description="None: of an earlier version.")
+    margin: MeanScore | None = Field(default=None, description="Mean margin in nats; None: of an earlier version.")
+    kl: Divergence | NotMeasured | None = Field(default=None, description="KL(champion || its start), as the policy's.")
+    neutral: Perplexity | NotMeasured | None = Field(default=None, description="Of neutral texts, by its start and it.")
+    chosen: Perplexity | None = Field(default=None, description="Of chosen answers, by its start (`sft`) and by it.")
     left_out: dict[str, int] = Field(
         default={}, description="Held-out pairs that it could not be asked, by reason: neither side is scored on them."
     )
@@ -56,6 +74,7 @@ class ChampionScores(Report):
 # How a share of held-out pairs is called wherever it is shown, by the field of EvaluationReport that holds it.
 SHARES = {
     "implicit_reward_accuracy": "policy, implicit reward against SFT",
+    "reward_accuracy_per_token": "policy, implicit reward against SFT, per token",
     "logp_accuracy_policy": "policy, log-probability per token",
     "logp_accuracy_sft": "SFT, log-probability per token",
     "pick_the_longer": "baseline: pick the longer answer",
@@ -71,6 +90,7 @@ class EvaluationReport(Report):
     pairs: int
     prompts: int
     implicit_reward_accuracy: Proportion
+    reward_accuracy_per_token: Proportion | None = Field(default=None, description="None: of an earlier version.")
     logp_accuracy_sft: Proportion
     logp_accuracy_policy: Proportion
     pick_the_longer: Proportion
@@ -102,6 +122,9 @@ class EvaluationReport(Report):
     neutral: Perplexity | NotMeasured | None = Field(
         default=None, description="Of texts that no feedback is about; None: of an earlier version."
     )
+    instructions: InstructionsFollowed | NotMeasured | None = Field(
+        default=None, description="Of instructions about the form of an answer; None: of an earlier version."
+    )
     chosen: Perplexity | None = Field(
         default=None, description="Of the chosen answers, with an interval over conversations."
     )
@@ -109,4 +132,5 @@ class EvaluationReport(Report):
     @property
     def shares(self) -> tuple[tuple[str, Proportion], ...]:
         """Each share of held-out pairs with its name, in the order in which they are shown."""
-        return tuple((label, getattr(self, name)) for name, label in SHARES.items())
+        each = ((label, getattr(self, name)) for name, label in SHARES.items())
+        return tuple((label, share) for label, share in each if share is not None)

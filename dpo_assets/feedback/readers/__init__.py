@@ -25,6 +25,7 @@ from dpo_assets.feedback.readers.base import (
     keys_of,
 )
 from dpo_assets.feedback.readers.modality import refuse_media, with_tools, without_tools
+from dpo_assets.feedback.readers.values import timestamp
 from dpo_assets.feedback.readers.written import opened
 
 __all__ = [
@@ -40,7 +41,8 @@ class RowByRow:
     """The FileReader of a format whose rows stand for themselves.
 
     What every row may have, whatever its format, is settled here: messages in text columns are opened, a column of
-    tools becomes the `tools` of what the row holds, and a row with pictures or sound is refused.
+    tools becomes the `tools` of what the row holds, a column `created_at` its date where the format has no other, and a
+    row with pictures or sound is refused.
     """
 
     def __init__(self, read: Read, options: ReadOptions) -> None:
@@ -56,7 +58,10 @@ class RowByRow:
             yield place, RowFault(fault.reason, fault.message, place.row_id(row.get("id")))
             return
         items = self._read(row, place, self._options)
+        when = timestamp(row.get("created_at"))
         for item in with_tools(items, tools) if tools else items:
+            if when is not None and not isinstance(item, RowFault) and item.created_at is None:
+                item = replace(item, created_at=when)
             if was_text and not isinstance(item, RowFault):
                 item = replace(item, flags=(*item.flags, MESSAGES_FROM_TEXT))
             yield place, item

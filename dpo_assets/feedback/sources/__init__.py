@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -172,6 +173,7 @@ def files_of(
     *,
     hub: HubAccess | None = None,
     limits: Limits = DEFAULT_LIMITS,
+    day: date | None = None,
 ) -> list[FeedbackFile]:
     """Every file that `sources` name, in order, each once, refused ones included.
 
@@ -180,6 +182,7 @@ def files_of(
         landing: a folder that lives as long as the pipeline; needed for URLs, Hub datasets and SQL.
         hub: makes a client of the Hub (`HubResource.api`); default: its public address, without a token.
         limits: see Limits; each file takes them along.
+        day: only the files of that day, of sources whose path names one; a source may then match no file.
 
     Raises:
         ConfigError: a source cannot work as it is written; a FeedbackError when it matches no file.
@@ -187,7 +190,7 @@ def files_of(
     """
     from dpo_assets.feedback.sources.finding import find
 
-    return find(sources, landing, hub, limits)
+    return find(sources, landing, hub, limits, day)
 
 
 def rows_of(file: FeedbackFile, span: Span | None = None, *, parse: Parse | None = None) -> Rows:

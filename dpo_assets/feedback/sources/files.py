@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from io import BufferedReader, FileIO
 from pathlib import Path
 
-from dpo_assets.errors import FeedbackError
+from dpo_assets.errors import FeedbackError, NoFile
 from dpo_assets.feedback.sources import CHANGED_WHILE_READ, FeedbackFile, FileRefused
 from dpo_assets.secret_shapes import without_url_secrets
 
@@ -55,9 +55,7 @@ def matches(pattern: str) -> tuple[Path, list[Path]]:
         raise FeedbackError(
             f"feedback source `{said}` matches no file: it is a folder; name its files, as `{said}/*.jsonl`."
         )
-    raise FeedbackError(
-        f"feedback source `{said}` matches no file; relative paths start at the folder of the YAML file."
-    )
+    raise NoFile(f"feedback source `{said}` matches no file; relative paths start at the folder of the YAML file.")
 
 
 def _closed_folders(pattern: str) -> list[str]:

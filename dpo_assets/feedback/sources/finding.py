@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import glob
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import date
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpo_assets.errors import ConfigError, FeedbackError
+from dpo_assets.errors import ConfigError, FeedbackError, NoFile
 from dpo_assets.feedback.readers import format_named
 from dpo_assets.feedback.sources import AUTO, FeedbackFile, FileRefused, Limits
 from dpo_assets.feedback.sources.files import (
@@ -25,6 +27,7 @@ from dpo_assets.feedback.sources.files import (
 )
 from dpo_assets.feedback.sources.rows import opened
 from dpo_assets.recipe import BUILTIN, FeedbackSource, is_url
+from dpo_assets.recipe.dated import from_the_day_on
 
 if TYPE_CHECKING:
     from dpo_assets.feedback.sources.hub import HubAccess
@@ -50,7 +53,11 @@ class _Found:
 
 
 def find(
-    sources: Sequence[FeedbackSource], landing: Path | None, hub: HubAccess | None, limits: Limits
+    sources: Sequence[FeedbackSource],
+    landing: Path | None,
+    hub: HubAccess | None,
+    limits: Limits,
+    day: date | None = None,
 ) -> list[FeedbackFile]:
     """See `sources.files_of`."""
     for source in sources:
@@ -58,10 +65,11 @@ def find(
             format_named(source.format)
     found: dict[Path, tuple[_Found, FeedbackSource]] = {}
     for source in sources:
-        for file in _of_source(source, landing, hub, limits):
+        looked = _of_source(source, landing, hub, limits) if day is None else _of_day(source, landing, limits, day)
+        for file in looked:
             _, first = found.setdefault(file.path, (file, source))
             # One that names a single file before a pattern makes an exception of it.
-            if glob.has_magic(str(first.path)) and _way_of_reading(first) != _way_of_reading(source):
+            if glob.has_magic(first.pattern()) and _way_of_reading(first) != _way_of_reading(source):
                 raise ConfigError(
                     f"feedback sources `{first.shown}` and `{source.shown}` both name {shown(file.path.name)} and read "
                     "it in two ways (format, columns, fields or companion): let only one of them name it, or put one "
@@ -95,7 +103,7 @@ def glance(source: FeedbackSource) -> list[tuple[str, ...]]:
         return [(source.shown, str(source.revision), *source.files)]  # A pinned revision does not change.
     from dpo_assets.feedback.sources import remote
 
-    return [tuple(row) for row in remote.glance(str(source.path))]
+    return [tuple(row) for row in remote.glance(source.pattern())]
 
 
 def local_files(path: str) -> Iterator[tuple[Path, Path | None]]:
@@ -117,7 +125,7 @@ def _of_source(
     source: FeedbackSource, landing: Path | None, access: HubAccess | None, limits: Limits
 ) -> Iterator[_Found]:
     if source.path is not None and not is_url(source.path):
-        yield from _local(source.path)
+        yield from _named_by_day(source, _local(source.pattern()))
         return
     if landing is None:
         raise ConfigError(f"feedback source `{source.shown}` needs a folder to keep what it fetches in.")
@@ -137,10 +145,35 @@ def _of_source(
         for path, inside in hub.fetch(source.hub, str(source.revision), source.files, landing, access):
             yield _Found(path, landing, shown(f"{source.hub}/{inside}"), facts=(("revision", str(source.revision)),))
     else:
-        from dpo_assets.feedback.sources import remote
+        yield from _named_by_day(source, _remote(source.pattern(), landing, limits))
 
-        for file in remote.fetch(str(source.path), landing, limits):
-            yield _Found(file.path, landing, "", file.place, file.refused, (("url", file.url),))
+
+def _of_day(source: FeedbackSource, landing: Path | None, limits: Limits, day: date) -> Iterator[_Found]:
+    """The files of one day, of which there may be none."""
+    if not source.is_dated:
+        return
+    path = source.pattern(day)
+    if is_url(path) and landing is None:
+        raise ConfigError(f"feedback source `{source.shown}` needs a folder to keep what it fetches in.")
+    with suppress(NoFile):
+        yield from _named_by_day(source, _remote(path, landing, limits) if is_url(path) and landing else _local(path))
+
+
+def _named_by_day(source: FeedbackSource, files: Iterable[_Found]) -> Iterator[_Found]:
+    """Files of a dated source have names that begin with their day: a name that hangs on what else there is would
+    change when the next day comes, and its rows would be read again."""
+    for file in files:
+        if source.is_dated:
+            end = from_the_day_on(str(source.path), (file.named or file.path).as_posix())
+            file = replace(file, name=shown(end))
+        yield file
+
+
+def _remote(url: str, landing: Path, limits: Limits) -> Iterator[_Found]:
+    from dpo_assets.feedback.sources import remote
+
+    for file in remote.fetch(url, landing, limits):
+        yield _Found(file.path, landing, "", file.place, file.refused, (("url", file.url),))
 
 
 def _local(path: str) -> Iterator[_Found]:

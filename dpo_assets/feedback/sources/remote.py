@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dpo_assets.errors import ConfigError, FeedbackError, InfrastructureError
+from dpo_assets.errors import ConfigError, InfrastructureError, NoFile
 from dpo_assets.feedback.sources import CHANGED_WHILE_READ, FileRefused, Limits
 from dpo_assets.feedback.sources.files import CHANGED, digest_of
 from dpo_assets.secret_shapes import masked, without_url_secrets
@@ -85,7 +85,7 @@ def _found(url: str) -> tuple[Any, list[str]]:
     except Exception as error:
         raise _did_not_answer(url, error) from None
     if not found:
-        raise FeedbackError(f"feedback source `{shown}` matches no file that these credentials may see.")
+        raise NoFile(f"feedback source `{shown}` matches no file that these credentials may see.")
     return filesystem, found
 
 

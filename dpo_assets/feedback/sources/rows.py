@@ -242,11 +242,20 @@ class _TextCheck:
                 self.sound = False
 
 
-def _spans(stream: io.BufferedReader, size: int, lines: int, text: _TextCheck, stop: int) -> list[Span]:
-    """Spans of at least `size` bytes, or of `lines` lines, that end behind a line, over all that is left to `stop`."""
+FINER, FINEST = 8, 2**19  # How much smaller the spans of a tail are; bytes below which none is cut again.
+
+
+def _spans(stream: io.BufferedReader, size: int, lines: int, text: _TextCheck, stop: int, line: int = 1) -> list[Span]:
+    """Spans of at least `size` bytes, or of `lines` lines, that end behind a line, over all that is left to `stop`.
+
+    What is left behind the last whole one is cut into spans of an eighth of that, and so on: of a file that has grown
+    the last few hundred rows are read again, not the last tens of thousands. Where a span ends depends on the bytes
+    before it alone, so the same file is cut in the same way whatever it was before; each byte is read at most once for
+    each size.
+    """
     spans: list[Span] = []
     start = at = stream.tell()
-    line = first_line = 1
+    first_line = line
     while block := stream.read(max(0, min(_BLOCK, stop - at))):
         text.feed(block)
         begin = 0
@@ -258,6 +267,9 @@ def _spans(stream: io.BufferedReader, size: int, lines: int, text: _TextCheck, s
         line += block.count(b"\n", begin)
         at += len(block)
     text.feed(b"")
+    if at > start and size // FINER >= FINEST and (spans or at - start > size // FINER):
+        stream.seek(start)
+        return [*spans, *_spans(stream, size // FINER, max(1, lines // FINER), _TextCheck(), stop, first_line)]
     return [*spans, Span(start, at, first_line, line + 1)] if at > start else spans
 
 

@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from datasets import Dataset
 
+from dpo_assets.feedback.dataset import split_columns, split_file, split_rows
 from dpo_assets.feedback.pair import TOOLS
 from dpo_assets.locks import TEMPORARY, scratch_folder
 from dpo_assets.training.batches.packing import Group
@@ -35,15 +35,15 @@ def load_split(
         scratch = owned.enter_context(scratch_folder(f"{TEMPORARY}datasets-"))
         atexit.register(owned.close)
     columns = columns or TOKEN_COLUMNS
-    cache = scratch / f"datasets-{split}"
-    return Dataset.from_parquet(str(folder / f"{split}.parquet"), columns=columns, cache_dir=str(cache))
+    with split_file(folder, split, columns, scratch) as table:
+        return Dataset.from_parquet(str(table), columns=columns, cache_dir=str(scratch / f"datasets-{split}"))
 
 
 def load_conversations(folder: Path, scratch: Path | None = None) -> Dataset:
     """The training pairs as messages, for a trainer that renders them itself; with TRL's column `tools`, where any pair
     has tools (JSON, or None)."""
     columns = ["prompt", "chosen", "rejected"]
-    if TOOLS not in pq.read_schema(folder / "train.parquet").names:
+    if TOOLS not in split_columns(folder, "train"):
         return load_split(folder, "train", columns, scratch)
     rows = load_split(folder, "train", [*columns, TOOLS], scratch)
     tools = [value or None for value in rows[TOOLS]]
@@ -55,7 +55,7 @@ def load_asked(
     folder: Path, split: Literal["train", "eval"], scratch: Path | None = None, more: Sequence[str] = ()
 ) -> Dataset:
     """One split with its token ids, and what its prompts are rendered from."""
-    tools = [TOOLS] if TOOLS in pq.read_schema(folder / f"{split}.parquet").names else []
+    tools = [TOOLS] if TOOLS in split_columns(folder, split) else []
     return load_split(folder, split, [*TOKEN_COLUMNS, "prompt", *tools, *more], scratch)
 
 
@@ -93,8 +93,7 @@ def longest_group(folder: Path, to_group: Callable[[dict[str, Any]], Group], scr
     splits: tuple[Literal["train", "eval"], ...] = ("train", "eval")
     longest: list[Group] = []
     for split in splits:
-        file = folder / f"{split}.parquet"
-        if not file.is_file() or not pq.read_metadata(file).num_rows:
+        if not split_rows(folder, split):
             continue
         rows = load_split(folder, split, scratch=scratch)
         table = rows.with_format("arrow")[:]

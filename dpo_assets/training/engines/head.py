@@ -50,7 +50,7 @@ class Head:
         return cls(output.weight.detach(), getattr(output, "bias", None), scale, softcap)
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """fp32 logits [n, V] of hidden states [n, hidden]."""
+        """fp32 logits [n, V] of hidden states [n, hidden]; fp64 ones of fp64."""
         ops.matmul_fp32(hidden, self.weight.T, out=out)
         if self.bias is not None:
             out += self.bias
@@ -84,7 +84,8 @@ class ScoredHead(torch.autograd.Function):
         hidden = hidden.to(weight.dtype)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         rows = min(chunk, len(hidden))
-        logits = torch.empty(rows, len(weight), dtype=torch.float32, device=hidden.device)
+        kept = torch.promote_types(weight.dtype, torch.float32)
+        logits = torch.empty(rows, len(weight), dtype=kept, device=hidden.device)
         slopes = None if grad_hidden is None else torch.empty_like(logits, dtype=weight.dtype)
         parts = []
         for start in range(0, len(hidden), chunk):

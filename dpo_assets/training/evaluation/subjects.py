@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from dpo_assets.training.models.chat_format import ChatFormat
 from dpo_assets.training.models.loading import autocast_of
 from dpo_assets.training.policy import load_scored
 from dpo_assets.training.reporting import Reporter
-from dpo_assets.training.scoring.cache import ScoreCache, Scores, computed_by, kept_scores, score_key
+from dpo_assets.training.resuming.parts import Parts
+from dpo_assets.training.scoring.cache import ScoreCache, Scores, computed_by, kept_scores, pair_key, score_key
 from dpo_assets.training.scoring.divergence import own_answers
-from dpo_assets.training.scoring.generation import generate
+from dpo_assets.training.scoring.generation import Answers, generate
 from dpo_assets.training.scoring.logprobs import score_groups
 from dpo_assets.training.scoring.proof import Settled, alike, settle_engine
 
@@ -29,7 +30,8 @@ PART = 1024  # Fewest pairs that are scored and kept together: in 16 bit small p
 class Reading:
     """What a tokenizer with its chat template makes of all that is asked.
 
-    Held-out `pairs`, `prompts` to be answered greedily, neutral `texts`, and prompts to be answered at temperature 1.
+    Held-out `pairs`, `prompts` to be answered greedily, neutral `texts`, prompts to be answered at temperature 1, and
+    `instructions` to be followed.
     """
 
     chat: ChatFormat
@@ -37,6 +39,7 @@ class Reading:
     prompts: list[list[int]]
     texts: Sequence[Group] = ()
     sampled: Sequence[list[int]] = ()
+    instructions: Sequence[list[int]] = ()
 
 
 def as_groups(texts: Sequence[str], chat: ChatFormat, longest: int) -> list[Group]:
@@ -73,7 +76,8 @@ class Measured:
     """What a subject said: summed log-probabilities in nats, and answers.
 
     `logps` has (chosen, rejected) a pair, `texts` one a neutral text, `heard` one an answer that was drawn, by who drew
-    it. `known` counts the pairs whose scores were kept from an earlier time.
+    it. `instructed` are the answers to instructions. `known` counts the pairs whose scores were kept from an earlier
+    time.
     """
 
     logps: Scores
@@ -81,17 +85,23 @@ class Measured:
     drawn: list[Group]
     heard: dict[str, list[float]]
     answers: list[dict[str, Any]]
+    instructed: list[dict[str, Any]]
     known: int
 
 
 @dataclass(frozen=True)
 class Bench:
-    """How every subject is measured."""
+    """How every subject is measured.
+
+    Scores of pairs are kept from one evaluation to the next, as long as the model stays. All else is kept for a try
+    that follows one that was ended.
+    """
 
     plan: TrainingPlan
     max_new_tokens: int
     seed: int  # Of the answers that are drawn.
     reporter: Reporter
+    parts: Parts = field(default_factory=lambda: Parts(None, {}))
     kept: Path | None = None  # The file of scores from earlier times.
 
     def measure(self, subjects: Sequence[Subject]) -> tuple[Settled, list[Measured]]:
@@ -137,17 +147,15 @@ class Bench:
                 self._log(f"{cache.damage}; they were scored again")
             before = f", {known} of them before" if known else ""
             self._log(f"{len(pairs)} held-out pairs scored by the {who}{before}")
-            of_texts, _ = score_groups(model, texts, plan.token_budget)
-            own = self._draw(model, subject) if subject.draws else []
+            asked = _Asked(self, model, subject, settled.kernels)
+            of_texts = asked.scores(texts)
+            own = own_answers(subject.reading.sampled, asked.draw()) if subject.draws else []
             drawn[who] = own
-            heard = {one: score_groups(model, drawn[one], plan.token_budget)[0] for one in subject.hears}
-            answers = generate(model, subject.reading.prompts, subject.reading.chat, self.max_new_tokens)
-        return settled, Measured(logps, of_texts, own, heard, answers, known)
-
-    def _draw(self, model: Any, subject: Subject) -> list[Group]:
-        reading = subject.reading
-        said = generate(model, list(reading.sampled), reading.chat, self.max_new_tokens, seed=self.seed)
-        return own_answers(reading.sampled, said)
+            heard = {one: asked.scores(drawn[one]) for one in subject.hears}
+            greedy = subject.reading.prompts
+            answers = asked.answers([*greedy, *subject.reading.instructions])
+        said, instructed = answers[: len(greedy)], answers[len(greedy) :]
+        return settled, Measured(logps, of_texts, own, heard, said, instructed, known)
 
     def _cache(self, subject: Subject, kernels: str) -> ScoreCache | None:
         if self.kept is None or not subject.digests or not all(subject.digests.values()):
@@ -156,3 +164,47 @@ class Bench:
 
     def _log(self, said: str) -> None:
         self.reporter.log(f"evaluate: {said}")
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A loaded subject: what it says is computed part by part, or taken from a try before."""
+
+    bench: Bench
+    model: Any
+    subject: Subject
+    kernels: str
+
+    def scores(self, groups: Sequence[Group]) -> list[float]:
+        """Summed log-probabilities of groups of one completion."""
+        logps: list[float] = []
+        for start in range(0, len(groups), PART):
+            chunk = groups[start : start + PART]
+            score = partial(_logps, self.model, chunk, self.bench.plan.token_budget)
+            logps += self._part(score, scored=[pair_key(group) for group in chunk])
+        return logps
+
+    def draw(self) -> Answers:
+        """Its answers to the prompts that are answered at temperature 1."""
+        return self.answers(list(self.subject.reading.sampled), self.bench.seed)
+
+    def answers(self, prompts: list[list[int]], seed: int | None = None) -> Answers:
+        """Greedy answers, or sampled ones."""
+        longest, chat, number = self.bench.max_new_tokens, self.subject.reading.chat, iter(range(len(prompts)))
+
+        def keep(batch: list[list[int]], answer: Callable[[], Answers]) -> Answers:
+            made: Answers = self._part(answer, answered=batch, longest=longest, seed=seed, batch=next(number))
+            return made
+
+        said: Answers = generate(self.model, prompts, chat, longest, seed=seed, keep=keep)
+        return said
+
+    def _part(self, make: Callable[[], Any], **facts: Any) -> Any:
+        subject, plan = self.subject, self.bench.plan
+        known = {"subject": subject.name, **subject.digests, **computed_by(plan, self.kernels)}
+        return self.bench.parts.value(make, **facts, **known, budget=plan.token_budget)
+
+
+def _logps(model: Any, groups: Sequence[Group], budget: int) -> list[float]:
+    logps, _ = score_groups(model, groups, budget)
+    return logps

@@ -20,6 +20,7 @@ from dpo_assets.checks.reports import (
     Divergence,
     EvaluationReport,
     GreedyAnswers,
+    InstructionsFollowed,
     NotMeasured,
     Perplexity,
 )
@@ -47,7 +48,9 @@ def summarise(
     opponent: Opponent | None = None,
     kl: Divergence | NotMeasured | None = None,
     neutral: Perplexity | NotMeasured | None = None,
+    kl_of_champion: Divergence | NotMeasured | None = None,
     neutral_of_champion: Perplexity | NotMeasured | None = None,
+    instructions: InstructionsFollowed | NotMeasured | None = None,
 ) -> EvaluationReport:
     """Scores with intervals over conversations, from the per-pair table: pairs of one are no independent evidence."""
     chosen_ratio = (table["policy_chosen"] - table["sft_chosen"]) / table["chosen_tokens"]
@@ -60,7 +63,7 @@ def summarise(
     against = partial(compare, prompts=conversations, confidence=confidence)
     margin, rewarded = pairs.reward_margins(), pairs.reward_wins()
     ranked, ranked_before = pairs.logp_wins("policy"), pairs.logp_wins("sft")
-    champion = None
+    champion, theirs = None, list[float]()
     if opponent is not None:
         theirs, ranked_by_them = pairs.reward_wins("champion", "champion_start"), pairs.logp_wins("champion")
         champion = ChampionScores(
@@ -68,7 +71,17 @@ def summarise(
             logp_accuracy=share(ranked_by_them),
             reward_against=against(rewarded, theirs),
             logp_against=against(ranked, ranked_by_them),
-            neutral_ratio=neutral_of_champion.ratio if isinstance(neutral_of_champion, Perplexity) else None,
+            reward_accuracy_per_token=share(pairs.reward_wins_per_token("champion", "champion_start")),
+            margin=clustered_mean(pairs.reward_margins("champion", "champion_start"), conversations, confidence),
+            kl=kl_of_champion,
+            neutral=neutral_of_champion,
+            chosen=perplexities(
+                table["champion_chosen_tokens"].to_list(),
+                table["champion_start_chosen"].to_list(),
+                table["champion_chosen"].to_list(),
+                conversations,
+                confidence,
+            ),
             left_out=dict(opponent.left_out),
         )
 
@@ -82,12 +95,15 @@ def summarise(
             part.name,
             clustered_share(of_part(rewarded), own, confidence),
             compare(of_part(ranked), of_part(ranked_before), own, confidence, draws=SLICE_DRAWS),
+            clustered_share(of_part(theirs), own, confidence) if theirs else None,
+            compare(of_part(rewarded), of_part(theirs), own, confidence, draws=SLICE_DRAWS) if theirs else None,
         )
 
     return EvaluationReport(
         pairs=table.height,
         prompts=len(set(conversations)),
         implicit_reward_accuracy=share(rewarded),
+        reward_accuracy_per_token=share(pairs.reward_wins_per_token()),
         logp_accuracy_sft=share(ranked_before),
         logp_accuracy_policy=share(ranked),
         pick_the_longer=pick_the_longer(
@@ -111,6 +127,7 @@ def summarise(
         champion_scores=champion,
         kl=kl,
         neutral=neutral,
+        instructions=instructions,
         chosen=perplexities(
             table["chosen_tokens"].to_list(),
             table["sft_chosen"].to_list(),

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -201,6 +202,22 @@ def random_rates(holder: Any) -> dict[str, float]:
         for name, value in getattr(holder, "__dict__", {}).items()
         if ("drop" in name or "jitter" in name) and isinstance(value, int | float) and not isinstance(value, bool)
     }
+
+
+def load_factors(model: PeftModel, folder: Path) -> None:
+    """Overwrites the factors of the adapter that is trained with those of a saved one, in place.
+
+    Raises:
+        ConfigError: the saved adapter has other places or another rank.
+    """
+    saved = load_file(folder / "adapter_model.safetensors")
+    own = get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME)
+    if {name: t.shape for name, t in saved.items()} != {name: t.shape for name, t in own.items()}:
+        raise ConfigError(
+            f"the adapter in {folder} has other layers or another rank than this run trains; set refresh.policy to "
+            "`full`, or lora to what that release was trained with"
+        )
+    set_peft_model_state_dict(model, saved, adapter_name=ADAPTER_NAME)
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -110,6 +111,7 @@ def stream_merge(
     *,
     block: int = BLOCK,
     on_file: Callable[[int, int], None] = lambda done, total: None,
+    keep: Callable[[Path, Callable[[Path], None]], None] = lambda path, write: write(path),
 ) -> None:
     """Writes the merged weights into the folder `out`, file by file as the base divides them, and their index.
 
@@ -119,6 +121,7 @@ def stream_merge(
     Args:
         block: bytes of a weight that are in memory at one time; at least one row is.
         on_file: told after each file how many of how many are written.
+        keep: gets each file's path and what writes it there, and may know better.
 
     Raises:
         GateError: at the first tensor that is not finite, by name.
@@ -128,16 +131,20 @@ def stream_merge(
     weight_map: dict[str, str] = {}
     for number, file in enumerate(merge.files, start=1):
         name = SINGLE if file.path.name == SINGLE else f"model-{number:05d}-of-{total:05d}.safetensors"
-        with file.path.open("rb") as source, (out / name).open("wb") as sink:
-            sink.write(file.head)
-            for tensor in file.tensors:
-                for data in _written(source, tensor, merge.updates.get(tensor.name), block):
-                    sink.write(data)
-                weight_map[tensor.name] = name
+        keep(out / name, partial(_write_file, merge, file, block))
+        weight_map |= {tensor.name: name for tensor in file.tensors}
         on_file(number, total)
     if list(weight_map.values()) != [SINGLE] * len(weight_map):
         size = sum(tensor.stop - tensor.start for file in merge.files for tensor in file.tensors)
         write_json(out / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+
+
+def _write_file(merge: StreamedMerge, file: TensorFile, block: int, path: Path) -> None:
+    with file.path.open("rb") as source, path.open("wb") as sink:
+        sink.write(file.head)
+        for tensor in file.tensors:
+            for data in _written(source, tensor, merge.updates.get(tensor.name), block):
+                sink.write(data)
 
 
 def _refuse_other_kinds(settings: Mapping[str, Any]) -> None:

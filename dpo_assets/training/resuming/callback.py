@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,13 +19,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from dpo_assets.contract import CheckpointSpec, TrainSpec
 from dpo_assets.errors import ConfigError, Preempted
+from dpo_assets.feedback.dataset import split_digest
 from dpo_assets.hashing import file_sha256
 from dpo_assets.training.guard.finite import check_trained
 from dpo_assets.training.packages import versions
 from dpo_assets.training.private.transformers import check_running_loss
 from dpo_assets.training.reporting import Reporter
 from dpo_assets.training.resuming.folder import Checkpoint, CheckpointFolder, Reached, Tries
-from dpo_assets.training.resuming.pace import Pace
+from dpo_assets.training.resuming.pace import Pace, most_again
 from dpo_assets.training.resuming.preemption import Preemption
 from dpo_assets.training.resuming.state import restore, restore_random, state_of
 from dpo_assets.training.snapshot import Resumable, Snapshot
@@ -46,7 +50,7 @@ def identity_of(stage: Literal["sft", "dpo"], spec: TrainSpec, kernels: str) -> 
         "stage": stage,
         "fingerprint": spec.fingerprint,
         "inputs": _digest(spec.inputs),
-        "data": spec.inputs.get("dpo_dataset") or file_sha256(spec.dataset / "train.parquet"),
+        "data": spec.inputs.get("dpo_dataset") or split_digest(spec.dataset, "train"),
         "training settings": _digest(settings),
         "steps": str(plan.sft_steps if stage == "sft" else plan.dpo_steps),
         "start adapter": file_sha256(start) if start and start.is_file() else "none",
@@ -101,6 +105,15 @@ def train_to_end(trainer: Any, checkpoints: Checkpoints | None) -> dict[str, int
     return checkpoints.record()
 
 
+@dataclass(frozen=True)
+class Writing:
+    """A checkpoint on its way to the disk. `usable` is set when another process could go on from it, or never can."""
+
+    step: int
+    usable: threading.Event
+    done: Future[None]
+
+
 class Checkpoints(TrainerCallback):
     """Writes checkpoints at a pace that their cost decides, and one more when the process is told to end.
 
@@ -131,7 +144,8 @@ class Checkpoints(TrainerCallback):
         self._awaits_log = False
         self.failed = 0  # Checkpoints that could not be written.
         self._writer = ThreadPoolExecutor(1, "checkpoint")
-        self._writing: tuple[int, Future[Checkpoint]] | None = None  # Of which step.
+        self._writing: Writing | None = None
+        self._kept_step = self.found.step if self.found else 0  # What another process would go on after.
         self.tries: Tries = self.reached.begin(self.found.step if self.found else 0)
 
     @property
@@ -195,16 +209,32 @@ class Checkpoints(TrainerCallback):
         # After the last step, and after a guard's stop, training does not go on.
         over = state.global_step >= state.max_steps or control.should_training_stop
         asked = self.preemption.asked
-        busy = self._writing is not None and not self._writing[1].done()
-        due = not busy and self.pace.due(time.perf_counter(), state.global_step, state.max_steps)
-        if not over and (asked or due):
-            self._write(state)
+        if asked and not over:
+            self._write(state, last=True)
+        elif not over:
+            self._keep_up(state)
         if asked:
             self.settle()
             raise Preempted(
                 f"stage `{self.stage}` was told to end (SIGTERM) and did so after step {state.global_step} of "
                 f"{state.max_steps}; the next try goes on from its newest checkpoint."
             )
+
+    def _keep_up(self, state: TrainerState) -> None:
+        """Writes one where it is due, and waits where a kill would cost too many steps, as long as the pace allows."""
+        step, steps = state.global_step, state.max_steps
+        self._wait(step, steps, lambda writing, seconds: wait_for([writing.done], seconds))
+        busy = self._writing is not None and not self._writing.done.done()
+        if not busy and self.pace.due(time.perf_counter(), step, steps):
+            self._write(state)
+            self._wait(step, steps, lambda writing, seconds: writing.usable.wait(seconds))
+
+    def _wait(self, step: int, steps: int, until: Callable[[Writing, float], object]) -> None:
+        if self._writing is None or step + 1 - self._kept_step <= most_again(steps):
+            return
+        before = time.perf_counter()
+        until(self._writing, self.pace.left(before))
+        self.pace.waited(time.perf_counter() - before)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -216,18 +246,21 @@ class Checkpoints(TrainerCallback):
         """Waits for the checkpoint that is being written, if any, and says so where it could not be."""
         if self._writing is None:
             return
-        (step, future), self._writing = self._writing, None
+        writing, self._writing = self._writing, None
         try:
-            future.result()
+            writing.done.result()
         except OSError as error:  # A full disk, above all. What was trained is still here.
             self.failed += 1
             self.reporter.log(
-                f"{self.stage}: no checkpoint of step {step} could be written to {self.folder.folder}: {error}. "
-                "Training goes on; a try that is ended now begins at the last one that was written"
+                f"{self.stage}: no checkpoint of step {writing.step} could be written to {self.folder.folder}: "
+                f"{error}. Training goes on; a try that is ended now begins at the last one that was written"
             )
 
-    def _write(self, state: TrainerState) -> None:
+    def _write(self, state: TrainerState, last: bool = False) -> None:
         """Copies the state, and has it written while the training goes on: the copy is what a checkpoint costs it.
+
+        Args:
+            last: whether the process ends after it.
 
         Raises:
             GateError: when what is trained is not finite.
@@ -245,8 +278,23 @@ class Checkpoints(TrainerCallback):
             whole.write(folder)
             told.save_to_json(str(folder / TRAINER_STATE))
 
-        self._writing = (told.global_step, self._writer.submit(self.folder.write, told.global_step, fill))
-        self.pace.wrote(before, time.perf_counter())
+        usable = threading.Event()
+
+        def write() -> None:
+            before = self._kept_step
+            try:
+                made = self.folder.write(told.global_step, fill)
+                self._kept_step = made.step
+            finally:
+                usable.set()
+            try:
+                self.folder.flush(made, at_once=last)
+            except OSError:
+                self._kept_step = before
+                raise
+
+        self._writing = Writing(told.global_step, usable, self._writer.submit(write))
+        self.pace.wrote(before, time.perf_counter(), told.global_step)
 
 
 def _digest(value: Any) -> str:

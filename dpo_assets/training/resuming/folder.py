@@ -8,9 +8,11 @@ optimizer or holds flipped bytes without a word (its issues 35525 and 35782).
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +26,9 @@ from dpo_assets.training.reporting import Reporter
 
 MARKER = "checkpoint.json"
 KEPT = 2  # Checkpoints of a stage: when the newest is damaged, the one before it is there.
+# Between two that are flushed to the disk: a flush takes longer than all else of a small checkpoint, and nothing that
+# a killed process wrote waits for it.
+FLUSH_SECONDS = 5.0
 REACHED, TRIES = "reached", "tries.jsonl"
 REJECTED = "_rejected"
 
@@ -60,10 +65,16 @@ class CheckpointFolder:
 
     def __init__(self, folder: Path, identity: Mapping[str, str], stage: str) -> None:
         self.folder, self.identity, self.stage = folder, dict(identity), stage
+        self._flushed: Path | None = None
+        self._flushed_at = -math.inf
         folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, step: int, fill: Callable[[Path], None]) -> Checkpoint:
-        """A checkpoint of `step`, whose files `fill` writes into an empty folder. Older ones than the last two go."""
+        """A checkpoint of `step`, whose files `fill` writes into an empty folder.
+
+        From here on it survives the process, and the machine once it is flushed (`flush`). What a loss of power tore
+        does not verify.
+        """
         final = self.folder / f"step-{step:09d}"
         partial = final.with_name(f"{final.name}.tmp-{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)
@@ -72,18 +83,37 @@ class CheckpointFolder:
             fill(partial)
             files = {path.name: _entry(path) for path in sorted(partial.iterdir())}
             marker = Marker(step=step, identity=self.identity, files=files)
-            _write_synced(partial / MARKER, marker.model_dump_json(indent=1))
-            sync_directory(partial)
+            (partial / MARKER).write_text(marker.model_dump_json(indent=1), encoding="utf-8")
             if final.exists():  # Damaged, or it would have been gone on from.
                 shutil.rmtree(final)
             partial.rename(final)
         except OSError:
             shutil.rmtree(partial, ignore_errors=True)  # A full disk must not stay full of what cannot be read.
             raise
-        sync_directory(self.folder)
-        for old in sorted(self._complete())[:-KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
         return Checkpoint(final, step)
+
+    def flush(self, checkpoint: Checkpoint, *, at_once: bool) -> None:
+        """Flushes it to the disk, where none was for some seconds or `at_once`. Older ones go.
+
+        What stays are the last two, and the last that was flushed.
+
+        Raises:
+            OSError: it could not be flushed, and is removed.
+        """
+        if at_once or time.monotonic() - self._flushed_at >= FLUSH_SECONDS:
+            try:
+                for path in checkpoint.path.iterdir():
+                    with path.open("rb") as handle:
+                        os.fsync(handle.fileno())
+                sync_directory(checkpoint.path)
+                sync_directory(self.folder)
+            except OSError:
+                shutil.rmtree(checkpoint.path, ignore_errors=True)
+                raise
+            self._flushed, self._flushed_at = checkpoint.path, time.monotonic()
+        for old in sorted(self._complete())[:-KEPT]:
+            if old != self._flushed:
+                shutil.rmtree(old, ignore_errors=True)
 
     def newest(self, reporter: Reporter) -> Checkpoint | None:
         """The newest checkpoint that verifies and is of this very stage, or None.
@@ -180,13 +210,4 @@ class Reached:
 
 
 def _entry(path: Path) -> FileEntry:
-    with path.open("rb") as handle:
-        os.fsync(handle.fileno())
     return FileEntry(sha256=file_sha256(path), size=path.stat().st_size)
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())

@@ -27,8 +27,8 @@ from dpo_assets.version import __version__
 
 Fact = str | int | float | bool | None
 Scores = list[tuple[float, float]]
-PARTS = 10  # In which scores are computed and kept.
-SCORING = 3  # Of how a pair is scored: scores that were rounded in another way must not meet the policy's.
+PARTS, LARGEST = 10, 4096  # In which scores are computed and kept: a tenth of the pairs, and never more than so many.
+SCORING = 4  # Of how a pair is scored: scores that were rounded in another way must not meet the policy's.
 
 
 def score_key(**facts: Fact) -> str:
@@ -125,13 +125,16 @@ def kept_scores(
 
     What is not finite is not kept: SQLite has no NaN, and a later run may do better.
 
+    Parts do not depend on how many scores are missing: what is left of a pass that was killed falls into the parts that
+    the whole pass would have had, whose forwards round as they would have.
+
     Args:
         least: fewest pairs of a part.
     """
     keys = [pair_key(group) for group in groups]
     known = cache.get(keys) if cache else {}
     missing = [n for n, key in enumerate(keys) if key not in known]
-    part = max(least, math.ceil(len(missing) / PARTS))
+    part = min(LARGEST, max(least, math.ceil(len(groups) / PARTS)))
     fresh: dict[str, tuple[float, float]] = {}
     for start in range(0, len(missing), part):
         chunk = missing[start : start + part]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -20,17 +21,30 @@ from dpo_assets.training.models.structure import causal_lm
 REPEATED_NGRAM, REPEATS = 4, 3  # An answer that says one 4-gram of tokens three times or more repeats itself.
 
 
+Answers = list[dict[str, Any]]
+
+
 @torch.no_grad()
 def generate(
-    model: Any, prompts: list[list[int]], chat: ChatFormat, max_new_tokens: int, *, seed: int | None = None
-) -> list[dict[str, Any]]:
+    model: Any,
+    prompts: list[list[int]],
+    chat: ChatFormat,
+    max_new_tokens: int,
+    *,
+    seed: int | None = None,
+    keep: Callable[[list[list[int]], Callable[[], Answers]], Answers] = lambda batch, answer: answer(),
+) -> Answers:
     """Answers: `ids` without the token that ended them, `text`, whether the answer `ended` by itself, and at which id
     (`end`, None if it did not), and whether it is `marked`: holds a special token, or a turn mark of any template.
 
     Greedy; with a `seed` sampled at temperature 1 from the whole distribution, and the state of torch's generators is
-    put back afterwards: a run that is watched must train as one that is not.
+    put back afterwards: a run that is watched must train as one that is not. Each batch begins from a seed of its own,
+    so that its answers do not depend on whether those before it were drawn now.
+
+    Args:
+        keep: gets each batch of prompts and what answers it, and may know the answers.
     """
-    answers = []
+    answers: Answers = []
     pad = chat.tokenizer.pad_token_id
     # Top-k is on by default where answers are sampled.
     sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 0} if seed is not None else {}
@@ -43,17 +57,23 @@ def generate(
         pad_token_id=pad,
         **sampling,
     )
+    together = answered_together(prompts, max_new_tokens, RotaryTables.of(causal_lm(model)))
     with plain_attention(model), own_generation(model, config), torch.random.fork_rng(enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        for batch in answered_together(prompts, max_new_tokens, RotaryTables.of(causal_lm(model))):
-            width = max(len(ids) for ids in batch)
-            fresh_tables(causal_lm(model))
-            ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in batch], device=model.device)
-            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=model.device)
-            out = model.generate(input_ids=ids, attention_mask=mask)
-            answers += [_answer(row, chat) for row in out[:, width:].tolist()]
+        for number, batch in enumerate(together):
+            answers += keep(batch, partial(_answers, model, batch, chat, pad, None if seed is None else seed + number))
     return answers
+
+
+def _answers(model: Any, batch: list[list[int]], chat: ChatFormat, pad: int, seed: int | None) -> Answers:
+    """By the generation config that the model has for now."""
+    if seed is not None:
+        torch.manual_seed(seed)
+    width = max(len(ids) for ids in batch)
+    fresh_tables(causal_lm(model))
+    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in batch], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=model.device)
+    out = model.generate(input_ids=ids, attention_mask=mask)
+    return [_answer(row, chat) for row in out[:, width:].tolist()]
 
 
 def answered_together(prompts: list[list[int]], longest: int, tables: RotaryTables) -> Iterator[list[list[int]]]:

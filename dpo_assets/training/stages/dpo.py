@@ -17,6 +17,7 @@ from dpo_assets.checks.reports import Aftermath, DpoReport, Stop
 from dpo_assets.checks.tasks import read_tasks
 from dpo_assets.contract import GuardSpec, TrainSpec
 from dpo_assets.errors import ConfigError
+from dpo_assets.feedback.dataset import has_split
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.batches.data import dpo_group, load_asked, load_conversations, load_split
 from dpo_assets.training.engines import unsloth
@@ -26,7 +27,7 @@ from dpo_assets.training.guard.collapse import CollapseGuard
 from dpo_assets.training.guard.finite import StopOnNonFinite, check_trained
 from dpo_assets.training.guard.sampling import AdapterState, Watched, attach_scorer, first_prompts
 from dpo_assets.training.models.chat_format import RENDERING_ERRORS, load_chat_format
-from dpo_assets.training.models.loading import ADAPTER_NAME, autocast_of, save_adapter
+from dpo_assets.training.models.loading import ADAPTER_NAME, autocast_of, load_factors, save_adapter
 from dpo_assets.training.models.targets import coverage
 from dpo_assets.training.policy import Policy
 from dpo_assets.training.reporting import ProgressLines, Reporter, all_finite, write_metrics
@@ -83,7 +84,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     if packed:
         trainer, reused = packed_trainer(start, chat.tokenizer, spec, reporter)
     else:
-        rows = load_conversations(spec.dataset, spec.scratch)
+        rows = load_conversations(spec.train_folder, spec.scratch)
         trainer = classic_trainer(policy.model, chat.rendering_tokenizer(), rows, plan, spec.scratch)
     guard, watched = None, None
     if spec.guard is not None:
@@ -100,6 +101,9 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     keys = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
     watchers: list[TrainerCallback] = [] if guard is None else [guard]
     end_quietly(trainer, [StopOnNonFinite("finite"), *watchers, ProgressLines(reporter, "dpo", keys)])
+    if spec.goes_on_from is not None:
+        go_on(trainer, policy, spec.goes_on_from)
+        reporter.log(f"dpo: the policy goes on from an earlier release, generation {plan.refresh.generation}")
     checkpoints = None
     if isinstance(trainer, PackedDPOTrainer):
         parts: dict[str, Resumable] = {"trainer": trainer}
@@ -120,7 +124,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     save_adapter(trainer.accelerator.unwrap_model(trainer.model), out / "adapter")
     if start.folded is not None:
         join_adapters(out / "adapter", start.folded)
-    record = guard.record(load_split(spec.dataset, "train", scratch=spec.scratch)) if guard is not None else None
+    record = guard.record(load_split(spec.train_folder, "train", scratch=spec.scratch)) if guard is not None else None
     stopped = guard is not None and guard.stopped
     write_report(trainer, spec, policy, measured, stopped=record if stopped else None, trigger=record)
     timings = {
@@ -136,7 +140,7 @@ def packed_trainer(start: Start, tokenizer: Any, spec: TrainSpec, reporter: Repo
     """The packed trainer with its reference, and how many reference scores came from the cache."""
     plan, policy = spec.plan, start.policy
     loss = DpoLoss.of(plan.dpo)
-    train = load_split(spec.dataset, "train", scratch=spec.scratch)
+    train = load_split(spec.train_folder, "train", scratch=spec.scratch)
     to_group = partial(dpo_group, max_length=plan.max_length)
     groups = [to_group(row) for row in train]
     if plan.dpo.router_balance:
@@ -163,9 +167,21 @@ def packed_trainer(start: Start, tokenizer: Any, spec: TrainSpec, reporter: Repo
     return trainer, reused
 
 
+def go_on(trainer: PackedDPOTrainer | ClassicDPOTrainer, policy: Policy, release: Path) -> None:
+    """Puts the adapter of a release on the policy. What was made of the start by now stays its reference.
+
+    Raises:
+        ConfigError: that adapter is of another shape; TRL's own trainer is asked for.
+    """
+    if not isinstance(trainer, PackedDPOTrainer):
+        raise ConfigError("refresh.policy: only `dpo.trainer: packed` goes on from a release")
+    trainer.go_on_from_elsewhere(AdapterState(policy.model))
+    load_factors(policy.model, release)
+
+
 def held_out_rows(spec: TrainSpec) -> Any:
     """The held-out split with its token ids, prompts, and ids of both, or None where the dataset has none."""
-    if not (spec.dataset / "eval.parquet").is_file():
+    if not has_split(spec.dataset, "eval"):
         return None
     return load_asked(spec.dataset, "eval", spec.scratch, [COUNTED_BY])
 
@@ -173,7 +189,7 @@ def held_out_rows(spec: TrainSpec) -> Any:
 def collapse_guard(watched: Watched, guard: GuardSpec, spec: TrainSpec, reporter: Reporter) -> CollapseGuard:
     """The guard of this run. Half of its prompts are of training pairs and half are held out, where there are any."""
     plan = watched.plan
-    room, train = plan.max_length - guard.probe_tokens, load_asked(spec.dataset, "train", spec.scratch)
+    room, train = plan.max_length - guard.probe_tokens, load_asked(spec.train_folder, "train", spec.scratch)
     prompts: list[list[int]] = []
     if guard.probe_prompts and watched.why_no_answers:
         reporter.log(f"dpo: no answers are sampled while it trains: {watched.why_no_answers}")
@@ -224,9 +240,10 @@ def write_report(
         expected = DpoLoss.of(plan.dpo).at_zero_margin()
     # TRL's own loss has the routers' balance in it.
     balance = plan.dpo.router_balance * rows[0].get("aux_loss", 0.0) if plan.dpo.trainer == "trl" else 0.0
+    at_reference = getattr(trainer, "loss_at_reference", None)
     DpoReport(
         steps=trainer.state.global_step,
-        first_loss=rows[0]["loss"] - balance,
+        first_loss=rows[0]["loss"] - balance if at_reference is None else at_reference,
         expected_first_loss=expected,
         first_loss_tokens=trainer.first_loss_tokens,
         last_loss=last["loss"],

@@ -16,16 +16,26 @@ import polars as pl
 
 from dpo_assets.artifact import VOLATILE, write_json
 from dpo_assets.checks.evidence.clusters import COUNTED_BY
+from dpo_assets.checks.instructions import INSTRUCTIONS, Instruction, summarised
 from dpo_assets.checks.neutral import perplexities, read_texts
-from dpo_assets.checks.reports import AnswerHealth, Divergence, GreedyAnswers, NotMeasured, Perplexity
+from dpo_assets.checks.reports import (
+    AnswerHealth,
+    Divergence,
+    GreedyAnswers,
+    InstructionsFollowed,
+    NotMeasured,
+    Perplexity,
+)
 from dpo_assets.contract import EvaluateSpec
 from dpo_assets.errors import ConfigError
+from dpo_assets.feedback.dataset import read_split
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.training.batches.data import dpo_group, first_asked, load_asked
 from dpo_assets.training.evaluation.subjects import Bench, Measured, Reading, Subject, as_groups
 from dpo_assets.training.evaluation.summary import Opponent, summarise
 from dpo_assets.training.models.chat_format import load_chat_format
 from dpo_assets.training.reporting import Reporter
+from dpo_assets.training.resuming.parts import Parts
 from dpo_assets.training.scoring.divergence import log_ratios, per_token
 from dpo_assets.training.scoring.generation import generation_health
 from dpo_assets.training.stages.rereading import Reread, reread
@@ -42,9 +52,12 @@ def run(spec: EvaluateSpec, reporter: Reporter) -> None:
     reporter.log(f"evaluate: the policy is the {spec.plan.scored}: {plan.scoring.reason}")
     asked = _asked(spec, plan, reporter)
     subjects = _subjects(spec, asked)
-    bench = Bench(plan, spec.max_new_tokens, plan.dpo.seed, reporter, spec.score_cache)
+    parts = Parts(spec.parts, {"inputs": spec.inputs})
+    bench = Bench(plan, spec.max_new_tokens, plan.dpo.seed, reporter, parts, spec.score_cache)
     settled, results = bench.measure(list(subjects.values()))
     measured = dict(zip(subjects, results, strict=True))
+    if parts.told:
+        reporter.log(f"evaluate: {parts.told}")
     if spec.champion is not None and spec.champion.same_start:
         measured[START] = measured[SFT]
 
@@ -59,6 +72,14 @@ def run(spec: EvaluateSpec, reporter: Reporter) -> None:
             for n, row in enumerate(asked.answered)
         ],
     )
+    told = _followed(asked, measured, spec.confidence)
+    write_json(
+        spec.output_dir / "instructions.json",
+        [
+            {"name": one.name, "prompt": one.prompt, **{who: measured[who].instructed[n]["text"] for who in answered}}
+            for n, one in enumerate(asked.instructions)
+        ],
+    )
     report = summarise(
         table,
         spec.confidence,
@@ -68,8 +89,10 @@ def run(spec: EvaluateSpec, reporter: Reporter) -> None:
             **{who: AnswerHealth.model_validate(generation_health(said)) for who, said in answered.items()}
         ),
         opponent=Opponent(spec.champion.name, asked.left_out) if spec.champion else None,
-        kl=_kl(measured[POLICY], measured[SFT]),
+        kl=_kl(POLICY, SFT, measured),
+        kl_of_champion=_kl(CHAMPION, START, measured) if spec.champion else None,
         neutral=_neutral(SFT, POLICY, subjects, measured, spec.confidence),
+        instructions=told,
         neutral_of_champion=_neutral(START, CHAMPION, subjects, measured, spec.confidence) if spec.champion else None,
     )
     report.write(spec.output_dir)
@@ -79,13 +102,15 @@ def run(spec: EvaluateSpec, reporter: Reporter) -> None:
 
 @dataclass(frozen=True)
 class _Asked:
-    """What all models are asked: held-out rows, those whose prompts are answered greedily, and how each side reads it.
+    """What all models are asked: held-out rows, those whose prompts are answered greedily, instructions, and how each
+    side reads it.
 
     `left_out` counts by reason the pairs that the champion cannot be asked, and that nobody is.
     """
 
     rows: Any
     answered: list[dict[str, Any]]
+    instructions: list[Instruction]
     ours: Reading
     theirs: Reading
     left_out: Mapping[str, int]
@@ -109,6 +134,12 @@ def _asked(spec: EvaluateSpec, plan: TrainingPlan, reporter: Reporter) -> _Asked
         for row, ids in found[: spec.generations]
         if champion is None or champion.leaves_room(row, spec.max_new_tokens)
     ]
+    instructions = [
+        (one, row)
+        for one, row in ((one, _as_row(one)) for one in INSTRUCTIONS[: spec.instructions])
+        if len(chat.prompt_ids(row["prompt"])) <= room
+        and (champion is None or champion.leaves_room(row, spec.max_new_tokens))
+    ]
     texts = read_texts(spec.corpus) if spec.corpus is not None else []
     fits = min(plan.max_length, plan.longest_pair or plan.max_length)  # No forward was planned for more.
     ours = Reading(
@@ -117,18 +148,42 @@ def _asked(spec: EvaluateSpec, plan: TrainingPlan, reporter: Reporter) -> _Asked
         prompts=[ids for _, ids in answered],
         texts=as_groups(texts, chat, fits),
         sampled=[ids for _, ids in found[: spec.sampled_answers]],
+        instructions=[chat.prompt_ids(row["prompt"]) for _, row in instructions],
     )
-    prompts = [row for row, _ in answered]
-    theirs = ours if champion is None else champion.reading(rows["pair_id"], prompts, texts, fits)
-    return _Asked(rows, prompts, ours, theirs, {} if champion is None else champion.left_out)
+    prompts, theirs = [row for row, _ in answered], ours
+    if champion is not None:
+        drawn = [row for row, _ in found[: spec.sampled_answers] if champion.leaves_room(row, spec.max_new_tokens)]
+        theirs = champion.reading(rows["pair_id"], prompts, texts, fits, drawn, [row for _, row in instructions])
+    asked = [one for one, _ in instructions]
+    return _Asked(rows, prompts, asked, ours, theirs, {} if champion is None else champion.left_out)
 
 
-def _kl(policy: Measured, sft: Measured) -> Divergence | NotMeasured:
-    """KL(policy || SFT) on what the policy says itself."""
-    if not policy.drawn:
+def _as_row(instruction: Instruction) -> dict[str, Any]:
+    return {"prompt": [{"role": "user", "content": instruction.prompt}]}
+
+
+def _followed(asked: _Asked, measured: Mapping[str, Measured], confidence: float) -> InstructionsFollowed | NotMeasured:
+    """Which instructions each model's answer followed."""
+    if not asked.instructions:
+        return NotMeasured(not_measured="evaluation.instructions is 0, or no instruction leaves room for an answer")
+    met = {
+        who: [
+            one.followed_by(answer["text"])
+            for one, answer in zip(asked.instructions, measured[who].instructed, strict=True)
+        ]
+        for who in (SFT, POLICY, CHAMPION)
+        if who in measured
+    }
+    names = [one.name for one in asked.instructions]
+    return summarised(names, met[SFT], met[POLICY], met.get(CHAMPION), confidence)
+
+
+def _kl(policy: str, start: str, measured: Mapping[str, Measured]) -> Divergence | NotMeasured:
+    """KL(policy || its start) on what the policy says itself."""
+    own, who = measured[policy], CALLED[policy]
+    if not own.drawn:
         return NotMeasured(not_measured="no answers were sampled, or no held-out prompt leaves room for one")
-    who = CALLED[POLICY]
-    return per_token(log_ratios(policy.drawn, policy.heard[who], sft.heard[who]))
+    return per_token(log_ratios(own.drawn, own.heard[who], measured[start].heard[who]))
 
 
 def _neutral(
@@ -150,7 +205,7 @@ def _read_by_the_champion(spec: EvaluateSpec, reporter: Reporter) -> Reread | No
     champion = spec.champion
     if champion is None or (champion.base_model, champion.template) == (spec.base_model, spec.template):
         return None
-    pairs = pl.read_parquet(spec.dataset / "eval.parquet")
+    pairs = read_split(spec.dataset, "eval")
     theirs = reread(pairs, champion.base_model, champion.template, spec.plan.max_length)
     why = ", ".join(f"{count} {reason}" for reason, count in theirs.left_out.items())
     if why:
@@ -183,16 +238,20 @@ def _subjects(spec: EvaluateSpec, asked: _Asked) -> dict[str, Subject]:
         known = {"base": digests.get("base_model", ""), "adapter": digests.get("dpo_adapter", "")}
         return Subject(CALLED[who], base, adapter, reading, known)
 
-    # What the policy draws, SFT scores after it.
+    # What a policy draws, its start scores after it.
     policy = released(POLICY, spec.base_model, spec.adapter, spec.policy, ours, spec.inputs)
     sft = start(SFT, spec.base_model, spec.sft_adapter, ours, spec.inputs)
     hears = (policy.name,) if ours.sampled else ()
-    found = {POLICY: replace(policy, draws=bool(hears), hears=hears), SFT: replace(sft, hears=hears)}
-    if champion is not None:
-        base, own = champion.base_model, champion.inputs
-        found[CHAMPION] = released(CHAMPION, base, champion.adapter, champion.policy, theirs, own)
-        if not champion.same_start:
-            found[START] = start(START, base, champion.sft_adapter, theirs, own)
+    found = {POLICY: replace(policy, draws=bool(hears), hears=hears)}
+    if champion is None:
+        return found | {SFT: replace(sft, hears=hears)}
+    base, own = champion.base_model, champion.inputs
+    live = released(CHAMPION, base, champion.adapter, champion.policy, theirs, own)
+    heard = (live.name,) if theirs.sampled else ()
+    found[CHAMPION] = replace(live, draws=bool(heard), hears=heard)
+    found[SFT] = replace(sft, hears=(*hears, *heard) if champion.same_start else hears)
+    if not champion.same_start:
+        found[START] = replace(start(START, base, champion.sft_adapter, theirs, own), hears=heard)
     return found
 
 

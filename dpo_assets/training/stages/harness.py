@@ -14,7 +14,7 @@ from typing import Any
 
 from dpo_assets.artifact import VOLATILE, write_json
 from dpo_assets.checks.reports import HarnessScores, TaskScore
-from dpo_assets.contract import SAMPLES, HarnessSpec, Progress, memory_failure
+from dpo_assets.contract import SAMPLES, HarnessSpec, Progress, TasksSpec, memory_failure
 from dpo_assets.errors import ConfigError
 from dpo_assets.judging.documents import paired_scores, scored
 from dpo_assets.training.models.chat_format import ChatFormat, load_chat_format
@@ -33,17 +33,11 @@ def run(spec: HarnessSpec, reporter: Reporter) -> None:
         ConfigError: lm-eval is not installed, knows a task not, or cannot run one.
     """
     started, plan = time.perf_counter(), spec.plan.at_release()
-    try:
-        import lm_eval
-    except ImportError as error:
-        raise ConfigError(
-            f"evaluation.harness needs lm-evaluation-harness in the worker's environment: {error}. "
-            "pip install 'dpo-assets[lm-eval]'"
-        ) from None
+    version = installed()
     chat = load_chat_format(spec.base_model, spec.template)
     found: list[Results] = []
     with contextlib.chdir(spec.include_path or Path.cwd()):
-        manager = _manager(spec)
+        manager = manager_of(spec)
         for number, (who, folder, adapter) in enumerate(spec.compared, start=1):
             model = load_scored(folder, plan, adapter)
             with autocast_of(plan):
@@ -54,7 +48,7 @@ def run(spec: HarnessSpec, reporter: Reporter) -> None:
     sft, policy = found
     rows = [row for task in sorted(policy["samples"]) for row in _paired(task, sft, policy)]
     HarnessScores(
-        version=lm_eval.__version__,
+        version=version,
         confidence=spec.confidence,
         scored=spec.plan.scored,
         tasks=tuple(score for task in sorted(policy["results"]) for score in _scores(task, sft, policy, rows, spec)),
@@ -63,7 +57,23 @@ def run(spec: HarnessSpec, reporter: Reporter) -> None:
     write_json(spec.output_dir / VOLATILE, {"seconds": time.perf_counter() - started})
 
 
-def _manager(spec: HarnessSpec) -> Any:
+def installed() -> str:
+    """The version of lm-eval.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import lm_eval
+    except ImportError as error:
+        raise ConfigError(
+            f"evaluation.harness needs lm-evaluation-harness in the worker's environment: {error}. "
+            "pip install 'dpo-assets[lm-eval]'"
+        ) from None
+    return str(lm_eval.__version__)
+
+
+def manager_of(spec: HarnessSpec | TasksSpec) -> Any:
     """The tasks that lm-eval knows: those of the folder alone where they are all that is asked for.
 
     Raises:
@@ -117,15 +127,20 @@ def _evaluated(spec: HarnessSpec, model: Any, chat: ChatFormat, manager: Any) ->
     except Exception as error:
         if memory_failure(error) is not None:
             raise
-        said = next(iter(str(error).splitlines()), "")
-        raise ConfigError(
-            f"lm-eval cannot run {', '.join(spec.tasks)}: {type(error).__name__}: {said}. The worker has no network: "
-            "the dataset of a task that comes with lm-eval must be in the Hub's cache (HF_HOME) before, which "
-            "`lm_eval --tasks NAME --limit 1` puts there; for one of evaluation.harness.include_path run the same line "
-            "with `--include_path` and read what it says."
-        ) from error
+        raise cannot_run(spec.tasks, error) from error
     assert results is not None, "the first process of one gets results"
     return results
+
+
+def cannot_run(tasks: Sequence[str], error: Exception) -> ConfigError:
+    """What lm-eval said, and the way out."""
+    said = next(iter(str(error).splitlines()), "")
+    return ConfigError(
+        f"lm-eval cannot run {', '.join(tasks)}: {type(error).__name__}: {said}. The worker has no network: "
+        "the dataset of a task that comes with lm-eval must be in the Hub's cache (HF_HOME) before, which "
+        "`lm_eval --tasks NAME --limit 1` puts there; for one of evaluation.harness.include_path run the same line "
+        "with `--include_path` and read what it says."
+    )
 
 
 def _paired(task: str, sft: Results, policy: Results) -> Iterator[dict[str, Any]]:

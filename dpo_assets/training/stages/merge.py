@@ -26,6 +26,7 @@ from dpo_assets.training.models.merging import NotStreamable, StreamedMerge, pla
 from dpo_assets.training.models.release_files import write_companions, write_config
 from dpo_assets.training.policy import load_scored
 from dpo_assets.training.reporting import Reporter
+from dpo_assets.training.resuming.parts import Parts
 from dpo_assets.training.scoring.logprobs import score_groups
 from dpo_assets.training.scoring.proof import Settled, alike, settle_engine
 
@@ -54,7 +55,13 @@ def run(spec: MergeSpec, reporter: Reporter) -> None:
         method = "peft"
         merge = merge_in_memory(spec, folder, reporter)
     if merge is not None:
-        stream_merge(merge, folder, on_file=on_file)
+        parts = Parts(spec.parts, {"inputs": spec.inputs, "method": method})
+        with parts.forgotten_on_a_full_disk():
+            stream_merge(
+                merge, folder, on_file=on_file, keep=lambda path, write: parts.file(path, write, name=path.name)
+            )
+        if parts.told:
+            reporter.log(f"merge: {parts.told}")
     # Tensors in a layout of their own are read by the config that was saved with them.
     write_config(folder if merge is None else spec.base_model, folder)
     write_companions(spec.base_model, folder, spec.template)

@@ -33,11 +33,23 @@ class Reread:
     longest: int  # Most tokens of a row.
 
     def reading(
-        self, pair_ids: Sequence[str], asked: Sequence[Mapping[str, Any]], texts: Sequence[str], longest: int
+        self,
+        pair_ids: Sequence[str],
+        asked: Sequence[Mapping[str, Any]],
+        texts: Sequence[str],
+        longest: int,
+        sampled: Sequence[Mapping[str, Any]],
+        instructions: Sequence[Mapping[str, Any]],
     ) -> Reading:
         """The same pairs, prompts of the same rows, and texts of at most `longest` tokens, in the same order."""
-        pairs, prompts = [self.groups[pair] for pair in pair_ids], [self.prompt_ids(row) for row in asked]
-        return Reading(self.chat, pairs, prompts, as_groups(texts, self.chat, min(longest, self.longest)))
+        return Reading(
+            self.chat,
+            [self.groups[pair] for pair in pair_ids],
+            [self.prompt_ids(row) for row in asked],
+            as_groups(texts, self.chat, min(longest, self.longest)),
+            [self.prompt_ids(row) for row in sampled],
+            [self.prompt_ids(row) for row in instructions],
+        )
 
     def leaves_room(self, row: Mapping[str, Any], tokens: int) -> bool:
         """Whether the row's prompt leaves room for an answer of so many tokens."""

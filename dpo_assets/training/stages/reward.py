@@ -65,11 +65,11 @@ def _with(conversation: Sequence[Message], answer: str) -> list[Message]:
 
 def _rewarded(pair: AnswerPair, rows: list[Row] | str, scores: dict[Row, float]) -> Rewarded:
     if isinstance(rows, str):
-        return Rewarded(None, pair.lengths, rows)
+        return Rewarded(None, pair.lengths, pair.opening, rows)
     first, second = (scores[row] for row in rows)
     if not (math.isfinite(first) and math.isfinite(second)):
-        return Rewarded(None, pair.lengths, NOT_FINITE)
-    return Rewarded((first, second), pair.lengths)
+        return Rewarded(None, pair.lengths, pair.opening, NOT_FINITE)
+    return Rewarded((first, second), pair.lengths, pair.opening)
 
 
 def _told(pair: AnswerPair, one: Rewarded) -> dict[str, Any]:

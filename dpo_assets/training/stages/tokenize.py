@@ -57,18 +57,19 @@ def run(spec: TokenizeSpec, reporter: Reporter) -> None:
     done = reused = 0
 
     def prepared(part: pl.DataFrame) -> tuple[pl.Series, pl.DataFrame, Rendered]:
-        have = known.of(part["pair_id"])
-        return part["pair_id"], have, pairs.rendered(part.join(have, on="pair_id", how="anti", maintain_order="left"))
+        have, once = known.of(part["pair_id"]), part.unique("pair_id", keep="first", maintain_order=True)
+        return part["pair_id"], have, pairs.rendered(once.join(have, on="pair_id", how="anti", maintain_order="left"))
 
     with pq.ParquetWriter(spec.output_dir / TOKENS, _arrow(pl.DataFrame(schema=SCHEMA)).schema) as writer:
         for identity, have, fresh in ahead(map(prepared, _parts(spec.pairs))):
             rows = pl.concat([have, pairs.encoded(fresh)])
             writer.write_table(_arrow(identity.to_frame().join(rows, on="pair_id", how="left", maintain_order="left")))
-            done, reused = done + len(identity), reused + have.height
+            done, reused = done + len(identity), reused + identity.is_in(have["pair_id"].to_list()).sum()
             reporter.log(Progress(stage="tokenize", done=done, total=total).line())
     write_json(spec.output_dir / CHAT_FORMAT, ChatFormatFacts(ends=tuple(sorted(chat.ends))).model_dump(mode="json"))
     reporter.log(f"tokenize: {reused} of {total} pairs were tokenized before")
-    write_json(spec.output_dir / VOLATILE, {"seconds": time.perf_counter() - started})
+    kept = {"pairs": total, "pairs_from_cache": reused}
+    write_json(spec.output_dir / VOLATILE, {"seconds": time.perf_counter() - started, **kept})
 
 
 def _parts(path: Path) -> Iterator[pl.DataFrame]:
@@ -120,26 +121,34 @@ class Rendered:
 
 
 class KnownTokens:
-    """Token ids that an earlier run has made, of which only the rows that are asked for are read."""
+    """Token ids that earlier runs have made, of which only the rows that are asked for are read.
 
-    def __init__(self, path: Path | None) -> None:
-        ids = (
-            pl.Series("pair_id", [], dtype=pl.String)
-            if path is None
-            else pl.read_parquet(path, columns=["pair_id"])["pair_id"]
-        )
-        # In the order of ids, as the pipeline asks for them: what belongs to a part lies together.
-        self._path, self._ids = path, ids if ids.is_sorted() else ids.clear()
+    Args:
+        tables: each has pairs in the order of their ids; one in another order is passed over.
+    """
+
+    def __init__(self, tables: Iterable[Path]) -> None:
+        found = ((path, pl.read_parquet(path, columns=["pair_id"])["pair_id"]) for path in tables)
+        self._tables = [(path, ids) for path, ids in found if ids.len() and ids.is_sorted()]
 
     def of(self, pair_ids: pl.Series) -> pl.DataFrame:
-        """The rows of those that are known."""
-        nothing = pl.DataFrame(schema=SCHEMA)
-        if self._path is None or self._ids.is_empty() or pair_ids.is_empty():
-            return nothing
-        start = self._ids.search_sorted(pair_ids.min(), side="left")
-        stop = self._ids.search_sorted(pair_ids.max(), side="right")
-        rows = pl.scan_parquet(self._path).slice(start, stop - start).collect()
-        return rows.select(list(SCHEMA)).join(pair_ids.to_frame(), on="pair_id", how="semi")
+        """The rows of those that are known, each once."""
+        found = [pl.DataFrame(schema=SCHEMA)]
+        if not pair_ids.is_empty():
+            wanted = pair_ids.unique().to_frame()
+            found += [self._in(path, ids, wanted) for path, ids in self._tables]
+        return pl.concat(found).unique("pair_id", maintain_order=True)
+
+    def _in(self, path: Path, ids: pl.Series, wanted: pl.DataFrame) -> pl.DataFrame:
+        start = ids.search_sorted(wanted["pair_id"].min(), side="left")
+        stop = ids.search_sorted(wanted["pair_id"].max(), side="right")
+        if not ids[start:stop].is_in(wanted["pair_id"].to_list()).any():
+            return pl.DataFrame(schema=SCHEMA)
+        columns = [name for name in SCHEMA if name in pq.read_schema(path).names]
+        rows = pl.scan_parquet(path).select(columns).slice(start, stop - start).collect()
+        # Pairs that a batch kept have no fault, and so no column for it.
+        rows = rows.with_columns(pl.lit(None, dtype=SCHEMA[name]).alias(name) for name in SCHEMA if name not in columns)
+        return rows.select(list(SCHEMA)).join(wanted, on="pair_id", how="semi")
 
 
 class PairTokenizer:

@@ -17,6 +17,7 @@ from dpo_assets.training.batches.batch import PackedBatch
 from dpo_assets.training.engines.head import TokenScores
 from dpo_assets.training.engines.transformers import engine_of
 from dpo_assets.training.guard.finite import check_first_loss
+from dpo_assets.training.guard.sampling import AdapterState
 from dpo_assets.training.private.trl import REFERENCE_ADAPTER, check_adapters, check_hooks, check_prepared
 from dpo_assets.training.scoring.logprobs import score_tokens, sequence_logps
 from dpo_assets.training.snapshot import Snapshot
@@ -82,6 +83,8 @@ class PackedDPOTrainer(PackedSteps, trl.DPOTrainer):
         self.router_balance = router_balance
         self._tokens = 0
         self._first: list[PairScores] = []
+        self._at_reference: AdapterState | None = None
+        self.loss_at_reference: float | None = None  # Of the first step, where training does not start there.
         self.expected_first_loss = float("nan")
         self.first_loss_tokens = 0.0  # Mean tokens of a pair's answers in the first step, in 16 bit.
         # With cached scores the clone that TRL makes of a PEFT policy is memory, and a wrong file when saved.
@@ -93,16 +96,27 @@ class PackedDPOTrainer(PackedSteps, trl.DPOTrainer):
         self._taken_as_prepared = True
         return dataset
 
+    def go_on_from_elsewhere(self, reference: AdapterState) -> None:
+        """The policy will start from another adapter than the reference's, which is told, so its first loss is not the
+        one at zero margin: the first batch is scored by the reference's adapter too, and that loss must be."""
+        self._at_reference = reference
+
     def snapshot(self) -> Snapshot:
         """With what only the first step tells: its loss is checked once, by the try that took it."""
         sums = super().snapshot()
-        first = {"tokens": self._tokens, "expected": self.expected_first_loss, "answers": self.first_loss_tokens}
+        first = {
+            "tokens": self._tokens,
+            "expected": self.expected_first_loss,
+            "answers": self.first_loss_tokens,
+            "at_reference": self.loss_at_reference,
+        }
         return Snapshot(sums.tensors, sums.values | first)
 
     def take_up(self, snapshot: Snapshot) -> None:
         super().take_up(snapshot)
         self._tokens = snapshot.values["tokens"]
         self.expected_first_loss, self.first_loss_tokens = snapshot.values["expected"], snapshot.values["answers"]
+        self.loss_at_reference = snapshot.values["at_reference"]
 
     def begin_step(self, model: Any, step: Step) -> Step:
         """With reference scores of every forward; and, for a loss that couples pairs across forwards, its slopes."""
@@ -110,9 +124,21 @@ class PackedDPOTrainer(PackedSteps, trl.DPOTrainer):
         if self._step_reference is not None:
             with torch.no_grad():
                 forwards = tuple(replace(each, reference=self._step_reference(each.batch)) for each in forwards)
+        if self._at_reference is not None and self.state.global_step == 0:
+            self._check_reference(model, forwards, self._at_reference)
         if self._loss.coupled and len(forwards) > 1:
             forwards = self._coupled(model, forwards)
         return replace(step, forwards=forwards)
+
+    def _check_reference(self, model: Any, forwards: tuple[Forward, ...], reference: AdapterState) -> None:
+        """Holds the reference's scores of the first batch against what the policy scores with its adapter."""
+        lm = self.accelerator.unwrap_model(model)
+        with torch.no_grad(), reference.in_place(lm):
+            engine_of(lm).renew()
+            scored = PairScores.joined([self._beforehand(model, forward) for forward in forwards])
+        engine_of(lm).renew()
+        self.loss_at_reference = float(self._loss.of_batch(scored))
+        self._check_first(self.loss_at_reference, scored)
 
     def _coupled(self, model: Any, forwards: tuple[Forward, ...]) -> tuple[Forward, ...]:
         """Scores all pairs of the step first: a loss that sorts over them needs them all before any gradient."""
@@ -157,10 +183,14 @@ class PackedDPOTrainer(PackedSteps, trl.DPOTrainer):
         if self.state.global_step == 0:
             first = PairScores.joined(self._first)
             self._first.clear()
-            self.expected_first_loss = float(self._loss.of_batch(first.at_reference()))
-            if self.args.bf16 or self.args.fp16:
-                self.first_loss_tokens = float((first.chosen_tokens + first.rejected_tokens).double().mean())
-            check_first_loss(float(loss), self.expected_first_loss, self._reference, self.first_loss_tokens)
+            if self._at_reference is None:
+                self._check_first(float(loss), first)
+
+    def _check_first(self, loss: float, first: PairScores) -> None:
+        self.expected_first_loss = float(self._loss.of_batch(first.at_reference()))
+        if self.args.bf16 or self.args.fp16:
+            self.first_loss_tokens = float((first.chosen_tokens + first.rejected_tokens).double().mean())
+        check_first_loss(loss, self.expected_first_loss, self._reference, self.first_loss_tokens)
 
     def _count(self, scores: TokenScores, batch: PackedBatch, pairs: PairScores) -> None:
         """TRL's metrics under TRL's names, weighted by pairs and tokens. Nothing here waits for the device."""

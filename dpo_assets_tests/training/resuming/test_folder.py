@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_assets.training.resuming.folder import MARKER, REJECTED, CheckpointFolder, Reached
-from dpo_assets.training.resuming.pace import PARTS, Pace
+from dpo_assets.training.resuming.folder import MARKER, REJECTED, Checkpoint, CheckpointFolder, Reached
+from dpo_assets.training.resuming.pace import AGAIN, PARTS, Pace, most_again
+from dpo_assets_tests.machines import disk_of, make_room
 from dpo_assets_tests.training.conftest import Log
 
 IDENTITY = {"fingerprint": "f" * 32, "training settings": "1e-5"}
@@ -104,6 +105,26 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_earlier_ones(two:
     assert sorted(path.name for path in two.folder.iterdir()) == ["step-000000003", "step-000000007"]
 
 
+def test_a_file_system_that_fills_up_at_a_checkpoint_keeps_those_before_it(tmp_path: Path) -> None:
+    """A real one, of 64 KiB; and once there is room, the next one is written."""
+    with disk_of(tmp_path / "disk", 64) as disk:
+        made = CheckpointFolder(disk / "sft" / ("f" * 32), IDENTITY, "sft")
+        made.write(3, files)
+
+        def large(folder: Path) -> None:
+            files(folder)
+            (folder / "more.safetensors").write_bytes(bytes(100_000))
+
+        with pytest.raises(OSError, match="No space left on device"):
+            made.write(7, large)
+        assert [path.name for path in made.folder.iterdir()] == ["step-000000003"]
+        found = CheckpointFolder(made.folder, IDENTITY, "sft").newest(Log())
+        assert found is not None
+        assert found.step == 3
+        make_room(disk, 400)
+        assert made.write(7, large).step == 7
+
+
 def test_the_last_two_are_kept_and_the_marker_is_written_last(two: CheckpointFolder) -> None:
     seen: list[list[str]] = []
 
@@ -111,11 +132,25 @@ def test_the_last_two_are_kept_and_the_marker_is_written_last(two: CheckpointFol
         files(folder)
         seen.append(sorted(path.name for path in folder.iterdir()))
 
-    two.write(12, watched)
+    two.flush(two.write(12, watched), at_once=True)
     assert seen == [["state.json", "state.safetensors"]]
     assert sorted(path.name for path in two.folder.iterdir()) == ["step-000000007", "step-000000012"]
     marker = json.loads((two.folder / "step-000000012" / MARKER).read_text(encoding="utf-8"))
     assert (marker["step"], marker["identity"], sorted(marker["files"])) == (12, IDENTITY, seen[0])
+
+
+def test_a_flushed_checkpoint_stays_beside_the_last_two_and_a_kill_needs_no_flush(two: CheckpointFolder) -> None:
+    three, seven = (Checkpoint(two.folder / f"step-{step:09d}", step) for step in (3, 7))
+    two.flush(three, at_once=False)
+    two.flush(seven, at_once=False)  # Within the same seconds: not flushed.
+    for step in (8, 9, 10):
+        two.flush(two.write(step, files), at_once=False)
+    assert [path.name[-2:] for path in sorted(two.folder.iterdir())] == ["03", "09", "10"]
+    two.flush(two.write(11, files), at_once=True)
+    assert [path.name[-2:] for path in sorted(two.folder.iterdir())] == ["10", "11"]
+    found = CheckpointFolder(two.folder, IDENTITY, "dpo").newest(Log())
+    assert found is not None
+    assert found.step == 11
 
 
 def test_steps_that_are_done_twice_are_counted_over_all_tries(tmp_path: Path) -> None:
@@ -143,17 +178,40 @@ def test_checkpoints_cost_no_more_than_their_share_of_the_time_and_the_first(
     step_seconds: float, cost: float, share: float, least: float, steps: int
 ) -> None:
     """The first one's cost is not known beforehand."""
-    pace, now, lasts = Pace(share, least, 20.0), 50.0, [50.0]
+    pace, now, last, last_step, written = Pace(share, least, 20.0), 50.0, 50.0, 0, 0
     pace.start(now, 0)
     for step in range(1, steps + 1):
         now += step_seconds
         if pace.due(now, step, steps):
-            assert now - lasts[-1] >= min(least, (now - 50.0) / step * steps / PARTS)
-            pace.wrote(now, now + cost)
+            assert now - last >= least or step - last_step >= max(1, steps // PARTS)
+            pace.wrote(now, now + cost, step)
             now += cost
-            lasts.append(now)
+            last, last_step, written = now, step, written + 1
+            left = pace.left(now)
+            pace.waited(left / 2)
+            now += left / 2
     assert pace.spent <= max(cost, share * (now - 20.0)) + 1e-6
-    assert pace.written == len(lasts) - 1
+    assert pace.written == written
+
+
+@settings(max_examples=200, deadline=None)
+@given(step_seconds=st.floats(0.001, 100), steps=st.integers(1, 400), cost=st.floats(0.0, 1.0))
+def test_a_kill_costs_a_tenth_of_the_steps_where_checkpoints_are_worth_it_and_what_the_share_pays_for_where_not(
+    step_seconds: float, steps: int, cost: float
+) -> None:
+    """Both limits where a checkpoint costs at most what the share leaves for it; else the share's."""
+    share, seconds = 0.02, cost * step_seconds  # Up to a step's own time, fifty times what the share pays of one.
+    pace, now, last_step, worst = Pace(share, 1e9, 0.0), 0.0, 0, 0
+    pace.start(now, 0)
+    for step in range(1, steps + 1):
+        now += step_seconds
+        worst = max(worst, step - last_step)
+        if pace.due(now, step, steps):
+            pace.wrote(now, now + seconds, step)
+            now, last_step = now + seconds, step
+    paid = seconds / share / step_seconds  # Steps in which the share pays for a checkpoint.
+    assert worst <= max(most_again(steps), 2 * paid + 1)
+    assert most_again(steps) <= max(1, steps / AGAIN)
 
 
 def test_a_short_stage_has_a_checkpoint_every_twentieth_of_it_and_a_long_one_every_minute() -> None:
@@ -168,3 +226,4 @@ def test_a_short_stage_has_a_checkpoint_every_twentieth_of_it_and_a_long_one_eve
 
     assert waits(0.1, 100) == pytest.approx(0.5)
     assert waits(5.0, 10_000) == pytest.approx(60.0)
+    assert waits(0.1, 9) == pytest.approx(0.1), "steps that are no twentieth are whole ones"

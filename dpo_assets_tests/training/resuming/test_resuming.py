@@ -6,11 +6,8 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +21,14 @@ from dpo_assets.errors import GateError, Preempted
 from dpo_assets.recipe import ChecksSection
 from dpo_assets.training.guard.collapse import CollapseGuard
 from dpo_assets.training.resuming.callback import Checkpoints
-from dpo_assets.training.resuming.folder import REJECTED
+from dpo_assets.training.resuming.folder import REJECTED, CheckpointFolder
 from dpo_assets.training.snapshot import Snapshot
 from dpo_assets.training.stages import dpo, sft
 from dpo_assets.training.trainers import packed
 from dpo_assets_tests.training.conftest import Log, PlanMaker, SpecMaker
 from dpo_assets_tests.training.dpo_runs import ROW, write_pairs
+from dpo_assets_tests.training.resuming.workers import Workers
 
-PATIENCE = 120.0
 STEPS, PAIRS = 9, 6  # Three steps an epoch.
 CHECKS = ChecksSection(probe_prompts=2, probe_every=0.25, probe_tokens=8, held_out_pairs=2, sampled_answers=2)
 STAGES = {"sft": sft.run, "dpo": dpo.run}
@@ -159,6 +156,30 @@ def test_nothing_that_is_not_finite_is_kept_to_go_on_from(
     assert max(path.name for path in (tmp_path / "kept").glob("step-*")) < "step-000000005"
 
 
+@pytest.mark.parametrize(("share", "waits"), [(0.5, True), (1e-6, False)])
+def test_no_step_begins_that_a_kill_would_cost_beside_another_as_long_as_the_share_pays_for_the_wait(
+    spec_of: Callable[..., TrainSpec], monkeypatch: pytest.MonkeyPatch, share: float, waits: bool
+) -> None:
+    """Nine steps, so a kill may cost one; a disk that takes its time."""
+    at_risk: list[int] = []
+    written, begins = CheckpointFolder.write, Checkpoints.on_step_begin
+
+    def slowly(self: CheckpointFolder, *told: Any) -> Any:
+        time.sleep(0.03)
+        return written(self, *told)
+
+    def on_step_begin(self: Checkpoints, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        at_risk.append(state.global_step - self._kept_step)
+        begins(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(CheckpointFolder, "write", slowly)
+    monkeypatch.setattr(Checkpoints, "on_step_begin", on_step_begin)
+    spec = spec_of("sft", "made", checkpoints="kept")
+    assert spec.checkpoints is not None
+    sft.run(spec.model_copy(update={"checkpoints": spec.checkpoints.model_copy(update={"share": share})}), Log())
+    assert (at_risk == [0] * STEPS) is waits, at_risk
+
+
 def test_a_disk_that_is_full_costs_the_checkpoints_and_not_the_training(
     spec_of: Callable[..., TrainSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,65 +233,21 @@ Checkpoints.on_step_begin = on_step_begin
 """
 
 
-@dataclass
-class Ended:
-    """How a worker ended, and what it said."""
-
-    status: int
-    said: str
-
-
-def worker(spec: TrainSpec, work: Path, fault: str = "", until: str = "", sign: signal.Signals | None = None) -> Ended:
-    """Runs stage `dpo` in a process of its own, as the launcher does.
-
-    Args:
-        fault: Python that the process runs before its stage.
-        until: what it says when `sign` is sent.
-    """
-    shutil.rmtree(spec.output_dir, ignore_errors=True)
-    spec.output_dir.mkdir(parents=True)
-    work.mkdir(exist_ok=True)
-    (work / "spec.json").write_text(spec.model_dump_json(), encoding="utf-8")
-    told = ["dpo", "--spec", str(work / "spec.json"), "--follow-parent"]
-    command = [sys.executable, "-m", "dpo_assets.training", *told]
-    if fault:
-        end = f"{fault}\nimport sys\nfrom dpo_assets.training.__main__ import main\nsys.exit(main({told!r}))"
-        command = [sys.executable, "-c", end]
-    log = work / "log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            deadline = time.monotonic() + PATIENCE
-            while sign is not None and until.encode() not in log.read_bytes():
-                assert process.poll() is None, log.read_text(encoding="utf-8")
-                assert time.monotonic() < deadline, f"waited {PATIENCE:.0f} s for `{until}`"
-                time.sleep(0.02)
-            if sign is not None:
-                process.send_signal(sign)
-            process.wait(PATIENCE)
-        finally:
-            process.kill()
-            process.communicate()
-    return Ended(process.returncode, log.read_text(encoding="utf-8"))
-
-
 def test_a_worker_killed_again_and_again_and_told_to_end_makes_what_an_undisturbed_one_makes(
-    spec_of: Callable[..., TrainSpec], tmp_path: Path
+    spec_of: Callable[..., TrainSpec], worker: Workers, tmp_path: Path
 ) -> None:
     """In the reference pass, between two checkpoints, inside one, by SIGTERM; and with the newest one damaged."""
     spec, work, kept = spec_of("dpo", "out", checkpoints="kept", often=True), tmp_path / "work", tmp_path / "kept"
-    in_reference = worker(spec, work, until="[progress] reference 2/6", sign=signal.SIGKILL)
+    in_reference = worker.run("dpo", spec, work, until="[progress] reference 2/6", sign=signal.SIGKILL)
     assert in_reference.status == -signal.SIGKILL
-    between = worker(spec, work, ENDS_ITSELF)
+    between = worker.run("dpo", spec, work, fault=ENDS_ITSELF)
     assert between.status == -signal.SIGKILL, between.said
     assert "dpo: reference log-probabilities of 6 pairs, 0 from the cache" not in between.said
     assert list(kept.glob("step-*"))
-    inside = worker(spec, work, DIES_BETWEEN_FILES)
+    inside = worker.run("dpo", spec, work, fault=DIES_BETWEEN_FILES)
     assert inside.status == -signal.SIGKILL, inside.said
     (half,) = kept.glob("step-*.tmp-*")
-    told = worker(spec, work, SLOW, until="[progress] dpo ", sign=signal.SIGTERM)
+    told = worker.run("dpo", spec, work, fault=SLOW, until="[progress] dpo ", sign=signal.SIGTERM)
     assert told.status == PREEMPTED_EXIT, told.said
     assert f"{half.name} was never finished and is removed" in told.said
     assert "was told to end (SIGTERM) and did so after step" in told.said
@@ -278,12 +255,12 @@ def test_a_worker_killed_again_and_again_and_told_to_end_makes_what_an_undisturb
     data = bytearray((newest / "state.safetensors").read_bytes())
     data[-8] ^= 1
     (newest / "state.safetensors").write_bytes(data)
-    last = worker(spec, work)
+    last = worker.run("dpo", spec, work)
     assert last.status == 0, last.said
     assert f"checkpoint {newest.name} is not gone on from: state.safetensors is not what was written" in last.said
     assert len(list((tmp_path / REJECTED).iterdir())) == 1
     resumed, _ = made(tmp_path / "out"), shutil.move(tmp_path / "out", tmp_path / "resumed")
-    whole = worker(spec_of("dpo", "out"), work)
+    whole = worker.run("dpo", spec_of("dpo", "out"), work)
     assert whole.status == 0, whole.said
     assert resumed == made(tmp_path / "out")
     timings = json.loads((tmp_path / "resumed" / "timings.json").read_text(encoding="utf-8"))

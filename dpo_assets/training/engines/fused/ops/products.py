@@ -9,7 +9,9 @@ from dpo_assets.training.private.torch import addmm_in_place
 
 
 def matmul_fp32(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b, accumulated and returned in fp32 whatever the inputs' dtype."""
+    """a @ b, accumulated and returned in fp32 whatever the inputs' dtype; in fp64 where they are."""
+    if a.dtype == torch.float64:
+        return torch.mm(a, b, out=out)
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32) if out is None else torch.mm(a, b, torch.float32, out=out)
     return torch.mm(a.float(), b.float(), out=out)
