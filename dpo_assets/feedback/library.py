@@ -166,13 +166,15 @@ def scratch_of(tree: ArtifactTree, name: str) -> Iterator[Path]:
     """
     scratch = tree.root / READING / name
     scratch.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive(scratch.with_name(name + LOCK), tree.run, tree.warn):
+    lock = scratch.with_name(name + LOCK)
+    with exclusive(lock, tree.run, tree.warn):
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
         try:
             yield scratch
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+            lock.unlink(missing_ok=True)  # Held while it goes: whoever waits for it makes a new one.
 
 
 def _read(file: FeedbackFile, jobs: Sequence[Job]) -> list[tuple[list[dict[str, Any]], Path]]:
