@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import dagster as dg
 import psutil
@@ -26,6 +26,7 @@ from dpo_assets.assets.retention import SCORED
 from dpo_assets.checks.evidence.ledger import Ledger, Released
 from dpo_assets.checks.evidence.spending import ALPHA
 from dpo_assets.feedback.batches import INDEX
+from dpo_assets.feedback.dataset import Split, read_split
 from dpo_assets.leftovers import TRASH
 from dpo_assets.locks import LOCK, OWNER, if_nobodys
 from dpo_assets.recipe import RetentionSection
@@ -93,7 +94,7 @@ def wrong_rows(refresh: Refreshed, expected: Expected) -> Iterator[str]:
         yield f"no dataset was made (red: {refresh.red})"
         return
     report = dataset.json("report.json")
-    sides = {side: pl.read_parquet(dataset.path / f"{side}.parquet") for side in ("train", "eval")}
+    sides = {side: read_split(dataset.path, side) for side in get_args(Split)}
     pairs = Counter(pair for side in sides.values() for pair in _pairs(side))
     if pairs.keys() != expected.accepted or any(count > 1 for count in pairs.values()):
         more, less = pairs.keys() - expected.accepted, expected.accepted - pairs.keys()
