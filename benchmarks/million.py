@@ -10,7 +10,7 @@ other work), and the highest sum of proportional memory (PSS) of the run's proce
 200 ms.
 
 Rows are those of `benchmarks.ingest`, about 1 KB each. `--seeded`: what the first run finds in the store, in place of
-reading and tokenizing a million rows for a quarter of an hour (`benchmarks.million_seeds`). The refreshes that are
+reading and tokenizing a million rows for more than ten minutes (`benchmarks.million_seeds`). The refreshes that are
 measured do everything themselves, on what the first run left.
 """
 

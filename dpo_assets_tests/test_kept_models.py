@@ -154,5 +154,5 @@ def test_what_was_worked_out_for_a_model_goes_once_the_model_is_gone(tmp_path: P
     assert forget_splits(tree) == 0
     shutil.rmtree(paths[0])
     assert forget_splits(tree) == 1
-    [kept] = (tmp_path / kept_models.SPLITS).glob("*.json")
+    [kept] = (tmp_path / kept_models.KEPT_SPLITS).glob("*.json")
     assert set(json.loads(kept.read_text(encoding="utf-8"))["groups"]) == bound_by_models(tree, 0.99, 0) < bound

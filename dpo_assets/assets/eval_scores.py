@@ -141,7 +141,8 @@ def _kl_of_champion(step: Step, report: EvaluationReport) -> Divergence | None:
 
 def _from_cache(scores: Artifact) -> dict[str, int]:
     """Of each model, the pairs whose scores an earlier run had taken."""
-    return {name: count for name, count in scores.json(VOLATILE).items() if name.endswith("_pairs_from_cache")}
+    told = scores.json(VOLATILE) if VOLATILE in scores.manifest.files else {}
+    return {name: count for name, count in told.items() if name.endswith("_pairs_from_cache")}
 
 
 def _dpo_report(adapter: Artifact) -> DpoReport | None:

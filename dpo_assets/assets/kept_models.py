@@ -12,7 +12,7 @@ from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.trained import TRAIN_SPLIT, TRAINED_GROUPS, bound_to_train, groups_digest, trained_groups
 
 TRAINED_KINDS = ("sft_checkpoint", "dpo_adapter")
-SPLITS = Path("cache") / "splits"
+KEPT_SPLITS = Path("cache") / "splits"
 
 
 def bound_by_models(tree: ArtifactTree, fraction: float, seed: int) -> frozenset[str]:
@@ -31,7 +31,7 @@ def forget_splits(tree: ArtifactTree) -> int:
         needed = _training_sets(tree)
     except ConfigError:  # Of a model that the next dataset will complain about.
         return 0
-    gone = [path for path in (tree.root / SPLITS).glob("*.json") if path.name.partition("-")[0] not in needed]
+    gone = [path for path in (tree.root / KEPT_SPLITS).glob("*.json") if path.name.partition("-")[0] not in needed]
     for path in gone:
         path.unlink(missing_ok=True)
     return len(gone)
@@ -68,7 +68,7 @@ def _bound(tree: ArtifactTree, digest: str, table: Path, fraction: float, seed: 
 
     What is not what was kept is worked out again: a group that is missing here could be held out.
     """
-    known = tree.root / SPLITS / f"{digest}-{fraction!r}-{seed}.json"
+    known = tree.root / KEPT_SPLITS / f"{digest}-{fraction!r}-{seed}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):
         kept = json.loads(known.read_text(encoding="utf-8"))
         if kept["digest"] == groups_digest(kept["groups"]):

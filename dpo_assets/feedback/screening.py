@@ -392,7 +392,7 @@ def _names(names: Iterable[tuple[int, int]]) -> pl.DataFrame:
     return pl.DataFrame(list(names), schema={"b": pl.UInt32, "n": pl.UInt32}, orient="row")
 
 
-def _apply_schema(table: pl.DataFrame, alone: bool) -> tuple[pl.DataFrame, list[dict[str, Any]]]:
+def _apply_schema(table: pl.DataFrame, alone: bool = False) -> tuple[pl.DataFrame, list[dict[str, Any]]]:
     """Rows that satisfy the pandera schema, and quarantine rows for those that do not."""
     from pandera.errors import SchemaErrors
 

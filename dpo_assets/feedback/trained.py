@@ -33,7 +33,9 @@ def write_training_set(dataset: Path, pairs: pl.Series, folder: Path) -> None:
     import polars as pl
 
     wanted = pl.DataFrame({"pair_id": pairs})
-    write_split(folder, "train", (part.join(wanted, "pair_id", "semi") for part in split_parts(dataset, "train")))
+    parts = split_parts(dataset, "train")
+    # In their order, which decides what is trained on when.
+    write_split(folder, "train", (part.join(wanted, "pair_id", "semi", maintain_order="left") for part in parts))
 
 
 def trained_groups(table: Path) -> pl.Series:

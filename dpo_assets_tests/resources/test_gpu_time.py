@@ -66,17 +66,20 @@ def test_what_a_killed_run_left_open_counts_until_its_end_and_a_tag_set_by_hand_
 def test_the_launcher_counts_a_worker_with_a_gpu_and_none_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There is no GPU here: the worker is a program that ends at once, and only its environment names one."""
+    """There is no GPU here: the worker is a program that sleeps, and only its environment names one."""
+    worker = tmp_path / "python"
+    worker.write_text("#!/bin/sh\nsleep 0.3\n", encoding="utf-8")
+    worker.chmod(0o755)
     spec = VerifySpec(output_dir=tmp_path, fingerprint="f", inputs={}, base_model=tmp_path)
 
     def launched(gpu: str) -> dg.DagsterRun:
         monkeypatch.setattr(launcher_module, "worker_environment", lambda *_: {VISIBLE: gpu, "PATH": "/bin"})
         with dg.DagsterInstance.ephemeral() as instance:
             return run_of(
-                instance, lambda context: LocalLauncher(python="/bin/true").run(context, "verify", spec, 60, 60)
+                instance, lambda context: LocalLauncher(python=str(worker)).run(context, "verify", spec, 60, 60)
             )
 
     counted = launched(GPU)
     assert counted.status == dg.DagsterRunStatus.SUCCESS
-    assert 0 < gpu_seconds(counted.tags, 0.0) < 60
+    assert 0.2 < gpu_seconds(counted.tags, 0.0) < 60
     assert GPU_OF not in launched("").tags

@@ -232,14 +232,34 @@ class _TextCheck:
     """Whether bytes are UTF-8, fed block by block."""
 
     def __init__(self) -> None:
-        self.sound, self._decoder = True, codecs.getincrementaldecoder("utf-8")()
+        self.sound, self._rest = True, b""
 
     def feed(self, block: bytes) -> None:
-        if self.sound:
-            try:
-                self._decoder.decode(block, final=not block)
-            except UnicodeDecodeError:
-                self.sound = False
+        import pyarrow as pa
+
+        if not self.sound:
+            return
+        text = self._rest + block
+        # What may be the beginning of a letter waits for the rest of it; at the end nothing does.
+        whole = len(text) - (_begun(text) if block else 0)
+        self._rest = text[whole:]
+        try:
+            # Arrow looks without making a text of it.
+            pa.array([text[:whole]], pa.large_binary()).cast(pa.large_string())
+        except pa.ArrowInvalid:
+            self.sound = False
+
+
+def _begun(text: bytes) -> int:
+    """How many of the last bytes begin a letter that does not end there."""
+    for back in range(1, min(3, len(text)) + 1):
+        byte = text[-back]
+        if byte >= 0xC0:
+            size = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+            return back if back < size else 0
+        if byte < 0x80:
+            return 0
+    return 0
 
 
 FINER, FINEST = 8, 2**19  # How much smaller the spans of a tail are; bytes below which none is cut again.
@@ -258,7 +278,10 @@ def _spans(stream: io.BufferedReader, size: int, lines: int, text: _TextCheck, s
     first_line = line
     while block := stream.read(max(0, min(_BLOCK, stop - at))):
         text.feed(block)
-        begin = 0
+        begin, inside = 0, block.count(b"\n")
+        if start + size - at >= len(block) and line - first_line + inside < lines:  # No span ends in it.
+            line, at = line + inside, at + len(block)
+            continue
         while end := _end_of_span(block, begin, start + size - at, lines - (line - first_line)):
             line += block.count(b"\n", begin, end)
             begin = end

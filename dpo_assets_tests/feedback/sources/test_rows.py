@@ -9,6 +9,7 @@ import os
 import pickle
 import tempfile
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from dpo_assets.feedback.readers import RowFault
 from dpo_assets.feedback.sources import FileRefused, rows_of, spans_of, verify_unchanged
 from dpo_assets.feedback.sources import files as files_module
+from dpo_assets.feedback.sources.rows import _TextCheck
 from dpo_assets_tests.feedback.sources.reading import ROWS, found, jsonl, outcome, read, row
 
 NAMES = ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "a.jsonl.gz", "a.csv.zst", "a.txt", "a"]
@@ -223,3 +225,23 @@ def test_what_decides_the_rows_is_the_identity_of_a_file(tmp_path: Path) -> None
     prints = {json.dumps(replace(file, **{name: value}).identity()) for name, value in changes.items()}
     assert len(prints | {json.dumps(file.identity())}) == 8
     assert replace(file, path=Path("elsewhere"), origin="x", sniffed="y").identity() == file.identity()
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    parts=st.lists(st.one_of(st.binary(max_size=4), st.text(max_size=4).map(str.encode)), max_size=6),
+    cuts=st.lists(st.integers(0, 30), max_size=4),
+)
+def test_bytes_are_text_where_python_reads_them_however_they_come(parts: list[bytes], cuts: list[int]) -> None:
+    whole = b"".join(parts)
+    check = _TextCheck()
+    ends = sorted({0, len(whole), *(n for n in cuts if n < len(whole))})
+    for start, end in pairwise(ends):
+        check.feed(whole[start:end])
+    check.feed(b"")
+    try:
+        whole.decode()
+        expected = True
+    except UnicodeDecodeError:
+        expected = False
+    assert check.sound == expected
