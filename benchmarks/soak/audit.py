@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 import psutil
@@ -20,13 +20,13 @@ import psutil
 from benchmarks.soak.inbox import Expected, Pair
 from dpo_assets import score_file
 from dpo_assets.artifact import READING, Artifact, ArtifactTree, is_fingerprint
-from dpo_assets.assets.kept_models import SPLITS, TRAINED_KINDS
+from dpo_assets.assets.kept_models import KEPT_SPLITS, TRAINED_KINDS
 from dpo_assets.assets.materialisations import FINGERPRINT
 from dpo_assets.assets.retention import SCORED
 from dpo_assets.checks.evidence.ledger import Ledger, Released
 from dpo_assets.checks.evidence.spending import ALPHA
 from dpo_assets.feedback.batches import INDEX
-from dpo_assets.feedback.dataset import Split, read_split
+from dpo_assets.feedback.dataset import SPLITS, read_split
 from dpo_assets.leftovers import TRASH
 from dpo_assets.locks import LOCK, OWNER, if_nobodys
 from dpo_assets.recipe import RetentionSection
@@ -94,7 +94,7 @@ def wrong_rows(refresh: Refreshed, expected: Expected) -> Iterator[str]:
         yield f"no dataset was made (red: {refresh.red})"
         return
     report = dataset.json("report.json")
-    sides = {side: read_split(dataset.path, side) for side in get_args(Split)}
+    sides = {side: read_split(dataset.path, side) for side in SPLITS}
     pairs = Counter(pair for side in sides.values() for pair in _pairs(side))
     if pairs.keys() != expected.accepted or any(count > 1 for count in pairs.values()):
         more, less = pairs.keys() - expected.accepted, expected.accepted - pairs.keys()
@@ -173,7 +173,7 @@ def models_beyond(tree: ArtifactTree, rules: RetentionSection, releases: int) ->
         count, limit = sum(1 for _ in tree.listed(kind)), most if kind in LAST else 2 * most
         if count > limit:
             yield f"{count} of {kind} are kept; the rules name {limit} at most"
-    scores, splits = tree.root / score_file.FILE, list((tree.root / SPLITS).glob("*.json"))
+    scores, splits = tree.root / score_file.FILE, list((tree.root / KEPT_SPLITS).glob("*.json"))
     if len(splits) > (models := sum(1 for kind in TRAINED_KINDS for _ in tree.listed(kind))):
         yield f"splits of {len(splits)} training sets are remembered, and {models} models are there"
     if scores.exists():
