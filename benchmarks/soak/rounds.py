@@ -154,7 +154,7 @@ def summary(rounds: list[Round], inbox: Inbox) -> dict[str, Any]:
     return {
         "refreshes": len(rounds) - 1,
         "changes": dict(sorted(inbox.kinds.items())),
-        "rows_wrong": sum(bool(one.wrong) for one in rounds),
+        "refreshes_with_faults": sum(bool(one.wrong) for one in rounds),
         "wrong": [f"{one.number}: {said}" for one in rounds for said in one.wrong],
         "runs": dict(Counter(one.status for one in rounds)),
         "decisions": dict(Counter(one.decision or "none" for one in rounds)),
