@@ -20,6 +20,7 @@ from dpo_assets.checks.catalog import severity_of
 from dpo_assets.checks.collapse import CollapseLimits, Trigger, first_trigger, healthy
 from dpo_assets.checks.config import plan_verdicts
 from dpo_assets.checks.dataset import dataset_verdicts
+from dpo_assets.checks.drift import DRIFT
 from dpo_assets.checks.reports import DpoReport
 from dpo_assets.checks.statistics import Proportion, wilson
 from dpo_assets.checks.training import dpo_verdicts
@@ -31,6 +32,7 @@ from dpo_assets.planning.sizes import find_model
 from dpo_assets.recipe import BandOverride, DpoSection, Severity
 
 Row = dict[str, Any]
+UNDATED: dict[str, Any] = {DRIFT: None}  # The grid's pairs have no dates, and its reports were made without windows.
 GATES = ("data", "start", "while", "after")
 # What catches a fault by construction.
 OWN_CHECKS = {
@@ -135,7 +137,7 @@ def score(
     # Checks of data ask a recipe for its losses and sizes, which all runs share.
     recipe = runs.recipe_of(runs.ANY_FOLDER, runs.Cell(1.0, 0.1, faults.CLEAN, 0))
     data = {
-        row["name"]: errors(dataset_verdicts(row["report"], recipe, bands), severity)
+        row["name"]: errors(dataset_verdicts(UNDATED | row["report"], recipe, bands), severity)
         for row in rows
         if row["name"].startswith("data:")
     }
