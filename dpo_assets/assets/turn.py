@@ -2,8 +2,8 @@
 
 The turn is a note in the store, taken by the first step of a run and kept until the run has ended: steps can be
 processes of their own, so no lock of theirs would last from one to the next. It ends with the run's end in Dagster, or
-with the process that the run lives in, whichever comes first: a run that was killed leaves no turn behind. Neither
-needs a line in a dagster.yaml. A pool of Dagster's would not do: it counts steps, and two runs would alternate.
+with the process that the run lives in, whichever comes first: a run that was killed leaves no turn behind, and Dagster is
+told of its end, which would take it for under way for ever. Neither needs a line in a dagster.yaml. A pool of Dagster's would not do: it counts steps, and two runs would alternate.
 
 Checks that are executed alone make nothing and need no turn, and a rollback must not wait for a training.
 """
@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import platform
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +28,7 @@ from dpo_assets.artifact import ArtifactTree
 from dpo_assets.errors import DpoAssetsError
 
 POLL_SECONDS, SAID_EVERY = 1.0, 60.0
+WAITS = "turn-waits-"  # Begins the name of the note of a run that waits for its turn.
 
 
 class OutOfTurn(DpoAssetsError):
@@ -78,15 +80,26 @@ class Holder(BaseModel):
 
 def holder_of(tree: ArtifactTree) -> Holder | None:
     """Whose turn it is or was last; None where nobody's. A note that cannot be read is nobody's."""
-    with suppress(OSError, ValidationError):
-        return Holder.model_validate_json(_note(tree).read_bytes())
-    return None
+    return _read(_note(tree))
 
 
-def is_lost(tree: ArtifactTree, run_id: str) -> bool:
-    """Whether a run that Dagster takes for unfinished had the turn, and its process is gone."""
-    holder = holder_of(tree)
-    return holder is not None and holder.run_id == run_id and holder.process_is_gone
+def end_lost(instance: dg.DagsterInstance, tree: ArtifactTree) -> None:
+    """Reports runs to Dagster whose process is gone without a word, as after a reboot: as failed, or as cancelled.
+
+    Those that had the turn, and those that waited for it. Their note is their last trace: it goes after the report.
+    """
+    for note in (_note(tree), *_waits_of(tree)):
+        holder = _read(note)
+        if holder is None or not holder.process_is_gone:
+            continue
+        # Read behind its process's end: one that ended well has said so by then.
+        run = instance.get_run_by_id(holder.run_id)
+        if run is not None and run.status == dg.DagsterRunStatus.CANCELING:
+            instance.report_run_canceled(run, f"{_gone(holder)} while it was being terminated")
+        elif run is not None and not run.is_finished:
+            instance.report_run_failed(run, f"{_gone(holder)}; nobody was left to say so")
+        if note != _note(tree):
+            note.unlink(missing_ok=True)
 
 
 def await_turn(context: dg.AssetExecutionContext, tree: ArtifactTree) -> None:
@@ -122,12 +135,15 @@ def _take(context: dg.AssetExecutionContext, tree: ArtifactTree) -> Holder | Non
         holder = holder_of(tree)
         if holder is not None and holder.run_id == context.run_id:
             return None
-        if holder is not None and not holder.is_over(context.instance):
-            return holder
         mine = Holder.of_this_process(context.run_id, _step(context), context.op_execution_context.retry_number)
-        partial = note.with_name(f"{note.name}.tmp-{os.getpid()}")
-        partial.write_text(mine.model_dump_json(), encoding="utf-8")
-        partial.replace(note)
+        waits = note.with_name(f"{WAITS}{context.run_id}.json")
+        if holder is not None and not holder.is_over(context.instance):
+            if not waits.exists():
+                _write(waits, mine)
+            return holder
+        end_lost(context.instance, tree)
+        _write(note, mine)
+        waits.unlink(missing_ok=True)
         return None
 
 
@@ -146,6 +162,27 @@ def _step(context: dg.AssetExecutionContext) -> str:
 
 def _note(tree: ArtifactTree) -> Path:
     return tree.root / "turn.json"
+
+
+def _waits_of(tree: ArtifactTree) -> Iterator[Path]:
+    """The notes of runs that wait for the turn, or waited and ended meanwhile."""
+    yield from sorted(tree.root.glob(f"{WAITS}*.json"))
+
+
+def _read(note: Path) -> Holder | None:
+    with suppress(OSError, ValidationError):
+        return Holder.model_validate_json(note.read_bytes())
+    return None
+
+
+def _write(note: Path, holder: Holder) -> None:
+    partial = note.with_name(f"{note.name}.tmp-{os.getpid()}")
+    partial.write_text(holder.model_dump_json(), encoding="utf-8")
+    partial.replace(note)
+
+
+def _gone(holder: Holder) -> str:
+    return f"the process of this run ({holder.process} on {holder.place.split()[0]}) is gone"
 
 
 def _place() -> str:

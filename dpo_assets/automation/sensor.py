@@ -8,10 +8,9 @@ from datetime import UTC, datetime, timedelta
 
 import dagster as dg
 
-from dpo_assets.artifact import ArtifactTree
 from dpo_assets.assets.pipeline import Pipeline
 from dpo_assets.assets.raw_preferences import read_options
-from dpo_assets.assets.turn import is_lost
+from dpo_assets.assets.turn import end_lost
 from dpo_assets.assets.watched import last_read, look_at, shelf_of
 from dpo_assets.automation.alerts import Waiting, note_waiting
 from dpo_assets.automation.waiting import Cursor, GpuUse, Outcome, Refresh, Tick
@@ -46,6 +45,7 @@ def new_feedback_sensor(pipeline: Pipeline, job: dg.UnresolvedAssetJobDefinition
         store = getattr(context.resources, store_key)
         assert isinstance(store, ArtifactStore)
         recipe, tree = pipeline.recipe, store.tree(context.instance, pipeline.name)
+        end_lost(context.instance, tree)  # Or they would be under way for ever, and use a GPU for as long.
         now, (cursor, damaged) = time.time(), Cursor.of(context.cursor)
         shelf, limits = Shelf.at(shelf_of(tree)), Limits.of(recipe.feedback)
         kept = shelf.model_copy(deep=True)
@@ -59,10 +59,10 @@ def new_feedback_sensor(pipeline: Pipeline, job: dg.UnresolvedAssetJobDefinition
             cursor=cursor,
             looks=looks,
             read=last_read(context.instance, pipeline.key("raw_preferences")),
-            refreshes=list(_refreshes(context.instance, job.name, pipeline, store)),
+            refreshes=list(_refreshes(context.instance, job.name)),
             settings=recipe.refresh,
             count=count,
-            gpu=list(_gpu_use(context.instance, pipeline, tree, now)) if recipe.refresh.gpu_hours is not None else (),
+            gpu=list(_gpu_use(context.instance, pipeline, now)) if recipe.refresh.gpu_hours is not None else (),
         ).answer()
         if shelf != kept:
             shelf.keep(shelf_of(tree))
@@ -86,25 +86,20 @@ def _patience(cursor: Cursor | None, now: float, hours: float) -> float:
     return 0.0 if waits else SETTLE_SECONDS
 
 
-def _refreshes(
-    instance: dg.DagsterInstance, job_name: str, pipeline: Pipeline, store: ArtifactStore
-) -> Iterator[Refresh]:
-    """The latest runs of the refresh job, newest first. One whose process is gone has failed, whatever Dagster says."""
-    tree = store.tree(instance, pipeline.name)
+def _refreshes(instance: dg.DagsterInstance, job_name: str) -> Iterator[Refresh]:
+    """The latest runs of the refresh job, newest first."""
     for record in instance.get_run_records(dg.RunsFilter(job_name=job_name), limit=RECENT):
         run = record.dagster_run
-        lost = not run.is_finished and is_lost(tree, run.run_id)
-        outcome: Outcome = "failed" if lost else OUTCOMES.get(run.status, "under way")
+        outcome = OUTCOMES.get(run.status, "under way")
         started = record.create_timestamp.timestamp()
         ended = None if outcome == "under way" else (record.end_time or record.update_timestamp.timestamp())
         yield Refresh(run.run_id, outcome, started, ended, run.tags.get(FEEDBACK, ""))
 
 
-def _gpu_use(instance: dg.DagsterInstance, pipeline: Pipeline, tree: ArtifactTree, now: float) -> Iterator[GpuUse]:
+def _gpu_use(instance: dg.DagsterInstance, pipeline: Pipeline, now: float) -> Iterator[GpuUse]:
     """What runs of the pipeline used of GPUs in the period of its budget, whoever started them."""
     since = datetime.fromtimestamp(now, UTC) - timedelta(days=pipeline.recipe.refresh.gpu_days)
     for record in instance.get_run_records(dg.RunsFilter(tags={GPU_OF: pipeline.name}, updated_after=since)):
         run = record.dagster_run
-        over = run.is_finished or is_lost(tree, run.run_id)
-        ended = (record.end_time or record.update_timestamp.timestamp()) if over else now
+        ended = (record.end_time or record.update_timestamp.timestamp()) if run.is_finished else now
         yield GpuUse(ended, gpu_seconds(run.tags, ended) / 3600)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import dagster as dg
 import pytest
 
 from dpo_assets.assets.pipeline import Pipeline
+from dpo_assets.assets.turn import Holder
 from dpo_assets.automation import new_feedback_sensor, refresh_job
 from dpo_assets.automation.sensor import FEEDBACK
 from dpo_assets.recipe import parse_recipe
@@ -140,3 +142,31 @@ def test_runs_that_spent_the_gpu_budget_hold_new_feedback(instance: dg.DagsterIn
     assert not asked(spent)
     assert "feedback waits: no refresh before" in said(spent)
     assert asked(tick(instance, recipe | {"refresh": {"gpu_hours": 2.1, "gpu_days": 1.0}}, half.cursor))
+
+
+def test_a_refresh_whose_process_is_gone_has_failed_and_its_gpu_time_ends(
+    instance: dg.DagsterInstance, tmp_path: Path
+) -> None:
+    """As after a reboot: nobody is left to report it, and the next holder of the turn would overwrite its last trace."""
+    recipe = trl_recipe(settled(trl_feedback(tmp_path / "a.jsonl", pairs=5)))
+    recipe["refresh"] = {"gpu_hours": 9.0, "gpu_days": 1.0}
+    first = tick(instance, recipe)
+    tags = {
+        FEEDBACK: asked(first)[0].tags[FEEDBACK],
+        GPU_OF: "demo",
+        "dpo_assets/gpu_seconds.demo__dpo_adapter": f"0.0 and since {time.time() - 3600:.1f}",
+    }
+    job = dg.GraphDefinition("demo_refresh").to_job()
+    lost = instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED, tags=tags)
+    note = ArtifactStore().tree(instance, "demo").root / "turn.json"
+    mine = Holder.of_this_process(lost.run_id, "", 0)
+    note.write_text(mine.model_dump_json(), encoding="utf-8")
+    assert "is under way" in said(tick(instance, recipe, first.cursor))
+    note.write_text(mine.model_copy(update={"born": 1.0}).model_dump_json(), encoding="utf-8")
+    failed = tick(instance, recipe, first.cursor)
+    assert f"refresh {lost.run_id} failed" in said(failed)
+    assert "1.00 of 9 GPU hours" in said(failed)
+    note.unlink()
+    later = tick(instance, recipe, first.cursor)
+    assert f"refresh {lost.run_id} failed" in said(later)
+    assert "1.00 of 9 GPU hours" in said(later)

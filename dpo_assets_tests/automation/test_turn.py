@@ -23,7 +23,7 @@ from dpo_assets.assets import published_model
 from dpo_assets.assets.materialisations import FINGERPRINT
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step, guarded
-from dpo_assets.assets.turn import Holder, is_lost
+from dpo_assets.assets.turn import WAITS, Holder, end_lost
 from dpo_assets.errors import InfrastructureError
 from dpo_assets.recipe import parse_recipe
 from dpo_assets.resources.artifacts import ArtifactStore
@@ -107,14 +107,14 @@ def test_two_runs_at_once_take_turns_and_a_killed_one_leaves_none_behind(home: H
     second = home.start("demo/raw_preferences")
     home.until(second, f"waits for run {killed} of this pipeline")
     assert {run for run, _, _ in home.noted()} == {killed}
-    # Its run stays STARTED in the event log: nobody is left to say otherwise.
+    # Nobody of that run is left to say that it ended: the one that takes its turn does.
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     assert second.wait(120) == 0, home.output(second)
     [other] = {run for run, _, _ in home.noted()} - {killed}
     with dg.DagsterInstance.from_config(str(home.folder)) as instance:
         runs = {run.run_id: run.status for run in instance.get_runs()}
-    assert runs == {killed: dg.DagsterRunStatus.STARTED, other: dg.DagsterRunStatus.SUCCESS}
+    assert runs == {killed: dg.DagsterRunStatus.FAILURE, other: dg.DagsterRunStatus.SUCCESS}
 
 
 def made(step: Step, print_: str) -> dg.MaterializeResult[Any]:
@@ -189,18 +189,91 @@ def test_a_turn_ends_with_its_run_although_the_process_goes_on(
     assert run_bodies({"base_model": lambda step: iter([made(step, "a" * 32)])}, instance).success
 
 
+def status_of(instance: dg.DagsterInstance, run: dg.DagsterRun) -> dg.DagsterRunStatus:
+    found = instance.get_run_by_id(run.run_id)
+    assert found is not None
+    return found.status
+
+
 def test_a_process_with_the_number_of_one_that_is_gone_is_another_one(
     instance: dg.DagsterInstance, sleeper: subprocess.Popen[bytes]
 ) -> None:
     run = other_turn(instance, sleeper.pid)
     tree = ArtifactStore().tree(instance, "demo")
-    assert not is_lost(tree, run.run_id)
+    end_lost(instance, tree)
+    assert status_of(instance, run) == dg.DagsterRunStatus.STARTED
     note = tree.root / "turn.json"
     told = Holder.model_validate_json(note.read_bytes())
     note.write_text(told.model_copy(update={"born": told.born - 1000}).model_dump_json(), encoding="utf-8")
-    assert is_lost(tree, run.run_id)
+    end_lost(instance, tree)
+    assert status_of(instance, run) == dg.DagsterRunStatus.FAILURE
     note.write_text("{", encoding="utf-8")
+    end_lost(instance, tree)
     assert run_bodies({"base_model": lambda step: iter([made(step, "a" * 32)])}, instance).success
+
+
+def test_a_lost_run_whose_turn_is_taken_is_told_to_dagster_as_failed_and_never_twice(
+    instance: dg.DagsterInstance, sleeper: subprocess.Popen[bytes]
+) -> None:
+    """Dagster would take it for under way for ever: no refresh would be asked for, and its GPU time would go on."""
+    lost = other_turn(instance, sleeper.pid)
+    sleeper.kill()
+    sleeper.wait()
+    assert run_bodies({"base_model": lambda step: iter([made(step, "a" * 32)])}, instance).success
+    assert status_of(instance, lost) == dg.DagsterRunStatus.FAILURE
+    end_lost(instance, ArtifactStore().tree(instance, "demo"))
+    ends = instance.get_records_for_run(lost.run_id, of_type=dg.DagsterEventType.RUN_FAILURE).records
+    [event] = [record.event_log_entry.dagster_event for record in ends]
+    assert event is not None
+    assert f"the process of this run ({sleeper.pid} on " in (event.message or "")
+
+
+@pytest.mark.parametrize(
+    ("status", "end"),
+    [
+        (dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.FAILURE),
+        (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED),
+        (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.SUCCESS),
+    ],
+)
+def test_a_run_that_is_lost_while_it_waits_for_its_turn_ends_as_well(
+    instance: dg.DagsterInstance,
+    sleeper: subprocess.Popen[bytes],
+    status: dg.DagsterRunStatus,
+    end: dg.DagsterRunStatus,
+) -> None:
+    """A reboot takes both, and the note of the turn names one."""
+    run = instance.create_run_for_job(dg.GraphDefinition("demo_refresh").to_job(), status=status)
+    tree = ArtifactStore().tree(instance, "demo")
+    tree.root.mkdir(parents=True, exist_ok=True)
+    note = tree.root / f"{WAITS}{run.run_id}.json"
+    mine = Holder.of_this_process(run.run_id, "", 0)
+    born = psutil.Process(sleeper.pid).create_time()
+    note.write_text(mine.model_copy(update={"process": sleeper.pid, "born": born}).model_dump_json(), encoding="utf-8")
+    end_lost(instance, tree)
+    assert status_of(instance, run) == status
+    sleeper.kill()
+    sleeper.wait()
+    end_lost(instance, tree)
+    assert status_of(instance, run) == end
+    assert not note.exists()
+
+
+def test_a_run_that_waits_for_its_turn_leaves_a_note_while_it_waits(
+    instance: dg.DagsterInstance, sleeper: subprocess.Popen[bytes]
+) -> None:
+    other_turn(instance, sleeper.pid)
+    root, seen = ArtifactStore().tree(instance, "demo").root, list[Path]()
+
+    def look() -> None:
+        seen.extend(root.glob(f"{WAITS}*.json"))
+        sleeper.kill()
+
+    threading.Timer(1.5, look).start()
+    result = run_bodies({"base_model": lambda step: iter([made(step, "a" * 32)])}, instance)
+    assert result.success
+    assert [note.name for note in seen] == [f"{WAITS}{result.run_id}.json"]
+    assert not list(root.glob(f"{WAITS}*"))
 
 
 def test_a_run_that_was_overtaken_releases_nothing(instance: dg.DagsterInstance) -> None:
