@@ -2,8 +2,9 @@
 
 The turn is a note in the store, taken by the first step of a run and kept until the run has ended: steps can be
 processes of their own, so no lock of theirs would last from one to the next. It ends with the run's end in Dagster, or
-with the process that the run lives in, whichever comes first: a run that was killed leaves no turn behind, and Dagster is
-told of its end, which would take it for under way for ever. Neither needs a line in a dagster.yaml. A pool of Dagster's would not do: it counts steps, and two runs would alternate.
+with the process that the run lives in, whichever comes first: a run that was killed leaves no turn behind, and Dagster,
+which would take it for under way for ever, is told. Neither needs a line in a dagster.yaml. A pool of Dagster's would
+not do: it counts steps, and two runs would alternate.
 
 Checks that are executed alone make nothing and need no turn, and a rollback must not wait for a training.
 """

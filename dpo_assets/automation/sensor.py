@@ -67,7 +67,7 @@ def new_feedback_sensor(pipeline: Pipeline, job: dg.UnresolvedAssetJobDefinition
         if shelf != kept:
             shelf.keep(shelf_of(tree))
         waits = answer.waits_since
-        note_waiting(tree, Waiting(since=waits, reason=scrub(answer.reason)) if waits is not None else None)
+        note_waiting(tree, Waiting(since=waits, seen=now, reason=scrub(answer.reason)) if waits is not None else None)
         reason = scrub("; ".join(filter(None, (answer.reason, damaged))))
         if not answer.asks:
             return dg.SensorResult(skip_reason=reason, cursor=answer.cursor.model_dump_json())

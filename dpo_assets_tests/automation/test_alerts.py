@@ -13,10 +13,11 @@ from typing import Any
 import dagster as dg
 import pytest
 
+import dpo_assets.automation.alerts as alerts_module
 from dpo_assets import DpoPipeline
 from dpo_assets.assets.pipeline import Pipeline
 from dpo_assets.automation import alerts_sensor, new_feedback_sensor, refresh_job, to_webhook
-from dpo_assets.automation.alerts import Ended, Held, Told, Waiting, note_waiting, waiting_text
+from dpo_assets.automation.alerts import Ended, Found, Held, Told, Waiting, note_waiting, waiting_text
 from dpo_assets.errors import ConfigError, InfrastructureError
 from dpo_assets.publishing.secrets import name_secrets
 from dpo_assets.recipe import parse_recipe
@@ -180,13 +181,123 @@ def test_feedback_that_waits_for_long_is_told_once_with_what_it_waits_for(
     assert Waiting.at(tree) is None
 
 
+def test_feedback_that_a_run_has_read_since_the_sensor_looked_is_told_of_to_nobody(
+    instance: dg.DagsterInstance,
+) -> None:
+    """The sensor is off, so its note stays."""
+    tree, said = ArtifactStore().tree(instance, "demo"), list[str]()
+    begun = tick(instance, print, None)
+    note_waiting(tree, Waiting(since=time.time() - 48 * HOUR, seen=time.time() - HOUR, reason="it waits"))
+    instance.report_runless_asset_event(dg.AssetMaterialization(dg.AssetKey(["demo", "raw_preferences"])))
+    tick(instance, lambda _, text: said.append(text), begun.cursor)
+    assert said == []
+    note_waiting(tree, Waiting(since=time.time() - 48 * HOUR, seen=time.time() + 1, reason="it waits again"))
+    tick(instance, lambda _, text: said.append(text), begun.cursor)
+    assert len(said) == 1
+
+
+def test_a_text_that_is_refused_repeats_no_other_and_hides_none(instance: dg.DagsterInstance) -> None:
+    cursor = tick(instance, print, None).cursor
+    first, bad, last = (run(instance, "collapse", "error") for _ in range(3))
+    said: list[str] = []
+
+    def send(_: object, text: str) -> None:
+        if bad in text:
+            raise RuntimeError("invalid_payload")
+        said.append(text)
+
+    partly = tick(instance, send, cursor)
+    assert [one.split()[2] for one in said] == [first, last]
+    assert "1 texts are left for the next tick" in partly.skip_message
+    with pytest.raises(Exception, match="invalid_payload"):  # Nothing else is to be told: the tick says so in red.
+        tick(instance, send, partly.cursor)
+    newer = run(instance, "collapse", "error")
+    later = tick(instance, send, partly.cursor)
+    assert [one.split()[2] for one in said] == [first, last, newer]
+    at_last: list[str] = []
+    done = tick(instance, lambda _, text: at_last.append(text), later.cursor)
+    assert [one.split()[2] for one in at_last] == [bad]
+    assert tick(instance, send, done.cursor).skip_message == "nothing to tell"
+
+
+def test_a_tick_has_an_end_also_where_each_text_takes_long(
+    instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dagster ends a tick that takes too long, and keeps no cursor of it."""
+    monkeypatch.setattr(alerts_module, "SEND_SECONDS", 0.05)
+    cursor = tick(instance, print, None).cursor
+    runs, said = [run(instance, "collapse", "error") for _ in range(2)], list[str]()
+
+    def send(_: object, text: str) -> None:
+        time.sleep(0.1)
+        said.append(text)
+
+    cursor = tick(instance, send, cursor).cursor
+    assert len(said) == 1
+    tick(instance, send, cursor)
+    assert [one.split()[2] for one in said] == runs
+
+
+def crashed(instance: dg.DagsterInstance, status: dg.DagsterRunStatus = dg.DagsterRunStatus.FAILURE, **of: Any) -> str:
+    """A run whose process ended before any of its steps did, as Dagster's implicit asset job and others have them."""
+    names = of.pop("names", ("demo",))
+
+    steps = [
+        dg.multi_asset(name=f"{name}__dpo_plan", specs=[dg.AssetSpec([name, "dpo_plan"])])(lambda: None)
+        for name in names
+    ]
+    job = dg.Definitions(assets=steps, jobs=[dg.define_asset_job("any_job", "*")]).resolve_job_def("any_job")
+    made = instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED, **of)
+    if status == dg.DagsterRunStatus.FAILURE:
+        instance.report_run_failed(made, "the run worker died")
+    else:
+        instance.report_run_canceled(made)
+    return made.run_id
+
+
+def test_a_run_of_the_pipeline_whose_process_is_gone_is_told_whatever_its_job_is_called(
+    instance: dg.DagsterInstance,
+) -> None:
+    begun, said = tick(instance, print, None), list[str]()
+    planned = crashed(instance)
+    both = crashed(instance, names=("demo", "demo_two"))
+    selected = crashed(instance, names=("demo",), asset_selection=frozenset({dg.AssetKey(["demo", "dpo_plan"])}))
+    crashed(instance, names=("demo_two",))
+    crashed(instance, dg.DagsterRunStatus.CANCELED)
+    tick(instance, lambda _, text: said.append(text), begun.cursor)
+    assert said == [f"`demo`: run {one} (any_job) failed\n- the run worker died" for one in (planned, both, selected)]
+
+
+def test_each_run_is_told_once_however_many_there_are_and_a_tick_reads_so_many(
+    instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alerts_module, "PER_TICK", 3)
+    cursor, said = tick(instance, print, None).cursor, list[str]()
+    runs = [crashed(instance) for _ in range(8)]
+    counts = []
+    for _ in range(5):
+        cursor = tick(instance, lambda _, text: said.append(text), cursor).cursor
+        counts.append(len(said))
+        instance.add_run_tags(runs[0], {"seen": str(len(said))})  # Changes a run that was told.
+    assert counts == [3, 6, 8, 8, 8]
+    assert [one.split()[2] for one in said] == runs
+
+
+def test_runs_are_forgotten_only_where_they_cannot_be_found_again() -> None:
+    told = Told(begun=0.0, looked=9000.0, runs={"old": 8000.0, "new": 8999.0})
+    next_ = told.after(Found([], {"newer": 12000.0}, 12100.0, False), ["owed"], None)
+    assert (next_.since, next_.runs, next_.owed) == (8500.0, {"new": 8999.0, "newer": 12000.0}, ("owed",))
+
+
 def test_texts_say_what_holds_and_are_empty_where_nothing_does() -> None:
     held = Held("promotion_verdict", "demo/promotion", False, "hold")
     assert Ended("r", "job", False, [held], []).text("demo").endswith("warns: hold")
     assert Ended("r", "job", False, [Held("length_bias", "demo/dpo_dataset", False, "x")], []).text("demo") == ""
     assert Ended("r", "job", True, [], []).text("demo") == "`demo`: run r (job) failed"
-    assert waiting_text("demo", Waiting(since=0.0, reason="why"), 2 * HOUR, 2.1) == ""
-    assert "1970-01-01 00:00 UTC. why" in waiting_text("demo", Waiting(since=0.0, reason="why"), 2 * HOUR, 2.0)
+    assert waiting_text("demo", Waiting(since=0.0, seen=0.0, reason="why"), 2 * HOUR, 2.1) == ""
+    assert "1970-01-01 00:00 UTC. why" in waiting_text(
+        "demo", Waiting(since=0.0, seen=0.0, reason="why"), 2 * HOUR, 2.0
+    )
 
 
 @pytest.mark.parametrize("text", [None, "", "{", '{"begun": "soon"}', '{"begun": 1.0, "looked": 1.0, "more": 1}'])

@@ -147,7 +147,7 @@ def test_runs_that_spent_the_gpu_budget_hold_new_feedback(instance: dg.DagsterIn
 def test_a_refresh_whose_process_is_gone_has_failed_and_its_gpu_time_ends(
     instance: dg.DagsterInstance, tmp_path: Path
 ) -> None:
-    """As after a reboot: nobody is left to report it, and the next holder of the turn would overwrite its last trace."""
+    """As after a reboot: nobody is left to say so, and the next run's turn would overwrite its last trace."""
     recipe = trl_recipe(settled(trl_feedback(tmp_path / "a.jsonl", pairs=5)))
     recipe["refresh"] = {"gpu_hours": 9.0, "gpu_days": 1.0}
     first = tick(instance, recipe)
