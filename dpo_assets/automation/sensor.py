@@ -18,7 +18,7 @@ from dpo_assets.feedback.sources import Limits
 from dpo_assets.feedback.watching import SETTLE_SECONDS, Content, Look, Shelf, new_pairs
 from dpo_assets.publishing.secrets import scrub
 from dpo_assets.resources.artifacts import ArtifactStore
-from dpo_assets.resources.gpu_time import GPU_OF, gpu_seconds
+from dpo_assets.resources.gpu_time import gpu_runs, gpu_seconds
 
 FEEDBACK, WHY = "dpo_assets/feedback", "dpo_assets/asked_for"  # Tags of a run that the sensor asked for.
 RECENT = 25  # Runs of the refresh job that a tick looks at.
@@ -99,7 +99,7 @@ def _refreshes(instance: dg.DagsterInstance, job_name: str) -> Iterator[Refresh]
 def _gpu_use(instance: dg.DagsterInstance, pipeline: Pipeline, now: float) -> Iterator[GpuUse]:
     """What runs of the pipeline used of GPUs in the period of its budget, whoever started them."""
     since = datetime.fromtimestamp(now, UTC) - timedelta(days=pipeline.recipe.refresh.gpu_days)
-    for record in instance.get_run_records(dg.RunsFilter(tags={GPU_OF: pipeline.name}, updated_after=since)):
+    for record in instance.get_run_records(dg.RunsFilter(tags=gpu_runs(pipeline.name), updated_after=since)):
         run = record.dagster_run
         ended = (record.end_time or record.update_timestamp.timestamp()) if run.is_finished else now
-        yield GpuUse(ended, gpu_seconds(run.tags, ended) / 3600)
+        yield GpuUse(ended, gpu_seconds(run.tags, pipeline.name, ended) / 3600)

@@ -15,7 +15,7 @@ from typing import Self
 
 import dagster as dg
 
-GPU_OF = "dpo_assets/gpu_of"  # Tag: name of the pipeline whose run used a GPU.
+_OF = "dpo_assets/gpu_of."  # Tag, with the name of a pipeline behind it: that it used a GPU in this run.
 _STEP = "dpo_assets/gpu_seconds."  # Tag, with the name of the step behind it.
 _WRITTEN = re.compile(r"(\d+(?:\.\d+)?)(?: and since (\d+(?:\.\d+)?))?")
 
@@ -41,9 +41,19 @@ class StepTime:
         return self.seconds + (max(0.0, end - self.since) if self.since is not None else 0.0)
 
 
-def gpu_seconds(tags: Mapping[str, str], end: float) -> float:
-    """Seconds that a run with these tags had GPUs by `end`, its own end or now; of several at a time each counts."""
-    return sum(StepTime.of(text).until(end) for name, text in tags.items() if name.startswith(_STEP))
+def gpu_runs(pipeline: str) -> Mapping[str, str]:
+    """The tags by which runs are found in which the pipeline used a GPU; there can be other pipelines in them."""
+    return {f"{_OF}{pipeline}": "yes"}
+
+
+def gpu_seconds(tags: Mapping[str, str], pipeline: str, end: float) -> float:
+    """Seconds that the pipeline had GPUs in a run with these tags by `end`, the run's own or now.
+
+    Of several GPUs at a time each counts, and of several pipelines in one run each for itself.
+    """
+    steps = f"{_STEP}{pipeline}__"  # No name of a step has two underscores in it, but that of a pipeline may.
+    texts = (text for name, text in tags.items() if name.startswith(steps) and "__" not in name[len(steps) :])
+    return sum(StepTime.of(text).until(end) for text in texts)
 
 
 @contextmanager
@@ -57,7 +67,7 @@ def gpu_timed(context: dg.AssetExecutionContext, gpu: str, now: Callable[[], flo
     began = now()
     # What is open belongs to a try of this step whose process was killed.
     before = StepTime.of(run.tags.get(tag) if run is not None else None).until(began)
-    instance.add_run_tags(run_id, {GPU_OF: step.rpartition("__")[0], tag: str(StepTime(before, began))})
+    instance.add_run_tags(run_id, {**gpu_runs(step.rpartition("__")[0]), tag: str(StepTime(before, began))})
     try:
         yield
     finally:

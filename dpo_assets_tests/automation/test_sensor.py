@@ -17,7 +17,7 @@ from dpo_assets.automation import new_feedback_sensor, refresh_job
 from dpo_assets.automation.sensor import FEEDBACK
 from dpo_assets.recipe import parse_recipe
 from dpo_assets.resources.artifacts import ArtifactStore
-from dpo_assets.resources.gpu_time import GPU_OF
+from dpo_assets.resources.gpu_time import gpu_runs
 from dpo_assets_tests.pipelines import materialize, trl_feedback, trl_recipe
 
 
@@ -129,10 +129,12 @@ def test_runs_that_spent_the_gpu_budget_hold_new_feedback(instance: dg.DagsterIn
     job = dg.GraphDefinition("by_hand").to_job()
 
     def used(pipeline: str, seconds: float, status: dg.DagsterRunStatus) -> None:
-        tags = {GPU_OF: pipeline, "dpo_assets/gpu_seconds.demo__dpo_adapter": f"{seconds:.1f}"}
+        tags = {**gpu_runs(pipeline), f"dpo_assets/gpu_seconds.{pipeline}__dpo_adapter": f"{seconds:.1f}"}
         instance.create_run_for_job(job, status=status, tags=tags)
 
     used("another", 9e6, dg.DagsterRunStatus.SUCCESS)
+    both = gpu_runs("demo") | gpu_runs("another") | {"dpo_assets/gpu_seconds.another__dpo_adapter": "9000000.0"}
+    instance.create_run_for_job(job, status=dg.DagsterRunStatus.SUCCESS, tags=both)
     used("demo", 3600, dg.DagsterRunStatus.FAILURE)
     half = tick(instance, recipe)
     [request] = asked(half)
@@ -153,7 +155,7 @@ def test_a_refresh_whose_process_is_gone_has_failed_and_its_gpu_time_ends(
     first = tick(instance, recipe)
     tags = {
         FEEDBACK: asked(first)[0].tags[FEEDBACK],
-        GPU_OF: "demo",
+        **gpu_runs("demo"),
         "dpo_assets/gpu_seconds.demo__dpo_adapter": f"0.0 and since {time.time() - 3600:.1f}",
     }
     job = dg.GraphDefinition("demo_refresh").to_job()
