@@ -43,6 +43,7 @@ class Holder(BaseModel):
         run_id: the run.
         place: machine and process namespace in which `process` means something.
         process, born: number and start of the process that the run lives in.
+        step, step_born: of a child of it that took the turn; in one process that child is the run, and may outlive it.
         since: when its turn began, in seconds since the epoch.
         waited: by step, retries that were spent on waiting, and were no failures.
     """
@@ -52,6 +53,8 @@ class Holder(BaseModel):
     place: str
     process: int
     born: float
+    step: int = 0
+    step_born: float = 0.0
     since: float
     waited: dict[str, int] = {}
 
@@ -61,15 +64,24 @@ class Holder(BaseModel):
         # which outlives it, and tells Dagster of the end of its children.
         parent = multiprocessing.parent_process()
         process = parent.pid if parent is not None and parent.pid is not None else os.getpid()
-        told = {step: waited} if waited else {}
+        child = os.getpid() if process != os.getpid() else 0
         return cls(
-            run_id=run_id, place=_place(), process=process, born=_born(process) or 0.0, since=time.time(), waited=told
+            run_id=run_id,
+            place=_place(),
+            process=process,
+            born=_born(process) or 0.0,
+            step=child,
+            step_born=(_born(child) or 0.0) if child else 0.0,
+            since=time.time(),
+            waited={step: waited} if waited else {},
         )
 
     @property
     def process_is_gone(self) -> bool:
-        """Whether its process has ended; False where that cannot be seen from here."""
-        return self.place == _place() and _born(self.process) != self.born
+        """Whether its process has ended, and no step goes on without it; False where that cannot be seen from here."""
+        if self.place != _place() or _born(self.process) == self.born:
+            return False
+        return not self.step or _born(self.step) != self.step_born
 
     def is_over(self, instance: dg.DagsterInstance) -> bool:
         """Whether its turn has ended."""

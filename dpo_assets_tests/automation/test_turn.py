@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +228,22 @@ def test_a_lost_run_whose_turn_is_taken_is_told_to_dagster_as_failed_and_never_t
     [event] = [record.event_log_entry.dagster_event for record in ends]
     assert event is not None
     assert f"the process of this run ({sleeper.pid} on " in (event.message or "")
+
+
+def test_a_run_that_outlives_the_code_server_that_started_it_keeps_its_turn(sleeper: subprocess.Popen[bytes]) -> None:
+    """In one process the run is a child of that server: reported as failed, it would train beside the next one."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        child = pool.submit(Holder.of_this_process, "run", "step", 0).result()
+        assert child.process == os.getpid()
+        assert psutil.Process(child.step).create_time() == child.step_born
+    orphan = child.model_copy(
+        update={"born": 1.0, "step": sleeper.pid, "step_born": psutil.Process(sleeper.pid).create_time()}
+    )
+    assert not orphan.process_is_gone
+    sleeper.kill()
+    sleeper.wait()
+    assert orphan.process_is_gone
+    assert not child.process_is_gone, "a step of several ends before its run does"
 
 
 @pytest.mark.parametrize(
