@@ -274,7 +274,7 @@ def test_a_pair_that_is_lost_before_the_split_and_a_prompt_on_both_sides_turn_th
         return pl.Series([n % 2 == 0 for n in range(drawn.len())])
 
     monkeypatch.setattr(fitted, "fit_to_model", losing)
-    monkeypatch.setattr(selection, "held_out", leaking)
+    monkeypatch.setattr(splits, "held_out", leaking)
     result = materialize(trl_recipe(folder / "*.jsonl"), instance, DATA)
     gates = failed_checks(result)
     # Two pairs of each file are lost.
