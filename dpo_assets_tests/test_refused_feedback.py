@@ -16,7 +16,7 @@ import polars as pl
 import pytest
 
 from dpo_assets import build_dpo_defs
-from dpo_assets.feedback import batches, fitted, reading, selection
+from dpo_assets.feedback import batches, fitted, reading, splits
 from dpo_assets.recipe import Severity
 from dpo_assets_tests.feedback.exported import EXPORTS
 from dpo_assets_tests.pipelines import (
