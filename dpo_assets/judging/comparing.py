@@ -39,6 +39,7 @@ End with one line that holds your verdict alone: [[A]] if answer A is better, [[
 neither is.""",
     "letter": _COMPARE + "Reply with one letter and nothing else: A if answer A is better, B if answer B is better.",
 }
+ASKED_AHEAD: Mapping[Form, str] = {"text": "Reply with [[C]].", "letter": "Reply with the letter A alone."}
 _ASKED_LAST = "Which answer is better, A or B? Reply with the letter alone."  # Small models forget what stood first.
 
 

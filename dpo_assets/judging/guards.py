@@ -37,7 +37,9 @@ def harness_guards(challenger: Artifact, champion: Artifact | None, *, first: bo
     if champion is None:
         return {one.name: TaskGuard(NOT_COMPARED.format(NO_SCORES), None) for one in report.tasks}
     theirs_told = HarnessScores.of(champion)
-    unlike = _unlike((report.scored, theirs_told.scored), (f"lm-eval {report.version}", f"lm-eval {theirs_told.version}"))
+    unlike = _unlike(
+        (report.scored, theirs_told.scored), (f"lm-eval {report.version}", f"lm-eval {theirs_told.version}")
+    )
     if unlike:
         return {one.name: TaskGuard(NOT_COMPARED.format(unlike), None) for one in report.tasks}
     before = {one.name: one for one in theirs_told.tasks}

@@ -192,6 +192,38 @@ def test_a_server_without_log_probabilities_is_said_ahead_and_read_by_its_letter
         assert lettered(server).refuse_ahead() == ""
 
 
+def test_a_letter_kept_without_log_probabilities_is_asked_for_again_once_the_server_gives_them(tmp_path: Path) -> None:
+    """It stayed known for ever: every pair was a tie by the order, also where the server had learned to tell them."""
+    path, plain = tmp_path / "judge.sqlite", Told(lambda messages: "A", "letter")
+    identities = []
+    for _ in range(2):
+        kept = Remembered(plain, path)
+        identities.append(kept.identity)
+        assert compare(kept, ASKED, "longer", "short").log_odds is None
+    assert (kept.asked, plain.questions) == (0, 4), "two questions, and one ahead in each run"
+    telling = Told(leaning(2.0, 0.5), "letter")
+    telling.answering = lambda messages: leaning(2.0, 0.5)(messages) if len(messages) > 1 else ("A", {"A": 0.0})
+    for asked in (2, 0):
+        now = Remembered(telling, path)
+        identities.append(now.identity)
+        assert compare(now, ASKED, "longer", "short").outcome == "win"
+        assert now.asked == asked
+    assert identities[0] == identities[1] != identities[2] == identities[3]
+
+
+@pytest.mark.parametrize("error", [InfrastructureError("away"), ConfigError("no key")], ids=["away", "refused"])
+def test_what_a_judge_gives_is_known_where_it_does_not_answer_and_did_before(tmp_path: Path, error: Exception) -> None:
+    def away(messages: object) -> str:
+        raise error
+
+    path = tmp_path / "judge.sqlite"
+    with pytest.raises(type(error)):
+        _ = Remembered(Told(away, "letter"), path).identity
+    before = Remembered(Told(lambda messages: ("A", {"A": 0.0, "B": -1.0}), "letter"), path).identity
+    assert Remembered(Told(away, "letter"), path).identity == before == "told, with log-probabilities"
+    assert Remembered(Told(away), path).identity == "told", "a judge that writes is not asked for that"
+
+
 def test_a_recipe_asks_for_a_letter_and_its_replies_are_others_than_texts() -> None:
     asking = {"url": "http://localhost:1/v1", "model": "m"}
     judges = []
