@@ -35,7 +35,7 @@ def materialise(step: Step) -> Events:
     assert settings is not None, "the node is wanted where a judge is declared"
     confidence = step.recipe.evaluation.confidence
     judge = Remembered(judge_endpoint(settings), step.tree.root / REPLIES)
-    identity = judge.identity
+    identity = "" if step.only_checks else judge.identity  # Checks of what was made ask nobody.
 
     def make(folder: Path, _: str) -> None:
         answers = answers_of(inputs["eval_scores"].json("generations.json"))

@@ -36,13 +36,11 @@ def harness_guards(challenger: Artifact, champion: Artifact | None, *, first: bo
         return {one.name: _guard(one) for one in report.tasks}
     if champion is None:
         return {one.name: TaskGuard(NOT_COMPARED.format(NO_SCORES), None) for one in report.tasks}
-    theirs_told = HarnessScores.of(champion)
-    unlike = _unlike(
-        (report.scored, theirs_told.scored), (f"lm-eval {report.version}", f"lm-eval {theirs_told.version}")
-    )
-    if unlike:
+    their_report = HarnessScores.of(champion)
+    versions = (f"lm-eval {report.version}", f"lm-eval {their_report.version}")
+    if unlike := _unlike((report.scored, their_report.scored), versions):
         return {one.name: TaskGuard(NOT_COMPARED.format(unlike), None) for one in report.tasks}
-    before = {one.name: one for one in theirs_told.tasks}
+    before = {one.name: one for one in their_report.tasks}
     ours, theirs = (_by_metric(artifact.json(SAMPLES)) for artifact in (challenger, champion))
     return {one.name: _against(one, before.get(one.name), ours, theirs, report.confidence) for one in report.tasks}
 
@@ -136,7 +134,8 @@ def _not_comparable(challenger: Artifact, champion: Artifact | None) -> str:
 
 
 def _credits(table: Path) -> Iterator[tuple[Item, float]]:
-    """By benchmark, row, its name, prompt, answers and conversation: 1 where the right answer's reward is the highest, 1/k of k."""
+    """By benchmark, row, its name, prompt, answers and conversation: 1 where the right answer's reward is the highest,
+    1/k of k."""
     import polars as pl
 
     columns = ["benchmark", "row", "id", "prompt_id", QUESTION, "group_id", "answer", "right", "sft", "policy"]

@@ -176,11 +176,11 @@ def _answers_table(fitted: Sequence[_Fitted], scores: Sequence[Sequence[Scores]]
     rows = []
     for one, of_questions in zip(fitted, scores, strict=True):
         for question, group, own in zip(one.asked, one.groups, of_questions, strict=True):
-            prompt_id, group_id = prompt_ids(question.prompt)
+            (prompt_id, group_id), answers = prompt_ids(question.prompt), question.answers_sha256
             rows += [
                 {
                     "benchmark": one.name, "row": question.number, "id": question.name, "subset": question.subset,
-                    "prompt_id": prompt_id, "group_id": group_id, QUESTION: question.answers_sha256, "answer": n, "right": n < len(question.right),
+                    "prompt_id": prompt_id, "group_id": group_id, QUESTION: answers, "answer": n, "right": n < len(question.right),
                     "tokens": len(group.completions[n]), "sft": sft, "policy": policy,
                 }
                 for n, (sft, policy) in enumerate(own)
