@@ -180,8 +180,8 @@ def _answers_table(fitted: Sequence[_Fitted], scores: Sequence[Sequence[Scores]]
             rows += [
                 {
                     "benchmark": one.name, "row": question.number, "id": question.name, "subset": question.subset,
-                    "prompt_id": prompt_id, "group_id": group_id, QUESTION: answers, "answer": n, "right": n < len(question.right),
-                    "tokens": len(group.completions[n]), "sft": sft, "policy": policy,
+                    "prompt_id": prompt_id, "group_id": group_id, QUESTION: answers, "answer": n,
+                    "right": n < len(question.right), "tokens": len(group.completions[n]), "sft": sft, "policy": policy,
                 }
                 for n, (sft, policy) in enumerate(own)
             ]  # fmt: skip
