@@ -32,6 +32,7 @@ TOKENS, CHAT_FORMAT = "tokens.parquet", "chat_format.json"
 GGUF_FOLDER, MODELFILE, GGUF_REHEARSED = "gguf", "Modelfile", "rehearsed.json"
 REWARDED = "rewarded.json"  # Of stage `reward`.
 ANSWERED, LEFT_OUT = "answers.parquet", "left_out.json"  # Of stage `benchmark`.
+QUESTION = "answers_sha256"  # Column of `ANSWERED`: of the texts of all answers to a row, the right ones first.
 SAMPLES = "samples.json"  # Of stage `harness`.
 LOOKED_UP = "looked_up.json"  # Of stage `tasks`.
 FAILURE_FILE = "failure.json"

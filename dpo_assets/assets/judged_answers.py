@@ -34,22 +34,22 @@ def materialise(step: Step) -> Events:
     settings, inputs = step.recipe.evaluation.judge, step.inputs()
     assert settings is not None, "the node is wanted where a judge is declared"
     confidence = step.recipe.evaluation.confidence
-    endpoint = judge_endpoint(settings)
+    judge = Remembered(judge_endpoint(settings), step.tree.root / REPLIES)
+    identity = "" if step.only_checks else judge.identity  # Checks of what was made ask nobody.
 
     def make(folder: Path, _: str) -> None:
-        judge = Remembered(endpoint, step.tree.root / REPLIES)
         answers = answers_of(inputs["eval_scores"].json("generations.json"))
         people = human_pairs(inputs["dpo_dataset"].path, settings.human_pairs)
         compared = _compared(judge, answers, step, "answers of the policy")
         by_people = _compared(judge, people, step, "pairs of people")
         step.context.log.info(f"judged_answers: {judge.asked} questions, the others were answered before")
-        if judge.damage:
-            step.context.log.warning(f"judged_answers: {judge.damage}; the judge was asked again")
-        _report(endpoint.identity, (answers, compared), (people, by_people), confidence).write(folder)
+        _report(identity, (answers, compared), (people, by_people), confidence).write(folder)
         write_json(folder / COMPARED, [_told(pair, one) for pair, one in zip(answers, compared, strict=True)])
 
-    config = {"judge": endpoint.identity, "human_pairs": settings.human_pairs, "confidence": confidence}
+    config = {"judge": identity, "human_pairs": settings.human_pairs, "confidence": confidence}
     artifact, reused = step.build("judged_answers", config, inputs, make)
+    if judge.damage:
+        step.context.log.warning(f"judged_answers: {judge.damage}; what is asked of them is asked again")
     report = JudgedAnswers.of(artifact)
     rows = [
         ["policy preferred, as judged", str(report.share)],

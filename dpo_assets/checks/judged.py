@@ -6,11 +6,13 @@ import math
 
 from dpo_assets.checks.evidence.power import FEWEST_PROMPTS
 from dpo_assets.checks.reports import JudgedAnswers, RewardModelScores
+from dpo_assets.checks.statistics import Proportion
 from dpo_assets.checks.verdict import Verdict
 
 HEALTH = {"judged_better": "judge_health", "rewarded_better": "reward_model_health"}
 # A judge's own order decides 10 to 20 % of its verdicts as a rule (Zheng et al., arXiv 2306.05685).
 MOST_NULLS, MOST_FLIPPED, CHANCE = 0.05, 0.30, 0.5
+_TOO_FEW = "it was held against {} conversations of people's pairs with a verdict: raise human_pairs, or collect more"
 
 
 def judge_verdicts(report: JudgedAnswers) -> list[Verdict]:
@@ -29,15 +31,15 @@ def judge_health(report: JudgedAnswers) -> Verdict:
         faults.append(f"{nulls:.1%} of its replies hold no verdict: take a stronger model, or raise max_tokens")
     if flipped > MOST_FLIPPED:
         faults.append(f"{flipped:.1%} of its verdicts go with the order of the answers: take a stronger model")
-    if report.human_pairs < FEWEST_PROMPTS:
-        faults.append(f"it was held against {report.human_pairs} pairs of people: raise human_pairs, or collect more")
+    if _known_by(report.agreement) < FEWEST_PROMPTS:
+        faults.append(_TOO_FEW.format(_known_by(report.agreement)))
     elif report.agreement.low <= CHANCE:
         faults.append(f"it agrees with people on {report.agreement}, which may be chance: take a stronger model")
     return Verdict(
         "judge_health",
         "warn" if faults else "pass",
         f"no verdict {nulls:.1%}, by order {flipped:.1%}, agrees with people on {report.agreement}",
-        f"at most {MOST_NULLS:.0%} and {MOST_FLIPPED:.0%}; agreement beyond chance on {FEWEST_PROMPTS} pairs",
+        f"at most {MOST_NULLS:.0%} and {MOST_FLIPPED:.0%}; agreement beyond chance on {FEWEST_PROMPTS} conversations",
         "both orders, ties where they disagree: arXiv 2306.05685, section 4",
         "; ".join(faults),
         report.judge,
@@ -59,7 +61,6 @@ def reward_model_health(report: RewardModelScores) -> Verdict:
     left_out = sum(report.left_out.values()) + sum(report.human_left_out.values())
     asked = report.wins + report.ties + report.losses + sum(report.left_out.values()) + report.human_pairs
     share = left_out / max(1, asked)
-    scored = report.agreement.n
     reasons = sorted({*report.left_out, *report.human_left_out})
     faults = []
     if not asked:
@@ -69,15 +70,15 @@ def reward_model_health(report: RewardModelScores) -> Verdict:
             f"{share:.1%} of the pairs have no reward ({', '.join(reasons)}): raise max_length of "
             "evaluation.reward_model, or take a model whose chat template renders such conversations"
         )
-    if scored < FEWEST_PROMPTS:
-        faults.append(f"it was held against {scored} pairs of people: raise human_pairs, or collect more")
+    if _known_by(report.agreement) < FEWEST_PROMPTS:
+        faults.append(_TOO_FEW.format(_known_by(report.agreement)))
     elif report.agreement.low <= CHANCE:
         faults.append(f"it agrees with people on {report.agreement}, which may be chance: take another reward model")
     return Verdict(
         "reward_model_health",
         "warn" if faults else "pass",
         f"no reward {share:.1%}, agrees with people on {report.agreement}",
-        f"at most {MOST_NULLS:.0%}; agreement beyond chance on {FEWEST_PROMPTS} pairs",
+        f"at most {MOST_NULLS:.0%}; agreement beyond chance on {FEWEST_PROMPTS} conversations",
         "a reward model measures what it was trained to: held against held-out pairs of these people",
         "; ".join(faults),
         report.model,
@@ -89,15 +90,31 @@ def rewarded_better(report: RewardModelScores) -> Verdict:
     return _better("rewarded_better", report, "as scored")
 
 
+def _known_by(agreement: Proportion) -> int:
+    """Conversations in which it was held against people. One of an earlier version knows its pairs alone."""
+    return agreement.n if agreement.clusters is None else agreement.clusters
+
+
+def _beyond(report: JudgedAnswers | RewardModelScores) -> str:
+    """Which way the share that was seen is one that its agreement, as measured, cannot see of any; empty: it can."""
+    most, seen = report.agreement.value, report.share.value
+    return "larger" if seen > most + 1e-9 else "smaller" if seen < 1 - most - 1e-9 else ""
+
+
 def _better(check: str, report: JudgedAnswers | RewardModelScores, raw: str) -> Verdict:
     """Of the corrected share alone: what a coin prefers is no evidence, and neither is what nobody was held against."""
     share, nothing = report.corrected, math.isnan(report.corrected.value)
     worse = share.high < CHANCE
+    beyond, believed = _beyond(report), _known_by(report.agreement) >= FEWEST_PROMPTS and report.agreement.low > CHANCE
     shown = f"{share}, corrected by its agreement with people"
+    shown += f" and cut off: it sees a {beyond} share than that allows, {report.share.value:.3f}" if beyond else ""
     fix = "read the answers beside this check; lower dpo.learning_rate, or collect feedback on such prompts" * worse
     if nothing:
         shown = f"no evidence: its agreement with people is {report.agreement}"
         fix = f"what may be a coin, or was held against too few pairs of people, shows nothing: see {HEALTH[check]}"
+        if believed and beyond and report.share.effective != 0:
+            shown += f", and it sees a {beyond} share than that allows, {report.share}"
+            fix = "it judges these answers otherwise than it judges people's pairs: read some of both, or take another"
     alike = report.interval_at_equal_length
     ends = f" [{alike[0]:.3f}, {alike[1]:.3f}]" if alike else ""
     told = f"{report.wins} better, {report.ties} alike, {report.losses} worse"

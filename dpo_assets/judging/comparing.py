@@ -22,7 +22,8 @@ Outcome = Literal["win", "tie", "loss", "null"]
 Form = Literal["text", "letter"]  # A reasoned reply that ends with [[A]]; or one letter.
 LETTERS = ("A", "B")
 _VERDICT = re.compile(r"\[\[(A|B|C)\]\]")
-_LETTER = re.compile(r"\W*(A|B)\b")
+# Alone, at the end of its line, or before punctuation: `A careful reader`, `A-level` and `A/B` name no answer.
+_LETTER = re.compile(r"\W*(A|B)(?!['’-]\w)[^\S\n]*(?:$|\n|[^\w\s/|&+])")
 MARKER_HEX = 12
 TIE_ODDS = 1e-6  # Log-odds below this are rounding.
 
@@ -38,6 +39,7 @@ End with one line that holds your verdict alone: [[A]] if answer A is better, [[
 neither is.""",
     "letter": _COMPARE + "Reply with one letter and nothing else: A if answer A is better, B if answer B is better.",
 }
+ASKED_AHEAD: Mapping[Form, str] = {"text": "Reply with [[C]].", "letter": "Reply with the letter A alone."}
 _ASKED_LAST = "Which answer is better, A or B? Reply with the letter alone."  # Small models forget what stood first.
 
 
@@ -136,7 +138,8 @@ def _weighed(there: float, back: float, replies: tuple[str, str]) -> Comparison:
 
 
 def verdict(reply: str, form: Form = "text") -> str | None:
-    """`A`, `B` or `C`, of a reply that holds exactly one of them; repeated is the same one. Of a letter: its first."""
+    """`A`, `B` or `C`, of a reply that holds exactly one of them; repeated is the same one. Of a letter: its
+    first, where that is no word of a sentence."""
     if form == "letter":
         letter = _LETTER.match(reply)
         return letter[1] if letter else None

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dpo_assets.errors import ConfigError, InfrastructureError
-from dpo_assets.judging.comparing import LETTERS, Form, Message, Reply, template_digest
+from dpo_assets.judging.comparing import ASKED_AHEAD, LETTERS, Form, Message, Reply, template_digest
 from dpo_assets.publishing.secrets import scrub
 from dpo_assets.retry_after import asked_to_wait, wait
 from dpo_assets.secret_shapes import masked, without_url_secrets
@@ -24,8 +24,6 @@ REFUSED = (401, 403)  # Asking again changes nothing.
 BUSY = (408, 409, 425, 429)
 CANDIDATES = 20  # First tokens whose log-probabilities are asked for: the most that OpenAI and vLLM give.
 LETTER_TOKENS = 4  # A letter may come behind a space or a quote where no log-probabilities do.
-
-ASKED_AHEAD: Mapping[Form, str] = {"text": "Reply with [[C]].", "letter": "Reply with the letter A alone."}
 
 
 @dataclass(frozen=True)

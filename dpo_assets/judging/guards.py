@@ -10,13 +10,15 @@ from typing import Any
 from dpo_assets.artifact import Artifact
 from dpo_assets.checks.evidence.clusters import clustered_mean
 from dpo_assets.checks.evidence.task_guards import TaskGuard
-from dpo_assets.checks.reports import HarnessScores, TaskScore
-from dpo_assets.contract import ANSWERED, SAMPLES
+from dpo_assets.checks.reports import BenchmarkScores, HarnessScores, TaskScore
+from dpo_assets.contract import ANSWERED, QUESTION, SAMPLES
 from dpo_assets.judging.documents import paired_scores, scored
 
 NOT_COMPARED = "not compared: {}"
 NO_SCORES = "the store has no scores of the champion"
 OTHER_ITEMS = "the champion was asked others"
+OTHERWISE = "the champion was scored otherwise: {}"
+EARLIER = "scores of an earlier version do not say which answers they are of"
 HASHES = ("doc_hash", "prompt_hash", "target_hash")
 Row = Mapping[str, Any]
 Item = tuple[object, ...]
@@ -34,9 +36,19 @@ def harness_guards(challenger: Artifact, champion: Artifact | None, *, first: bo
         return {one.name: _guard(one) for one in report.tasks}
     if champion is None:
         return {one.name: TaskGuard(NOT_COMPARED.format(NO_SCORES), None) for one in report.tasks}
-    before = {one.name: one for one in HarnessScores.of(champion).tasks}
+    their_report = HarnessScores.of(champion)
+    versions = (f"lm-eval {report.version}", f"lm-eval {their_report.version}")
+    if unlike := _unlike((report.scored, their_report.scored), versions):
+        return {one.name: TaskGuard(NOT_COMPARED.format(unlike), None) for one in report.tasks}
+    before = {one.name: one for one in their_report.tasks}
     ours, theirs = (_by_metric(artifact.json(SAMPLES)) for artifact in (challenger, champion))
     return {one.name: _against(one, before.get(one.name), ours, theirs, report.confidence) for one in report.tasks}
+
+
+def _unlike(*both: tuple[str, str]) -> str:
+    """What of the challenger and the champion differs, by which one of them would only seem worse; empty: nothing."""
+    differ = [f"{theirs}, and the challenger {ours}" for ours, theirs in both if ours != theirs]
+    return OTHERWISE.format("; ".join(differ)) if differ else ""
 
 
 def _against(
@@ -90,15 +102,16 @@ def benchmark_guards(
     Args:
         champion: its `benchmark_scores`; None: there are none.
     """
+    why = _not_comparable(challenger, champion)
+    if why or champion is None:
+        return {name: TaskGuard(NOT_COMPARED.format(why), None) for name in sorted(names)}
     guards = {}
-    ours = dict(_credits(challenger.path / ANSWERED))
-    theirs = dict(_credits(champion.path / ANSWERED)) if champion is not None else {}
+    ours, theirs = (dict(_credits(one.path / ANSWERED)) for one in (challenger, champion))
     for name in sorted(names):
         now = {item: right for item, right in ours.items() if item[0] == name}
         then = {item: right for item, right in theirs.items() if item[0] == name}
         if not now or now.keys() != then.keys():
-            why = NO_SCORES if champion is None else OTHER_ITEMS
-            guards[name] = TaskGuard(NOT_COMPARED.format(why), None)
+            guards[name] = TaskGuard(NOT_COMPARED.format(OTHER_ITEMS), None)
             continue
         if not all(map(math.isfinite, now.values())):
             guards[name] = TaskGuard("rewards are no numbers", math.nan)
@@ -108,18 +121,30 @@ def benchmark_guards(
     return guards
 
 
-def _credits(table: Path) -> Iterator[tuple[Item, float]]:
-    """By benchmark, row, its name and its conversation: 1 where the right answer's reward is the highest, 1/k of k."""
+def _not_comparable(challenger: Artifact, champion: Artifact | None) -> str:
+    """Why no benchmark of the two can be compared; empty: each by its rows."""
     import polars as pl
 
-    columns = ["benchmark", "row", "id", "prompt_id", "group_id", "answer", "right", "sft", "policy"]
+    if champion is None:
+        return NO_SCORES
+    if any(QUESTION not in pl.read_parquet_schema(one.path / ANSWERED) for one in (challenger, champion)):
+        return EARLIER
+    ours, theirs = BenchmarkScores.of(challenger), BenchmarkScores.of(champion)
+    return _unlike((ours.scored, theirs.scored))
+
+
+def _credits(table: Path) -> Iterator[tuple[Item, float]]:
+    """By benchmark, row, its name, prompt, answers and conversation: 1 where the right answer's reward is the highest,
+    1/k of k."""
+    import polars as pl
+
+    columns = ["benchmark", "row", "id", "prompt_id", QUESTION, "group_id", "answer", "right", "sft", "policy"]
     rows = pl.read_parquet(table, columns=columns).sort("benchmark", "row", "answer")
     for _, own in rows.group_by("benchmark", "row", maintain_order=True):
         rewards, right = (own["policy"] - own["sft"]).to_list(), own["right"].to_list()
         if sum(right) != 1:
             continue
-        name, number, id_, prompt, group = own.row(0)[:5]
-        yield (name, number, id_, prompt, group), _credit(rewards, right.index(True))
+        yield own.row(0)[:6], _credit(rewards, right.index(True))
 
 
 def _credit(rewards: Sequence[float], right: int) -> float:

@@ -6,6 +6,8 @@ and `id`; in the second `chosen` and `rejected` are lists. Files are JSONL, JSON
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +47,11 @@ class Question:
     def answers(self) -> tuple[str, ...]:
         """The right ones first."""
         return (*self.right, *self.wrong)
+
+    @property
+    def answers_sha256(self) -> str:
+        """Of the texts of all answers, and which of them are right."""
+        return hashlib.sha256(json.dumps([self.right, self.wrong]).encode()).hexdigest()
 
     @property
     def is_tie(self) -> bool:

@@ -8,9 +8,11 @@ import sqlite3
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
-from dpo_assets.judging.comparing import Form, Judge, Message, Reply
+from dpo_assets.errors import ConfigError, InfrastructureError
+from dpo_assets.judging.comparing import ASKED_AHEAD, Form, Judge, Message, Reply
 from dpo_assets.sqlite_file import prepare_sound
 
 
@@ -18,7 +20,8 @@ from dpo_assets.sqlite_file import prepare_sound
 class Remembered:
     """A judge whose replies lie in a SQLite file, by its identity and the whole question, each with a digest.
 
-    A reply that is not what was kept is asked for again; a file that is damaged is set aside.
+    A reply that is not what was kept is asked for again, and so is one without log-probabilities where the judge gives
+    them by now; a file that is damaged is set aside.
 
     Attributes:
         asked: questions that the judge itself was asked.
@@ -50,25 +53,62 @@ class Remembered:
 
     @property
     def identity(self) -> str:
-        return self.judge.identity
+        """The judge's, and whether a letter is read by its log-probabilities: the same reply without them is less."""
+        if self.form != "letter":
+            return self.judge.identity
+        return f"{self.judge.identity}, {'with' if self.gives_letters else 'without'} log-probabilities"
+
+    @cached_property
+    def gives_letters(self) -> bool:
+        """Whether a judge that is asked for a letter gives log-probabilities: asked once a run, by one short question.
+
+        Where it does not answer, what it said the last time.
+
+        Raises:
+            InfrastructureError: it does not answer, and never did.
+            ConfigError: it cannot be asked like this, and never was.
+        """
+        ahead: list[Message] = [{"role": "user", "content": ASKED_AHEAD[self.form]}]
+        key = self._key(ahead)
+        try:
+            reply = self.judge.reply(ahead)
+        except (InfrastructureError, ConfigError):
+            if (before := self._kept(key)) is None:
+                raise
+            return before.letters is not None
+        self._keep(key, reply)
+        return reply.letters is not None
 
     @property
     def form(self) -> Form:
         return self.judge.form
 
     def reply(self, messages: Sequence[Message]) -> Reply:
-        asked = [self.identity, list(messages), "with letters"]  # Text alone was kept before.
-        key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        key = self._key(messages)
+        known = self._kept(key)
+        if known is not None and (self.form != "letter" or known.letters is not None or not self.gives_letters):
+            return known
+        reply = self.judge.reply(messages)
+        self.asked += 1
+        self._keep(key, reply)
+        return reply
+
+    def _key(self, messages: Sequence[Message]) -> str:
+        asked = [self.judge.identity, list(messages), "with letters"]  # Text alone was kept before.
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+    def _kept(self, key: str) -> Reply | None:
         with closing(sqlite3.connect(self.path, timeout=60)) as db:
             known = db.execute("select reply, digest from kept where question = ?", (key,)).fetchone()
         if known is not None and known[1] == _digest(key, known[0]):
             return Reply.loads(known[0])
         self.dropped += known is not None
-        reply = self.judge.reply(messages)
-        self.asked, kept = self.asked + 1, reply.dumps()
+        return None
+
+    def _keep(self, key: str, reply: Reply) -> None:
+        kept = reply.dumps()
         with closing(sqlite3.connect(self.path, timeout=60)) as db, db:
             db.execute("insert or replace into kept values (?, ?, ?)", (key, kept, _digest(key, kept)))
-        return reply
 
 
 def _digest(key: str, reply: object) -> str:

@@ -20,6 +20,7 @@ from dpo_assets.checks.statistics import Proportion
 CHANCE = 0.5
 HALVINGS = 28  # To 4e-9.
 DIRECTIONS = np.linspace(0.0, 2 * math.pi, 73)
+ROUNDING = 1e-6  # Of a corrected share, from ends that are known to `HALVINGS`.
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,9 @@ def corrected(share: Share, agreement: Share, confidence: float) -> Proportion:
         agreement: share of people's own pairs in which the judge preferred what they did, a tie counted half.
 
     A judge whose agreement may be that of a coin says nothing, and one that was held against fewer than
-    `FEWEST_PROMPTS` conversations is not known: NaN, between 0 and 1.
+    `FEWEST_PROMPTS` conversations is not known: NaN, between 0 and 1. So is one for which no t of the interval lies
+    between 0 and 1: with that agreement it cannot see so large a share, or so small a one, of any true share. Where
+    part of the interval does, it is cut off at 0 and 1, and so is a value outside.
     """
     nothing = Proportion(math.nan, 0.0, 1.0, share.n, share.clusters)
     if not share.effective or agreement.clusters < FEWEST_PROMPTS or not agreement.effective:
@@ -117,7 +120,10 @@ def corrected(share: Share, agreement: Share, confidence: float) -> Proportion:
     z, both = normal_quantile(confidence), _correlation(share, agreement)
     w = share.limits(z * (both * np.cos(DIRECTIONS) + math.sqrt(1 - both**2) * np.sin(DIRECTIONS)))
     p = agreement.limits(z * np.cos(DIRECTIONS))
-    ends = np.clip((w + p - 1) / (2 * p - 1), 0.0, 1.0)
+    ends = (w + p - 1) / (2 * p - 1)
+    if ends.min() > 1 + ROUNDING or ends.max() < -ROUNDING:
+        return nothing
+    ends = np.clip(ends, 0.0, 1.0)
     value = min(1.0, max(0.0, (share.value + agreement.value - 1) / (2 * agreement.value - 1)))
     low, high = min(value, float(ends.min())), max(value, float(ends.max()))
     return Proportion(value, low, high, share.n, share.clusters, share.effective)
@@ -130,7 +136,7 @@ def _correlation(one: Share, other: Share) -> float:
     for row, share in zip(sums, (one, other), strict=True):
         np.add.at(row, [names[name] for name in share.conversations], share.scores - share.value)
     spread = math.sqrt(float(np.square(sums[0]).sum() * np.square(sums[1]).sum()))
-    return float(sums[0] @ sums[1]) / spread if spread else 0.0
+    return max(-1.0, min(1.0, float(sums[0] @ sums[1]) / spread)) if spread else 0.0
 
 
 def normal_quantile(confidence: float) -> float:

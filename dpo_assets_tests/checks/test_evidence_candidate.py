@@ -12,6 +12,7 @@ import pytest
 from dpo_assets.checks.evidence.candidate import LOGP, REWARD, Candidate, ScoredPairs
 from dpo_assets.checks.evidence.ledger import Decided, Ledger, Override
 from dpo_assets.checks.evidence.rules import TOLERANCE
+from dpo_assets.checks.evidence.task_guards import TaskGuard
 from dpo_assets.errors import ConfigError
 from dpo_assets_tests.samples import scored_pairs
 
@@ -254,6 +255,35 @@ def test_a_decision_that_waits_for_its_release_outlives_other_settings_of_the_ev
     ledger, line = decided(Ledger(), candidate(tmp_path, scored_pairs(0.8)))
     again = candidate(tmp_path, scored_pairs(0.8), inputs={"eval_scores": "scored with more answers"})
     assert decided(ledger, again) == (ledger, line)
+
+
+FALLEN = {"choice acc": TaskGuard("-0.200 [-0.3, -0.1]", 1e-4)}
+
+
+def test_a_task_that_guards_and_fell_since_the_decision_holds_what_waits_for_its_release(
+    tmp_path: Path, champion: Ledger
+) -> None:
+    """The scores are the same: guards were switched on, or a task was mended, while the Hub was away."""
+    for before, one in ((Ledger(), candidate(tmp_path, scored_pairs(0.8))), (champion, challenger(tmp_path))):
+        ledger, line = decided(before, one)
+        assert ledger.may_release(line)
+        assert decided(ledger, replace(one, tasks={"choice acc": TaskGuard("+0.0", 0.4)})) == (ledger, line)
+        after, held = decided(ledger, replace(one, tasks=FALLEN))
+        assert (held.decision, held.level, held.saw) == ("hold", None, ())
+        assert f"line {line.number} said {line.decision}" in held.reason
+        assert "on tasks: choice acc -0.200" in held.reason
+        assert not after.may_release(line)
+        assert decided(after, replace(one, tasks=FALLEN)) == (after, held)
+        assert decided(after, replace(one, tasks=FALLEN), WISH)[1].releases
+
+
+def test_a_task_that_fell_changes_nothing_of_what_is_live_or_what_a_person_decided(
+    tmp_path: Path, champion: Ledger
+) -> None:
+    again = candidate(tmp_path, scored_pairs(0.8), tasks=FALLEN)
+    assert decided(champion, again) == (champion, champion.decisions[0])
+    wished, line = decided(champion, challenger(tmp_path), WISH)
+    assert decided(wished, challenger(tmp_path, tasks=FALLEN)) == (wished, line)
 
 
 def test_an_override_of_a_decision_that_is_there_looks_at_nothing(tmp_path: Path, champion: Ledger) -> None:

@@ -22,7 +22,7 @@ from dpo_assets.assets.scorers_ahead import refuse_scorers
 from dpo_assets.checks.benchmarks import benchmark_verdicts
 from dpo_assets.checks.evidence.measured import MeanScore
 from dpo_assets.checks.reports import BenchmarkScores
-from dpo_assets.contract import BenchmarkFile, BenchmarkSpec
+from dpo_assets.contract import QUESTION, BenchmarkFile, BenchmarkSpec
 from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.pair import prompt_ids
 from dpo_assets.feedback.trained import TRAINED_GROUPS
@@ -354,8 +354,10 @@ def test_the_rewards_are_the_policys_log_ratio_to_sft_for_every_answer(other: Pa
         sides = [side if isinstance(side, list) else [side] for side in (row["chosen"], row["rejected"])]
         texts = [*sides[0], *sides[1]]
         assert own["right"].to_list() == [True] * len(sides[0]) + [False] * len(sides[1])
+        assert own[QUESTION].n_unique() == 1
         for who, model in (("sft", base), ("policy", policy)):
             assert own[who].to_list() == pytest.approx([by_hand(model, row["prompt"], t) for t in texts], abs=1e-4)
+    assert table[QUESTION].n_unique() == len({str((row["chosen"], row["rejected"])) for row in rows.values()})
     left_out = [(r["benchmark"], r["number"], r["reason"]) for r in json.loads((out / "left_out.json").read_text())]
     assert left_out == [("first", 3, "no_prompt"), ("second", 2, "too_long")]
 

@@ -16,8 +16,8 @@ from dpo_assets.artifact import Artifact, ArtifactTree, write_json
 from dpo_assets.checks.evidence.ledger import Ledger
 from dpo_assets.checks.evidence.rules import Evidence, judge
 from dpo_assets.checks.evidence.task_guards import TaskGuard, fallen
-from dpo_assets.checks.reports import HarnessScores, TaskScore
-from dpo_assets.contract import ANSWERED, SAMPLES
+from dpo_assets.checks.reports import BenchmarkScores, HarnessScores, TaskScore
+from dpo_assets.contract import ANSWERED, QUESTION, SAMPLES
 from dpo_assets.judging.documents import paired_scores
 from dpo_assets.judging.guards import benchmark_guards, harness_guards
 from dpo_assets_tests.checks.test_evidence_release import BETTER
@@ -32,7 +32,9 @@ DOCUMENTS = 100
 Filling = Callable[[Path], None]
 
 
-def task(right: int, *, first: int = 0, higher: bool = True, sft: int = 80) -> Filling:
+def task(
+    right: int, *, first: int = 0, higher: bool = True, sft: int = 80, version: str = "0", scored: str = "merged"
+) -> Filling:
     """`harness_scores` of one metric, right on the first so many of `DOCUMENTS` documents; SFT on the first `sft`."""
 
     def fill(folder: Path) -> None:
@@ -51,12 +53,20 @@ def task(right: int, *, first: int = 0, higher: bool = True, sft: int = 80) -> F
             task="choice", metric="acc", filter="none", higher_is_better=higher, documents=DOCUMENTS, sft=means[0],
             policy=means[1], comparison=found.comparison, difference=found.difference,
         )  # fmt: skip
-        HarnessScores(version="0", confidence=0.95, scored="merged", tasks=(score,)).write(folder)
+        HarnessScores(version=version, confidence=0.95, scored=scored, tasks=(score,)).write(folder)
 
     return fill
 
 
-def bench(right: int, *, answers: int = 2, alike: bool = False, name: str = "rb") -> Filling:
+def bench(
+    right: int,
+    *,
+    answers: int = 2,
+    alike: bool = False,
+    name: str = "rb",
+    texts: str = "as first written",
+    scored: str = "merged",
+) -> Filling:
     """`benchmark_scores` of one benchmark: the right answer's reward is the highest in so many rows, else it is lower,
     or `alike`, the same. A row of two right answers stands beside them."""
 
@@ -64,7 +74,7 @@ def bench(right: int, *, answers: int = 2, alike: bool = False, name: str = "rb"
         rows = [
             {
                 "benchmark": name, "row": n, "id": f"{n}", "prompt_id": f"{n}", "group_id": f"{n}", "answer": answer,
-                "right": answer == 0, "sft": -1.0,
+                QUESTION: f"{texts} {n}", "right": answer == 0, "sft": -1.0,
                 "policy": 0.0 if answer else 1.0 if n < right else 0.0 if alike else -1.0,
             }
             for n in range(DOCUMENTS)
@@ -72,6 +82,7 @@ def bench(right: int, *, answers: int = 2, alike: bool = False, name: str = "rb"
         ]  # fmt: skip
         rows += [{**rows[0], "row": DOCUMENTS, "answer": answer, "right": answer < 2} for answer in range(3)]
         pl.DataFrame(rows).write_parquet(folder / ANSWERED)
+        BenchmarkScores(confidence=0.95, scored=scored, kernels="fused", benchmarks=()).write(folder)
 
     return fill
 
@@ -168,6 +179,29 @@ def test_a_benchmark_that_the_champion_was_not_asked_is_told(tree: ArtifactTree)
         found = benchmark_guards(challenger, champion, ["rb"], 0.95)
         assert why in found["rb"].shown
         assert fallen(found) == []
+
+
+def test_a_benchmark_whose_answers_were_edited_is_another_one(tree: ArtifactTree) -> None:
+    """Numbers and prompts of its rows are the same, so all that the champion had right was held against it."""
+    challenger, champion = made(tree, bench(10, texts="edited"), 1), made(tree, bench(90), 2)
+    found = benchmark_guards(challenger, champion, ["rb"], 0.95)
+    assert "not compared: the champion was asked others" in found["rb"].shown
+    assert fallen(found) == []
+    pl.read_parquet(champion.path / ANSWERED).drop(QUESTION).write_parquet(champion.path / ANSWERED)
+    assert "scores of an earlier version" in benchmark_guards(challenger, champion, ["rb"], 0.95)["rb"].shown
+
+
+def test_what_was_scored_otherwise_is_not_compared(tree: ArtifactTree) -> None:
+    """Other weights, or another version of lm-eval, score otherwise by themselves."""
+    whole = "merged model in bf16"
+    found = benchmark_guards(made(tree, bench(10), 1), made(tree, bench(90, scored=whole), 2), ["rb"], 0.95)
+    assert f"not compared: the champion was scored otherwise: {whole}, and the challenger merged" in found["rb"].shown
+    assert fallen(found) == []
+    before = task(90, version="0.4", scored=whole)
+    tasks = harness_guards(made(tree, task(10), 3), made(tree, before, 4), first=False)
+    assert "lm-eval 0.4, and the challenger lm-eval 0" in tasks["choice acc"].shown
+    assert whole in tasks["choice acc"].shown
+    assert fallen(tasks) == []
 
 
 def guarded_by_tasks(server: HubServer) -> dict[str, Any]:

@@ -318,6 +318,7 @@ def worse_by(factor: float) -> Any:
         ({"comparison": alike(12)}, False),
         ({"comparison": alike(2)}, True),
         ({"comparison": alike(12), "higher_is_better": False}, True),
+        ({"comparison": alike(12), "higher_is_better": None}, True),  # Its task does not say which way is worse.
         ({"comparison": None, "difference": MeanScore(-0.2, -0.3, -0.1, 9, 9, 1e-3)}, False),
         ({"comparison": None, "difference": MeanScore(-0.2, -0.5, 0.1, 9, 9, 0.1)}, True),
         ({"comparison": None, "difference": MeanScore(-0.2, -0.3, -0.1, 9, 9, 1e-3), "higher_is_better": False}, True),

@@ -122,10 +122,11 @@ def test_a_policy_that_the_judge_likes_less_and_a_judge_against_people_are_warne
     assert "may be chance" in failed_checks(against)["judge_health"]["what to change"]
 
 
-def test_a_judge_that_refuses_the_key_fails_at_once_with_its_variable(shelf: Shelf) -> None:
+@pytest.mark.parametrize("form", ["text", "letter"])
+def test_a_judge_that_refuses_the_key_fails_at_once_with_its_variable(shelf: Shelf, form: str) -> None:
     fill(shelf)
     with JudgeServer(by_merit(len), KEY) as server:
-        [said] = failures(judged(shelf, declaring(server)))
+        [said] = failures(judged(shelf, declaring(server, verdict=form)))
     assert "refuses the key in JUDGE_KEY" in said
     assert len(server.requests) == 1
 

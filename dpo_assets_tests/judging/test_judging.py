@@ -23,7 +23,7 @@ from dpo_assets.judging.endpoint import ATTEMPTS, Endpoint
 from dpo_assets.judging.replies import Remembered
 from dpo_assets.resources.hub import HubResource
 from dpo_assets_tests.judging.server import KEY, Answering, Candidates, JudgeServer, by_merit, parts_of
-from dpo_assets_tests.samples import judged_answers, recipe
+from dpo_assets_tests.samples import judged_answers, recipe, score
 
 ASKED: list[Message] = [{"role": "user", "content": "Which?"}]
 VARIABLE = "JUDGE_KEY"
@@ -144,7 +144,12 @@ def test_what_the_order_adds_to_the_log_odds_of_a_letter_goes_out(to_a: float, m
 
 
 @pytest.mark.parametrize(
-    ("said", "verdict_"), [("A", "A"), (" B.", "B"), ('"A"', "A"), ("Answer A", None), ("Aye", None), ("", None)]
+    ("said", "verdict_"),
+    [
+        *[("A", "A"), (" B.", "B"), ('"A"', "A"), ("**B**", "B"), ("A: it is correct", "A"), ("B\nIt is correct", "B")],
+        *[("Answer A", None), ("Aye", None), ("", None), ("A careful reader would", None), ("A-level prose", None)],
+        *[("A/B", None), ("A or B", None), ("B's is", None)],
+    ],
 )
 def test_a_letter_without_log_probabilities_is_read_as_text(said: str, verdict_: str | None) -> None:
     assert verdict(said, "letter") == verdict_
@@ -185,6 +190,38 @@ def test_a_server_without_log_probabilities_is_said_ahead_and_read_by_its_letter
     assert (found.outcome, found.flipped, found.log_odds) == ("tie", True, None)
     with JudgeServer(lambda messages: ("A", {"A": -0.1, "B": -2.0})) as server:
         assert lettered(server).refuse_ahead() == ""
+
+
+def test_a_letter_kept_without_log_probabilities_is_asked_for_again_once_the_server_gives_them(tmp_path: Path) -> None:
+    """It stayed known for ever: every pair was a tie by the order, also where the server had learned to tell them."""
+    path, plain = tmp_path / "judge.sqlite", Told(lambda messages: "A", "letter")
+    identities = []
+    for _ in range(2):
+        kept = Remembered(plain, path)
+        identities.append(kept.identity)
+        assert compare(kept, ASKED, "longer", "short").log_odds is None
+    assert (kept.asked, plain.questions) == (0, 4), "two questions, and one ahead in each run"
+    telling = Told(leaning(2.0, 0.5), "letter")
+    telling.answering = lambda messages: leaning(2.0, 0.5)(messages) if len(messages) > 1 else ("A", {"A": 0.0})
+    for asked in (2, 0):
+        now = Remembered(telling, path)
+        identities.append(now.identity)
+        assert compare(now, ASKED, "longer", "short").outcome == "win"
+        assert now.asked == asked
+    assert identities[0] == identities[1] != identities[2] == identities[3]
+
+
+@pytest.mark.parametrize("error", [InfrastructureError("away"), ConfigError("no key")], ids=["away", "refused"])
+def test_what_a_judge_gives_is_known_where_it_does_not_answer_and_did_before(tmp_path: Path, error: Exception) -> None:
+    def away(messages: object) -> str:
+        raise error
+
+    path = tmp_path / "judge.sqlite"
+    with pytest.raises(type(error)):
+        _ = Remembered(Told(away, "letter"), path).identity
+    before = Remembered(Told(lambda messages: ("A", {"A": 0.0, "B": -1.0}), "letter"), path).identity
+    assert Remembered(Told(away, "letter"), path).identity == before == "told, with log-probabilities"
+    assert Remembered(Told(away), path).identity == "told", "a judge that writes is not asked for that"
 
 
 def test_a_recipe_asks_for_a_letter_and_its_replies_are_others_than_texts() -> None:
@@ -318,11 +355,12 @@ def test_a_judge_that_refuses_ends_the_plan_and_one_that_is_not_up_yet_does_not(
         ({"nulls": 11}, "hold no verdict"),
         ({"human_nulls": 11}, "hold no verdict"),
         ({"flipped": 61}, "go with the order"),
-        ({"human_pairs": 3}, "held against 3 pairs"),
+        ({"agreement": {**score(0.9, 0.8, 0.95), "clusters": 49}}, "held against 49 conversations"),
+        ({"agreement": wilson(3, 3)}, "held against 3 conversations"),  # Of an earlier version.
         ({"agreement": wilson(52, 100)}, "may be chance"),
         ({"wins": 0, "ties": 0, "losses": 0, "nulls": 0, "human_pairs": 0}, "nothing was compared"),
     ],
-    ids=["nulls", "people's nulls", "flips", "few people", "agreement", "nothing"],
+    ids=["nulls", "people's nulls", "flips", "few people", "few of an earlier version", "agreement", "nothing"],
 )
 def test_a_judge_that_cannot_be_believed_is_told_by_what(changes: dict[str, object], fix: str) -> None:
     assert judge_verdicts(judged_answers())[0].passed
@@ -339,6 +377,19 @@ def test_only_a_share_that_is_corrected_by_people_is_evidence() -> None:
         assert verdict_.passed is passed
         assert bool(verdict_.fix) is not passed
         assert ("no evidence" in verdict_.headline) is (true is nothing)
+
+
+@pytest.mark.parametrize(("seen", "size"), [(0.8, "larger"), (0.2, "smaller")])
+def test_a_share_that_the_agreement_does_not_allow_is_told_as_that(seen: float, size: str) -> None:
+    share, agreement = score(seen, seen - 0.08, seen + 0.08), score(0.62, 0.52, 0.71)
+    beyond = {"share": share, "agreement": agreement}
+    _, nothing = judge_verdicts(judged_answers(**beyond, corrected=Proportion(math.nan, 0.0, 1.0, 100)))
+    assert not nothing.passed
+    assert f"it sees a {size} share than that allows" in nothing.headline
+    assert "judges these answers otherwise" in nothing.fix
+    _, cut = judge_verdicts(judged_answers(**beyond, corrected=score(1.0, 0.8, 1.0)))
+    assert f"cut off: it sees a {size} share than that allows" in cut.headline
+    assert "cut off" not in judge_verdicts(judged_answers())[1].headline
 
 
 SAID = Reply("A", {"A": -0.25, "B": -2.0})

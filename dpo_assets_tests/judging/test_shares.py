@@ -14,7 +14,7 @@ from dpo_assets.checks.evidence.power import FEWEST_PROMPTS
 from dpo_assets.checks.statistics import wilson
 from dpo_assets.judging.comparing import Comparison, Outcome
 from dpo_assets.judging.rates import SCORES, Tally, at_equal_length, share_of
-from dpo_assets.judging.shares import Share, corrected
+from dpo_assets.judging.shares import Share, _correlation, corrected
 
 CONFIDENCE = 0.95
 counts = st.tuples(*[st.integers(0, 30)] * 3).filter(lambda three: sum(three) > 0)
@@ -113,6 +113,25 @@ def test_a_judge_no_better_than_a_coin_or_hardly_known_says_nothing(held_against
     assert math.isnan(found.value)
     assert (found.low, found.high) == (0.0, 1.0)
     assert not math.isnan(corrected(of(60, 0, 40), people(FEWEST_PROMPTS, 0, 0), CONFIDENCE).value)
+
+
+@pytest.mark.parametrize("seen", [of(80, 0, 20), of(20, 0, 80)], ids=["larger", "smaller"])
+def test_a_share_that_no_true_share_gives_with_that_agreement_is_no_evidence(seen: Share) -> None:
+    """It was cut off to 1.000 [1.000, 1.000], the more certain the less the judge agreed with people."""
+    found = corrected(seen, people(62, 0, 38), CONFIDENCE)
+    assert math.isnan(found.value)
+    assert (found.low, found.high) == (0.0, 1.0)
+    most = corrected(of(68, 0, 32), people(62, 0, 38), CONFIDENCE)
+    assert (most.value, most.high) == (1.0, 1.0), "part of its interval is possible"
+    assert most.low < 0.9
+
+
+def test_shares_of_the_same_conversations_have_a_correlation_of_no_more_than_one() -> None:
+    """Rounding made it 1.0000000000000002, of which no interval could be computed."""
+    for wins in range(FEWEST_PROMPTS, 80):
+        both = of(wins, 3, 10)
+        assert -1.0 <= _correlation(both, both) <= 1.0
+        assert corrected(both, both, CONFIDENCE).value == 1.0
 
 
 def test_few_comparisons_are_never_certain() -> None:

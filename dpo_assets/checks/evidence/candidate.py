@@ -14,7 +14,7 @@ from dpo_assets.checks.evidence.measured import Comparison
 from dpo_assets.checks.evidence.paired import compare
 from dpo_assets.checks.evidence.previews import Previews
 from dpo_assets.checks.evidence.rules import Evidence, decided_by, judge
-from dpo_assets.checks.evidence.task_guards import TaskGuard
+from dpo_assets.checks.evidence.task_guards import TaskGuard, fallen
 from dpo_assets.errors import ConfigError
 
 REWARD = "implicit reward"  # Accuracy by the log-ratio to each model's own start.
@@ -195,8 +195,8 @@ class Candidate:
 
         Where a hard guard fails, that is what is decided, whatever was before, but on what is live. Otherwise one that
         is there stays: these scores were looked at, or its challenger may be released by it, or is live. It
-        is decided again, without another look, where an override says otherwise, and where its model went live and was
-        taken back since.
+        is decided again, without another look, where an override says otherwise, where its model went live and was
+        taken back since, and where a task has fallen that did not guard then, or was not compared.
 
         Raises:
             ConfigError: the champion of the ledger is not the one that was scored; the override would hold what is
@@ -219,6 +219,8 @@ class Candidate:
             return self._by_word(ledger, prior, override, at)
         if prior.releases and not ledger.may_release(prior):
             return self._taken_back(ledger, prior, at)
+        if prior.releases and prior.override is None and fallen(self.tasks):
+            return self._guarded_since(ledger, prior, at)
         return ledger, prior
 
     def _prior(self, ledger: Ledger) -> Decided | None:
@@ -267,6 +269,13 @@ class Candidate:
             f"line {prior.number} said {prior.decision}; since line {live.number}{why} release {live.release} is live"
         )
         return self._unseeing(ledger, "hold", told, at, None)
+
+    def _guarded_since(self, ledger: Ledger, prior: Decided, at: str) -> tuple[Ledger, Decided]:
+        """A hold of what was to be released by the rules: a guard fell that they did not have then."""
+        told = "; ".join(f"{name} {self.tasks[name].shown}" for name in fallen(self.tasks))
+        than = "its start" if ledger.champion is None else "the champion"
+        said = f"line {prior.number} said {prior.decision}; by now it is worse than {than} on tasks: {told}"
+        return self._unseeing(ledger, "hold", said, at, None)
 
     def _unseeing(
         self, ledger: Ledger, decision: Decision, reason: str, at: str, override: Override | None

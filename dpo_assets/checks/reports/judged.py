@@ -126,9 +126,11 @@ class TaskScore(Report):
         """One-sided p that the policy is worse; None where documents do not tell, or the task no direction."""
         if self.perplexity is not None:
             return self.perplexity.p_above
+        if self.higher_is_better is None:
+            return None
         if self.comparison is not None:
-            return self.comparison.p_better if self.higher_is_better is False else self.comparison.p_worse
-        if self.difference is None or self.higher_is_better is None:
+            return self.comparison.p_worse if self.higher_is_better else self.comparison.p_better
+        if self.difference is None:
             return None
         return self.difference.p_below if self.higher_is_better else self.difference.p_above
 

@@ -20,7 +20,7 @@ import polars as pl
 
 from dpo_assets.artifact import VOLATILE, write_json
 from dpo_assets.checks.reports import BenchmarkScores
-from dpo_assets.contract import ANSWERED, LEFT_OUT, BenchmarkSpec, Progress
+from dpo_assets.contract import ANSWERED, LEFT_OUT, QUESTION, BenchmarkSpec, Progress
 from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.pair import TEMPLATE_FAULT, prompt_ids
 from dpo_assets.judging.questions import Format, LeftOut, Question, Questions, read_questions
@@ -176,12 +176,12 @@ def _answers_table(fitted: Sequence[_Fitted], scores: Sequence[Sequence[Scores]]
     rows = []
     for one, of_questions in zip(fitted, scores, strict=True):
         for question, group, own in zip(one.asked, one.groups, of_questions, strict=True):
-            prompt_id, group_id = prompt_ids(question.prompt)
+            (prompt_id, group_id), answers = prompt_ids(question.prompt), question.answers_sha256
             rows += [
                 {
                     "benchmark": one.name, "row": question.number, "id": question.name, "subset": question.subset,
-                    "prompt_id": prompt_id, "group_id": group_id, "answer": n, "right": n < len(question.right),
-                    "tokens": len(group.completions[n]), "sft": sft, "policy": policy,
+                    "prompt_id": prompt_id, "group_id": group_id, QUESTION: answers, "answer": n,
+                    "right": n < len(question.right), "tokens": len(group.completions[n]), "sft": sft, "policy": policy,
                 }
                 for n, (sft, policy) in enumerate(own)
             ]  # fmt: skip
