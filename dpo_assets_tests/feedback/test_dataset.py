@@ -292,3 +292,12 @@ def test_a_batch_that_is_gone_or_damaged_is_named_and_never_read(tmp_path: Path,
         other.write_parquet(path)
     with pytest.raises(CorruptArtifact, match=str(path)):
         read_split(made.path, "train")
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0b", "\r"])
+def test_a_mark_in_a_text_that_some_take_for_a_line_end_ends_no_row(mark: str) -> None:
+    pairs = pairs_frame([pair(0, chosen=[assistant(f"one{mark}two")]), pair(1)])
+    table = pairs.join(tokens_of(pairs).drop("template_fault"), on="pair_id")
+    both, alone = (facts_frame(rows, MAX_LENGTH, 0) for rows in (table, table.tail(1)))
+    assert both["content_a"].n_unique() == 2
+    assert both.tail(1).equals(alone)
