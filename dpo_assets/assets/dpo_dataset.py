@@ -27,7 +27,7 @@ from dpo_assets.checks.dataset import KEPT_IN_TRAIN, dataset_verdicts
 from dpo_assets.checks.drift import CHECK, drift_of
 from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.batches import QUARANTINE
-from dpo_assets.feedback.dataset import read_split
+from dpo_assets.feedback.dataset import Part, read_split
 from dpo_assets.feedback.fitted import FIT_VERSION
 from dpo_assets.feedback.pair import PAIR_COLUMNS, QUARANTINE_COLUMNS, TOKEN_COLUMNS
 from dpo_assets.feedback.quality import QUALITY_VERSION
@@ -61,6 +61,8 @@ def materialise(step: Step) -> Events:
         kept_in_train = bound_by_models(step.tree, feedback.eval_fraction, feedback.seed)
         # Also where the dataset is there already: what it chose from may be damaged, and is then made again.
         fitted = fitted_pairs(step, inputs, sets)
+        # A batch that was made again may have other bytes: a dataset that names the old ones could not be read.
+        config |= {"batches": [Part.of(one).sha256 for one in fitted]}
     if kept_in_train:
         config |= {"kept_in_train": groups_digest(kept_in_train)}
 

@@ -12,13 +12,16 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
-from dpo_assets.artifact import STORED, Artifact, ArtifactTree, write_json
+from dpo_assets import hashing
+from dpo_assets.artifact import STORED, Artifact, ArtifactTree, seal, write_json
+from dpo_assets.assets.refreshing import kept
 from dpo_assets.errors import CorruptArtifact
 from dpo_assets.feedback import screening
 from dpo_assets.feedback.batches import Batch, write_batch
 from dpo_assets.feedback.dataset import (
     SPLITS,
     has_split,
+    is_whole,
     parts_of,
     read_split,
     split_columns,
@@ -35,6 +38,7 @@ from dpo_assets.feedback.screening import screen
 from dpo_assets.feedback.selection import Found, Selection
 from dpo_assets.feedback.splits import fit_to_model, split
 from dpo_assets.feedback.tables import pairs_frame, quarantine_frame
+from dpo_assets.publishing.trace import Trace
 from dpo_assets.recipe import FeedbackSection, FeedbackSource
 from dpo_assets_tests.samples import assistant, pair, user
 
@@ -301,3 +305,61 @@ def test_a_mark_in_a_text_that_some_take_for_a_line_end_ends_no_row(mark: str) -
     both, alone = (facts_frame(rows, MAX_LENGTH, 0) for rows in (table, table.tail(1)))
     assert both["content_a"].n_unique() == 2
     assert both.tail(1).equals(alone)
+
+
+@pytest.mark.parametrize("damage", ["gone", "changed"])
+def test_a_dataset_with_a_damaged_batch_counts_as_gone_wherever_an_earlier_one_is_asked_for(
+    tmp_path: Path, damage: str
+) -> None:
+    store = Store(tmp_path)
+    made = store.dataset([store.fit(feedback())])
+    adapter = store.tree.find_or_build("dpo_adapter", "a" * 32, lambda _: None, {"dpo_dataset": made.digest})[0]
+    inputs = {"dpo_adapter": adapter.digest, "dpo_dataset": made.digest}
+    store.tree.find_or_build("published_model", "b" * 32, lambda _: None, inputs)
+    [whole] = Trace.of(store.tree.root).releases
+    assert (kept(store.tree, "dpo_dataset", made.digest), whole.gone) == (made, ())
+    [part] = parts_of(made.path)
+    path = part.folder(made.path) / "pairs.parquet"
+    table = pl.read_parquet(path)
+    path.unlink()
+    if damage == "changed":
+        table.write_parquet(path, row_group_size=7)
+    assert kept(store.tree, "dpo_dataset", made.digest) is None
+    [release] = Trace.of(store.tree.root).releases
+    assert release.gone == (made.digest,)
+    assert release.rows.is_empty()
+    assert Trace.of(store.tree.root).withdrawn(release.name, inputs) is None
+    with pytest.raises(CorruptArtifact, match=str(path)):
+        split_columns(made.path, "train")
+    with pytest.raises(CorruptArtifact, match=str(path)):
+        next(split_parts(made.path, "train"))
+
+
+def test_a_dataset_of_batches_that_were_made_again_with_other_bytes_takes_the_place_of_the_old_one(
+    tmp_path: Path,
+) -> None:
+    store = Store(tmp_path)
+    read, fitted = store.fit(feedback())
+    old = store.dataset([(read, fitted)])
+    pairs = pl.read_parquet(fitted.path / "pairs.parquet")
+    for path in (fitted.path / "pairs.parquet", fitted.path / "manifest.json"):
+        path.unlink()
+    pairs.write_parquet(fitted.path / "pairs.parquet", row_group_size=7)
+    again = seal(fitted.path, kind=FITTED_KIND, fingerprint=fitted.fingerprint, inputs={})
+    new = store.dataset([(read, again)])
+    assert new.digest == old.digest
+    assert (is_whole(new.path), is_whole(old.path)) == (True, False)
+    store.tree.find_or_build("published_model", "b" * 32, lambda _: None, {"dpo_dataset": old.digest})
+    assert kept(store.tree, "dpo_dataset", old.digest) == new
+    [release] = Trace.of(store.tree.root).releases
+    assert release.datasets == {old.digest: new}
+
+
+def test_a_batch_is_read_itself_before_it_is_called_damaged_by_a_digest_that_was_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path)
+    made = store.dataset([store.fit(feedback())])
+    monkeypatch.setattr(hashing, "known_sha256", lambda _: "0" * 64)  # As of a record that another step wrote.
+    assert is_whole(made.path)
+    assert read_split(made.path, "train").height
