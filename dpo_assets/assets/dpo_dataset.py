@@ -16,7 +16,7 @@ import dagster as dg
 
 from dpo_assets.artifact import Artifact, read_kept, write_json
 from dpo_assets.assets.base_model import read_facts
-from dpo_assets.assets.by_day import ByDay
+from dpo_assets.assets.by_day import BESIDE, ByDay, report_of
 from dpo_assets.assets.fitted_pairs import earlier_dataset, fitted_pairs, whole_markers
 from dpo_assets.assets.kept_models import bound_by_models
 from dpo_assets.assets.lineage import Read
@@ -73,15 +73,16 @@ def materialise(step: Step) -> Events:
         found = Found()
         if earlier := earlier_dataset(step.tree, base):
             found = Found.in_dataset(earlier.path, feedback.cleaning.near_duplicate_similarity)
-        outside, told = days.look(fitted, feedback, kept_in_train)
+        outside, told, beside = days.look(fitted, feedback, kept_in_train)
         selection = Selection(fitted, feedback, kept_in_train, found, outside)
         batches = batches_of(step, raw)
         selection.write(folder, batches)
         markers = whole_markers(base, fitted)
+        write_json(folder / BESIDE, beside)
         write_json(folder / "report.json", {**selection.report(folder, batches, context_length, markers), **told})
 
     artifact, reused = step.build("dpo_dataset", config, inputs, make)
-    report = artifact.json("report.json")
+    report = report_of(artifact)
     kept = report.get("kept_in_train", 0)
     if kept:
         step.context.log.warning(f"{kept} {KEPT_IN_TRAIN}")
