@@ -52,7 +52,11 @@ class Runs:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     path = votes(tmp_path_factory.mktemp("feedback") / "votes.jsonl")
     window: dict[str, Any] = {"min_pairs": 10, "window": {"days": 30}}
-    recipes = [trl_recipe(path, min_pairs=10), *[trl_recipe(path, **window)] * 2, trl_recipe(path, **window, drift_days=7)]
+    recipes = [
+        trl_recipe(path, min_pairs=10),
+        *[trl_recipe(path, **window)] * 2,
+        trl_recipe(path, **window, drift_days=7),
+    ]
     with dg.DagsterInstance.local_temp(str(tmp_path_factory.mktemp("home"))) as instance:
         first = materialize(recipes[0], instance, DATA)
         made = [first, *(materialize(recipe, instance, DATA[1:]) for recipe in recipes[1:])]

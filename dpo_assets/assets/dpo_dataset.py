@@ -39,7 +39,7 @@ from dpo_assets.recipe import FeedbackSection
 from dpo_assets.report.drift import drift_views
 from dpo_assets.report.feedback import released_table, source_views, trend_table, window_said
 from dpo_assets.report.quality import quality_views
-from dpo_assets.report.tables import ROWS, SHOWN, counts_table, quarantine_table, sample_of
+from dpo_assets.report.tables import MOST_ROWS, SHOWN, counts_table, quarantine_table, sample_of
 
 
 def materialise(step: Step) -> Events:
@@ -121,7 +121,7 @@ def materialise(step: Step) -> Events:
             "answers_truncated": report["truncated_answers"],
             "flagged": dg.MetadataValue.md(counts_table("seen in texts", report["flagged"])),
             **{title: dg.MetadataValue.md(text) for title, text in source_views(report["sources"]).items()},
-            "sample": dg.MetadataValue.md(sample_of(read_split(artifact.path, "train", SHOWN, first=ROWS))),
+            "sample": dg.MetadataValue.md(sample_of(read_split(artifact.path, "train", SHOWN, first=MOST_ROWS))),
             **{title: dg.MetadataValue.md(text) for view in views.values() for title, text in view.items()},
         },
     )

@@ -82,7 +82,7 @@ def _made(step: Step, base: Inputs, rules: RowRules, missing: dict[str, Artifact
                 screening, before = rules.screening(batch.path), writer.rows
                 for part, _ in screening.parts():
                     writer.write(part)
-                rows = Sieved.of(screening, batch.json(COUNTS)["pairs"], rules.release)
+                rows = Sieved.of(screening, batch.json(COUNTS)["pairs"])
                 sieved[one] = (rows, writer.rows - before)
         tokens = _tokenized(step, base, list(missing), screened, writer.rows)
         start = 0

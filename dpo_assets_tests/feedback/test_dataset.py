@@ -17,7 +17,7 @@ from dpo_assets.artifact import STORED, Artifact, ArtifactTree, seal, write_json
 from dpo_assets.assets.refreshing import kept
 from dpo_assets.errors import CorruptArtifact
 from dpo_assets.feedback import screening
-from dpo_assets.feedback.batches import Batch, write_batch
+from dpo_assets.feedback.batches import KEYS, PROMPT_ID, Batch, write_batch
 from dpo_assets.feedback.dataset import (
     SPLITS,
     has_split,
@@ -110,7 +110,7 @@ class Store:
         found = rules.screening(read.path)
         kept = [part for part, _ in found.parts()]
         parts = [(part, tokens_of(part)) for part in kept]
-        sieved = Sieved.of(found, len(pairs), rules.release)
+        sieved = Sieved.of(found, len(pairs))
         fitted = self.add(
             FITTED_KIND,
             lambda folder: write_fitted(folder, parts, sieved, MAX_LENGTH, self.feedback.seed),
@@ -363,3 +363,31 @@ def test_a_batch_is_read_itself_before_it_is_called_damaged_by_a_digest_that_was
     monkeypatch.setattr(hashing, "known_sha256", lambda _: "0" * 64)  # As of a record that another step wrote.
     assert is_whole(made.path)
     assert read_split(made.path, "train").height
+
+
+def test_rows_that_a_rule_released_count_for_it_wherever_it_stands_in_the_recipe_by_now(tmp_path: Path) -> None:
+    of_row, across = (
+        {"reason": reason, "source": "*", "note": "looked through"} for reason in ("template_marks", "conflict")
+    )
+    store = Store(tmp_path, release=[across, of_row])
+    batch = store.fit(feedback())
+    before = store.dataset([batch]).json("report.json")["released"]
+    store.feedback = settings(release=[of_row, across])  # The batch is the same one: it was made by `of_row` alone.
+    after = store.dataset([batch]).json("report.json")["released"]
+    assert {one["reason"]: one["rows"] for one in after} == {one["reason"]: one["rows"] for one in before}
+    assert min(one["rows"] for one in after) > 0
+    assert after[0]["rows"] != after[1]["rows"]
+
+
+def test_one_text_on_both_sides_is_a_leak_whatever_the_ids_say(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    asked = [user("Who is asked on both sides?")]
+    answers = [[assistant(" ".join(WORDS[n : n + 9]))] for n in range(20)]
+    read, fitted = store.fit([pair(n, prompt=asked, chosen=answers[n], rejected=answers[-1]) for n in range(12)])
+    assert store.dataset([(read, fitted)]).json("report.json")["leaked_prompts"] == 0
+    keys = pl.read_parquet(fitted.path / KEYS)
+    number = pl.int_range(pl.len(), dtype=pl.UInt64)
+    told = {name: number for name in ("together", *PROMPT_ID)}
+    told |= {"draw": number % 2 * (2**63), "group_id": pl.format("g{}", number)}
+    keys.with_columns(**told).write_parquet(fitted.path / KEYS)
+    assert store.dataset([(read, fitted)]).json("report.json")["leaked_prompts"] == 1
