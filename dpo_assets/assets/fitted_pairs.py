@@ -146,9 +146,19 @@ def _known(step: Step, base: Artifact, screened: Path) -> Iterator[Path]:
             continue
         if told.manifest.versions.get("dpo_assets") != __version__:
             continue
-        has = pl.read_parquet(told.path / KEYS, columns=[PAIR_ID[0]]).join(wanted, on=PAIR_ID[0], how="semi")
-        if has.height and (found := step.tree.find(FITTED_KIND, told.path.name)) is not None:
+        if _has_any(told, wanted) and (found := step.tree.find(FITTED_KIND, told.path.name)) is not None:
             yield found.path / PAIRS
+
+
+def _has_any(told: Artifact, wanted: pl.DataFrame) -> bool:
+    """Whether a batch, not verified yet, holds some of these pairs; true of one without readable keys: `find` tells."""
+    import polars as pl
+
+    try:
+        keys = pl.read_parquet(told.path / KEYS, columns=[PAIR_ID[0]])
+    except (OSError, pl.exceptions.PolarsError):
+        return True
+    return not keys.join(wanted, on=PAIR_ID[0], how="semi").is_empty()
 
 
 def _refuse_template(step: Step, fitted: Sequence[Artifact]) -> None:

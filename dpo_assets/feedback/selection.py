@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_assets.artifact import STORED
 from dpo_assets.feedback.batches import COUNTS, PAIR_ID, PROMPT_ID, QUARANTINE, write_table
-from dpo_assets.feedback.dataset import ROWS, SPLITS, Part, sides_of, split_parts, write_rows
+from dpo_assets.feedback.dataset import ROWS, SPLITS, Part, Split, sides_of, split_parts, write_rows
 from dpo_assets.feedback.facts import fact_schema
 from dpo_assets.feedback.fitted import UNFIT, released_from_rows
 from dpo_assets.feedback.near import Compared
@@ -177,7 +177,7 @@ class Selection:
         }
 
     def _leaked(self, folder: Path) -> int:
-        """Prompts that stand on both sides of what was written: by the texts of their openings, as the tables hold them,
+        """Prompts that stand on both sides of what was written: by the texts of their openings as the tables hold them,
         and by the ids that ingestion and the split went by. The most that one of these finds.
         """
         import polars as pl
@@ -185,17 +185,8 @@ class Selection:
         names = (["together"], ["group_id"], PROMPT_ID)
         rows = self.facts.drop("held_out").hstack(pl.read_parquet(folder / ROWS, columns=["held_out"]))
         train, held = (rows.filter(pl.col("held_out") == (split == "eval")) for split in SPLITS)
-        found = (train.select(name).unique().join(held, on=name, how="semi").height for name in names)
-        texts = [
-            pl.concat(
-                [
-                    part.select(together()).to_series().hash()
-                    for part in split_parts(folder, side, ["prompt", "group_id"])
-                ]
-            )
-            for side in SPLITS
-        ]
-        return max(*found, texts[0].unique().is_in(texts[1].unique().implode()).sum())
+        counts = [train.select(name).unique().join(held, on=name, how="semi").height for name in names]
+        return max(*counts, _openings(folder, "train").join(_openings(folder, "eval"), on="opening", how="semi").height)
 
     def _quality(self, max_length: int, context: int, markers: Markers) -> dict[str, Any]:
         import polars as pl
@@ -212,3 +203,11 @@ class Selection:
             return self._pool.take(rows, ["pair_id", "chosen", "rejected", "source", "line"])
 
         return measured | {"contradictions": contradictions(facts, texts)}
+
+
+def _openings(dataset: Path, side: Split) -> pl.DataFrame:
+    """A number for each text that an opening of a split is, part by part of its tables."""
+    import polars as pl
+
+    parts = split_parts(dataset, side, ["prompt", "group_id"])
+    return pl.concat([part.select(opening=together().hash()).unique() for part in parts]).unique()

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import polars as pl
@@ -13,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo_assets import hashing
-from dpo_assets.artifact import STORED, Artifact, ArtifactTree, seal, write_json
+from dpo_assets.artifact import STORED, Artifact, ArtifactTree, Manifest, seal, write_json
+from dpo_assets.assets.fitted_pairs import _known
 from dpo_assets.assets.refreshing import kept
 from dpo_assets.errors import CorruptArtifact
 from dpo_assets.feedback import screening
@@ -387,7 +389,27 @@ def test_one_text_on_both_sides_is_a_leak_whatever_the_ids_say(tmp_path: Path) -
     assert store.dataset([(read, fitted)]).json("report.json")["leaked_prompts"] == 0
     keys = pl.read_parquet(fitted.path / KEYS)
     number = pl.int_range(pl.len(), dtype=pl.UInt64)
-    told = {name: number for name in ("together", *PROMPT_ID)}
+    told = dict.fromkeys(("together", *PROMPT_ID), number)
     told |= {"draw": number % 2 * (2**63), "group_id": pl.format("g{}", number)}
     keys.with_columns(**told).write_parquet(fitted.path / KEYS)
     assert store.dataset([(read, fitted)]).json("report.json")["leaked_prompts"] == 1
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut off", "no table"])
+def test_a_damaged_batch_whose_token_ids_could_be_taken_up_is_set_aside_and_stops_nothing(
+    tmp_path: Path, damage: str
+) -> None:
+    store = Store(tmp_path)
+    (read, damaged), (_, whole) = store.fit(feedback(20)), store.fit(feedback(20))
+    for one in (damaged, whole):
+        manifest = Manifest.model_validate_json((one.path / "manifest.json").read_bytes())
+        told = manifest.model_copy(update={"inputs": {"base_model": read.digest}})
+        (one.path / "manifest.json").write_text(told.model_dump_json())
+    path = damaged.path / KEYS
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-20] if damage == "cut off" else b"not a table")
+    found = _known(SimpleNamespace(tree=store.tree), read, read.path / "pairs.parquet")  # type: ignore[arg-type]
+    assert list(found) == [whole.path / "pairs.parquet"]
+    assert not damaged.path.exists()
