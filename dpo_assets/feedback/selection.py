@@ -186,7 +186,8 @@ class Selection:
         rows = self.facts.drop("held_out").hstack(pl.read_parquet(folder / ROWS, columns=["held_out"]))
         train, held = (rows.filter(pl.col("held_out") == (split == "eval")) for split in SPLITS)
         counts = [train.select(name).unique().join(held, on=name, how="semi").height for name in names]
-        return max(*counts, _openings(folder, "train").join(_openings(folder, "eval"), on="opening", how="semi").height)
+        shared = _openings(folder, "train").join(_openings(folder, "eval"), on="opening", how="semi")
+        return int(max(*counts, shared.height))
 
     def _quality(self, max_length: int, context: int, markers: Markers) -> dict[str, Any]:
         import polars as pl
