@@ -27,7 +27,7 @@ WRITER = """
 import os, sys
 from pathlib import Path
 from dpo_assets.artifact import ArtifactTree
-from dpo_assets.feedback.library import _scratch
+from dpo_assets.feedback.library import scratch_of
 from dpo_assets.locks import TEMPORARY, scratch_folder
 
 tree = ArtifactTree(Path(sys.argv[1]), print, "run-of-the-writer")
@@ -35,7 +35,7 @@ tree = ArtifactTree(Path(sys.argv[1]), print, "run-of-the-writer")
 def build(folder):
     (folder / "half.bin").write_bytes(b"x" * 100)
     (folder.parent / f"{folder.name}.screened.parquet").write_bytes(b"x" * 100)
-    with scratch_folder(TEMPORARY) as work, _scratch(tree, "1" * 32) as reading:
+    with scratch_folder(TEMPORARY) as work, scratch_of(tree, "1" * 32) as reading:
         (work / "worker.log").write_text("so far")
         (reading / "pairs.parquet").write_text("so far")
         print(work, flush=True)

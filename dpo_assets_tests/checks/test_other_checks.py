@@ -57,6 +57,7 @@ from dpo_assets.planning.licence import Licence
 from dpo_assets.planning.matrices import Role
 from dpo_assets.planning.model_folder import ModelFolder
 from dpo_assets.planning.plan import ModelShape
+from dpo_assets.planning.refresh import Refresh
 from dpo_assets.planning.targets import Covered, LoraCoverage
 from dpo_assets.publishing.commit import stage
 from dpo_assets.recipe import BaseModelSection, LoraSection
@@ -581,6 +582,7 @@ def every_verdict(folder: Path, *, fail: bool) -> dict[str, list[Verdict]]:
         dpo_steps=5,
         lora=LoraSection(rank=16, alpha=64),
         coverage=NOTHING,
+        refresh=Refresh(policy="continue", generation=3, new=8),
         dpo={"learning_rate": 1.0, "beta": 0.0, "label_smoothing": 0.1, "batch_size": 1, "warmup_ratio": 0.0},
     )
     bad_scores = evaluation_report(
