@@ -26,7 +26,7 @@ from dpo_assets.assets.raw_preferences import read_options
 from dpo_assets.contract import CHAT_FORMAT, TOKENS, ChatFormatFacts, TokenizeSpec
 from dpo_assets.feedback import library
 from dpo_assets.feedback.batches import ANSWERS, COUNTS, KEYS, PAIRS, QUARANTINE, PairWriter, write_table
-from dpo_assets.feedback.fitted import FITTED_KIND, KEYS_AT_ONCE, UNFIT, RowRules, Sieved, write_fitted
+from dpo_assets.feedback.fitted import FITTED_KIND, KEY_ROWS, UNFIT, RowRules, Sieved, write_fitted
 from dpo_assets.feedback.near import BAND_COLUMNS
 from dpo_assets.feedback.pair import PAIR_COLUMNS, TOKEN_COLUMNS, polars_schema
 from dpo_assets.feedback.pool import parts_with_tokens
@@ -106,7 +106,7 @@ class Seeds:
         """The batch as it would have been fitted."""
         with PairWriter(folder / PAIRS, polars_schema((*PAIR_COLUMNS, *TOKEN_COLUMNS)), 1024) as writer:
             writer.write(pairs)
-        write_table(keys, folder / KEYS, KEYS_AT_ONCE)
+        write_table(keys, folder / KEYS, KEY_ROWS)
         for name in (UNFIT, QUARANTINE):
             write_table(pl.read_parquet(self._fitted / name).clear(), folder / name)
         counts = json.loads((self._fitted / COUNTS).read_text(encoding="utf-8"))
@@ -206,7 +206,7 @@ def template(scratch: Path, base: Artifact, rules: RowRules, options: Any) -> Se
         output_dir=out, fingerprint="f" * 32, inputs={}, base_model=base.path / "model", pairs=scratch / "pairs.parquet"
     )
     tokenize.run(spec, Quiet())  # type: ignore[arg-type]
-    sieved = Sieved.of(screening, TEMPLATE, rules.release)
+    sieved = Sieved.of(screening, TEMPLATE)
     (scratch / "fitted").mkdir()
     parts = parts_with_tokens(scratch / "pairs.parquet", out / TOKENS)
     write_fitted(scratch / "fitted", parts, sieved, rules.feedback.max_length, rules.feedback.seed)

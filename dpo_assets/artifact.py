@@ -21,7 +21,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from dpo_assets.errors import ConfigError, CorruptArtifact
-from dpo_assets.hashing import file_sha256, known_sha256
+from dpo_assets.hashing import file_sha256, is_file_of
 from dpo_assets.locks import LOCK, exclusive
 from dpo_assets.version import __version__
 
@@ -194,10 +194,8 @@ def open_artifact(directory: Path) -> Artifact:
 
 
 def _holds(file: Path, entry: FileEntry) -> bool:
-    """Whether a file is what was sealed. Nothing is called different by a digest that was only remembered."""
-    if file.stat().st_size != entry.size:
-        return False
-    return known_sha256(file) == entry.sha256 or file_sha256(file) == entry.sha256
+    """Whether a file is what was sealed."""
+    return file.stat().st_size == entry.size and is_file_of(file, entry.sha256)
 
 
 def read_kept(artifact: Artifact, name: str, model: type[ModelT]) -> ModelT:

@@ -144,7 +144,9 @@ class DpoPipeline(dg.Component, dg.Resolvable):
             metadata=metadata,
             code_version=self._code_version(node),
             freshness_policy=freshness_policy(node, self.pipeline.recipe),
-            automation_condition=automation_condition(node, self.pipeline.recipe),
+            automation_condition=automation_condition(
+                node, self.pipeline.recipe, [self.pipeline.key(name) for name in self._followed(node)]
+            ),
         )
 
     def execute(self, step: Step, nodes: tuple[Node, ...]) -> Events:
@@ -197,11 +199,16 @@ class DpoPipeline(dg.Component, dg.Resolvable):
         """What comes before a node in the graph; of a partitioned one all partitions."""
         recipe = self.pipeline.recipe
         there = {one.name: one.partitions(recipe) is not None for one in nodes_of(recipe)}
-        names = [*(read.node for read in node.reads), *(name for name in node.follows if name in there)]
+        names = [*(read.node for read in node.reads), *self._followed(node)]
         return [
             dg.AssetDep(self.pipeline.key(name), partition_mapping=dg.AllPartitionMapping() if there[name] else None)
             for name in names
         ]
+
+    def _followed(self, node: Node) -> list[str]:
+        """What the node follows, of what the pipeline has."""
+        there = {one.name for one in nodes_of(self.pipeline.recipe)}
+        return [name for name in node.follows if name in there]
 
     def _code_version(self, node: Node) -> str:
         config = _parts_of(self.pipeline.recipe.model_dump(mode="json"), node.recipe)

@@ -47,6 +47,11 @@ def known_sha256(path: Path) -> str:
     return digest
 
 
+def is_file_of(path: Path, sha256: str) -> bool:
+    """Whether a file has that sha256. Nothing is called different by a digest that was only remembered."""
+    return known_sha256(path) == sha256 or file_sha256(path) == sha256
+
+
 def share_hashes(record: Path) -> None:
     """From here on this process takes up what other steps of its run hashed, and tells them what it hashes.
 

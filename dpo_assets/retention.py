@@ -21,7 +21,8 @@ from dpo_assets.locks import LOCK, OWNER, if_nobodys
 from dpo_assets.recipe import RetentionSection
 
 # Kinds of artefacts that may go, in the order in which they are made from one another. No other kind ever does:
-# feedback, datasets with their quarantine, plans, scores and decisions are the memory of a pipeline.
+# feedback, datasets with their quarantine and the batches that they chose from, plans, scores and decisions are the
+# memory of a pipeline.
 MAY_GO = (
     "base_model",
     "reward_model",

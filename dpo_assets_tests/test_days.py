@@ -40,20 +40,26 @@ def votes(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Runs:
-    """The same feedback without a window, in a window of 30 days, and in it once more."""
+    """The same feedback without a window, in a window of 30 days, in it once more, and with other days compared."""
 
     whole: dg.ExecuteInProcessResult
     window: dg.ExecuteInProcessResult
     again: dg.ExecuteInProcessResult
+    compared: dg.ExecuteInProcessResult
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     path = votes(tmp_path_factory.mktemp("feedback") / "votes.jsonl")
-    recipes = [trl_recipe(path, min_pairs=10), trl_recipe(path, min_pairs=10, window={"days": 30})]
+    window: dict[str, Any] = {"min_pairs": 10, "window": {"days": 30}}
+    recipes = [
+        trl_recipe(path, min_pairs=10),
+        *[trl_recipe(path, **window)] * 2,
+        trl_recipe(path, **window, drift_days=7),
+    ]
     with dg.DagsterInstance.local_temp(str(tmp_path_factory.mktemp("home"))) as instance:
         first = materialize(recipes[0], instance, DATA)
-        made = [first, *(materialize(recipes[1], instance, DATA[1:]) for _ in range(2))]
+        made = [first, *(materialize(recipe, instance, DATA[1:]) for recipe in recipes[1:])]
         assert all(run.success for run in made), [failures(run) for run in made]
         yield Runs(*made)
 
@@ -100,3 +106,11 @@ def test_drift_of_the_newest_days_is_yellow_with_numbers_and_a_plot_whatever_the
         assert "2 pairs without a date" in told["note"]
         assert metadata(run, "dpo_dataset")["feedback by window"].startswith("![feedback by window](data:image/png")
     assert metadata(runs.whole, "dpo_dataset")["newest window against the one before"]
+
+
+def test_what_days_are_compared_changes_what_is_told_and_nothing_that_is_trained_on(runs: Runs) -> None:
+    before, after = (metadata(run, "dpo_dataset") for run in (runs.again, runs.compared))
+    assert after["digest"] == before["digest"]
+    assert after["path"] != before["path"]
+    assert "feedback_drift" in failed_checks(runs.again)
+    assert "feedback_drift" not in failed_checks(runs.compared), "the last 7 days are like the 7 before them"

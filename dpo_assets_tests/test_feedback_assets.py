@@ -13,6 +13,7 @@ import dagster as dg
 import polars as pl
 import pytest
 
+from dpo_assets.feedback import fitted
 from dpo_assets.feedback.batches import PAIRS
 from dpo_assets.feedback.dataset import SPLITS, parts_of, read_split
 from dpo_assets_tests.pipelines import DATA, failures, materialize, metadata, trl_feedback, trl_recipe
@@ -123,6 +124,22 @@ def test_a_batch_of_the_dataset_that_is_damaged_or_gone_is_made_again_and_is_the
     assert {path: path.read_bytes() for path in history.whole} == history.whole
     assert "was there" in metadata(third, "dpo_dataset")["reused"]
     assert metadata(third, "dpo_dataset")["digest"] == metadata(history.second, "dpo_dataset")["digest"]
+
+
+def test_batches_that_are_made_again_with_other_bytes_make_the_dataset_anew_with_the_same_content(
+    instance: dg.DagsterInstance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = trl_recipe(trl_feedback(tmp_path / "votes.jsonl", pairs=60), min_pairs=10)
+    first = materialize(recipe, instance, DATA)
+    old = metadata(first, "dpo_dataset")
+    for part in parts_of(Path(str(old["path"]))):
+        shutil.rmtree(part.folder(Path(str(old["path"]))))
+    monkeypatch.setattr(fitted, "ROW_GROUP", 7)  # Stands for another pyarrow, which writes another footer.
+    second = materialize(recipe, instance, DATA)
+    assert second.success, failures(second)
+    new = metadata(second, "dpo_dataset")
+    assert new["digest"] == old["digest"], "nothing is trained again"
+    assert read_split(Path(str(new["path"])), "train").height > 10
 
 
 def test_an_evaluation_set_that_is_not_there_is_named(instance: dg.DagsterInstance, tmp_path: Path) -> None:

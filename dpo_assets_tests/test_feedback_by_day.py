@@ -108,6 +108,20 @@ def test_eager_automation_follows_a_day_that_was_read_again_and_asks_for_a_day_t
     assert third.get_requested_partitions(KEY) == {str(datetime.now(UTC).date())}
 
 
+def test_cron_automation_reads_the_feedback_though_a_day_was_never_read_by_itself(
+    instance: dg.DagsterInstance, tmp_path: Path
+) -> None:
+    """As where its partition failed, or its day is not over."""
+    recipe = dated_recipe(tmp_path, refresh={"automation": "cron", "schedule": "0 3 * * *"})
+    recipe["feedback"]["days"]["start"] = str((datetime.now(UTC) - timedelta(days=2)).date())
+    defs = build_dpo_defs("demo", recipe)
+    first = dg.evaluate_automation_conditions(defs, instance)
+    tomorrow = datetime.now(UTC) + timedelta(days=1)
+    second = dg.evaluate_automation_conditions(defs, instance, cursor=first.cursor, evaluation_time=tomorrow)
+    assert (first.get_num_requested(RAW), second.get_num_requested(RAW)) == (0, 1)
+    assert second.get_num_requested(dg.AssetKey(["demo", "dpo_dataset"])) == 0, "what is read is waited for"
+
+
 def test_the_graph_has_days_only_where_the_recipe_asks_and_the_refresh_needs_no_partition(tmp_path: Path) -> None:
     defs = build_dpo_defs("demo", dated_recipe(tmp_path))
     specs = {spec.key: spec for spec in defs.resolve_all_asset_specs()}

@@ -11,7 +11,7 @@ from dpo_assets.artifact import Artifact
 from dpo_assets.assets.base_model import read_facts
 from dpo_assets.assets.compared_release import compared, release_spec
 from dpo_assets.assets.dpo_plan import read_plan
-from dpo_assets.assets.kept_models import training_set
+from dpo_assets.assets.kept_models import trained_record
 from dpo_assets.assets.lineage import Inputs
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.step import Events, Step
@@ -102,7 +102,7 @@ def _seen(step: Step, inputs: Inputs, artifact: Artifact) -> dict[str, int]:
     import polars as pl
 
     models = (inputs["dpo_adapter"], inputs["sft_checkpoint"])
-    sets = dict(found for model in models if (found := training_set(step.tree, model)))
+    sets = dict(found for model in models if (found := trained_record(step.tree, model)))
     trained = {group for path in sets.values() for group in trained_groups(path)}
     rows = pl.read_parquet(artifact.path / ANSWERED, columns=["benchmark", "row", "group_id"]).unique()
     seen = rows.filter(pl.col("group_id").is_in(list(trained)))["benchmark"].to_list()

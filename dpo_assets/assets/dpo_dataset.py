@@ -16,7 +16,7 @@ import dagster as dg
 
 from dpo_assets.artifact import Artifact, read_kept, write_json
 from dpo_assets.assets.base_model import read_facts
-from dpo_assets.assets.by_day import ByDay
+from dpo_assets.assets.by_day import BESIDE, ByDay, report_of
 from dpo_assets.assets.fitted_pairs import earlier_dataset, fitted_pairs, whole_markers
 from dpo_assets.assets.kept_models import bound_by_models
 from dpo_assets.assets.lineage import Read
@@ -27,7 +27,7 @@ from dpo_assets.checks.dataset import KEPT_IN_TRAIN, dataset_verdicts
 from dpo_assets.checks.drift import CHECK, drift_of
 from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.batches import QUARANTINE
-from dpo_assets.feedback.dataset import read_split
+from dpo_assets.feedback.dataset import Part, read_split
 from dpo_assets.feedback.fitted import FIT_VERSION
 from dpo_assets.feedback.pair import PAIR_COLUMNS, QUARANTINE_COLUMNS, TOKEN_COLUMNS
 from dpo_assets.feedback.quality import QUALITY_VERSION
@@ -39,7 +39,7 @@ from dpo_assets.recipe import FeedbackSection
 from dpo_assets.report.drift import drift_views
 from dpo_assets.report.feedback import released_table, source_views, trend_table, window_said
 from dpo_assets.report.quality import quality_views
-from dpo_assets.report.tables import ROWS, SHOWN, counts_table, quarantine_table, sample_of
+from dpo_assets.report.tables import MOST_ROWS, SHOWN, counts_table, quarantine_table, sample_of
 
 
 def materialise(step: Step) -> Events:
@@ -61,6 +61,8 @@ def materialise(step: Step) -> Events:
         kept_in_train = bound_by_models(step.tree, feedback.eval_fraction, feedback.seed)
         # Also where the dataset is there already: what it chose from may be damaged, and is then made again.
         fitted = fitted_pairs(step, inputs, sets)
+        # A batch that was made again may have other bytes: a dataset that names the old ones could not be read.
+        config |= {"batches": [Part.of(one).sha256 for one in fitted]}
     if kept_in_train:
         config |= {"kept_in_train": groups_digest(kept_in_train)}
 
@@ -71,15 +73,16 @@ def materialise(step: Step) -> Events:
         found = Found()
         if earlier := earlier_dataset(step.tree, base):
             found = Found.in_dataset(earlier.path, feedback.cleaning.near_duplicate_similarity)
-        outside, told = days.look(fitted, feedback, kept_in_train)
+        outside, told, beside = days.look(fitted, feedback, kept_in_train)
         selection = Selection(fitted, feedback, kept_in_train, found, outside)
         batches = batches_of(step, raw)
         selection.write(folder, batches)
         markers = whole_markers(base, fitted)
+        write_json(folder / BESIDE, beside)
         write_json(folder / "report.json", {**selection.report(folder, batches, context_length, markers), **told})
 
     artifact, reused = step.build("dpo_dataset", config, inputs, make)
-    report = artifact.json("report.json")
+    report = report_of(artifact)
     kept = report.get("kept_in_train", 0)
     if kept:
         step.context.log.warning(f"{kept} {KEPT_IN_TRAIN}")
@@ -118,7 +121,7 @@ def materialise(step: Step) -> Events:
             "answers_truncated": report["truncated_answers"],
             "flagged": dg.MetadataValue.md(counts_table("seen in texts", report["flagged"])),
             **{title: dg.MetadataValue.md(text) for title, text in source_views(report["sources"]).items()},
-            "sample": dg.MetadataValue.md(sample_of(read_split(artifact.path, "train", SHOWN, first=ROWS))),
+            "sample": dg.MetadataValue.md(sample_of(read_split(artifact.path, "train", SHOWN, first=MOST_ROWS))),
             **{title: dg.MetadataValue.md(text) for view in views.values() for title, text in view.items()},
         },
     )

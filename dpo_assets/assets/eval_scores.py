@@ -13,7 +13,7 @@ from dpo_assets.assets.base_model import in_worker
 from dpo_assets.assets.champion import Champion, champion_of, find_champion
 from dpo_assets.assets.compared_release import release_spec
 from dpo_assets.assets.dpo_plan import followed, read_plan
-from dpo_assets.assets.kept_models import training_set
+from dpo_assets.assets.kept_models import trained_record
 from dpo_assets.assets.lineage import Inputs, Read
 from dpo_assets.assets.node import Node
 from dpo_assets.assets.refreshing import start_adapter
@@ -176,7 +176,7 @@ def _seen(step: Step, inputs: Inputs, scores: Artifact, report: EvaluationReport
         with suppress(ConfigError):  # Gone since: what it was trained on was looked at when it was scored.
             champion = find_champion(step.tree, report.champion)
             models += [champion.adapter, champion.start]
-    sets = dict(found for model in models if (found := training_set(step.tree, model)))
+    sets = dict(found for model in models if (found := trained_record(step.tree, model)))
     return seen_pairs(scores.path / SCORES, inputs["dpo_dataset"].path, sets.values())
 
 

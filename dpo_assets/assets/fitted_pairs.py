@@ -82,7 +82,7 @@ def _made(step: Step, base: Inputs, rules: RowRules, missing: dict[str, Artifact
                 screening, before = rules.screening(batch.path), writer.rows
                 for part, _ in screening.parts():
                     writer.write(part)
-                rows = Sieved.of(screening, batch.json(COUNTS)["pairs"], rules.release)
+                rows = Sieved.of(screening, batch.json(COUNTS)["pairs"])
                 sieved[one] = (rows, writer.rows - before)
         tokens = _tokenized(step, base, list(missing), screened, writer.rows)
         start = 0
@@ -146,9 +146,19 @@ def _known(step: Step, base: Artifact, screened: Path) -> Iterator[Path]:
             continue
         if told.manifest.versions.get("dpo_assets") != __version__:
             continue
-        has = pl.read_parquet(told.path / KEYS, columns=[PAIR_ID[0]]).join(wanted, on=PAIR_ID[0], how="semi")
-        if has.height and (found := step.tree.find(FITTED_KIND, told.path.name)) is not None:
+        if _has_any(told, wanted) and (found := step.tree.find(FITTED_KIND, told.path.name)) is not None:
             yield found.path / PAIRS
+
+
+def _has_any(told: Artifact, wanted: pl.DataFrame) -> bool:
+    """Whether a batch, not verified yet, holds some of these pairs; true of one without readable keys: `find` tells."""
+    import polars as pl
+
+    try:
+        keys = pl.read_parquet(told.path / KEYS, columns=[PAIR_ID[0]])
+    except (OSError, pl.exceptions.PolarsError):
+        return True
+    return not keys.join(wanted, on=PAIR_ID[0], how="semi").is_empty()
 
 
 def _refuse_template(step: Step, fitted: Sequence[Artifact]) -> None:

@@ -38,10 +38,12 @@ def forget_splits(tree: ArtifactTree) -> int:
 
 
 def _training_sets(tree: ArtifactTree) -> dict[str, Path]:
-    return dict(found for kind in TRAINED_KINDS for model in tree.listed(kind) if (found := training_set(tree, model)))
+    return dict(
+        found for kind in TRAINED_KINDS for model in tree.listed(kind) if (found := trained_record(tree, model))
+    )
 
 
-def training_set(tree: ArtifactTree, model: Artifact) -> tuple[str, Path] | None:
+def trained_record(tree: ArtifactTree, model: Artifact) -> tuple[str, Path] | None:
     """A digest of the training set of a model, and the table whose `group_id` holds it; None for an adopted base.
 
     Raises:

@@ -17,6 +17,7 @@ from dpo_assets.assets.lineage import Inputs
 from dpo_assets.assets.step import Step
 from dpo_assets.checks.evidence.ledger_file import LedgerFile
 from dpo_assets.errors import ConfigError
+from dpo_assets.feedback.dataset import is_whole
 from dpo_assets.feedback.trained import training_pairs, write_training_set
 from dpo_assets.planning.plan import TrainingPlan, settings_digest
 from dpo_assets.planning.refresh import (
@@ -41,9 +42,10 @@ SHAPE = ("r", "lora_alpha", "target_modules", "target_parameters", "use_rslora")
 
 
 def kept(tree: ArtifactTree, kind: str, digest: str) -> Artifact | None:
-    """The artefact of that content, verified, or None."""
+    """The artefact of that content, verified, or None: also where a batch that a dataset chose from is damaged."""
     told = (told for told in tree.listed(kind) if told.digest == digest)
-    return next((found for one in told if (found := tree.find(kind, one.path.name)) is not None), None)
+    found = (made for one in told if (made := tree.find(kind, one.path.name)) is not None)
+    return next((made for made in found if is_whole(made.path)), None)
 
 
 def start_adapter(checkpoint: Artifact) -> Path | None:

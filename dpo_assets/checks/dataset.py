@@ -74,8 +74,8 @@ def schema(report: Mapping[str, Any]) -> Verdict:
 
 
 def split_leak(report: Mapping[str, Any]) -> Verdict:
-    """Prompts in both splits, by their texts as they stand in the tables, not by the ids that the split was made by: a
-    leaked prompt makes every held-out score meaningless."""
+    """Prompts in both splits, by the texts of their openings as they stand in the tables, and by the ids that the split
+    was made by: a leaked prompt makes every held-out score meaningless."""
     count = report["leaked_prompts"]
     return Verdict(
         "split_leak",

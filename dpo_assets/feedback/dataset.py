@@ -31,7 +31,7 @@ from dpo_assets.errors import CorruptArtifact
 from dpo_assets.feedback.batches import PAIR_ID, PAIRS, PARQUET
 from dpo_assets.feedback.facts import CONTENT
 from dpo_assets.feedback.pool import PART, StoredBatch
-from dpo_assets.hashing import file_sha256, known_sha256
+from dpo_assets.hashing import file_sha256, is_file_of
 
 if TYPE_CHECKING:
     import polars as pl
@@ -86,6 +86,20 @@ def parts_of(dataset: Path) -> list[Part]:
     return [Part(**one) for one in json.loads(path.read_text(encoding="utf-8"))] if path.is_file() else []
 
 
+def is_whole(dataset: Path) -> bool:
+    """Whether every batch that a dataset chose from is there and holds what it held then: its pairs can be read.
+
+    A dataset outlives its batches: one that is damaged is made again where the recipe still asks for it, and with other
+    bytes where another version of a library writes the table.
+    """
+    try:
+        for part in parts_of(dataset):
+            _verified(dataset, part)
+    except CorruptArtifact:
+        return False
+    return True
+
+
 def has_split(dataset: Path, split: Split) -> bool:
     """Whether a folder holds a split, of however many pairs."""
     return (dataset / ROWS).is_file() or _whole(dataset, split).is_file()
@@ -110,7 +124,7 @@ def split_columns(dataset: Path, split: Split) -> list[str]:
 
     path = _whole(dataset, split)
     if not path.is_file():
-        path = next(part.folder(dataset) / PAIRS for part in parts_of(dataset))
+        path = _verified(dataset, parts_of(dataset)[0]) / PAIRS
     return list(pq.read_schema(path).names)
 
 
@@ -152,7 +166,7 @@ def split_parts(
     places = pl.read_parquet(dataset / PLACES).hstack(rows).filter(pl.col("held_out") == (split == "eval"))
     places = places.drop("held_out").with_row_index("at").slice(0, first)
     batches = {b: StoredBatch(_verified(dataset, parts[b])) for b in places["b"].unique().sort()}
-    yield StoredBatch(parts[0].folder(dataset)).take([], columns)
+    yield StoredBatch(_verified(dataset, parts[0])).take([], columns)
     for start in range(0, places.height, size):
         wanted = places.slice(start, size)
         taken = [_taken(batches[b], rows, columns) for (b,), rows in wanted.partition_by("b", as_dict=True).items()]
@@ -211,7 +225,7 @@ def _verified(dataset: Path, part: Part) -> Path:
     folder = part.folder(dataset)
     if not (folder / PAIRS).is_file():
         raise CorruptArtifact(f"{folder / PAIRS}: {dataset} chose pairs of it, and it is gone; materialise dpo_dataset")
-    if known_sha256(folder / PAIRS) != part.sha256:
+    if not is_file_of(folder / PAIRS, part.sha256):
         raise CorruptArtifact(f"{folder / PAIRS}: differs from what {dataset} chose pairs of; materialise dpo_dataset")
     return folder
 

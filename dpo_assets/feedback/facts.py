@@ -98,7 +98,8 @@ def _contents(pairs: pl.DataFrame) -> NDArray[np.uint64]:
 
     if not pairs.height:
         return np.zeros((0, 2), dtype=np.uint64)
-    lines = pairs.select([column.name for column in PAIR_COLUMNS]).write_ndjson().splitlines()
+    written = pairs.select([column.name for column in PAIR_COLUMNS]).write_ndjson()
+    lines = written.removesuffix("\n").split("\n")  # Not splitlines: texts may hold U+2028.
     columns = [_bytes_of(pairs[f"{side}_ids"]) for side in SIDES]
     made = bytearray()
     for line, *ids in zip(lines, *columns, strict=True):

@@ -7,7 +7,7 @@ screened and tokenized, and what lies there is taken up. Rules across pairs and 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     import polars as pl
 
 FITTED_KIND = "fitted_pairs"
-FIT_VERSION = 1  # Of what is made of a batch: another version makes every batch again.
-KEYS_AT_ONCE = 1 << 17  # Rows of a row group: keys are read whole.
+FIT_VERSION = 2  # Of what is made of a batch: another version makes every batch again.
+KEY_ROWS = 1 << 17  # Rows of a row group: keys are read whole.
 UNFIT = "unfit.parquet"  # `quality.sizes` of pairs that were tokenized and do not fit.
 OF_A_ROW = frozenset({"template_marks", "personal_data", "secret", "evaluation_overlap"})  # Reasons, among others.
 
@@ -70,7 +70,7 @@ class RowRules:
     @cached_property
     def release(self) -> list[tuple[int, ReleaseRule]]:
         """Rules of the recipe that release rows from these, with their numbers there."""
-        return [(n, rule) for n, rule in enumerate(self.feedback.release) if rule.reason in OF_A_ROW]
+        return released_from_rows(self.feedback)
 
     def screening(self, batch: Path) -> Screening:
         """A batch as it was read, screened by these rules."""
@@ -78,9 +78,18 @@ class RowRules:
         return Screening(stored([batch]), self.feedback.cleaning, release, self.marks, rules="of a row")
 
 
+def released_from_rows(feedback: FeedbackSection) -> list[tuple[int, ReleaseRule]]:
+    """Rules of a recipe that release rows from what looks at one row alone, with their numbers in the recipe."""
+    return [(n, rule) for n, rule in enumerate(feedback.release) if rule.reason in OF_A_ROW]
+
+
 @dataclass(frozen=True)
 class Sieved:
-    """What is known of a screened batch before it is tokenized: rows, rejected ones, and counts."""
+    """What is known of a screened batch before it is tokenized: rows, rejected ones, and counts.
+
+    `released` goes by a rule's place among `RowRules.release`: other rules of a recipe may come and go before it while
+    the batch stays.
+    """
 
     rows: int
     quarantine: pl.DataFrame
@@ -88,9 +97,9 @@ class Sieved:
     released: dict[str, int]
 
     @classmethod
-    def of(cls, screening: Screening, rows: int, release: Sequence[tuple[int, ReleaseRule]]) -> Sieved:
+    def of(cls, screening: Screening, rows: int) -> Sieved:
         """Of a screening whose parts have all been taken."""
-        released = {str(release[n][0]): count for n, count in sorted(screening.released.items())}
+        released = {str(n): count for n, count in sorted(screening.released.items())}
         return cls(rows, screening.quarantine(), dict(sorted(screening.counts.items())), released)
 
 
@@ -121,7 +130,7 @@ def write_fitted(
             unfit.append(sizes(rendered.join(accepted, on="pair_id", how="anti"), max_length))
             template.update(ids[TEMPLATE_FAULT].drop_nulls().to_list())
             tokenized += ids.height
-    write_table(pl.concat(keys), folder / KEYS, KEYS_AT_ONCE)
+    write_table(pl.concat(keys), folder / KEYS, KEY_ROWS)
     write_table(pl.concat(unfit), folder / UNFIT)
     quarantine = pl.concat([sieved.quarantine, pl.DataFrame(faults, schema=polars_schema(QUARANTINE_COLUMNS))])
     write_table(quarantine, folder / QUARANTINE)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     Words = NDArray[np.uint64]
 
-BANDS, ROWS = 8, 4  # A pair of similarity 0.85 shares a band with a chance of 0.998; one of 0.5 with one of 0.4.
+BANDS, BAND_ROWS = 8, 4  # A pair of similarity 0.85 shares a band with a chance of 0.998; one of 0.5 with one of 0.4.
 BAND_COLUMNS = tuple(f"band_{n}" for n in range(BANDS))
 COMPARED = 2
 SHINGLE = 3
@@ -40,7 +40,7 @@ def band_frame(pairs: pl.DataFrame) -> pl.DataFrame:
     import polars as pl
 
     height = pairs.height
-    lowest = np.full((BANDS * ROWS, height), _NOTHING, dtype=np.uint64)
+    lowest = np.full((BANDS * BAND_ROWS, height), _NOTHING, dtype=np.uint64)
     counts = np.zeros(height, dtype=np.int64)
     for salt, name in enumerate(("chosen", "rejected"), start=1):
         counts += _lower(lowest, pairs[name], salt, np.arange(height))
@@ -48,10 +48,10 @@ def band_frame(pairs: pl.DataFrame) -> pl.DataFrame:
     if short.size:
         counts[short] += _lower(lowest, pairs["prompt"][short.tolist()], 3, short)
     keys = np.zeros((BANDS, height), dtype=np.uint64)
-    odd = _odd_numbers(BANDS * ROWS)
+    odd = _odd_numbers(BANDS * BAND_ROWS)
     for band in range(BANDS):
-        for row in range(ROWS):
-            n = band * ROWS + row
+        for row in range(BAND_ROWS):
+            n = band * BAND_ROWS + row
             keys[band] = _mixed((keys[band] ^ lowest[n]) * odd[n])
     some = counts > 0
     return pl.DataFrame(
@@ -69,7 +69,7 @@ def _lower(lowest: Words, column: pl.Series, salt: int, rows: NDArray[np.int64])
     """Takes the smallest hashes of a column's conversations into `lowest[:, rows]`; tokens of each."""
     import numpy as np
 
-    odd = _odd_numbers(BANDS * ROWS)
+    odd = _odd_numbers(BANDS * BAND_ROWS)
     all_counts = []
     for begin in range(0, column.len(), _BLOCK):
         shingles, starts, counts = _shingles(column.slice(begin, _BLOCK), salt)
@@ -78,7 +78,7 @@ def _lower(lowest: Words, column: pl.Series, salt: int, rows: NDArray[np.int64])
         if not filled.size:
             continue
         into, places = rows[begin + filled], starts[filled]
-        for n in range(BANDS * ROWS):
+        for n in range(BANDS * BAND_ROWS):
             smallest = np.minimum.reduceat(shingles * odd[n], places)
             lowest[n, into] = np.minimum(lowest[n, into], smallest)
     return np.concatenate(all_counts) if all_counts else np.zeros(0, dtype=np.int64)

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_assets.artifact import STORED
 from dpo_assets.feedback.batches import COUNTS, PAIR_ID, PROMPT_ID, QUARANTINE, write_table
-from dpo_assets.feedback.dataset import ROWS, SPLITS, Part, sides_of, write_rows
+from dpo_assets.feedback.dataset import ROWS, SPLITS, Part, Split, sides_of, split_parts, write_rows
 from dpo_assets.feedback.facts import fact_schema
-from dpo_assets.feedback.fitted import UNFIT
+from dpo_assets.feedback.fitted import UNFIT, released_from_rows
 from dpo_assets.feedback.near import Compared
 from dpo_assets.feedback.pair import PAIR_COLUMNS, QUARANTINE_COLUMNS, TOKEN_COLUMNS, polars_schema
 from dpo_assets.feedback.pool import stored
@@ -28,7 +28,7 @@ from dpo_assets.feedback.quality_tokens import Markers
 from dpo_assets.feedback.rules import NOT_DAMAGE
 from dpo_assets.feedback.scan import RENDERED
 from dpo_assets.feedback.screening import Screening
-from dpo_assets.feedback.splits import sides
+from dpo_assets.feedback.splits import sides, together
 from dpo_assets.feedback.tables import quarantine_record
 from dpo_assets.recipe import FeedbackSection
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from dpo_assets.artifact import Artifact
 
 COMPARED, REFUSED = f"{STORED}compared.parquet", f"{STORED}refused.parquet"
-KEYS_AT_ONCE = ("source", "row", "line")
+ROW_OF_FILE = ("source", "row", "line")
 
 
 @dataclass(frozen=True)
@@ -126,11 +126,11 @@ class Selection:
         import polars as pl
 
         hits = self._screening.hits
-        hits = hits.hstack(self._pool.of(hits, KEYS_AT_ONCE))
+        hits = hits.hstack(self._pool.of(hits, ROW_OF_FILE))
         schema = pl.Schema({**dict.fromkeys(PAIR_ID, pl.UInt64()), "raw": pl.String()})
         known = pl.DataFrame(schema=schema) if self._earlier.refused is None else self._earlier.refused
         fresh = hits.join(known, on=PAIR_ID, how="anti").unique(PAIR_ID)
-        taken = self._pool.take(fresh, [*RENDERED, *KEYS_AT_ONCE]).join(fresh, on=["b", "n"], how="left")
+        taken = self._pool.take(fresh, [*RENDERED, *ROW_OF_FILE]).join(fresh, on=["b", "n"], how="left")
         raw = [(r[PAIR_ID[0]], r[PAIR_ID[1]], quarantine_record(r, "", "")["raw"]) for r in taken.iter_rows(named=True)]
         known = pl.concat([known, pl.DataFrame(raw, schema=schema, orient="row")])
         refused = known.join(hits, on=PAIR_ID, how="semi").sort(PAIR_ID)
@@ -151,9 +151,10 @@ class Selection:
         rejected = sum(one["rejected"] for one in counted)
         flagged: Counter[str] = Counter(self._screening.counts)
         released: Counter[int] = Counter(self._screening.released)
+        of_rows = released_from_rows(self._feedback)
         for one in self._counts:
             flagged.update(one["flagged"])
-            released.update({int(n): count for n, count in one["released"].items()})
+            released.update({of_rows[int(n)][0]: count for n, count in one["released"].items()})
         facts, max_length = self.facts, self._feedback.max_length
         written_sides = sides_of(folder)
         if written_sides.pop("twice"):
@@ -176,16 +177,17 @@ class Selection:
         }
 
     def _leaked(self, folder: Path) -> int:
-        """Prompts that stand on both sides of what was written, by the opening message, or by whatever else tells them.
-
-        The split goes by the first of these; a fault of it shows in the others, which ingestion made.
+        """Prompts that stand on both sides of what was written: by the texts of their openings as the tables hold them,
+        and by the ids that ingestion and the split went by. The most that one of these finds.
         """
         import polars as pl
 
         names = (["together"], ["group_id"], PROMPT_ID)
         rows = self.facts.drop("held_out").hstack(pl.read_parquet(folder / ROWS, columns=["held_out"]))
         train, held = (rows.filter(pl.col("held_out") == (split == "eval")) for split in SPLITS)
-        return max(int(train.select(name).unique().join(held, on=name, how="semi").height) for name in names)
+        counts = [train.select(name).unique().join(held, on=name, how="semi").height for name in names]
+        shared = _openings(folder, "train").join(_openings(folder, "eval"), on="opening", how="semi")
+        return int(max(*counts, shared.height))
 
     def _quality(self, max_length: int, context: int, markers: Markers) -> dict[str, Any]:
         import polars as pl
@@ -202,3 +204,11 @@ class Selection:
             return self._pool.take(rows, ["pair_id", "chosen", "rejected", "source", "line"])
 
         return measured | {"contradictions": contradictions(facts, texts)}
+
+
+def _openings(dataset: Path, side: Split) -> pl.DataFrame:
+    """A number for each text that an opening of a split is, part by part of its tables."""
+    import polars as pl
+
+    parts = split_parts(dataset, side, ["prompt", "group_id"])
+    return pl.concat([part.select(opening=together().hash()).unique() for part in parts]).unique()

@@ -57,7 +57,6 @@ class LeftOut:
             "left_out_undated": self.undated,
             "held_out": self.held_out,
             "without_date": self.without_date,
-            "future": self.future,
         }
 
 

@@ -6,7 +6,7 @@ and a dataset keeps, with every pair, the file and the row that it was read from
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from dpo_assets.artifact import Artifact, ArtifactTree
 from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.batches import INDEX, PAIRS
-from dpo_assets.feedback.dataset import Split, read_split
+from dpo_assets.feedback.dataset import Split, is_whole, read_split
 from dpo_assets.feedback.library import BATCH_KIND, PAIRED_KIND
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ class TracedRelease:
         datasets: by digest.
         own: digest of the one that the release itself is of; the others are of its SFT checkpoint, or of a release
             that it went on from.
-        gone: digests of datasets that are not in the store any more, so that their rows cannot be named.
+        gone: digests of datasets that are not in the store any more, or not with all their batches, so that their rows
+            cannot be named.
     """
 
     artifact: Artifact
@@ -106,7 +107,8 @@ class Trace:
         """
         tree = ArtifactTree(folder)
         kinds = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-        known = {found.digest: found for kind in kinds for found in tree.listed(kind)}
+        # Of one content several times, the newest: an older dataset may be of batches that were made again since.
+        known = {found.digest: found for kind in kinds for found in reversed([*tree.listed(kind)])}
         if not known:
             raise ConfigError(
                 f"{folder} holds no artefact of a pipeline; name the folder of one: storage/dpo_assets/<pipeline> in "
@@ -145,8 +147,7 @@ class Trace:
         earlier = next((one for one in self.releases if one.name == before), None)
         if earlier is None or earlier.gone:
             return None
-        behind = dict.fromkeys(self._behind(inputs))
-        now = {digest: self._by_digest[digest] for digest in behind if digest in self._by_digest}
+        now = self._there(dict.fromkeys(self._behind(inputs)))
         there = rows_of(now, inputs.get(DATASET, ""))["pair_id"]
         missing = earlier.rows.unique("pair_id").filter(~pl.col("pair_id").is_in(there.implode()))
         if not missing.height:
@@ -211,9 +212,14 @@ class Trace:
 
     def _traced(self, release: Artifact) -> TracedRelease:
         digests = dict.fromkeys(self._behind(release.manifest.inputs))
-        there = {digest: self._by_digest[digest] for digest in digests if digest in self._by_digest}
+        there = self._there(digests)
         gone = tuple(digest for digest in digests if digest not in there)
         return TracedRelease(release, there, next(iter(digests), ""), gone)
+
+    def _there(self, digests: Iterable[str]) -> dict[str, Artifact]:
+        """The datasets of these digests whose rows can be read."""
+        found = {digest: self._by_digest[digest] for digest in digests if digest in self._by_digest}
+        return {digest: dataset for digest, dataset in found.items() if is_whole(dataset.path)}
 
     def _behind(self, inputs: Mapping[str, str]) -> Iterator[str]:
         """Digests of datasets behind what was made from `inputs`, its own before others: an SFT checkpoint may be of

@@ -51,7 +51,7 @@ def window_said(report: Mapping[str, Any]) -> str:
         f"because they are held out, so that models are judged by the same pairs as before. "
         f"{sum(undated.values())} pairs have no date{where}"
         + (f", {what}" if undated else "")
-        + (f"; {told['future']} are dated in the future" if told["future"] else "")
+        + (f"; {ahead} are dated in the future" if (ahead := report.get("in_future", 0)) else "")
     )
 
 

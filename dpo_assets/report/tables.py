@@ -11,7 +11,7 @@ from dpo_assets.untrusted import in_cell
 if TYPE_CHECKING:
     import polars as pl
 
-ROWS, CELL = 5, 160
+MOST_ROWS, CELL = 5, 160
 
 
 def cell(value: Any) -> str:
@@ -39,7 +39,7 @@ def sample_table(path: Path) -> str:
     """The first pairs of a table in a file, see `sample_of`."""
     import polars as pl
 
-    return sample_of(pl.read_parquet(path, columns=list(SHOWN), n_rows=ROWS))
+    return sample_of(pl.read_parquet(path, columns=list(SHOWN), n_rows=MOST_ROWS))
 
 
 def sample_of(pairs: pl.DataFrame) -> str:
@@ -47,7 +47,7 @@ def sample_of(pairs: pl.DataFrame) -> str:
     # Pairs as read may still hold an empty conversation; screening comes later.
     rows = [
         [row[name][-1]["content"] if row[name] else "" for name in SHOWN]
-        for row in pairs.head(ROWS).iter_rows(named=True)
+        for row in pairs.head(MOST_ROWS).iter_rows(named=True)
     ]
     return table(["prompt (last message)", "chosen", "rejected"], rows)
 
@@ -58,4 +58,4 @@ def quarantine_table(path: Path) -> str:
 
     columns = ["reason", "message", "source", "line"]
     rows = pl.read_parquet(path, columns=columns).group_by("reason", maintain_order=True).head(2)
-    return table(columns, rows.select(columns).rows()[: 4 * ROWS]) if rows.height else "none"
+    return table(columns, rows.select(columns).rows()[: 4 * MOST_ROWS]) if rows.height else "none"

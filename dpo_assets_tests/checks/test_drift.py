@@ -17,6 +17,7 @@ from dpo_assets.checks.drift import feedback_drift
 from dpo_assets.checks.evidence.drift import DriftReport, difference_of_means, drift_report
 from dpo_assets.checks.verdict import Verdict
 from dpo_assets.errors import ConfigError
+from dpo_assets.feedback import dated as dated_module
 from dpo_assets.feedback.batches import PAIR_ID, keys_frame
 from dpo_assets.feedback.dated import WINDOWS, DatedPairs, dated_pairs
 from dpo_assets.feedback.facts import day_of
@@ -195,3 +196,33 @@ def test_the_interval_of_a_difference_holds_it_as_often_as_it_says_where_convers
         low_p += p <= 0.05
     assert 0.93 <= held / 400 <= 0.98
     assert low_p == 400 - held
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["{day}/votes.jsonl", "votes-{month}.jsonl", "part-{number:05d}.parquet", "votes_{month}T101500.jsonl"],
+)
+def test_files_that_belong_to_a_time_are_one_source_and_no_drift(name: str) -> None:
+    def of(first: date, k: int) -> dict[str, Any]:
+        day = first - timedelta(days=k % DAYS)
+        return {"source": name.format(day=day, month=f"{day:%Y-%m}", number=day.toordinal() % 97)}
+
+    now, before = NOW, NOW - timedelta(days=DAYS + 5)
+    pairs = two_windows(lambda k: of(now, k), lambda k: of(before, k))
+    verdict, report = judged([*pairs, *(dated(900 + k, k % (2 * DAYS), source="fixed.jsonl") for k in range(40))])
+    assert verdict.level == "pass", verdict.fix
+    assert [shift.measure for shift in report.shifts if "*" in shift.part] == ["share of pairs", "longer won"]
+
+
+def test_a_file_of_one_window_alone_has_no_share_of_pairs_that_could_move() -> None:
+    verdict, report = judged(two_windows(lambda _: {"source": "november.jsonl"}, lambda _: {"source": "october.jsonl"}))
+    assert verdict.level == "pass", verdict.fix
+    assert not [shift for shift in report.shifts if shift.measure == "share of pairs"]
+
+
+def test_pairs_and_conversations_of_a_window_are_of_all_its_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dated_module, "MOST_MEASURED", 30)
+    verdict, report = judged(two_windows(nothing, nothing))
+    assert {shift.pairs for shift in report.shifts} == {(30, 30)}
+    assert [(window.pairs, window.conversations) for window in report.windows] == [(80, 80)] * 2
+    assert "80 pairs in 80 conversations" in verdict.note

@@ -6,19 +6,24 @@ import random
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
-from dpo_assets.artifact import STORED, Artifact, ArtifactTree, write_json
+from dpo_assets import hashing
+from dpo_assets.artifact import STORED, Artifact, ArtifactTree, Manifest, seal, write_json
+from dpo_assets.assets.fitted_pairs import _known
+from dpo_assets.assets.refreshing import kept
 from dpo_assets.errors import CorruptArtifact
 from dpo_assets.feedback import screening
-from dpo_assets.feedback.batches import Batch, write_batch
+from dpo_assets.feedback.batches import KEYS, PROMPT_ID, Batch, write_batch
 from dpo_assets.feedback.dataset import (
     SPLITS,
     has_split,
+    is_whole,
     parts_of,
     read_split,
     split_columns,
@@ -35,6 +40,7 @@ from dpo_assets.feedback.screening import screen
 from dpo_assets.feedback.selection import Found, Selection
 from dpo_assets.feedback.splits import fit_to_model, split
 from dpo_assets.feedback.tables import pairs_frame, quarantine_frame
+from dpo_assets.publishing.trace import Trace
 from dpo_assets.recipe import FeedbackSection, FeedbackSource
 from dpo_assets_tests.samples import assistant, pair, user
 
@@ -106,7 +112,7 @@ class Store:
         found = rules.screening(read.path)
         kept = [part for part, _ in found.parts()]
         parts = [(part, tokens_of(part)) for part in kept]
-        sieved = Sieved.of(found, len(pairs), rules.release)
+        sieved = Sieved.of(found, len(pairs))
         fitted = self.add(
             FITTED_KIND,
             lambda folder: write_fitted(folder, parts, sieved, MAX_LENGTH, self.feedback.seed),
@@ -292,3 +298,118 @@ def test_a_batch_that_is_gone_or_damaged_is_named_and_never_read(tmp_path: Path,
         other.write_parquet(path)
     with pytest.raises(CorruptArtifact, match=str(path)):
         read_split(made.path, "train")
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0b", "\r"])
+def test_a_mark_in_a_text_that_some_take_for_a_line_end_ends_no_row(mark: str) -> None:
+    pairs = pairs_frame([pair(0, chosen=[assistant(f"one{mark}two")]), pair(1)])
+    table = pairs.join(tokens_of(pairs).drop("template_fault"), on="pair_id")
+    both, alone = (facts_frame(rows, MAX_LENGTH, 0) for rows in (table, table.tail(1)))
+    assert both["content_a"].n_unique() == 2
+    assert both.tail(1).equals(alone)
+
+
+@pytest.mark.parametrize("damage", ["gone", "changed"])
+def test_a_dataset_with_a_damaged_batch_counts_as_gone_wherever_an_earlier_one_is_asked_for(
+    tmp_path: Path, damage: str
+) -> None:
+    store = Store(tmp_path)
+    made = store.dataset([store.fit(feedback())])
+    adapter = store.tree.find_or_build("dpo_adapter", "a" * 32, lambda _: None, {"dpo_dataset": made.digest})[0]
+    inputs = {"dpo_adapter": adapter.digest, "dpo_dataset": made.digest}
+    store.tree.find_or_build("published_model", "b" * 32, lambda _: None, inputs)
+    [whole] = Trace.of(store.tree.root).releases
+    assert (kept(store.tree, "dpo_dataset", made.digest), whole.gone) == (made, ())
+    [part] = parts_of(made.path)
+    path = part.folder(made.path) / "pairs.parquet"
+    table = pl.read_parquet(path)
+    path.unlink()
+    if damage == "changed":
+        table.write_parquet(path, row_group_size=7)
+    assert kept(store.tree, "dpo_dataset", made.digest) is None
+    [release] = Trace.of(store.tree.root).releases
+    assert release.gone == (made.digest,)
+    assert release.rows.is_empty()
+    assert Trace.of(store.tree.root).withdrawn(release.name, inputs) is None
+    with pytest.raises(CorruptArtifact, match=str(path)):
+        split_columns(made.path, "train")
+    with pytest.raises(CorruptArtifact, match=str(path)):
+        next(split_parts(made.path, "train"))
+
+
+def test_a_dataset_of_batches_that_were_made_again_with_other_bytes_takes_the_place_of_the_old_one(
+    tmp_path: Path,
+) -> None:
+    store = Store(tmp_path)
+    read, fitted = store.fit(feedback())
+    old = store.dataset([(read, fitted)])
+    pairs = pl.read_parquet(fitted.path / "pairs.parquet")
+    for path in (fitted.path / "pairs.parquet", fitted.path / "manifest.json"):
+        path.unlink()
+    pairs.write_parquet(fitted.path / "pairs.parquet", row_group_size=7)
+    again = seal(fitted.path, kind=FITTED_KIND, fingerprint=fitted.fingerprint, inputs={})
+    new = store.dataset([(read, again)])
+    assert new.digest == old.digest
+    assert (is_whole(new.path), is_whole(old.path)) == (True, False)
+    store.tree.find_or_build("published_model", "b" * 32, lambda _: None, {"dpo_dataset": old.digest})
+    assert kept(store.tree, "dpo_dataset", old.digest) == new
+    [release] = Trace.of(store.tree.root).releases
+    assert release.datasets == {old.digest: new}
+
+
+def test_a_batch_is_read_itself_before_it_is_called_damaged_by_a_digest_that_was_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path)
+    made = store.dataset([store.fit(feedback())])
+    monkeypatch.setattr(hashing, "known_sha256", lambda _: "0" * 64)  # As of a record that another step wrote.
+    assert is_whole(made.path)
+    assert read_split(made.path, "train").height
+
+
+def test_rows_that_a_rule_released_count_for_it_wherever_it_stands_in_the_recipe_by_now(tmp_path: Path) -> None:
+    of_row, across = (
+        {"reason": reason, "source": "*", "note": "looked through"} for reason in ("template_marks", "conflict")
+    )
+    store = Store(tmp_path, release=[across, of_row])
+    batch = store.fit(feedback())
+    before = store.dataset([batch]).json("report.json")["released"]
+    store.feedback = settings(release=[of_row, across])  # The batch is the same one: it was made by `of_row` alone.
+    after = store.dataset([batch]).json("report.json")["released"]
+    assert {one["reason"]: one["rows"] for one in after} == {one["reason"]: one["rows"] for one in before}
+    assert min(one["rows"] for one in after) > 0
+    assert after[0]["rows"] != after[1]["rows"]
+
+
+def test_one_text_on_both_sides_is_a_leak_whatever_the_ids_say(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    asked = [user("Who is asked on both sides?")]
+    answers = [[assistant(" ".join(WORDS[n : n + 9]))] for n in range(20)]
+    read, fitted = store.fit([pair(n, prompt=asked, chosen=answers[n], rejected=answers[-1]) for n in range(12)])
+    assert store.dataset([(read, fitted)]).json("report.json")["leaked_prompts"] == 0
+    keys = pl.read_parquet(fitted.path / KEYS)
+    number = pl.int_range(pl.len(), dtype=pl.UInt64)
+    told = dict.fromkeys(("together", *PROMPT_ID), number)
+    told |= {"draw": number % 2 * (2**63), "group_id": pl.format("g{}", number)}
+    keys.with_columns(**told).write_parquet(fitted.path / KEYS)
+    assert store.dataset([(read, fitted)]).json("report.json")["leaked_prompts"] == 1
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut off", "no table"])
+def test_a_damaged_batch_whose_token_ids_could_be_taken_up_is_set_aside_and_stops_nothing(
+    tmp_path: Path, damage: str
+) -> None:
+    store = Store(tmp_path)
+    (read, damaged), (_, whole) = store.fit(feedback(20)), store.fit(feedback(20))
+    for one in (damaged, whole):
+        manifest = Manifest.model_validate_json((one.path / "manifest.json").read_bytes())
+        told = manifest.model_copy(update={"inputs": {"base_model": read.digest}})
+        (one.path / "manifest.json").write_text(told.model_dump_json())
+    path = damaged.path / KEYS
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-20] if damage == "cut off" else b"not a table")
+    found = _known(SimpleNamespace(tree=store.tree), read, read.path / "pairs.parquet")  # type: ignore[arg-type]
+    assert list(found) == [whole.path / "pairs.parquet"]
+    assert not damaged.path.exists()

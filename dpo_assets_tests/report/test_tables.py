@@ -11,7 +11,7 @@ from markdown_it import MarkdownIt
 
 from dpo_assets.feedback.pair import Pair, Rejected
 from dpo_assets.feedback.tables import pairs_frame, quarantine_frame
-from dpo_assets.report.tables import CELL, ROWS, cell, counts_table, quarantine_table, sample_table, table
+from dpo_assets.report.tables import CELL, MOST_ROWS, cell, counts_table, quarantine_table, sample_table, table
 from dpo_assets_tests.samples import assistant, pair, user
 
 
@@ -53,7 +53,7 @@ def saved(folder: Path, pairs: list[Pair]) -> Path:
 def test_a_sample_shows_the_last_messages_of_the_first_pairs(tmp_path: Path) -> None:
     first = pair(0, prompt=[user("opening"), assistant("b"), user("last")])
     lines = sample_table(saved(tmp_path, [first, *(pair(n) for n in range(1, 20))])).splitlines()
-    assert len(lines) == 2 + ROWS
+    assert len(lines) == 2 + MOST_ROWS
     assert lines[2] == "| last | a good answer | a bad answer |"
     assert len(sample_table(saved(tmp_path, [])).splitlines()) == 2
 
@@ -69,7 +69,7 @@ def test_quarantined_rows_are_shown_two_a_reason_and_in_bounds(tmp_path: Path) -
     rows = [Rejected(f"reason {n % 15:02}", "why", "f.jsonl", "", n, b"raw") for n in range(90)]
     quarantine_frame(rows).write_parquet(path)
     lines = quarantine_table(path).splitlines()
-    assert len(lines) == 2 + 4 * ROWS
+    assert len(lines) == 2 + 4 * MOST_ROWS
     assert lines[2:5] == [
         "| reason 00 | why | f.jsonl | 0 |",
         "| reason 00 | why | f.jsonl | 15 |",

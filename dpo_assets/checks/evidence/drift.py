@@ -72,7 +72,7 @@ class Shift:
 
 
 class WindowScore(Report):
-    """What one window is like."""
+    """What one window is like: pairs and conversations are all of it, means those of the pairs that are measured."""
 
     first: str
     last: str
@@ -131,7 +131,7 @@ def _score(dated: DatedPairs, window: int) -> WindowScore:
         first=first.isoformat(),
         last=last.isoformat(),
         pairs=dated.counts[window],
-        conversations=rows["group_id"].n_unique(),
+        conversations=dated.conversations[window],
         longer_won=clustered_mean(_longer_won(rows), rows["group_id"].to_list()),
         length=clustered_mean(_lengths(rows), rows["group_id"].to_list()),
         margin=clustered_mean(rated["margin"].to_list(), rated["group_id"].to_list()),
@@ -172,7 +172,9 @@ def _measures(now: pl.DataFrame, before: pl.DataFrame) -> Iterator[tuple[str, Me
             is_one = pl.col(column) == name
             of_one = [rows.filter(is_one) for rows in (now, before)]
             shares = [[float(one == name) for one in rows[column]] for rows in (now, before)]
-            yield part, "share of pairs", (shares[0], groups(now)), (shares[1], groups(before))
+            # A file that stands in one window alone says when it was written, not who gave what is in it.
+            if column != "source" or all(rows.height for rows in of_one):
+                yield part, "share of pairs", (shares[0], groups(now)), (shares[1], groups(before))
             yield part, "longer won", values(of_one[0], "longer won"), values(of_one[1], "longer won")
     for name in _largest(now, before, "winner", "loser"):
         took_part = (pl.col("winner") == name) | (pl.col("loser") == name)
