@@ -40,8 +40,13 @@ def ledger_of(shelf: Shelf) -> Ledger:
     return LedgerFile.of(shelf.tree.root).read()
 
 
-def refresh(shelf: Shelf, content: str, *, right: float = 0.6, frozen: str = "differs") -> str:
-    """Another challenger on the shelf, scored beside the champion on known conversations and 300 new ones; its name."""
+def refresh(
+    shelf: Shelf, content: str, *, right: float = 0.6, frozen: str = "differs", behind: str = ""
+) -> str:
+    """Another challenger on the shelf, scored beside the champion on known conversations and 300 new ones; its name.
+
+    `behind`: digest of the adapter that it went on from.
+    """
     champion = ledger_of(shelf).champion
 
     def weights(folder: Path) -> None:
@@ -60,7 +65,9 @@ def refresh(shelf: Shelf, content: str, *, right: float = 0.6, frozen: str = "di
 
     shelf_report = shelf.now["merged_model"].json("report.json")
     adapter = shelf.now["dpo_adapter"].json("report.json")
-    shelf.make("dpo_adapter", content, also=lambda folder: write_json(folder / "report.json", adapter))
+    shelf.make(
+        "dpo_adapter", content, also=lambda folder: write_json(folder / "report.json", adapter), goes_on_from=behind
+    )
     shelf.make("merged_model", content, also=weights)
     shelf.make("eval_scores", f"{content} {champion}", also=scored)
     return shelf.now["merged_model"].digest
@@ -340,6 +347,33 @@ def test_a_rollback_makes_the_release_before_live_and_the_next_refresh_is_judged
         "decision", "release", "decision", "release", "rollback", "decision", "decision", "release"
     ]  # fmt: skip
     assert ledger.releases[-1].release == 3
+
+
+@pytest.mark.parametrize("between", [False, True], ids=["straight", "with one between"])
+def test_a_challenger_that_went_on_from_a_release_that_was_taken_back_is_rejected(
+    shelf: Shelf, hub: HubServer, between: bool
+) -> None:
+    """Scored well, and better than what is live now: what the release was taken back for may be in it too."""
+    first, second = two_releases(shelf, hub)
+    behind = shelf.now["dpo_adapter"].digest
+    if between:
+        refresh(shelf, "between", behind=behind)
+        behind = shelf.now["dpo_adapter"].digest
+    assert roll_back(shelf, sending(hub)).success
+    refresh(shelf, "third, and better", right=0.9, frozen="equal", behind=behind)
+    result = release(shelf, sending(hub))
+    assert not result.success
+    said = failed_checks(result)["promotion_verdict"]
+    assert said["value"] == "reject"
+    assert f"it went on from the release {second[:12]}" in said["note"]
+    assert WHY in said["note"]
+    assert ledger_of(shelf).champion == first
+
+    # Live again, it is nothing to reject what went on from it for.
+    assert roll_back(shelf, sending(hub), to="2", reason="it was the prompt, and not the model").success
+    refresh(shelf, "third, and better", right=0.9, frozen="equal", behind=behind)
+    assert release(shelf, sending(hub)).success
+    assert ledger_of(shelf).champion == shelf.now["merged_model"].digest
 
 
 def test_who_loads_the_champion_gets_what_is_live_through_a_rollback_whatever_else_is_on_main(

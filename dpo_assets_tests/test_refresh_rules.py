@@ -13,7 +13,7 @@ import dagster as dg
 import polars as pl
 import pytest
 
-from dpo_assets.artifact import Artifact, fingerprint, write_json
+from dpo_assets.artifact import write_json
 from dpo_assets.assets.graph import LINEAGE
 from dpo_assets.assets.lineage import Inputs
 from dpo_assets.assets.pipeline import Pipeline
@@ -58,18 +58,6 @@ class Pipelined(Shelf):
         self.make("dpo_plan")
         self.make("sft_checkpoint", content, also=with_adapter(r=rank))
         self.make("dpo_adapter", content, also=with_adapter(r=rank))
-        self.make("merged_model", content)
-
-    def make_on(self, release: Artifact, content: str) -> None:
-        """A model that went on from an adapter."""
-        inputs = {**self.now["dpo_adapter"].manifest.inputs, "dpo_adapter": release.digest}
-
-        def fill(folder: Path) -> None:
-            write_json(folder / "content.json", content)
-            with_adapter()(folder)
-
-        print_ = fingerprint("dpo_adapter", content, inputs)
-        self.now["dpo_adapter"], _ = self.tree.find_or_build("dpo_adapter", print_, fill, inputs)
         self.make("merged_model", content)
 
     def chosen(self, planned: TrainingPlan | None = None, **refresh: Any) -> tuple[ChosenSft, ChosenStart]:
@@ -213,7 +201,8 @@ def test_a_release_behind_which_an_adapter_is_gone_is_of_no_known_generation(she
     shelf.model("second")
     first, second = shelf.tree.listed("dpo_adapter"), shelf.now["dpo_adapter"]
     behind = next(one for one in first if one.digest != second.digest)
-    shelf.make_on(behind, "third")
+    shelf.make("dpo_adapter", "third", also=with_adapter(), goes_on_from=behind.digest)
+    shelf.make("merged_model", "third")
     go_live(shelf)
     shelf.data(110)
     assert shelf.chosen(policy=asked)[1].refresh.generation == 3
