@@ -59,8 +59,8 @@ def go_live(shelf: Shelf, **inputs: str) -> str:
     def released(ledger: Ledger) -> Ledger:
         decided = Decided(
             number=len(ledger.lines) + 1, before=ledger.head, at=AT, champion=ledger.champion, challenger=name,
-            inputs=inputs, primaries={"reward": found}, level=0.0125, saw=("p",), decision="first_publication", found=True,
-            reason="better",
+            inputs=inputs, primaries={"reward": found}, level=0.0125, saw=("p",), decision="first_publication",
+            found=True, reason="better",
         )  # fmt: skip
         return ledger.append(decided).released(
             decided, at=AT, repo_id="org/bot", commit="c" * 40, tag="t", artefact="f", known=["p"]

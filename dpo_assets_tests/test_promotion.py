@@ -20,8 +20,9 @@ import pytest
 from huggingface_hub import HfApi, hf_hub_download
 
 from dpo_assets import HubResource, build_dpo_defs
-from dpo_assets.artifact import write_json
+from dpo_assets.artifact import ArtifactTree, write_json
 from dpo_assets.assets.promotion import SNAPSHOT
+from dpo_assets.assets.rollback import withdrawn_since
 from dpo_assets.checks.evidence.ledger import Ledger
 from dpo_assets.checks.evidence.ledger_file import LedgerFile
 from dpo_assets.publishing.commit import CHAMPION
@@ -399,6 +400,22 @@ def test_who_loads_the_champion_gets_what_is_live_through_a_rollback_whatever_el
     api.upload_file(repo_id=REPO, path_or_fileobj=b"a colleague's", path_in_repo=weights)
     assert repo(REPO).files("main")[weights] == b"a colleague's"
     assert loaded() == released
+
+
+def test_a_count_of_withdrawn_rows_that_fails_is_told_and_no_fault_of_a_rollback_that_is_done(tmp_path: Path) -> None:
+    """A dataset of the release is no table any more."""
+    tree = ArtifactTree(tmp_path)
+
+    def fill(folder: Path) -> None:
+        (folder / "train.parquet").write_bytes(b"no table")
+
+    dataset, _ = tree.find_or_build("dpo_dataset", "a" * 32, fill, {})
+    staged, _ = tree.find_or_build("published_model", "b" * 32, fill, {"dpo_dataset": dataset.digest})
+    told: list[str] = []
+    assert withdrawn_since(tree, staged.fingerprint, told.append) is None
+    [said] = told
+    assert said.startswith("how many rows behind it were withdrawn since cannot be told: ")
+    assert "not all are kept" not in said
 
 
 def test_a_rollback_that_is_stopped_is_finished_without_a_second_commit(shelf: Shelf, hub: HubServer) -> None:
