@@ -41,9 +41,7 @@ def ledger_of(shelf: Shelf) -> Ledger:
     return LedgerFile.of(shelf.tree.root).read()
 
 
-def refresh(
-    shelf: Shelf, content: str, *, right: float = 0.6, frozen: str = "differs", behind: str = ""
-) -> str:
+def refresh(shelf: Shelf, content: str, *, right: float = 0.6, frozen: str = "differs", behind: str = "") -> str:
     """Another challenger on the shelf, scored beside the champion on known conversations and 300 new ones; its name.
 
     `behind`: digest of the adapter that it went on from.

@@ -14,8 +14,8 @@ import pytest
 from dpo_assets import build_dpo_defs
 from dpo_assets.artifact import Artifact, ArtifactTree, write_json
 from dpo_assets.checks.evidence.ledger import Ledger
-from dpo_assets.checks.evidence.rules import Evidence, judge
 from dpo_assets.checks.evidence.ledger_file import LedgerFile
+from dpo_assets.checks.evidence.rules import Evidence, judge
 from dpo_assets.checks.evidence.task_guards import TaskGuard, fallen
 from dpo_assets.checks.reports import HarnessScores, TaskScore
 from dpo_assets.contract import ANSWERED, SAMPLES
