@@ -16,7 +16,7 @@ import polars as pl
 import pytest
 
 from dpo_assets import build_dpo_defs
-from dpo_assets.feedback import batches, fitted, reading, selection
+from dpo_assets.feedback import batches, fitted, reading, splits
 from dpo_assets.recipe import Severity
 from dpo_assets_tests.feedback.exported import EXPORTS
 from dpo_assets_tests.pipelines import (
@@ -274,7 +274,7 @@ def test_a_pair_that_is_lost_before_the_split_and_a_prompt_on_both_sides_turn_th
         return pl.Series([n % 2 == 0 for n in range(drawn.len())])
 
     monkeypatch.setattr(fitted, "fit_to_model", losing)
-    monkeypatch.setattr(selection, "held_out", leaking)
+    monkeypatch.setattr(splits, "held_out", leaking)
     result = materialize(trl_recipe(folder / "*.jsonl"), instance, DATA)
     gates = failed_checks(result)
     # Two pairs of each file are lost.

@@ -250,9 +250,9 @@ def test_a_trainer_counts_the_answers_of_its_first_step_in_16_bit_only(sixteen_b
     zeros = torch.zeros(2)
     first = PairScores(zeros, zeros, zeros, zeros, torch.tensor([10.0, 20.0]), torch.tensor([15.0, 25.0]))
     trainer = SimpleNamespace(
-        state=SimpleNamespace(global_step=0), args=SimpleNamespace(bf16=sixteen_bit, fp16=False), first_loss_tokens=0.0,
-        _first=[first], _loss=DpoLoss(beta=0.1), _reference="sft", expected_first_loss=0.0,
+        args=SimpleNamespace(bf16=sixteen_bit, fp16=False), first_loss_tokens=0.0, _loss=DpoLoss(beta=0.1),
+        _reference="sft", expected_first_loss=0.0,
     )  # fmt: skip
-    PackedDPOTrainer.after_step_loss(trainer, torch.tensor(LN2))
+    PackedDPOTrainer._check_first(trainer, LN2, first)
     assert trainer.first_loss_tokens == expected
     assert trainer.expected_first_loss == pytest.approx(LN2)
