@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,18 +151,16 @@ def _task_guards(step: Step, inputs: Inputs, opponent: str | None) -> tuple[dict
     """Those scores against the opponent's own, item by item; and the digests of these, as `champion_<node>`."""
     evaluation, guards, against = step.recipe.evaluation, dict[str, TaskGuard](), dict[str, str]()
 
-    def harness(theirs: Artifact | None) -> dict[str, TaskGuard]:
-        return harness_guards(inputs["harness_scores"], theirs, first=opponent is None)
-
-    def benchmarks(theirs: Artifact | None) -> dict[str, TaskGuard]:
+    def compare(own: Artifact, theirs: Artifact | None) -> dict[str, TaskGuard]:
+        if own.manifest.kind == "harness_scores":
+            return harness_guards(own, theirs, first=opponent is None)
         if opponent is None:  # A benchmark has no score of a start: rewards are against it.
             return {}
         names = [one.name for one in evaluation.benchmarks if one.guards]
-        return benchmark_guards(inputs["benchmark_scores"], theirs, names, evaluation.confidence)
+        return benchmark_guards(own, theirs, names, evaluation.confidence)
 
-    by_node = {"harness_scores": harness, "benchmark_scores": benchmarks}
     for read in guarding_reads(step.recipe):
-        found, theirs = fitting(_scores_of(step.tree, read.node, opponent), by_node[read.node])
+        found, theirs = fitting(_scores_of(step.tree, read.node, opponent), partial(compare, inputs[read.node]))
         guards |= found
         if theirs is not None:
             against[f"champion_{read.node}"] = theirs.digest

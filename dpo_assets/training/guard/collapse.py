@@ -65,8 +65,8 @@ class CollapseGuard(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """What the reference answers: not the policy, where that goes on from a release. `take_up` knows it in a run that
-        is gone on with."""
+        """What the reference answers, which is not the policy that goes on from a release. `take_up` knows it in a run
+        that is gone on with."""
         self.rows = [row for row in state.log_history if "loss" in row]
         if state.global_step:
             return
