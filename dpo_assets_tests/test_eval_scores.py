@@ -51,16 +51,16 @@ def asked(shelf: Shelf, **evaluation: Any) -> EvaluateSpec | str:
     return ASKED[0] if ASKED else said
 
 
-def go_live(shelf: Shelf) -> str:
-    """The model on the shelf is decided on and released."""
+def go_live(shelf: Shelf, **inputs: str) -> str:
+    """The model on the shelf is decided on, by these inputs, and released."""
     name = shelf.now["merged_model"].digest
     found = Primary(difference=0.2, low=0.1, high=0.3, p_better=0.001, adjusted=0.001, pairs=99, prompts=99)
 
     def released(ledger: Ledger) -> Ledger:
         decided = Decided(
             number=len(ledger.lines) + 1, before=ledger.head, at=AT, champion=ledger.champion, challenger=name,
-            inputs={}, primaries={"reward": found}, level=0.0125, saw=("p",), decision="first_publication", found=True,
-            reason="better",
+            inputs=inputs, primaries={"reward": found}, level=0.0125, saw=("p",), decision="first_publication",
+            found=True, reason="better",
         )  # fmt: skip
         return ledger.append(decided).released(
             decided, at=AT, repo_id="org/bot", commit="c" * 40, tag="t", artefact="f", known=["p"]

@@ -64,14 +64,17 @@ class Shelf:
         also: Callable[[Path], None] = lambda _: None,
         shown: Mapping[str, Any] = {},
         trained_on: str = "",
+        goes_on_from: str = "",
         **of_plan: Any,
     ) -> Artifact:
         """An artefact made from what stands on the shelf now, but for what it was not made from.
 
         `trained_on`: digest of the dataset that SFT trains on by this plan; default: the one on the shelf.
+        `goes_on_from`: digest of the adapter of a release.
         """
         read = [read for read in LINEAGE.reads(node) if read.node not in leave_out]
         inputs = {one.node: one.part(self.now[one.node]) for one in read}
+        inputs |= {"dpo_adapter": goes_on_from} if goes_on_from else {}
 
         def fill(folder: Path) -> None:
             write_json(folder / "content.json", [content, inputs if node == "dpo_plan" else ""])

@@ -20,8 +20,9 @@ import pytest
 from huggingface_hub import HfApi, hf_hub_download
 
 from dpo_assets import HubResource, build_dpo_defs
-from dpo_assets.artifact import write_json
+from dpo_assets.artifact import ArtifactTree, write_json
 from dpo_assets.assets.promotion import SNAPSHOT
+from dpo_assets.assets.rollback import withdrawn_since
 from dpo_assets.checks.evidence.ledger import Ledger
 from dpo_assets.checks.evidence.ledger_file import LedgerFile
 from dpo_assets.publishing.commit import CHAMPION
@@ -40,8 +41,11 @@ def ledger_of(shelf: Shelf) -> Ledger:
     return LedgerFile.of(shelf.tree.root).read()
 
 
-def refresh(shelf: Shelf, content: str, *, right: float = 0.6, frozen: str = "differs") -> str:
-    """Another challenger on the shelf, scored beside the champion on known conversations and 300 new ones; its name."""
+def refresh(shelf: Shelf, content: str, *, right: float = 0.6, frozen: str = "differs", behind: str = "") -> str:
+    """Another challenger on the shelf, scored beside the champion on known conversations and 300 new ones; its name.
+
+    `behind`: digest of the adapter that it went on from.
+    """
     champion = ledger_of(shelf).champion
 
     def weights(folder: Path) -> None:
@@ -60,7 +64,9 @@ def refresh(shelf: Shelf, content: str, *, right: float = 0.6, frozen: str = "di
 
     shelf_report = shelf.now["merged_model"].json("report.json")
     adapter = shelf.now["dpo_adapter"].json("report.json")
-    shelf.make("dpo_adapter", content, also=lambda folder: write_json(folder / "report.json", adapter))
+    shelf.make(
+        "dpo_adapter", content, also=lambda folder: write_json(folder / "report.json", adapter), goes_on_from=behind
+    )
     shelf.make("merged_model", content, also=weights)
     shelf.make("eval_scores", f"{content} {champion}", also=scored)
     return shelf.now["merged_model"].digest
@@ -342,6 +348,33 @@ def test_a_rollback_makes_the_release_before_live_and_the_next_refresh_is_judged
     assert ledger.releases[-1].release == 3
 
 
+@pytest.mark.parametrize("between", [False, True], ids=["straight", "with one between"])
+def test_a_challenger_that_went_on_from_a_release_that_was_taken_back_is_rejected(
+    shelf: Shelf, hub: HubServer, between: bool
+) -> None:
+    """Scored well, and better than what is live now: what the release was taken back for may be in it too."""
+    first, second = two_releases(shelf, hub)
+    behind = shelf.now["dpo_adapter"].digest
+    if between:
+        refresh(shelf, "between", behind=behind)
+        behind = shelf.now["dpo_adapter"].digest
+    assert roll_back(shelf, sending(hub)).success
+    refresh(shelf, "third, and better", right=0.9, frozen="equal", behind=behind)
+    result = release(shelf, sending(hub))
+    assert not result.success
+    said = failed_checks(result)["promotion_verdict"]
+    assert said["value"] == "reject"
+    assert f"it went on from the release {second[:12]}" in said["note"]
+    assert WHY in said["note"]
+    assert ledger_of(shelf).champion == first
+
+    # Live again, it is nothing to reject what went on from it for.
+    assert roll_back(shelf, sending(hub), to="2", reason="it was the prompt, and not the model").success
+    refresh(shelf, "third, and better", right=0.9, frozen="equal", behind=behind)
+    assert release(shelf, sending(hub)).success
+    assert ledger_of(shelf).champion == shelf.now["merged_model"].digest
+
+
 def test_who_loads_the_champion_gets_what_is_live_through_a_rollback_whatever_else_is_on_main(
     shelf: Shelf, hub: HubServer, tmp_path: Path
 ) -> None:
@@ -365,6 +398,22 @@ def test_who_loads_the_champion_gets_what_is_live_through_a_rollback_whatever_el
     api.upload_file(repo_id=REPO, path_or_fileobj=b"a colleague's", path_in_repo=weights)
     assert repo(REPO).files("main")[weights] == b"a colleague's"
     assert loaded() == released
+
+
+def test_a_count_of_withdrawn_rows_that_fails_is_told_and_no_fault_of_a_rollback_that_is_done(tmp_path: Path) -> None:
+    """A dataset of the release is no table any more."""
+    tree = ArtifactTree(tmp_path)
+
+    def fill(folder: Path) -> None:
+        (folder / "train.parquet").write_bytes(b"no table")
+
+    dataset, _ = tree.find_or_build("dpo_dataset", "a" * 32, fill, {})
+    staged, _ = tree.find_or_build("published_model", "b" * 32, fill, {"dpo_dataset": dataset.digest})
+    told: list[str] = []
+    assert withdrawn_since(tree, staged.fingerprint, told.append) is None
+    [said] = told
+    assert said.startswith("how many rows behind it were withdrawn since cannot be told: ")
+    assert "not all are kept" not in said
 
 
 def test_a_rollback_that_is_stopped_is_finished_without_a_second_commit(shelf: Shelf, hub: HubServer) -> None:

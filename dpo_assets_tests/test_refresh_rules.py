@@ -19,11 +19,13 @@ from dpo_assets.assets.lineage import Inputs
 from dpo_assets.assets.pipeline import Pipeline
 from dpo_assets.assets.refreshing import ADAPTER, CONFIG, Refreshing
 from dpo_assets.assets.step import Step
+from dpo_assets.errors import ConfigError
+from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.planning.refresh import ChosenSft, ChosenStart
 from dpo_assets.recipe import parse_recipe
 from dpo_assets.resources.artifacts import ArtifactStore
 from dpo_assets_tests.pipelines import demo_recipe
-from dpo_assets_tests.samples import plan
+from dpo_assets_tests.samples import coverage, dpo_report, plan
 from dpo_assets_tests.test_eval_scores import go_live
 from dpo_assets_tests.test_lineage import Shelf, gates_of, instance
 
@@ -58,16 +60,16 @@ class Pipelined(Shelf):
         self.make("dpo_adapter", content, also=with_adapter(r=rank))
         self.make("merged_model", content)
 
-    def chosen(self, **refresh: Any) -> tuple[ChosenSft, ChosenStart]:
+    def chosen(self, planned: TrainingPlan | None = None, **refresh: Any) -> tuple[ChosenSft, ChosenStart]:
         recipe = parse_recipe(demo_recipe(refresh=refresh))
         context = dg.build_asset_context(instance=self.instance, resources={"demo_artifacts": ArtifactStore()})
         step = Step(context, Pipeline("demo", recipe), "dpo_plan", LINEAGE)
         inputs = Inputs.of("dpo_plan", {node: self.now[node] for node in ("dpo_dataset", "base_model")})
-        return Refreshing(step, plan(), inputs).chosen()
+        return Refreshing(step, planned or plan(), inputs).chosen()
 
-    def why(self, asked: str = "replay") -> str:
+    def why(self, asked: str = "replay", planned: TrainingPlan | None = None) -> str:
         """Why the run is full."""
-        _, start = self.chosen(policy=asked)
+        _, start = self.chosen(planned, policy=asked)
         assert start.refresh.whole
         return start.why
 
@@ -172,3 +174,60 @@ def test_the_checkpoint_of_the_release_that_is_live_comes_first(shelf: Pipelined
     assert shelf.chosen()[0].checkpoint == live.digest
     shelf.data(130)
     assert shelf.chosen()[0].checkpoint == shelf.now["sft_checkpoint"].digest, "of 130, it lacks fewer than a fifth"
+
+
+def test_the_adopted_base_of_a_release_with_other_target_modules_is_not_gone_on_from(shelf: Pipelined) -> None:
+    """Told by the plan: the worker would refuse it once the run is on its way."""
+    adopting = plan(sft={"strategy": "adopt"}, lora=plan().lora.model_copy(update={"rank": 16, "alpha": 16}))
+
+    def trained(folder: Path) -> None:
+        with_adapter()(folder)
+        write_json(folder / "report.json", dpo_report().model_dump(mode="json"))
+
+    shelf.make("sft_checkpoint", "adopted")
+    shelf.make("dpo_adapter", "adopted", also=trained)
+    shelf.make("merged_model", "adopted")
+    go_live(shelf)
+    shelf.data(110)
+    assert shelf.chosen(adopting, policy="replay")[1].refresh.generation == 2
+    fewer = adopting.model_copy(update={"coverage": coverage(**{"mlp.up_proj": 4000})})
+    assert "has another target modules" in shelf.why(planned=fewer)
+
+
+@pytest.mark.parametrize("asked", ["replay", "continue"])
+def test_a_release_behind_which_an_adapter_is_gone_is_of_no_known_generation(shelf: Pipelined, asked: str) -> None:
+    """Counted as far as the store reaches, it would be an early one for ever."""
+    shelf.data(105)
+    shelf.model("second")
+    first, second = shelf.tree.listed("dpo_adapter"), shelf.now["dpo_adapter"]
+    behind = next(one for one in first if one.digest != second.digest)
+    shelf.make("dpo_adapter", "third", also=with_adapter(), goes_on_from=behind.digest)
+    shelf.make("merged_model", "third")
+    go_live(shelf)
+    shelf.data(110)
+    assert shelf.chosen(policy=asked)[1].refresh.generation == 3
+    behind.path.rename(behind.path.parent.parent / "elsewhere")
+    assert "an adapter that the release that is live went on from is not in the store" in shelf.why(asked)
+
+
+@pytest.mark.parametrize("node", ["merged_model", "dpo_adapter", "sft_checkpoint"])
+def test_what_is_missing_of_the_release_that_is_live_ends_a_run_before_it_trains(shelf: Pipelined, node: str) -> None:
+    go_live(shelf)
+    shelf.data(110)
+    gone = shelf.now[node].path
+    gone.rename(gone.parent.parent / "elsewhere")
+    for asked in ("replay", "full"):
+        with pytest.raises(ConfigError, match=f"the champion's `{node}`.* is gone from"):
+            shelf.chosen(policy=asked)
+
+
+def test_a_run_on_the_data_of_the_release_that_is_live_may_make_again_what_is_missing(shelf: Pipelined) -> None:
+    go_live(shelf, dpo_dataset=shelf.now["dpo_dataset"].digest)
+    gone = shelf.now["merged_model"].path
+    gone.rename(gone.parent.parent / "elsewhere")
+    sft, start = shelf.chosen()
+    assert sft.checkpoint == shelf.now["sft_checkpoint"].digest
+    assert start.refresh.whole
+    shelf.data(110)
+    with pytest.raises(ConfigError, match="Put the folder back from a backup"):
+        shelf.chosen()

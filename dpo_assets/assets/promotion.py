@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,15 +105,36 @@ def candidate_of(step: Step, inputs: Inputs, previews: Previews) -> Candidate:
     scores = inputs["eval_scores"]
     recorded, opponent = scores.manifest.inputs, EvaluationReport.of(scores).champion
     guarding = {read.node: inputs[read.node].digest for read in guarding_reads(step.recipe)}
+    tasks, theirs = _task_guards(step, inputs, opponent)
     return Candidate(
         name=recorded["merged_model"],
         opponent=opponent,
-        inputs={**recorded, **guarding, SCORES: scores.digest},
+        inputs={**recorded, **guarding, **theirs, SCORES: scores.digest},
         pairs=ScoredPairs.read(scores.path / SCORES_FILE),
         fewest=step.recipe.evaluation.min_pairs,
-        tasks=_task_guards(step, inputs, opponent),
+        failures=withdrawn_start(step.tree, LedgerFile.of(step.tree.root).read(), recorded.get("dpo_adapter")),
+        tasks=tasks,
         previews=previews,
     )
+
+
+def withdrawn_start(tree: ArtifactTree, ledger: Ledger, adapter: str | None) -> dict[str, str]:
+    """The hard guard that fails where a challenger's adapter went on from a release that was taken back since.
+
+    What it was taken back for may be in the challenger too. By manifests alone: of an adapter behind it that is gone
+    from the store the digest is still known.
+    """
+    made = {told.digest: told.manifest.inputs.get("dpo_adapter") for told in tree.listed("dpo_adapter")}
+    models = [(told.manifest.inputs.get("dpo_adapter"), told.digest) for told in tree.listed("merged_model")]
+    models += [(one.inputs.get("dpo_adapter"), one.challenger) for one in ledger.decisions]
+    while adapter is not None and (adapter := made.get(adapter)) is not None:
+        for name in (model for of, model in models if of == adapter):
+            if (line := ledger.taken_back(name)) is not None:
+                return {
+                    "start": f"it went on from the release {name[:12]}, which line {line.number} took back "
+                    f"({line.reason}); materialise `dpo_plan` and what follows again, which starts from what is live"
+                }
+    return {}
 
 
 def guarding_reads(recipe: Recipe) -> tuple[Read, ...]:
@@ -125,25 +147,50 @@ def guarding_reads(recipe: Recipe) -> tuple[Read, ...]:
     return tuple(Read(node) for node, wanted in asked.items() if wanted)
 
 
-def _task_guards(step: Step, inputs: Inputs, opponent: str | None) -> dict[str, TaskGuard]:
-    """Those scores against the opponent's own, item by item."""
-    evaluation, guards = step.recipe.evaluation, dict[str, TaskGuard]()
+def _task_guards(step: Step, inputs: Inputs, opponent: str | None) -> tuple[dict[str, TaskGuard], dict[str, str]]:
+    """Those scores against the opponent's own, item by item; and the digests of these, as `champion_<node>`."""
+    evaluation, guards, against = step.recipe.evaluation, dict[str, TaskGuard](), dict[str, str]()
+
+    def compare(own: Artifact, theirs: Artifact | None) -> dict[str, TaskGuard]:
+        if own.manifest.kind == "harness_scores":
+            return harness_guards(own, theirs, first=opponent is None)
+        if opponent is None:  # A benchmark has no score of a start: rewards are against it.
+            return {}
+        names = [one.name for one in evaluation.benchmarks if one.guards]
+        return benchmark_guards(own, theirs, names, evaluation.confidence)
+
     for read in guarding_reads(step.recipe):
-        theirs = None if opponent is None else _scores_of(step.tree, read.node, opponent)
-        if read.node == "harness_scores":
-            guards |= harness_guards(inputs[read.node], theirs, first=opponent is None)
-        elif opponent is not None:  # A benchmark has no score of a start: rewards are against it.
-            names = [one.name for one in evaluation.benchmarks if one.guards]
-            guards |= benchmark_guards(inputs[read.node], theirs, names, evaluation.confidence)
-    return guards
+        found, theirs = fitting(_scores_of(step.tree, read.node, opponent), partial(compare, inputs[read.node]))
+        guards |= found
+        if theirs is not None:
+            against[f"champion_{read.node}"] = theirs.digest
+    return guards, against
 
 
-def _scores_of(tree: ArtifactTree, node: str, model: str) -> Artifact | None:
-    """The newest scores of a merged model, whole; None: there are none in the store."""
-    for told in tree.listed(node):
+def fitting(
+    scores: Iterable[Artifact], compare: Callable[[Artifact | None], dict[str, TaskGuard]]
+) -> tuple[dict[str, TaskGuard], Artifact | None]:
+    """The first of the champion's scores by which every guard can be tested, or else the most; and those guards.
+
+    A model may have several: of other tasks, or of other items of the same ones. The newest need not be those that the
+    challenger was asked too.
+    """
+    best: tuple[int, dict[str, TaskGuard], Artifact] | None = None
+    for theirs in scores:
+        found = compare(theirs)
+        tested = sum(one.tested for one in found.values())
+        if best is None or tested > best[0]:
+            best = tested, found, theirs
+        if tested == len(found):
+            break
+    return (compare(None), None) if best is None else best[1:]
+
+
+def _scores_of(tree: ArtifactTree, node: str, model: str | None) -> Iterator[Artifact]:
+    """The scores of a merged model, whole, newest first."""
+    for told in tree.listed(node) if model is not None else ():
         if told.manifest.inputs.get("merged_model") == model and (found := tree.find(node, told.path.name)) is not None:
-            return found
-    return None
+            yield found
 
 
 def read_ledger(tree: ArtifactTree) -> Ledger:

@@ -16,6 +16,7 @@ from dpo_assets.assets.gates import closed_gates
 from dpo_assets.assets.lineage import Inputs
 from dpo_assets.assets.step import Step
 from dpo_assets.checks.evidence.ledger_file import LedgerFile
+from dpo_assets.checks.reports import DpoReport
 from dpo_assets.errors import ConfigError
 from dpo_assets.feedback.dataset import is_whole
 from dpo_assets.feedback.trained import training_pairs, write_training_set
@@ -32,6 +33,7 @@ from dpo_assets.planning.refresh import (
     choose_start,
     trained_pairs,
 )
+from dpo_assets.planning.targets import LoraCoverage
 from dpo_assets.version import __version__
 
 if TYPE_CHECKING:
@@ -130,11 +132,23 @@ class Refreshing:
 
     @cached_property
     def _champion(self) -> Champion | None:
-        """The release that is live, where all of it is in the store."""
-        name = LedgerFile.of(self.step.tree.root).read().champion
-        with suppress(ConfigError):  # `eval_scores` says so.
-            return None if name is None else find_champion(self.step.tree, name)
-        return None
+        """The release that is live.
+
+        Raises:
+            ConfigError: something of it is not in the store, and this run is not the one that would make it again: its
+                challenger could not be scored against the champion once it is trained.
+        """
+        ledger = LedgerFile.of(self.step.tree.root).read()
+        if ledger.champion is None:
+            return None
+        try:
+            return find_champion(self.step.tree, ledger.champion)
+        except ConfigError:
+            decided = ledger.live_decision
+            same_data = decided and decided.inputs.get("dpo_dataset") == self.inputs["dpo_dataset"].digest
+            if same_data and self.step.recipe.refresh.policy == "full":
+                return None
+            raise
 
     def _moved(self, dataset: str) -> Moved | None:
         """How far the pairs moved since a dataset; None where it is not in the store any more."""
@@ -173,6 +187,8 @@ class Refreshing:
             return
         refused = self._refused(champion, sft)
         behind = list(ancestors(self.step.tree, champion.adapter))
+        if "dpo_adapter" in behind[-1].manifest.inputs:  # How many are behind them all cannot be told.
+            refused = refused or "an adapter that the release that is live went on from is not in the store any more"
         for place, adapter in enumerate(behind):
             dataset = adapter.manifest.inputs["dpo_dataset"]
             moved = Moved(0, 0, 0) if refused else self._moved(dataset)
@@ -193,9 +209,18 @@ class Refreshing:
         else:
             shape = _shape(own)
         theirs = _shape(champion.adapter.path / ADAPTER)
+        if own is None:
+            shape["target modules"], theirs["target modules"] = self.plan.coverage, _covered(champion.adapter)
         if other := [name for name, value in shape.items() if theirs[name] != value]:
             return f"the adapter of the release that is live has another {', '.join(other)}"
         return ""
+
+
+def _covered(adapter: Artifact) -> LoraCoverage | None:
+    """The matrices that it was planned to adapt; None: an earlier version of the package told it otherwise."""
+    with suppress(ConfigError):
+        return DpoReport.of(adapter).lora_planned
+    return None
 
 
 def _shape(adapter: Path) -> dict[str, object]:

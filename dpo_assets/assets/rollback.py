@@ -4,7 +4,7 @@ An earlier one; or the one that is live, where the Hub does not hold it any more
 """
 # No `from __future__ import annotations` here: Dagster reads the annotation of an op's `context` as a class.
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 
 import dagster as dg
@@ -68,10 +68,8 @@ def rollback_job(pipeline: Pipeline) -> dg.JobDefinition:
         live = ledger.live
         assert live is not None, "a rollback makes something live"
         context.log.info(scrub(f"release {live.release} is live again: {live.repo_id}@{live.commit}"))
-        withdrawn = Trace.of(tree.root).withdrawn_since(live.artefact)
-        if withdrawn is None:
-            context.log.warning("how many rows behind it were withdrawn since cannot be told: not all are kept")
-        elif withdrawn:
+        withdrawn = withdrawn_since(tree, live.artefact, context.log.warning)
+        if withdrawn:
             context.log.warning(f"{withdrawn} pairs behind it were withdrawn since; `dpo-assets provenance` names them")
         # Observed, not materialised: nothing was made, and what the next refresh reads is what was made last.
         for node in SHOWN_ON:
@@ -97,6 +95,19 @@ def rollback_job(pipeline: Pipeline) -> dg.JobDefinition:
         roll_back_op()
 
     return job
+
+
+def withdrawn_since(tree: ArtifactTree, artefact: str, warn: Callable[[str], None]) -> int | None:
+    """As `Trace.withdrawn_since`. Where it cannot be counted, for whatever reason, that is told, and no fault of a
+    rollback that is done: the release is live, and a run that is red would be started again."""
+    try:
+        found = Trace.of(tree.root).withdrawn_since(artefact)
+        why = "not all are kept"
+    except Exception as error:
+        found, why = None, scrub(f"{type(error).__name__}: {error}")
+    if found is None:
+        warn(f"how many rows behind it were withdrawn since cannot be told: {why}")
+    return found
 
 
 def roll_back(pipeline: Pipeline, tree: ArtifactTree, hub: HubResource, to: str, reason: str) -> Ledger:

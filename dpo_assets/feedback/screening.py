@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dpo_assets.ahead import ahead
 from dpo_assets.feedback.batches import FLIPPED_ID, PAIR_ID, PROMPT_ID
 from dpo_assets.feedback.cleaner import Cleaner
+from dpo_assets.feedback.facts import day_of
 from dpo_assets.feedback.near import BAND_COLUMNS, Compared, candidates, similarity
 from dpo_assets.feedback.overlap import EvaluationSets, read_prompts
 from dpo_assets.feedback.pair import PAIR_COLUMNS, QUARANTINE_COLUMNS, Pair, pandera_schema, polars_schema
@@ -273,8 +274,8 @@ class Screening:
 
         if self.policy.near_duplicates == "keep" or live.height < 2:
             return live
-        # The place in the order of ids: a near duplicate of an earlier pair is the one that goes.
-        rank = live.select(pl.arg_sort_by(*PAIR_ID).arg_sort()).to_series()
+        # The place in this order: a near duplicate of an earlier pair is the one that goes.
+        rank = self._dated(live).select(pl.arg_sort_by("day", *PAIR_ID, nulls_last=True).arg_sort()).to_series()
         names = live.select("b", "n")
         pairs = candidates((self.pool.of(names, [column])[column] for column in BAND_COLUMNS), rank)
         least = self.policy.near_duplicate_similarity
@@ -306,6 +307,14 @@ class Screening:
         message = f"prompt and both answers say nearly what another pair says (similarity {least:g} or more)"
         return self._reject(live, hit, "near_duplicate", message)
 
+    def _dated(self, live: pl.DataFrame) -> pl.DataFrame:
+        """With the `day` of each pair. What comes later must not put out what was trained on, whatever its id; of pairs
+        of one day, and of those without one, which come last, the order is that of ids."""
+        if self.rules == "across rows":
+            return live.hstack(self.pool.of(live.select("b", "n"), ["day"]))
+        taken = self.pool.take(live.select("b", "n"), ["created_at"]).select("b", "n", day=day_of())
+        return live.join(taken, on=["b", "n"], how="left", maintain_order="left")
+
     def _texts(self, names: pl.DataFrame, rows: pl.Series) -> dict[int, dict[str, Any]]:
         """The texts of some rows of `names`."""
         wanted = names.with_row_index("g")[rows]
@@ -318,7 +327,8 @@ class Screening:
         most = self.policy.max_pairs_per_prompt
         if not most:
             return live
-        hit = live.sort(*PAIR_ID).filter(pl.int_range(pl.len()).over(PROMPT_ID) >= most)
+        dated = self._dated(live).sort("day", *PAIR_ID, nulls_last=True).drop("day")
+        hit = dated.filter(pl.int_range(pl.len()).over(PROMPT_ID) >= most)
         return self._reject(live, hit, "over_prompt_cap", f"{most} other pairs of this prompt were kept")
 
     # Results

@@ -200,7 +200,8 @@ class CleaningSection(Section):
 
     near_duplicates: Literal["quarantine", "drop", "keep"] = Field(
         default="quarantine",
-        description="Pairs that say nearly what another pair says: set aside, counted and dropped, or kept.",
+        description="Pairs that say nearly what another pair says, of an earlier day where days are known: set aside, "
+        "counted and dropped, or kept.",
     )
     near_duplicate_similarity: float = Field(
         default=0.85,

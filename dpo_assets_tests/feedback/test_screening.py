@@ -100,6 +100,20 @@ def test_the_similarity_of_the_recipe_decides() -> None:
     assert screened(long_pair(0), near(0), near_duplicate_similarity=1.0).pairs.height == 2
 
 
+def test_what_came_later_or_has_no_date_is_the_near_duplicate_of_what_was_there_whatever_its_id() -> None:
+    """Else every second near duplicate would put a pair out that was trained on, and SFT would be renewed for it."""
+    orders = set()
+    for number in range(6):
+        first = long_pair(number, created_at="2026-01-01T23:00:00+00:00")
+        for later in ("2026-01-02T01:00:00+00:00", None):
+            new = near(number, created_at=later)
+            result = screened(new, first)
+            assert list(result.pairs["pair_id"]) == [first.pair_id]
+            assert reasons(result) == {"near else": "near_duplicate"}
+            orders.add(first.pair_id < new.pair_id)
+    assert orders == {True, False}, "by id, the one or the other would stay"
+
+
 # Caps
 
 
@@ -110,6 +124,12 @@ def test_a_prompt_keeps_as_many_pairs_as_the_recipe_says_whatever_their_order() 
     assert result.pairs["prompt_id"].n_unique() == 2
     turned = screened(*many[::-1], pair(1), max_pairs_per_prompt=2)
     assert set(turned.pairs["pair_id"]) == set(result.pairs["pair_id"])
+
+
+def test_of_one_prompt_the_pairs_that_came_first_are_kept() -> None:
+    days = ["2026-01-05", None, "2026-01-03", "2026-01-04", "2026-01-02"]
+    many = [pair(0, chosen=[assistant(text(n))], row=f"r{n}", created_at=day) for n, day in enumerate(days)]
+    assert set(reasons(screened(*many, max_pairs_per_prompt=3))) == {"r0", "r1"}
 
 
 # Marks of chat templates
@@ -242,6 +262,7 @@ _changes = st.sampled_from(
         {"chosen": [assistant("a bad answer")], "rejected": [assistant("a good answer")]},
     ]
 )  # fmt: skip
+DAYS = {"x": "2026-01-03T00:00:00+00:00", "y": "2026-01-01T00:00:00+00:00", "z": None}
 _many = st.lists(
     st.one_of(
         st.builds(
@@ -249,7 +270,8 @@ _many = st.lists(
             st.integers(0, 3), st.sampled_from("ab"), st.integers(1, 9), _changes,
         ),
         st.builds(
-            lambda n, word: near(n, word, source="c", line=ord(word)), st.integers(0, 1), st.sampled_from("xyz")
+            lambda n, word: near(n, word, source="c", line=ord(word), created_at=DAYS[word]),
+            st.integers(0, 1), st.sampled_from("xyz"),
         ),
     ),
     max_size=12,

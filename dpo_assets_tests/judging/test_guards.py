@@ -14,6 +14,7 @@ import pytest
 from dpo_assets import build_dpo_defs
 from dpo_assets.artifact import Artifact, ArtifactTree, write_json
 from dpo_assets.checks.evidence.ledger import Ledger
+from dpo_assets.checks.evidence.ledger_file import LedgerFile
 from dpo_assets.checks.evidence.rules import Evidence, judge
 from dpo_assets.checks.evidence.task_guards import TaskGuard, fallen
 from dpo_assets.checks.reports import BenchmarkScores, HarnessScores, TaskScore
@@ -236,3 +237,20 @@ def test_a_better_challenger_that_lost_a_task_is_held_where_the_recipe_says_so(
     if verdict == "hold":
         without = release(shelf, {**sending(hub), "evaluation": {"harness": {"tasks": ["choice"]}}})
         assert metadata(without, "promotion")["verdict"] == "hold", "what was decided on these scores stays"
+
+
+def test_the_champions_scores_of_the_challengers_items_are_taken_and_are_on_record(
+    shelf: Shelf, hub: HubServer
+) -> None:
+    """Not the newest, which are of other documents: with these nothing could be compared, and nothing would hold."""
+    first_release(shelf, hub)
+    theirs = shelf.make("harness_scores", "champion", also=task(90))
+    shelf.make("harness_scores", "champion, asked others", also=task(90, first=7))
+    refresh(shelf, "refreshed", right=0.9)
+    own = shelf.make("harness_scores", "challenger", also=task(60))
+    result = release(shelf, guarded_by_tasks(hub))
+    assert result.success, failures(result)
+    decided = LedgerFile.of(shelf.tree.root).read().decisions[-1]
+    assert decided.decision == "hold"
+    kept = {name: digest for name, digest in decided.inputs.items() if name.endswith("harness_scores")}
+    assert kept == {"harness_scores": own.digest, "champion_harness_scores": theirs.digest}

@@ -213,7 +213,7 @@ def test_a_state_is_kept_only_while_the_run_shows_no_sign(
         guard.on_log(arguments, state, control, logs=log)
     assert guard.first is None
     assert guard.kept_step == kept_step
-    assert (guard.kept is start) == (kept_step == 0)
+    assert (guard.kept is guard.begun) == (kept_step == 0)
 
 
 def test_with_severity_warn_it_is_recorded_and_training_goes_on(ruined: Run, noted: Run) -> None:

@@ -11,13 +11,19 @@ from typing import Any
 import polars as pl
 import pytest
 
-from dpo_assets.contract import TrainSpec
+from dpo_assets.checks.bands import default_bands
+from dpo_assets.contract import GuardSpec, TrainSpec
 from dpo_assets.errors import ConfigError, GateError
 from dpo_assets.feedback.trained import write_training_set
 from dpo_assets.planning.refresh import Refresh
+from dpo_assets.recipe import ChecksSection
 from dpo_assets.training.batches.data import dpo_group, load_split
+from dpo_assets.training.guard.collapse import CollapseGuard
 from dpo_assets.training.models.loading import attach_adapter, load_base
 from dpo_assets.training.scoring.cache import ScoreCache
+from dpo_assets.training.scoring.generation import generation_health
+from dpo_assets.training.snapshot import Snapshot
+from dpo_assets.training.stages import dpo
 from dpo_assets_tests.training.conftest import PlanMaker, SpecMaker
 from dpo_assets_tests.training.dense import summed_logps
 from dpo_assets_tests.training.dpo_runs import (
@@ -115,3 +121,43 @@ def test_an_adapter_of_another_rank_is_not_gone_on_from(
     )
     with pytest.raises(ConfigError, match="another rank than this run trains"):
         run_dpo(spec)
+
+
+def test_a_run_that_is_stopped_before_it_was_probed_leaves_the_release_and_its_reference_is_sft(
+    pairs: Path,
+    start: Path,
+    release: Run,
+    plan_for: PlanMaker,
+    train_spec: SpecMaker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[CollapseGuard] = []
+
+    class Seen(CollapseGuard):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(dpo, "CollapseGuard", Seen)
+    checks = ChecksSection(probe_prompts=4, probe_every=1.0, probe_tokens=32, held_out_pairs=0, sampled_answers=0)
+    spec = going_on(
+        train_spec, plan_for, tmp_path, {"learning_rate": 0.1}, dataset=pairs, start_adapter=start,
+        goes_on_from=release.folder / "adapter",
+    )  # fmt: skip
+    plan = spec.plan.model_copy(update={"dpo_steps": 12})
+    run = run_dpo(spec.model_copy(update={"plan": plan, "guard": GuardSpec.of(plan, default_bands(), checks)}))
+    assert run.report["stopped"]["kept_step"] == 0
+    assert largest_difference(run.adapter, release.adapter) == 0.0
+    [guard] = made
+    watched = guard.watched
+    by_sft, by_release = (
+        generation_health(answers(guard.prompts, 32, plan.dpo.seed))
+        for answers in (watched.reference_answers, watched.answers)
+    )
+    assert by_sft != by_release
+    assert guard.snapshot().values["reference"] == by_sft
+    # A try that goes on with it finds the factors of the checkpoint on the model, and has the release all the same.
+    values = guard.snapshot().values
+    guard.take_up(Snapshot({}, values))
+    assert guard.kept is guard.begun

@@ -33,7 +33,7 @@ class CollapseGuard(TrainerCallback):
     """Completes the metric log, probes the policy, keeps the last healthy adapter, and ends a run that collapses.
 
     Args:
-        watched: the policy with its start.
+        watched: the policy with its start, on the model what training begins with.
         guard: limits, and how often to probe.
         prompts: token ids of the probe's prompts; none switches the sampled probe off.
         tasks: the user's tasks, with the token ids of their prompts.
@@ -53,7 +53,9 @@ class CollapseGuard(TrainerCallback):
         self.prompts, self.tasks, self.mean_tokens = prompts, tasks, mean_tokens
         self.rows: list[dict[str, float]] = []
         self.first: Trigger | None = None
-        self.kept, self.kept_step, self.stopped_step = watched.start, 0, 0
+        # The start; or the release that the policy goes on from, which is then on the model already.
+        self.begun = AdapterState(watched.model)
+        self.kept, self.kept_step, self.stopped_step = self.begun, 0, 0
         self.seconds = 0.0  # That probes took.
         self._probed: dict[str, float] = {}
         self._due = False
@@ -63,14 +65,15 @@ class CollapseGuard(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """What the reference, which the policy still is, answers; `take_up` knows it in a run that is gone on with."""
+        """What the reference answers, which is not the policy that goes on from a release. `take_up` knows it in a run
+        that is gone on with."""
         self.rows = [row for row in state.log_history if "loss" in row]
         if state.global_step:
             return
         if self.prompts:
-            self._reference = generation_health(self._answers(self.prompts, self._seed))
+            self._reference = generation_health(self._of_reference(self.prompts, self._seed))
         if self.tasks:
-            self._reference_tasks = self._answers([ids for _, ids in self.tasks], None)
+            self._reference_tasks = self._of_reference([ids for _, ids in self.tasks], None)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         every = max(1, round(self.guard.probe_every * state.max_steps))
@@ -124,10 +127,10 @@ class CollapseGuard(TrainerCallback):
         )
 
     def take_up(self, snapshot: Snapshot) -> None:
-        """The start stays what it was: it was copied before anything of the run was put back."""
+        """Where the run began stays what it was: it was copied before anything of the run was put back."""
         values = snapshot.values
         self.kept_step, self.seconds = values["kept_step"], values["seconds"]
-        self.kept = AdapterState.of(snapshot.tensors) if self.kept_step else self.watched.start
+        self.kept = AdapterState.of(snapshot.tensors) if self.kept_step else self.begun
         self.first = values["first"] and Trigger(**values["first"])
         self._reference, self._reference_tasks = values["reference"], values["reference_tasks"]
 
@@ -141,6 +144,9 @@ class CollapseGuard(TrainerCallback):
 
     def _answers(self, prompts: list[list[int]], seed: int | None) -> list[Answer]:
         return self.watched.answers(prompts, self.guard.probe_tokens, seed)
+
+    def _of_reference(self, prompts: list[list[int]], seed: int | None) -> list[Answer]:
+        return self.watched.reference_answers(prompts, self.guard.probe_tokens, seed)
 
     def _from_sums(self, row: Mapping[str, float]) -> dict[str, float]:
         """What TRL's own trainer does not log, from what it does; per token by the mean length of the data's answers.

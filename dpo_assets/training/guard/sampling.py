@@ -1,7 +1,7 @@
 """What the policy says by itself, beside what the reference says: sampled answers, and how far apart the two are.
 
-The reference is where training starts, so the adapter as it was then, put back for a moment, is the reference for every
-reference strategy, and no second model is held.
+The reference is the start that DPO is measured from, also where the policy goes on from a release. Its adapter, put
+back for a moment, is the reference for every reference strategy, and no second model is held.
 """
 
 from __future__ import annotations

@@ -93,6 +93,10 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
             if scorer.note:
                 reporter.log(f"dpo: pairs are scored by {scorer.kernels} beside TRL's trainer: {scorer.note}")
         watched = Watched(policy.model, AdapterState(policy.model), chat, plan, policy.kernels)
+    if spec.goes_on_from is not None:
+        go_on(trainer, policy, spec.goes_on_from)
+        reporter.log(f"dpo: the policy goes on from an earlier release, generation {plan.refresh.generation}")
+    if watched is not None and spec.guard is not None:
         guard = collapse_guard(watched, spec.guard, spec, reporter)
     reporter.log(
         f"dpo: {plan.train_pairs} pairs, {plan.dpo_steps} steps, lr {plan.dpo.learning_rate:g}, "
@@ -101,9 +105,6 @@ def run(spec: TrainSpec, reporter: Reporter) -> None:
     keys = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
     watchers: list[TrainerCallback] = [] if guard is None else [guard]
     end_quietly(trainer, [StopOnNonFinite("finite"), *watchers, ProgressLines(reporter, "dpo", keys)])
-    if spec.goes_on_from is not None:
-        go_on(trainer, policy, spec.goes_on_from)
-        reporter.log(f"dpo: the policy goes on from an earlier release, generation {plan.refresh.generation}")
     checkpoints = None
     if isinstance(trainer, PackedDPOTrainer):
         parts: dict[str, Resumable] = {"trainer": trainer}
