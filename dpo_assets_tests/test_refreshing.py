@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import dagster as dg
 import polars as pl
@@ -19,7 +21,6 @@ from dpo_assets.contract import Spec, Stage
 from dpo_assets.feedback.dataset import Split, read_split
 from dpo_assets.planning.plan import TrainingPlan
 from dpo_assets.resources.launcher import TrainingLauncher
-from dpo_assets.training.__main__ import main
 from dpo_assets_tests.pipelines import failures, materialize, metadata, trl_feedback, trl_recipe
 
 AT = "2026-11-27T00:00:00+00:00"
@@ -33,7 +34,12 @@ class InThisProcess(TrainingLauncher):
     def run(
         self, context: dg.AssetExecutionContext, stage: Stage, spec: Spec, timeout_seconds: float, silent_seconds: float
     ) -> None:
-        with TemporaryDirectory() as folder:
+        # It puts its process off line as it is imported, which this one must not stay for the tests behind this one.
+        with TemporaryDirectory() as folder, patch.dict(os.environ):
+            import huggingface_hub.constants  # noqa: F401  # It looks once, and before that.
+
+            from dpo_assets.training.__main__ import main
+
             path = Path(folder) / "spec.json"
             path.write_text(spec.model_dump_json(), encoding="utf-8")
             assert main([stage, "--spec", str(path)]) == 0, list(Path(folder).iterdir())
