@@ -22,7 +22,8 @@ from dpo_assets import DpoPipeline
 from dpo_assets.assets.pipeline import Pipeline
 from dpo_assets.automation import new_feedback_sensor, refresh_job
 
-LOCATION = ["-m", "benchmarks.soak.location"]
+REPOSITORY = Path(__file__).resolve().parents[2]  # The benchmarks are in no wheel.
+LOCATION = ["-m", "benchmarks.soak.location", "--working-directory", str(REPOSITORY)]
 SENSOR, JOB = f"{NAME}_new_feedback", f"{NAME}_refresh"
 CONFIG = """\
 telemetry: {enabled: false}
