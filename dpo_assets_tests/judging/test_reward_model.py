@@ -264,7 +264,7 @@ def test_ties_count_half_and_what_errs_is_corrected_by_what_people_chose() -> No
     ("changes", "fix"),
     [
         ({"agreement": wilson(52, 100)}, "may be chance"),
-        ({"agreement": wilson(3, 3)}, "held against 3 pairs"),
+        ({"agreement": wilson(3, 3)}, "held against 3 conversations"),
         ({"left_out": {TOO_LONG: 20}}, TOO_LONG),
         ({"wins": 0, "ties": 0, "losses": 0, "human_pairs": 0}, "nothing was scored"),
     ],
