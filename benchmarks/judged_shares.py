@@ -10,17 +10,14 @@ same conversations, as in a pipeline, or of others.
 
 from __future__ import annotations
 
-import argparse
 import math
-import platform
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 
 import numpy as np
 
 from benchmarks.simulated import chances
+from benchmarks.trials import Tables, print_tables
 from dpo_assets.checks.statistics import wilson
 from dpo_assets.judging.comparing import Comparison
 from dpo_assets.judging.rates import at_equal_length
@@ -139,7 +136,7 @@ def equal_length_coverage(trials: int) -> Iterator[list[str]]:
             yield [str(prompts), f"{share:g}", f"{100 * held / trials:.1f} %"]
 
 
-def tables(scale: float) -> dict[str, Callable[[], str]]:
+def tables(scale: float) -> Tables:
     """Every table by its name."""
     many, fewer = (max(20, int(count * scale)) for count in (2_000, 1_000))
 
@@ -159,18 +156,5 @@ def tables(scale: float) -> dict[str, Callable[[], str]]:
     return {"shares": shares, "corrected": corrected_shares, "equal_length": equal_length}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--scale", type=float, default=1.0, help="part of the trials")
-    parser.add_argument("--only", nargs="+", choices=list(tables(1.0)), help="tables to make; without it, all")
-    given = parser.parse_args()
-    started = time.process_time()
-    print(f"Python {platform.python_version()}, numpy {version('numpy')}, {platform.machine()}.\n")
-    for name, made in tables(given.scale).items():
-        if not given.only or name in given.only:
-            print(f"{made()}\n", flush=True)
-    print(f"{time.process_time() - started:.0f} s of one core.")
-
-
 if __name__ == "__main__":
-    main()
+    print_tables((__doc__ or "").splitlines()[0], tables)

@@ -12,13 +12,9 @@ out near its level alone. All seeds are fixed.
 
 from __future__ import annotations
 
-import argparse
 import math
-import platform
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from statistics import NormalDist
 
 import numpy as np
@@ -38,6 +34,7 @@ from benchmarks.simulated import (
     judged,
     knowing,
 )
+from benchmarks.trials import Tables, print_tables
 from dpo_assets.checks.evidence.clusters import clustered_mean, clustered_ratio, clustered_share
 from dpo_assets.checks.evidence.measured import MeanScore
 from dpo_assets.checks.evidence.paired import compare
@@ -342,7 +339,7 @@ def _five_points_better(rng: np.random.Generator, pairs: Pairs, names: Ints) -> 
     return np.where(differ, won, agreed).tolist(), np.where(differ, 1 - won, agreed).tolist()
 
 
-def tables(scale: float) -> dict[str, Callable[[], str]]:
+def tables(scale: float) -> Tables:
     """Every table by its name, with what it shows."""
     many, fewer = (max(20, int(count * scale)) for count in (4_000, 1_000))
     refreshes, differ = 200, f"differing on {100 * DIFFER:.0f} % of pairs"
@@ -396,18 +393,5 @@ def tables(scale: float) -> dict[str, Callable[[], str]]:
     return {f.__name__: f for f in (single, histories, previews, power, guards, shares, means)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--scale", type=float, default=1.0, help="part of the trials")
-    parser.add_argument("--only", nargs="+", choices=list(tables(1.0)), help="tables to make; without it, all")
-    given = parser.parse_args()
-    started = time.process_time()
-    print(f"Python {platform.python_version()}, numpy {version('numpy')}, {platform.machine()}.\n")
-    for name, made in tables(given.scale).items():
-        if not given.only or name in given.only:
-            print(f"{made()}\n", flush=True)
-    print(f"{time.process_time() - started:.0f} s of one core.")
-
-
 if __name__ == "__main__":
-    main()
+    print_tables((__doc__ or "").splitlines()[0], tables)
